@@ -1,0 +1,3 @@
+// Compiled with AVX-512 F, BW, DQ, VL (see setup.py).
+#define FASTKD_ISA avx512
+#include "kernels.inl"

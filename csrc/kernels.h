@@ -1,0 +1,87 @@
+// What module.cpp knows of the kernels: plain structs and a table of function pointers.
+#pragma once
+
+#include <cstdint>
+
+namespace fastkd {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
+
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+// Rows [A, B, columns]: row r starts at (r / B) * outer + (r % B) * inner; strides in elements.
+struct Operand {
+  char* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t b = 1;
+  int64_t outer = 0;
+  int64_t inner = 0;
+
+  char* row(int64_t r) const {
+    return data + ((r / b) * outer + (r % b) * inner) * size_of(dtype);
+  }
+};
+
+// Arguments of the passes; `void*` is float* or double* by the kernel's accumulation type, and a
+// null pointer is an argument that is not given. See fastkd/backend.py for their meaning.
+struct Args {
+  Operand student;
+  Operand teacher;
+  Operand grad;
+  int64_t vocab = 0;
+  int64_t width = 0;  // columns of grad, those from vocab on are written 0
+  int64_t classes = 0;
+  const uint8_t* keep = nullptr;
+  const int64_t* label = nullptr;
+  const void* scale = nullptr;
+  double factor = 1.0;
+  double param = 0.0;
+  double temperature = 1.0;
+  double soft = 1.0;
+  double hard = 0.0;
+  double smoothing = 0.0;
+  const void* stats_s = nullptr;
+  const void* stats_t = nullptr;
+  const void* stats_hard = nullptr;
+  const void* slope = nullptr;
+  void* out = nullptr;  // loss [N] of fused, [N, 2] of loss, [N, 3] of stats
+};
+
+using Rows = void (*)(const Args&, int64_t begin, int64_t end);
+
+struct Passes {
+  Rows fused;
+  Rows loss;
+  Rows grad;
+};
+
+// One table per instruction set. Index of the second dimension: float, double.
+struct Kernels {
+  const char* isa;
+  const Passes (*passes)[2];  // by divergence, in the order of kDivergences
+  const Rows* stats;          // [2]
+  void (*multiply)(char* data, DType dtype, int64_t n, double by);
+  void (*exp2)(const float*, float*, int64_t);
+  void (*log)(const float*, float*, int64_t);
+};
+
+// Largest error of exp2 and log in vec.h, in units in the last place.
+constexpr double kExp2Ulp = 1.5;
+constexpr double kLogUlp = 1.5;
+
+extern const char* const kDivergences[];
+extern const int kDivergenceCount;
+
+namespace baseline {
+const Kernels* kernels();
+}
+namespace avx2 {
+const Kernels* kernels();
+}
+namespace avx512 {
+const Kernels* kernels();
+}
+
+}  // namespace fastkd

@@ -1,0 +1,290 @@
+// The Python side: which instruction set this processor has, pointers in, the GIL released, rows
+// over threads. No torch here: tensors come as addresses that fastkd/cpu.py has checked.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#define FASTKD_ISA baseline
+#include "divergence.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace fastkd {
+
+#define FASTKD_NAME(name, Struct) #name,
+const char* const kDivergences[] = {FASTKD_DIVERGENCES(FASTKD_NAME)};
+#undef FASTKD_NAME
+const int kDivergenceCount = sizeof(kDivergences) / sizeof(kDivergences[0]);
+
+namespace {
+
+struct Isa {
+  const char* name;
+  bool runs;
+  const Kernels* (*kernels)();
+};
+
+#if defined(FASTKD_X86)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// Best last.
+const std::vector<Isa>& all() {
+  static const std::vector<Isa> isas = {
+      {"baseline", true, baseline::kernels},
+#if defined(FASTKD_X86)
+      {"avx2", has_avx2(), avx2::kernels},
+      {"avx512", has_avx512(), avx512::kernels},
+#endif
+  };
+  return isas;
+}
+
+const Kernels* running = nullptr;
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : all())
+    if (isa.runs) names.push_back(isa.name);
+  return names;
+}
+
+void use_isa(const std::string& name) {
+  std::string known;
+  for (const Isa& isa : all()) {
+    if (isa.name == name) {
+      if (!isa.runs) throw std::invalid_argument("isa: this processor does not have " + name);
+      running = isa.kernels();
+      return;
+    }
+    known += known.empty() ? isa.name : std::string(", ") + isa.name;
+  }
+  throw std::invalid_argument("isa: got '" + name + "', expected one of " + known);
+}
+
+std::vector<std::string> divergences() {
+  return std::vector<std::string>(kDivergences, kDivergences + kDivergenceCount);
+}
+
+// Rows in contiguous shares; a row is never split, so that its bits do not depend on the threads.
+template <class F>
+void share(int64_t rows, int threads, F run) {
+#if defined(_OPENMP)
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      const int64_t k = omp_get_thread_num(), n = omp_get_num_threads();
+      run(rows * k / n, rows * (k + 1) / n);
+    }
+    return;
+  }
+#else
+  (void)threads;
+#endif
+  run(0, rows);
+}
+
+using Address = uintptr_t;
+
+// (address, dtype, rows to the inner dimension, outer stride, inner stride)
+using Rows5 = std::tuple<Address, int, int64_t, int64_t, int64_t>;
+// (divergence, param, temperature, soft, hard, smoothing, vocab, classes)
+using Plan8 = std::tuple<int, double, double, double, double, double, int64_t, int64_t>;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Operand operand(const Rows5& x) {
+  return {at<char>(std::get<0>(x)), static_cast<DType>(std::get<1>(x)), std::get<2>(x),
+          std::get<3>(x), std::get<4>(x)};
+}
+
+void take(Args& a, const Plan8& plan) {
+  a.param = std::get<1>(plan);
+  a.temperature = std::get<2>(plan);
+  a.soft = std::get<3>(plan);
+  a.hard = std::get<4>(plan);
+  a.smoothing = std::get<5>(plan);
+  a.vocab = std::get<6>(plan);
+  a.classes = std::get<7>(plan);
+}
+
+// Fresh pages of 4 KB cost a fault and a zeroing each: two thirds of a call. Asking for 2 MB pages
+// before the first touch makes it one in 512. Advice only: on memory already touched, or where
+// the system does not follow it, nothing changes.
+void advise_huge_pages(Address address, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const Address page = Address{1} << 21;
+  const Address from = (address + page - 1) / page * page;
+  const Address to = (address + static_cast<Address>(bytes)) / page * page;
+  if (to > from) madvise(at<void>(from), to - from, MADV_HUGEPAGE);
+#else
+  (void)address;
+  (void)bytes;
+#endif
+}
+
+void fused(int wide, int64_t rows, int threads, const Rows5& student, const Rows5& teacher,
+           const Plan8& plan, Address keep, Address label, Address scale, double factor,
+           const Rows5& grad, int64_t width, Address out) {
+  Args a;
+  a.student = operand(student);
+  a.teacher = operand(teacher);
+  a.grad = operand(grad);
+  take(a, plan);
+  a.width = width;
+  a.keep = at<const uint8_t>(keep);
+  a.label = at<const int64_t>(label);
+  a.scale = at<const void>(scale);
+  a.factor = factor;
+  a.out = at<void>(out);
+  const auto run = running->passes[std::get<0>(plan)][wide].fused;
+  py::gil_scoped_release release;
+  share(rows, threads, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+}
+
+void stats(int wide, int64_t rows, int threads, const Rows5& x, double temperature, int64_t vocab,
+           Address keep, Address out) {
+  Args a;
+  a.student = operand(x);
+  a.temperature = temperature;
+  a.vocab = vocab;
+  a.keep = at<const uint8_t>(keep);
+  a.out = at<void>(out);
+  const auto run = running->stats[wide];
+  py::gil_scoped_release release;
+  share(rows, threads, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+}
+
+void loss(int wide, int64_t rows, int threads, const Rows5& student, const Rows5& teacher,
+          const Plan8& plan, Address stats_s, Address stats_t, Address keep, Address out) {
+  Args a;
+  a.student = operand(student);
+  a.teacher = operand(teacher);
+  take(a, plan);
+  a.stats_s = at<const void>(stats_s);
+  a.stats_t = at<const void>(stats_t);
+  a.keep = at<const uint8_t>(keep);
+  a.out = at<void>(out);
+  const auto run = running->passes[std::get<0>(plan)][wide].loss;
+  py::gil_scoped_release release;
+  share(rows, threads, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+}
+
+void grad(int wide, int64_t rows, int threads, const Rows5& student, const Rows5& teacher,
+          const Plan8& plan, Address stats_s, Address stats_t, Address stats_hard, Address slope,
+          Address keep, Address label, Address scale, double factor, const Rows5& out,
+          int64_t width) {
+  Args a;
+  a.student = operand(student);
+  a.teacher = operand(teacher);
+  a.grad = operand(out);
+  take(a, plan);
+  a.width = width;
+  a.stats_s = at<const void>(stats_s);
+  a.stats_t = at<const void>(stats_t);
+  a.stats_hard = at<const void>(stats_hard);
+  a.slope = at<const void>(slope);
+  a.keep = at<const uint8_t>(keep);
+  a.label = at<const int64_t>(label);
+  a.scale = at<const void>(scale);
+  a.factor = factor;
+  const auto run = running->passes[std::get<0>(plan)][wide].grad;
+  py::gil_scoped_release release;
+  share(rows, threads, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+}
+
+// factor * sum of scale * loss, in double and in the order of the rows.
+template <class T>
+void total_as(Address loss, Address scale, double factor, int64_t n, Address out) {
+  const T* values = at<const T>(loss);
+  const T* scales = at<const T>(scale);
+  double sum = 0.0;
+  for (int64_t i = 0; i < n; ++i)
+    sum += scales == nullptr ? values[i] : static_cast<double>(values[i]) * scales[i];
+  *at<T>(out) = static_cast<T>(sum * factor);
+}
+
+void total(int wide, Address loss, Address scale, double factor, int64_t n, Address out) {
+  if (wide) {
+    total_as<double>(loss, scale, factor, n, out);
+  } else {
+    total_as<float>(loss, scale, factor, n, out);
+  }
+}
+
+// Rows [outer, inner, width] of a gradient *= the number at `by`.
+void multiply(const Rows5& grad, int64_t rows, int64_t width, int threads, int wide, Address by) {
+  const double factor = wide ? *at<const double>(by) : static_cast<double>(*at<const float>(by));
+  if (factor == 1.0) return;
+  const Operand x = operand(grad);
+  const Kernels* kernels = running;
+  py::gil_scoped_release release;
+  share(rows, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) kernels->multiply(x.row(r), x.dtype, width, factor);
+  });
+}
+
+bool openmp() {
+#if defined(_OPENMP)
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+}  // namespace fastkd
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fastkd;
+  use_isa(isas().back());
+  m.doc() = "Row passes of fastkd in C++; the caller is fastkd/cpu.py, which checks everything.";
+  m.def("isas", &isas, "Instruction sets this processor can run, best last.");
+  m.def("isa", [] { return running->isa; }, "The instruction set in use.");
+  m.def("use_isa", &use_isa, py::arg("name"));
+  m.def("divergences", &divergences, "Names, in the order of their indices.");
+  m.def("openmp", &openmp);
+  m.def("compiler", [] { return __VERSION__; });
+  m.def("math_error_bounds", [] {
+    py::dict bounds;
+    bounds["exp2"] = kExp2Ulp;
+    bounds["log"] = kLogUlp;
+    return bounds;
+  });
+  m.def("fused", &fused);
+  m.def("stats", &stats);
+  m.def("loss", &loss);
+  m.def("grad", &grad);
+  m.def("total", &total);
+  m.def("multiply", &multiply);
+  m.def("advise_huge_pages", &advise_huge_pages);
+  m.def("exp2", [](Address x, Address y, int64_t n) {
+    running->exp2(at<const float>(x), at<float>(y), n);
+  });
+  m.def("log", [](Address x, Address y, int64_t n) {
+    running->log(at<const float>(x), at<float>(y), n);
+  });
+}

@@ -1,0 +1,418 @@
+// The passes over rows: one set of loops for every divergence, dtype and instruction set.
+//
+// A row is walked in blocks that stay in the L1 cache; elements that are not of the accumulation
+// type T are converted into a buffer there. Within a block loops run over whole vectors of T, and
+// the sums of blocks are kept in double. Scores are shifted by the row's maximum before they are
+// scaled, (x - max) * log2(e) / T, which is exact where it matters however large the logits are.
+#pragma once
+
+#include "divergence.h"
+#include "kernels.h"
+#include "vec.h"
+
+namespace fastkd {
+namespace FASTKD_ISA {
+namespace {
+
+constexpr double kNaN = __builtin_nan("");
+constexpr double kInfinity = __builtin_inf();
+
+inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+struct alignas(64) Buffers {
+  T s[kBlock];
+  T t[kBlock];
+  T g[kBlock];
+};
+
+// One side's softmax so far: the maximum, and the sum of exp2((x - max) * c).
+struct Side {
+  double top = -kInfinity;
+  double sum = 0.0;
+
+  double shift() const { return top == -kInfinity ? 0.0 : top; }
+  bool empty() const { return sum == 0.0; }  // impossible everywhere
+
+  // Takes a new maximum; the factor by which sums under the old one shrink, and by how much (in
+  // units of c) scores did.
+  double raise(double to, double c, double& drop) {
+    drop = 0.0;
+    if (!(to > top)) return 1.0;
+    if (top != -kInfinity) drop = (to - top) * c;
+    top = to;
+    const double shrink = exp2(-drop);
+    sum *= shrink;
+    return shrink;
+  }
+};
+
+// The student's side at T = 1 for the hard label: same maximum, and the sum of raw logits.
+struct Hard {
+  double sum = 0.0;
+  double raw = 0.0;
+};
+
+template <class T>
+inline T max_of(const T* x, int64_t n) {
+  T top = -kInf;
+#pragma omp simd reduction(max : top)
+  for (int64_t i = 0; i < n; ++i) top = x[i] > top ? x[i] : top;
+  return top;
+}
+
+template <class T>
+inline T exp_sum(const T* x, int64_t n, T top, T c) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += exp2((x[i] - top) * c);
+  return sum;
+}
+
+template <class T>
+inline T plain_sum(const T* x, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  return sum;
+}
+
+template <class T>
+struct Score {  // log2 probability of x is (x - top) * c - log_sum
+  T top;
+  T c;
+  T log_sum;
+
+  Score(const Side& side, double scale)
+      : top(static_cast<T>(side.shift())),
+        c(static_cast<T>(scale)),
+        log_sum(static_cast<T>(__builtin_log2(side.sum))) {}
+  inline T operator()(T x) const { return (x - top) * c - log_sum; }
+};
+
+// A row of one side, read block by block.
+template <class T>
+struct Reader {
+  const void* row;
+  DType dtype;
+  T* buffer;
+  const T* operator()(int64_t at, int64_t n) const { return load(row, dtype, at, n, buffer); }
+};
+
+// ---- first sweep ------------------------------------------------------------------------------
+
+template <class T>
+inline void stats_sweep(const Reader<T>& read, int64_t vocab, double c, Side& side, double* raw) {
+  for (int64_t at = 0; at < vocab; at += kBlock) {
+    const int64_t n = least(kBlock, vocab - at);
+    const T* x = read(at, n);
+    double drop;
+    side.raise(max_of(x, padded(n)), c, drop);
+    side.sum += exp_sum(x, padded(n), static_cast<T>(side.shift()), static_cast<T>(c));
+    if (raw != nullptr) *raw += plain_sum(x, n);
+  }
+}
+
+// Both sides at once, and for an expectation the sum of w * (difference of scores) beside them:
+// cross = sum of e_t (y_t - y_s) or of e_s (y_s - y_t).
+template <class T, Expectation E>
+inline void first_sweep(const Args& a, const Reader<T>& student, const Reader<T>& teacher, double c,
+                        Side& s, Side& t, double& cross, Hard& hard) {
+  const bool at_one = a.hard != 0.0 && c != kLog2E;  // at T = 1 both sums are the same
+  for (int64_t at = 0; at < a.vocab; at += kBlock) {
+    const int64_t n = least(kBlock, a.vocab - at), m = padded(n);
+    const T* x = student(at, n);
+    const T* y = teacher(at, n);
+    double drop_s, drop_t;
+    const double old_s = s.sum, old_t = t.sum;
+    const double top_s = s.top;
+    const double shrink_s = s.raise(max_of(x, m), c, drop_s);
+    const double shrink_t = t.raise(max_of(y, m), c, drop_t);
+    if constexpr (E == Expectation::teacher) {
+      if (drop_s != 0.0 || drop_t != 0.0)
+        cross = shrink_t > 0.0 ? shrink_t * (cross + old_t * (drop_s - drop_t)) : 0.0;
+    } else if constexpr (E == Expectation::student) {
+      if (drop_s != 0.0 || drop_t != 0.0)
+        cross = shrink_s > 0.0 ? shrink_s * (cross + old_s * (drop_t - drop_s)) : 0.0;
+    }
+    const T ms = static_cast<T>(s.shift()), mt = static_cast<T>(t.shift()), k = static_cast<T>(c);
+    if constexpr (E == Expectation::none) {
+      s.sum += exp_sum(x, m, ms, k);
+      t.sum += exp_sum(y, m, mt, k);
+    } else {
+      T sum_s = 0, sum_t = 0, sum_w = 0;
+#pragma omp simd reduction(+ : sum_s, sum_t, sum_w)
+      for (int64_t i = 0; i < m; ++i) {
+        const T ys = (x[i] - ms) * k, yt = (y[i] - mt) * k;
+        const T es = exp2(ys), et = exp2(yt);
+        sum_s += es;
+        sum_t += et;
+        sum_w += E == Expectation::teacher ? weighted(et, yt - ys) : weighted(es, ys - yt);
+      }
+      s.sum += sum_s;
+      t.sum += sum_t;
+      cross += sum_w;
+    }
+    if (at_one) {
+      if (s.top > top_s && top_s != -kInfinity) hard.sum *= exp2((top_s - s.top) * kLog2E);
+      hard.sum += exp_sum(x, m, ms, static_cast<T>(kLog2E));
+    }
+    if (a.smoothing != 0.0) hard.raw += plain_sum(x, n);
+  }
+  if (a.hard != 0.0 && !at_one) hard.sum = s.sum;
+}
+
+// ---- second sweep: sums of value and slope ----------------------------------------------------
+
+template <class T, class D>
+inline void pair_sweep(const Args& a, const Reader<T>& student, const Reader<T>& teacher,
+                       const Score<T>& q_of, const Score<T>& p_of, double& value, double& slope) {
+  const T param = static_cast<T>(a.param), ln2 = static_cast<T>(kLn2);
+  for (int64_t at = (a.vocab - 1) / kBlock * kBlock; at >= 0; at -= kBlock) {
+    const int64_t n = least(kBlock, a.vocab - at);
+    const T* x = student(at, n);
+    const T* y = teacher(at, n);
+    T sum_v = 0, sum_g = 0;
+#pragma omp simd reduction(+ : sum_v, sum_g)
+    for (int64_t i = 0; i < padded(n); ++i) {
+      const T lq = q_of(x[i]), lp = p_of(y[i]);
+      const Point<T> at_i = D::at(lp * ln2, lq * ln2, exp2(lp), exp2(lq), param);
+      sum_v += at_i.value;
+      sum_g += at_i.slope;
+    }
+    value += sum_v;
+    slope += sum_g;
+  }
+}
+
+// ---- last sweep: the gradient -----------------------------------------------------------------
+
+inline void fill(const Args& a, int64_t r, int64_t from, double value) {
+  char* row = a.grad.row(r);
+  if (value == 0.0) {
+    __builtin_memset(row + from * size_of(a.grad.dtype), 0,
+                     static_cast<uint64_t>((a.width - from) * size_of(a.grad.dtype)));
+    return;
+  }
+  const double block[kPad] = {value, value, value, value, value, value, value, value,
+                              value, value, value, value, value, value, value, value};
+  for (int64_t at = from; at < a.vocab; at += kPad)
+    store(block, row, a.grad.dtype, at, least(kPad, a.vocab - at));
+  fill(a, r, a.vocab, 0.0);
+}
+
+// What the gradient of one row needs.
+template <class T>
+struct Slopes {
+  Score<T> q_of;
+  Score<T> p_of;
+  Score<T> hard_of;  // the student at T = 1
+  double slope;      // sum of centred slopes
+  double scale;      // of the whole row
+};
+
+// k (slope - q * sum of slopes) and, for a hard label, h (softmax - smoothing / classes); the
+// label's own column follows.
+template <class T, class D, bool WithHard>
+inline void grad_block(const Args& a, const Slopes<T>& w, const T* x, const T* y, T* g, int64_t m) {
+  const T param = static_cast<T>(a.param), ln2 = static_cast<T>(kLn2);
+  const T k = static_cast<T>(w.scale * a.soft / a.temperature), slope = static_cast<T>(w.slope);
+  const T h = static_cast<T>(w.scale * a.hard);
+  const T even = static_cast<T>(a.smoothing / static_cast<double>(a.classes));
+#pragma omp simd
+  for (int64_t i = 0; i < m; ++i) {
+    const T lq = w.q_of(x[i]), lp = w.p_of(y[i]);
+    const T q = exp2(lq), p = exp2(lp);
+    const T at = D::at(lp * ln2, lq * ln2, p, q, param).slope;
+    T out = k * (at - q * slope);
+    if constexpr (WithHard) out += h * (exp2(w.hard_of(x[i])) - even);
+    g[i] = out;
+  }
+}
+
+// Backwards, over what the first sweep has left in the cache.
+template <class T, class D>
+inline void grad_sweep(const Args& a, int64_t r, const Reader<T>& student, const Reader<T>& teacher,
+                       const Slopes<T>& w, T* buffer) {
+  void* row = a.grad.row(r);
+  const int64_t label = a.label != nullptr && a.hard != 0.0 ? a.label[r] : -1;
+  for (int64_t at = (a.vocab - 1) / kBlock * kBlock; at >= 0; at -= kBlock) {
+    const int64_t n = least(kBlock, a.vocab - at);
+    const T* x = student(at, n);
+    const T* y = teacher(at, n);
+    T* g = target(row, a.grad.dtype, at, n, buffer);
+    if (a.hard != 0.0) {
+      grad_block<T, D, true>(a, w, x, y, g, padded(n));
+      if (label >= at && label < at + n)
+        g[label - at] -= static_cast<T>(w.scale * a.hard * (1.0 - a.smoothing));
+    } else {
+      grad_block<T, D, false>(a, w, x, y, g, padded(n));
+    }
+    if (g == buffer) store(buffer, row, a.grad.dtype, at, n);
+  }
+  fill(a, r, a.vocab, 0.0);
+}
+
+// ---- the passes -------------------------------------------------------------------------------
+
+template <class T>
+inline double scale_of(const Args& a, int64_t r) {
+  return a.scale == nullptr ? a.factor
+                            : static_cast<double>(static_cast<const T*>(a.scale)[r]) * a.factor;
+}
+
+inline bool dropped(const Args& a, int64_t r) { return a.keep != nullptr && a.keep[r] == 0; }
+
+template <class T>
+inline double cross_entropy(const Args& a, int64_t r, const Side& s, const Hard& hard,
+                            const Reader<T>& student) {
+  const int64_t label = a.label[r];
+  T at_label = 0;
+  if (label >= 0 && label < a.vocab) at_label = *load(student.row, student.dtype, label, 1, student.buffer);
+  const double log_sum = __builtin_log(hard.sum);
+  double loss = (1.0 - a.smoothing) * ((s.top - static_cast<double>(at_label)) + log_sum);
+  if (a.smoothing != 0.0)
+    loss += a.smoothing * ((s.top - hard.raw / static_cast<double>(a.classes)) + log_sum);
+  return loss;
+}
+
+template <class T, class D>
+void fused(const Args& a, int64_t begin, int64_t end) {
+  Buffers<T> buffers;
+  const double c = kLog2E / a.temperature;
+  T* out = static_cast<T*>(a.out);
+  for (int64_t r = begin; r < end; ++r) {
+    const bool with_grad = a.grad.data != nullptr;
+    if (dropped(a, r)) {
+      out[r] = 0;
+      if (with_grad) fill(a, r, 0, 0.0);
+      continue;
+    }
+    const Reader<T> student{a.student.row(r), a.student.dtype, buffers.s};
+    const Reader<T> teacher{a.teacher.row(r), a.teacher.dtype, buffers.t};
+    Side s, t;
+    Hard hard;
+    double cross = 0.0;
+    first_sweep<T, D::expectation>(a, student, teacher, c, s, t, cross, hard);
+    if (s.empty() || t.empty()) {
+      // two impossible sides differ in nothing; one is no distribution, nor has it a label
+      const double result = s.empty() && t.empty() && a.hard == 0.0 ? 0.0 : kNaN;
+      out[r] = static_cast<T>(result);
+      if (with_grad) fill(a, r, 0, result);
+      continue;
+    }
+    double value = 0.0, slope = 0.0;
+    const Score<T> q_of(s, c), p_of(t, c);
+    if constexpr (D::expectation == Expectation::teacher) {
+      value = cross / t.sum * kLn2 + (__builtin_log(s.sum) - __builtin_log(t.sum));
+      slope = 0.0;  // sum of q - p
+    } else if constexpr (D::expectation == Expectation::student) {
+      value = cross / s.sum * kLn2 + (__builtin_log(t.sum) - __builtin_log(s.sum));
+      slope = value;
+    } else {
+      pair_sweep<T, D>(a, student, teacher, q_of, p_of, value, slope);
+    }
+    double loss = a.soft * value;
+    if (a.hard != 0.0) loss += a.hard * cross_entropy(a, r, s, hard, student);
+    out[r] = static_cast<T>(loss);
+    if (!with_grad) continue;
+    Side one = s;
+    one.sum = hard.sum;
+    const Slopes<T> slopes{q_of, p_of, Score<T>(one, kLog2E), slope, scale_of<T>(a, r)};
+    grad_sweep<T, D>(a, r, student, teacher, slopes, buffers.g);
+  }
+}
+
+template <class T>
+void stats(const Args& a, int64_t begin, int64_t end) {
+  Buffers<T> buffers;
+  for (int64_t r = begin; r < end; ++r) {
+    T* out = static_cast<T*>(a.out) + 3 * r;
+    Side side;
+    double raw = 0.0;
+    if (dropped(a, r)) {
+      side.top = 0.0;
+    } else {
+      const Reader<T> read{a.student.row(r), a.student.dtype, buffers.s};
+      stats_sweep(read, a.vocab, kLog2E / a.temperature, side, &raw);
+    }
+    out[0] = static_cast<T>(side.top);
+    out[1] = static_cast<T>(side.sum);
+    out[2] = static_cast<T>(raw);
+  }
+}
+
+template <class T>
+inline Side side_of(const void* stats, int64_t r) {
+  const T* row = static_cast<const T*>(stats) + 3 * r;
+  Side side;
+  side.top = row[0];
+  side.sum = row[1];
+  return side;
+}
+
+template <class T, class D>
+void loss(const Args& a, int64_t begin, int64_t end) {
+  Buffers<T> buffers;
+  const double c = kLog2E / a.temperature;
+  for (int64_t r = begin; r < end; ++r) {
+    T* out = static_cast<T*>(a.out) + 2 * r;
+    double value = 0.0, slope = 0.0;
+    if (!dropped(a, r)) {
+      const Side s = side_of<T>(a.stats_s, r), t = side_of<T>(a.stats_t, r);
+      const Reader<T> student{a.student.row(r), a.student.dtype, buffers.s};
+      const Reader<T> teacher{a.teacher.row(r), a.teacher.dtype, buffers.t};
+      if (s.empty() != t.empty()) {
+        value = slope = kNaN;
+      } else if (!s.empty()) {
+        pair_sweep<T, D>(a, student, teacher, Score<T>(s, c), Score<T>(t, c), value, slope);
+      }
+    }
+    out[0] = static_cast<T>(value);
+    out[1] = static_cast<T>(slope);
+  }
+}
+
+template <class T, class D>
+void grad(const Args& a, int64_t begin, int64_t end) {
+  Buffers<T> buffers;
+  const double c = kLog2E / a.temperature;
+  for (int64_t r = begin; r < end; ++r) {
+    if (dropped(a, r)) {
+      fill(a, r, 0, 0.0);
+      continue;
+    }
+    const Side s = side_of<T>(a.stats_s, r), t = side_of<T>(a.stats_t, r);
+    if (s.empty() || t.empty()) {
+      fill(a, r, 0, s.empty() && t.empty() && a.hard == 0.0 ? 0.0 : kNaN);
+      continue;
+    }
+    const Reader<T> student{a.student.row(r), a.student.dtype, buffers.s};
+    const Reader<T> teacher{a.teacher.row(r), a.teacher.dtype, buffers.t};
+    const Side one = a.hard != 0.0 ? side_of<T>(a.stats_hard, r) : s;
+    const Slopes<T> slopes{Score<T>(s, c), Score<T>(t, c), Score<T>(one, kLog2E),
+                           static_cast<double>(static_cast<const T*>(a.slope)[r]),
+                           scale_of<T>(a, r)};
+    grad_sweep<T, D>(a, r, student, teacher, slopes, buffers.g);
+  }
+}
+
+// x *= by, for the gradients that an upstream gradient other than 1 meets.
+template <class T>
+inline void multiply_as(char* data, DType dtype, int64_t n, double by) {
+  alignas(64) T buffer[kBlock];
+  const T k = static_cast<T>(by);
+  for (int64_t at = 0; at < n; at += kBlock) {
+    const int64_t m = least(kBlock, n - at);
+    const T* x = load(data, dtype, at, m, buffer);
+    T* y = target(data, dtype, at, m, buffer);
+#pragma omp simd
+    for (int64_t i = 0; i < m; ++i) y[i] = x[i] * k;
+    if (y == buffer) store(buffer, data, dtype, at, m);
+  }
+}
+
+}  // namespace
+}  // namespace FASTKD_ISA
+}  // namespace fastkd

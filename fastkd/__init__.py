@@ -1,0 +1,32 @@
+"""fastkd: the loss of knowledge distillation in one trip through memory."""
+
+from fastkd import nn
+from fastkd.backend import use_backend
+from fastkd.divergence import divergences
+from fastkd.about import __version__, info
+from fastkd.losses import (
+    checked,
+    distillation_loss,
+    js_div,
+    kl_div,
+    reverse_kl_div,
+    skew_kl_div,
+    skew_reverse_kl_div,
+    tv_distance,
+)
+
+__all__ = [
+    "__version__",
+    "checked",
+    "distillation_loss",
+    "divergences",
+    "info",
+    "js_div",
+    "kl_div",
+    "nn",
+    "reverse_kl_div",
+    "skew_kl_div",
+    "skew_reverse_kl_div",
+    "tv_distance",
+    "use_backend",
+]

@@ -1,0 +1,229 @@
+"""The interface of the passes over rows, and the choice of who runs them.
+
+A backend is a module with the functions of `Passes`. It sees rows, not losses: operands of shape
+[A, B, V] (row r is [r // B, r % B], columns contiguous, any strides in front), a keep mask, a
+column of the hard label and a scale per row. It never sees a reduction or a process group.
+
+    fused   loss of each row and, where asked, its gradient: the fast form, one trip
+    stats   (max, sum of exp((x - max) / T), sum of x) of each row
+    loss    (sum of value, sum of centred slope) of each row, given both sides' stats
+    grad    the gradient, given both sides' stats and the sum of slopes
+
+`stats`, `loss`, `grad` are the split form of `fused`: what a split vocabulary needs, with an
+all-reduce between each two. Accumulation is float32, float64 where either operand is float64.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+NAMES = ("reference", "cpu", "gpu")
+
+
+class Plan(NamedTuple):
+    """What a row costs: soft * D(p, q) + hard * CE(label, student at T = 1).
+
+    Only the first `vocab` columns are used. `classes` is the size of the whole vocabulary (more
+    than `vocab` where it is split over ranks); label smoothing spreads over it.
+    """
+
+    divergence: str
+    param: float
+    temperature: float
+    soft: float
+    hard: float
+    smoothing: float
+    vocab: int
+    classes: int
+
+
+class Passes(Protocol):
+    """What a backend module provides. N = A * B rows; acc is float32 or float64 (see `acc_dtype`).
+
+    keep [N] bool or None: rows that are False are never read; their loss and gradient are 0.
+    label [N] int64 or None (when plan.hard is 0): the column of the hard label. A column outside
+    0 <= label < plan.vocab is no column here (it stands on another rank, or the caller has made
+    the row NaN through `scale`).
+    scale [N] acc or None, factor float: the gradient of a row is multiplied by scale * factor.
+    grad [A, B, W] with W >= vocab, any float dtype, may share the student's memory: columns from
+    vocab to W are written 0.
+    """
+
+    def fused(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        plan: Plan,
+        keep: Tensor | None,
+        label: Tensor | None,
+        scale: Tensor | None,
+        factor: float,
+        grad: Tensor | None,
+    ) -> Tensor:
+        """Loss [N] acc of each row (not scaled); writes the scaled gradient where grad is given."""
+
+    def stats(self, x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
+        """[N, 3] acc: max of x, sum of exp((x - max) / temperature), sum of x; 0 if not kept."""
+
+    def loss(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        stats_s: Tensor,
+        stats_t: Tensor,
+        plan: Plan,
+        keep: Tensor | None,
+    ) -> Tensor:
+        """[N, 2] acc: sum of the value, sum of the centred slope; 0 where not kept."""
+
+    def grad(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        stats_s: Tensor,
+        stats_t: Tensor,
+        stats_hard: Tensor | None,
+        slope: Tensor,
+        plan: Plan,
+        keep: Tensor | None,
+        label: Tensor | None,
+        scale: Tensor | None,
+        factor: float,
+        grad: Tensor,
+    ) -> None:
+        """Writes the gradient; slope [N] sum of centred slopes, stats_hard the stats at T = 1."""
+
+    def total(self, loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
+        """0-d acc: factor * sum of scale * loss, the same bits whatever the number of threads."""
+
+    def multiply(self, grad: Tensor, by: Tensor) -> None:
+        """grad *= by (0-d, acc) in place, leaving at once where `by` is 1; no synchronisation."""
+
+
+def acc_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """float64 if either side is, else float32."""
+    wide = student.dtype == torch.float64 or teacher.dtype == torch.float64
+    return torch.float64 if wide else torch.float32
+
+
+def rows(x: Tensor) -> Tensor:
+    """A [A, B, V] view of x [..., V]; copies only where three or more strides do not merge."""
+    if x.dim() == 2:
+        return x.unsqueeze(0)
+    n, vocab = x.numel() // max(x.size(-1), 1), x.size(-1)
+    if x.is_contiguous():
+        return x.view(1, n, vocab)
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == size * stride:
+            sizes[-1], strides[-1] = sizes[-1] * size, stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    if len(sizes) > 2 or n == 0:
+        return x.reshape(1, n, vocab)
+    while len(sizes) < 2:
+        sizes.insert(0, 1)
+        strides.insert(0, 0)
+    return x.as_strided((*sizes, vocab), (*strides, 1))
+
+
+_forced: ContextVar[str | None] = ContextVar("fastkd_backend", default=None)
+
+
+def _valid(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(NAMES)}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs the losses called inside on the named backend.
+
+    Args:
+        name: "reference" (plain torch, any device), "cpu" (C++), "gpu" (Triton; on CPU tensors
+            only through Triton's interpreter). FASTKD_BACKEND does the same for a whole process.
+
+    Raises:
+        ValueError: another name.
+        RuntimeError: at the loss, if that backend cannot run on the tensors' device.
+    """
+    token = _forced.set(_valid(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced() -> str | None:
+    """The backend chosen by hand, if one is."""
+    name = _forced.get()
+    if name is None and (env := os.environ.get("FASTKD_BACKEND")):
+        name = _valid(env, "FASTKD_BACKEND")
+    return name
+
+
+@cache
+def _load(name: str) -> Passes | None:
+    """The backend's module, or None (said once) where it cannot run on this machine."""
+    try:
+        return cast(Passes, importlib.import_module(f"fastkd.{name}"))
+    except ImportError as error:
+        warnings.warn(
+            f"fastkd: the {name!r} backend is not available ({error}); its losses run on the "
+            "reference, in plain torch: the same values, slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def interpreted() -> bool:
+    """True where Triton kernels run through the interpreter, on CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def pick_name(device: torch.device) -> str:
+    """The backend for a device: the forced one where it can run there, else the device's own."""
+    is_gpu = device.type in ("cuda", "xpu")
+    name = forced()
+    if name is None:
+        return "gpu" if is_gpu else "cpu" if device.type == "cpu" else "reference"
+    if name == "cpu" and device.type != "cpu":
+        raise RuntimeError(f"backend 'cpu' was asked for, but the tensors are on {device}")
+    if name == "gpu" and not is_gpu and not (device.type == "cpu" and interpreted()):
+        raise RuntimeError(
+            f"backend 'gpu' was asked for, but the tensors are on {device} (Triton runs CPU "
+            "tensors only through its interpreter: set TRITON_INTERPRET=1 before Python starts)"
+        )
+    return name
+
+
+def pick(device: torch.device) -> Passes:
+    """The passes for tensors on a device.
+
+    Raises:
+        RuntimeError: a backend was chosen by hand that cannot run there or is not built.
+    """
+    name = pick_name(device)
+    passes = _load(name)
+    if passes is None:
+        if forced() == name:
+            raise RuntimeError(f"backend {name!r} was asked for, but is not available here")
+        passes = _load("reference")
+    assert passes is not None
+    return passes

@@ -1,0 +1,214 @@
+"""The passes through the C++ extension `fastkd._C` (see `fastkd.backend.Passes`).
+
+Tensors go in as addresses: everything that the kernels take for granted (shapes, strides, dtypes,
+int64 labels, one keep byte per row) is made so here or by the callers in losses.py.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import _C  # an ImportError here is what backend.pick turns into the reference
+from fastkd.backend import Plan, acc_dtype
+
+if name := os.environ.get("FASTKD_ISA"):
+    try:
+        _C.use_isa(name)
+    except ValueError as error:
+        raise RuntimeError(f"FASTKD_ISA: {error} (here: {', '.join(_C.isas())})") from None
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_INDEX = {name: index for index, name in enumerate(_C.divergences())}
+_NONE = (0, 0, 1, 0, 0)
+# Elements below which a second thread costs more than it saves: waking one takes microseconds.
+_GRAIN = 16384
+# Bytes from which a fresh gradient is worth asking huge pages for.
+_HUGE = 1 << 22
+
+
+def build() -> dict[str, Any]:
+    """How the extension was built and what it runs on."""
+    return {
+        "isa": _C.isa(),
+        "isas": _C.isas(),
+        "openmp": _C.openmp(),
+        "compiler": _C.compiler(),
+    }
+
+
+def _threads(elements: int) -> int:
+    return max(1, min(torch.get_num_threads(), elements // _GRAIN))
+
+
+def _operand(x: Tensor) -> tuple[int, int, int, int, int]:
+    _, b, _ = x.shape
+    outer, inner, _ = x.stride()
+    return x.data_ptr(), _DTYPES[x.dtype], max(b, 1), outer, inner
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _plan(plan: Plan) -> tuple[int, float, float, float, float, float, int, int]:
+    return (_INDEX[plan.divergence], *plan[1:])
+
+
+def fused(
+    student: Tensor,
+    teacher: Tensor,
+    plan: Plan,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor | None,
+) -> Tensor:
+    a, b, _ = student.shape
+    n, acc = a * b, acc_dtype(student, teacher)
+    out = torch.empty(n, dtype=acc)
+    if n == 0:
+        return out
+    if grad is not None and grad.data_ptr() != student.data_ptr():
+        bytes_ = grad.numel() * grad.element_size()
+        if bytes_ >= _HUGE:
+            _C.advise_huge_pages(grad.data_ptr(), bytes_)
+    _C.fused(
+        acc == torch.float64,
+        n,
+        _threads(n * plan.vocab),
+        _operand(student),
+        _operand(teacher),
+        _plan(plan),
+        _address(keep),
+        _address(label),
+        _address(scale),
+        factor,
+        _NONE if grad is None else _operand(grad),
+        0 if grad is None else grad.size(-1),
+        out.data_ptr(),
+    )
+    return out
+
+
+def stats(x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
+    a, b, _ = x.shape
+    n, acc = a * b, acc_dtype(x, x)
+    out = torch.empty(n, 3, dtype=acc)
+    _C.stats(
+        acc == torch.float64,
+        n,
+        _threads(n * vocab),
+        _operand(x),
+        temperature,
+        vocab,
+        _address(keep),
+        out.data_ptr(),
+    )
+    return out
+
+
+def loss(
+    student: Tensor,
+    teacher: Tensor,
+    stats_s: Tensor,
+    stats_t: Tensor,
+    plan: Plan,
+    keep: Tensor | None,
+) -> Tensor:
+    a, b, _ = student.shape
+    n, acc = a * b, acc_dtype(student, teacher)
+    out = torch.empty(n, 2, dtype=acc)
+    stats_s, stats_t = stats_s.to(acc).contiguous(), stats_t.to(acc).contiguous()
+    _C.loss(
+        acc == torch.float64,
+        n,
+        _threads(n * plan.vocab),
+        _operand(student),
+        _operand(teacher),
+        _plan(plan),
+        stats_s.data_ptr(),
+        stats_t.data_ptr(),
+        _address(keep),
+        out.data_ptr(),
+    )
+    return out
+
+
+def grad(
+    student: Tensor,
+    teacher: Tensor,
+    stats_s: Tensor,
+    stats_t: Tensor,
+    stats_hard: Tensor | None,
+    slope: Tensor,
+    plan: Plan,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor,
+) -> None:
+    a, b, _ = student.shape
+    n, acc = a * b, acc_dtype(student, teacher)
+    stats_s, stats_t = stats_s.to(acc).contiguous(), stats_t.to(acc).contiguous()
+    stats_hard = None if stats_hard is None else stats_hard.to(acc).contiguous()
+    slope = slope.to(acc).contiguous()
+    _C.grad(
+        acc == torch.float64,
+        n,
+        _threads(n * plan.vocab),
+        _operand(student),
+        _operand(teacher),
+        _plan(plan),
+        stats_s.data_ptr(),
+        stats_t.data_ptr(),
+        _address(stats_hard),
+        slope.data_ptr(),
+        _address(keep),
+        _address(label),
+        _address(scale),
+        factor,
+        _operand(grad),
+        grad.size(-1),
+    )
+
+
+def total(loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
+    out = torch.empty((), dtype=loss.dtype)
+    wide = loss.dtype == torch.float64
+    _C.total(wide, loss.data_ptr(), _address(scale), factor, loss.numel(), out.data_ptr())
+    return out
+
+
+def multiply(grad: Tensor, by: Tensor) -> None:
+    from fastkd.backend import rows
+
+    x = rows(grad)
+    a, b, width = x.shape
+    _C.multiply(
+        _operand(x),
+        a * b,
+        width,
+        _threads(x.numel()),
+        by.dtype == torch.float64,
+        by.data_ptr(),
+    )
+
+
+def exp2(x: Tensor) -> Tensor:
+    """2^x elementwise with the running instruction set; contiguous float32, x <= 1."""
+    out = torch.empty_like(x)
+    _C.exp2(x.data_ptr(), out.data_ptr(), x.numel())
+    return out
+
+
+def log(x: Tensor) -> Tensor:
+    """log x elementwise with the running instruction set; contiguous float32, x > 0."""
+    out = torch.empty_like(x)
+    _C.log(x.data_ptr(), out.data_ptr(), x.numel())
+    return out

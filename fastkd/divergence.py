@@ -1,0 +1,199 @@
+"""The table of divergences: name, parameter and its range, torch formula, paper.
+
+p is the teacher's distribution and q the student's, everywhere. A divergence is a sum over the
+vocabulary of a pointwise value l(log p, log q); its slope is dl / d(log q). The formulas below are
+the plain torch ones: the reference differentiates them, and the C++ (`csrc/divergence.h`) and
+Triton (`fastkd/gpu/divergence.py`) backends hold the same names with value and slope written out.
+
+A kernel's slope is *centred*: slope - centre * q, where `centre` is the slope per unit of q at
+p = q. Because sum(q) = 1, the gradient ( g_j - q_j * sum g ) / T is the same for both, but the
+centred one vanishes where p = q instead of cancelling there. Sums over a part of the vocabulary
+add centre * q back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """One entry of the table; calling it sets its parameter, as in `divergences.js(beta=0.1)`.
+
+    Args:
+        name: the key under which every backend knows it.
+        value: the pointwise torch formula of (log p, log q, parameter).
+        source: author, year and arXiv id.
+        parameter: name of its parameter (open range 0 to 1), or None if it has none.
+        default: the parameter's default.
+        centre: slope per unit of q where p = q, a function of the parameter.
+        dual: (name, parameter) of the same divergence with p and q exchanged, or None: the
+            teacher's gradient then comes from the reference.
+        expectation: "teacher" or "student" if the value is an expectation of log p - log q (its
+            sign turned for the student), which lets a kernel finish the loss in its first sweep.
+        given: the parameter as set by a call; None for the default.
+    """
+
+    name: str
+    value: Callable[[Tensor, Tensor, float], Tensor]
+    source: str
+    parameter: str | None = None
+    default: float = 0.0
+    centre: Callable[[float], float] = lambda parameter: 0.0
+    dual: Callable[[float], tuple[str, float]] | None = None
+    expectation: Literal["teacher", "student"] | None = None
+    given: float | None = None
+
+    def __call__(self, **parameters: float) -> Divergence:
+        """Returns the same divergence with its parameter set.
+
+        Raises:
+            TypeError: a parameter that this divergence does not have.
+            ValueError: a parameter that is not a number strictly between 0 and 1.
+        """
+        for name, value in parameters.items():
+            if name != self.parameter:
+                expected = f"{self.parameter!r}" if self.parameter else "none"
+                raise TypeError(f"divergence {self.name!r} got parameter {name!r}, takes {expected}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name}: got {value!r}, expected a number strictly between 0 and 1")
+            if not 0.0 < value < 1.0:
+                raise ValueError(f"{name}: got {value!r}, expected a number strictly between 0 and 1")
+            return replace(self, given=float(value))
+        return self
+
+    @property
+    def param(self) -> float:
+        """The parameter in force; 0.0 for a divergence without one."""
+        return self.default if self.given is None else self.given
+
+    def exchanged(self) -> Divergence | None:
+        """The divergence D'(q, p) = D(p, q), or None if the table has none."""
+        if self.dual is None:
+            return None
+        name, parameter = self.dual(self.param)
+        return replace(divergences[name], given=parameter)
+
+
+class Divergences:
+    """The table: `divergences.js`, `divergences["js"]`, iteration over names."""
+
+    def __init__(self, *entries: Divergence) -> None:
+        self._entries = {entry.name: entry for entry in entries}
+
+    def __getitem__(self, name: str) -> Divergence:
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise ValueError(
+                f"divergence: got {name!r}, expected one of {', '.join(self._entries)}"
+            ) from None
+
+    def __getattr__(self, name: str) -> Divergence:
+        if name.startswith("_") or name not in self._entries:
+            raise AttributeError(f"no divergence {name!r}; there are {', '.join(self)}")
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __dir__(self) -> list[str]:
+        return list(self._entries)
+
+
+def _weighted(logw: Tensor, x: Tensor) -> Tensor:
+    """w * x with 0 * anything = 0, in value and in gradient (both wheres are needed for that)."""
+    w = logw.exp()
+    zero = w == 0
+    return torch.where(zero, 0.0, w * torch.where(zero, 0.0, x))
+
+
+def _log_mixture(loga: Tensor, logb: Tensor, a: float) -> Tensor:
+    """log(a * exp(loga) + (1 - a) * exp(logb))."""
+    return torch.logaddexp(loga + math.log(a), logb + math.log1p(-a))
+
+
+def _kl(logp: Tensor, logq: Tensor, _: float) -> Tensor:
+    return _weighted(logp, logp - logq)
+
+
+def _reverse_kl(logp: Tensor, logq: Tensor, _: float) -> Tensor:
+    return _weighted(logq, logq - logp)
+
+
+def _js(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    logm = _log_mixture(logp, logq, beta)
+    return beta * _weighted(logp, logp - logm) + (1 - beta) * _weighted(logq, logq - logm)
+
+
+def _skew_kl(logp: Tensor, logq: Tensor, alpha: float) -> Tensor:
+    return _weighted(logp, logp - _log_mixture(logp, logq, alpha))
+
+
+def _skew_reverse_kl(logp: Tensor, logq: Tensor, alpha: float) -> Tensor:
+    return _weighted(logq, logq - _log_mixture(logq, logp, alpha))
+
+
+def _tv(logp: Tensor, logq: Tensor, _: float) -> Tensor:
+    return 0.5 * (logp.exp() - logq.exp()).abs()
+
+
+divergences = Divergences(
+    Divergence(
+        "kl",
+        _kl,
+        "Hinton et al. 2015, arXiv 1503.02531",
+        centre=lambda _: -1.0,
+        dual=lambda _: ("reverse_kl", 0.0),
+        expectation="teacher",
+    ),
+    Divergence(
+        "reverse_kl",
+        _reverse_kl,
+        "Gu et al. 2023 (MiniLLM), arXiv 2306.08543",
+        centre=lambda _: 1.0,
+        dual=lambda _: ("kl", 0.0),
+        expectation="student",
+    ),
+    Divergence(
+        "js",
+        _js,
+        "Agarwal et al. 2023 (GKD), arXiv 2306.13649",
+        parameter="beta",
+        default=0.5,
+        dual=lambda beta: ("js", 1.0 - beta),
+    ),
+    Divergence(
+        "skew_kl",
+        _skew_kl,
+        "Ko et al. 2024 (DistiLLM), arXiv 2402.03898",
+        parameter="alpha",
+        default=0.1,
+        centre=lambda alpha: alpha - 1.0,
+        dual=lambda alpha: ("skew_reverse_kl", alpha),
+    ),
+    Divergence(
+        "skew_reverse_kl",
+        _skew_reverse_kl,
+        "Ko et al. 2024 (DistiLLM), arXiv 2402.03898",
+        parameter="alpha",
+        default=0.1,
+        centre=lambda alpha: 1.0 - alpha,
+        dual=lambda alpha: ("skew_kl", alpha),
+    ),
+    Divergence(
+        "tv",
+        _tv,
+        "Wen et al. 2023 (f-DISTILL), arXiv 2307.15190",
+        dual=lambda _: ("tv", 0.0),
+    ),
+)

@@ -1,0 +1,199 @@
+"""The passes in plain torch: the fallback on every device and the oracle of the tests.
+
+`row_loss` is the definition of what fastkd computes, differentiable as often as torch is. The
+passes of `fastkd.backend.Passes` are made of it by autograd, so that no gradient is written here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkd.backend import Plan, acc_dtype
+from fastkd.divergence import Divergence, divergences
+
+INF = float("inf")
+
+
+def entry(plan: Plan) -> Divergence:
+    """The table's entry with the plan's parameter."""
+    divergence = divergences[plan.divergence]
+    return divergence(**{divergence.parameter: plan.param}) if divergence.parameter else divergence
+
+
+def pointwise(divergence: Divergence, logp: Tensor, logq: Tensor) -> Tensor:
+    """The value at each column; a column that is impossible on both sides costs nothing."""
+    dead = (logp == -INF) & (logq == -INF)
+    value = divergence.value(
+        torch.where(dead, 0.0, logp), torch.where(dead, 0.0, logq), divergence.param
+    )
+    return torch.where(dead, 0.0, value)
+
+
+def row_loss(
+    student: Tensor, teacher: Tensor, plan: Plan, keep: Tensor | None, label: Tensor | None
+) -> Tensor:
+    """soft * D(p, q) + hard * CE of each row.
+
+    Args:
+        student, teacher: [..., >= vocab] logits, any float dtypes.
+        plan: what is computed.
+        keep, label: [...] as in `Passes`.
+
+    Returns:
+        [...] float32 (float64 where an operand is): differentiable in both operands.
+    """
+    acc = acc_dtype(student, teacher)
+    s = student[..., : plan.vocab].to(acc)
+    t = teacher[..., : plan.vocab].to(acc)
+    if keep is not None:
+        # where, not a product: what an ignored row holds (NaN) must not reach value or gradient
+        s = torch.where(keep.unsqueeze(-1), s, 0.0)
+        t = torch.where(keep.unsqueeze(-1), t, 0.0)
+    # a row that is impossible everywhere on both sides is dead in every column: loss 0
+    empty = ((s == -INF) & (t == -INF)).all(-1, keepdim=True)
+    logq = (torch.where(empty, 0.0, s) / plan.temperature).log_softmax(-1)
+    logp = (torch.where(empty, 0.0, t) / plan.temperature).log_softmax(-1)
+    loss = pointwise(entry(plan), logp, logq).sum(-1)
+    loss = torch.where(empty.squeeze(-1), 0.0, loss)
+    if plan.soft != 1.0:
+        loss = plan.soft * loss
+    if plan.hard != 0.0:
+        assert label is not None
+        loss = loss + plan.hard * _cross_entropy(s, label, plan)
+    return loss if keep is None else torch.where(keep, loss, 0.0)
+
+
+def _cross_entropy(s: Tensor, label: Tensor, plan: Plan) -> Tensor:
+    here = (label >= 0) & (label < plan.vocab)
+    at_label = s.gather(-1, torch.where(here, label, 0).unsqueeze(-1)).squeeze(-1)
+    at_label = torch.where(here, at_label, 0.0)
+    loss = s.logsumexp(-1) - (1.0 - plan.smoothing) * at_label
+    if plan.smoothing != 0.0:
+        loss = loss - plan.smoothing * s.sum(-1) / plan.classes
+    return loss
+
+
+def _flat(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    return student.reshape(-1, student.size(-1)), teacher.reshape(-1, teacher.size(-1))
+
+
+def fused(
+    student: Tensor,
+    teacher: Tensor,
+    plan: Plan,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor | None,
+) -> Tensor:
+    s, t = _flat(student.detach(), teacher.detach())
+    with torch.set_grad_enabled(grad is not None):
+        s.requires_grad_(grad is not None)
+        loss = row_loss(s, t, plan, keep, label)
+        if grad is not None:
+            upstream = torch.full_like(loss, factor) if scale is None else scale * factor
+            (slope,) = torch.autograd.grad(loss, s, upstream)
+            if keep is not None:
+                slope = torch.where(keep.unsqueeze(-1), slope, 0.0)
+            grad[..., : slope.size(-1)].copy_(slope.view(*grad.shape[:-1], -1))
+    return loss.detach()
+
+
+def stats(x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x = x[..., :vocab].reshape(-1, vocab).to(acc)
+    if keep is not None:
+        x = torch.where(keep.unsqueeze(-1), x, 0.0)
+    top = x.amax(-1)
+    shifted = x - torch.where(top == -INF, 0.0, top).unsqueeze(-1)
+    out = torch.stack((top, (shifted / temperature).exp().sum(-1), x.sum(-1)), -1)
+    return out if keep is None else torch.where(keep.unsqueeze(-1), out, 0.0)
+
+
+def _log_prob(x: Tensor, stats: Tensor, plan: Plan, acc: torch.dtype) -> Tensor:
+    top, total, _ = stats.to(acc).unbind(-1)
+    top = torch.where(top == -INF, 0.0, top)
+    x = x[..., : plan.vocab].reshape(-1, plan.vocab).to(acc)
+    return (x - top.unsqueeze(-1)) / plan.temperature - total.log().unsqueeze(-1)
+
+
+def _value_and_slope(
+    student: Tensor,
+    teacher: Tensor,
+    stats_s: Tensor,
+    stats_t: Tensor,
+    plan: Plan,
+    keep: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, V] value, centred slope and q."""
+    acc = acc_dtype(student, teacher)
+    logq = _log_prob(student, stats_s, plan, acc)
+    logp = _log_prob(teacher, stats_t, plan, acc)
+    # total = 0 marks a side that is impossible everywhere: dead if both are, else NaN
+    both = ((stats_s[:, 1] == 0) & (stats_t[:, 1] == 0)).unsqueeze(-1)
+    logq, logp = (torch.where(both, -INF, x) for x in (logq, logp))
+    if keep is not None:
+        logq, logp = (torch.where(keep.unsqueeze(-1), x, 0.0) for x in (logq, logp))
+    divergence = entry(plan)
+    with torch.enable_grad():
+        logq = logq.detach().requires_grad_(True)
+        value = pointwise(divergence, logp.detach(), logq)
+        (slope,) = torch.autograd.grad(value.sum(), logq)
+    q = logq.detach().exp()
+    return value.detach(), slope - divergence.centre(divergence.param) * q, q
+
+
+def loss(
+    student: Tensor,
+    teacher: Tensor,
+    stats_s: Tensor,
+    stats_t: Tensor,
+    plan: Plan,
+    keep: Tensor | None,
+) -> Tensor:
+    value, slope, _ = _value_and_slope(student, teacher, stats_s, stats_t, plan, keep)
+    out = torch.stack((value.sum(-1), slope.sum(-1)), -1)
+    return out if keep is None else torch.where(keep.unsqueeze(-1), out, 0.0)
+
+
+def grad(
+    student: Tensor,
+    teacher: Tensor,
+    stats_s: Tensor,
+    stats_t: Tensor,
+    stats_hard: Tensor | None,
+    slope: Tensor,
+    plan: Plan,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor,
+) -> None:
+    _, at, q = _value_and_slope(student, teacher, stats_s, stats_t, plan, keep)
+    out = plan.soft * (at - q * slope.unsqueeze(-1)) / plan.temperature
+    if plan.hard != 0.0:
+        assert label is not None and stats_hard is not None
+        unit = plan._replace(temperature=1.0)
+        hard = _log_prob(student, stats_hard, unit, out.dtype).exp()
+        hard = hard - plan.smoothing / plan.classes
+        here = (label >= 0) & (label < plan.vocab)
+        column = torch.where(here, label, 0).unsqueeze(-1)
+        hard.scatter_add_(-1, column, (here * (plan.smoothing - 1.0)).to(hard.dtype).unsqueeze(-1))
+        out = out + plan.hard * hard
+    out = out * factor if scale is None else out * (scale * factor).unsqueeze(-1)
+    if keep is not None:
+        out = torch.where(keep.unsqueeze(-1), out, 0.0)
+    grad[..., : plan.vocab].copy_(out.view(*grad.shape[:-1], -1))
+    grad[..., plan.vocab :].zero_()
+
+
+def total(loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
+    wide = loss.double() if scale is None else loss.double() * scale
+    return (wide.sum() * factor).to(loss.dtype)
+
+
+def multiply(grad: Tensor, by: Tensor) -> None:
+    grad.mul_(by)
