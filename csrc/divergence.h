@@ -30,16 +30,24 @@ struct Point {
   T slope;
 };
 
+// x where the condition holds, else 0. By a mask: of a conditional compilers make a branch around
+// the arithmetic that leads to x, and then the loop no longer vectorises.
+template <class T>
+FASTKD_INLINE T where(bool condition, T x) {
+  using U = uint_of<T>;
+  return bits<T>(static_cast<U>(bits<U>(x) & (condition ? ~U(0) : U(0))));
+}
+
 // w * x with 0 * anything = 0
 template <class T>
-inline T weighted(T w, T x) {
-  return w == T(0) ? T(0) : w * x;
+FASTKD_INLINE T weighted(T w, T x) {
+  return w * where(w != T(0), x);
 }
 
 struct KL {
   static constexpr Expectation expectation = Expectation::teacher;
   template <class T>
-  static inline Point<T> at(T logp, T logq, T p, T q, T) {
+  static FASTKD_INLINE Point<T> at(T logp, T logq, T p, T q, T) {
     return {weighted(p, logp - logq), q - p};
   }
 };
@@ -47,7 +55,7 @@ struct KL {
 struct ReverseKL {
   static constexpr Expectation expectation = Expectation::student;
   template <class T>
-  static inline Point<T> at(T logp, T logq, T, T q, T) {
+  static FASTKD_INLINE Point<T> at(T logp, T logq, T, T q, T) {
     const T value = weighted(q, logq - logp);
     return {value, value};
   }
@@ -56,16 +64,16 @@ struct ReverseKL {
 struct JS {
   static constexpr Expectation expectation = Expectation::none;
   template <class T>
-  static inline Point<T> at(T logp, T logq, T p, T q, T beta) {
+  static FASTKD_INLINE Point<T> at(T logp, T logq, T p, T q, T beta) {
     // log(max(p, q) / m) = -log(w + (1 - w) * min / max): no cancellation, and exactly 0 at p = q
     const bool teacher = logp >= logq;
     const T high = teacher ? p : q, low = teacher ? q : p;
     const T w = teacher ? beta : T(1) - beta;
-    const T ratio = high > T(0) ? low / high : T(0);
+    const T ratio = where(high > T(0), low / high);
     const T log_high = -log(w + (T(1) - w) * ratio);
     const T gap = logp - logq;
-    const T log_p = teacher ? log_high : log_high + gap;  // log(p / m)
-    const T log_q = teacher ? log_high - gap : log_high;  // log(q / m)
+    const T log_p = log_high + where(!teacher, gap);  // log(p / m)
+    const T log_q = log_high - where(teacher, gap);   // log(q / m)
     const T of_q = (T(1) - beta) * weighted(q, log_q);
     return {beta * weighted(p, log_p) + of_q, of_q};
   }
@@ -74,7 +82,7 @@ struct JS {
 struct SkewKL {
   static constexpr Expectation expectation = Expectation::none;
   template <class T>
-  static inline Point<T> at(T, T, T p, T q, T alpha) {
+  static FASTKD_INLINE Point<T> at(T, T, T p, T q, T alpha) {
     const T rest = T(1) - alpha;
     const T m = alpha * p + rest * q;
     return {weighted(p, -log(alpha + rest * (q / p))),
@@ -85,7 +93,7 @@ struct SkewKL {
 struct SkewReverseKL {
   static constexpr Expectation expectation = Expectation::none;
   template <class T>
-  static inline Point<T> at(T, T, T p, T q, T alpha) {
+  static FASTKD_INLINE Point<T> at(T, T, T p, T q, T alpha) {
     const T rest = T(1) - alpha;
     const T m = rest * p + alpha * q;
     const T log_q = -log(alpha + rest * (p / q));  // log(q / m)
@@ -96,7 +104,7 @@ struct SkewReverseKL {
 struct TV {
   static constexpr Expectation expectation = Expectation::none;
   template <class T>
-  static inline Point<T> at(T, T, T p, T q, T) {
+  static FASTKD_INLINE Point<T> at(T, T, T p, T q, T) {
     const T gap = q - p;
     const T sign = gap > T(0) ? T(1) : gap < T(0) ? T(-1) : gap;  // gap itself: 0 or NaN
     return {T(0.5) * (gap < T(0) ? -gap : gap), T(0.5) * sign * q};

@@ -7,12 +7,16 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
 #include "kernels.h"
+
+// A call left in a loop keeps it from vectorising, and compilers do leave calls to larger functions.
+#define FASTKD_INLINE inline __attribute__((always_inline))
 
 namespace fastkd {
 namespace FASTKD_ISA {
@@ -28,16 +32,19 @@ constexpr double kLn2 = 0.6931471805599453;
 constexpr float kInf = __builtin_inff();
 
 template <class To, class From>
-inline To bits(From x) {
+FASTKD_INLINE To bits(From x) {
   static_assert(sizeof(To) == sizeof(From), "bits");
   To y;
   __builtin_memcpy(&y, &x, sizeof y);
   return y;
 }
 
+template <class T>
+using uint_of = typename std::conditional<sizeof(T) == 4, uint32_t, uint64_t>::type;
+
 // a * b + c, fused where the instruction set has it; -ffp-contract=off keeps every other product
 // rounded, which is what makes q - p exactly 0 for identical logits.
-inline float fma(float a, float b, float c) {
+FASTKD_INLINE float fma(float a, float b, float c) {
 #if defined(__FMA__) || defined(__aarch64__)
   return __builtin_fmaf(a, b, c);
 #else
@@ -48,7 +55,7 @@ inline float fma(float a, float b, float c) {
 // 2^x for x <= 1: at most kExp2Ulp ulp for x >= -126, exactly 0 below -127 and for -inf, NaN for NaN.
 // Minimax polynomial of degree 6 on [-1/2, 1/2] (relative error 1.9e-9); adding 1.5 * 2^23 rounds
 // x to an integer and leaves that integer in the low bits, ready to become the exponent.
-inline float exp2(float x) {
+FASTKD_INLINE float exp2(float x) {
   const float magic = 12582912.0f;
   x = x < -127.0f ? -127.0f : x;
   const float shifted = x + magic;
@@ -66,7 +73,7 @@ inline float exp2(float x) {
 // Natural logarithm for normal x > 0: at most kLogUlp ulp, exactly 0 at 1. Outside: finite (x = 0,
 // subnormal) or NaN. x = 2^k * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and minimax P of degree
 // 8 in log(1 + f) = f - f^2 / 2 + f^3 P(f).
-inline float log(float x) {
+FASTKD_INLINE float log(float x) {
   const uint32_t offset = bits<uint32_t>(x) - 0x3F3504F3u;
   const float k = static_cast<float>(static_cast<int32_t>(offset) >> 23);
   const float f = bits<float>((offset & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
@@ -88,21 +95,21 @@ inline float log(float x) {
 
 // float64 is the oracle's precision, not the fast path: the C library's functions.
 // Flushed where a float64 would be subnormal, so that a ratio of two probabilities stays finite.
-inline double exp2(double x) { return x < -1022.0 ? 0.0 : __builtin_exp2(x); }
-inline double log(double x) { return __builtin_log(x); }
-inline double fma(double a, double b, double c) { return a * b + c; }
+FASTKD_INLINE double exp2(double x) { return x < -1022.0 ? 0.0 : __builtin_exp2(x); }
+FASTKD_INLINE double log(double x) { return __builtin_log(x); }
+FASTKD_INLINE double fma(double a, double b, double c) { return a * b + c; }
 
-inline float from_bf16(uint16_t x) { return bits<float>(static_cast<uint32_t>(x) << 16); }
+FASTKD_INLINE float from_bf16(uint16_t x) { return bits<float>(static_cast<uint32_t>(x) << 16); }
 
 // Round to nearest even; a NaN stays one.
-inline uint16_t to_bf16(float x) {
+FASTKD_INLINE uint16_t to_bf16(float x) {
   const uint32_t u = bits<uint32_t>(x);
   const uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
   return static_cast<uint16_t>(x == x ? rounded : (u >> 16) | 0x40u);
 }
 
 // The portable half conversions, in integers and one exact float product each.
-inline float from_fp16(uint16_t x) {
+FASTKD_INLINE float from_fp16(uint16_t x) {
   const uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16;
   const uint32_t rest = static_cast<uint32_t>(x & 0x7FFFu) << 13;
   // the exponent is 112 too small: a product by 2^112, which also makes subnormals right
@@ -112,7 +119,7 @@ inline float from_fp16(uint16_t x) {
   return bits<float>((x & 0x7C00u) == 0x7C00u ? special : finite);
 }
 
-inline uint16_t to_fp16(float x) {
+FASTKD_INLINE uint16_t to_fp16(float x) {
   const uint32_t u = bits<uint32_t>(x);
   const uint32_t sign = (u >> 16) & 0x8000u;
   const uint32_t a = u & 0x7FFFFFFFu;
