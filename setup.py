@@ -47,7 +47,9 @@ class BuildExt(build_ext):
 
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "openmp.cpp"
-            source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+            source.write_text(
+                "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
+            )
             try:
                 objects = self.compiler.compile(
                     [str(source)], output_dir=folder, extra_postargs=["-fopenmp"]
@@ -65,7 +67,9 @@ class BuildExt(build_ext):
 extension = Pybind11Extension(
     "fastkd._C",
     [f"csrc/{name}.cpp" for name in SOURCES],
-    depends=[f"csrc/{name}" for name in ("vec.h", "divergence.h", "rows.h", "kernels.h", "kernels.inl")],
+    depends=[
+        f"csrc/{name}" for name in ("vec.h", "divergence.h", "rows.h", "kernels.h", "kernels.inl")
+    ],
     extra_compile_args=FLAGS,
     define_macros=[("FASTKD_X86", "1")] if X86 else [],
     cxx_std=17,

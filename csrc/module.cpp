@@ -216,6 +216,34 @@ void grad(int wide, int64_t rows, int threads, const Rows5& student, const Rows5
   share(rows, threads, [&](int64_t begin, int64_t end) { run(a, begin, end); });
 }
 
+// keep = label is not ignored; scale = keep * weight, divided by its sum where `mean` (0 where that
+// is 0). Returns the first row whose label is out of range, or -1.
+template <class T>
+int64_t weigh_as(int64_t n, const int64_t* label, int64_t ignore, int64_t vocab, const T* weight,
+                 bool mean, uint8_t* keep, T* scale) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool kept = label == nullptr || label[i] != ignore;
+    if (kept && label != nullptr && (label[i] < 0 || label[i] >= vocab)) return i;
+    if (keep != nullptr) keep[i] = kept;
+    scale[i] = !kept ? T(0) : weight == nullptr ? T(1) : weight[i];
+    sum += scale[i];
+  }
+  if (mean)
+    for (int64_t i = 0; i < n; ++i)
+      scale[i] = sum == 0.0 ? T(0) : static_cast<T>(scale[i] / sum);
+  return -1;
+}
+
+int64_t weigh(int wide, int64_t n, Address label, int64_t ignore, int64_t vocab, Address weight,
+              bool mean, Address keep, Address scale) {
+  if (wide)
+    return weigh_as(n, at<const int64_t>(label), ignore, vocab, at<const double>(weight), mean,
+                    at<uint8_t>(keep), at<double>(scale));
+  return weigh_as(n, at<const int64_t>(label), ignore, vocab, at<const float>(weight), mean,
+                  at<uint8_t>(keep), at<float>(scale));
+}
+
 // factor * sum of scale * loss, in double and in the order of the rows.
 template <class T>
 void total_as(Address loss, Address scale, double factor, int64_t n, Address out) {
@@ -278,6 +306,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("stats", &stats);
   m.def("loss", &loss);
   m.def("grad", &grad);
+  m.def("weigh", &weigh);
   m.def("total", &total);
   m.def("multiply", &multiply);
   m.def("advise_huge_pages", &advise_huge_pages);

@@ -1,11 +1,10 @@
 """fastkd: the loss of knowledge distillation in one trip through memory."""
 
 from fastkd import nn
+from fastkd.about import __version__, info
 from fastkd.backend import use_backend
 from fastkd.divergence import divergences
-from fastkd.about import __version__, info
 from fastkd.losses import (
-    checked,
     distillation_loss,
     js_div,
     kl_div,
@@ -14,6 +13,7 @@ from fastkd.losses import (
     skew_reverse_kl_div,
     tv_distance,
 )
+from fastkd.reduction import checked
 
 __all__ = [
     "__version__",

@@ -141,13 +141,17 @@ def rows(x: Tensor) -> Tensor:
     return x.as_strided((*sizes, vocab), (*strides, 1))
 
 
-_forced: ContextVar[str | None] = ContextVar("fastkd_backend", default=None)
-
-
 def _valid(name: str, source: str) -> str:
     if name not in NAMES:
         raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(NAMES)}")
     return name
+
+
+# read once: at every call it would cost as much as a small loss's arithmetic
+_environment = os.environ.get("FASTKD_BACKEND")
+_forced: ContextVar[str | None] = ContextVar(
+    "fastkd_backend", default=_valid(_environment, "FASTKD_BACKEND") if _environment else None
+)
 
 
 @contextmanager
@@ -156,7 +160,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: "reference" (plain torch, any device), "cpu" (C++), "gpu" (Triton; on CPU tensors
-            only through Triton's interpreter). FASTKD_BACKEND does the same for a whole process.
+            only through Triton's interpreter). FASTKD_BACKEND, set before fastkd is imported, does
+            the same for a whole process.
 
     Raises:
         ValueError: another name.
@@ -171,10 +176,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def forced() -> str | None:
     """The backend chosen by hand, if one is."""
-    name = _forced.get()
-    if name is None and (env := os.environ.get("FASTKD_BACKEND")):
-        name = _valid(env, "FASTKD_BACKEND")
-    return name
+    return _forced.get()
 
 
 @cache

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd import _C  # an ImportError here is what backend.pick turns into the reference
-from fastkd.backend import Plan, acc_dtype
+from fastkd.backend import Plan, acc_dtype, rows
 
 if name := os.environ.get("FASTKD_ISA"):
     try:
@@ -178,6 +178,34 @@ def grad(
     )
 
 
+def weigh(
+    labels: Tensor | None,
+    ignore_index: int,
+    vocab: int,
+    weight: Tensor | None,
+    mean: bool,
+    n: int,
+    acc: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor, int]:
+    """(keep, label, scale, first row whose label is out of range or -1); see reduction.fold."""
+    keep = None if labels is None else torch.empty(n, dtype=torch.bool)
+    label = None if labels is None else labels.reshape(-1).to(torch.int64).contiguous()
+    by = None if weight is None else weight.detach().reshape(-1).to(acc).contiguous()
+    scale = torch.empty(n, dtype=acc)
+    wrong = _C.weigh(
+        acc == torch.float64,
+        n,
+        _address(label),
+        ignore_index,
+        vocab,
+        _address(by),
+        mean,
+        _address(keep),
+        scale.data_ptr(),
+    )
+    return keep, label, scale, wrong
+
+
 def total(loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
     out = torch.empty((), dtype=loss.dtype)
     wide = loss.dtype == torch.float64
@@ -186,8 +214,6 @@ def total(loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
 
 
 def multiply(grad: Tensor, by: Tensor) -> None:
-    from fastkd.backend import rows
-
     x = rows(grad)
     a, b, width = x.shape
     _C.multiply(

@@ -60,11 +60,17 @@ class Divergence:
         for name, value in parameters.items():
             if name != self.parameter:
                 expected = f"{self.parameter!r}" if self.parameter else "none"
-                raise TypeError(f"divergence {self.name!r} got parameter {name!r}, takes {expected}")
+                raise TypeError(
+                    f"divergence {self.name!r} got parameter {name!r}, takes {expected}"
+                )
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name}: got {value!r}, expected a number strictly between 0 and 1")
+                raise TypeError(
+                    f"{name}: got {value!r}, expected a number strictly between 0 and 1"
+                )
             if not 0.0 < value < 1.0:
-                raise ValueError(f"{name}: got {value!r}, expected a number strictly between 0 and 1")
+                raise ValueError(
+                    f"{name}: got {value!r}, expected a number strictly between 0 and 1"
+                )
             return replace(self, given=float(value))
         return self
 

@@ -4,8 +4,8 @@ Two ways to the same passes:
 
 * `fused_total`, eager and reduced to a number: loss and gradient in one trip in forward. Backward
   hands the gradient out. It is given away once; a second backward computes it again.
-* `row_loss`, the registered operator `fastkd::dense_loss`: one loss per row, the gradient computed
-  in backward, nothing of size N x V kept. It serves reduction="none" and torch.compile.
+* `row_loss`: one loss per row, the gradient computed in backward, nothing of size N x V kept. It
+  serves reduction="none" and, as the registered operator `fastkd::dense_loss`, torch.compile.
 
 The teacher's gradient is the student's gradient of the dual divergence with the sides exchanged.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastkd import reference
 from fastkd.backend import Passes, Plan, acc_dtype, pick, rows
+from fastkd.reduction import Folded
 
 
 def _dual(plan: Plan) -> Plan:
@@ -28,22 +29,23 @@ def _dual(plan: Plan) -> Plan:
     return plan._replace(divergence=dual.name, param=dual.param, hard=0.0, smoothing=0.0)
 
 
+def _loss(passes: Passes, student: Tensor, teacher: Tensor, plan: Plan, folded: Folded) -> Tensor:
+    keep, label, scale, factor = folded
+    return passes.fused(rows(student), rows(teacher), plan, keep, label, scale, factor, None)
+
+
 def _gradient(
     passes: Passes,
     student: Tensor,
     teacher: Tensor,
     plan: Plan,
-    keep: Tensor | None,
-    label: Tensor | None,
-    scale: Tensor | None,
-    factor: float,
+    folded: Folded,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss [N], gradient in the student's shape); into `out` where it is given."""
     grad = torch.empty_like(student, memory_format=torch.contiguous_format) if out is None else out
-    loss = passes.fused(
-        rows(student), rows(teacher), plan, keep, label, scale, factor, rows(grad)
-    )
+    keep, label, scale, factor = folded
+    loss = passes.fused(rows(student), rows(teacher), plan, keep, label, scale, factor, rows(grad))
     return loss, grad
 
 
@@ -67,57 +69,45 @@ def _differentiable(
 
 class _FusedTotal(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         student: Tensor,
         teacher: Tensor,
-        passes: Passes,
-        plan: Plan,
-        keep: Tensor | None,
-        label: Tensor | None,
-        scale: Tensor | None,
-        factor: float,
-        inplace: bool,
+        call: tuple[Passes, Plan, Folded, bool],
     ) -> Tensor:
-        need_s, need_t, *_ = ctx.needs_input_grad
+        passes, plan, folded, inplace = call
+        need_s, need_t, _ = ctx.needs_input_grad
         grad_s = grad_t = None
         if need_t:  # first: an inplace student is gone after its own gradient
-            plan_t = _dual(plan)
-            _, grad_t = _gradient(passes, teacher, student, plan_t, keep, None, scale, factor)
+            _, grad_t = _gradient(passes, teacher, student, _dual(plan), folded)
         if need_s:
             out = student.detach() if inplace else None
-            loss, grad_s = _gradient(
-                passes, student, teacher, plan, keep, label, scale, factor, out
-            )
+            loss, grad_s = _gradient(passes, student, teacher, plan, folded, out)
         else:
-            loss = passes.fused(
-                rows(student), rows(teacher), plan, keep, label, scale, factor, None
-            )
+            loss = _loss(passes, student, teacher, plan, folded)
         if need_s and inplace:
             # whoever saved these logits for a backward of his own must hear that they changed
             torch.autograd.graph.increment_version(student)
             ctx.save_for_backward(teacher)
+            ctx.version = student._version
         else:
             ctx.save_for_backward(student, teacher)
-        ctx.grads = (grad_s, grad_t)
-        ctx.rest = (passes, plan, keep, label, scale, factor, inplace)
-        ctx.first = None
-        ctx.version = student._version
-        return passes.total(loss, scale, factor)
+        ctx.grads, ctx.call, ctx.first = (grad_s, grad_t), call, None
+        return passes.total(loss, folded.scale, folded.factor)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             grads = _FusedTotal._graph(ctx, upstream)
         elif ctx.first is None:
             grads = _FusedTotal._first(ctx, upstream)
         else:
             grads = _FusedTotal._again(ctx, upstream)
-        return (*grads, None, None, None, None, None, None, None)
+        return (*grads, None)
 
     @staticmethod
     def _first(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
-        passes, inplace = ctx.rest[0], ctx.rest[-1]
+        passes, _, _, inplace = ctx.call
         grads = list(ctx.grads)
         if inplace:
             _FusedTotal._check_untouched(ctx)
@@ -140,25 +130,23 @@ class _FusedTotal(torch.autograd.Function):
 
     @staticmethod
     def _again(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
-        passes, plan, keep, label, scale, factor, inplace = ctx.rest
-        need_s, need_t = ctx.needs_input_grad[:2]
+        passes, plan, folded, inplace = ctx.call
+        need_s, need_t, _ = ctx.needs_input_grad
         if inplace and need_s:
-            grad = ctx.grads[0]
             _FusedTotal._check_untouched(ctx)
             if need_t:
                 raise RuntimeError(
                     "inplace=True has overwritten the student's logits, which the teacher's "
                     "gradient of a second backward needs; use inplace=False with retain_graph"
                 )
-            return [grad * torch.where(ctx.first == upstream, 1.0, upstream / ctx.first), None]
+            ratio = torch.where(ctx.first == upstream, 1.0, upstream / ctx.first)
+            return [ctx.grads[0] * ratio, None]
         student, teacher = ctx.saved_tensors
         grads: list[Tensor | None] = [None, None]
         if need_s:
-            _, grads[0] = _gradient(passes, student, teacher, plan, keep, label, scale, factor)
+            _, grads[0] = _gradient(passes, student, teacher, plan, folded)
         if need_t:
-            _, grads[1] = _gradient(
-                passes, teacher, student, _dual(plan), keep, None, scale, factor
-            )
+            _, grads[1] = _gradient(passes, teacher, student, _dual(plan), folded)
         for grad in grads:
             if grad is not None:
                 passes.multiply(grad, upstream)
@@ -166,45 +154,90 @@ class _FusedTotal(torch.autograd.Function):
 
     @staticmethod
     def _graph(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
-        _, plan, keep, label, scale, factor, inplace = ctx.rest
-        need_s, need_t = ctx.needs_input_grad[:2]
+        _, plan, folded, inplace = ctx.call
+        need_s, need_t, _ = ctx.needs_input_grad
         if inplace and need_s:
             raise RuntimeError(
                 "inplace=True has overwritten the student's logits, which create_graph=True "
                 "(double backward) needs; use inplace=False"
             )
         student, teacher = ctx.saved_tensors
-        n = student.numel() // max(student.size(-1), 1)
-        by = upstream * factor if scale is None else upstream * factor * scale
+        by = upstream * folded.factor
+        by = (
+            by.expand(student.numel() // student.size(-1))
+            if folded.scale is None
+            else (by * folded.scale)
+        )
         return _differentiable(
-            student, teacher, plan, keep, label, by.expand(n), (need_s, need_t)
+            student, teacher, plan, folded.keep, folded.label, by, (need_s, need_t)
         )
 
 
 def fused_total(
-    passes: Passes,
-    student: Tensor,
-    teacher: Tensor,
-    plan: Plan,
-    keep: Tensor | None,
-    label: Tensor | None,
-    scale: Tensor | None,
-    factor: float,
-    inplace: bool,
+    passes: Passes, student: Tensor, teacher: Tensor, plan: Plan, folded: Folded, inplace: bool
 ) -> Tensor:
     """factor * sum of scale * (loss of each row), a 0-d tensor in acc dtype."""
-    if inplace and rows(student).data_ptr() != student.data_ptr():
-        inplace = False  # strides that no view of rows has: read from a copy, so written anew
     if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
-        return _FusedTotal.apply(
-            student, teacher, passes, plan, keep, label, scale, factor, inplace
-        )
-    loss = passes.fused(rows(student), rows(teacher), plan, keep, label, scale, factor, None)
-    return passes.total(loss, scale, factor)
+        if inplace and rows(student).data_ptr() != student.data_ptr():
+            inplace = False  # strides that no view of rows has: read from a copy, so written anew
+        return _FusedTotal.apply(student, teacher, (passes, plan, folded, inplace))
+    loss = _loss(passes, student, teacher, plan, folded)
+    return passes.total(loss, folded.scale, folded.factor)
+
+
+class _RowLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        keep: Tensor | None,
+        label: Tensor | None,
+        plan: Plan,
+    ) -> Tensor:
+        ctx.save_for_backward(student, teacher, keep, label)
+        ctx.plan = plan
+        return _eager_loss(student, teacher, keep, label, plan)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_row_backward(ctx, upstream, _eager_grad), None, None, None)
+
+
+def row_loss(
+    student: Tensor, teacher: Tensor, plan: Plan, keep: Tensor | None, label: Tensor | None
+) -> Tensor:
+    """Loss of each row, in the leading shape of the student; the gradient waits for backward."""
+    if torch.compiler.is_compiling():
+        return dense_loss(student, teacher, keep, label, *plan)
+    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+        # a registered operator costs some 10 us a call more than this, as much as a small loss
+        return _RowLoss.apply(student, teacher, keep, label, plan)
+    return _eager_loss(student, teacher, keep, label, plan)
+
+
+def _eager_loss(
+    student: Tensor, teacher: Tensor, keep: Tensor | None, label: Tensor | None, plan: Plan
+) -> Tensor:
+    folded = Folded(_flat(keep), _flat(label), None, 1.0)
+    return _loss(pick(student.device), student, teacher, plan, folded).view(student.shape[:-1])
+
+
+def _eager_grad(
+    student: Tensor,
+    teacher: Tensor,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor,
+    plan: Plan,
+) -> Tensor:
+    scale = scale.reshape(-1).to(acc_dtype(student, teacher)).contiguous()
+    folded = Folded(_flat(keep), _flat(label), scale, 1.0)
+    return _gradient(pick(student.device), student, teacher, plan, folded)[1]
 
 
 @torch.library.custom_op("fastkd::dense_loss", mutates_args=())
-def row_loss(
+def dense_loss(
     student: Tensor,
     teacher: Tensor,
     keep: Tensor | None,
@@ -221,14 +254,11 @@ def row_loss(
     """Loss of each row, in the leading shape of the student; see `fastkd.backend.Plan`."""
     plan = Plan(divergence, param, temperature, soft, hard, smoothing, vocab, classes)
     student, teacher = _columns_contiguous(student), _columns_contiguous(teacher)
-    loss = pick(student.device).fused(
-        rows(student), rows(teacher), plan, _flat(keep), _flat(label), None, 1.0, None
-    )
-    return loss.view(student.shape[:-1])
+    return _eager_loss(student, teacher, keep, label, plan)
 
 
 @torch.library.custom_op("fastkd::dense_grad", mutates_args=())
-def row_grad(
+def dense_grad(
     student: Tensor,
     teacher: Tensor,
     keep: Tensor | None,
@@ -246,12 +276,7 @@ def row_grad(
     """Gradient of sum(scale * dense_loss) in the student's shape and dtype."""
     plan = Plan(divergence, param, temperature, soft, hard, smoothing, vocab, classes)
     student, teacher = _columns_contiguous(student), _columns_contiguous(teacher)
-    acc = acc_dtype(student, teacher)
-    scale = scale.reshape(-1).to(acc).contiguous()
-    _, grad = _gradient(
-        pick(student.device), student, teacher, plan, _flat(keep), _flat(label), scale, 1.0
-    )
-    return grad
+    return _eager_grad(student, teacher, keep, label, scale, plan)
 
 
 def _columns_contiguous(x: Tensor) -> Tensor:
@@ -263,12 +288,12 @@ def _flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape(-1).contiguous()
 
 
-@row_loss.register_fake
+@dense_loss.register_fake
 def _(student: Tensor, teacher: Tensor, *_: Any) -> Tensor:
     return student.new_empty(student.shape[:-1], dtype=acc_dtype(student, teacher))
 
 
-@row_grad.register_fake
+@dense_grad.register_fake
 def _(student: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(student, memory_format=torch.contiguous_format)
 
@@ -279,12 +304,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.plan = Plan(*plan)
 
 
-def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+def _row_backward(ctx: Any, upstream: Tensor, grad_of: Any) -> list[Tensor | None]:
     student, teacher, keep, label = ctx.saved_tensors
     plan, (need_s, need_t) = ctx.plan, ctx.needs_input_grad[:2]
-    grads: list[Tensor | None] = [None, None]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        grads = _differentiable(
+        return _differentiable(
             student,
             teacher,
             plan,
@@ -293,12 +317,26 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
             upstream.reshape(-1),
             (need_s, need_t),
         )
-    else:
-        if need_s:
-            grads[0] = row_grad(student, teacher, keep, label, upstream, *plan)
-        if need_t:
-            grads[1] = row_grad(teacher, student, keep, None, upstream, *_dual(plan))
-    return (*grads, *(None for _ in range(2 + len(plan))))
+    grads: list[Tensor | None] = [None, None]
+    if need_s:
+        grads[0] = grad_of(student, teacher, keep, label, upstream, plan)
+    if need_t:
+        grads[1] = grad_of(teacher, student, keep, None, upstream, _dual(plan))
+    return grads
 
 
-row_loss.register_autograd(_backward, setup_context=_save)
+def _registered_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def grad_of(
+        student: Tensor,
+        teacher: Tensor,
+        keep: Tensor | None,
+        label: Tensor | None,
+        scale: Tensor,
+        plan: Plan,
+    ) -> Tensor:
+        return dense_grad(student, teacher, keep, label, scale, *plan)
+
+    return (*_row_backward(ctx, upstream, grad_of), *(None,) * (2 + len(ctx.plan)))
+
+
+dense_loss.register_autograd(_registered_backward, setup_context=_save)

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from fastkd import losses
+from fastkd import checks, losses
 from fastkd.divergence import Divergence, divergences
-from fastkd.losses import Reduction
+from fastkd.losses import MixedOptions, Reduction
 
 # the parameters' names are those of the functions, whose docstrings say what they mean
+
+
+class Options(TypedDict, total=False):
+    """The options of every module; those that are tensors are arguments of forward."""
+
+    temperature: float
+    ignore_index: int
+    reduction: Reduction
+    vocab_size: int | None
+    inplace: bool
 
 
 class _Loss(torch.nn.Module):
     def __init__(
         self,
-        *,
         temperature: float = 1.0,
         ignore_index: int = -100,
         reduction: Reduction = "mean",
@@ -25,34 +35,16 @@ class _Loss(torch.nn.Module):
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        losses._check_temperature(temperature)
-        if reduction not in losses.REDUCTIONS:
-            raise ValueError(
-                f"reduction: got {reduction!r}, expected one of {', '.join(losses.REDUCTIONS)}"
-            )
+        checks.temperature(temperature)
+        checks.reduction(reduction)
         self.temperature = temperature
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
         self.vocab_size = vocab_size
         self.inplace = inplace
 
-    if TYPE_CHECKING:
-
-        def __call__(
-            self,
-            student: Tensor,
-            teacher: Tensor,
-            labels: Tensor | None = None,
-            *,
-            weight: Tensor | None = None,
-            normalizer: float | Tensor | None = None,
-        ) -> Tensor: ...
-
-    def _rows(
-        self, labels: Tensor | None, weight: Tensor | None, normalizer: float | Tensor | None
-    ) -> losses.RowOptions:
+    def _rows(self, weight: Tensor | None, normalizer: float | Tensor | None) -> MixedOptions:
         return {
-            "labels": labels,
             "ignore_index": self.ignore_index,
             "weight": weight,
             "reduction": self.reduction,
@@ -62,6 +54,7 @@ class _Loss(torch.nn.Module):
         }
 
     def formula(self) -> str:
+        """The formula with the parameters in force."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -78,6 +71,9 @@ class _Loss(torch.nn.Module):
 class _Divergence(_Loss):
     divergence: Divergence
 
+    def __init__(self, **options: Unpack[Options]) -> None:
+        super().__init__(**options)
+
     def forward(
         self,
         student: Tensor,
@@ -87,13 +83,14 @@ class _Divergence(_Loss):
         weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
+        """The loss; arguments as in the function of the same name."""
         return losses._loss(
             type(self).__name__,
             student,
             teacher,
             self.divergence,
             self.temperature,
-            self._rows(labels, weight, normalizer),
+            {"labels": labels, **self._rows(weight, normalizer)},
         )
 
 
@@ -118,23 +115,8 @@ class ReverseKLDiv(_Divergence):
 class JSDiv(_Divergence):
     """Module of `fastkd.js_div`."""
 
-    def __init__(
-        self,
-        *,
-        beta: float = 0.5,
-        temperature: float = 1.0,
-        ignore_index: int = -100,
-        reduction: Reduction = "mean",
-        vocab_size: int | None = None,
-        inplace: bool = False,
-    ) -> None:
-        super().__init__(
-            temperature=temperature,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            vocab_size=vocab_size,
-            inplace=inplace,
-        )
+    def __init__(self, *, beta: float = 0.5, **options: Unpack[Options]) -> None:
+        super().__init__(**options)
         self.divergence = divergences.js(beta=beta)
 
     def formula(self) -> str:
@@ -142,41 +124,24 @@ class JSDiv(_Divergence):
         return f"{b:g} KL(p || m) + {1 - b:g} KL(q || m), m = {b:g} p + {1 - b:g} q"
 
 
-class _Skew(_Divergence):
-    def __init__(
-        self,
-        *,
-        alpha: float = 0.1,
-        temperature: float = 1.0,
-        ignore_index: int = -100,
-        reduction: Reduction = "mean",
-        vocab_size: int | None = None,
-        inplace: bool = False,
-    ) -> None:
-        super().__init__(
-            temperature=temperature,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            vocab_size=vocab_size,
-            inplace=inplace,
-        )
-        self.divergence = type(self).divergence(alpha=alpha)
-
-
-class SkewKLDiv(_Skew):
+class SkewKLDiv(_Divergence):
     """Module of `fastkd.skew_kl_div`."""
 
-    divergence = divergences.skew_kl
+    def __init__(self, *, alpha: float = 0.1, **options: Unpack[Options]) -> None:
+        super().__init__(**options)
+        self.divergence = divergences.skew_kl(alpha=alpha)
 
     def formula(self) -> str:
         a = self.divergence.param
         return f"KL(p || {a:g} p + {1 - a:g} q)"
 
 
-class SkewReverseKLDiv(_Skew):
+class SkewReverseKLDiv(_Divergence):
     """Module of `fastkd.skew_reverse_kl_div`."""
 
-    divergence = divergences.skew_reverse_kl
+    def __init__(self, *, alpha: float = 0.1, **options: Unpack[Options]) -> None:
+        super().__init__(**options)
+        self.divergence = divergences.skew_reverse_kl(alpha=alpha)
 
     def formula(self) -> str:
         a = self.divergence.param
@@ -208,17 +173,11 @@ class DistillationLoss(_Loss):
         vocab_size: int | None = None,
         inplace: bool = False,
     ) -> None:
-        super().__init__(
-            temperature=temperature,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            vocab_size=vocab_size,
-            inplace=inplace,
-        )
-        losses._check_share("alpha", alpha)
-        losses._check_share("label_smoothing", label_smoothing)
+        super().__init__(temperature, ignore_index, reduction, vocab_size, inplace)
+        checks.share("alpha", alpha)
+        checks.share("label_smoothing", label_smoothing)
         self.alpha = alpha
-        self.divergence = divergences[divergence] if isinstance(divergence, str) else divergence
+        self.divergence = losses._entry(divergence)
         self.label_smoothing = label_smoothing
         self.t_squared = t_squared
 
@@ -231,8 +190,7 @@ class DistillationLoss(_Loss):
         weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
-        rows = self._rows(labels, weight, normalizer)
-        rows.pop("labels")
+        """The loss; arguments as in `fastkd.distillation_loss`."""
         return losses.distillation_loss(
             student,
             teacher,
@@ -242,7 +200,7 @@ class DistillationLoss(_Loss):
             divergence=self.divergence,
             label_smoothing=self.label_smoothing,
             t_squared=self.t_squared,
-            **rows,
+            **self._rows(weight, normalizer),
         )
 
     def formula(self) -> str:

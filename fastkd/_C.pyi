@@ -1,0 +1,89 @@
+# What fastkd/cpu.py calls; an address is that of a contiguous array, 0 for one that is not given.
+# wide: 1 if sums and per-row arrays are float64, else float32.
+
+_Rows = tuple[int, int, int, int, int]  # address, dtype, inner size, outer stride, inner stride
+_Plan = tuple[int, float, float, float, float, float, int, int]
+
+def isas() -> list[str]: ...
+def isa() -> str: ...
+def use_isa(name: str) -> None: ...
+def divergences() -> list[str]: ...
+def openmp() -> bool: ...
+def compiler() -> str: ...
+def math_error_bounds() -> dict[str, float]: ...
+def advise_huge_pages(address: int, bytes: int, /) -> None: ...
+def exp2(x: int, y: int, n: int, /) -> None: ...
+def log(x: int, y: int, n: int, /) -> None: ...
+def fused(
+    wide: int,
+    rows: int,
+    threads: int,
+    student: _Rows,
+    teacher: _Rows,
+    plan: _Plan,
+    keep: int,
+    label: int,
+    scale: int,
+    factor: float,
+    grad: _Rows,
+    width: int,
+    out: int,
+    /,
+) -> None: ...
+def stats(
+    wide: int,
+    rows: int,
+    threads: int,
+    x: _Rows,
+    temperature: float,
+    vocab: int,
+    keep: int,
+    out: int,
+    /,
+) -> None: ...
+def loss(
+    wide: int,
+    rows: int,
+    threads: int,
+    student: _Rows,
+    teacher: _Rows,
+    plan: _Plan,
+    stats_s: int,
+    stats_t: int,
+    keep: int,
+    out: int,
+    /,
+) -> None: ...
+def grad(
+    wide: int,
+    rows: int,
+    threads: int,
+    student: _Rows,
+    teacher: _Rows,
+    plan: _Plan,
+    stats_s: int,
+    stats_t: int,
+    stats_hard: int,
+    slope: int,
+    keep: int,
+    label: int,
+    scale: int,
+    factor: float,
+    out: _Rows,
+    width: int,
+    /,
+) -> None: ...
+def weigh(
+    wide: int,
+    n: int,
+    label: int,
+    ignore_index: int,
+    vocab: int,
+    weight: int,
+    mean: bool,
+    keep: int,
+    scale: int,
+    /,
+) -> int: ...
+def total(wide: int, loss: int, scale: int, factor: float, n: int, out: int, /) -> None: ...
+def multiply(grad: _Rows, rows: int, width: int, threads: int, wide: int, by: int, /) -> None: ...

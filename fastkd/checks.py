@@ -1,0 +1,180 @@
+"""The checks of the public functions: the argument, what came, what was expected.
+
+They need shapes, dtypes and strides only, cost microseconds and run before anything is written.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+REDUCTIONS = ("mean", "batchmean", "sum", "none")
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+INT_DTYPES = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+
+
+def kind(x: object) -> str:
+    if isinstance(x, Tensor):
+        return f"a tensor {list(x.shape)} of {x.dtype} on {x.device}"
+    return f"{type(x).__name__} {x!r}"
+
+
+def refuse_option(name: str, option: str, options: Iterable[str]) -> None:
+    known = list(options)
+    near = difflib.get_close_matches(option, known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise TypeError(f"{name}() got an unexpected option {option!r}, has {', '.join(known)}{hint}")
+
+
+def share(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {kind(value)}, expected a number from 0 to 1")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}: got {value!r}, expected a number from 0 to 1")
+
+
+def reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+
+
+def temperature(temperature: float) -> None:
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature: got {kind(temperature)}, expected a positive number")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature: got {temperature!r}, expected a positive finite number")
+
+
+def operands(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
+    """The number of columns in use."""
+    for name, x in (("student", student), ("teacher", teacher)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: got {kind(x)}, expected a tensor of logits [..., V]")
+        if x.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: got {kind(x)}, expected logits in float32, bfloat16, float16 or float64"
+            )
+        plain = type(x) is Tensor or type(x) is Parameter
+        if not plain and (x.layout != torch.strided or hasattr(x, "placements")):
+            raise TypeError(f"{name}: got {type(x).__name__} ({x.layout}), expected a dense tensor")
+        if x.dim() == 0 or x.size(-1) == 0:
+            raise ValueError(f"{name}: got shape {list(x.shape)}, expected [..., V] with V >= 1")
+        if x.stride(-1) != 1 and x.size(-1) > 1:
+            raise ValueError(
+                f"{name}: got stride {x.stride(-1)} in the vocabulary (last) dimension of shape "
+                f"{list(x.shape)}, expected 1; call .contiguous() first"
+            )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"teacher: got a tensor on {teacher.device}, expected the student's {student.device}"
+        )
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"teacher: got shape {list(teacher.shape)}, expected the leading dimensions of the "
+            f"student's {list(student.shape)}"
+        )
+    v_s, v_t = student.size(-1), teacher.size(-1)
+    if vocab_size is None:
+        if v_s != v_t:
+            raise ValueError(
+                f"teacher: got {v_t} columns, expected the student's {v_s}; where the vocabularies "
+                "are padded differently, give vocab_size=the number of columns in use"
+            )
+        return v_s
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size: got {kind(vocab_size)}, expected an integer")
+    if not 1 <= vocab_size <= min(v_s, v_t):
+        raise ValueError(
+            f"vocab_size: got {vocab_size}, expected 1 <= vocab_size <= {min(v_s, v_t)} "
+            f"(student has {v_s} columns, teacher {v_t})"
+        )
+    return vocab_size
+
+
+def rows(student: Tensor, labels: Tensor | None, ignore_index: int, weight: Tensor | None) -> None:
+    leading = list(student.shape[:-1])
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: got {kind(ignore_index)}, expected an integer")
+    for name, x, what in (("labels", labels, "integers"), ("weight", weight, "floats")):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: got {kind(x)}, expected a tensor {leading} of {what}")
+        fits = x.dtype in INT_DTYPES if name == "labels" else x.dtype.is_floating_point
+        if not fits:
+            raise TypeError(f"{name}: got {kind(x)}, expected {what}")
+        if list(x.shape) != leading:
+            raise ValueError(
+                f"{name}: got shape {list(x.shape)}, expected {leading}, the leading dimensions of "
+                f"the student's {list(student.shape)}"
+            )
+        if x.device != student.device:
+            raise ValueError(
+                f"{name}: got a tensor on {x.device}, expected the student's {student.device}"
+            )
+
+
+def normalizer(normalizer: float | Tensor | None, reduction: str, student: Tensor) -> None:
+    if normalizer is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"normalizer: got {kind(normalizer)} with reduction={reduction!r}; it replaces the "
+            "denominator of reduction='mean'"
+        )
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() != 0:
+            raise ValueError(f"normalizer: got {kind(normalizer)}, expected a 0-d tensor")
+        if normalizer.device.type != "cpu" and normalizer.device != student.device:
+            raise ValueError(
+                f"normalizer: got a tensor on {normalizer.device}, expected {student.device}"
+            )
+        return
+    if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+        raise TypeError(f"normalizer: got {kind(normalizer)}, expected a number or a 0-d tensor")
+    if not (normalizer >= 0 and math.isfinite(normalizer)):
+        raise ValueError(f"normalizer: got {normalizer!r}, expected a finite number >= 0")
+
+
+def inplace(student: Tensor, teacher: Tensor) -> None:
+    base = student if student._base is None else student._base
+    if student.requires_grad and (student.is_leaf or (base.is_leaf and base.requires_grad)):
+        raise ValueError(
+            "inplace: the student is (a view of) a leaf that requires grad, whose values its own "
+            "gradient would overwrite; expected logits computed by a model"
+        )
+    rows = [
+        (size, stride)
+        for size, stride in zip(student.shape[:-1], student.stride()[:-1], strict=True)
+        if size > 1
+    ]
+    if any(stride < student.size(-1) for _, stride in rows):
+        raise ValueError(
+            f"inplace: the student's rows share memory (shape {list(student.shape)}, strides "
+            f"{list(student.stride())}); expected rows of their own"
+        )
+    shared = student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr()
+    same = (student.data_ptr(), student.stride()) == (teacher.data_ptr(), teacher.stride())
+    if shared and not same and _overlap(student, teacher):
+        raise ValueError(
+            "inplace: student and teacher overlap in memory, and the gradient would overwrite "
+            "logits of the teacher before they are read; use inplace=False"
+        )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the address ranges meet; interleaved rows count, which errs on the safe side."""
+
+    def span(x: Tensor) -> tuple[int, int]:
+        if x.numel() == 0:
+            return 0, 0
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+    (a0, a1), (b0, b1) = span(a), span(b)
+    return a0 < b1 and b0 < a1
