@@ -60,7 +60,7 @@ def operands(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
                 f"{name}: got {kind(x)}, expected logits in float32, bfloat16, float16 or float64"
             )
         plain = type(x) is Tensor or type(x) is Parameter
-        if not plain and (x.layout != torch.strided or hasattr(x, "placements")):
+        if x.layout is not torch.strided or (not plain and hasattr(x, "placements")):
             raise TypeError(f"{name}: got {type(x).__name__} ({x.layout}), expected a dense tensor")
         if x.dim() == 0 or x.size(-1) == 0:
             raise ValueError(f"{name}: got shape {list(x.shape)}, expected [..., V] with V >= 1")

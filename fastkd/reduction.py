@@ -146,7 +146,7 @@ def reduce(
         plain = _row_weight(keep, None, weight, loss.dtype)
         normalizer = max(loss.numel(), 1) if plain is None else plain.sum()
     if isinstance(normalizer, Tensor):
-        return total * _inverse(normalizer.to(loss.device))
+        return total * _inverse(normalizer.to(device=loss.device, dtype=loss.dtype))
     return total / normalizer if normalizer else total * 0.0
 
 

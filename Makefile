@@ -1,0 +1,56 @@
+# make demo   a first distillation on real data, then fastkd timed against eager and compiled torch
+# make test   everything that is checked: lint, types, sdist, tests on every backend, toy benchmark
+# make gpu    on a machine with a GPU and its own torch and triton: build, test, measure
+#
+# demo and test make their own environment in .venv; PYTHON and TORCH choose what goes into it.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+RUN := $(VENV)/bin/python
+RESULTS ?= bench/results
+
+.PHONY: demo test lint sdist gpu clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/ready
+	$(RUN) -m fastkd.recipes.digits --out demo
+	$(RUN) -m bench --demo --json demo/bench.json --plot demo/bench.png
+
+test: $(VENV)/ready lint sdist
+	FASTKD_REQUIRE_CPU=1 $(RUN) -m pytest
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+# The package as a user gets it: from the sdist, built in an environment of its own, then used from
+# a folder where the checkout is not importable.
+sdist: $(VENV)/ready
+	rm -rf build/sdist && mkdir -p build/sdist
+	$(RUN) -m build --sdist --outdir build/sdist
+	$(RUN) -m pip install --quiet --no-deps --target build/sdist/site build/sdist/*.tar.gz
+	cd build/sdist && PYTHONPATH=site ../../$(RUN) -m fastkd info
+	cd build/sdist && PYTHONPATH=site ../../$(RUN) -c \
+	  "import fastkd, torch; x = torch.randn(4, 9, requires_grad=True); \
+	   fastkd.kl_div(x, torch.randn(4, 9)).backward(); \
+	   assert 'sdist' in fastkd.__file__ and fastkd.info()['cpu'], fastkd.info()"
+
+# Warnings are errors here, where the compiler is known, and not in a user's build.
+$(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet "$(TORCH)"
+	CXXFLAGS="-Wall -Wextra -Werror" $(RUN) -m pip install --quiet --editable ".[dev,gpu]"
+	touch $@
+
+# Nothing is downloaded: what the machine has is used, and the folder is built in place.
+gpu:
+	mkdir -p $(RESULTS)
+	-$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest tests/test_gpu.py tests/test_losses.py tests/test_options.py \
+	  tests/test_edges.py tests/test_autograd.py -k "gpu or cuda"
+	$(PYTHON) -m bench --device cuda --dtype bfloat16,float32 \
+	  --json $(RESULTS)/gpu.json --plot $(RESULTS)/gpu.png | tee $(RESULTS)/gpu.md
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info fastkd/*.so
