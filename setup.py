@@ -21,6 +21,7 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
+HEADERS = ["kernels.h", "vec.h", "divergence.h", "sweeps.h", "rows.h", "kernels.inl"]
 SOURCES = ["module", "isa_baseline", *(ISA_FLAGS if X86 else ())]
 
 
@@ -67,9 +68,7 @@ class BuildExt(build_ext):
 extension = Pybind11Extension(
     "fastkd._C",
     [f"csrc/{name}.cpp" for name in SOURCES],
-    depends=[
-        f"csrc/{name}" for name in ("vec.h", "divergence.h", "rows.h", "kernels.h", "kernels.inl")
-    ],
+    depends=[f"csrc/{name}" for name in HEADERS],
     extra_compile_args=FLAGS,
     define_macros=[("FASTKD_X86", "1")] if X86 else [],
     cxx_std=17,
