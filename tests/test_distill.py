@@ -1,0 +1,523 @@
+"""The trainer and its recipe: what they promise about models, files, errors and repeatability."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastkd
+from fastkd import distill
+from fastkd.distill import trainer
+
+Loader = list[tuple[Tensor, Tensor]]
+
+
+def mlp(*, dropout: float = 0.0) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3))
+
+
+def quiet(student: nn.Module, loader: Any, loss: Any, **options: Any) -> list[distill.Step]:
+    return distill.train(student, loader, loss, progress=False, **options)
+
+
+def hard(student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+    return F.cross_entropy(student, labels)
+
+
+def mixed(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    return fastkd.distillation_loss(student, teacher, labels, temperature=4.0, alpha=0.3)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def loader() -> Loader:
+    """Three classes that a line can tell apart, in four batches."""
+    inputs = torch.randn(64, 5)
+    return list(zip(inputs.chunk(4), inputs[:, :3].argmax(-1).chunk(4), strict=True))
+
+
+# the loop
+
+
+def test_student_learns_and_every_step_is_recorded(loader: Loader) -> None:
+    student = mlp()
+    before = distill.evaluate(student, loader)
+    steps = quiet(student, loader, hard, epochs=20, lr=2e-2)
+    after = distill.evaluate(student, loader)
+    assert after.accuracy > 0.9 > before.accuracy
+    assert after.cross_entropy < before.cross_entropy
+    assert [s.step for s in steps] == list(range(80))
+    assert [s.epoch for s in steps] == [i // 4 for i in range(80)]
+
+
+def test_student_follows_its_teacher_without_labels(loader: Loader) -> None:
+    teacher, student = mlp(), mlp()
+    inputs = [batch for batch, _ in loader]  # a loader of inputs alone
+    before = distill.agreement(student, teacher, inputs)
+    quiet(
+        student,
+        inputs,
+        lambda s, t, _: fastkd.distillation_loss(s, t, alpha=0.0),
+        teacher=teacher,
+        epochs=60,
+        lr=2e-2,
+    )
+    assert distill.agreement(student, teacher, inputs) > max(0.9, before)
+
+
+def test_loop_is_the_textbook_loop(loader: Loader) -> None:
+    student, teacher = mlp(), mlp()
+    twin = copy.deepcopy(student)
+    steps = quiet(student, loader, mixed, teacher=teacher, clip_norm=0.1, lr=1e-2)
+
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-2)
+    losses = []
+    for inputs, labels in loader:
+        loss = mixed(twin(inputs), teacher(inputs).detach(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+        optimizer.step()
+        losses.append(loss.item())
+    assert equal(weights(student), weights(twin))
+    assert [s.loss for s in steps] == losses
+
+
+def test_two_runs_of_one_seed_have_the_same_bits(loader: Loader) -> None:
+    def once() -> tuple[dict[str, Tensor], list[distill.Step]]:
+        torch.manual_seed(3)
+        student, teacher = mlp(dropout=0.2), mlp()
+        steps = quiet(student, loader, mixed, teacher=teacher, epochs=5)
+        return weights(student), steps
+
+    (a, first), (b, second) = once(), once()
+    assert equal(a, b)
+    assert first == second
+
+
+def test_schedule_scales_every_group_and_is_undone(loader: Loader) -> None:
+    student = mlp()
+    groups = [{"params": student[0].parameters(), "lr": 0.1}, {"params": student[3].parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=0.2)
+    seen = []
+    steps = quiet(
+        student,
+        loader,
+        hard,
+        optimizer=optimizer,
+        schedule=lambda step: 1 - step / 4,
+        on_step=lambda *_: seen.append([g["lr"] for g in optimizer.param_groups]),
+    )
+    assert seen == [[0.1 * f, 0.2 * f] for f in (1.0, 0.75, 0.5, 0.25)]
+    assert [s.lr for s in steps] == [lr for lr, _ in seen]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.2]
+
+
+def test_student_trains_in_train_mode_and_gets_its_mode_back(loader: Loader) -> None:
+    student = mlp().eval()
+    seen = []
+    quiet(student, loader, hard, on_step=lambda *_: seen.append(student.training))
+    assert all(seen) and not student.training
+
+
+def test_on_step_sees_the_loss(loader: Loader) -> None:
+    seen = []
+    steps = quiet(
+        mlp(), loader, hard, epochs=2, on_step=lambda e, i, loss: seen.append((e, i, float(loss)))
+    )
+    assert seen == [(s.epoch, s.step, s.loss) for s in steps]
+
+
+# the teacher and the modes
+
+
+def test_teacher_is_left_as_it_came(loader: Loader) -> None:
+    teacher = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+    teacher.train()
+    teacher[1].eval()  # mixed modes are the user's business
+    before, modes = weights(teacher), [m.training for m in teacher.modules()]
+    given: list[Tensor] = []
+
+    def loss(student: Tensor, soft: Tensor, labels: Tensor) -> Tensor:
+        given.append(soft)
+        assert not soft.requires_grad and not teacher.training and not teacher[2].training
+        return mixed(student, soft, labels)
+
+    # a hook that switches the teacher must not bring its dropout back
+    quiet(mlp(), loader, loss, teacher=teacher, epochs=2, on_step=lambda *_: teacher.train())
+    assert equal(weights(teacher), before)
+    assert [m.training for m in teacher.modules()] == modes
+    assert all(p.grad is None and p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(given[:4], given[4:], strict=True))
+
+
+def test_modes_and_rates_are_restored_after_an_error(loader: Loader) -> None:
+    teacher, student = mlp().train(), mlp().eval()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+
+    def loss(*_: Any) -> Tensor:
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        quiet(
+            student, loader, loss, teacher=teacher, optimizer=optimizer, schedule=lambda step: 0.1
+        )
+    assert teacher.training and not student.training
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_teacher_in_the_optimizer_is_refused(loader: Loader) -> None:
+    teacher, student = mlp(), mlp()
+    optimizer = torch.optim.SGD([*student.parameters(), *teacher.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match="optimizer: got 4 parameters of the teacher"):
+        quiet(student, loader, mixed, teacher=teacher, optimizer=optimizer)
+    with pytest.raises(ValueError, match="optimizer: got 4 parameters of the teacher"):
+        quiet(student, loader, mixed, teacher=student)
+
+
+# errors
+
+
+@pytest.mark.parametrize("every", [1, 3, 50])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_loss_that_is_not_finite_stops_with_its_step(
+    loader: Loader, bad: float, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(trainer.CHECK_EVERY, "cpu", every)  # above 1: as a GPU is served
+    count = 0
+
+    def loss(student: Tensor, teacher: None, labels: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return hard(student, teacher, labels) * (bad if count == 6 else 1.0)
+
+    student = mlp()
+    kept = {}
+    with pytest.raises(FloatingPointError, match=rf"got {bad} at epoch 1, step 5 "):
+        quiet(student, loader, loss, epochs=3, on_step=lambda *_: kept.update(weights(student)))
+    if every == 1:
+        assert equal(weights(student), kept)  # seen before the step was taken
+
+
+@pytest.mark.parametrize("every", [1, 3, 50])
+def test_records_do_not_depend_on_when_they_are_read(
+    loader: Loader, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = mlp()
+    twin = copy.deepcopy(student)
+    expected = quiet(twin, loader, hard, epochs=2)
+    monkeypatch.setitem(trainer.CHECK_EVERY, "cpu", every)
+    assert quiet(student, loader, hard, epochs=2) == expected
+
+
+@pytest.mark.parametrize("call", [lambda m: quiet(m, [], hard), lambda m: distill.evaluate(m, [])])
+def test_empty_loader(call: Callable[[nn.Module], Any]) -> None:
+    with pytest.raises(ValueError, match="loader: got no batch"):
+        call(mlp())
+
+
+def test_generator_is_empty_in_its_second_epoch(loader: Loader) -> None:
+    with pytest.raises(ValueError, match="no batch in epoch 1; a generator lasts one pass only"):
+        quiet(mlp(), iter(loader), hard, epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs: got 0"),
+        ({"clip_norm": 0.0}, "clip_norm: got 0.0"),
+        ({"clip_norm": math.nan}, "clip_norm: got nan"),
+    ],
+)
+def test_arguments_out_of_range(loader: Loader, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quiet(mlp(), loader, hard, **options)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda s, t, y: s.sum(-1),
+        lambda s, t, y: hard(s, t, y).detach(),
+        lambda s, t, y: hard(s, t, y).item(),
+    ],
+)
+def test_loss_must_be_a_scalar_of_the_student(loader: Loader, loss: Any) -> None:
+    with pytest.raises(ValueError, match=r"loss: got .* expected a 0-d tensor"):
+        quiet(mlp(), loader, loss)
+
+
+def test_batches_of_another_kind_are_refused() -> None:
+    x, y = torch.randn(2, 5), torch.zeros(2, dtype=torch.long)
+    for batch, kinds in (((x, y, y), "Tensor, Tensor, Tensor"), ({"x": x}, "dict")):
+        with pytest.raises(TypeError, match=rf"loader: got a batch \({kinds}\)"):
+            quiet(mlp(), [batch], hard)
+
+
+def test_missing_extras_are_named(
+    loader: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("tqdm.auto", "safetensors.torch", "safetensors"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r"progress=True needs tqdm.*fastkd\[train\]"):
+        distill.train(mlp(), loader, hard)
+    with pytest.raises(ImportError, match=r"save needs safetensors.*fastkd\[train\]"):
+        distill.save(mlp(), tmp_path / "m.safetensors")
+    with pytest.raises(ImportError, match=r"load needs safetensors.*fastkd\[train\]"):
+        distill.load(mlp(), tmp_path / "m.safetensors")
+    quiet(mlp(), loader, hard)  # none of them is needed here
+    assert list(tmp_path.iterdir()) == []
+
+
+# evaluation
+
+
+def test_evaluate_equals_the_definition_over_uneven_batches() -> None:
+    model = mlp(dropout=0.9).train()
+    inputs, labels = torch.randn(17, 4, 5), torch.randint(0, 3, (17, 4))
+    labels[::3, 1] = -100
+    got = distill.evaluate(model, zip(inputs.split(5), labels.split(5), strict=True))
+    assert model.training
+    logits = model.eval()(inputs).double()
+    kept = labels != -100
+    assert got.rows == kept.sum()
+    assert got.accuracy == (logits.argmax(-1) == labels)[kept].double().mean()
+    expected = F.cross_entropy(logits[kept], labels[kept]).item()
+    assert got.cross_entropy == pytest.approx(expected, rel=1e-6)
+
+
+def test_agreement_counts_equal_predictions() -> None:
+    a, b = mlp(), mlp()
+    inputs = torch.randn(1000, 5)
+    same = a(inputs).argmax(-1) == b(inputs).argmax(-1)
+    assert distill.agreement(a, b, inputs.split(300)) == same.double().mean()
+    assert distill.agreement(a, a, [inputs]) == 1.0
+    labels = torch.where(same, -100, 0)
+    assert distill.agreement(a, b, [(inputs, labels)]) == 0.0
+    # a count in bfloat16 would stop at 256
+    a, b, inputs = a.bfloat16(), b.bfloat16(), inputs.bfloat16()
+    same = a(inputs).argmax(-1) == b(inputs).argmax(-1)
+    assert distill.agreement(a, b, [inputs]) == same.double().mean()
+
+
+def test_evaluation_without_rows_or_labels(loader: Loader) -> None:
+    inputs = loader[0][0]
+    nothing = [(inputs, torch.full((len(inputs),), -100))]
+    for call in (
+        lambda: distill.evaluate(mlp(), nothing),
+        lambda: distill.agreement(mlp(), mlp(), nothing),
+    ):
+        with pytest.raises(ValueError, match="only rows labelled -100"):
+            call()
+    with pytest.raises(ValueError, match="inputs alone"):
+        distill.evaluate(mlp(), [inputs])
+
+
+# files
+
+
+def test_save_and_load_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    model, other = mlp().bfloat16(), mlp().bfloat16()
+    model[3].weight.data = model[3].weight.data.t().contiguous().t()  # not contiguous
+    metadata = {"accuracy": 0.5, "layers": [5, 8, 3], "name": "digits \u00e9"}
+    distill.save(model, path, metadata)
+    assert distill.load(other, path) == metadata
+    assert equal(weights(model), weights(other))
+    assert list(tmp_path.iterdir()) == [path]
+    distill.save(model, path)
+    assert distill.load(other, path) is None
+
+
+def test_tied_weights_survive(tmp_path: Path) -> None:
+    def tied() -> nn.Sequential:
+        model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False))
+        model[1].weight = model[0].weight
+        return model
+
+    model, other = tied(), tied()
+    distill.save(model, tmp_path / "m.safetensors")
+    distill.load(other, tmp_path / "m.safetensors")
+    assert equal(weights(model), weights(other)) and other[0].weight is other[1].weight
+
+
+def test_saved_file_has_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    distill.save(mlp(), tmp_path / "model")
+    assert (tmp_path / "model").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("at", ["safetensors.torch.save_file", "os.fsync", "os.replace"])
+def test_crash_in_the_middle_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    pytest.importorskip("safetensors.torch")
+    path = tmp_path / "model.safetensors"
+    distill.save(mlp(), path, "old")
+    old = path.read_bytes()
+
+    def crash(*arguments: Any, **_: Any) -> None:
+        if at.endswith("save_file"):
+            Path(arguments[1]).write_bytes(b"half a fi")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(at, crash)
+        with pytest.raises(OSError, match="disk full"):
+            distill.save(mlp(), path, "new")
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_json_or_safetensors_cannot_hold_is_refused(tmp_path: Path) -> None:
+    class Odd(nn.Linear):
+        def get_extra_state(self) -> object:
+            return object()
+
+        def set_extra_state(self, state: object) -> None:
+            pass
+
+    for model, metadata, error in (
+        (mlp(), {"loss": math.nan}, ValueError),
+        (mlp(), {"model": object()}, TypeError),
+        (Odd(2, 2), None, TypeError),
+    ):
+        with pytest.raises(error):
+            distill.save(model, tmp_path / "m.safetensors", metadata)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_file_of_another_model_leaves_this_one_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    wider = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 4))
+    for theirs, name in ((wider, "3.bias"), (nn.Sequential(nn.Linear(5, 8)), "3.bias")):
+        distill.save(theirs, path)
+        model = mlp()
+        before = weights(model)
+        with pytest.raises(ValueError, match=rf"'{name}' of shape .* expected \(3,\)"):
+            distill.load(model, path)
+        assert equal(weights(model), before)
+
+
+# the recipe
+
+SMALL = ["--seeds", "1", "--epochs", "3", "--teacher-epochs", "2", "--width", "32", "--json"]
+
+
+@pytest.fixture
+def recipe() -> Any:
+    for module in ("sklearn", "matplotlib", "tqdm"):
+        pytest.importorskip(module)
+    from fastkd.recipes import digits
+
+    return digits
+
+
+def test_recipe_writes_what_it_says(
+    recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recipe.main([*SMALL, "--out", str(tmp_path / "new" / "digits")]) == 0
+    out = tmp_path / "new" / "digits"
+    files = {path.name for path in out.iterdir()}
+    assert files == {"digits.png", "student.safetensors", "table.json"}
+    assert (out / "digits.png").read_bytes().startswith(b"\x89PNG")
+
+    result = json.loads((out / "table.json").read_text(encoding="utf-8"))
+    table = {row["method"]: row for row in result["table"]}
+    assert list(table) == ["teacher", "labels alone", "plain torch", "fastkd"]
+    assert result["paths"]["agree"] and len(result["per_seed"]) == 1
+    gain = table["fastkd"]["mean"] - table["labels alone"]["mean"]
+    assert table["fastkd"]["gain"] == pytest.approx(gain)
+    printed = capsys.readouterr().out
+    for name, row in table.items():
+        assert f"{name:14}{row['mean']:9.1%}" in printed
+    assert "the two loss paths agree" in printed
+
+    student = recipe._mlp(*recipe.STUDENT)
+    metadata = distill.load(student, out / "student.safetensors")
+    assert metadata["layers"] == [64, 16, 10] and metadata["epochs"] == 3
+    assert metadata["accuracy"] == table["fastkd"]["mean"]
+
+
+def test_recipe_is_fair_and_repeats_itself(recipe: Any) -> None:
+    def once() -> tuple[dict[str, Any], nn.Module]:
+        return recipe.run_seed(7, 2, 2, 32, lambda *_: None)
+
+    state = torch.random.get_rng_state()
+    (first, a), (second, b) = once(), once()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert equal(weights(a), weights(b))
+    assert first["loss"] == second["loss"] and first["accuracy"] == second["accuracy"]
+    assert {len(curve) for curve in first["loss"].values()} == {20}
+    images, labels = torch.randn(1000, 64), torch.arange(1000)
+    labels[100:] = -100
+    dealt = [list(recipe.Batches(images, labels, 5, fixed=100)) for _ in range(2)]
+    for (x, y), (again, _) in zip(*dealt, strict=True):
+        assert torch.equal(x, again)  # one seed, one order: all methods see the same batches
+        assert (y[:10] >= 0).all() and (y[10:] == -100).all()
+    assert sorted(y for _, ys in dealt[0] for y in ys[:10].tolist()) == list(range(100))
+
+
+def test_recipe_teaches(recipe: Any) -> None:
+    figures, _ = recipe.run_seed(1, 30, 20, 256, lambda *_: None)
+    accuracy = figures["accuracy"]
+    assert accuracy["fastkd"] > accuracy["labels alone"] + 0.03
+    assert accuracy["teacher"] > 0.9
+
+
+def test_recipe_fails_where_the_paths_disagree(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_t_squared(*operands: Any, **options: Any) -> Tensor:
+        return fastkd.distillation_loss(*operands, t_squared=False, **options)
+
+    wrong = recipe.over_batch(without_t_squared)
+    monkeypatch.setitem(recipe.LOSSES, recipe.OURS, wrong)
+    assert recipe.main([*SMALL, "--out", str(tmp_path)]) == 1
+    assert "DISAGREE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--seeds", "0"], "argument --seeds: got '0', expected an integer >= 1"),
+        (["--epochs", "x"], "argument --epochs: got 'x', expected an integer >= 1"),
+        (["--out", "{file}"], "File exists"),
+    ],
+)
+def test_recipe_arguments(
+    recipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        recipe.main([part.format(file=tmp_path / "file") for part in argv])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_recipe_names_the_missing_extra(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit):
+        recipe.main([])
+    assert (
+        "matplotlib.figure is needed here: pip install 'fastkd[train]'" in capsys.readouterr().err
+    )
