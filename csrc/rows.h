@@ -57,14 +57,20 @@ void fused(const Args& a, int64_t begin, int64_t end) {
     }
     double value = 0.0, slope = 0.0;
     const Score<T> q_of(s, c), p_of(t, c);
-    if constexpr (D::expectation == Expectation::teacher) {
-      value = cross / t.sum * kLn2 + (__builtin_log(s.sum) - __builtin_log(t.sum));
-      slope = 0.0;  // sum of q - p
-    } else if constexpr (D::expectation == Expectation::student) {
-      value = cross / s.sum * kLn2 + (__builtin_log(t.sum) - __builtin_log(s.sum));
-      slope = value;
-    } else {
+    if constexpr (D::expectation == Expectation::none) {
       pair_sweep<T, D>(a, student, teacher, q_of, p_of, value, slope);
+    } else {
+      constexpr bool of_t = D::expectation == Expectation::teacher;
+      const Side& w = of_t ? t : s;
+      const Side& other = of_t ? s : t;
+      value = cross / w.sum * kLn2 + (__builtin_log(other.sum) - __builtin_log(w.sum));
+      if (value - value != 0.0) {
+        // infinite or NaN: an impossible column weighed under an early maximum may yet have no
+        // weight under the row's, which only the pair, with that maximum in hand, knows
+        value = 0.0;
+        pair_sweep<T, D>(a, student, teacher, q_of, p_of, value, slope);
+      }
+      slope = of_t ? 0.0 : value;  // sum of q - p, or of the value itself
     }
     double loss = a.soft * value;
     if (a.hard != 0.0) loss += a.hard * cross_entropy(a, r, s, hard, student);

@@ -12,8 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import _C  # an ImportError here is what backend.pick turns into the reference
 from fastkd.backend import Plan, acc_dtype, rows
+
+try:
+    from fastkd import _C
+except ImportError as error:  # backend.pick turns it into the reference
+    raise ImportError(
+        f"its extension is not built or does not load: {error}; reinstall with a C++17 compiler"
+    ) from None
 
 if name := os.environ.get("FASTKD_ISA"):
     try:
