@@ -199,15 +199,20 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def on_host(device: torch.device) -> bool:
+    """True where reading a value costs no synchronisation."""
+    return device.type == "cpu"
+
+
 def pick_name(device: torch.device) -> str:
     """The backend for a device: the forced one where it can run there, else the device's own."""
     is_gpu = device.type in ("cuda", "xpu")
     name = forced()
     if name is None:
-        return "gpu" if is_gpu else "cpu" if device.type == "cpu" else "reference"
-    if name == "cpu" and device.type != "cpu":
+        return "gpu" if is_gpu else "cpu" if on_host(device) else "reference"
+    if name == "cpu" and not on_host(device):
         raise RuntimeError(f"backend 'cpu' was asked for, but the tensors are on {device}")
-    if name == "gpu" and not is_gpu and not (device.type == "cpu" and interpreted()):
+    if name == "gpu" and not is_gpu and not (on_host(device) and interpreted()):
         raise RuntimeError(
             f"backend 'gpu' was asked for, but the tensors are on {device} (Triton runs CPU "
             "tensors only through its interpreter: set TRITON_INTERPRET=1 before Python starts)"

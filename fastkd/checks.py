@@ -46,7 +46,7 @@ def reduction(reduction: str) -> None:
 def temperature(temperature: float) -> None:
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature: got {kind(temperature)}, expected a positive number")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: got {temperature!r}, expected a positive finite number")
 
 
@@ -137,7 +137,7 @@ def normalizer(normalizer: float | Tensor | None, reduction: str, student: Tenso
         return
     if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
         raise TypeError(f"normalizer: got {kind(normalizer)}, expected a number or a 0-d tensor")
-    if not (normalizer >= 0 and math.isfinite(normalizer)):
+    if not 0 <= normalizer < math.inf:
         raise ValueError(f"normalizer: got {normalizer!r}, expected a finite number >= 0")
 
 

@@ -151,7 +151,7 @@ def _skew_reverse_kl(logp: Tensor, logq: Tensor, alpha: float) -> Tensor:
 
 def _tv(logp: Tensor, logq: Tensor, _: float) -> Tensor:
     gap = logp.exp() - logq.exp()
-    # abs() would do, but for its gradient at NaN, which is 0; here gap itself is 0 or NaN at the end
+    # not abs(): its gradient at NaN is 0, while `gap`, in the last place here, is 0 or NaN
     sign = torch.where(gap > 0, 1.0, torch.where(gap < 0, -1.0, gap)).detach()
     return 0.5 * sign * gap
 

@@ -236,7 +236,17 @@ def _eager_grad(
     return _gradient(pick(student.device), student, teacher, plan, folded)[1]
 
 
-@torch.library.custom_op("fastkd::dense_loss", mutates_args=())
+_PLAN = (
+    "str divergence, float param, float temperature, float soft, float hard, float smoothing, "
+    "SymInt vocab, SymInt classes"
+)
+
+
+@torch.library.custom_op(
+    "fastkd::dense_loss",
+    mutates_args=(),
+    schema=f"(Tensor student, Tensor teacher, Tensor? keep, Tensor? label, {_PLAN}) -> Tensor",
+)
 def dense_loss(
     student: Tensor,
     teacher: Tensor,
@@ -257,7 +267,12 @@ def dense_loss(
     return _eager_loss(student, teacher, keep, label, plan)
 
 
-@torch.library.custom_op("fastkd::dense_grad", mutates_args=())
+@torch.library.custom_op(
+    "fastkd::dense_grad",
+    mutates_args=(),
+    schema="(Tensor student, Tensor teacher, Tensor? keep, Tensor? label, Tensor scale, "
+    f"{_PLAN}) -> Tensor",
+)
 def dense_grad(
     student: Tensor,
     teacher: Tensor,

@@ -326,8 +326,9 @@ def _loss(
     hard: float = 0.0,
     smoothing: float = 0.0,
 ) -> Tensor:
-    if unknown := rows.keys() - _OPTIONS.keys():
-        checks.refuse_option(name, min(unknown), _OPTIONS)
+    for option in rows:  # not a difference of sets, which torch 2.6 cannot compile
+        if option not in _OPTIONS:
+            checks.refuse_option(name, option, _OPTIONS)
     labels, weight = rows.get("labels"), rows.get("weight")
     reduction, normalizer = rows.get("reduction", "mean"), rows.get("normalizer")
     ignore_index, inplace = rows.get("ignore_index", -100), rows.get("inplace", False)
@@ -345,7 +346,9 @@ def _loss(
         checks.inplace(student, teacher)
 
     if soft == 0.0:
-        # D(q, q) is exactly 0 with gradient exactly 0: the teacher is not read, whatever it holds
+        # D(q, q) is exactly 0 with gradient exactly 0: the teacher is not read, whatever it holds,
+        # and a sum over none of its columns is what gives it the gradient of 0 it may ask for
+        nothing = teacher[..., :0].sum()
         teacher = student.detach()
     t, acc = float(temperature), acc_dtype(student, teacher)
     plan = Plan(divergence.name, divergence.param, t, soft, hard, smoothing, vocab, vocab)
@@ -359,6 +362,8 @@ def _loss(
         keep, label, bad = mask(labels, ignore_index, vocab, student.device)
         run = reference.row_loss if plain else function.row_loss
         loss = run(student, teacher, plan, keep, label if hard else None)
-        return reduce(loss, reduction, keep, bad, weight, normalizer, student)
+        loss = reduce(loss, reduction, keep, bad, weight, normalizer, student)
+        return loss if soft else loss + nothing.to(loss.dtype)
     folded = fold(passes, reduction, labels, ignore_index, vocab, weight, normalizer, student, acc)
-    return function.fused_total(passes, student, teacher, plan, folded, inplace)
+    loss = function.fused_total(passes, student, teacher, plan, folded, inplace)
+    return loss if soft else loss + nothing.to(loss.dtype)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.backend import Passes
+from fastkd.backend import Passes, on_host
 
 _checked: ContextVar[bool] = ContextVar(
     "fastkd_checked", default=os.environ.get("FASTKD_CHECK") == "1"
@@ -108,7 +108,7 @@ def mask(labels: Tensor | None, ignore_index: int, vocab: int, device: torch.dev
     keep = labels != ignore_index
     label = labels.to(torch.int64)
     bad = keep & ((label < 0) | (label >= vocab))
-    if torch.compiler.is_compiling() or not (device.type == "cpu" or _checked.get()):
+    if torch.compiler.is_compiling() or not (on_host(device) or _checked.get()):
         return Mask(keep, label, bad)
     if bool(bad.any()):
         raise _label_error(label, int(bad.reshape(-1).nonzero()[0, 0]), ignore_index, vocab)

@@ -6,6 +6,9 @@ passes of `fastkd.backend.Passes` are made of it by autograd, so that no gradien
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -74,6 +77,25 @@ def _cross_entropy(s: Tensor, label: Tensor, plan: Plan) -> Tensor:
     return loss
 
 
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Gradients are recorded inside, also inside a registered operator.
+
+    There torch has taken autograd out of the dispatcher for this thread, and `enable_grad` alone
+    does not bring it back.
+    """
+    keys = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.AutogradOther)
+    excluded = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
+    for key in keys:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for key, was in zip(keys, excluded, strict=True):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, was)
+
+
 def _flat(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return student.reshape(-1, student.size(-1)), teacher.reshape(-1, teacher.size(-1))
 
@@ -89,15 +111,17 @@ def fused(
     grad: Tensor | None,
 ) -> Tensor:
     s, t = _flat(student.detach(), teacher.detach())
-    with torch.set_grad_enabled(grad is not None):
-        s.requires_grad_(grad is not None)
+    if grad is None:
+        with torch.no_grad():
+            return row_loss(s, t, plan, keep, label)
+    with _autograd():
+        s.requires_grad_(True)
         loss = row_loss(s, t, plan, keep, label)
-        if grad is not None:
-            upstream = torch.full_like(loss, factor) if scale is None else scale * factor
-            (slope,) = torch.autograd.grad(loss, s, upstream)
-            if keep is not None:
-                slope = torch.where(keep.unsqueeze(-1), slope, 0.0)
-            grad[..., : slope.size(-1)].copy_(slope.view(*grad.shape[:-1], -1))
+        upstream = torch.full_like(loss, factor) if scale is None else scale * factor
+        (slope,) = torch.autograd.grad(loss, s, upstream)
+    if keep is not None:
+        slope = torch.where(keep.unsqueeze(-1), slope, 0.0)
+    grad[..., : slope.size(-1)].copy_(slope.view(*grad.shape[:-1], -1))
     return loss.detach()
 
 
@@ -137,7 +161,7 @@ def _value_and_slope(
     if keep is not None:
         logq, logp = (torch.where(keep.unsqueeze(-1), x, 0.0) for x in (logq, logp))
     divergence = entry(plan)
-    with torch.enable_grad():
+    with _autograd():
         logq = logq.detach().requires_grad_(True)
         value = pointwise(divergence, logp.detach(), logq)
         (slope,) = torch.autograd.grad(value.sum(), logq)
