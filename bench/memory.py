@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import torch
 
+from fastkd import arena
+
 # glibc always takes larger blocks from the system and gives them back at once (its greatest
 # DEFAULT_MMAP_THRESHOLD_MAX on 64 bits).
 SYSTEM_BLOCK = 32 * 2**20
@@ -43,6 +45,7 @@ def peak_extra(step: Callable[[], object], device: torch.device, block: int) -> 
 
 def allocated_peak(step: Callable[[], object]) -> int:
     """CPU: the peak of what torch's allocator handed out during step()."""
+    arena.release()  # the step that fills it is the one to count
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         kept = step()
@@ -58,6 +61,7 @@ def allocated_peak(step: Callable[[], object]) -> int:
 
 def resident_peak(step: Callable[[], object]) -> int | None:
     """CPU: growth of the process's peak resident size in step(); None where Linux is not."""
+    arena.release()
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # resets the peak, see proc(5)

@@ -33,6 +33,7 @@ struct Args {
   int64_t vocab = 0;
   int64_t width = 0;  // columns of grad, those from vocab on are written 0
   int64_t classes = 0;
+  bool stream = false;  // write the gradient past the caches
   const uint8_t* keep = nullptr;
   const int64_t* label = nullptr;
   const void* scale = nullptr;

@@ -15,9 +15,6 @@
 #if defined(FASTKD_X86)
 #include <cpuid.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #define FASTKD_ISA baseline
 #include "divergence.h"
@@ -138,20 +135,9 @@ void take(Args& a, const Plan8& plan) {
   a.classes = std::get<7>(plan);
 }
 
-// Fresh pages of 4 KB cost a fault and a zeroing each: two thirds of a call. Asking for 2 MB pages
-// before the first touch makes it one in 512. Advice only: on memory already touched, or where
-// the system does not follow it, nothing changes.
-void advise_huge_pages(Address address, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const Address page = Address{1} << 21;
-  const Address from = (address + page - 1) / page * page;
-  const Address to = (address + static_cast<Address>(bytes)) / page * page;
-  if (to > from) madvise(at<void>(from), to - from, MADV_HUGEPAGE);
-#else
-  (void)address;
-  (void)bytes;
-#endif
-}
+// Bytes from which a gradient is written past the caches: a smaller one is wanted there by the
+// matrix product that comes next.
+constexpr int64_t kStreamFrom = int64_t{1} << 24;
 
 void fused(int wide, int64_t rows, int threads, const Rows5& student, const Rows5& teacher,
            const Plan8& plan, Address keep, Address label, Address scale, double factor,
@@ -167,6 +153,8 @@ void fused(int wide, int64_t rows, int threads, const Rows5& student, const Rows
   a.scale = at<const void>(scale);
   a.factor = factor;
   a.out = at<void>(out);
+  a.stream = a.grad.data != nullptr && a.grad.data != a.student.data &&
+             rows * width * size_of(a.grad.dtype) >= kStreamFrom;
   const auto run = running->passes[std::get<0>(plan)][wide].fused;
   py::gil_scoped_release release;
   share(rows, threads, [&](int64_t begin, int64_t end) { run(a, begin, end); });
@@ -316,7 +304,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("weigh", &weigh);
   m.def("total", &total);
   m.def("multiply", &multiply);
-  m.def("advise_huge_pages", &advise_huge_pages);
   m.def("exp2", [](Address x, Address y, int64_t n) {
     running->exp2(at<const float>(x), at<float>(y), n);
   });

@@ -24,7 +24,7 @@ inline double cross_entropy(const Args& a, int64_t r, const Side& s, const Hard&
   const double log_sum = __builtin_log(hard.sum);
   double loss = (1.0 - a.smoothing) * ((s.top - static_cast<double>(at_label)) + log_sum);
   if (a.smoothing != 0.0)
-    loss += a.smoothing * ((s.top - hard.raw / static_cast<double>(a.classes)) + log_sum);
+    loss += a.smoothing * (log_sum - hard.below / static_cast<double>(a.classes));
   return loss;
 }
 
@@ -98,16 +98,16 @@ void stats(const Args& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     T* out = static_cast<T*>(a.out) + 3 * r;
     Side side;
-    double raw = 0.0;
+    double below = 0.0;
     if (dropped(a, r)) {
       side.top = 0.0;
     } else {
       const Reader<T> read{a.student.row(r), a.student.dtype, buffers.s};
-      stats_sweep(read, a.vocab, kLog2E / a.temperature, side, &raw);
+      stats_sweep(read, a.vocab, kLog2E / a.temperature, side, below);
     }
     out[0] = static_cast<T>(side.top);
     out[1] = static_cast<T>(side.sum);
-    out[2] = static_cast<T>(raw);
+    out[2] = static_cast<T>(below);
   }
 }
 

@@ -20,6 +20,9 @@ namespace {
 constexpr double kNaN = __builtin_nan("");
 constexpr double kInfinity = __builtin_inf();
 
+constexpr int64_t kPart = kBlock / 4;  // columns between two requests to the memory
+constexpr int64_t kLine = 64;          // bytes of a cache line
+
 inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -51,10 +54,11 @@ struct Side {
   }
 };
 
-// The student's side at T = 1 for the hard label: same maximum, and the sum of raw logits.
+// The student's side at T = 1 for the hard label: same maximum, and the sum of all x - maximum,
+// which keeps its digits where the logits are far from 0.
 struct Hard {
   double sum = 0.0;
-  double raw = 0.0;
+  double below = 0.0;
 };
 
 // In lanes by hand: of the reduction Clang thinks that a NaN forbids it. A NaN is passed over here,
@@ -81,10 +85,10 @@ inline T exp_sum(const T* x, int64_t n, T top, T c) {
 }
 
 template <class T>
-inline T plain_sum(const T* x, int64_t n) {
+inline T sum_below(const T* x, int64_t n, T top) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  for (int64_t i = 0; i < n; ++i) sum += x[i] - top;
   return sum;
 }
 
@@ -108,6 +112,14 @@ struct Reader {
   DType dtype;
   T* buffer;
   const T* operator()(int64_t at, int64_t n) const { return load(row, dtype, at, n, buffer); }
+
+  // Asks for columns that are wanted soon, so that the memory does not idle while exponentials are
+  // computed: the hardware's own prefetching follows the loads, which come in bursts.
+  void ahead(int64_t at, int64_t n) const {
+    const int64_t size = size_of(dtype);
+    const char* from = static_cast<const char*>(row) + at * size;
+    for (int64_t i = 0; i < n * size; i += kLine) __builtin_prefetch(from + i, 0, 2);
+  }
 };
 
 // What the first sweep of an expectation keeps for the gradient, by block: exponentials under the
@@ -136,14 +148,16 @@ struct Memory {
 // ---- first sweep ------------------------------------------------------------------------------
 
 template <class T>
-inline void stats_sweep(const Reader<T>& read, int64_t vocab, double c, Side& side, double* raw) {
+inline void stats_sweep(const Reader<T>& read, int64_t vocab, double c, Side& side, double& below) {
   for (int64_t at = 0; at < vocab; at += kBlock) {
     const int64_t n = least(kBlock, vocab - at);
     const T* x = read(at, n);
     double drop;
+    const double old = side.shift();
     side.raise(max_of(x, padded(n)), c, drop);
+    below += static_cast<double>(at) * (old - side.shift());
     side.sum += exp_sum(x, padded(n), static_cast<T>(side.shift()), static_cast<T>(c));
-    if (raw != nullptr) *raw += plain_sum(x, n);
+    below += sum_below(x, n, static_cast<T>(side.shift()));
   }
 }
 
@@ -186,30 +200,40 @@ inline void first_sweep(const Args& a, const Reader<T>& student, const Reader<T>
     const double shrink_s = s.raise(max_of(x, m), c, drop_s);
     const double shrink_t = t.raise(max_of(y, m), c, drop_t);
     const T ms = static_cast<T>(s.shift()), mt = static_cast<T>(t.shift()), k = static_cast<T>(c);
-    if constexpr (E == Expectation::none) {
-      s.sum += exp_sum(x, m, ms, k);
-      t.sum += exp_sum(y, m, mt, k);
-    } else {
+    if (E != Expectation::none && (drop_s != 0.0 || drop_t != 0.0)) {
       constexpr bool of_t = E == Expectation::teacher;
-      if (drop_s != 0.0 || drop_t != 0.0) {
-        const double shrink = of_t ? shrink_t : shrink_s;
-        const double shift = of_t ? old_t * (drop_s - drop_t) : old_s * (drop_t - drop_s);
-        cross = shrink > 0.0 ? shrink * (cross + shift) : 0.0;
-      }
-      if (memory.es != nullptr) {
-        memory.tops[at / kBlock * 2] = s.shift();
-        memory.tops[at / kBlock * 2 + 1] = t.shift();
-        expectation_block<T, E, true>(x, y, m, ms, mt, k, memory.es + at, memory.other + at, s.sum,
-                                      t.sum, cross);
+      const double shrink = of_t ? shrink_t : shrink_s;
+      const double shift = of_t ? old_t * (drop_s - drop_t) : old_s * (drop_t - drop_s);
+      cross = shrink > 0.0 ? shrink * (cross + shift) : 0.0;
+    }
+    const bool keep = memory.es != nullptr;
+    if (keep) {
+      memory.tops[at / kBlock * 2] = s.shift();
+      memory.tops[at / kBlock * 2 + 1] = t.shift();
+    }
+    for (int64_t i = 0; i < m; i += kPart) {
+      const int64_t part = least(kPart, m - i), next = least(kPart, a.vocab - (at + kBlock + i));
+      student.ahead(at + kBlock + i, next);
+      teacher.ahead(at + kBlock + i, next);
+      if constexpr (E == Expectation::none) {
+        s.sum += exp_sum(x + i, part, ms, k);
+        t.sum += exp_sum(y + i, part, mt, k);
+      } else if (keep) {
+        expectation_block<T, E, true>(x + i, y + i, part, ms, mt, k, memory.es + at + i,
+                                      memory.other + at + i, s.sum, t.sum, cross);
       } else {
-        expectation_block<T, E, false>(x, y, m, ms, mt, k, nullptr, nullptr, s.sum, t.sum, cross);
+        expectation_block<T, E, false>(x + i, y + i, part, ms, mt, k, nullptr, nullptr, s.sum,
+                                       t.sum, cross);
       }
     }
     if (at_one) {
       if (s.top > top_s && top_s != -kInfinity) hard.sum *= exp2((top_s - s.top) * kLog2E);
       hard.sum += exp_sum(x, m, ms, static_cast<T>(kLog2E));
     }
-    if (a.smoothing != 0.0) hard.raw += plain_sum(x, n);
+    if (a.smoothing != 0.0) {
+      const double old = top_s == -kInfinity ? 0.0 : top_s;
+      hard.below += static_cast<double>(at) * (old - s.shift()) + sum_below(x, n, ms);
+    }
   }
   if (a.hard != 0.0 && !at_one) hard.sum = s.sum;
 }
@@ -337,7 +361,7 @@ inline void grad_sweep(const Args& a, int64_t r, const Reader<T>& student, const
     const int64_t n = least(kBlock, a.vocab - at);
     const T* x = reads || a.hard != 0.0 ? student(at, n) : nullptr;
     const T* y = reads ? teacher(at, n) : nullptr;
-    T* g = target(row, a.grad.dtype, at, n, buffer);
+    T* g = a.stream ? buffer : target(row, a.grad.dtype, at, n, buffer);
     if (a.hard != 0.0) {
       grad_block<T, D, true>(a, w, columns(at, x, y), x, g, padded(n));
       if (label >= at && label < at + n)
@@ -345,7 +369,8 @@ inline void grad_sweep(const Args& a, int64_t r, const Reader<T>& student, const
     } else {
       grad_block<T, D, false>(a, w, columns(at, x, y), x, g, padded(n));
     }
-    if (g == buffer) store(buffer, row, a.grad.dtype, at, n);
+    if (g == buffer && !(a.stream && stream(buffer, row, a.grad.dtype, at, n)))
+      store(buffer, row, a.grad.dtype, at, n);
   }
   fill(a, r, a.vocab, 0.0);
 }

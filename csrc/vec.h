@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -199,6 +199,32 @@ inline const T* load(const void* row, DType dtype, int64_t at, int64_t n, T* buf
 template <class T>
 inline T* target(void* row, DType dtype, int64_t at, int64_t n, T* buffer) {
   return dtype == dtype_of<T>() && n % kPad == 0 ? static_cast<T*>(row) + at : buffer;
+}
+
+// store() past the caches, for a gradient that is larger than they are: a line that is not in them
+// is then not read before it is written. False where the place or the processor does not allow it.
+template <class T>
+inline bool stream(const T* from, void* row, DType dtype, int64_t at, int64_t n) {
+#if defined(__SSE2__)
+  T* to = static_cast<T*>(row) + at;
+  if (dtype != dtype_of<T>() || n % kPad != 0 || reinterpret_cast<uintptr_t>(to) % 64 != 0)
+    return false;
+  const char* source = reinterpret_cast<const char*>(from);
+  char* target = reinterpret_cast<char*>(to);
+  const int64_t bytes = n * int64_t{sizeof(T)};
+#if defined(__AVX512F__)
+  for (int64_t i = 0; i < bytes; i += 64)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(target + i), _mm512_load_si512(source + i));
+#else
+  for (int64_t i = 0; i < bytes; i += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(target + i),
+                     _mm_load_si128(reinterpret_cast<const __m128i*>(source + i)));
+#endif
+  return true;
+#else
+  (void)from, (void)row, (void)dtype, (void)at, (void)n;
+  return false;
+#endif
 }
 
 template <class T>

@@ -5,7 +5,7 @@ A backend is a module with the functions of `Passes`. It sees rows, not losses: 
 column of the hard label and a scale per row. It never sees a reduction or a process group.
 
     fused   loss of each row and, where asked, its gradient: the fast form, one trip
-    stats   (max, sum of exp((x - max) / T), sum of x) of each row
+    stats   (max, sum of exp((x - max) / T), sum of x - max) of each row
     loss    (sum of value, sum of centred slope) of each row, given both sides' stats
     grad    the gradient, given both sides' stats and the sum of slopes
 
@@ -73,7 +73,11 @@ class Passes(Protocol):
         """Loss [N] acc of each row (not scaled); writes the scaled gradient where grad is given."""
 
     def stats(self, x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
-        """[N, 3] acc: max of x, sum of exp((x - max) / temperature), sum of x; 0 if not kept."""
+        """[N, 3] acc: max of x, sum of exp((x - max) / temperature), sum of x - max.
+
+        All 0 where not kept. Two shards of a row merge as sum exp(..) * exp((max - top) / T) and
+        sum + columns * (max - top), top being the larger maximum.
+        """
 
     def loss(
         self,
@@ -105,6 +109,9 @@ class Passes(Protocol):
 
     def total(self, loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
         """0-d acc: factor * sum of scale * loss, the same bits whatever the number of threads."""
+
+    def empty_gradient(self, like: Tensor) -> Tensor:
+        """Memory for a gradient: a contiguous tensor of like's shape and dtype, not initialised."""
 
     def multiply(self, grad: Tensor, by: Tensor) -> None:
         """grad *= by (0-d, acc) in place, leaving at once where `by` is 1; no synchronisation."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd import arena
 from fastkd.backend import Plan, acc_dtype, rows
 
 try:
@@ -32,8 +33,6 @@ _INDEX = {name: index for index, name in enumerate(_C.divergences())}
 _NONE = (0, 0, 1, 0, 0)
 # Elements below which a second thread costs more than it saves: waking one takes microseconds.
 _GRAIN = 16384
-# Bytes from which a fresh gradient is worth asking huge pages for.
-_HUGE = 1 << 22
 
 
 def build() -> dict[str, Any]:
@@ -79,10 +78,6 @@ def fused(
     out = torch.empty(n, dtype=acc)
     if n == 0:
         return out
-    if grad is not None and grad.data_ptr() != student.data_ptr():
-        bytes_ = grad.numel() * grad.element_size()
-        if bytes_ >= _HUGE:
-            _C.advise_huge_pages(grad.data_ptr(), bytes_)
     _C.fused(
         acc == torch.float64,
         n,
@@ -217,6 +212,10 @@ def total(loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
     wide = loss.dtype == torch.float64
     _C.total(wide, loss.data_ptr(), _address(scale), factor, loss.numel(), out.data_ptr())
     return out
+
+
+def empty_gradient(like: Tensor) -> Tensor:
+    return arena.empty(like)
 
 
 def multiply(grad: Tensor, by: Tensor) -> None:

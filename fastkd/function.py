@@ -43,7 +43,7 @@ def _gradient(
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss [N], gradient in the student's shape); into `out` where it is given."""
-    grad = torch.empty_like(student, memory_format=torch.contiguous_format) if out is None else out
+    grad = passes.empty_gradient(student) if out is None else out
     keep, label, scale, factor = folded
     loss = passes.fused(rows(student), rows(teacher), plan, keep, label, scale, factor, rows(grad))
     return loss, grad

@@ -345,12 +345,13 @@ def _loss(
     if inplace:
         checks.inplace(student, teacher)
 
+    acc = acc_dtype(student, teacher)
     if soft == 0.0:
         # D(q, q) is exactly 0 with gradient exactly 0: the teacher is not read, whatever it holds,
         # and a sum over none of its columns is what gives it the gradient of 0 it may ask for
         nothing = teacher[..., :0].sum()
-        teacher = student.detach()
-    t, acc = float(temperature), acc_dtype(student, teacher)
+        teacher = student.detach() if acc != torch.float64 else student.detach().to(acc)
+    t = float(temperature)
     plan = Plan(divergence.name, divergence.param, t, soft, hard, smoothing, vocab, vocab)
     compiling = torch.compiler.is_compiling()
     teacher_grad = teacher.requires_grad and torch.is_grad_enabled()

@@ -69,11 +69,11 @@ def row_loss(
 
 def _cross_entropy(s: Tensor, label: Tensor, plan: Plan) -> Tensor:
     here = (label >= 0) & (label < plan.vocab)
-    at_label = s.gather(-1, torch.where(here, label, 0).unsqueeze(-1)).squeeze(-1)
-    at_label = torch.where(here, at_label, 0.0)
-    loss = s.logsumexp(-1) - (1.0 - plan.smoothing) * at_label
+    logq = s.log_softmax(-1)  # not logsumexp(s) - s: that loses the digits of large logits
+    at_label = logq.gather(-1, torch.where(here, label, 0).unsqueeze(-1)).squeeze(-1)
+    loss = (plan.smoothing - 1.0) * torch.where(here, at_label, -s.logsumexp(-1))
     if plan.smoothing != 0.0:
-        loss = loss - plan.smoothing * s.sum(-1) / plan.classes
+        loss = loss - plan.smoothing * logq.mean(-1)
     return loss
 
 
@@ -132,7 +132,7 @@ def stats(x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Ten
         x = torch.where(keep.unsqueeze(-1), x, 0.0)
     top = x.amax(-1)
     shifted = x - torch.where(top == -INF, 0.0, top).unsqueeze(-1)
-    out = torch.stack((top, (shifted / temperature).exp().sum(-1), x.sum(-1)), -1)
+    out = torch.stack((top, (shifted / temperature).exp().sum(-1), shifted.sum(-1)), -1)
     return out if keep is None else torch.where(keep.unsqueeze(-1), out, 0.0)
 
 
@@ -217,6 +217,10 @@ def grad(
 def total(loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
     wide = loss.double() if scale is None else loss.double() * scale
     return (wide.sum() * factor).to(loss.dtype)
+
+
+def empty_gradient(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def multiply(grad: Tensor, by: Tensor) -> None:

@@ -1,0 +1,63 @@
+"""Gradient buffers on the CPU, used again.
+
+A fresh gradient of 65 MB costs as much in page faults and zeroing as the loss itself, at every
+step. So large ones come from here: storages that this module keeps, and hands out again once no
+tensor uses them. A gradient that is still referenced anywhere, say as a leaf's `.grad`, is left
+alone. What is kept is bounded by FASTKD_ARENA_MB (read at import; 0 switches the arena off); a
+larger gradient is torch's business as ever.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import torch
+from torch import Tensor
+
+LEAST = 1 << 22  # bytes: smaller blocks come from malloc's own free lists, without page faults
+
+
+def _limit() -> int:
+    text = os.environ.get("FASTKD_ARENA_MB", "256")
+    if not text.isdecimal():
+        raise ValueError(f"FASTKD_ARENA_MB: got {text!r}, expected a whole number of megabytes")
+    return int(text) << 20
+
+
+limit = _limit()
+_kept: list[torch.UntypedStorage] = []
+_lock = threading.Lock()
+
+
+def empty(like: Tensor) -> Tensor:
+    """A contiguous tensor of like's shape and dtype, not initialised."""
+    size = like.numel() * like.element_size()
+    if not LEAST <= size <= limit:
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    with _lock:
+        for storage in _kept:
+            if storage.nbytes() == size and _free(storage):
+                # inside the lock: from here on the storage counts as used
+                flat = torch.empty(0, dtype=like.dtype).set_(storage, 0, (like.numel(),), (1,))
+                return flat.view(like.shape)
+        out = torch.empty_like(like, memory_format=torch.contiguous_format)
+        _make_room(size)
+        _kept.append(out.untyped_storage())
+    return out
+
+
+def release() -> None:
+    """Gives the kept buffers that nobody uses back to the system."""
+    with _lock:
+        _kept[:] = [storage for storage in _kept if not _free(storage)]
+
+
+def _free(storage: torch.UntypedStorage) -> bool:
+    return torch._C._storage_Use_Count(storage._cdata) == 1
+
+
+def _make_room(size: int) -> None:
+    """Forgets buffers, oldest first, until `size` more bytes fit; tensors in use live on."""
+    while _kept and sum(storage.nbytes() for storage in _kept) + size > limit:
+        del _kept[0]

@@ -1,0 +1,96 @@
+"""The CPU's gradient buffers: used again when free, never while anybody holds them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd import arena
+
+SHAPE = (64, 20000)  # 5 MB in float32: above arena.LEAST
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Iterator[None]:
+    arena.release()
+    yield
+    arena.release()
+
+
+def _gradient() -> Tensor:
+    student = torch.zeros(SHAPE, requires_grad=True)
+    (grad,) = torch.autograd.grad(fastkd.kl_div(student, torch.randn(SHAPE)), student)
+    return grad
+
+
+def test_a_free_buffer_is_used_again() -> None:
+    first = arena.empty(torch.empty(SHAPE))
+    place = first.data_ptr()
+    del first
+    assert arena.empty(torch.empty(SHAPE)).data_ptr() == place
+
+
+def test_a_buffer_in_use_is_left_alone() -> None:
+    kept = _gradient()
+    copy, part = kept.clone(), kept[3:5]
+    place = kept.data_ptr()
+    del kept  # the view still holds the storage
+    other = _gradient()
+    assert other.data_ptr() != place
+    torch.testing.assert_close(part, copy[3:5], rtol=0, atol=0)
+
+
+def test_a_leaf_keeps_its_gradient_over_steps() -> None:
+    student, teacher = torch.zeros(SHAPE, requires_grad=True), torch.randn(SHAPE)
+    fastkd.kl_div(student, teacher).backward()
+    assert student.grad is not None
+    once = student.grad.clone()
+    fastkd.kl_div(student, teacher).backward()
+    torch.testing.assert_close(student.grad, 2 * once)
+
+
+def test_shape_and_dtype_are_those_asked_for() -> None:
+    held = arena.empty(torch.empty(SHAPE))
+    del held
+    like = torch.empty(SHAPE[::-1]).t()  # as many bytes, other strides
+    got = arena.empty(like)
+    assert got.shape == like.shape and got.is_contiguous() and got.dtype == like.dtype
+    del got
+    half = torch.empty(128, 20000, dtype=torch.bfloat16)
+    assert arena.empty(half).dtype == torch.bfloat16
+
+
+def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 4 * SHAPE[0] * SHAPE[1]
+    monkeypatch.setattr(arena, "limit", 2 * size)
+    held = [arena.empty(torch.empty(SHAPE)) for _ in range(5)]
+    assert sum(storage.nbytes() for storage in arena._kept) <= 2 * size
+    assert len({x.data_ptr() for x in held}) == 5
+    monkeypatch.setattr(arena, "limit", size - 1)
+    before = len(arena._kept)
+    arena.empty(torch.empty(SHAPE))
+    assert len(arena._kept) == before  # larger than the bound: torch's business
+
+
+def _run(megabytes: str) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import torch, fastkd; from fastkd import arena; "
+        f"arena.empty(torch.empty({SHAPE})); print(len(arena._kept))"
+    )
+    environment = {**os.environ, "FASTKD_ARENA_MB": megabytes}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+
+
+def test_the_switch() -> None:
+    assert _run("0").stdout.strip() == "0" and _run("64").stdout.strip() == "1"
+    refused = _run("many")
+    assert refused.returncode != 0 and "FASTKD_ARENA_MB: got 'many'" in refused.stderr
