@@ -1,0 +1,258 @@
+"""The passes of `fastkd.backend.Passes` on the row kernels: shapes in, launches out."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkd.backend import Plan, acc_dtype, interpreted, on_host, rows
+from fastkd.divergence import divergences
+from fastkd.gpu import divergence as pairs
+from fastkd.gpu import rows as kernels
+from fastkd.gpu.tune import Tile, tile
+
+LOG2E = 1.0 / math.log(2.0)
+TOTAL_BLOCK = 1024
+# A contracted product rounds where its twin on the other side does not, and identical logits must
+# cancel exactly. The formulas stand it too (`sweeps.pair`); this keeps every target on one result.
+PINNED = {"enable_fp_fusion": False}
+
+if interpreted():
+    from fastkd.gpu.interpreted import repair
+
+    repair()
+
+_ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+@cache
+def _wave(device: torch.device) -> int:
+    """Threads of a warp on a device, which is the current one."""
+    return int(triton.runtime.driver.active.get_current_target().warp_size)
+
+
+def launch(
+    kernel: Any, programs: int, args: dict[str, Any], threads: int, device: torch.device
+) -> None:
+    """Runs a kernel on a device; the only place that does.
+
+    Raises:
+        RuntimeError: Triton could not compile or start it. Nothing falls back in silence.
+    """
+    on_cpu = on_host(device)  # through the interpreter
+    try:
+        with nullcontext() if on_cpu else torch.get_device_module(device).device(device):
+            warps = max(1, threads // (32 if on_cpu else _wave(device)))
+            kernel[(programs,)](**args, num_warps=warps, **PINNED)
+    except Exception as error:
+        constants = {k: v for k, v in args.items() if k.isupper()}
+        raise RuntimeError(
+            f"fastkd: {kernel.__name__} could not be compiled or launched on {device} by Triton "
+            f"{triton.__version__} with {constants}: {error}; "
+            "fastkd.use_backend('reference') runs the same loss in plain torch"
+        ) from error
+
+
+def _divergence(plan: Plan) -> Any:
+    pair = getattr(pairs, plan.divergence, None)
+    if pair is None:
+        raise NotImplementedError(
+            f"divergence: got {plan.divergence!r}, which has no function in fastkd.gpu.divergence; "
+            "expected one under that name, or fastkd.use_backend('reference')"
+        )
+    return pair
+
+
+def _place(suffix: str, x: Tensor) -> dict[str, int]:
+    """Where the rows of x [A, B, V] lie."""
+    return {
+        f"per_{suffix}": x.size(1),
+        f"outer_{suffix}": x.stride(0),
+        f"inner_{suffix}": x.stride(1),
+    }
+
+
+def _vector(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _tile(vocab: int, *operands: Tensor | None) -> tuple[Tile, dict[str, int]]:
+    size = tile(vocab, max(x.element_size() for x in operands if x is not None))
+    return size, {"LANES": size.lanes, "GROUP": size.group}
+
+
+def _scales(plan: Plan) -> dict[str, float]:
+    return {
+        "exponent": LOG2E / plan.temperature,
+        "inverse": 1.0 / plan.temperature,
+        "param": plan.param,
+    }
+
+
+def _weights(plan: Plan, factor: float) -> dict[str, float]:
+    return {
+        "soft": plan.soft,
+        "hard": plan.hard,
+        "sure": 1.0 - plan.smoothing,
+        "spread": plan.smoothing / plan.classes,
+        "factor": factor,
+    }
+
+
+def fused(
+    student: Tensor,
+    teacher: Tensor,
+    plan: Plan,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor | None,
+) -> Tensor:
+    acc = acc_dtype(student, teacher)
+    n = student.size(0) * student.size(1)
+    loss = torch.empty(n, dtype=acc, device=student.device)
+    if n == 0:
+        return loss
+    label = label if plan.hard != 0.0 else None
+    size, lanes = _tile(plan.vocab, student, teacher, grad)
+    args = {
+        **dict(student=student, teacher=teacher, grad=grad, loss=loss),
+        **dict(keep=_vector(keep), label=_vector(label), scale=_vector(scale)),
+        **dict(vocab=plan.vocab, classes=plan.classes),
+        "width": plan.vocab if grad is None else grad.size(2),
+        **_place("s", student),
+        **_place("t", teacher),
+        **_place("g", student if grad is None else grad),
+        **_scales(plan),
+        **_weights(plan, factor),
+        "DIVERGENCE": _divergence(plan),
+        "EXPECTATION": divergences[plan.divergence].expectation or "none",
+        "UNIT": label is not None and plan.temperature != 1.0,
+        "SMOOTH": label is not None and plan.smoothing != 0.0,
+        "ACC": _ACC[acc],
+        **lanes,
+    }
+    launch(kernels.fused_kernel, n, args, size.threads, student.device)
+    return loss
+
+
+def stats(x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
+    acc = acc_dtype(x, x)
+    n = x.size(0) * x.size(1)
+    out = torch.empty(n, 3, dtype=acc, device=x.device)
+    if n == 0:
+        return out
+    size, lanes = _tile(vocab, x)
+    args = {
+        **dict(x=x, stats=out, keep=_vector(keep), vocab=vocab),
+        **dict(per=x.size(1), outer=x.stride(0), inner=x.stride(1)),
+        "exponent": LOG2E / temperature,
+        "ACC": _ACC[acc],
+        **lanes,
+    }
+    launch(kernels.stats_kernel, n, args, size.threads, x.device)
+    return out
+
+
+def loss(
+    student: Tensor,
+    teacher: Tensor,
+    stats_s: Tensor,
+    stats_t: Tensor,
+    plan: Plan,
+    keep: Tensor | None,
+) -> Tensor:
+    acc = acc_dtype(student, teacher)
+    n = student.size(0) * student.size(1)
+    out = torch.empty(n, 2, dtype=acc, device=student.device)
+    if n == 0:
+        return out
+    size, lanes = _tile(plan.vocab, student, teacher)
+    args = {
+        **dict(student=student, teacher=teacher),
+        **dict(stats_s=stats_s.contiguous(), stats_t=stats_t.contiguous()),
+        **dict(loss=out, keep=_vector(keep), vocab=plan.vocab),
+        **_place("s", student),
+        **_place("t", teacher),
+        **_scales(plan),
+        "DIVERGENCE": _divergence(plan),
+        "ACC": _ACC[acc],
+        **lanes,
+    }
+    launch(kernels.loss_kernel, n, args, size.threads, student.device)
+    return out
+
+
+def grad(
+    student: Tensor,
+    teacher: Tensor,
+    stats_s: Tensor,
+    stats_t: Tensor,
+    stats_hard: Tensor | None,
+    slope: Tensor,
+    plan: Plan,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor,
+) -> None:
+    n = student.size(0) * student.size(1)
+    if n == 0:
+        return
+    if plan.hard == 0.0:
+        label = stats_hard = None
+    size, lanes = _tile(plan.vocab, student, teacher, grad)
+    args = {
+        **dict(student=student, teacher=teacher, grad=grad),
+        **dict(stats_s=stats_s.contiguous(), stats_t=stats_t.contiguous()),
+        **dict(stats_hard=_vector(stats_hard), slope=slope.contiguous()),
+        **dict(keep=_vector(keep), label=_vector(label), scale=_vector(scale)),
+        **dict(vocab=plan.vocab, width=grad.size(2)),
+        **_place("s", student),
+        **_place("t", teacher),
+        **_place("g", grad),
+        **_scales(plan),
+        **_weights(plan, factor),
+        "DIVERGENCE": _divergence(plan),
+        "UNIT": label is not None and plan.temperature != 1.0,
+        "ACC": _ACC[acc_dtype(student, teacher)],
+        **lanes,
+    }
+    launch(kernels.grad_kernel, n, args, size.threads, student.device)
+
+
+def total(loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
+    out = torch.empty((), dtype=loss.dtype, device=loss.device)
+    args = {
+        **dict(loss=loss.contiguous(), scale=_vector(scale), out=out, n=loss.numel()),
+        **dict(factor=factor, BLOCK=TOTAL_BLOCK),
+    }
+    launch(kernels.total_kernel, 1, args, 256, loss.device)
+    return out
+
+
+def empty_gradient(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def multiply(grad: Tensor, by: Tensor) -> None:
+    flat = rows(grad)
+    if flat.data_ptr() != grad.data_ptr() or grad.numel() == 0:
+        grad.mul_(by)  # three or more strides that do not merge: `rows` has made a copy
+        return
+    size, lanes = _tile(flat.size(2), grad)
+    args = {
+        **dict(grad=flat, by=by, width=flat.size(2)),
+        **dict(per=flat.size(1), outer=flat.stride(0), inner=flat.stride(1)),
+        **lanes,
+    }
+    launch(kernels.multiply_kernel, flat.size(0) * flat.size(1), args, size.threads, grad.device)

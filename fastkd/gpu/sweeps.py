@@ -1,0 +1,300 @@
+"""What a program does to its row: one sweep over the columns per function.
+
+A tile is [LANES, GROUP]: GROUP neighbouring columns are one 16-byte load and belong to one lane.
+Running maxima and sums are kept per lane and reduced across lanes once, when the sweep ends; inside
+the sweep a lane reduces within its own thread. Only the last, partial tile is masked. x is always
+taken relative to a maximum before it is scaled: (x - max) * (log2(e) / T), since a rounded
+product max * (log2(e) / T) would cost digits at logits of 1e4.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# a finite start for running maxima: -inf - -inf would be NaN
+LOWEST32 = tl.constexpr(-3.4028234663852886e38)
+LOWEST64 = tl.constexpr(-1.7976931348623157e308)
+
+
+@triton.jit
+def scalar(x, ACC: tl.constexpr):
+    """A float argument in the accumulator's dtype (the interpreter hands Python floats over)."""
+    return tl.full((), x, ACC)
+
+
+@triton.jit
+def row_at(x, row, per, outer, inner):
+    """The start of row [row // per, row % per]; 64 bits, since rows * columns passes 2^31."""
+    return x + ((row // per).to(tl.int64) * outer + (row % per).to(tl.int64) * inner)
+
+
+@triton.jit
+def columns(start, LANES: tl.constexpr, GROUP: tl.constexpr):
+    return start + (tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :])
+
+
+@triton.jit
+def load(
+    x,
+    start,
+    vocab,
+    MASKED: tl.constexpr,
+    POLICY: tl.constexpr,
+    ACC: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    at = columns(start, LANES, GROUP)
+    if MASKED:
+        tile = tl.load(x + at, mask=at < vocab, other=-float("inf"), eviction_policy=POLICY)
+    else:
+        tile = tl.load(x + at, eviction_policy=POLICY)
+    return tile.to(ACC)
+
+
+@triton.jit
+def empty(ACC: tl.constexpr, LANES: tl.constexpr):
+    """Running maximum and sum of lanes that have seen nothing."""
+    lowest: tl.constexpr = LOWEST64 if ACC == tl.float64 else LOWEST32
+    return tl.full([LANES], lowest, ACC), tl.zeros([LANES], ACC)
+
+
+@triton.jit
+def fold(x, top, total, exponent):
+    """A tile into running maxima and sums; also x - max, its exponential, and the sums' carry."""
+    new = tl.maximum(top, tl.max(x, 1))
+    x = x - new[:, None]
+    e = tl.exp2(x * exponent)
+    carry = tl.exp2((top - new) * exponent)
+    return new, tl.fma(total, carry, tl.sum(e, 1)), x, e, carry
+
+
+@triton.jit
+def merge(top, total, exponent):
+    """Lanes into the row: (max, sum, weight of each lane)."""
+    highest = tl.max(top, 0)
+    weight = tl.exp2((top - highest) * exponent)
+    # the where keeps a contraction out of the sum, see `pair`
+    return highest, tl.sum(tl.where(weight == 0, 0.0, total * weight), 0), weight
+
+
+@triton.jit
+def drift_step(
+    drift, x, top, new, start, vocab,
+    MASKED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Sum of (x - max) under a changing max; every lane has seen start / LANES columns before."""
+    if MASKED:
+        x = tl.where(columns(start, LANES, GROUP) < vocab, x, 0.0)
+    return drift + tl.sum(x, 1) + scalar(start // LANES, x.dtype) * (top - new)
+
+
+@triton.jit
+def drift_merge(drift, top, highest, vocab, LANES: tl.constexpr, GROUP: tl.constexpr):
+    """Sum over the row of (x - highest)."""
+    full = vocab // (LANES * GROUP) * (LANES * GROUP)
+    seen = full // LANES + tl.sum((columns(full, LANES, GROUP) < vocab).to(tl.int32), 1)
+    return tl.sum(drift + seen.to(drift.dtype) * (top - highest), 0)
+
+
+@triton.jit
+def stats_tile(
+    x, start, vocab, top, total, drift, exponent,
+    MASKED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tile = load(x, start, vocab, MASKED, "evict_first", ACC, LANES, GROUP)
+    new, total, tile, _, _ = fold(tile, top, total, exponent)
+    drift = drift_step(drift, tile, top, new, start, vocab, MASKED, LANES, GROUP)
+    return new, total, drift
+
+
+@triton.jit
+def first_tile(
+    student, teacher, start, vocab, m_s, d_s, m_t, d_t, cross, unit, drift, exponent,
+    EXPECTATION: tl.constexpr, UNIT: tl.constexpr, DRIFT: tl.constexpr,
+    MASKED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of both sides into the running sums; cross is sum e_w ((x_w - m_w) - (x_o - m_o)).
+
+    w is the side that weighs (EXPECTATION), o the other one. `unit` is the student's sum at T = 1,
+    `drift` its sum of (x - max).
+    """
+    s = load(student, start, vocab, MASKED, "evict_last", ACC, LANES, GROUP)
+    t = load(teacher, start, vocab, MASKED, "evict_last", ACC, LANES, GROUP)
+    top_s, sum_s, s, e_s, carry_s = fold(s, m_s, d_s, exponent)
+    top_t, sum_t, t, e_t, carry_t = fold(t, m_t, d_t, exponent)
+    # both maxima move under the terms already summed, hence the shift of d_w columns' worth
+    if EXPECTATION == "teacher":
+        term = tl.where(e_t == 0, 0.0, e_t * (t - s))
+        cross = carry_t * (cross + d_t * ((m_t - top_t) - (m_s - top_s))) + tl.sum(term, 1)
+    if EXPECTATION == "student":
+        term = tl.where(e_s == 0, 0.0, e_s * (s - t))
+        cross = carry_s * (cross + d_s * ((m_s - top_s) - (m_t - top_t))) + tl.sum(term, 1)
+    if UNIT:
+        unit = unit * tl.exp2((m_s - top_s) * LOG2E) + tl.sum(tl.exp2(s * LOG2E), 1)
+    if DRIFT:
+        drift = drift_step(drift, s, m_s, top_s, start, vocab, MASKED, LANES, GROUP)
+    return top_s, sum_s, top_t, sum_t, cross, unit, drift
+
+
+@triton.jit
+def first_sweep(
+    student, teacher, vocab, exponent,
+    EXPECTATION: tl.constexpr, UNIT: tl.constexpr, DRIFT: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """(max, sum) of both sides, and of the student: cross sum, sum at T = 1, sum of (x - max)."""
+    m_s, d_s = empty(ACC, LANES)
+    m_t, d_t = empty(ACC, LANES)
+    cross, unit, drift = d_s, d_s, d_s
+    full = vocab // (LANES * GROUP) * (LANES * GROUP)
+    for start in range(0, full, LANES * GROUP):
+        m_s, d_s, m_t, d_t, cross, unit, drift = first_tile(
+            student, teacher, start, vocab, m_s, d_s, m_t, d_t, cross, unit, drift, exponent,
+            EXPECTATION, UNIT, DRIFT, False, ACC, LANES, GROUP,
+        )  # fmt: skip
+    if full < vocab:
+        m_s, d_s, m_t, d_t, cross, unit, drift = first_tile(
+            student, teacher, full, vocab, m_s, d_s, m_t, d_t, cross, unit, drift, exponent,
+            EXPECTATION, UNIT, DRIFT, True, ACC, LANES, GROUP,
+        )  # fmt: skip
+    top_s, sum_s, w_s = merge(m_s, d_s, exponent)
+    top_t, sum_t, w_t = merge(m_t, d_t, exponent)
+    if EXPECTATION == "teacher":
+        cross = cross + d_t * ((m_t - top_t) - (m_s - top_s))
+        cross = tl.where(w_t == 0, 0.0, w_t * cross)
+    if EXPECTATION == "student":
+        cross = cross + d_s * ((m_s - top_s) - (m_t - top_t))
+        cross = tl.where(w_s == 0, 0.0, w_s * cross)
+    if UNIT:
+        unit = unit * tl.exp2((m_s - top_s) * LOG2E)
+    row_drift = scalar(0.0, ACC)
+    if DRIFT:
+        row_drift = drift_merge(drift, m_s, top_s, vocab, LANES, GROUP)
+    return top_s, sum_s, top_t, sum_t, tl.sum(cross, 0), tl.sum(unit, 0), row_drift
+
+
+@triton.jit
+def norms(d_s, d_t):
+    """Both sums, 1 where the row is impossible on both sides: every column is then p = q = 0."""
+    dead = (d_s == 0) & (d_t == 0)
+    return tl.where(dead, 1.0, d_s), tl.where(dead, 1.0, d_t)
+
+
+@triton.jit
+def quotient(a, b):
+    """a / b, exactly 1 for equals: a GPU's own division is some units in the last place off."""
+    return tl.where(a == b, 1.0, a / b)
+
+
+@triton.jit
+def pair(
+    s, t, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, exponent, inverse, param,
+    DIVERGENCE: tl.constexpr,
+):  # fmt: skip
+    """Value and centred slope at a tile of logits, and q; (max, 1 / sum, log sum) of each side.
+
+    ratio is d_s / d_t. Identical sides must cancel to exactly 0 also where a product is contracted
+    with the sum it goes into: ptxas 12.9 does so to packed pairs (sm_100), whatever it is told.
+    Hence q - p as (e_s - e_t * ratio) / d_s, with ratio 1, and a plain tl.fma in the logarithms.
+    """
+    s, t = s - m_s, t - m_t
+    e_s, e_t = tl.exp2(s * exponent), tl.exp2(t * exponent)
+    logp, logq = tl.fma(t, inverse, -log_t), tl.fma(s, inverse, -log_s)
+    gap = tl.fma(-e_t, ratio, e_s) * inv_s
+    q = e_s * inv_s
+    value, slope = DIVERGENCE(logp, logq, e_t * inv_t, q, gap, param)
+    return value, slope, q
+
+
+@triton.jit
+def pair_sweep(
+    student, teacher, vocab, m_s, d_s, m_t, d_t, exponent, inverse, param,
+    DIVERGENCE: tl.constexpr, POLICY: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Row sums of value and centred slope, from the last column to the first."""
+    inv_s, log_s, inv_t, log_t = 1.0 / d_s, tl.log(d_s), 1.0 / d_t, tl.log(d_t)
+    ratio = quotient(d_s, d_t)
+    values = tl.zeros([LANES], ACC)
+    slopes = tl.zeros([LANES], ACC)
+    full = vocab // (LANES * GROUP) * (LANES * GROUP)
+    if full < vocab:
+        # columns past the end are -inf on both sides, which is worth 0 to every divergence
+        s = load(student, full, vocab, True, POLICY, ACC, LANES, GROUP)
+        t = load(teacher, full, vocab, True, POLICY, ACC, LANES, GROUP)
+        value, slope, _ = pair(
+            s, t, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, exponent, inverse, param, DIVERGENCE
+        )
+        values += tl.sum(value, 1)
+        slopes += tl.sum(slope, 1)
+    for back in range(0, full, LANES * GROUP):
+        start = full - LANES * GROUP - back
+        s = load(student, start, vocab, False, POLICY, ACC, LANES, GROUP)
+        t = load(teacher, start, vocab, False, POLICY, ACC, LANES, GROUP)
+        value, slope, _ = pair(
+            s, t, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, exponent, inverse, param, DIVERGENCE
+        )
+        values += tl.sum(value, 1)
+        slopes += tl.sum(slope, 1)
+    return tl.sum(values, 0), tl.sum(slopes, 0)
+
+
+@triton.jit
+def gradient_tile(
+    grad, student, teacher, start, vocab, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
+    slopes, inv_unit, column, exponent, inverse, param, soft, hard, target, spread,
+    DIVERGENCE: tl.constexpr, CENTRED: tl.constexpr, HARD: tl.constexpr, UNIT: tl.constexpr,
+    MASKED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    s = load(student, start, vocab, MASKED, "evict_first", ACC, LANES, GROUP)
+    t = load(teacher, start, vocab, MASKED, "evict_first", ACC, LANES, GROUP)
+    _, out, q = pair(
+        s, t, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, exponent, inverse, param, DIVERGENCE
+    )
+    if not CENTRED:
+        out = out - q * slopes
+    out = out * soft
+    at = columns(start, LANES, GROUP)
+    if HARD:
+        if UNIT:
+            q = tl.exp2((s - m_s) * LOG2E) * inv_unit
+        out += hard * (q - tl.where(at == column, target, spread))
+    out = out.to(grad.dtype.element_ty)
+    if MASKED:
+        tl.store(grad + at, out, mask=at < vocab, eviction_policy="evict_first")
+    else:
+        tl.store(grad + at, out, eviction_policy="evict_first")
+
+
+@triton.jit
+def gradient_sweep(
+    grad, student, teacher, vocab, m_s, d_s, m_t, d_t, slopes, unit,
+    column, exponent, inverse, param, soft, hard, target, spread,
+    DIVERGENCE: tl.constexpr, CENTRED: tl.constexpr, HARD: tl.constexpr, UNIT: tl.constexpr,
+    REVERSE: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """soft * (slope - q * slopes) + hard * (q at T = 1 - target at `column`, - spread elsewhere).
+
+    CENTRED: the slopes are known to sum to 0. UNIT: T is not 1, and q at T = 1 takes another
+    exponential. A tile is written after it is read: `grad` may be the student's memory.
+    """
+    inv_s, log_s, inv_t, log_t = 1.0 / d_s, tl.log(d_s), 1.0 / d_t, tl.log(d_t)
+    ratio = quotient(d_s, d_t)
+    inv_unit = 1.0 / unit
+    # q of a student that is impossible everywhere is 0 by `norms`, but has no cross-entropy
+    hard = tl.where(unit == 0, float("nan"), hard)
+    full = vocab // (LANES * GROUP) * (LANES * GROUP)
+    for step in range(0, full, LANES * GROUP):
+        start = full - LANES * GROUP - step if REVERSE else step
+        gradient_tile(
+            grad, student, teacher, start, vocab, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
+            slopes, inv_unit, column, exponent, inverse, param, soft, hard, target, spread,
+            DIVERGENCE, CENTRED, HARD, UNIT, False, ACC, LANES, GROUP,
+        )  # fmt: skip
+    if vocab % (LANES * GROUP) != 0:  # asked again: cheaper than kept through the loop
+        gradient_tile(
+            grad, student, teacher, full, vocab, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
+            slopes, inv_unit, column, exponent, inverse, param, soft, hard, target, spread,
+            DIVERGENCE, CENTRED, HARD, UNIT, True, ACC, LANES, GROUP,
+        )  # fmt: skip
