@@ -1,0 +1,293 @@
+"""The registered operators and torch.compile: no graph break, the same numbers as eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from common import Backend, each_name, logits
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fastkd
+from fastkd.backend import Plan
+from fastkd.divergence import Divergence
+
+REDUCTIONS = ["mean", "batchmean", "sum", "none"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _plan(divergence: Divergence, vocab: int, hard: float = 0.0) -> Plan:
+    return Plan(divergence.name, divergence.param, 2.0, 0.7, hard, hard / 2, vocab, vocab)
+
+
+def _arguments(backend: Backend, case: str) -> list[Any]:
+    """student, teacher, keep, label of an operator."""
+    student, teacher = logits(backend, 4, 9)
+    keep = label = None
+    if case in ("labels", "everything"):
+        keep = torch.tensor([True, False, True, True], device=backend.device)
+        label = torch.tensor([1, -100, 0, 8], device=backend.device)
+    if case in ("strided", "everything"):
+        student = torch.randn(4, 12, device=backend.device)[:, 1:10]
+        teacher = torch.randn(4, 9, device=backend.device)[:1].expand(4, 9)
+    if case == "leading":
+        student, teacher = student.view(2, 2, 9), teacher.view(2, 2, 9)
+    if case == "mixed":
+        student, teacher = student.bfloat16(), teacher.double()
+    return [student, teacher, keep, label]
+
+
+CASES = ["plain", "labels", "strided", "leading", "mixed", "everything"]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.interpreted(1)
+def test_opcheck_of_dense_loss(backend: Backend, case: str) -> None:
+    student, teacher, keep, label = _arguments(backend, case)
+    student, teacher = student.requires_grad_(), teacher.detach().requires_grad_()
+    plan = _plan(fastkd.divergences.js, 9, hard=0.0 if label is None else 0.3)
+    torch.library.opcheck(torch.ops.fastkd.dense_loss, (student, teacher, keep, label, *plan))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.interpreted(1)
+def test_opcheck_of_dense_grad(backend: Backend, case: str) -> None:
+    student, teacher, keep, label = _arguments(backend, case)
+    plan = _plan(fastkd.divergences.kl, 9, hard=0.0 if label is None else 0.3)
+    scale = torch.rand(student.shape[:-1], device=backend.device)
+    torch.library.opcheck(
+        torch.ops.fastkd.dense_grad, (student, teacher, keep, label, scale, *plan)
+    )
+
+
+@each_name
+@pytest.mark.interpreted(1)
+def test_opcheck_of_every_divergence(backend: Backend, divergence: Divergence) -> None:
+    student, teacher = (x.requires_grad_() for x in logits(backend, 2, 5))
+    plan = _plan(divergence, 5)
+    torch.library.opcheck(
+        torch.ops.fastkd.dense_loss,
+        (student, teacher, None, None, *plan),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_operators_take_any_layout_of_a_compiler(backend: Backend) -> None:
+    """A compiler may hand over columns that are not contiguous."""
+    student, teacher = logits(backend, 4, 9)
+    plan = _plan(fastkd.divergences.kl, 9)
+    usual = torch.ops.fastkd.dense_loss(student, teacher, None, None, *plan)
+    turned = student.t().contiguous().t()
+    assert turned.stride() == (1, 4)
+    assert torch.equal(torch.ops.fastkd.dense_loss(turned, teacher, None, None, *plan), usual)
+
+
+def _run(loss: Callable[..., Tensor], student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+    s, t = student.detach().requires_grad_(), teacher.detach().requires_grad_()
+    value = loss(s, t)
+    return (value.detach(), *torch.autograd.grad(value.sum(), (s, t)))
+
+
+def _close(compiled: tuple[Tensor, ...], eager: tuple[Tensor, ...]) -> None:
+    for one, other in zip(compiled, eager, strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        torch.testing.assert_close(one, other)
+
+
+def _compiled(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """fullgraph: a graph break is an error."""
+    return torch.compile(loss, fullgraph=True, **{"backend": "aot_eager", **options})
+
+
+@each_name
+@pytest.mark.interpreted(1)
+def test_compiled_is_eager(kernels: Backend, divergence: Divergence) -> None:
+    student, teacher = logits(kernels, 4, 9)
+
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        return fastkd.distillation_loss(s, t, alpha=0.0, divergence=divergence)
+
+    _close(_run(_compiled(loss), student, teacher), _run(loss, student, teacher))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.interpreted(1)
+def test_compiled_with_every_option(kernels: Backend, reduction: str) -> None:
+    student, teacher = logits(kernels, 4, 12, (torch.bfloat16, torch.float32))
+    labels = torch.tensor([1, -100, 0, 8], device=kernels.device)
+    weight = torch.rand(4, device=kernels.device)
+    options = {"normalizer": 3.0} if reduction == "mean" else {}
+
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        return fastkd.distillation_loss(
+            s,
+            t,
+            labels,
+            divergence="skew_kl",
+            label_smoothing=0.1,
+            weight=weight,
+            vocab_size=9,
+            reduction=reduction,
+            **options,
+        )
+
+    _close(_run(_compiled(loss), student, teacher), _run(loss, student, teacher))
+
+
+NAMED = {
+    "kl_div": fastkd.kl_div,
+    "reverse_kl_div": fastkd.reverse_kl_div,
+    "js_div": fastkd.js_div,
+    "skew_kl_div": fastkd.skew_kl_div,
+    "skew_reverse_kl_div": fastkd.skew_reverse_kl_div,
+    "tv_distance": fastkd.tv_distance,
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_compiled_functions(name: str) -> None:
+    student, teacher = torch.randn(4, 9), torch.randn(4, 9)
+    compiled = _compiled(NAMED[name])
+    _close(_run(compiled, student, teacher), _run(NAMED[name], student, teacher))
+
+
+def test_no_graph_break() -> None:
+    explained = torch._dynamo.explain(fastkd.distillation_loss)(
+        torch.randn(4, 9).requires_grad_(), torch.randn(4, 9), torch.tensor([1, 2, -100, 3])
+    )
+    assert explained.graph_break_count == 0 and explained.graph_count == 1
+
+
+def test_dynamic_shapes_compile_once(kernels: Backend) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        return fastkd.js_div(s, t, temperature=2.0)
+
+    compiled = _compiled(loss, dynamic=True, backend=counter)
+    frames = []
+    for n, v in ((4, 9), (5, 9), (3, 31), (7, 12)):
+        student, teacher = logits(kernels, n, v)
+        _close(_run(compiled, student, teacher), _run(loss, student, teacher))
+        frames.append(counter.frame_count)
+    assert frames == frames[:1] * 4
+
+
+def test_bad_labels_under_compile_are_nan_and_never_a_read_out_of_bounds(kernels: Backend) -> None:
+    """Values cannot be checked in a graph: a bad label makes its row NaN and no other."""
+    student, teacher = logits(kernels, 4, 9)
+    labels = torch.tensor([1, 1_000_000_000, 0, -7], device=kernels.device)
+    good = labels.clone()
+    good[[1, 3]] = 0
+
+    def loss(s: Tensor, t: Tensor, at: Tensor) -> Tensor:
+        return fastkd.distillation_loss(s, t, at, reduction="none")
+
+    value = _compiled(loss)(student, teacher, labels)
+    expected = loss(student, teacher, good)
+    assert value.isnan().tolist() == [False, True, False, True]
+    torch.testing.assert_close(value[[0, 2]], expected[[0, 2]])
+
+
+def test_ignored_rows_under_compile(kernels: Backend) -> None:
+    student, teacher = logits(kernels, 4, 9)
+    student[1] = teacher[1] = float("nan")
+    labels = torch.tensor([1, -100, 0, 8], device=kernels.device)
+
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        return fastkd.distillation_loss(s, t, labels)
+
+    value, grad_s, grad_t = _run(_compiled(loss), student, teacher)
+    assert value.isfinite() and not grad_s[1].any() and not grad_t[1].any()
+    _close((value, grad_s, grad_t), _run(loss, student, teacher))
+
+
+def test_bad_input_under_compile_is_refused() -> None:
+    compiled = _compiled(lambda s, t: fastkd.kl_div(s, t, temperature=-1.0))
+    with pytest.raises(Exception, match=r"temperature: got -1\.0"):
+        compiled(torch.randn(4, 9), torch.randn(4, 9))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_inductor(reduction: str) -> None:
+    """The whole way through the compiler: forward, backward, and what it fuses around the loss."""
+    hidden, weight = torch.randn(6, 8), torch.randn(31, 8)
+    teacher, labels = torch.randn(6, 31), torch.tensor([1, 2, -100, 30, 0, 5])
+
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        student = (x @ weight.t()).tanh() * 3
+        return fastkd.distillation_loss(student, t, labels, divergence="js", reduction=reduction)
+
+    compiled = torch.compile(loss, fullgraph=True)
+    _close(_run(compiled, hidden, teacher), _run(loss, hidden, teacher))
+
+
+def test_a_compiled_training_step() -> None:
+    """Ten steps of a small student, compiled and not: the same path, and the loss falls."""
+    x, labels = torch.randn(16, 8), torch.randint(31, (16,))
+    teacher = 2 * torch.randn(16, 31)
+    paths = []
+    for backend in (None, "aot_eager"):
+        torch.manual_seed(0)
+        student = torch.nn.Sequential(
+            torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 31)
+        )
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.3)
+
+        def step(student: torch.nn.Module = student) -> Tensor:
+            return fastkd.distillation_loss(student(x), teacher, labels)
+
+        run = step if backend is None else torch.compile(step, fullgraph=True, backend=backend)
+        losses = []
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = run()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        paths.append(torch.stack(losses))
+    assert paths[0][-1] < 0.9 * paths[0][0]
+    torch.testing.assert_close(paths[0], paths[1], rtol=1e-4, atol=0)
+
+
+def test_modules_compile() -> None:
+    student, teacher = torch.randn(4, 9), torch.randn(4, 9)
+    for module in (fastkd.nn.KLDiv(temperature=2.0), fastkd.nn.JSDiv(beta=0.2)):
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        _close(_run(compiled, student, teacher), _run(module, student, teacher))
+
+
+def test_a_temperature_that_changes(kernels: Backend) -> None:
+    """Annealing: torch.compile turns a number that changes between calls into a symbol."""
+    student, teacher = logits(kernels, 4, 9)
+
+    def loss(s: Tensor, t: Tensor, temperature: float) -> Tensor:
+        return fastkd.kl_div(s, t, temperature=temperature)
+
+    compiled = _compiled(loss)
+    for temperature in (1.0, 2.0, 3.5):
+        _close(
+            _run(lambda s, t, at=temperature: compiled(s, t, at), student, teacher),
+            _run(lambda s, t, at=temperature: loss(s, t, at), student, teacher),
+        )
+
+
+def test_compiled_on_the_reference() -> None:
+    """Where the extension is not built, a compiled step runs all the same."""
+    student, teacher = torch.randn(4, 9), torch.randn(4, 9)
+    labels = torch.tensor([1, -100, 0, 8])
+
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        return fastkd.distillation_loss(s, t, labels)
+
+    with fastkd.use_backend("reference"):
+        _close(_run(_compiled(loss), student, teacher), _run(loss, student, teacher))

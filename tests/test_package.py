@@ -1,0 +1,165 @@
+"""What a user finds: names, signatures, docstrings, versions, the command line."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common import run_python
+
+import fastkd
+from fastkd.losses import RowOptions
+
+LOSSES = [
+    "kl_div",
+    "reverse_kl_div",
+    "js_div",
+    "skew_kl_div",
+    "skew_reverse_kl_div",
+    "tv_distance",
+    "distillation_loss",
+]
+PUBLIC = {*LOSSES, "__version__", "checked", "divergences", "info", "nn", "use_backend"}
+# keyword-only parameters and their defaults, before **rows
+KEYWORDS: dict[str, dict[str, Any]] = {
+    "kl_div": {"temperature": 1.0},
+    "reverse_kl_div": {"temperature": 1.0},
+    "js_div": {"beta": 0.5, "temperature": 1.0},
+    "skew_kl_div": {"alpha": 0.1, "temperature": 1.0},
+    "skew_reverse_kl_div": {"alpha": 0.1, "temperature": 1.0},
+    "tv_distance": {"temperature": 1.0},
+    "distillation_loss": {
+        "temperature": 2.0,
+        "alpha": 0.5,
+        "divergence": "kl",
+        "label_smoothing": 0.0,
+        "t_squared": True,
+    },
+}
+ROW_OPTIONS = {
+    "labels",
+    "ignore_index",
+    "weight",
+    "reduction",
+    "normalizer",
+    "vocab_size",
+    "inplace",
+    "group",
+}
+
+
+def test_public_names() -> None:
+    assert set(fastkd.__all__) >= PUBLIC
+    assert all(hasattr(fastkd, name) for name in fastkd.__all__)
+    assert fastkd.__all__ == sorted(fastkd.__all__)
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+([a-z]+\d+)?", fastkd.__version__)
+    assert fastkd.info()["fastkd"] == fastkd.__version__
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_signature(name: str) -> None:
+    parameters = inspect.signature(getattr(fastkd, name)).parameters
+    positional = [
+        key for key, value in parameters.items() if value.kind is value.POSITIONAL_OR_KEYWORD
+    ]
+    labels = ["labels"] if name == "distillation_loss" else []
+    assert positional == ["student", "teacher", *labels]
+    keywords = {
+        key: value.default for key, value in parameters.items() if value.kind is value.KEYWORD_ONLY
+    }
+    assert keywords == KEYWORDS[name]
+    assert [key for key, value in parameters.items() if value.kind is value.VAR_KEYWORD] == ["rows"]
+
+
+def test_row_options() -> None:
+    assert set(RowOptions.__annotations__) == ROW_OPTIONS
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_docstring(name: str) -> None:
+    text = inspect.getdoc(getattr(fastkd, name)) or ""
+    for part in ("Args:", "Returns:", "Raises:", "student", "teacher", "temperature", "T^2"):
+        assert part in text, part
+    assert re.search(r"arXiv \d{4}\.\d{5}", text)
+    assert re.search(r"^    (\S.*)?(sum_v|KL\(|CE\()", text, re.MULTILINE), "no formula"
+
+
+def test_docstring_names_the_source_of_the_table() -> None:
+    for entry in (fastkd.divergences[name] for name in fastkd.divergences):
+        stem = entry.name
+        public = getattr(fastkd, f"{stem}_div", None) or getattr(fastkd, f"{stem}_distance")
+        arxiv = re.search(r"arXiv \S+", entry.source)
+        assert arxiv is not None and arxiv.group() in (public.__doc__ or "")
+
+
+@pytest.mark.parametrize("name", ["checked", "info", "use_backend"])
+def test_other_docstrings(name: str) -> None:
+    assert len(inspect.getdoc(getattr(fastkd, name)) or "") > 60
+
+
+def test_importing_is_light() -> None:
+    """Neither Triton nor the extension is loaded before a loss asks for it."""
+    ran = run_python(
+        "-c",
+        "import fastkd, sys; print([m for m in ('triton', 'fastkd._C', 'fastkd.gpu', 'sklearn', "
+        "'matplotlib') if m in sys.modules])",
+    )
+    assert ran.stdout.strip() == "[]", ran.stderr
+
+
+def test_info() -> None:
+    facts = fastkd.info()
+    assert {"fastkd", "python", "torch", "triton", "backend", "cpu", "gpu"} <= set(facts)
+    assert facts["torch"] == torch.__version__ and facts["backend"] == "auto"
+    if facts["cpu"] is not None:
+        assert {"isa", "isas", "openmp", "compiler", "threads"} <= set(facts["cpu"])
+        assert facts["cpu"]["isa"] in facts["cpu"]["isas"]
+        assert facts["cpu"]["threads"] == torch.get_num_threads()
+    assert (facts["gpu"] is not None) == torch.cuda.is_available()
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_info_knows_the_backend_chosen_by_hand() -> None:
+    with fastkd.use_backend("reference"):
+        assert fastkd.info()["backend"] == "reference"
+    assert fastkd.info()["backend"] == "auto"
+
+
+def test_info_on_the_command_line() -> None:
+    ran = run_python("-m", "fastkd", "info", "--json", FASTKD_BACKEND="reference")
+    assert ran.returncode == 0, ran.stderr
+    facts = json.loads(ran.stdout)
+    assert facts["fastkd"] == fastkd.__version__ and facts["backend"] == "reference"
+
+
+def test_info_as_text() -> None:
+    ran = run_python("-m", "fastkd", "info")
+    assert ran.returncode == 0, ran.stderr
+    for part in ("fastkd", "torch", "backend", "cpu", "gpu"):
+        assert re.search(rf"^{part}\s", ran.stdout, re.MULTILINE), part
+
+
+def test_unknown_command() -> None:
+    ran = run_python("-m", "fastkd", "nonsense")
+    assert ran.returncode == 2 and "nonsense" in ran.stderr
+
+
+def test_backend_from_the_environment() -> None:
+    code = (
+        "import torch, fastkd; from fastkd.backend import pick_name;"
+        "print(pick_name(torch.device('cpu')))"
+    )
+    assert run_python("-c", code, FASTKD_BACKEND="reference").stdout.strip() == "reference"
+    assert run_python("-c", code, FASTKD_BACKEND="").stdout.strip() == "cpu"
+
+
+def test_typed() -> None:
+    assert (Path(fastkd.__file__).parent / "py.typed").exists()
