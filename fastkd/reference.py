@@ -55,8 +55,8 @@ def row_loss(
         t = torch.where(keep.unsqueeze(-1), t, 0.0)
     # a row that is impossible everywhere on both sides is dead in every column: loss 0
     empty = ((s == -INF) & (t == -INF)).all(-1, keepdim=True)
-    logq = (torch.where(empty, 0.0, s) / plan.temperature).log_softmax(-1)
-    logp = (torch.where(empty, 0.0, t) / plan.temperature).log_softmax(-1)
+    logq = _log_softmax(torch.where(empty, 0.0, s), plan.temperature)
+    logp = _log_softmax(torch.where(empty, 0.0, t), plan.temperature)
     loss = pointwise(entry(plan), logp, logq).sum(-1)
     loss = torch.where(empty.squeeze(-1), 0.0, loss)
     if plan.soft != 1.0:
@@ -65,6 +65,12 @@ def row_loss(
         assert label is not None
         loss = loss + plan.hard * _cross_entropy(s, label, plan)
     return loss if keep is None else torch.where(keep, loss, 0.0)
+
+
+def _log_softmax(x: Tensor, temperature: float) -> Tensor:
+    """log softmax(x / T), shifted before the division: x / T of -1e4 / 0.01 has lost its digits."""
+    top = x.detach().amax(-1, keepdim=True)
+    return ((x - torch.where(top == -INF, 0.0, top)) / temperature).log_softmax(-1)
 
 
 def _cross_entropy(s: Tensor, label: Tensor, plan: Plan) -> Tensor:

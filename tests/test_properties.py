@@ -94,9 +94,22 @@ def _on(backend: Backend, at: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return at[0].to(backend.device), at[1].to(backend.device)
 
 
+def _undecided(
+    at: tuple[Tensor, Tensor], of: Divergence, temperature: float = 1.0, vocab: int | None = None
+) -> bool:
+    """tv's slope jumps where p = q: within rounding of that, no gradient is there to agree on."""
+    if of.name != "tv":
+        return False
+    q, p = ((x[..., :vocab].double() / temperature).softmax(-1) for x in at)
+    gap = (p - q).abs() / torch.maximum(p, q)
+    return bool(((gap > 0) & (gap < 1e-4)).any())
+
+
 def test_agrees_with_the_oracle(backend: Backend) -> None:
     @holds(backend, 200, at=problem(), of=divergence(), temperature=temperatures)
     def check(at: tuple[Tensor, Tensor], of: Divergence, temperature: float) -> None:
+        if _undecided(at, of, temperature):
+            return
         options = {"temperature": temperature, "reduction": "none", "wrt": "both"}
         assert_as_good_as_torch(*_on(backend, at), divergence=of, **options)
 
@@ -134,6 +147,8 @@ def test_impossible_columns(backend: Backend) -> None:
         columns = torch.arange(student.size(-1), device=backend.device)
         for x, share, prime in ((student, shares[0], 7919), (teacher, shares[1], 104729)):
             x.masked_fill_((columns * prime % 101 < 101 * share) & (columns > 0), -INF)
+        if _undecided((student, teacher), of):
+            return
         ours = assert_as_good_as_torch(student, teacher, divergence=of, reduction="none")
         assert not ours.value.isnan().any()
         dead = (student == -INF) & ours.value.isfinite().unsqueeze(-1)
@@ -166,6 +181,8 @@ def test_options_together(backend: Backend) -> None:
     @holds(backend, 150, given_rows=rows(), of=divergence(), options=options)
     def check(given_rows: dict[str, Any], of: Divergence, options: dict[str, Any]) -> None:
         at = _on(backend, given_rows.pop("at"))
+        if _undecided(at, of, options["temperature"], given_rows["vocab_size"]):
+            return
         moved = {
             name: x.to(backend.device) if isinstance(x, Tensor) else x
             for name, x in given_rows.items()
