@@ -17,7 +17,7 @@ demo: $(VENV)/ready
 	$(RUN) -m bench --demo --json demo/bench.json --plot demo/bench.png
 
 test: $(VENV)/ready lint sdist
-	FASTKD_REQUIRE_CPU=1 $(RUN) -m pytest
+	FASTKD_REQUIRE_CPU=1 $(RUN) -m pytest -n auto --maxprocesses 8
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

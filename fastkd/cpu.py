@@ -219,6 +219,8 @@ def empty_gradient(like: Tensor) -> Tensor:
 
 
 def multiply(grad: Tensor, by: Tensor) -> None:
+    if float(by) == 1.0:  # on the host a look costs less than the call
+        return
     x = rows(grad)
     a, b, width = x.shape
     _C.multiply(
