@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := $(VENV)/bin/python
 RESULTS ?= bench/results
+# of the property tests; SEED= draws another one for every run
+SEED ?= 1
 
 .PHONY: demo test lint sdist gpu clean
 .DELETE_ON_ERROR:
@@ -17,7 +19,7 @@ demo: $(VENV)/ready
 	$(RUN) -m bench --demo --json demo/bench.json --plot demo/bench.png
 
 test: $(VENV)/ready lint sdist
-	FASTKD_REQUIRE_CPU=1 $(RUN) -m pytest -n auto --maxprocesses 8
+	FASTKD_REQUIRE_CPU=1 FASTKD_TEST_SEED=$(SEED) $(RUN) -m pytest -n auto --maxprocesses 8
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

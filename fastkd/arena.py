@@ -30,6 +30,15 @@ _kept: list[torch.UntypedStorage] = []
 _lock = threading.Lock()
 
 
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def empty(like: Tensor) -> Tensor:
     """A contiguous tensor of like's shape and dtype, not initialised."""
     size = like.numel() * like.element_size()

@@ -45,8 +45,22 @@ def build() -> dict[str, Any]:
     }
 
 
+# GNU OpenMP's threads do not survive a fork, and a parallel region in the child waits for them for
+# ever. A child works alone.
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def _threads(elements: int) -> int:
-    return max(1, min(torch.get_num_threads(), elements // _GRAIN))
+    return 1 if _forked else max(1, min(torch.get_num_threads(), elements // _GRAIN))
 
 
 def _operand(x: Tensor) -> tuple[int, int, int, int, int]:

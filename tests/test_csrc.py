@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -288,3 +290,30 @@ def test_symbols_of_one_instruction_set_are_no_others(extension: ModuleType) -> 
     assert not [
         line for line in weak if "fastkd::" in line and any(f"::{n}::" in line for n in KNOWN)
     ]
+
+
+FORK = """
+import os, signal, torch, fastkd
+torch.set_num_threads(2)
+student, teacher = torch.randn(64, 4000), torch.randn(64, 4000)
+def loss():
+    x = student.clone().requires_grad_()
+    value = fastkd.kl_div(x, teacher)
+    value.backward()
+    return value.detach(), x.grad
+value, grad = loss()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    again = loss()
+    os._exit(0 if torch.equal(again[0], value) and torch.equal(again[1], grad) else 3)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_computes_the_same() -> None:
+    """A DataLoader's worker: OpenMP's threads are not there, and waiting for them has no end."""
+    require("cpu")
+    done = subprocess.run([sys.executable, "-c", FORK], timeout=120)
+    assert done.returncode == 0
