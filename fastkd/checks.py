@@ -6,7 +6,6 @@ They need shapes, dtypes and strides only, cost microseconds and run before anyt
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable
 
 import torch
@@ -46,8 +45,11 @@ def reduction(reduction: str) -> None:
 def temperature(temperature: float) -> None:
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature: got {kind(temperature)}, expected a positive number")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: got {temperature!r}, expected a positive finite number")
+    if not 1e-18 <= temperature <= 1e18:  # T^2 and 1 / T are float32 numbers
+        raise ValueError(
+            f"temperature: got {temperature!r}, expected a positive finite number "
+            "(from 1e-18 to 1e18)"
+        )
 
 
 def operands(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
@@ -100,11 +102,15 @@ def rows(student: Tensor, labels: Tensor | None, ignore_index: int, weight: Tens
     leading = list(student.shape[:-1])
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: got {kind(ignore_index)}, expected an integer")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: got {ignore_index}, expected a 64-bit integer")
     for name, x, what in (("labels", labels, "integers"), ("weight", weight, "floats")):
         if x is None:
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: got {kind(x)}, expected a tensor {leading} of {what}")
+        if x.layout is not torch.strided:
+            raise TypeError(f"{name}: got layout {x.layout}, expected a dense tensor of {what}")
         fits = x.dtype in INT_DTYPES if name == "labels" else x.dtype.is_floating_point
         if not fits:
             raise TypeError(f"{name}: got {kind(x)}, expected {what}")
@@ -128,6 +134,8 @@ def normalizer(normalizer: float | Tensor | None, reduction: str, student: Tenso
             "denominator of reduction='mean'"
         )
     if isinstance(normalizer, Tensor):
+        if normalizer.dtype.is_complex or normalizer.dtype == torch.bool:
+            raise TypeError(f"normalizer: got {kind(normalizer)}, expected a real number")
         if normalizer.dim() != 0:
             raise ValueError(f"normalizer: got {kind(normalizer)}, expected a 0-d tensor")
         if normalizer.device.type != "cpu" and normalizer.device != student.device:
@@ -137,7 +145,7 @@ def normalizer(normalizer: float | Tensor | None, reduction: str, student: Tenso
         return
     if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
         raise TypeError(f"normalizer: got {kind(normalizer)}, expected a number or a 0-d tensor")
-    if not 0 <= normalizer < math.inf:
+    if not 0 <= normalizer <= 1e38:
         raise ValueError(f"normalizer: got {normalizer!r}, expected a finite number >= 0")
 
 

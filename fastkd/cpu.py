@@ -205,7 +205,8 @@ def weigh(
     """(keep, label, scale, first row whose label is out of range or -1); see reduction.fold."""
     keep = None if labels is None else torch.empty(n, dtype=torch.bool)
     label = None if labels is None else labels.reshape(-1).to(torch.int64).contiguous()
-    by = None if weight is None else weight.detach().reshape(-1).to(acc).contiguous()
+    by = None if weight is None else weight.detach().resolve_neg().reshape(-1)
+    by = None if by is None else by.to(acc).contiguous()
     scale = torch.empty(n, dtype=acc)
     wrong = _C.weigh(
         acc == torch.float64,
@@ -235,7 +236,7 @@ def empty_gradient(like: Tensor) -> Tensor:
 def multiply(grad: Tensor, by: Tensor) -> None:
     if float(by) == 1.0:  # on the host a look costs less than the call
         return
-    x = rows(grad)
+    by, x = by.resolve_neg(), rows(grad)
     a, b, width = x.shape
     _C.multiply(
         _operand(x),

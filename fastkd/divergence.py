@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -74,6 +74,10 @@ class Divergence:
             return replace(self, given=float(value))
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By name: the table's functions do not pickle, and a copy is the same entry."""
+        return _from_table, (self.name, self.given)
+
     @property
     def param(self) -> float:
         """The parameter in force; 0.0 for a divergence without one."""
@@ -102,7 +106,9 @@ class Divergences:
             ) from None
 
     def __getattr__(self, name: str) -> Divergence:
-        if name.startswith("_") or name not in self._entries:
+        if name.startswith("_"):  # asked by copy and pickle before there are entries
+            raise AttributeError(name)
+        if name not in self._entries:
             raise AttributeError(f"no divergence {name!r}; there are {', '.join(self)}")
         return self._entries[name]
 
@@ -114,6 +120,10 @@ class Divergences:
 
     def __dir__(self) -> list[str]:
         return list(self._entries)
+
+
+def _from_table(name: str, given: float | None) -> Divergence:
+    return replace(divergences[name], given=given)
 
 
 def _weighted(logw: Tensor, x: Tensor) -> Tensor:

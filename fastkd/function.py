@@ -67,6 +67,19 @@ def _differentiable(
     return [grads.pop(0) if need else None for need in needs]
 
 
+def _save_operands(ctx: Any, *operands: Tensor | None) -> None:
+    """save_for_backward, which refuses tensors made in inference mode; a teacher may be one."""
+    ctx.inference = [x if x is not None and x.is_inference() else None for x in operands]
+    pairs = zip(operands, ctx.inference, strict=True)
+    ctx.save_for_backward(*(x if kept is None else None for x, kept in pairs))
+
+
+def _saved_operands(ctx: Any) -> list[Any]:
+    saved = ctx.saved_tensors
+    kept = getattr(ctx, "inference", [None] * len(saved))  # the registered operator saves its own
+    return [x if y is None else y for x, y in zip(saved, kept, strict=True)]
+
+
 class _FusedTotal(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -88,10 +101,10 @@ class _FusedTotal(torch.autograd.Function):
         if need_s and inplace:
             # whoever saved these logits for a backward of his own must hear that they changed
             torch.autograd.graph.increment_version(student)
-            ctx.save_for_backward(teacher)
+            _save_operands(ctx, teacher)
             ctx.version = student._version
         else:
-            ctx.save_for_backward(student, teacher)
+            _save_operands(ctx, student, teacher)
         ctx.grads, ctx.call, ctx.first = (grad_s, grad_t), call, None
         return passes.total(loss, folded.scale, folded.factor)
 
@@ -114,7 +127,7 @@ class _FusedTotal(torch.autograd.Function):
         for grad in grads:
             if grad is not None:
                 passes.multiply(grad, upstream)
-        ctx.first = upstream
+        ctx.first = upstream.clone() if inplace else upstream
         # an inplace gradient lives in the caller's logits, which a second backward has to find
         ctx.grads = (grads[0] if inplace else None, None)
         return grads
@@ -139,9 +152,14 @@ class _FusedTotal(torch.autograd.Function):
                     "inplace=True has overwritten the student's logits, which the teacher's "
                     "gradient of a second backward needs; use inplace=False with retain_graph"
                 )
+            if float(ctx.first) == 0.0:
+                raise RuntimeError(
+                    "inplace=True keeps the gradient in the student's logits, and the first "
+                    "backward has multiplied it by 0; use inplace=False with retain_graph"
+                )
             ratio = torch.where(ctx.first == upstream, 1.0, upstream / ctx.first)
             return [ctx.grads[0] * ratio, None]
-        student, teacher = ctx.saved_tensors
+        student, teacher = _saved_operands(ctx)
         grads: list[Tensor | None] = [None, None]
         if need_s:
             _, grads[0] = _gradient(passes, student, teacher, plan, folded)
@@ -161,7 +179,7 @@ class _FusedTotal(torch.autograd.Function):
                 "inplace=True has overwritten the student's logits, which create_graph=True "
                 "(double backward) needs; use inplace=False"
             )
-        student, teacher = ctx.saved_tensors
+        student, teacher = _saved_operands(ctx)
         by = upstream * folded.factor
         by = (
             by.expand(student.numel() // student.size(-1))
@@ -195,7 +213,7 @@ class _RowLoss(torch.autograd.Function):
         label: Tensor | None,
         plan: Plan,
     ) -> Tensor:
-        ctx.save_for_backward(student, teacher, keep, label)
+        _save_operands(ctx, student, teacher, keep, label)
         ctx.plan = plan
         return _eager_loss(student, teacher, keep, label, plan)
 
@@ -231,7 +249,7 @@ def _eager_grad(
     scale: Tensor,
     plan: Plan,
 ) -> Tensor:
-    scale = scale.reshape(-1).to(acc_dtype(student, teacher)).contiguous()
+    scale = scale.resolve_neg().reshape(-1).to(acc_dtype(student, teacher)).contiguous()
     folded = Folded(_flat(keep), _flat(label), scale, 1.0)
     return _gradient(pick(student.device), student, teacher, plan, folded)[1]
 
@@ -320,7 +338,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _row_backward(ctx: Any, upstream: Tensor, grad_of: Any) -> list[Tensor | None]:
-    student, teacher, keep, label = ctx.saved_tensors
+    student, teacher, keep, label = _saved_operands(ctx)
     plan, (need_s, need_t) = ctx.plan, ctx.needs_input_grad[:2]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _differentiable(

@@ -342,8 +342,10 @@ def _loss(
     checks.reduction(reduction)
     checks.rows(student, labels, ignore_index, weight)
     checks.normalizer(normalizer, reduction, student)
-    if inplace:
+    if inplace and not torch.compiler.is_compiling():  # where it is ignored
         checks.inplace(student, teacher)
+    # kernels read memory as it is, and a view may be one whose numbers are to be negated
+    student, teacher = student.resolve_neg(), teacher.resolve_neg()
 
     acc = acc_dtype(student, teacher)
     if soft == 0.0:
