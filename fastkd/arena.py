@@ -2,14 +2,16 @@
 
 A fresh gradient of 65 MB costs as much in page faults and zeroing as the loss itself, at every
 step. So large ones come from here: storages that this module keeps, and hands out again once no
-tensor uses them. A gradient that is still referenced anywhere, say as a leaf's `.grad`, is left
-alone. What is kept is bounded by FASTKD_ARENA_MB (read at import; 0 switches the arena off); a
-larger gradient is torch's business as ever.
+tensor or storage object of theirs is left. A gradient that is still referenced anywhere, say as a
+leaf's `.grad`, is left alone, and so is one that another process shares. What is kept is bounded
+by FASTKD_ARENA_MB (read at import; 0 switches the arena off); a larger gradient is torch's
+business as ever.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 
 import torch
@@ -45,6 +47,8 @@ def empty(like: Tensor) -> Tensor:
     if not LEAST <= size <= limit:
         return torch.empty_like(like, memory_format=torch.contiguous_format)
     with _lock:
+        # one that was sent to another process is that process's too, for good
+        _kept[:] = [storage for storage in _kept if not storage.is_shared()]
         for storage in _kept:
             if storage.nbytes() == size and _free(storage):
                 # inside the lock: from here on the storage counts as used
@@ -63,7 +67,10 @@ def release() -> None:
 
 
 def _free(storage: torch.UntypedStorage) -> bool:
-    return torch._C._storage_Use_Count(storage._cdata) == 1
+    """Nobody but `_kept` has it: no tensor, no Python storage object, no other process."""
+    python = sys.getrefcount(storage)  # _kept, the caller's loop, this argument, getrefcount's
+    used = torch._C._storage_Use_Count(storage._cdata) != 1 or python > 4
+    return not (used or storage.is_shared())
 
 
 def _make_room(size: int) -> None:

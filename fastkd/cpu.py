@@ -74,7 +74,13 @@ def _address(x: Tensor | None) -> int:
 
 
 def _plan(plan: Plan) -> tuple[int, float, float, float, float, float, int, int]:
-    return (_INDEX[plan.divergence], *plan[1:])
+    index = _INDEX.get(plan.divergence)
+    if index is None:
+        raise RuntimeError(
+            f"divergence: got {plan.divergence!r}, which the built extension does not have "
+            f"({', '.join(_INDEX)}); build it again, or fastkd.use_backend('reference')"
+        )
+    return (index, *plan[1:])
 
 
 def fused(

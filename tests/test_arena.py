@@ -47,6 +47,28 @@ def test_a_buffer_in_use_is_left_alone() -> None:
     torch.testing.assert_close(part, copy[3:5], rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("typed", [False, True])
+def test_a_storage_object_counts_as_a_holder(typed: bool) -> None:
+    kept = _gradient()
+    copy = kept.clone()
+    storage = kept.storage() if typed else kept.untyped_storage()
+    place = kept.data_ptr()
+    del kept
+    assert _gradient().data_ptr() != place
+    again = torch.empty(0).set_(storage, 0, SHAPE, (SHAPE[1], 1))
+    torch.testing.assert_close(again, copy, rtol=0, atol=0)
+
+
+def test_shared_memory_is_given_up() -> None:
+    """What a queue of torch.multiprocessing does to a tensor that is sent through it."""
+    sent = _gradient().share_memory_()
+    place = sent.data_ptr()
+    del sent
+    other = _gradient()
+    assert other.data_ptr() != place and not other.is_shared()
+
+
 def test_a_leaf_keeps_its_gradient_over_steps() -> None:
     student, teacher = torch.zeros(SHAPE, requires_grad=True), torch.randn(SHAPE)
     fastkd.kl_div(student, teacher).backward()
