@@ -21,8 +21,11 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
-HEADERS = ["kernels.h", "vec.h", "divergence.h", "sweeps.h", "rows.h", "kernels.inl"]
-SOURCES = ["module", "isa_baseline", *(ISA_FLAGS if X86 else ())]
+HEADERS = [
+    *("kernels.h", "threads.h", "vec.h", "dtype.h", "divergence.h"),
+    *("sweeps.h", "fused.h", "rows.h", "kernels.inl"),
+]
+SOURCES = ["module", "threads", "isa_baseline", *(ISA_FLAGS if X86 else ())]
 
 
 class BuildExt(build_ext):

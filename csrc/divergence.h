@@ -1,9 +1,10 @@
-// One struct per divergence: value l(log p, log q) and its centred slope, at one column. p is the
-// teacher, q the student; p = exp(logp) and q = exp(logq) are handed in because every caller has
-// them. See fastkd/divergence.py for the table, the formulas in torch and what "centred" means.
+// One struct per divergence: value l(log p, log q) and its centred slope, at one vector of columns.
+// p is the teacher, q the student; whoever has p and q at hand gives them, and a logarithm that a
+// struct does not use is not computed. See fastkd/divergence.py for the table, the formulas in
+// torch and what "centred" means.
 //
-// Every pair is finite or rightly infinite when p or q is 0 (log -inf), and 0 when both are; a NaN
-// comes out as NaN. No branches: the selects are what lets the loops over columns vectorise.
+// Every pair is finite or rightly infinite when p or q is 0 (log -inf), and 0 when both are. No pair
+// is asked about a row with a NaN.
 #pragma once
 
 #include "vec.h"
@@ -20,94 +21,82 @@ namespace fastkd {
 namespace FASTKD_ISA {
 namespace {
 
-// Whether a value is an expectation of log p - log q (of log q - log p under the student), which
-// lets the first sweep finish the loss.
+// Whether a value is an expectation of log p - log q under the teacher (slope: q - p), or of
+// log q - log p under the student (slope: the value), which lets the first sweep finish the loss.
 enum class Expectation { none, teacher, student };
 
-template <class T>
+template <class V>
 struct Point {
-  T value;
-  T slope;
+  V value;
+  V slope;
 };
 
-// x where the condition holds, else 0. By a mask: of a conditional compilers make a branch around
-// the arithmetic that leads to x, and then the loop no longer vectorises.
-template <class T>
-FASTKD_INLINE T where(bool condition, T x) {
-  using U = uint_of<T>;
-  return bits<T>(static_cast<U>(bits<U>(x) & (condition ? ~U(0) : U(0))));
+// w * x with 0 * anything = 0
+template <class V>
+FASTKD_INLINE V weighted(V w, V x) {
+  return w * zero_unless<V>(w != V{}, x);
 }
 
-// w * x with 0 * anything = 0
-template <class T>
-FASTKD_INLINE T weighted(T w, T x) {
-  return w * where(w != T(0), x);
+// 1 over the mixture a * p + (1 - a) * q; finite where both are 0.
+template <class V, class T>
+FASTKD_INLINE V over_mixture(V p, V q, T a) {
+  constexpr T least = std::is_same<T, float>::value ? T(__FLT_MIN__) : T(__DBL_MIN__);
+  return inverse(larger(splat(least), fma(splat(a), p, splat(T(1) - a) * q)));
 }
 
 struct KL {
   static constexpr Expectation expectation = Expectation::teacher;
-  template <class T>
-  static FASTKD_INLINE Point<T> at(T logp, T logq, T p, T q, T) {
+  template <class V, class T>
+  static FASTKD_INLINE Point<V> at(V logp, V logq, V p, V q, T) {
     return {weighted(p, logp - logq), q - p};
   }
 };
 
 struct ReverseKL {
   static constexpr Expectation expectation = Expectation::student;
-  template <class T>
-  static FASTKD_INLINE Point<T> at(T logp, T logq, T, T q, T) {
-    const T value = weighted(q, logq - logp);
+  template <class V, class T>
+  static FASTKD_INLINE Point<V> at(V logp, V logq, V, V q, T) {
+    const V value = weighted(q, logq - logp);
     return {value, value};
   }
 };
 
 struct JS {
   static constexpr Expectation expectation = Expectation::none;
-  template <class T>
-  static FASTKD_INLINE Point<T> at(T logp, T logq, T p, T q, T beta) {
-    // log(max(p, q) / m) = -log(w + (1 - w) * min / max): no cancellation, and exactly 0 at p = q
-    const bool teacher = logp >= logq;
-    const T high = teacher ? p : q, low = teacher ? q : p;
-    const T w = teacher ? beta : T(1) - beta;
-    const T ratio = where(high > T(0), low / high);
-    const T log_high = -log(w + (T(1) - w) * ratio);
-    const T gap = logp - logq;
-    const T log_p = log_high + where(!teacher, gap);  // log(p / m)
-    const T log_q = log_high - where(teacher, gap);   // log(q / m)
-    const T of_q = (T(1) - beta) * weighted(q, log_q);
-    return {beta * weighted(p, log_p) + of_q, of_q};
+  template <class V, class T>
+  static FASTKD_INLINE Point<V> at(V, V, V p, V q, T beta) {
+    const V over_m = over_mixture(p, q, beta);
+    const V of_q = (T(1) - beta) * q * log(q * over_m);
+    return {fma(beta * p, log(p * over_m), of_q), of_q};
   }
 };
 
 struct SkewKL {
   static constexpr Expectation expectation = Expectation::none;
-  template <class T>
-  static FASTKD_INLINE Point<T> at(T, T, T p, T q, T alpha) {
+  template <class V, class T>
+  static FASTKD_INLINE Point<V> at(V, V, V p, V q, T alpha) {
+    const V over_m = over_mixture(p, q, alpha);
     const T rest = T(1) - alpha;
-    const T m = alpha * p + rest * q;
-    return {weighted(p, -log(alpha + rest * (q / p))),
-            weighted(q, -rest * rest * ((p - q) / m))};
+    return {p * log(p * over_m), rest * rest * (q * ((q - p) * over_m))};
   }
 };
 
 struct SkewReverseKL {
   static constexpr Expectation expectation = Expectation::none;
-  template <class T>
-  static FASTKD_INLINE Point<T> at(T, T, T p, T q, T alpha) {
-    const T rest = T(1) - alpha;
-    const T m = rest * p + alpha * q;
-    const T log_q = -log(alpha + rest * (p / q));  // log(q / m)
-    return {weighted(q, log_q), weighted(q, log_q + rest * alpha * ((p - q) / m))};
+  template <class V, class T>
+  static FASTKD_INLINE Point<V> at(V, V, V p, V q, T alpha) {
+    const V over_m = over_mixture(q, p, alpha);
+    const V log_q = log(q * over_m);  // of q / m
+    return {q * log_q, q * fma(splat(alpha * (T(1) - alpha)), (p - q) * over_m, log_q)};
   }
 };
 
 struct TV {
   static constexpr Expectation expectation = Expectation::none;
-  template <class T>
-  static FASTKD_INLINE Point<T> at(T, T, T p, T q, T) {
-    const T gap = q - p;
-    const T sign = gap > T(0) ? T(1) : gap < T(0) ? T(-1) : gap;  // gap itself: 0 or NaN
-    return {T(0.5) * (gap < T(0) ? -gap : gap), T(0.5) * sign * q};
+  template <class V, class T>
+  static FASTKD_INLINE Point<V> at(V, V, V p, V q, T) {
+    const V gap = q - p, half = T(0.5) * q;
+    return {T(0.5) * larger(gap, -gap), gap > V{} ? half : gap < V{} ? -half : V{}};
   }
 };
 

@@ -1,3 +1,4 @@
-// x86-64 with SSE2, or aarch64 with NEON: what every such processor has.
+// Compiled with the compiler's own default: SSE2 on x86-64, NEON on aarch64. Has float64 for all.
 #define FASTKD_ISA baseline
+#define FASTKD_WITH_F64
 #include "kernels.inl"

@@ -50,19 +50,35 @@ struct Args {
   void* out = nullptr;  // loss [N] of fused, [N, 2] of loss, [N, 3] of stats
 };
 
-using Rows = void (*)(const Args&, int64_t begin, int64_t end);
-
-struct Passes {
-  Rows fused;
-  Rows loss;
-  Rows grad;
+// Threads for the tasks of one call: task(argument, i) for each i < tasks, in any order.
+struct Team {
+  int threads = 1;
+  void (*run)(int threads, int64_t tasks, void (*task)(void* argument, int64_t i),
+              void* argument) = nullptr;
 };
 
-// One table per instruction set. Index of the second dimension: float, double.
+// Columns that a thread takes at a time where a row is shared; sums start afresh with each.
+constexpr int64_t kChunk = 8192;
+
+// Memory of this thread, the caller's until it asks again; null if there is none. See threads.cpp.
+char* scratch(int64_t bytes);
+
+using Rows = void (*)(const Args&, int64_t begin, int64_t end);
+using TeamRows = void (*)(const Args&, int64_t begin, int64_t end, const Team&);
+
+// Indices: of fused, the dtype that both operands and the gradient have, or float32 (float64 where
+// an operand is) that blocks are converted to; of the others, float and double.
+struct Passes {
+  TeamRows fused[4];
+  Rows loss[2];
+  Rows grad[2];
+};
+
+// One table per instruction set; what takes float64 stands in the baseline's only.
 struct Kernels {
   const char* isa;
-  const Passes (*passes)[2];  // by divergence, in the order of kDivergences
-  const Rows* stats;          // [2]
+  const Passes* passes;  // by divergence, in the order of kDivergences
+  const Rows* stats;     // [2]
   void (*multiply)(char* data, DType dtype, int64_t n, double by);
   void (*exp2)(const float*, float*, int64_t);
   void (*log)(const float*, float*, int64_t);
@@ -70,7 +86,7 @@ struct Kernels {
 
 // Largest error of exp2 and log in vec.h, in units in the last place.
 constexpr double kExp2Ulp = 1.5;
-constexpr double kLogUlp = 1.5;
+constexpr double kLogUlp = 2.0;
 
 extern const char* const kDivergences[];
 extern const int kDivergenceCount;

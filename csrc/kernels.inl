@@ -5,33 +5,49 @@ namespace fastkd {
 namespace FASTKD_ISA {
 namespace {
 
-template <class T, class D>
-constexpr Passes passes_of() {
-  return {fused<T, D>, loss<T, D>, grad<T, D>};
-}
+// float64 is computed one column at a time by every instruction set alike, so it is compiled once.
+#define FASTKD_ALL_OF(Struct)                                                             \
+  {{fused<DType::f32, Struct>, fused<DType::bf16, Struct>, fused<DType::f16, Struct>,     \
+    FASTKD_WIDE((fused<DType::f64, Struct>))},                                            \
+   {loss<float, Struct>, FASTKD_WIDE((loss<double, Struct>))},                            \
+   {grad<float, Struct>, FASTKD_WIDE((grad<double, Struct>))}},
+#if defined(FASTKD_WITH_F64)
+#define FASTKD_WIDE(x) x
+#else
+#define FASTKD_WIDE(x) nullptr
+#endif
+#define FASTKD_ROW(name, Struct) FASTKD_ALL_OF(Struct)
+const Passes kPasses[] = {FASTKD_DIVERGENCES(FASTKD_ROW)};
 
-#define FASTKD_ROW(name, Struct) {passes_of<float, Struct>(), passes_of<double, Struct>()},
-const Passes kPasses[][2] = {FASTKD_DIVERGENCES(FASTKD_ROW)};
-#undef FASTKD_ROW
-
-const Rows kStats[2] = {stats<float>, stats<double>};
+const Rows kStats[2] = {stats<float>, FASTKD_WIDE(stats<double>)};
 
 void multiply(char* data, DType dtype, int64_t n, double by) {
-  if (dtype == DType::f64) {
-    multiply_as<double>(data, dtype, n, by);
-  } else {
-    multiply_as<float>(data, dtype, n, by);
+  switch (dtype) {
+    case DType::f32: return multiply_as<DType::f32>(data, n, by);
+    case DType::bf16: return multiply_as<DType::bf16>(data, n, by);
+    case DType::f16: return multiply_as<DType::f16>(data, n, by);
+    case DType::f64: return multiply_as<DType::f64>(data, n, by);
+  }
+}
+
+template <class F>
+void map(const float* x, float* y, int64_t n, F f) {
+  const Flush flush;  // as the passes do
+  for (int64_t i = 0; i < n; i += kLanes) {
+    float block[kLanes] = {};
+    const uint64_t bytes = static_cast<uint64_t>(least(kLanes, n - i)) * sizeof(float);
+    __builtin_memcpy(block, x + i, bytes);
+    storeu(block, f(loadu<::fastkd::FASTKD_ISA::F>(block)));
+    __builtin_memcpy(y + i, block, bytes);
   }
 }
 
 void exp2_array(const float* x, float* y, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) y[i] = exp2(x[i]);
+  map(x, y, n, [](::fastkd::FASTKD_ISA::F v) { return exp2(v); });
 }
 
 void log_array(const float* x, float* y, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) y[i] = log(x[i]);
+  map(x, y, n, [](::fastkd::FASTKD_ISA::F v) { return log(v); });
 }
 
 #define FASTKD_TEXT(x) #x

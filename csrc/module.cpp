@@ -9,9 +9,6 @@
 #include <tuple>
 #include <vector>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 #if defined(FASTKD_X86)
 #include <cpuid.h>
 #endif
@@ -19,6 +16,7 @@
 #define FASTKD_ISA baseline
 #include "divergence.h"
 #include "kernels.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
@@ -90,23 +88,8 @@ std::vector<std::string> divergences() {
   return std::vector<std::string>(kDivergences, kDivergences + kDivergenceCount);
 }
 
-// Rows in contiguous shares; a row is never split, so that its bits do not depend on the threads.
-template <class F>
-void share(int64_t rows, int threads, F run) {
-#if defined(_OPENMP)
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    {
-      const int64_t k = omp_get_thread_num(), n = omp_get_num_threads();
-      run(rows * k / n, rows * (k + 1) / n);
-    }
-    return;
-  }
-#else
-  (void)threads;
-#endif
-  run(0, rows);
-}
+// float64 is in the baseline's table only.
+const Kernels& table(bool wide) { return wide ? *baseline::kernels() : *running; }
 
 using Address = uintptr_t;
 
@@ -155,9 +138,13 @@ void fused(int wide, int64_t rows, int threads, const Rows5& student, const Rows
   a.out = at<void>(out);
   a.stream = a.grad.data != nullptr && a.grad.data != a.student.data &&
              rows * width * size_of(a.grad.dtype) >= kStreamFrom;
-  const auto run = running->passes[std::get<0>(plan)][wide].fused;
+  const bool same = a.student.dtype == a.teacher.dtype &&
+                    (a.grad.data == nullptr || a.grad.dtype == a.student.dtype);
+  const DType kind = same ? a.student.dtype : wide ? DType::f64 : DType::f32;
+  const auto run = table(wide).passes[std::get<0>(plan)].fused[static_cast<int>(kind)];
   py::gil_scoped_release release;
-  share(rows, threads, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+  share(rows, a.vocab, threads,
+        [&](int64_t begin, int64_t end, const Team& team) { run(a, begin, end, team); });
 }
 
 void stats(int wide, int64_t rows, int threads, const Rows5& x, double temperature, int64_t vocab,
@@ -168,9 +155,9 @@ void stats(int wide, int64_t rows, int threads, const Rows5& x, double temperatu
   a.vocab = vocab;
   a.keep = at<const uint8_t>(keep);
   a.out = at<void>(out);
-  const auto run = running->stats[wide];
+  const auto run = table(wide).stats[wide];
   py::gil_scoped_release release;
-  share(rows, threads, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+  share(rows, 1, threads, [&](int64_t begin, int64_t end, const Team&) { run(a, begin, end); });
 }
 
 void loss(int wide, int64_t rows, int threads, const Rows5& student, const Rows5& teacher,
@@ -183,9 +170,9 @@ void loss(int wide, int64_t rows, int threads, const Rows5& student, const Rows5
   a.stats_t = at<const void>(stats_t);
   a.keep = at<const uint8_t>(keep);
   a.out = at<void>(out);
-  const auto run = running->passes[std::get<0>(plan)][wide].loss;
+  const auto run = table(wide).passes[std::get<0>(plan)].loss[wide];
   py::gil_scoped_release release;
-  share(rows, threads, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+  share(rows, 1, threads, [&](int64_t begin, int64_t end, const Team&) { run(a, begin, end); });
 }
 
 void grad(int wide, int64_t rows, int threads, const Rows5& student, const Rows5& teacher,
@@ -206,9 +193,9 @@ void grad(int wide, int64_t rows, int threads, const Rows5& student, const Rows5
   a.label = at<const int64_t>(label);
   a.scale = at<const void>(scale);
   a.factor = factor;
-  const auto run = running->passes[std::get<0>(plan)][wide].grad;
+  const auto run = table(wide).passes[std::get<0>(plan)].grad[wide];
   py::gil_scoped_release release;
-  share(rows, threads, [&](int64_t begin, int64_t end) { run(a, begin, end); });
+  share(rows, 1, threads, [&](int64_t begin, int64_t end, const Team&) { run(a, begin, end); });
 }
 
 // keep = label is not ignored; scale = keep * weight, divided by its sum where `mean` (0 where that
@@ -265,17 +252,9 @@ void multiply(const Rows5& grad, int64_t rows, int64_t width, int threads, int w
   const Operand x = operand(grad);
   const Kernels* kernels = running;
   py::gil_scoped_release release;
-  share(rows, threads, [&](int64_t begin, int64_t end) {
+  share(rows, 1, threads, [&](int64_t begin, int64_t end, const Team&) {
     for (int64_t r = begin; r < end; ++r) kernels->multiply(x.row(r), x.dtype, width, factor);
   });
-}
-
-bool openmp() {
-#if defined(_OPENMP)
-  return true;
-#else
-  return false;
-#endif
 }
 
 }  // namespace

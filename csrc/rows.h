@@ -1,6 +1,7 @@
 // The passes over rows, made of the sweeps over one (see fastkd/backend.py for what they owe).
 #pragma once
 
+#include "fused.h"
 #include "sweeps.h"
 
 namespace fastkd {
@@ -16,125 +17,230 @@ inline double scale_of(const Args& a, int64_t r) {
 inline bool dropped(const Args& a, int64_t r) { return a.keep != nullptr && a.keep[r] == 0; }
 
 template <class T>
-inline double cross_entropy(const Args& a, int64_t r, const Side& s, const Hard& hard,
-                            const Reader<T>& student) {
+inline Plain<T> plain(const Operand& x, int64_t r, T* buffer) {
+  return {x.row(r), x.dtype, buffer};
+}
+
+// f(chunk) for each chunk of a row, over the team's threads.
+template <class F>
+inline void each_chunk(const Team& team, int64_t vocab, F f) {
+  const int64_t chunks = (vocab + kChunk - 1) / kChunk;
+  if (team.threads <= 1 || chunks == 1) {
+    for (int64_t i = 0; i < chunks; ++i) f(i);
+    return;
+  }
+  team.run(team.threads, chunks,
+           [](void* task, int64_t i) {
+             const Flush flush;
+             (*static_cast<F*>(task))(i);
+           },
+           &f);
+}
+
+inline double label_logit(const Args& a, int64_t r) {
   const int64_t label = a.label[r];
-  T at_label = 0;
-  if (label >= 0 && label < a.vocab) at_label = *load(student.row, student.dtype, label, 1, student.buffer);
-  const double log_sum = __builtin_log(hard.sum);
-  double loss = (1.0 - a.smoothing) * ((s.top - static_cast<double>(at_label)) + log_sum);
-  if (a.smoothing != 0.0)
-    loss += a.smoothing * (log_sum - hard.below / static_cast<double>(a.classes));
+  double x = 0.0;
+  if (label >= 0 && label < a.vocab) widen_any(a.student.row(r), a.student.dtype, label, 1, &x);
+  return x;
+}
+
+// Whether sums s and t of the two sides' exponentials make no two distributions; then `result` is
+// what the row comes to: NaN for NaN, and for one impossible side; two of them differ in nothing,
+// unless a label is asked for.
+inline bool degenerate(const Args& a, double s, double t, double& result) {
+  if (s > 0.0 && t > 0.0 && s + t < kInfinity) return false;
+  result = s == 0.0 && t == 0.0 && a.hard == 0.0 ? 0.0 : kNaN;
+  return true;
+}
+
+// Gives a degenerate or dropped row its gradient.
+inline void finish(const Args& a, int64_t r, double result) {
+  if (a.grad.data != nullptr) fill(a, r, 0, result);
+}
+
+// A row by the general sweeps, from exact maxima: what the trip below does not fit.
+template <class T, class D>
+__attribute__((noinline)) double row_by_sweeps(const Args& a, int64_t r) {
+  Buffers<T> buffers;
+  const double c = kLog2E / a.temperature;
+  const Plain<T> student = plain(a.student, r, buffers.s), teacher = plain(a.teacher, r, buffers.t);
+  Stats s, t, one;
+  stats_sweep<T>(student, a.vocab, c, s);
+  stats_sweep<T>(teacher, a.vocab, c, t);
+  if (a.hard != 0.0) stats_sweep<T>(student, a.vocab, kLog2E, one);
+  double value = 0.0, slope = 0.0;
+  if (degenerate(a, s.sum, t.sum, value)) {
+    finish(a, r, value);
+    return value;
+  }
+  const Sides<T> sides{Score<T>(s, c), Score<T>(t, c)};
+  pair_sweep<T, D>(a, student, teacher, sides, value, slope);
+  double loss = a.soft * value;
+  if (a.hard != 0.0) {
+    const double log_sum = __builtin_log(one.sum);
+    loss += a.hard * (1.0 - a.smoothing) * ((one.top - label_logit(a, r)) + log_sum);
+    if (a.smoothing != 0.0)
+      loss += a.hard * a.smoothing * (log_sum - one.below / static_cast<double>(a.classes));
+  }
+  if (a.grad.data != nullptr) {
+    const Slopes<T> slopes{sides, Score<T>(a.hard != 0.0 ? one : s, kLog2E), slope,
+                           scale_of<T>(a, r)};
+    grad_sweep<T, D>(a, r, student, teacher, slopes, buffers.g);
+  }
   return loss;
 }
 
-template <class T, class D>
-void fused(const Args& a, int64_t begin, int64_t end) {
-  Buffers<T> buffers;
+// ---- the fused trip, over the chunks of a row
+
+template <DType K, Expectation E, bool Keep>
+inline Part first_trip(const Args& a, int64_t r, double c, const Team& team,
+                       const Scratch<typename Kind<K>::Acc>& scratch) {
+  each_chunk(team, a.vocab, [&](int64_t chunk) {
+    if (a.hard != 0.0) {
+      first_sweep<K, E, true, Keep>(a, r, c, chunk, scratch, scratch.parts[chunk]);
+    } else {
+      first_sweep<K, E, false, Keep>(a, r, c, chunk, scratch, scratch.parts[chunk]);
+    }
+  });
+  Part row = scratch.parts[0];
+  for (int64_t i = 1; i * kChunk < a.vocab; ++i) row.add<E>(scratch.parts[i]);
+  return row;
+}
+
+template <DType K, Expectation E>
+inline void last_trip(const Args& a, int64_t r, const Team& team,
+                      const Scratch<typename Kind<K>::Acc>& scratch, const Part& row,
+                      double scale) {
+  using T = typename Kind<K>::Acc;
+  const Factors f(a, r, scale);
+  const bool stream = a.stream && can_stream<Vec<T>>(a.grad.row(r));
+  const int64_t last = (a.vocab - 1) / kChunk;
+  each_chunk(team, a.vocab, [&](int64_t i) {
+    const int64_t chunk = last - i;  // backwards, over what is still in the cache
+    const auto sweep = a.hard != 0.0 ? (stream ? last_sweep<K, E, true, true>
+                                               : last_sweep<K, E, true, false>)
+                                     : (stream ? last_sweep<K, E, false, true>
+                                               : last_sweep<K, E, false, false>);
+    sweep(a, r, chunk, scratch, row, f);
+  });
+  fill(a, r, a.vocab, 0.0);
+}
+
+template <DType K, class D>
+inline double row_by_trip(const Args& a, int64_t r, const Team& team,
+                          const Scratch<typename Kind<K>::Acc>& scratch) {
+  using T = typename Kind<K>::Acc;
+  constexpr Expectation E = D::expectation;
   const double c = kLog2E / a.temperature;
-  const bool with_grad = a.grad.data != nullptr;
-  const bool keeps = with_grad && D::expectation != Expectation::none;
-  const Memory<T> memory(keeps ? a.vocab : Memory<T>::kMost + 1);
+  const bool keep = E == Expectation::none || a.grad.data != nullptr;
+  Part row = keep ? first_trip<K, E, true>(a, r, c, team, scratch)
+                  : first_trip<K, E, E == Expectation::none>(a, r, c, team, scratch);
+  if (row.strange) return row_by_sweeps<T, D>(a, r);
+  double result;
+  if (degenerate(a, row.s.sum, row.t.sum, result)) {
+    finish(a, r, result);
+    return result;
+  }
+  if constexpr (E == Expectation::none) {
+    each_chunk(team, a.vocab, [&](int64_t chunk) {
+      slope_sweep<T, D>(a, chunk, scratch, row, scratch.parts[chunk]);
+    });
+    for (int64_t i = 0; i * kChunk < a.vocab; ++i) {
+      row.value += scratch.parts[i].value;
+      row.slope += scratch.parts[i].slope;
+    }
+  } else {
+    constexpr bool of_t = E == Expectation::teacher;
+    const Side& w = of_t ? row.t : row.s;
+    const Side& other = of_t ? row.s : row.t;
+    row.value = kLn2 * (row.cross / w.sum + (__builtin_log2(other.sum) - __builtin_log2(w.sum)));
+    // infinite or NaN: an impossible column weighed under an early base may yet have no weight
+    // under the row's, which only the pair, with exact maxima in hand, knows
+    if (row.value - row.value != 0.0) return row_by_sweeps<T, D>(a, r);
+    row.slope = of_t ? 0.0 : row.value;  // sum of q - p, or of the value itself
+  }
+  double loss = a.soft * row.value;
+  if (a.hard != 0.0) {
+    const double log_sum = __builtin_log2(row.hard.sum);
+    const double label = row.hard.scale<T>().of(label_logit(a, r));
+    loss += a.hard * kLn2 * (1.0 - a.smoothing) * (log_sum - label);
+    if (a.smoothing != 0.0)
+      loss += a.hard * kLn2 * a.smoothing *
+              (log_sum - row.scores / static_cast<double>(a.classes));
+  }
+  if (a.grad.data != nullptr) {
+    const double scale = scale_of<T>(a, r);
+    if (scale != scale) {
+      finish(a, r, kNaN);
+    } else {
+      last_trip<K, E>(a, r, team, scratch, row, scale);
+    }
+  }
+  return loss;
+}
+
+template <DType K, class D>
+void fused(const Args& a, int64_t begin, int64_t end, const Team& team) {
+  using T = typename Kind<K>::Acc;
+  const Flush flush;
+  const Scratch<T> scratch(a.vocab);
   T* out = static_cast<T*>(a.out);
   for (int64_t r = begin; r < end; ++r) {
     if (dropped(a, r)) {
       out[r] = 0;
-      if (with_grad) fill(a, r, 0, 0.0);
-      continue;
-    }
-    const Reader<T> student{a.student.row(r), a.student.dtype, buffers.s};
-    const Reader<T> teacher{a.teacher.row(r), a.teacher.dtype, buffers.t};
-    Side s, t;
-    Hard hard;
-    double cross = 0.0;
-    first_sweep<T, D::expectation>(a, student, teacher, c, memory, s, t, cross, hard);
-    if (s.empty() || t.empty()) {
-      // two impossible sides differ in nothing; one is no distribution, nor has it a label
-      const double result = s.empty() && t.empty() && a.hard == 0.0 ? 0.0 : kNaN;
-      out[r] = static_cast<T>(result);
-      if (with_grad) fill(a, r, 0, result);
-      continue;
-    }
-    double value = 0.0, slope = 0.0;
-    const Score<T> q_of(s, c), p_of(t, c);
-    if constexpr (D::expectation == Expectation::none) {
-      pair_sweep<T, D>(a, student, teacher, q_of, p_of, value, slope);
+      finish(a, r, 0.0);
+    } else if (scratch.kept == nullptr) {
+      out[r] = static_cast<T>(row_by_sweeps<T, D>(a, r));
     } else {
-      constexpr bool of_t = D::expectation == Expectation::teacher;
-      const Side& w = of_t ? t : s;
-      const Side& other = of_t ? s : t;
-      value = cross / w.sum * kLn2 + (__builtin_log(other.sum) - __builtin_log(w.sum));
-      if (value - value != 0.0) {
-        // infinite or NaN: an impossible column weighed under an early maximum may yet have no
-        // weight under the row's, which only the pair, with that maximum in hand, knows
-        value = 0.0;
-        pair_sweep<T, D>(a, student, teacher, q_of, p_of, value, slope);
-      }
-      slope = of_t ? 0.0 : value;  // sum of q - p, or of the value itself
+      out[r] = static_cast<T>(row_by_trip<K, D>(a, r, team, scratch));
     }
-    double loss = a.soft * value;
-    if (a.hard != 0.0) loss += a.hard * cross_entropy(a, r, s, hard, student);
-    out[r] = static_cast<T>(loss);
-    if (!with_grad) continue;
-    Side one = s;
-    one.sum = hard.sum;
-    const Slopes<T> slopes{q_of, p_of, Score<T>(one, kLog2E), slope, scale_of<T>(a, r)};
-    if constexpr (D::expectation != Expectation::none) {
-      if (memory.es != nullptr) {
-        grad_sweep<T, D>(a, r, student, teacher, slopes, buffers.g, false,
-                         [&](int64_t at, const T*, const T*) {
-                           return Kept<T, D::expectation>(memory, at, s, t, c);
-                         });
-        continue;
-      }
-    }
-    fresh_grad_sweep<T, D>(a, r, student, teacher, slopes, buffers.g);
   }
 }
+
+// ---- the split passes
 
 template <class T>
 void stats(const Args& a, int64_t begin, int64_t end) {
   Buffers<T> buffers;
   for (int64_t r = begin; r < end; ++r) {
     T* out = static_cast<T*>(a.out) + 3 * r;
-    Side side;
-    double below = 0.0;
+    Stats side;
     if (dropped(a, r)) {
       side.top = 0.0;
     } else {
-      const Reader<T> read{a.student.row(r), a.student.dtype, buffers.s};
-      stats_sweep(read, a.vocab, kLog2E / a.temperature, side, below);
+      const Flush flush;  // not of a maximum that is subnormal
+      stats_sweep<T>(plain(a.student, r, buffers.s), a.vocab, kLog2E / a.temperature, side);
     }
     out[0] = static_cast<T>(side.top);
     out[1] = static_cast<T>(side.sum);
-    out[2] = static_cast<T>(below);
+    out[2] = static_cast<T>(side.below);
   }
 }
 
 template <class T>
-inline Side side_of(const void* stats, int64_t r) {
+inline Stats stats_at(const void* stats, int64_t r) {
   const T* row = static_cast<const T*>(stats) + 3 * r;
-  Side side;
-  side.top = row[0];
-  side.sum = row[1];
+  Stats side;
+  side.top = static_cast<double>(row[0]);
+  side.sum = static_cast<double>(row[1]);
   return side;
 }
 
 template <class T, class D>
 void loss(const Args& a, int64_t begin, int64_t end) {
+  const Flush flush;
   Buffers<T> buffers;
   const double c = kLog2E / a.temperature;
   for (int64_t r = begin; r < end; ++r) {
     T* out = static_cast<T*>(a.out) + 2 * r;
     double value = 0.0, slope = 0.0;
     if (!dropped(a, r)) {
-      const Side s = side_of<T>(a.stats_s, r), t = side_of<T>(a.stats_t, r);
-      const Reader<T> student{a.student.row(r), a.student.dtype, buffers.s};
-      const Reader<T> teacher{a.teacher.row(r), a.teacher.dtype, buffers.t};
-      if (s.empty() != t.empty()) {
-        value = slope = kNaN;
-      } else if (!s.empty()) {
-        pair_sweep<T, D>(a, student, teacher, Score<T>(s, c), Score<T>(t, c), value, slope);
+      const Stats s = stats_at<T>(a.stats_s, r), t = stats_at<T>(a.stats_t, r);
+      if (degenerate(a, s.sum, t.sum, value)) {
+        slope = value;
+      } else {
+        pair_sweep<T, D>(a, plain(a.student, r, buffers.s), plain(a.teacher, r, buffers.t),
+                         Sides<T>{Score<T>(s, c), Score<T>(t, c)}, value, slope);
       }
     }
     out[0] = static_cast<T>(value);
@@ -144,6 +250,7 @@ void loss(const Args& a, int64_t begin, int64_t end) {
 
 template <class T, class D>
 void grad(const Args& a, int64_t begin, int64_t end) {
+  const Flush flush;
   Buffers<T> buffers;
   const double c = kLog2E / a.temperature;
   for (int64_t r = begin; r < end; ++r) {
@@ -151,34 +258,28 @@ void grad(const Args& a, int64_t begin, int64_t end) {
       fill(a, r, 0, 0.0);
       continue;
     }
-    const Side s = side_of<T>(a.stats_s, r), t = side_of<T>(a.stats_t, r);
-    if (s.empty() || t.empty()) {
-      fill(a, r, 0, s.empty() && t.empty() && a.hard == 0.0 ? 0.0 : kNaN);
+    const Stats s = stats_at<T>(a.stats_s, r), t = stats_at<T>(a.stats_t, r);
+    double result;
+    if (degenerate(a, s.sum, t.sum, result)) {
+      finish(a, r, result);
       continue;
     }
-    const Reader<T> student{a.student.row(r), a.student.dtype, buffers.s};
-    const Reader<T> teacher{a.teacher.row(r), a.teacher.dtype, buffers.t};
-    const Side one = a.hard != 0.0 ? side_of<T>(a.stats_hard, r) : s;
-    const Slopes<T> slopes{Score<T>(s, c), Score<T>(t, c), Score<T>(one, kLog2E),
+    const Stats one = a.hard != 0.0 ? stats_at<T>(a.stats_hard, r) : s;
+    const Slopes<T> slopes{{Score<T>(s, c), Score<T>(t, c)}, Score<T>(one, kLog2E),
                            static_cast<double>(static_cast<const T*>(a.slope)[r]),
                            scale_of<T>(a, r)};
-    fresh_grad_sweep<T, D>(a, r, student, teacher, slopes, buffers.g);
+    grad_sweep<T, D>(a, r, plain(a.student, r, buffers.s), plain(a.teacher, r, buffers.t), slopes,
+                     buffers.g);
   }
 }
 
 // x *= by, for the gradients that an upstream gradient other than 1 meets.
-template <class T>
-inline void multiply_as(char* data, DType dtype, int64_t n, double by) {
-  alignas(64) T buffer[kBlock];
+template <DType K>
+inline void multiply_as(char* data, int64_t n, double by) {
+  using T = typename Kind<K>::Acc;
   const T k = static_cast<T>(by);
-  for (int64_t at = 0; at < n; at += kBlock) {
-    const int64_t m = least(kBlock, n - at);
-    const T* x = load(data, dtype, at, m, buffer);
-    T* y = target(data, dtype, at, m, buffer);
-#pragma omp simd
-    for (int64_t i = 0; i < m; ++i) y[i] = x[i] * k;
-    if (y == buffer) store(buffer, data, dtype, at, m);
-  }
+  auto* x = reinterpret_cast<typename Kind<K>::Element*>(data);
+  for (int64_t i = 0; i < n; ++i) x[i] = Kind<K>::narrow(Kind<K>::widen(x[i]) * k);
 }
 
 }  // namespace

@@ -1,0 +1,74 @@
+#include "threads.h"
+
+#include <cstdlib>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace fastkd {
+namespace {
+
+#if defined(_OPENMP)
+void run_team(int threads, int64_t tasks, void (*task)(void*, int64_t), void* argument) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < tasks; ++i) task(argument, i);
+}
+#endif
+
+struct Block {
+  char* memory = nullptr;
+  int64_t bytes = 0;
+  ~Block() { std::free(memory); }
+};
+
+}  // namespace
+
+bool openmp() {
+#if defined(_OPENMP)
+  return true;
+#else
+  return false;
+#endif
+}
+
+// Kept by the thread (2 MB at most, see fused.h): fresh memory costs page faults in every call.
+char* scratch(int64_t bytes) {
+  static thread_local Block block;
+  if (block.bytes < bytes) {
+    std::free(block.memory);
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, static_cast<size_t>(bytes)) != 0) memory = nullptr;
+    block.memory = static_cast<char*>(memory);
+    block.bytes = memory == nullptr ? 0 : bytes;
+  }
+  return block.memory;
+}
+
+void share(int64_t rows, int64_t vocab, int threads,
+           const std::function<void(int64_t, int64_t, const Team&)>& run) {
+#if defined(_OPENMP)
+  if (threads > 1) {
+    const int64_t chunks = (vocab + kChunk - 1) / kChunk;
+    int64_t rest = rows % threads;
+    // a team of n does a row in 1 / n of the time; as many threads do one each in the whole of it
+    if (rest >= (chunks < threads ? chunks : threads)) rest = 0;
+    const int64_t whole = rows - rest;
+    if (whole > 0) {
+#pragma omp parallel num_threads(threads)
+      {
+        const int64_t k = omp_get_thread_num(), n = omp_get_num_threads();
+        const int64_t begin = whole * k / n, end = whole * (k + 1) / n;
+        if (begin < end) run(begin, end, Team{});
+      }
+    }
+    if (rest > 0) run(whole, rows, Team{threads, run_team});
+    return;
+  }
+#else
+  (void)vocab, (void)threads;
+#endif
+  run(0, rows, Team{});
+}
+
+}  // namespace fastkd
