@@ -21,12 +21,13 @@ inline Plain<T> plain(const Operand& x, int64_t r, T* buffer) {
   return {x.row(r), x.dtype, buffer};
 }
 
-// f(chunk) for each chunk of a row, over the team's threads.
+// f(chunk) for each chunk of a row: over the team's threads, each of which has the same chunks in
+// every trip and so in its cache; or alone, where `backwards` begins with what is still in it.
 template <class F>
-inline void each_chunk(const Team& team, int64_t vocab, F f) {
+inline void each_chunk(const Team& team, int64_t vocab, bool backwards, F f) {
   const int64_t chunks = (vocab + kChunk - 1) / kChunk;
   if (team.threads <= 1 || chunks == 1) {
-    for (int64_t i = 0; i < chunks; ++i) f(i);
+    for (int64_t i = 0; i < chunks; ++i) f(backwards ? chunks - 1 - i : i);
     return;
   }
   team.run(team.threads, chunks,
@@ -95,7 +96,7 @@ __attribute__((noinline)) double row_by_sweeps(const Args& a, int64_t r) {
 template <DType K, Expectation E, bool Keep>
 inline Part first_trip(const Args& a, int64_t r, double c, const Team& team,
                        const Scratch<typename Kind<K>::Acc>& scratch) {
-  each_chunk(team, a.vocab, [&](int64_t chunk) {
+  each_chunk(team, a.vocab, false, [&](int64_t chunk) {
     if (a.hard != 0.0) {
       first_sweep<K, E, true, Keep>(a, r, c, chunk, scratch, scratch.parts[chunk]);
     } else {
@@ -114,9 +115,7 @@ inline void last_trip(const Args& a, int64_t r, const Team& team,
   using T = typename Kind<K>::Acc;
   const Factors f(a, r, scale);
   const bool stream = a.stream && can_stream<Vec<T>>(a.grad.row(r));
-  const int64_t last = (a.vocab - 1) / kChunk;
-  each_chunk(team, a.vocab, [&](int64_t i) {
-    const int64_t chunk = last - i;  // backwards, over what is still in the cache
+  each_chunk(team, a.vocab, true, [&](int64_t chunk) {
     const auto sweep = a.hard != 0.0 ? (stream ? last_sweep<K, E, true, true>
                                                : last_sweep<K, E, true, false>)
                                      : (stream ? last_sweep<K, E, false, true>
@@ -142,7 +141,7 @@ inline double row_by_trip(const Args& a, int64_t r, const Team& team,
     return result;
   }
   if constexpr (E == Expectation::none) {
-    each_chunk(team, a.vocab, [&](int64_t chunk) {
+    each_chunk(team, a.vocab, false, [&](int64_t chunk) {
       slope_sweep<T, D>(a, chunk, scratch, row, scratch.parts[chunk]);
     });
     for (int64_t i = 0; i * kChunk < a.vocab; ++i) {

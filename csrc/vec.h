@@ -14,6 +14,7 @@
 #if !defined(__clang__)
 // of GCC's own "undefined" operands inside its intrinsics
 #pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
@@ -113,11 +114,26 @@ FASTKD_INLINE void stream(E* to, V v) {
   storeu(to, v);
 }
 
-// The one that is larger; `b` where either is NaN.
+// The one that is larger, or smaller; `b` where either is NaN. Of the plain expression compilers make
+// a comparison and a blend, four operations for one.
 template <class V>
 FASTKD_INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
+template <class V>
+FASTKD_INLINE V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+#if defined(__AVX512F__)
+FASTKD_INLINE F larger(F a, F b) { return _mm512_max_ps(a, b); }
+FASTKD_INLINE F smaller(F a, F b) { return _mm512_min_ps(a, b); }
+#elif defined(__AVX2__)
+FASTKD_INLINE F larger(F a, F b) { return _mm256_max_ps(a, b); }
+FASTKD_INLINE F smaller(F a, F b) { return _mm256_min_ps(a, b); }
+#elif defined(__SSE2__)
+FASTKD_INLINE F larger(F a, F b) { return _mm_max_ps(a, b); }
+FASTKD_INLINE F smaller(F a, F b) { return _mm_min_ps(a, b); }
+#endif
 
 template <class V>
 FASTKD_INLINE V zero_unless(decltype(V{} < V{}) condition, V x) {
@@ -174,11 +190,10 @@ FASTKD_INLINE F exp2(F x) {
 }
 #else
 // Minimax polynomial of degree 6 on [-1/2, 1/2] (relative error 1.9e-9); adding 1.5 * 2^23 rounds
-// x to an integer and leaves that integer in the low bits, ready to become the exponent.
+// x to an integer and leaves that integer in the low bits, with 127 more ready to be an exponent.
 FASTKD_INLINE F exp2(F x) {
-  const F magic = splat(12582912.0f);
-  x = larger(splat(-127.0f), x);
-  x = splat(128.0f) < x ? splat(128.0f) : x;
+  const F magic = splat(12582912.0f + 127.0f);
+  x = smaller(splat(128.0f), larger(splat(-127.0f), x));
   const F shifted = x + magic;
   const F f = x - (shifted - magic);
   F p = fma(splat(1.534581199865e-4f), f, splat(1.3399931219160e-3f));
@@ -187,7 +202,7 @@ FASTKD_INLINE F exp2(F x) {
   p = fma(p, f, splat(2.4022646890634e-1f));
   p = fma(p, f, splat(6.9314720573727e-1f));
   p = fma(p, f, splat(1.0f));
-  return p * bits<F>((bits<U>(shifted) << 23) + 0x3F800000u);
+  return p * bits<F>(bits<U>(shifted) << 23);
 }
 #endif
 
