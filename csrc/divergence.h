@@ -1,7 +1,11 @@
-// One struct per divergence: value l(log p, log q) and its centred slope, at one vector of columns.
-// p is the teacher, q the student; whoever has p and q at hand gives them, and a logarithm that a
-// struct does not use is not computed. See fastkd/divergence.py for the table, the formulas in
-// torch and what "centred" means.
+// One struct per divergence, at one vector of columns. p is the teacher, q the student. See
+// fastkd/divergence.py for the table, the formulas in torch and what "centred" means.
+//
+// An expectation gives value l(log p, log q) and centred slope. Any other divergence gives value
+// and rate, of p and q: the rate is the slope per unit of q, up to a constant of the divergence's
+// choice, and `centre` is the rate where p = q. (A row's gradient is q times its rates, less their
+// mean; rates are taken relative to one of the row's own, so that what all columns share leaves no
+// rounding behind.)
 //
 // Every pair is finite or rightly infinite when p or q is 0 (log -inf), and 0 when both are. No pair
 // is asked about a row with a NaN.
@@ -26,9 +30,15 @@ namespace {
 enum class Expectation { none, teacher, student };
 
 template <class V>
-struct Point {
+struct Sloped {
   V value;
   V slope;
+};
+
+template <class V>
+struct Rated {
+  V value;
+  V rate;
 };
 
 // w * x with 0 * anything = 0
@@ -46,57 +56,78 @@ FASTKD_INLINE V over_mixture(V p, V q, T a) {
 
 struct KL {
   static constexpr Expectation expectation = Expectation::teacher;
-  template <class V, class T>
-  static FASTKD_INLINE Point<V> at(V logp, V logq, V p, V q, T) {
+  template <class V>
+  static FASTKD_INLINE Sloped<V> at(V logp, V logq, V p, V q) {
     return {weighted(p, logp - logq), q - p};
   }
 };
 
 struct ReverseKL {
   static constexpr Expectation expectation = Expectation::student;
-  template <class V, class T>
-  static FASTKD_INLINE Point<V> at(V logp, V logq, V, V q, T) {
+  template <class V>
+  static FASTKD_INLINE Sloped<V> at(V logp, V logq, V, V q) {
     const V value = weighted(q, logq - logp);
     return {value, value};
   }
 };
 
+// With m the mixture, x / m - 1 is a multiple of (p - q) / m, which keeps its digits near p = q.
 struct JS {
   static constexpr Expectation expectation = Expectation::none;
+  template <class T>
+  static T centre(T) {
+    return T(0);
+  }
   template <class V, class T>
-  static FASTKD_INLINE Point<V> at(V, V, V p, V q, T beta) {
-    const V over_m = over_mixture(p, q, beta);
-    const V of_q = (T(1) - beta) * q * log(q * over_m);
-    return {fma(beta * p, log(p * over_m), of_q), of_q};
+  static FASTKD_INLINE Rated<V> at(V p, V q, T beta) {
+    const T rest = T(1) - beta;
+    const V over_m = over_mixture(p, q, beta), gap = (q - p) * over_m;
+    const V rate = rest * log(q * over_m, beta * gap);
+    return {fma(beta * p, log(p * over_m, -rest * gap), q * rate), rate};
   }
 };
 
 struct SkewKL {
   static constexpr Expectation expectation = Expectation::none;
+  template <class T>
+  static T centre(T alpha) {
+    return alpha - T(1);
+  }
   template <class V, class T>
-  static FASTKD_INLINE Point<V> at(V, V, V p, V q, T alpha) {
-    const V over_m = over_mixture(p, q, alpha);
+  static FASTKD_INLINE Rated<V> at(V p, V q, T alpha) {
     const T rest = T(1) - alpha;
-    return {p * log(p * over_m), rest * rest * (q * ((q - p) * over_m))};
+    const V over_m = over_mixture(p, q, alpha), gap = rest * ((p - q) * over_m), share = p * over_m;
+    // -rest * p / m, in the form that rounds least: exact at p = 0 and at p = q
+    const V rate = p + p < q ? -rest * share : -rest * gap - rest;
+    return {p * log(share, gap), rate};
   }
 };
 
 struct SkewReverseKL {
   static constexpr Expectation expectation = Expectation::none;
+  template <class T>
+  static T centre(T) {
+    return T(0);
+  }
   template <class V, class T>
-  static FASTKD_INLINE Point<V> at(V, V, V p, V q, T alpha) {
-    const V over_m = over_mixture(q, p, alpha);
-    const V log_q = log(q * over_m);  // of q / m
-    return {q * log_q, q * fma(splat(alpha * (T(1) - alpha)), (p - q) * over_m, log_q)};
+  static FASTKD_INLINE Rated<V> at(V p, V q, T alpha) {
+    const T rest = T(1) - alpha;
+    const V over_m = over_mixture(q, p, alpha), gap = rest * ((q - p) * over_m);
+    const V log_q = log(q * over_m, gap);  // of q / m
+    return {q * log_q, fma(splat(-alpha), gap, log_q)};
   }
 };
 
 struct TV {
   static constexpr Expectation expectation = Expectation::none;
+  template <class T>
+  static T centre(T) {
+    return T(0);
+  }
   template <class V, class T>
-  static FASTKD_INLINE Point<V> at(V, V, V p, V q, T) {
-    const V gap = q - p, half = T(0.5) * q;
-    return {T(0.5) * larger(gap, -gap), gap > V{} ? half : gap < V{} ? -half : V{}};
+  static FASTKD_INLINE Rated<V> at(V p, V q, T) {
+    const V gap = q - p, half = V{} + T(0.5);
+    return {half * larger(gap, -gap), gap > V{} ? half : gap < V{} ? -half : V{}};
   }
 };
 

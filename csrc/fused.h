@@ -5,7 +5,7 @@
 // maximum of the first few columns will do as long as no sum comes near overflow, which is looked
 // at once a block. (A shift that is too low by 2^40 costs no digit; a row's true maximum would cost
 // a pass.) The exponentials stay in a scratch that the L2 cache holds, and the last sweep makes the
-// gradient of them; between the two, a divergence that is no expectation turns them into slopes.
+// gradient of them; between the two, a divergence that is no expectation makes rates of them.
 //
 // A row is cut into chunks whose sums start afresh and are merged in order, so that a chunk may be
 // another thread's and the bits stay the same.
@@ -101,13 +101,17 @@ struct Part {
   }
 };
 
+// A block as the first sweep left it: under which bases, and with what sum of the student's.
+struct Block {
+  double s_base, t_base, s_sum;
+};
+
 // The scratch of one row. kept: for each group, two vectors of the student's exponentials, then two
-// of the teacher's or of the differences of scores; later the slopes and the student's
-// probabilities. base: of each block and side, as it stood then.
+// of the teacher's, or of the differences of scores, or later of the rates.
 template <class T>
 struct Scratch {
   T* kept = nullptr;
-  double (*base)[2] = nullptr;
+  Block* blocks = nullptr;
   Part* parts = nullptr;
 
   explicit Scratch(int64_t vocab) {
@@ -115,12 +119,12 @@ struct Scratch {
     const int64_t columns = (vocab + kBlock - 1) / kBlock * kBlock;
     const int64_t chunks = (vocab + kChunk - 1) / kChunk;
     const int64_t floats = 2 * columns * int64_t{sizeof(T)};
-    const int64_t bases = columns / kBlock * int64_t{sizeof(double[2])};
-    char* memory = scratch(floats + bases + chunks * int64_t{sizeof(Part)});
+    const int64_t states = columns / kBlock * int64_t{sizeof(Block)};
+    char* memory = scratch(floats + states + chunks * int64_t{sizeof(Part)});
     if (memory == nullptr) return;
     kept = reinterpret_cast<T*>(memory);
-    base = reinterpret_cast<double(*)[2]>(memory + floats);
-    parts = reinterpret_cast<Part*>(memory + floats + bases);
+    blocks = reinterpret_cast<Block*>(memory + floats);
+    parts = reinterpret_cast<Part*>(memory + floats + states);
   }
 };
 
@@ -239,10 +243,8 @@ __attribute__((noinline)) void first_sweep(const Args& a, int64_t r, double c, i
     };
     Sums<T> sums = sums_now();
     if (!sums.within() && shift(m)) sums = sums_now();
-    if (Keep) {
-      scratch.base[at / kBlock][0] = part.s.base;
-      scratch.base[at / kBlock][1] = part.t.base;
-    }
+    if (Keep)
+      scratch.blocks[at / kBlock] = {part.s.base, part.t.base, static_cast<double>(sums.s)};
     part.s.sum += static_cast<double>(sums.s);
     part.t.sum += static_cast<double>(sums.t);
     part.hard.sum += static_cast<double>(sums.hard);
@@ -261,8 +263,8 @@ struct ToProbability {
 
   template <class T>
   ToProbability(const Scratch<T>& scratch, int64_t at, const Part& row)
-      : q(factor(row.s, scratch.base[at / kBlock][0])),
-        p(factor(row.t, scratch.base[at / kBlock][1])) {}
+      : q(factor(row.s, scratch.blocks[at / kBlock].s_base)),
+        p(factor(row.t, scratch.blocks[at / kBlock].t_base)) {}
 
  private:
   static double factor(const Side& row, double base) {
@@ -270,16 +272,37 @@ struct ToProbability {
   }
 };
 
-// ---- between the two: values and slopes from the exponentials -----------------------------------
+// ---- between the two: values and rates from the exponentials -------------------------------------
 
-template <class T>
-FASTKD_INLINE Vec<T> log_of(Vec<T> p) {
-  return p > Vec<T>{} ? log(p) : splat(T(-kInf));
+// The rate at the student's most probable column. Where one column has most of the mass, its block
+// has; where none has, it does not matter which is taken.
+template <class T, class D>
+__attribute__((noinline)) T top_rate(const Args& a, const Scratch<T>& scratch, const Part& row) {
+  using V = Vec<T>;
+  int64_t heaviest = 0;
+  double most = -1.0;
+  for (int64_t at = 0; at < a.vocab; at += kBlock) {
+    const double mass = scratch.blocks[at / kBlock].s_sum * ToProbability(scratch, at, row).q;
+    if (mass > most) most = mass, heaviest = at;
+  }
+  const T* kept = scratch.kept + 2 * heaviest;
+  T top = -1, other = 0;
+  for (int64_t i = 0; i < padded<T>(least(kBlock, a.vocab - heaviest)); i += kGroup<T>) {
+    for (int64_t j = 2 * i; j < 2 * i + kGroup<T>; ++j)
+      if (kept[j] > top) top = kept[j], other = kept[j + kGroup<T>];
+  }
+  const ToProbability to(scratch, heaviest, row);
+  const V q = splat(top) * splat(static_cast<T>(to.q));
+  const V p = splat(other) * splat(static_cast<T>(to.p));
+  T lanes[Simd<T>::lanes];
+  storeu(lanes, D::at(p, q, static_cast<T>(a.param)).rate);
+  return lanes[0];
 }
 
+// Adds to out.value the values, and to out.slope q times the rates above `from`, which it keeps.
 template <class T, class D>
-__attribute__((noinline)) void slope_sweep(const Args& a, int64_t chunk, const Scratch<T>& scratch,
-                                           const Part& row, Part& out) {
+__attribute__((noinline)) void rate_sweep(const Args& a, int64_t chunk, const Scratch<T>& scratch,
+                                          const Part& row, T from, Part& out) {
   using V = Vec<T>;
   constexpr int64_t lanes = Simd<T>::lanes;
   const T param = static_cast<T>(a.param);
@@ -291,11 +314,11 @@ __attribute__((noinline)) void slope_sweep(const Args& a, int64_t chunk, const S
     Two<V> values{}, slopes{};
     const auto half = [&](T* kept, V& value, V& slope) FASTKD_LAMBDA {
       const V q = loadu<V>(kept) * to_q, p = loadu<V>(kept + 2 * lanes) * to_p;
-      const Point<V> point = D::at(log_of<T>(p), log_of<T>(q), p, q, param);
+      const Rated<V> point = D::at(p, q, param);
+      const V rate = point.rate - from;
       value += point.value;
-      slope += point.slope;
-      storeu(kept, point.slope);
-      storeu(kept + 2 * lanes, q);
+      slope = fma(q, rate, slope);
+      storeu(kept + 2 * lanes, rate);
     };
     for (int64_t i = 0; i < n; i += kGroup<T>) {
       half(scratch.kept + 2 * (at + i), values.a, slopes.a);
@@ -309,38 +332,45 @@ __attribute__((noinline)) void slope_sweep(const Args& a, int64_t chunk, const S
 // ---- last sweep: the gradient -------------------------------------------------------------------
 
 // The gradient of the soft term from what is kept, in one of two shapes:
-//   first * one - other * by    both sides' exponentials; slopes, and probabilities by their sum
-//   first * (one + other * by)  exponentials and differences of scores
+//   (first - other * ratio) * by   both sides' exponentials, under the teacher's expectation
+//   first * ((other + add) * by)   exponentials and differences of scores, or rates
 enum class Shape { difference, product };
 
 template <class T>
-struct Linear {
-  T one, by;
+struct Soft {
+  T by;
+  T add;    // the ratio, negated, or what is added
+  T digits;  // of the ratio beyond those of `add`: what two sides share cancels to the last digit
 
   template <Shape S>
   FASTKD_INLINE Vec<T> at(const T* kept) const {
     const Vec<T> first = loadu<Vec<T>>(kept), other = loadu<Vec<T>>(kept + 2 * Simd<T>::lanes);
-    // rounded products, of which identical sides leave exactly nothing
-    if constexpr (S == Shape::difference) return first * splat(one) - other * splat(by);
-    return first * fma(splat(by), other, splat(one));
+    if constexpr (S == Shape::difference)
+      return fma(splat(digits), other, fma(splat(add), other, first)) * splat(by);
+    return first * ((other + splat(add)) * splat(by));
   }
 };
 
 template <class T, Expectation E>
-inline Linear<T> linear(const Scratch<T>& scratch, int64_t at, const Part& row, double k) {
-  if (E == Expectation::none) return {static_cast<T>(k), static_cast<T>(k * row.slope)};
+inline Soft<T> soft_of(const Scratch<T>& scratch, int64_t at, const Part& row, double k) {
   const ToProbability to(scratch, at, row);
-  if (E == Expectation::teacher) return {static_cast<T>(k * to.q), static_cast<T>(k * to.p)};
+  if (E == Expectation::none) return {static_cast<T>(k * to.q), static_cast<T>(-row.slope), T(0)};
+  if (E == Expectation::teacher) {
+    // a block where the student has next to nothing must not take the teacher's part with it
+    const double q = larger(to.q, to.p * 0x1p-80);
+    const double ratio = q == 0.0 ? 0.0 : to.p / q;
+    const T add = static_cast<T>(-ratio);
+    return {static_cast<T>(k * q), add, static_cast<T>(-ratio - static_cast<double>(add))};
+  }
   // q (log q - log p - the row's value); a difference of scores is that of logarithms up to the
   // bases under which the block was summed
   const auto moved = [](const Side& side, double base) {
     return base == kInfinity ? 0.0 : (side.shift() - base) * side.c;
   };
-  const double(&base)[2] = scratch.base[at / kBlock];
-  const double shift = (moved(row.s, base[0]) - moved(row.t, base[1])) -
+  const Block& block = scratch.blocks[at / kBlock];
+  const double shift = (moved(row.s, block.s_base) - moved(row.t, block.t_base)) -
                        (__builtin_log2(row.s.sum) - __builtin_log2(row.t.sum));
-  return {static_cast<T>(k * to.q * (kLn2 * shift - row.slope)),
-          static_cast<T>(k * to.q * kLn2)};
+  return {static_cast<T>(k * to.q * kLn2), static_cast<T>(shift - row.slope / kLn2), T(0)};
 }
 
 template <DType K, Expectation E, bool Hard, bool Stream>
@@ -351,7 +381,7 @@ __attribute__((noinline)) void last_sweep(const Args& a, int64_t r, int64_t chun
   using V = Vec<T>;
   using Element = typename Kind<K>::Element;
   constexpr int64_t lanes = Simd<T>::lanes;
-  constexpr Shape shape = E == Expectation::student ? Shape::product : Shape::difference;
+  constexpr Shape shape = E == Expectation::teacher ? Shape::difference : Shape::product;
   alignas(64) Element buffer_s[Hard ? kBlock : 1], buffer_g[kBlock];
   const Reader<K> student{a.student.row(r), a.student.dtype, buffer_s};
   const Writer<K> write{a.grad.row(r), a.grad.dtype, buffer_g};
@@ -362,7 +392,7 @@ __attribute__((noinline)) void last_sweep(const Args& a, int64_t r, int64_t chun
     const int64_t n = least(kBlock, end - at);
     const Element* x = Hard ? student(at, n) : nullptr;
     Element* g = write(at, n);
-    const Linear<T> soft = linear<T, E>(scratch, at, row, f.k);
+    const Soft<T> soft = soft_of<T, E>(scratch, at, row, f.k);
     const auto group = [&](int64_t i) FASTKD_LAMBDA {
       const T* kept = scratch.kept + 2 * (at + i);
       Two<V> out{soft.template at<shape>(kept), soft.template at<shape>(kept + lanes)};

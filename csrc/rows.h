@@ -141,8 +141,9 @@ inline double row_by_trip(const Args& a, int64_t r, const Team& team,
     return result;
   }
   if constexpr (E == Expectation::none) {
+    const T from = a.grad.data == nullptr ? T(0) : top_rate<T, D>(a, scratch, row);
     each_chunk(team, a.vocab, false, [&](int64_t chunk) {
-      slope_sweep<T, D>(a, chunk, scratch, row, scratch.parts[chunk]);
+      rate_sweep<T, D>(a, chunk, scratch, row, from, scratch.parts[chunk]);
     });
     for (int64_t i = 0; i * kChunk < a.vocab; ++i) {
       row.value += scratch.parts[i].value;

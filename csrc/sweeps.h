@@ -110,9 +110,15 @@ struct Sides {
   }
 };
 
+// Value and centred slope at a column.
 template <class D, class V, class T>
-FASTKD_INLINE Point<V> pair_at(const Column<V>& at, T param) {
-  return D::at(at.logp, at.logq, at.p, at.q, param);
+FASTKD_INLINE Sloped<V> pair_at(const Column<V>& at, T param) {
+  if constexpr (D::expectation != Expectation::none) {
+    return D::at(at.logp, at.logq, at.p, at.q);
+  } else {
+    const Rated<V> point = D::at(at.p, at.q, param);
+    return {point.value, at.q * (point.rate - D::centre(param))};
+  }
 }
 
 template <class T, class D>
@@ -126,7 +132,7 @@ inline void pair_sweep(const Args& a, const Plain<T>& student, const Plain<T>& t
     const T* y = teacher(at, n);
     V values{}, slopes{};
     for (int64_t i = 0; i < padded<T>(n); i += Simd<T>::lanes) {
-      const Point<V> point = pair_at<D>(sides(loadu<V>(x + i), loadu<V>(y + i)), param);
+      const Sloped<V> point = pair_at<D>(sides(loadu<V>(x + i), loadu<V>(y + i)), param);
       values += point.value;
       slopes += point.slope;
     }
