@@ -2,10 +2,9 @@
 // fastkd/divergence.py for the table, the formulas in torch and what "centred" means.
 //
 // An expectation gives value l(log p, log q) and centred slope. Any other divergence gives value
-// and rate, of p and q: the rate is the slope per unit of q, up to a constant of the divergence's
-// choice, and `centre` is the rate where p = q. (A row's gradient is q times its rates, less their
-// mean; rates are taken relative to one of the row's own, so that what all columns share leaves no
-// rounding behind.)
+// and rate, of p and q: the rate is the centred slope per unit of q, 0 where p = q. (A row's
+// gradient is q times its rates, less their mean; they are taken relative to one of the row's own,
+// so that what all columns share leaves no rounding behind.)
 //
 // Every pair is finite or rightly infinite when p or q is 0 (log -inf), and 0 when both are. No pair
 // is asked about a row with a NaN.
@@ -74,10 +73,6 @@ struct ReverseKL {
 // With m the mixture, x / m - 1 is a multiple of (p - q) / m, which keeps its digits near p = q.
 struct JS {
   static constexpr Expectation expectation = Expectation::none;
-  template <class T>
-  static T centre(T) {
-    return T(0);
-  }
   template <class V, class T>
   static FASTKD_INLINE Rated<V> at(V p, V q, T beta) {
     const T rest = T(1) - beta;
@@ -89,26 +84,18 @@ struct JS {
 
 struct SkewKL {
   static constexpr Expectation expectation = Expectation::none;
-  template <class T>
-  static T centre(T alpha) {
-    return alpha - T(1);
-  }
   template <class V, class T>
   static FASTKD_INLINE Rated<V> at(V p, V q, T alpha) {
     const T rest = T(1) - alpha;
     const V over_m = over_mixture(p, q, alpha), gap = rest * ((p - q) * over_m), share = p * over_m;
-    // -rest * p / m, in the form that rounds least: exact at p = 0 and at p = q
-    const V rate = p + p < q ? -rest * share : -rest * gap - rest;
+    // rest - rest * p / m, in the form that rounds least: exact at p = 0 and at p = q
+    const V rate = p + p < q ? rest - rest * share : -rest * gap;
     return {p * log(share, gap), rate};
   }
 };
 
 struct SkewReverseKL {
   static constexpr Expectation expectation = Expectation::none;
-  template <class T>
-  static T centre(T) {
-    return T(0);
-  }
   template <class V, class T>
   static FASTKD_INLINE Rated<V> at(V p, V q, T alpha) {
     const T rest = T(1) - alpha;
@@ -120,10 +107,6 @@ struct SkewReverseKL {
 
 struct TV {
   static constexpr Expectation expectation = Expectation::none;
-  template <class T>
-  static T centre(T) {
-    return T(0);
-  }
   template <class V, class T>
   static FASTKD_INLINE Rated<V> at(V p, V q, T) {
     const V gap = q - p, half = V{} + T(0.5);

@@ -3,8 +3,7 @@
 //
 // The first sweep takes the sums of both sides under a shift that need not be the maximum: the
 // maximum of the first few columns will do as long as no sum comes near overflow, which is looked
-// at once a block. (A shift that is too low by 2^40 costs no digit; a row's true maximum would cost
-// a pass.) The exponentials stay in a scratch that the L2 cache holds, and the last sweep makes the
+// at once a block. (A row's true maximum would cost a pass.) The exponentials stay in a scratch that the L2 cache holds, and the last sweep makes the
 // gradient of them; between the two, a divergence that is no expectation makes rates of them.
 //
 // A row is cut into chunks whose sums start afresh and are merged in order, so that a chunk may be
@@ -19,7 +18,8 @@ namespace {
 
 constexpr int64_t kMostColumns = int64_t{1} << 18;  // with a scratch: 2 MB of floats
 constexpr int64_t kPeek = 256;                      // columns whose maximum is the first shift
-constexpr double kMostSum = 0x1p40;                 // of a block
+// Of a block. Not near overflow: a score's rounding grows with it, and this one is at most 12.
+constexpr double kMostSum = 2 * kBlock;
 constexpr double kMostShift = 0x1p100;              // of a score: beyond, sums of them overflow
 static_assert(kChunk % kBlock == 0, "a block lies in one chunk");
 
