@@ -6,75 +6,21 @@ import argparse
 import json
 import re
 import sys
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from bench import report
 from bench.cases import CASES, DTYPES, SHAPE_SETS, Shape
+from bench.cli import Progress, device, listed, output, positive
 from bench.measure import MAX_ROUNDS, MIN_ROUNDS, Plan, measure, out_of_memory
-from bench.providers import (
-    DEFAULT_PROVIDERS,
-    DEMO_PROVIDERS,
-    PROVIDERS,
-    TOY_PROVIDERS,
-    first_line,
-)
+from bench.providers import DEFAULT_PROVIDERS, DEMO_PROVIDERS, PROVIDERS, TOY_PROVIDERS
 from bench.result import Result
-
-T = TypeVar("T")
 
 SECONDS = 6.0
 GPU_SECONDS = 2.0  # runs take milliseconds there
 DEMO_SECONDS = 8.0
-
-
-class Progress:
-    """What is being done, on stderr: a line that is rewritten, or in a log a line per input."""
-
-    INTERVAL = 0.1
-
-    def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
-        self._last = 0.0
-        self._said = ""
-        self.prefix = ""
-
-    def __call__(self, text: str) -> None:
-        step = text.partition(",")[0]
-        now = time.perf_counter()
-        if not self._live:
-            if self._said != self.prefix:
-                print(self.prefix, file=sys.stderr, flush=True)
-            self._said = self.prefix
-        elif step != self._said or now - self._last > self.INTERVAL:
-            print(f"\r\033[K{self.prefix}: {text}", end="", file=sys.stderr, flush=True)
-            self._said, self._last = step, now
-
-    def clear(self) -> None:
-        if self._live:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-        self._said = ""
-
-
-def _listed(known: dict[str, T], what: str) -> Callable[[str], list[T]]:
-    """A parser of comma-separated names of a table."""
-
-    def parse(text: str) -> list[T]:
-        names = [name.strip() for name in text.split(",") if name.strip()]
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(
-                    f"{what}: got {name!r}, expected one of {', '.join(known)}"
-                )
-        if not names:
-            raise argparse.ArgumentTypeError(f"{what}: got {text!r}, expected at least one name")
-        return [known[name] for name in dict.fromkeys(names)]
-
-    return parse
 
 
 def _shapes(text: str) -> list[Shape]:
@@ -95,41 +41,6 @@ def _shapes(text: str) -> list[Shape]:
     return shapes
 
 
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.empty(1, device=device)
-    except Exception as error:  # torch raises as many kinds as there are devices
-        raise argparse.ArgumentTypeError(
-            f"device: got {text!r}, expected one that torch can use here, such as cpu or cuda "
-            f"({first_line(error)})"
-        ) from None
-    if device.type not in ("cpu", "cuda", "xpu"):
-        raise argparse.ArgumentTypeError(f"device: got {text!r}, expected cpu, cuda or xpu")
-    return device
-
-
-def _positive(kind: Callable[[str], Any], what: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        expected = "a whole number" if kind is int else "a number"
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{what}: got {text!r}, expected {expected} above 0")
-        return value
-
-    return parse
-
-
-def _output(text: str) -> Path:
-    path = Path(text)
-    if not path.parent.is_dir():  # found out before an hour of measuring, not after
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a file in a folder that exists")
-    return path
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -137,15 +48,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--list", action="store_true", help="list what there is, and stop")
     sets = ", ".join(SHAPE_SETS)
     p.add_argument("--shapes", type=_shapes, help=f"ROWSxVOCAB,... or a set: {sets}")
-    p.add_argument("--dtype", type=_listed(DTYPES, "dtype"), help=",".join(DTYPES))
-    p.add_argument("--device", type=_device, help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
-    p.add_argument("--providers", type=_listed(PROVIDERS, "providers"), help=",".join(PROVIDERS))
-    p.add_argument("--threads", type=_positive(int, "threads"), help="CPU threads")
+    p.add_argument("--dtype", type=listed(DTYPES, "dtype"), help=",".join(DTYPES))
+    p.add_argument("--device", type=device, help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
+    p.add_argument("--providers", type=listed(PROVIDERS, "providers"), help=",".join(PROVIDERS))
+    p.add_argument("--threads", type=positive(int, "threads"), help="CPU threads")
     p.add_argument(
-        "--seconds", type=_positive(float, "seconds"), help="time budget for each case and shape"
+        "--seconds", type=positive(float, "seconds"), help="time budget for each case and shape"
     )
-    p.add_argument("--json", type=_output, metavar="FILE", help="write everything as JSON")
-    p.add_argument("--plot", type=_output, metavar="FILE", help="write a picture")
+    p.add_argument("--json", type=output, metavar="FILE", help="write everything as JSON")
+    p.add_argument("--plot", type=output, metavar="FILE", help="write a picture")
     short = p.add_mutually_exclusive_group()
     short.add_argument("--toy", action="store_true", help="each case once at a tiny size: it runs")
     short.add_argument("--demo", action="store_true", help="kl_div on two vocabularies, a minute")

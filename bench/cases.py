@@ -8,7 +8,7 @@ run of plain torch, which has no such choice.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +79,11 @@ class Case:
         operands = "student, teacher" + (", labels" if self.alpha is not None else "")
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
         return f"fastkd.{self.function_name}({operands}{options})"
+
+    def at(self, temperature: float) -> Case:
+        """The same case at another temperature."""
+        options = {**self.options, "temperature": temperature}
+        return replace(self, options=options, temperature=temperature)
 
     @property
     def soft(self) -> float:

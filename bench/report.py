@@ -115,7 +115,7 @@ def markdown(groups: Sequence[Group], facts: dict[str, Any]) -> str:
     with_forward = any(result.forward for group in groups for result in group)
     rows = [row for group in groups for row in _rows(group, with_forward)]
     lines = [f"### {first.case}, {first.dtype}", "", f"`{first.call}`  ", machine_line(facts), ""]
-    return "\n".join(lines + _table(rows) + _notes(groups, facts["cores"]) + [""])
+    return "\n".join(lines + table(rows) + _notes(groups, facts["cores"]) + [""])
 
 
 def _rows(group: Group, with_forward: bool) -> list[dict[str, str]]:
@@ -144,7 +144,8 @@ def _rows(group: Group, with_forward: bool) -> list[dict[str, str]]:
     return rows
 
 
-def _table(rows: list[dict[str, str]]) -> list[str]:
+def table(rows: list[dict[str, str]], left: Sequence[str] = ("shape", "provider")) -> list[str]:
+    """The lines of a Markdown table with all columns that occur; those in `left` hold words."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     width = {name: max(len(name), *(len(row.get(name, "-")) for row in rows)) for name in names}
 
@@ -152,13 +153,11 @@ def _table(rows: list[dict[str, str]]) -> list[str]:
         texts = []
         for name in names:
             text = cells.get(name, "-")
-            left = name in ("shape", "provider")
-            texts.append(text.ljust(width[name]) if left else text.rjust(width[name]))
+            texts.append(text.ljust(width[name]) if name in left else text.rjust(width[name]))
         return "| " + " | ".join(texts) + " |"
 
     rule = "|".join(
-        "-" * (width[name] + 2) if name in ("shape", "provider") else "-" * (width[name] + 1) + ":"
-        for name in names
+        "-" * (width[name] + 2) if name in left else "-" * (width[name] + 1) + ":" for name in names
     )
     return [line(dict(zip(names, names, strict=True))), f"|{rule}|", *map(line, rows)]
 
