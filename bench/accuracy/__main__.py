@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", type=_each(float, "temperature"), help="T,... (0.1 to 100)")
     p.add_argument("--providers", type=listed(PROVIDERS, "providers"), help=",".join(PROVIDERS))
     p.add_argument("--device", type=device, default=torch.device("cpu"), help="cpu, cuda, ...")
-    p.add_argument("--threads", type=positive(int, "threads"), help="CPU threads")
+    p.add_argument("--threads", type=positive(int, "threads"), default=1, help="CPU threads (1)")
     p.add_argument("--quick", action="store_true", help="a part, in seconds; no torch.compile")
     p.add_argument("--json", type=output, metavar="FILE", help="write everything as JSON")
     p.add_argument("--plot", type=output, metavar="FILE", help="write a picture")
@@ -81,8 +81,6 @@ def _settle(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
             import matplotlib  # noqa: F401
         except ImportError:
             p.error("--plot: got a file, but matplotlib is not installed")
-    if a.threads is not None:
-        torch.set_num_threads(a.threads)
     if a.device.type != "cpu" and a.device.index is not None:
         torch.get_device_module(a.device).set_device(a.device)
     quick = a.quick
@@ -101,10 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     a = p.parse_args(given)
     _settle(p, a)
-    facts = machine(a.device)
-    torch.compiler.reset()
-    with torch._dynamo.config.patch(recompile_limit=COMPILED, accumulated_recompile_limit=COMPILED):
+    before = torch.get_num_threads()
+    # an error hardly depends on it, and threads wait for each other where the machine is busy
+    torch.set_num_threads(a.threads)
+    try:
+        facts = machine(a.device)
         found = _run(a)
+    finally:
+        torch.set_num_threads(before)
     print(report.markdown(found, facts))
     if a.json is not None:
         document = report.as_json(found, facts, {"quick": a.quick, "argv": list(given)})
@@ -118,6 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(a: argparse.Namespace) -> list[Point]:
     """All points; the largest vocabularies last."""
+    torch.compiler.reset()
+    limits = {"recompile_limit": COMPILED, "accumulated_recompile_limit": COMPILED}
+    with torch._dynamo.config.patch(limits):
+        return _points(a)
+
+
+def _points(a: argparse.Namespace) -> list[Point]:
     say = Progress()
     runs = Runs(a.providers, a.device)
     found: list[Point] = []

@@ -12,7 +12,7 @@ from torch import Tensor
 TEMPERATURES = (0.1, 1.0, 2.0, 10.0, 100.0)
 VOCABS = (10, 100, 1000, 32_000, 262_144)
 QUICK_TEMPERATURES = (0.1, 2.0, 100.0)
-QUICK_VOCABS = (10, 4099)
+QUICK_VOCABS = (10, 1025)
 
 Pair = tuple[Tensor, Tensor]
 

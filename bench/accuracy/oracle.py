@@ -145,6 +145,8 @@ def ulp(x: Any, dtype: torch.dtype) -> Any:
 
 
 def rounded(x: Exact, dtype: torch.dtype) -> Exact:
-    """x rounded once to the dtype, to nearest, ties to even; no overflow."""
+    """x rounded once to the dtype, to nearest, ties to even; infinite beyond its range."""
     unit = ulp(x, dtype)
-    return np.rint(x / unit) * unit
+    once = np.rint(x / unit) * unit
+    beyond = abs(once) > torch.finfo(dtype).max
+    return np.where(beyond, np.copysign(np.longdouble(np.inf), x), once)
