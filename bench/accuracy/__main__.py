@@ -121,8 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(a: argparse.Namespace) -> list[Point]:
     """All points; the largest vocabularies last."""
     torch.compiler.reset()
-    limits = {"recompile_limit": COMPILED, "accumulated_recompile_limit": COMPILED}
-    with torch._dynamo.config.patch(limits):
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # 2.6
+    with config.patch({limit: COMPILED, f"accumulated_{limit}": COMPILED}):
         return _points(a)
 
 

@@ -45,7 +45,7 @@ class Truth(NamedTuple):
 
 def exact(x: Tensor) -> Exact:
     """A tensor's numbers as they are."""
-    return x.detach().double().cpu().numpy().astype(np.longdouble)
+    return x.detach().cpu().double().numpy().astype(np.longdouble)
 
 
 def _log_softmax(x: Exact, temperature: float) -> Exact:
