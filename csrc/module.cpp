@@ -6,7 +6,6 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #if defined(FASTKD_X86)
@@ -94,28 +93,59 @@ const Kernels& table(bool wide) { return wide ? *baseline::kernels() : *running;
 using Address = uintptr_t;
 
 // (address, dtype, rows to the inner dimension, outer stride, inner stride)
-using Rows5 = std::tuple<Address, int, int64_t, int64_t, int64_t>;
+using Rows5 = py::tuple;
 // (divergence, param, temperature, soft, hard, smoothing, vocab, classes)
-using Plan8 = std::tuple<int, double, double, double, double, double, int64_t, int64_t>;
+using Plan8 = py::tuple;
 
 template <class T>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-Operand operand(const Rows5& x) {
-  return {at<char>(std::get<0>(x)), static_cast<DType>(std::get<1>(x)), std::get<2>(x),
-          std::get<3>(x), std::get<4>(x)};
+// The items of a tuple of numbers, one after the other. Taken out by hand: conversion to a
+// std::tuple costs as much at every call as the arithmetic of a small loss.
+class Items {
+ public:
+  Items(const py::tuple& from, Py_ssize_t size) : from_(from.ptr()) {
+    if (PyTuple_GET_SIZE(from_) != size) throw std::invalid_argument("a tuple of another size");
+  }
+  int64_t whole() { return checked(PyLong_AsLongLong(PyTuple_GET_ITEM(from_, at_++))); }
+  double real() { return checked(PyFloat_AsDouble(PyTuple_GET_ITEM(from_, at_++))); }
+
+ private:
+  template <class T>
+  static T checked(T x) {
+    if (x == T(-1) && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    return x;
+  }
+
+  PyObject* from_;
+  Py_ssize_t at_ = 0;
+};
+
+Operand operand(const Rows5& tuple) {
+  Items next(tuple, 5);
+  Operand x;
+  x.data = at<char>(static_cast<Address>(next.whole()));
+  x.dtype = static_cast<DType>(next.whole());
+  x.b = next.whole();
+  x.outer = next.whole();
+  x.inner = next.whole();
+  return x;
 }
 
-void take(Args& a, const Plan8& plan) {
-  a.param = std::get<1>(plan);
-  a.temperature = std::get<2>(plan);
-  a.soft = std::get<3>(plan);
-  a.hard = std::get<4>(plan);
-  a.smoothing = std::get<5>(plan);
-  a.vocab = std::get<6>(plan);
-  a.classes = std::get<7>(plan);
+// Returns the index of the divergence.
+int64_t take(Args& a, const Plan8& plan) {
+  Items next(plan, 8);
+  const int64_t divergence = next.whole();
+  a.param = next.real();
+  a.temperature = next.real();
+  a.soft = next.real();
+  a.hard = next.real();
+  a.smoothing = next.real();
+  a.vocab = next.whole();
+  a.classes = next.whole();
+  return divergence;
 }
 
 // Bytes from which a gradient is written past the caches: a smaller one is wanted there by the
@@ -129,7 +159,7 @@ void fused(int wide, int64_t rows, int threads, const Rows5& student, const Rows
   a.student = operand(student);
   a.teacher = operand(teacher);
   a.grad = operand(grad);
-  take(a, plan);
+  const Passes& passes = table(wide).passes[take(a, plan)];
   a.width = width;
   a.keep = at<const uint8_t>(keep);
   a.label = at<const int64_t>(label);
@@ -141,7 +171,7 @@ void fused(int wide, int64_t rows, int threads, const Rows5& student, const Rows
   const bool same = a.student.dtype == a.teacher.dtype &&
                     (a.grad.data == nullptr || a.grad.dtype == a.student.dtype);
   const DType kind = same ? a.student.dtype : wide ? DType::f64 : DType::f32;
-  const auto run = table(wide).passes[std::get<0>(plan)].fused[static_cast<int>(kind)];
+  const auto run = passes.fused[static_cast<int>(kind)];
   py::gil_scoped_release release;
   share(rows, a.vocab, threads,
         [&](int64_t begin, int64_t end, const Team& team) { run(a, begin, end, team); });
@@ -165,12 +195,12 @@ void loss(int wide, int64_t rows, int threads, const Rows5& student, const Rows5
   Args a;
   a.student = operand(student);
   a.teacher = operand(teacher);
-  take(a, plan);
+  const Passes& passes = table(wide).passes[take(a, plan)];
   a.stats_s = at<const void>(stats_s);
   a.stats_t = at<const void>(stats_t);
   a.keep = at<const uint8_t>(keep);
   a.out = at<void>(out);
-  const auto run = table(wide).passes[std::get<0>(plan)].loss[wide];
+  const auto run = passes.loss[wide];
   py::gil_scoped_release release;
   share(rows, 1, threads, [&](int64_t begin, int64_t end, const Team&) { run(a, begin, end); });
 }
@@ -183,7 +213,7 @@ void grad(int wide, int64_t rows, int threads, const Rows5& student, const Rows5
   a.student = operand(student);
   a.teacher = operand(teacher);
   a.grad = operand(out);
-  take(a, plan);
+  const Passes& passes = table(wide).passes[take(a, plan)];
   a.width = width;
   a.stats_s = at<const void>(stats_s);
   a.stats_t = at<const void>(stats_t);
@@ -193,7 +223,7 @@ void grad(int wide, int64_t rows, int threads, const Rows5& student, const Rows5
   a.label = at<const int64_t>(label);
   a.scale = at<const void>(scale);
   a.factor = factor;
-  const auto run = table(wide).passes[std::get<0>(plan)].grad[wide];
+  const auto run = passes.grad[wide];
   py::gil_scoped_release release;
   share(rows, 1, threads, [&](int64_t begin, int64_t end, const Team&) { run(a, begin, end); });
 }
