@@ -4,8 +4,10 @@
 #include <pybind11/stl.h>
 
 #include <cstdlib>
+#include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(FASTKD_X86)
@@ -228,32 +230,42 @@ void grad(int wide, int64_t rows, int threads, const Rows5& student, const Rows5
   share(rows, 1, threads, [&](int64_t begin, int64_t end, const Team&) { run(a, begin, end); });
 }
 
-// keep = label is not ignored; scale = keep * weight, divided by its sum where `mean` (0 where that
-// is 0). Returns the first row whose label is out of range, or -1.
+// keep = label is not ignored. Returns the first row whose label is out of range, or -1, and the
+// number of rows kept.
+std::pair<int64_t, int64_t> count(int64_t n, Address labels, int64_t ignore, int64_t vocab,
+                                  Address keep) {
+  const int64_t* label = at<const int64_t>(labels);
+  uint8_t* out = at<uint8_t>(keep);
+  int64_t sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool kept = label[i] != ignore;
+    if (kept && (label[i] < 0 || label[i] >= vocab)) return {i, sum};
+    if (out != nullptr) out[i] = kept;
+    sum += kept;
+  }
+  return {-1, sum};
+}
+
+// scale = keep * weight, divided by its sum where `mean` (0 where that is 0).
 template <class T>
-int64_t weigh_as(int64_t n, const int64_t* label, int64_t ignore, int64_t vocab, const T* weight,
-                 bool mean, uint8_t* keep, T* scale) {
+void weigh_as(int64_t n, const uint8_t* keep, const T* weight, bool mean, T* scale) {
   double sum = 0.0;
   for (int64_t i = 0; i < n; ++i) {
-    const bool kept = label == nullptr || label[i] != ignore;
-    if (kept && label != nullptr && (label[i] < 0 || label[i] >= vocab)) return i;
-    if (keep != nullptr) keep[i] = kept;
-    scale[i] = !kept ? T(0) : weight == nullptr ? T(1) : weight[i];
+    scale[i] = keep == nullptr || keep[i] ? weight[i] : T(0);
     sum += scale[i];
   }
   if (mean)
     for (int64_t i = 0; i < n; ++i)
       scale[i] = sum == 0.0 ? T(0) : static_cast<T>(scale[i] / sum);
-  return -1;
 }
 
-int64_t weigh(int wide, int64_t n, Address label, int64_t ignore, int64_t vocab, Address weight,
-              bool mean, Address keep, Address scale) {
-  if (wide)
-    return weigh_as(n, at<const int64_t>(label), ignore, vocab, at<const double>(weight), mean,
-                    at<uint8_t>(keep), at<double>(scale));
-  return weigh_as(n, at<const int64_t>(label), ignore, vocab, at<const float>(weight), mean,
-                  at<uint8_t>(keep), at<float>(scale));
+void weigh(int wide, int64_t n, Address keep, Address weight, bool mean, Address scale) {
+  const uint8_t* kept = at<const uint8_t>(keep);
+  if (wide) {
+    weigh_as(n, kept, at<const double>(weight), mean, at<double>(scale));
+  } else {
+    weigh_as(n, kept, at<const float>(weight), mean, at<float>(scale));
+  }
 }
 
 // factor * sum of scale * loss, in double and in the order of the rows.
@@ -273,6 +285,17 @@ void total(int wide, Address loss, Address scale, double factor, int64_t n, Addr
   } else {
     total_as<float>(loss, scale, factor, n, out);
   }
+}
+
+// fused and total in one call, for which the losses of the rows need no tensor.
+void fused_total(int wide, int64_t rows, int threads, const Rows5& student, const Rows5& teacher,
+                 const Plan8& plan, Address keep, Address label, Address scale, double factor,
+                 const Rows5& grad, int64_t width, Address out) {
+  const std::unique_ptr<char[]> memory(new char[rows * (wide ? sizeof(double) : sizeof(float))]);
+  const Address losses = reinterpret_cast<Address>(memory.get());
+  fused(wide, rows, threads, student, teacher, plan, keep, label, scale, factor, grad, width,
+        losses);
+  total(wide, losses, scale, factor, rows, out);
 }
 
 // Rows [outer, inner, width] of a gradient *= the number at `by`.
@@ -310,6 +333,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("stats", &stats);
   m.def("loss", &loss);
   m.def("grad", &grad);
+  m.def("fused_total", &fused_total);
+  m.def("count", &count);
   m.def("weigh", &weigh);
   m.def("total", &total);
   m.def("multiply", &multiply);

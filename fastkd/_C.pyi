@@ -72,17 +72,23 @@ def grad(
     width: int,
     /,
 ) -> None: ...
-def weigh(
+def fused_total(
     wide: int,
-    n: int,
-    label: int,
-    ignore_index: int,
-    vocab: int,
-    weight: int,
-    mean: bool,
+    rows: int,
+    threads: int,
+    student: _Rows,
+    teacher: _Rows,
+    plan: _Plan,
     keep: int,
+    label: int,
     scale: int,
+    factor: float,
+    grad: _Rows,
+    width: int,
+    out: int,
     /,
-) -> int: ...
+) -> None: ...
+def count(n: int, label: int, ignore_index: int, vocab: int, keep: int, /) -> tuple[int, int]: ...
+def weigh(wide: int, n: int, keep: int, weight: int, mean: bool, scale: int, /) -> None: ...
 def total(wide: int, loss: int, scale: int, factor: float, n: int, out: int, /) -> None: ...
 def multiply(grad: _Rows, rows: int, width: int, threads: int, wide: int, by: int, /) -> None: ...

@@ -43,7 +43,7 @@ if hasattr(os, "register_at_fork"):
 
 def empty(like: Tensor) -> Tensor:
     """A contiguous tensor of like's shape and dtype, not initialised."""
-    size = like.numel() * like.element_size()
+    size = like.nbytes
     if not LEAST <= size <= limit:
         return torch.empty_like(like, memory_format=torch.contiguous_format)
     with _lock:
@@ -52,7 +52,7 @@ def empty(like: Tensor) -> Tensor:
         for storage in _kept:
             if storage.nbytes() == size and _free(storage):
                 # inside the lock: from here on the storage counts as used
-                flat = torch.empty(0, dtype=like.dtype).set_(storage, 0, (like.numel(),), (1,))
+                flat = like.new_empty(0).set_(storage, 0, (like.numel(),), (1,))
                 return flat.view(like.shape)
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
         _make_room(size)

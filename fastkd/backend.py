@@ -117,10 +117,40 @@ class Passes(Protocol):
         """grad *= by (0-d, acc) in place, leaving at once where `by` is 1; no synchronisation."""
 
 
+class HostPasses(Passes, Protocol):
+    """What a backend on the host adds: a small loss costs the calls that it takes."""
+
+    def fused_total(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        plan: Plan,
+        keep: Tensor | None,
+        label: Tensor | None,
+        scale: Tensor | None,
+        factor: float,
+        grad: Tensor | None,
+    ) -> Tensor:
+        """`total` of `fused`, of operands and gradient in any shape [..., V]."""
+
+    def count(
+        self, labels: Tensor, ignore_index: int, vocab: int
+    ) -> tuple[Tensor | None, Tensor, int, int]:
+        """(keep or None where all are kept, label, rows kept, first row out of range or -1)."""
+
+    def weigh(self, keep: Tensor | None, weight: Tensor, mean: bool, acc: torch.dtype) -> Tensor:
+        """scale [N] acc: weight where kept, else 0; for the mean divided by its sum, if not 0."""
+
+
+def host_passes(passes: Passes) -> HostPasses | None:
+    """The same passes, if they have what the host's add."""
+    return cast(HostPasses, passes) if hasattr(passes, "fused_total") else None
+
+
 def acc_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     """float64 if either side is, else float32."""
-    wide = student.dtype == torch.float64 or teacher.dtype == torch.float64
-    return torch.float64 if wide else torch.float32
+    wide = torch.float64
+    return wide if student.dtype is wide or teacher.dtype is wide else torch.float32
 
 
 def rows(x: Tensor) -> Tensor:
@@ -211,15 +241,20 @@ def on_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+@cache
+def _own(device: torch.device) -> str:
+    """The backend of a device when none is chosen by hand."""
+    return "gpu" if device.type in ("cuda", "xpu") else "cpu" if on_host(device) else "reference"
+
+
 def pick_name(device: torch.device) -> str:
     """The backend for a device: the forced one where it can run there, else the device's own."""
-    is_gpu = device.type in ("cuda", "xpu")
     name = forced()
     if name is None:
-        return "gpu" if is_gpu else "cpu" if on_host(device) else "reference"
+        return _own(device)
     if name == "cpu" and not on_host(device):
         raise RuntimeError(f"backend 'cpu' was asked for, but the tensors are on {device}")
-    if name == "gpu" and not is_gpu and not (on_host(device) and interpreted()):
+    if name == "gpu" and _own(device) != "gpu" and not (on_host(device) and interpreted()):
         raise RuntimeError(
             f"backend 'gpu' was asked for, but the tensors are on {device} (Triton runs CPU "
             "tensors only through its interpreter: set TRITON_INTERPRET=1 before Python starts)"

@@ -31,6 +31,8 @@ if name := os.environ.get("FASTKD_ISA"):
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _INDEX = {name: index for index, name in enumerate(_C.divergences())}
 _NONE = (0, 0, 1, 0, 0)
+# what a new one is made like: torch.empty, which reads a size and a dtype, takes twice as long
+_NUMBER = {x: torch.empty((), dtype=x, device="cpu") for x in (torch.float32, torch.float64)}
 # Elements below which a second thread costs more than it saves: waking one takes microseconds.
 _GRAIN = 16384
 
@@ -60,13 +62,18 @@ if hasattr(os, "register_at_fork"):
 
 
 def _threads(elements: int) -> int:
-    return 1 if _forked else max(1, min(torch.get_num_threads(), elements // _GRAIN))
+    if _forked or elements < 2 * _GRAIN:
+        return 1
+    return max(1, min(torch.get_num_threads(), elements // _GRAIN))
 
 
 def _operand(x: Tensor) -> tuple[int, int, int, int, int]:
+    """Of rows [A, B, V], or [N, V]: what has two dimensions needs no view to say so."""
+    if x.dim() == 2:
+        return x.data_ptr(), _DTYPES[x.dtype], x.shape[0] or 1, 0, x.stride()[0]
     _, b, _ = x.shape
     outer, inner, _ = x.stride()
-    return x.data_ptr(), _DTYPES[x.dtype], max(b, 1), outer, inner
+    return x.data_ptr(), _DTYPES[x.dtype], b or 1, outer, inner
 
 
 def _address(x: Tensor | None) -> int:
@@ -93,13 +100,48 @@ def fused(
     factor: float,
     grad: Tensor | None,
 ) -> Tensor:
-    a, b, _ = student.shape
-    n, acc = a * b, acc_dtype(student, teacher)
-    out = torch.empty(n, dtype=acc)
-    if n == 0:
-        return out
-    _C.fused(
-        acc == torch.float64,
+    n = student.shape[0] * student.shape[1]
+    out = student.new_empty(n, dtype=acc_dtype(student, teacher))
+    if n != 0:
+        _C.fused(*_fused(n, student, teacher, plan, keep, label, scale, factor, grad, out))
+    return out
+
+
+def fused_total(
+    student: Tensor,
+    teacher: Tensor,
+    plan: Plan,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor | None,
+) -> Tensor:
+    n = student.numel() // student.shape[-1]
+    # named until the call is over: `rows` may copy
+    s = student if student.dim() == 2 else rows(student)
+    t = teacher if teacher.dim() == 2 else rows(teacher)
+    g = grad if grad is None or grad.dim() == 2 else rows(grad)
+    out = torch.empty_like(_NUMBER[acc_dtype(student, teacher)])
+    _C.fused_total(*_fused(n, s, t, plan, keep, label, scale, factor, g, out))
+    return out
+
+
+def _fused(
+    n: int,
+    student: Tensor,
+    teacher: Tensor,
+    plan: Plan,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor | None,
+    out: Tensor,
+) -> tuple[Any, ...]:
+    """The arguments of the extension's functions."""
+    return (
+        out.dtype is torch.float64,
         n,
         _threads(n * plan.vocab),
         _operand(student),
@@ -110,16 +152,15 @@ def fused(
         _address(scale),
         factor,
         _NONE if grad is None else _operand(grad),
-        0 if grad is None else grad.size(-1),
+        0 if grad is None else grad.shape[-1],
         out.data_ptr(),
     )
-    return out
 
 
 def stats(x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
     a, b, _ = x.shape
     n, acc = a * b, acc_dtype(x, x)
-    out = torch.empty(n, 3, dtype=acc)
+    out = x.new_empty(n, 3, dtype=acc)
     _C.stats(
         acc == torch.float64,
         n,
@@ -143,7 +184,7 @@ def loss(
 ) -> Tensor:
     a, b, _ = student.shape
     n, acc = a * b, acc_dtype(student, teacher)
-    out = torch.empty(n, 2, dtype=acc)
+    out = student.new_empty(n, 2, dtype=acc)
     stats_s, stats_t = stats_s.to(acc).contiguous(), stats_t.to(acc).contiguous()
     _C.loss(
         acc == torch.float64,
@@ -199,37 +240,36 @@ def grad(
     )
 
 
-def weigh(
-    labels: Tensor | None,
-    ignore_index: int,
-    vocab: int,
-    weight: Tensor | None,
-    mean: bool,
-    n: int,
-    acc: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None, Tensor, int]:
-    """(keep, label, scale, first row whose label is out of range or -1); see reduction.fold."""
-    keep = None if labels is None else torch.empty(n, dtype=torch.bool)
-    label = None if labels is None else labels.reshape(-1).to(torch.int64).contiguous()
-    by = None if weight is None else weight.detach().resolve_neg().reshape(-1)
-    by = None if by is None else by.to(acc).contiguous()
-    scale = torch.empty(n, dtype=acc)
-    wrong = _C.weigh(
+def count(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor | None, Tensor, int, int]:
+    """(keep or None where all are kept, label, rows kept, first row out of range or -1)."""
+    label = labels if labels.dim() == 1 else labels.reshape(-1)
+    if label.dtype is not torch.int64 or not label.is_contiguous():
+        label = label.to(torch.int64).contiguous()
+    n, keep = label.shape[0], None
+    wrong, kept = _C.count(n, label.data_ptr(), ignore_index, vocab, 0)
+    if kept != n and wrong < 0:
+        keep = label.new_empty(n, dtype=torch.bool)
+        _C.count(n, label.data_ptr(), ignore_index, vocab, keep.data_ptr())
+    return keep, label, kept, wrong
+
+
+def weigh(keep: Tensor | None, weight: Tensor, mean: bool, acc: torch.dtype) -> Tensor:
+    """scale [N]: weight where kept, divided by its sum for the mean."""
+    by = weight.detach().resolve_neg().reshape(-1).to(acc).contiguous()
+    scale = torch.empty_like(by)
+    _C.weigh(
         acc == torch.float64,
-        n,
-        _address(label),
-        ignore_index,
-        vocab,
-        _address(by),
-        mean,
+        by.numel(),
         _address(keep),
+        by.data_ptr(),
+        mean,
         scale.data_ptr(),
     )
-    return keep, label, scale, wrong
+    return scale
 
 
 def total(loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
-    out = torch.empty((), dtype=loss.dtype)
+    out = torch.empty_like(_NUMBER[loss.dtype])
     wide = loss.dtype == torch.float64
     _C.total(wide, loss.data_ptr(), _address(scale), factor, loss.numel(), out.data_ptr())
     return out

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd.backend import Passes, Plan, acc_dtype, pick, rows
+from fastkd.backend import Passes, Plan, acc_dtype, host_passes, pick, rows
 from fastkd.reduction import Folded
 
 
@@ -30,8 +30,23 @@ def _dual(plan: Plan) -> Plan:
 
 
 def _loss(passes: Passes, student: Tensor, teacher: Tensor, plan: Plan, folded: Folded) -> Tensor:
-    keep, label, scale, factor = folded
-    return passes.fused(rows(student), rows(teacher), plan, keep, label, scale, factor, None)
+    return passes.fused(rows(student), rows(teacher), plan, *folded, None)
+
+
+def _total(
+    passes: Passes,
+    student: Tensor,
+    teacher: Tensor,
+    plan: Plan,
+    folded: Folded,
+    grad: Tensor | None,
+) -> Tensor:
+    """factor * sum of scale * loss, a 0-d tensor in acc dtype; the gradient into `grad`."""
+    if (host := host_passes(passes)) is not None:
+        return host.fused_total(student, teacher, plan, *folded, grad)
+    grad = None if grad is None else rows(grad)
+    loss = passes.fused(rows(student), rows(teacher), plan, *folded, grad)
+    return passes.total(loss, folded.scale, folded.factor)
 
 
 def _gradient(
@@ -40,13 +55,11 @@ def _gradient(
     teacher: Tensor,
     plan: Plan,
     folded: Folded,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(loss [N], gradient in the student's shape); into `out` where it is given."""
-    grad = passes.empty_gradient(student) if out is None else out
-    keep, label, scale, factor = folded
-    loss = passes.fused(rows(student), rows(teacher), plan, keep, label, scale, factor, rows(grad))
-    return loss, grad
+) -> Tensor:
+    """The gradient in the student's shape."""
+    grad = passes.empty_gradient(student)
+    passes.fused(rows(student), rows(teacher), plan, *folded, rows(grad))
+    return grad
 
 
 def _differentiable(
@@ -92,12 +105,10 @@ class _FusedTotal(torch.autograd.Function):
         need_s, need_t, _ = ctx.needs_input_grad
         grad_s = grad_t = None
         if need_t:  # first: an inplace student is gone after its own gradient
-            _, grad_t = _gradient(passes, teacher, student, _dual(plan), folded)
+            grad_t = _gradient(passes, teacher, student, _dual(plan), folded)
         if need_s:
-            out = student.detach() if inplace else None
-            loss, grad_s = _gradient(passes, student, teacher, plan, folded, out)
-        else:
-            loss = _loss(passes, student, teacher, plan, folded)
+            grad_s = student.detach() if inplace else passes.empty_gradient(student)
+        total = _total(passes, student, teacher, plan, folded, grad_s)
         if need_s and inplace:
             # whoever saved these logits for a backward of his own must hear that they changed
             torch.autograd.graph.increment_version(student)
@@ -106,7 +117,7 @@ class _FusedTotal(torch.autograd.Function):
         else:
             _save_operands(ctx, student, teacher)
         ctx.grads, ctx.call, ctx.first = (grad_s, grad_t), call, None
-        return passes.total(loss, folded.scale, folded.factor)
+        return total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -162,9 +173,9 @@ class _FusedTotal(torch.autograd.Function):
         student, teacher = _saved_operands(ctx)
         grads: list[Tensor | None] = [None, None]
         if need_s:
-            _, grads[0] = _gradient(passes, student, teacher, plan, folded)
+            grads[0] = _gradient(passes, student, teacher, plan, folded)
         if need_t:
-            _, grads[1] = _gradient(passes, teacher, student, _dual(plan), folded)
+            grads[1] = _gradient(passes, teacher, student, _dual(plan), folded)
         for grad in grads:
             if grad is not None:
                 passes.multiply(grad, upstream)
@@ -199,8 +210,7 @@ def fused_total(
         if inplace and rows(student).data_ptr() != student.data_ptr():
             inplace = False  # strides that no view of rows has: read from a copy, so written anew
         return _FusedTotal.apply(student, teacher, (passes, plan, folded, inplace))
-    loss = _loss(passes, student, teacher, plan, folded)
-    return passes.total(loss, folded.scale, folded.factor)
+    return _total(passes, student, teacher, plan, folded, None)
 
 
 class _RowLoss(torch.autograd.Function):
@@ -251,7 +261,7 @@ def _eager_grad(
 ) -> Tensor:
     scale = scale.resolve_neg().reshape(-1).to(acc_dtype(student, teacher)).contiguous()
     folded = Folded(_flat(keep), _flat(label), scale, 1.0)
-    return _gradient(pick(student.device), student, teacher, plan, folded)[1]
+    return _gradient(pick(student.device), student, teacher, plan, folded)
 
 
 _PLAN = (

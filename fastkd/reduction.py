@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.backend import Passes, on_host
+from fastkd.backend import Passes, host_passes, on_host
 
 _checked: ContextVar[bool] = ContextVar(
     "fastkd_checked", default=os.environ.get("FASTKD_CHECK") == "1"
@@ -67,22 +67,28 @@ def fold(
     acc: torch.dtype,
 ) -> Folded:
     """The reduction as a factor per row; raises ValueError for a label out of range (see mask)."""
-    n = student.numel() // student.size(-1)
+    n = student.numel() // student.shape[-1]
     factor = 1.0
     if reduction == "batchmean":
         factor = 1.0 / max(student.size(0), 1)
     elif reduction == "mean" and normalizer is None and labels is None and weight is None:
-        factor = 1.0 / max(n, 1)
+        factor = 1.0 / (n or 1)
     elif isinstance(normalizer, (int, float)):
         factor = 1.0 / normalizer if normalizer else 0.0
     if labels is None and weight is None and not isinstance(normalizer, Tensor):
         return Folded(None, None, None, factor)
     mean = reduction == "mean" and normalizer is None
-    if (weigh := getattr(passes, "weigh", None)) is not None:  # the same on the host, in one go
-        keep, label, scale, wrong = weigh(labels, ignore_index, vocab, weight, mean, n, acc)
-        if wrong >= 0:
-            assert label is not None
-            raise _label_error(label, wrong, ignore_index, vocab)
+    keep = label = scale = None
+    if (host := host_passes(passes)) is not None:
+        kept = n
+        if labels is not None:
+            keep, label, kept, wrong = host.count(labels, ignore_index, vocab)
+            if wrong >= 0:
+                raise _label_error(label, wrong, ignore_index, vocab)
+        if weight is not None:
+            scale = host.weigh(keep, weight, mean, acc)
+        elif mean:
+            factor = 1.0 / kept if kept else 0.0
     else:
         keep, label, bad = mask(labels, ignore_index, vocab, student.device)
         scale = _row_weight(keep, bad, weight, acc)
@@ -171,6 +177,8 @@ def _inverse(normalizer: Tensor) -> Tensor:
 
 
 def wants_grad(weight: Tensor | None, normalizer: float | Tensor | None) -> bool:
+    if weight is None and normalizer is None:
+        return False
     wants = weight is not None and weight.requires_grad
     wants = wants or (isinstance(normalizer, Tensor) and normalizer.requires_grad)
     return wants and torch.is_grad_enabled()

@@ -90,3 +90,31 @@ def test_numbers_that_no_kernel_holds(
 ) -> None:
     with pytest.raises(error, match=message):
         fastkd.kl_div(torch.randn(4, 9), torch.randn(4, 9), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"labels": LABELS}], ids=str)
+def test_another_default_device_than_the_logits(options: dict[str, Any]) -> None:
+    """Scratch memory belongs where the logits are; the kernels take addresses on trust."""
+    student, teacher = torch.randn(4, 9, requires_grad=True), torch.randn(4, 9)
+    here = fastkd.kl_div(student, teacher, **options)
+    with torch.device("meta"):
+        there = fastkd.kl_div(student, teacher, **options)
+        (grad,) = torch.autograd.grad(there.sum(), student)
+    assert torch.equal(here, there) and grad.device.type == "cpu" and grad.any()
+
+
+@pytest.mark.parametrize("ignored", [0, 1, 4])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16], ids=["int64", "int16"])
+def test_labels_where_all_some_or_no_rows_are_kept(ignored: int, dtype: torch.dtype) -> None:
+    student, teacher = torch.randn(2, 2, 9, requires_grad=True), torch.randn(2, 2, 9)
+    labels = torch.tensor([[3, 0], [8, 5]], dtype=dtype)
+    labels.view(-1)[:ignored] = -100
+    for view in (labels, labels.t().contiguous().t()):
+        loss = fastkd.distillation_loss(student, teacher, view, alpha=0.5, temperature=3.0)
+        (grad,) = torch.autograd.grad(loss, student)
+        with fastkd.use_backend("reference"):
+            same = fastkd.distillation_loss(student, teacher, view, alpha=0.5, temperature=3.0)
+            (same_grad,) = torch.autograd.grad(same, student)
+        torch.testing.assert_close(loss, same)
+        torch.testing.assert_close(grad, same_grad)
+        assert not grad.reshape(4, 9)[:ignored].any()
