@@ -63,16 +63,20 @@ class Divergence:
                 raise TypeError(
                     f"divergence {self.name!r} got parameter {name!r}, takes {expected}"
                 )
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(
-                    f"{name}: got {value!r}, expected a number strictly between 0 and 1"
-                )
-            if not 0.0 < value < 1.0:
-                raise ValueError(
-                    f"{name}: got {value!r}, expected a number strictly between 0 and 1"
-                )
-            return replace(self, given=float(value))
+            return replace(self, given=self.admit(value))
         return self
+
+    def admit(self, value: float) -> float:
+        """The value as this divergence's parameter; raises as a call does."""
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(
+                f"{self.parameter}: got {value!r}, expected a number strictly between 0 and 1"
+            )
+        if not 0.0 < value < 1.0:
+            raise ValueError(
+                f"{self.parameter}: got {value!r}, expected a number strictly between 0 and 1"
+            )
+        return float(value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """By name: the table's functions do not pickle, and a copy is the same entry."""
@@ -96,6 +100,7 @@ class Divergences:
 
     def __init__(self, *entries: Divergence) -> None:
         self._entries = {entry.name: entry for entry in entries}
+        self.__dict__.update(self._entries)
 
     def __getitem__(self, name: str) -> Divergence:
         try:

@@ -79,7 +79,7 @@ def kl_div(
 
     Hinton et al. 2015, arXiv 1503.02531.
     """
-    return _loss("kl_div", student, teacher, divergences.kl, temperature, rows)
+    return _loss("kl_div", student, teacher, divergences.kl, temperature, **rows)
 
 
 def reverse_kl_div(
@@ -106,7 +106,7 @@ def reverse_kl_div(
 
     Gu et al. 2023 (MiniLLM), arXiv 2306.08543.
     """
-    return _loss("reverse_kl_div", student, teacher, divergences.reverse_kl, temperature, rows)
+    return _loss("reverse_kl_div", student, teacher, divergences.reverse_kl, temperature, **rows)
 
 
 def js_div(
@@ -140,7 +140,8 @@ def js_div(
 
     Agarwal et al. 2023 (GKD), arXiv 2306.13649.
     """
-    return _loss("js_div", student, teacher, divergences.js(beta=beta), temperature, rows)
+    entry, beta = divergences.js, divergences.js.admit(beta)
+    return _loss("js_div", student, teacher, entry, temperature, beta, **rows)
 
 
 def skew_kl_div(
@@ -173,9 +174,8 @@ def skew_kl_div(
 
     Ko et al. 2024 (DistiLLM), arXiv 2402.03898.
     """
-    return _loss(
-        "skew_kl_div", student, teacher, divergences.skew_kl(alpha=alpha), temperature, rows
-    )
+    entry, alpha = divergences.skew_kl, divergences.skew_kl.admit(alpha)
+    return _loss("skew_kl_div", student, teacher, entry, temperature, alpha, **rows)
 
 
 def skew_reverse_kl_div(
@@ -208,8 +208,8 @@ def skew_reverse_kl_div(
 
     Ko et al. 2024 (DistiLLM), arXiv 2402.03898.
     """
-    divergence = divergences.skew_reverse_kl(alpha=alpha)
-    return _loss("skew_reverse_kl_div", student, teacher, divergence, temperature, rows)
+    entry, alpha = divergences.skew_reverse_kl, divergences.skew_reverse_kl.admit(alpha)
+    return _loss("skew_reverse_kl_div", student, teacher, entry, temperature, alpha, **rows)
 
 
 def tv_distance(
@@ -236,7 +236,7 @@ def tv_distance(
 
     Wen et al. 2023 (f-DISTILL), arXiv 2307.15190.
     """
-    return _loss("tv_distance", student, teacher, divergences.tv, temperature, rows)
+    return _loss("tv_distance", student, teacher, divergences.tv, temperature, **rows)
 
 
 def distillation_loss(
@@ -290,17 +290,18 @@ def distillation_loss(
         )
     checks.temperature(temperature)
     soft = (1.0 - alpha) * (temperature * temperature if t_squared else 1.0)
-    options: RowOptions = {"labels": labels, **rows}
     return _loss(
         "distillation_loss",
         student,
         teacher,
         divergence,
         temperature,
-        options,
-        soft=soft,
-        hard=float(alpha),
-        smoothing=float(label_smoothing),
+        None,
+        soft,
+        float(alpha),
+        float(label_smoothing),
+        labels=labels,
+        **rows,
     )
 
 
@@ -321,23 +322,30 @@ def _loss(
     teacher: Tensor,
     divergence: Divergence,
     temperature: float,
-    rows: RowOptions,
+    param: float | None = None,  # the divergence's own
     soft: float = 1.0,
     hard: float = 0.0,
     smoothing: float = 0.0,
+    /,
+    *,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    normalizer: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    inplace: bool = False,
+    group: object = None,
+    **unknown: object,
 ) -> Tensor:
-    for option in rows:  # not a difference of sets, which torch 2.6 cannot compile
-        if option not in _OPTIONS:
-            checks.refuse_option(name, option, _OPTIONS)
-    labels, weight = rows.get("labels"), rows.get("weight")
-    reduction, normalizer = rows.get("reduction", "mean"), rows.get("normalizer")
-    ignore_index, inplace = rows.get("ignore_index", -100), rows.get("inplace", False)
-    if rows.get("group") is not None:
+    for option in unknown:
+        checks.refuse_option(name, option, _OPTIONS)
+    if group is not None:
         raise NotImplementedError(
             "group: a vocabulary split over a process group is not supported yet; gather the "
             "logits and leave group out"
         )
-    vocab = checks.operands(student, teacher, rows.get("vocab_size"))
+    vocab = checks.operands(student, teacher, vocab_size)
     checks.temperature(temperature)
     checks.reduction(reduction)
     checks.rows(student, labels, ignore_index, weight)
@@ -354,7 +362,8 @@ def _loss(
         nothing = teacher[..., :0].sum()
         teacher = student.detach() if acc != torch.float64 else student.detach().to(acc)
     t = float(temperature)
-    plan = Plan(divergence.name, divergence.param, t, soft, hard, smoothing, vocab, vocab)
+    param = divergence.param if param is None else param
+    plan = Plan(divergence.name, param, t, soft, hard, smoothing, vocab, vocab)
     compiling = torch.compiler.is_compiling()
     teacher_grad = teacher.requires_grad and torch.is_grad_enabled()
     # torch's own autograd: what is chosen by hand, or has no kernel, or no dual for the teacher

@@ -90,7 +90,8 @@ class _Divergence(_Loss):
             teacher,
             self.divergence,
             self.temperature,
-            {"labels": labels, **self._rows(weight, normalizer)},
+            labels=labels,
+            **self._rows(weight, normalizer),
         )
 
 
