@@ -82,6 +82,12 @@ def _differentiable(
 
 def _save_operands(ctx: Any, *operands: Tensor | None) -> None:
     """save_for_backward, which refuses tensors made in inference mode; a teacher may be one."""
+    for x in operands:
+        if x is not None and x.is_inference():
+            break
+    else:
+        ctx.save_for_backward(*operands)
+        return
     ctx.inference = [x if x is not None and x.is_inference() else None for x in operands]
     pairs = zip(operands, ctx.inference, strict=True)
     ctx.save_for_backward(*(x if kept is None else None for x, kept in pairs))
@@ -94,6 +100,14 @@ def _saved_operands(ctx: Any) -> list[Any]:
 
 
 class _FusedTotal(torch.autograd.Function):
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        # Function's own, in Python, prepares for torch.func, which takes a tenth of a small loss;
+        # what outlived one of its transforms is unwrapped by resolve_neg in losses.py
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
     @staticmethod
     def forward(
         ctx: Any,
