@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rounds=(1, 1) if a.toy else (MIN_ROUNDS, MAX_ROUNDS),
         with_forward=not a.demo,
         warm_up=0 if a.toy else 1,
+        at_once=not a.toy,
     )
     facts = report.machine(a.device)
     settings = {"seconds": a.seconds, "toy": a.toy, "demo": a.demo, "argv": list(given)}

@@ -10,7 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,9 +24,14 @@ from bench.result import COPY, Result
 from bench.timing import Clock, Neighbours, Summary, no_collection, summarise
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 1000
+# Small calls are timed many at once: to one of 10 us the clock adds its own cost, and the others'
+# turns that of what the processor has to fetch anew. The logits of all fit the caches together.
+MOST_AT_ONCE = 100
+AT_ONCE_BYTES = 2**18
 WARM_UP_ROUNDS = 1  # on top of the gate and the memory count, which ran everything twice
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 class _Model(torch.autograd.Function):
@@ -44,17 +50,38 @@ class _Model(torch.autograd.Function):
         return None, None  # never asked for: the step's gradient ends at the logits
 
 
+def calls_at_once(shape: Shape, dtype: torch.dtype, device: torch.device) -> int:
+    """How many calls are timed as one; on a GPU one, whose launches wait for the flush."""
+    if device.type != "cpu":
+        return 1
+    return max(1, min(MOST_AT_ONCE, AT_ONCE_BYTES // logits_bytes(shape, dtype)))
+
+
 class Bench:
-    """One case on one input: the tensors that all providers share."""
+    """One case on one input: the tensors that all providers share.
+
+    Args:
+        calls: how many calls are made at once, each on student's logits of its own.
+    """
 
     def __init__(
-        self, case: Case, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0
+        self,
+        case: Case,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int = 0,
+        calls: int = 1,
     ) -> None:
         self.case, self.shape, self.dtype, self.device = case, shape, dtype, device
         self.inputs = case.make_inputs(shape, dtype, device, seed)
-        self._student = torch.empty_like(self.inputs.student)
+        self._students = [torch.empty_like(self.inputs.student) for _ in range(calls)]
 
-    def fresh(self, gradient: bool) -> Tensor:
+    def each(self, make: Callable[[int], T]) -> list[T]:
+        """What `make` makes of each call's number."""
+        return [make(at) for at in range(len(self._students))]
+
+    def fresh(self, gradient: bool, at: int = 0) -> Tensor:
         """The student's logits, written anew as a model would, before each run of each provider.
 
         An in-place provider has overwritten them. Its gradients are logits too and could be run
@@ -62,15 +89,15 @@ class Bench:
         to the smallest numbers). So all get the same logits, equally warm in cache, and the copy
         is outside the timed region.
         """
-        self._student.copy_(self.inputs.student)
+        self._students[at].copy_(self.inputs.student)
         if not gradient:
-            return self._student
+            return self._students[at]
         anchor = torch.zeros((), device=self.device, requires_grad=True)
-        return _Model.apply(anchor, [self._student])
+        return _Model.apply(anchor, [self._students[at]])
 
-    def forward(self, call: Call) -> Callable[[], Tensor]:
+    def forward(self, call: Call, at: int = 0) -> Callable[[], Tensor]:
         """The loss without a gradient, ready to run."""
-        student = self.fresh(gradient=False)
+        student = self.fresh(gradient=False, at=at)
 
         def run() -> Tensor:
             with torch.no_grad():
@@ -78,9 +105,9 @@ class Bench:
 
         return run
 
-    def training(self, call: Call) -> Callable[[], tuple[Tensor, Tensor]]:
+    def training(self, call: Call, at: int = 0) -> Callable[[], tuple[Tensor, Tensor]]:
         """Loss and gradient, ready to run."""
-        student = self.fresh(gradient=True)
+        student = self.fresh(gradient=True, at=at)
 
         def run() -> tuple[Tensor, Tensor]:
             loss = call(student, self.inputs.teacher, self.inputs.labels)
@@ -89,13 +116,13 @@ class Bench:
 
         return run
 
-    def copy(self) -> Callable[[], Tensor]:
+    def copy(self, at: int = 0) -> Callable[[], Tensor]:
         """The yardstick, ready to run: one read and one write of the student's logits."""
-        return lambda: self._student.copy_(self.inputs.student)
+        return lambda: self._students[at].copy_(self.inputs.student)
 
     def overwritten(self) -> bool:
         """Whether the last run changed the student's logits."""
-        return not torch.equal(self._student, self.inputs.student)
+        return not torch.equal(self._students[0], self.inputs.student)
 
     def result(self, provider: str) -> Result:
         """An empty result."""
@@ -121,6 +148,7 @@ class Plan:
         seconds: time budget of the timed rounds of one case on one input.
         rounds: (least, most) number of rounds.
         with_forward: also time the loss without a gradient.
+        at_once: time small calls many at once.
     """
 
     providers: Sequence[str]
@@ -129,6 +157,7 @@ class Plan:
     with_forward: bool = True
     warm_up: int = WARM_UP_ROUNDS
     seed: int = 0
+    at_once: bool = True
 
 
 def measure(
@@ -142,7 +171,8 @@ def measure(
     torch.compiler.reset()  # one compiled shape at a time: its limit of versions is per function
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()  # leftovers of another shape's sizes
-    bench = Bench(case, shape, dtype, device, plan.seed)
+    calls = calls_at_once(shape, dtype, device) if plan.at_once else 1
+    bench = Bench(case, shape, dtype, device, plan.seed, calls)
     checked = list(_check(bench, plan, say))
     runnable = [(result, call) for result, call in checked if call is not None]
     for result, call in runnable:
@@ -240,16 +270,16 @@ def _time(bench: Bench, runnable: list[tuple[Result, Call]], plan: Plan, say: Sa
             if number >= least and spent > plan.seconds:
                 break
             say(f"timing, round {max(number, 0) + 1}, {spent:.0f} of {plan.seconds:g} s")
-            copied = clock(bench.copy())
+            copied = clock(*bench.each(bench.copy))
             if number >= 0:
                 copies.append(copied)
             for result, call in runnable:
                 # in place there is nothing to overwrite without a gradient: the same as new
                 if plan.with_forward and not PROVIDERS[result.provider].inplace:
-                    elapsed = clock(bench.forward(call))
+                    elapsed = clock(*bench.each(partial(bench.forward, call)))
                     if number >= 0:
                         forward[result.provider].append(elapsed)
-                elapsed = clock(bench.training(call))
+                elapsed = clock(*bench.each(partial(bench.training, call)))
                 if number >= 0:
                     training[result.provider].append(elapsed)
     for result, _ in runnable:

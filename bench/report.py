@@ -13,7 +13,7 @@ import torch
 
 import fastkd
 from bench.cases import TRAINING_STREAMS
-from bench.measure import MIN_ROUNDS
+from bench.measure import MIN_ROUNDS, MOST_AT_ONCE
 from bench.result import COPY, Result
 from bench.timing import Summary, cores
 
@@ -28,7 +28,8 @@ BUSY = 0.1
 
 LEGEND = f"""\
 Each time is the median of interleaved runs, 20-80 % the percentiles of forward+backward;
-"forward" is the loss without a gradient. GB/s counts what no way of computing can avoid,
+"forward" is the loss without a gradient. On the CPU a run of small logits is the mean of up to
+{MOST_AT_ONCE} calls made one after the other. GB/s counts what no way of computing can avoid,
 {len(TRAINING_STREAMS)} streams of logits ({", ".join(TRAINING_STREAMS)}),
 over the time of forward+backward; "of copy" is its share of the bandwidth of `dst.copy_(src)` of
 the student's logits in the same rounds (read and write counted). "peak extra" is the peak memory

@@ -47,7 +47,7 @@ def gb_per_s(count: int, summary: Summary | None) -> float | None:
 
 
 class Clock:
-    """Milliseconds of one call: by the wall on the CPU, between two events on a GPU."""
+    """Milliseconds of a call, the mean of those given: by the wall, on a GPU between two events."""
 
     def __init__(self, device: torch.device) -> None:
         self._runtime = None if device.type == "cpu" else torch.get_device_module(device)
@@ -56,22 +56,22 @@ class Clock:
             self._start = self._runtime.Event(enable_timing=True)
             self._end = self._runtime.Event(enable_timing=True)
 
-    def __call__(self, run: Callable[[], object]) -> float:
+    def __call__(self, *runs: Callable[[], object]) -> float:
         if self._runtime is None:
             start = time.perf_counter()
-            kept = run()
+            kept = [run() for run in runs]
             elapsed = (time.perf_counter() - start) * 1e3
         else:
             # no synchronisation in between: while the flush runs, the launches queue up
             self._flush.zero_()
             self._start.record()
-            kept = run()
+            kept = [run() for run in runs]
             self._end.record()
             self._end.synchronize()
             elapsed = self._start.elapsed_time(self._end)
         # here the gradient is freed, as by the layer before in a training step: not part of a loss
         del kept
-        return elapsed
+        return elapsed / len(runs)
 
 
 def cores() -> set[int]:

@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from bench import gate, memory, report
 from bench.__main__ import main
 from bench.cases import CASES, FUNCTIONS, SHAPE_SETS, TOY_SHAPE, Case, Shape, bare
-from bench.measure import Bench, Plan, measure
+from bench.measure import AT_ONCE_BYTES, MOST_AT_ONCE, Bench, Plan, calls_at_once, measure
 from bench.providers import PLAIN, PROVIDERS, TOY_PROVIDERS, Call, Provider
 from bench.result import COPY, Result
 from bench.timing import Clock, Neighbours, Summary, cores, gb_per_s, percentile, summarise
@@ -337,7 +337,9 @@ def test_a_busy_machine_is_told() -> None:
     assert neighbours.cores is None or 0 <= neighbours.cores <= 1.2 * len(cores())
 
 
-def test_rounds_interleave_and_stop_at_the_budget() -> None:
+@pytest.mark.parametrize("at_once", [False, True], ids=["one", "many-at-once"])
+def test_rounds_interleave_and_stop_at_the_budget(at_once: bool) -> None:
+    calls = calls_at_once(TOY_SHAPE, torch.float32, CPU) if at_once else 1
     order: list[str] = []
 
     def noting(name: str) -> Callable[[Call], Call]:
@@ -354,10 +356,34 @@ def test_rounds_interleave_and_stop_at_the_budget() -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
             spoil(patch, name, noting(name))
-        plan = Plan(names, seconds=1e-9, rounds=(3, 50), with_forward=False)
+        plan = Plan(names, seconds=1e-9, rounds=(3, 50), with_forward=False, at_once=at_once)
         results = measure(KL, TOY_SHAPE, torch.float32, CPU, plan, lambda text: None)
-    assert order[-8:] == ["eager", "fastkd"] * 4  # one round to warm up, the least of three timed
+    expected = [name for name in names for _ in range(calls)] * 4
+    assert order[-len(expected) :] == expected  # a round to warm up, the least of three timed
     assert [result.training and result.training.runs for result in results] == [3, 3, 3]
+
+
+def test_small_calls_are_timed_many_at_once() -> None:
+    """Up to where the calls' logits together leave the caches, and not on a GPU."""
+    one, many = SHAPE_SETS["cpu"][0], SHAPE_SETS["small"][0]
+    assert calls_at_once(one, torch.float32, CPU) == 1
+    assert calls_at_once(many, torch.float32, CPU) == MOST_AT_ONCE
+    assert calls_at_once(many, torch.float32, torch.device("cuda")) == 1
+    half = Shape(1, AT_ONCE_BYTES // 8, "two of them fit")
+    assert calls_at_once(half, torch.float32, CPU) == 2
+
+
+def test_each_call_at_once_has_its_own_logits() -> None:
+    """An in-place call overwrites its own only, and a time is that of one call."""
+    bench = Bench(KL, TOY_SHAPE, torch.float32, CPU, calls=3)
+    call = PROVIDERS["fastkd-inplace"].build(KL, CPU)
+    runs = bench.each(lambda at: bench.training(call, at))
+    (first, *_), (loss, grad), (other, again) = (run() for run in runs)
+    assert torch.equal(grad, again) and first == loss == other
+    ticks = iter((10.0, 10.6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: next(ticks))
+        assert Clock(CPU)(*bench.each(bench.copy)) == pytest.approx(200.0)
 
 
 class FakeEvent:
