@@ -13,9 +13,11 @@ from fastkd.losses import (
     skew_reverse_kl_div,
     tv_distance,
 )
+from fastkd.operands import LinearLogits
 from fastkd.reduction import checked
 
 __all__ = [
+    "LinearLogits",
     "__version__",
     "checked",
     "distillation_loss",

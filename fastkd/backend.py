@@ -19,13 +19,15 @@ import importlib
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
+
+from fastkd.operands import Operand
 
 NAMES = ("reference", "cpu", "gpu")
 
@@ -147,7 +149,7 @@ def host_passes(passes: Passes) -> HostPasses | None:
     return cast(HostPasses, passes) if hasattr(passes, "fused_total") else None
 
 
-def acc_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+def acc_dtype(student: Operand, teacher: Operand) -> torch.dtype:
     """float64 if either side is, else float32."""
     wide = torch.float64
     return wide if student.dtype is wide or teacher.dtype is wide else torch.float32
@@ -245,6 +247,37 @@ def on_host(device: torch.device) -> bool:
 def _own(device: torch.device) -> str:
     """The backend of a device when none is chosen by hand."""
     return "gpu" if device.type in ("cuda", "xpu") else "cpu" if on_host(device) else "reference"
+
+
+class Chunks(NamedTuple):
+    """Sizes of a linear loss's chunks on a device: bytes of all buffers, (least, most) rows."""
+
+    budget: int
+    rows: tuple[int, int]
+
+
+# GPU: 1 GiB for each of two buffers is 4096 rows of a bfloat16 vocabulary of 128 256. From 512 rows
+# a product keeps the device busy, and beyond 8192 it gains nothing by more.
+# CPU: what stays in memory that is used again and again (fastkd.arena). In smaller chunks, which
+# the caches would hold, each product packs the weight anew and is up to twice as slow.
+_GPU_CHUNKS = Chunks(2**31, (512, 8192))
+_HOST_CHUNKS = Chunks(2**28, (16, 2**31))
+
+
+def chunks(device: torch.device) -> Chunks:
+    """What a linear loss may use on a device."""
+    return _HOST_CHUNKS if on_host(device) else _GPU_CHUNKS
+
+
+def adds_wide(device: torch.device) -> bool:
+    """True where torch adds a product of 16-bit matrices to a float32 one in one go."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and hasattr(torch.ops.aten.addmm, "dtype_out")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products inside run in their operands' dtype."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def pick_name(device: torch.device) -> str:

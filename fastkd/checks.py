@@ -12,16 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from fastkd.operands import DTYPES, LinearLogits, Operand, kind
+
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
-DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _PLAIN = (Tensor, Parameter)
 INT_DTYPES = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
-
-
-def kind(x: object) -> str:
-    if isinstance(x, Tensor):
-        return f"a tensor {list(x.shape)} of {x.dtype} on {x.device}"
-    return f"{type(x).__name__} {x!r}"
 
 
 def refuse_option(name: str, option: str, options: Iterable[str]) -> None:
@@ -53,7 +48,7 @@ def temperature(temperature: float) -> None:
         )
 
 
-def _alike(student: Tensor, teacher: Tensor) -> bool:
+def _alike(student: Operand, teacher: Operand) -> bool:
     """Whether these are two ordinary tensors of logits, alike in all that the checks look at.
 
     Then there is nothing to find, and to find nothing step by step takes a tenth of the time that
@@ -61,6 +56,7 @@ def _alike(student: Tensor, teacher: Tensor) -> bool:
     """
     if type(student) not in _PLAIN or type(teacher) not in _PLAIN:
         return False
+    assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
     shape, dtype = student.shape, student.dtype
     if shape != teacher.shape or not shape or not shape[-1]:
         return False
@@ -73,13 +69,17 @@ def _alike(student: Tensor, teacher: Tensor) -> bool:
     )
 
 
-def operands(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
+def operands(student: Operand, teacher: Operand, vocab_size: int | None) -> int:
     """The number of columns in use."""
     if vocab_size is None and _alike(student, teacher):
         return student.shape[-1]
     for name, x in (("student", student), ("teacher", teacher)):
+        if isinstance(x, LinearLogits):
+            continue  # checked when it was made
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: got {kind(x)}, expected a tensor of logits [..., V]")
+            raise TypeError(
+                f"{name}: got {kind(x)}, expected a tensor of logits [..., V] or a LinearLogits"
+            )
         if x.dtype not in DTYPES:
             raise TypeError(
                 f"{name}: got {kind(x)}, expected logits in float32, bfloat16, float16 or float64"
@@ -120,7 +120,7 @@ def operands(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
     return vocab_size
 
 
-def rows(student: Tensor, labels: Tensor | None, ignore_index: int, weight: Tensor | None) -> None:
+def rows(student: Operand, labels: Tensor | None, ignore_index: int, weight: Tensor | None) -> None:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: got {kind(ignore_index)}, expected an integer")
     if not -(2**63) <= ignore_index < 2**63:
@@ -131,7 +131,7 @@ def rows(student: Tensor, labels: Tensor | None, ignore_index: int, weight: Tens
         _per_row("weight", weight, "floats", student)
 
 
-def _per_row(name: str, x: Tensor, what: str, student: Tensor) -> None:
+def _per_row(name: str, x: Tensor, what: str, student: Operand) -> None:
     leading = student.shape[:-1]
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {kind(x)}, expected a tensor {list(leading)} of {what}")
@@ -151,7 +151,7 @@ def _per_row(name: str, x: Tensor, what: str, student: Tensor) -> None:
         )
 
 
-def normalizer(normalizer: float | Tensor | None, reduction: str, student: Tensor) -> None:
+def normalizer(normalizer: float | Tensor | None, reduction: str, student: Operand) -> None:
     if normalizer is None:
         return
     if reduction != "mean":

@@ -22,11 +22,11 @@ from fastkd.backend import Passes, Plan, acc_dtype, host_passes, pick, rows
 from fastkd.reduction import Folded
 
 
-def _dual(plan: Plan) -> Plan:
+def dual(plan: Plan) -> Plan:
     """The plan whose student's gradient is the teacher's gradient of `plan`; no hard term."""
-    dual = reference.entry(plan).exchanged()
-    assert dual is not None, "losses.py sends a divergence without a dual to the reference"
-    return plan._replace(divergence=dual.name, param=dual.param, hard=0.0, smoothing=0.0)
+    entry = reference.entry(plan).exchanged()
+    assert entry is not None, "losses.py sends a divergence without a dual to the reference"
+    return plan._replace(divergence=entry.name, param=entry.param, hard=0.0, smoothing=0.0)
 
 
 def _loss(passes: Passes, student: Tensor, teacher: Tensor, plan: Plan, folded: Folded) -> Tensor:
@@ -80,7 +80,7 @@ def _differentiable(
     return [grads.pop(0) if need else None for need in needs]
 
 
-def _save_operands(ctx: Any, *operands: Tensor | None) -> None:
+def save_operands(ctx: Any, *operands: Tensor | None) -> None:
     """save_for_backward, which refuses tensors made in inference mode; a teacher may be one."""
     for x in operands:
         if x is not None and x.is_inference():
@@ -93,7 +93,7 @@ def _save_operands(ctx: Any, *operands: Tensor | None) -> None:
     ctx.save_for_backward(*(x if kept is None else None for x, kept in pairs))
 
 
-def _saved_operands(ctx: Any) -> list[Any]:
+def saved_operands(ctx: Any) -> list[Any]:
     saved = ctx.saved_tensors
     kept = getattr(ctx, "inference", [None] * len(saved))  # the registered operator saves its own
     return [x if y is None else y for x, y in zip(saved, kept, strict=True)]
@@ -119,17 +119,17 @@ class _FusedTotal(torch.autograd.Function):
         need_s, need_t, _ = ctx.needs_input_grad
         grad_s = grad_t = None
         if need_t:  # first: an inplace student is gone after its own gradient
-            grad_t = _gradient(passes, teacher, student, _dual(plan), folded)
+            grad_t = _gradient(passes, teacher, student, dual(plan), folded)
         if need_s:
             grad_s = student.detach() if inplace else passes.empty_gradient(student)
         total = _total(passes, student, teacher, plan, folded, grad_s)
         if need_s and inplace:
             # whoever saved these logits for a backward of his own must hear that they changed
             torch.autograd.graph.increment_version(student)
-            _save_operands(ctx, teacher)
+            save_operands(ctx, teacher)
             ctx.version = student._version
         else:
-            _save_operands(ctx, student, teacher)
+            save_operands(ctx, student, teacher)
         ctx.grads, ctx.call, ctx.first = (grad_s, grad_t), call, None
         return total
 
@@ -184,12 +184,12 @@ class _FusedTotal(torch.autograd.Function):
                 )
             ratio = torch.where(ctx.first == upstream, 1.0, upstream / ctx.first)
             return [ctx.grads[0] * ratio, None]
-        student, teacher = _saved_operands(ctx)
+        student, teacher = saved_operands(ctx)
         grads: list[Tensor | None] = [None, None]
         if need_s:
             grads[0] = _gradient(passes, student, teacher, plan, folded)
         if need_t:
-            grads[1] = _gradient(passes, teacher, student, _dual(plan), folded)
+            grads[1] = _gradient(passes, teacher, student, dual(plan), folded)
         for grad in grads:
             if grad is not None:
                 passes.multiply(grad, upstream)
@@ -204,7 +204,7 @@ class _FusedTotal(torch.autograd.Function):
                 "inplace=True has overwritten the student's logits, which create_graph=True "
                 "(double backward) needs; use inplace=False"
             )
-        student, teacher = _saved_operands(ctx)
+        student, teacher = saved_operands(ctx)
         by = upstream * folded.factor
         by = (
             by.expand(student.numel() // student.size(-1))
@@ -237,7 +237,7 @@ class _RowLoss(torch.autograd.Function):
         label: Tensor | None,
         plan: Plan,
     ) -> Tensor:
-        _save_operands(ctx, student, teacher, keep, label)
+        save_operands(ctx, student, teacher, keep, label)
         ctx.plan = plan
         return _eager_loss(student, teacher, keep, label, plan)
 
@@ -261,7 +261,7 @@ def row_loss(
 def _eager_loss(
     student: Tensor, teacher: Tensor, keep: Tensor | None, label: Tensor | None, plan: Plan
 ) -> Tensor:
-    folded = Folded(_flat(keep), _flat(label), None, 1.0)
+    folded = Folded(flat(keep), flat(label), None, 1.0)
     return _loss(pick(student.device), student, teacher, plan, folded).view(student.shape[:-1])
 
 
@@ -274,11 +274,11 @@ def _eager_grad(
     plan: Plan,
 ) -> Tensor:
     scale = scale.resolve_neg().reshape(-1).to(acc_dtype(student, teacher)).contiguous()
-    folded = Folded(_flat(keep), _flat(label), scale, 1.0)
+    folded = Folded(flat(keep), flat(label), scale, 1.0)
     return _gradient(pick(student.device), student, teacher, plan, folded)
 
 
-_PLAN = (
+PLAN = (
     "str divergence, float param, float temperature, float soft, float hard, float smoothing, "
     "SymInt vocab, SymInt classes"
 )
@@ -287,7 +287,7 @@ _PLAN = (
 @torch.library.custom_op(
     "fastkd::dense_loss",
     mutates_args=(),
-    schema=f"(Tensor student, Tensor teacher, Tensor? keep, Tensor? label, {_PLAN}) -> Tensor",
+    schema=f"(Tensor student, Tensor teacher, Tensor? keep, Tensor? label, {PLAN}) -> Tensor",
 )
 def dense_loss(
     student: Tensor,
@@ -305,7 +305,7 @@ def dense_loss(
 ) -> Tensor:
     """Loss of each row, in the leading shape of the student; see `fastkd.backend.Plan`."""
     plan = Plan(divergence, param, temperature, soft, hard, smoothing, vocab, classes)
-    student, teacher = _columns_contiguous(student), _columns_contiguous(teacher)
+    student, teacher = columns_contiguous(student), columns_contiguous(teacher)
     return _eager_loss(student, teacher, keep, label, plan)
 
 
@@ -313,7 +313,7 @@ def dense_loss(
     "fastkd::dense_grad",
     mutates_args=(),
     schema="(Tensor student, Tensor teacher, Tensor? keep, Tensor? label, Tensor scale, "
-    f"{_PLAN}) -> Tensor",
+    f"{PLAN}) -> Tensor",
 )
 def dense_grad(
     student: Tensor,
@@ -332,16 +332,16 @@ def dense_grad(
 ) -> Tensor:
     """Gradient of sum(scale * dense_loss) in the student's shape and dtype."""
     plan = Plan(divergence, param, temperature, soft, hard, smoothing, vocab, classes)
-    student, teacher = _columns_contiguous(student), _columns_contiguous(teacher)
+    student, teacher = columns_contiguous(student), columns_contiguous(teacher)
     return _eager_grad(student, teacher, keep, label, scale, plan)
 
 
-def _columns_contiguous(x: Tensor) -> Tensor:
+def columns_contiguous(x: Tensor) -> Tensor:
     # the public functions refuse such an operand, but a compiler may choose a layout of its own
     return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()
 
 
-def _flat(x: Tensor | None) -> Tensor | None:
+def flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape(-1).contiguous()
 
 
@@ -362,15 +362,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _row_backward(ctx: Any, upstream: Tensor, grad_of: Any) -> list[Tensor | None]:
-    student, teacher, keep, label = _saved_operands(ctx)
+    student, teacher, keep, label = saved_operands(ctx)
     plan, (need_s, need_t) = ctx.plan, ctx.needs_input_grad[:2]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _differentiable(
             student,
             teacher,
             plan,
-            _flat(keep),
-            _flat(label),
+            flat(keep),
+            flat(label),
             upstream.reshape(-1),
             (need_s, need_t),
         )
@@ -378,7 +378,7 @@ def _row_backward(ctx: Any, upstream: Tensor, grad_of: Any) -> list[Tensor | Non
     if need_s:
         grads[0] = grad_of(student, teacher, keep, label, upstream, plan)
     if need_t:
-        grads[1] = grad_of(teacher, student, keep, None, upstream, _dual(plan))
+        grads[1] = grad_of(teacher, student, keep, None, upstream, dual(plan))
     return grads
 
 

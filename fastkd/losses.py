@@ -11,7 +11,8 @@ The options that all of them share (`**rows`, keyword-only):
                       "none": [...] with 0 in ignored rows
     normalizer        number or 0-d tensor in place of the denominator of "mean"
     vocab_size        use the first n columns of both sides only; the rest has gradient 0
-    inplace           the gradient may overwrite the student's logits
+    inplace           the gradient may overwrite the student's logits; with a LinearLogits it
+                      changes nothing (what is overwritten is its own chunk, always)
     group             not supported yet
 """
 
@@ -23,9 +24,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastkd import checks, function, reference
+from fastkd import checks, function, linear, reference
 from fastkd.backend import Plan, acc_dtype, pick
 from fastkd.divergence import Divergence, divergences
+from fastkd.operands import LinearLogits, Operand, kind
 from fastkd.reduction import fold, mask, reduce, wants_grad
 
 Reduction = Literal["mean", "batchmean", "sum", "none"]
@@ -53,7 +55,7 @@ _OPTIONS = RowOptions.__annotations__
 
 
 def kl_div(
-    student: Tensor, teacher: Tensor, *, temperature: float = 1.0, **rows: Unpack[RowOptions]
+    student: Operand, teacher: Operand, *, temperature: float = 1.0, **rows: Unpack[RowOptions]
 ) -> Tensor:
     """Forward Kullback-Leibler divergence KL(p || q) of each row, reduced.
 
@@ -63,8 +65,8 @@ def kl_div(
     `F.kl_div(F.log_softmax(student / T, -1), F.softmax(teacher / T, -1), reduction=...)`.
 
     Args:
-        student: logits [..., V], float32, bfloat16, float16 or float64.
-        teacher: logits [..., V] of any of these dtypes.
+        student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
+        teacher: logits [..., V] of any of these dtypes, or a `LinearLogits`.
         temperature: T > 0, finite.
         **rows: labels, ignore_index, weight, reduction, normalizer, vocab_size, inplace, group
             as described in `fastkd.losses`.
@@ -83,7 +85,7 @@ def kl_div(
 
 
 def reverse_kl_div(
-    student: Tensor, teacher: Tensor, *, temperature: float = 1.0, **rows: Unpack[RowOptions]
+    student: Operand, teacher: Operand, *, temperature: float = 1.0, **rows: Unpack[RowOptions]
 ) -> Tensor:
     """Reverse Kullback-Leibler divergence KL(q || p) of each row, reduced.
 
@@ -92,8 +94,8 @@ def reverse_kl_div(
     No factor T^2. +inf where the teacher gives 0 to what the student does not.
 
     Args:
-        student: logits [..., V], float32, bfloat16, float16 or float64.
-        teacher: logits [..., V] of any of these dtypes.
+        student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
+        teacher: logits [..., V] of any of these dtypes, or a `LinearLogits`.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
 
@@ -110,8 +112,8 @@ def reverse_kl_div(
 
 
 def js_div(
-    student: Tensor,
-    teacher: Tensor,
+    student: Operand,
+    teacher: Operand,
     *,
     beta: float = 0.5,
     temperature: float = 1.0,
@@ -125,8 +127,8 @@ def js_div(
     in GKD; at beta -> 0 and 1 it tends to 0, not to the two KL divergences.
 
     Args:
-        student: logits [..., V], float32, bfloat16, float16 or float64.
-        teacher: logits [..., V] of any of these dtypes.
+        student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
+        teacher: logits [..., V] of any of these dtypes, or a `LinearLogits`.
         beta: 0 < beta < 1.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
@@ -145,8 +147,8 @@ def js_div(
 
 
 def skew_kl_div(
-    student: Tensor,
-    teacher: Tensor,
+    student: Operand,
+    teacher: Operand,
     *,
     alpha: float = 0.1,
     temperature: float = 1.0,
@@ -159,8 +161,8 @@ def skew_kl_div(
     p = softmax(teacher / T), q = softmax(student / T); no factor T^2.
 
     Args:
-        student: logits [..., V], float32, bfloat16, float16 or float64.
-        teacher: logits [..., V] of any of these dtypes.
+        student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
+        teacher: logits [..., V] of any of these dtypes, or a `LinearLogits`.
         alpha: share of p in the mixture, 0 < alpha < 1.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
@@ -179,8 +181,8 @@ def skew_kl_div(
 
 
 def skew_reverse_kl_div(
-    student: Tensor,
-    teacher: Tensor,
+    student: Operand,
+    teacher: Operand,
     *,
     alpha: float = 0.1,
     temperature: float = 1.0,
@@ -193,8 +195,8 @@ def skew_reverse_kl_div(
     p = softmax(teacher / T), q = softmax(student / T); no factor T^2.
 
     Args:
-        student: logits [..., V], float32, bfloat16, float16 or float64.
-        teacher: logits [..., V] of any of these dtypes.
+        student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
+        teacher: logits [..., V] of any of these dtypes, or a `LinearLogits`.
         alpha: share of q in the mixture, 0 < alpha < 1.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
@@ -213,7 +215,7 @@ def skew_reverse_kl_div(
 
 
 def tv_distance(
-    student: Tensor, teacher: Tensor, *, temperature: float = 1.0, **rows: Unpack[RowOptions]
+    student: Operand, teacher: Operand, *, temperature: float = 1.0, **rows: Unpack[RowOptions]
 ) -> Tensor:
     """Total variation distance of each row, reduced; subgradient 0 where p = q.
 
@@ -222,8 +224,8 @@ def tv_distance(
     No factor T^2.
 
     Args:
-        student: logits [..., V], float32, bfloat16, float16 or float64.
-        teacher: logits [..., V] of any of these dtypes.
+        student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
+        teacher: logits [..., V] of any of these dtypes, or a `LinearLogits`.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
 
@@ -240,8 +242,8 @@ def tv_distance(
 
 
 def distillation_loss(
-    student: Tensor,
-    teacher: Tensor,
+    student: Operand,
+    teacher: Operand,
     labels: Tensor | None = None,
     *,
     temperature: float = 2.0,
@@ -259,8 +261,8 @@ def distillation_loss(
     cross-entropy is at T = 1. t_squared=False leaves T^2 out.
 
     Args:
-        student: logits [..., V], float32, bfloat16, float16 or float64.
-        teacher: logits [..., V] of any of these dtypes.
+        student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
+        teacher: logits [..., V] of any of these dtypes, or a `LinearLogits`.
         labels: [...] integers, the hard labels; rows at ignore_index are left out of both terms.
             May be None with alpha=0.
         temperature: T > 0, finite.
@@ -310,16 +312,15 @@ def _entry(divergence: str | Divergence) -> Divergence:
         return divergences[divergence]
     if not isinstance(divergence, Divergence):
         raise TypeError(
-            f"divergence: got {checks.kind(divergence)}, expected a name or an entry of "
-            "fastkd.divergences"
+            f"divergence: got {kind(divergence)}, expected a name or an entry of fastkd.divergences"
         )
     return divergence
 
 
 def _loss(
     name: str,
-    student: Tensor,
-    teacher: Tensor,
+    student: Operand,
+    teacher: Operand,
     divergence: Divergence,
     temperature: float,
     param: float | None = None,  # the divergence's own
@@ -350,6 +351,12 @@ def _loss(
     checks.reduction(reduction)
     checks.rows(student, labels, ignore_index, weight)
     checks.normalizer(normalizer, reduction, student)
+    param = divergence.param if param is None else param
+    plan = Plan(divergence.name, param, float(temperature), soft, hard, smoothing, vocab, vocab)
+    if isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits):
+        return linear.loss(
+            student, teacher, plan, labels, ignore_index, weight, reduction, normalizer
+        )
     if inplace and not torch.compiler.is_compiling():  # where it is ignored
         checks.inplace(student, teacher)
     # kernels read memory as it is, and a view may be one whose numbers are to be negated
@@ -361,9 +368,6 @@ def _loss(
         # and a sum over none of its columns is what gives it the gradient of 0 it may ask for
         nothing = teacher[..., :0].sum()
         teacher = student.detach() if acc != torch.float64 else student.detach().to(acc)
-    t = float(temperature)
-    param = divergence.param if param is None else param
-    plan = Plan(divergence.name, param, t, soft, hard, smoothing, vocab, vocab)
     compiling = torch.compiler.is_compiling()
     teacher_grad = teacher.requires_grad and torch.is_grad_enabled()
     # torch's own autograd: what is chosen by hand, or has no kernel, or no dual for the teacher

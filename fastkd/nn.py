@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from fastkd import checks, losses
 from fastkd.divergence import Divergence, divergences
 from fastkd.losses import MixedOptions, Reduction
+from fastkd.operands import Operand
 
 # the parameters' names are those of the functions, whose docstrings say what they mean
 
@@ -76,8 +77,8 @@ class _Divergence(_Loss):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Operand,
+        teacher: Operand,
         labels: Tensor | None = None,
         *,
         weight: Tensor | None = None,
@@ -184,8 +185,8 @@ class DistillationLoss(_Loss):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Operand,
+        teacher: Operand,
         labels: Tensor | None = None,
         *,
         weight: Tensor | None = None,

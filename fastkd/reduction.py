@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastkd.backend import Passes, host_passes, on_host
+from fastkd.operands import Operand
 
 _checked: ContextVar[bool] = ContextVar(
     "fastkd_checked", default=os.environ.get("FASTKD_CHECK") == "1"
@@ -63,7 +64,7 @@ def fold(
     vocab: int,
     weight: Tensor | None,
     normalizer: float | Tensor | None,
-    student: Tensor,
+    student: Operand,
     acc: torch.dtype,
 ) -> Folded:
     """The reduction as a factor per row; raises ValueError for a label out of range (see mask)."""
@@ -135,7 +136,7 @@ def reduce(
     bad: Tensor | None,
     weight: Tensor | None,
     normalizer: float | Tensor | None,
-    student: Tensor,
+    student: Operand,
 ) -> Tensor:
     """The reduction in torch, differentiable in weight and normalizer too."""
     factor = _row_weight(keep, bad, weight, loss.dtype)

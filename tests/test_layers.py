@@ -27,7 +27,10 @@ MAY_IMPORT = {
     "cpu": {"arena", "backend", "_C"},
     "gpu": {"backend", "gpu"},
     "function": {"backend", "reference", "reduction"},
-    "losses": {"function", "backend", "reference", "reduction", "checks"},
+    "chunks": {"backend", "reduction"},
+    "trips": {"chunks", "function", "backend", "reference", "reduction"},
+    "linear": {"trips", "function", "backend", "reference", "reduction"},
+    "losses": {"linear", "function", "backend", "reference", "reduction", "checks"},
     "nn": {"losses", "checks"},
     "about": {"backend", "cpu"},
 }

@@ -1,0 +1,130 @@
+"""Losses whose logits are never built: from checked operands to the driver's way of running them.
+
+What has no kernel (the reference, a divergence without a dual for a teacher that wants its
+gradient) builds the logits in plain torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastkd import reference, trips
+from fastkd.backend import Passes, Plan, acc_dtype, pick
+from fastkd.function import flat
+from fastkd.operands import Head, LinearLogits, Operand
+from fastkd.reduction import Folded, fold, mask, reduce, wants_grad
+from fastkd.trips import Call, trip
+
+MOST_BOOST = 2.0**10  # of float16 gradients: the largest are of size T, and 65504 is the end
+
+
+def loss(
+    student: Operand,
+    teacher: Operand,
+    plan: Plan,
+    labels: Tensor | None,
+    ignore_index: int,
+    weight: Tensor | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+) -> Tensor:
+    """The loss of checked operands, a LinearLogits on one side or both."""
+    acc = both = acc_dtype(student, teacher)
+    nothing = _nothing(teacher) if plan.soft == 0.0 else None
+    if nothing is not None:  # D(q, q) is exactly 0: the teacher is not read, whatever it holds
+        teacher, acc = student, acc_dtype(student, student)
+    compiling = torch.compiler.is_compiling()
+    teacher_grad = nothing is None and teacher.requires_grad and torch.is_grad_enabled()
+    plain = (teacher_grad and reference.entry(plan).exchanged() is None) or (
+        not compiling and (passes := pick(student.device)) is reference
+    )
+    if plain or compiling or reduction == "none" or wants_grad(weight, normalizer):
+        keep, label, bad = mask(labels, ignore_index, plan.vocab, student.device)
+        run_rows = _plain_rows if plain else _rows
+        value = run_rows(student, None if nothing is not None else teacher, plan, keep, label)
+        value = reduce(value, reduction, keep, bad, weight, normalizer, student)
+    else:
+        vocab = plan.vocab
+        folded = fold(
+            passes, reduction, labels, ignore_index, vocab, weight, normalizer, student, acc
+        )
+        boost = _boost(reduction, normalizer, student)
+        sides = (student,) if nothing is not None else (student, teacher)
+        value = _total(_call(passes, sides, plan, folded, boost), sides)
+    return value if nothing is None else value.to(both) + nothing.to(both)
+
+
+def _nothing(teacher: Operand) -> Tensor:
+    """0 in the accumulation's dtype, and for whatever the teacher is made of a gradient of 0."""
+    tensors = [x for x in _tensors(teacher) if x is not None]
+    acc = torch.float64 if teacher.dtype == torch.float64 else torch.float32
+    return torch.stack([x[..., :0].sum().to(acc) for x in tensors]).sum()
+
+
+def _tensors(x: Operand) -> tuple[Tensor | None, ...]:
+    return x.tensors if isinstance(x, LinearLogits) else (x,)
+
+
+def _head(x: Operand) -> Head | None:
+    return x.head if isinstance(x, LinearLogits) else None
+
+
+def _call(
+    passes: Passes, sides: tuple[Operand, ...], plan: Plan, folded: Folded, boost: float
+) -> Call:
+    heads = (_head(sides[0]), _head(sides[1]) if len(sides) > 1 else None)
+    pack = any(isinstance(x, LinearLogits) and x.pack for x in sides)
+    return Call(passes, heads, plan, folded, _asked(sides), pack, boost)
+
+
+def _asked(sides: tuple[Operand, ...]) -> int | None:
+    sizes = [x.chunk_size for x in sides if isinstance(x, LinearLogits)]
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def _boost(reduction: str, normalizer: float | Tensor | None, student: Operand) -> float:
+    """About what the reduction divides by, as a power of 2; see `Linear`."""
+    by = 1.0
+    if reduction == "batchmean":
+        by = student.size(0)
+    elif reduction == "mean":
+        number = isinstance(normalizer, (int, float))
+        by = float(normalizer) if number else student.numel() // student.size(-1)  # type: ignore
+    return min(2.0 ** round(math.log2(by)), MOST_BOOST) if by > 1.0 else 1.0
+
+
+def _total(call: Call, sides: tuple[Operand, ...]) -> Tensor:
+    tensors = [x for side in sides for x in _tensors(side)]
+    if torch.is_grad_enabled() and any(side.requires_grad for side in sides):
+        return trips.Total.apply(call, *tensors)
+    work = trip(call, tensors, [False] * len(tensors), wait=False)
+    return call.passes.total(work.loss, work.scale, call.folded.factor)
+
+
+def _plain_rows(
+    student: Operand, teacher: Operand | None, plan: Plan, keep: Tensor | None, label: Tensor | None
+) -> Tensor:
+    sides = (student,) if teacher is None else (student, teacher)
+    tensors = [x for side in sides for x in _tensors(side)]
+    heads = (_head(student), None if teacher is None else _head(teacher))
+    s, t = trips.logits(tensors, heads, keep)
+    return reference.row_loss(s, t, plan, keep, label if plan.hard else None)
+
+
+def _rows(
+    student: Operand, teacher: Operand | None, plan: Plan, keep: Tensor | None, label: Tensor | None
+) -> Tensor:
+    label = label if plan.hard else None
+    sides = (student,) if teacher is None else (student, teacher)
+    tensors = [x for side in sides for x in _tensors(side)]
+    if torch.compiler.is_compiling():
+        heads = (_head(student), None if teacher is None else _head(teacher))
+        return trips.registered_rows(tensors, heads, plan, keep, label, _asked(sides))
+    folded = Folded(flat(keep), flat(label), None, 1.0)
+    call = _call(pick(student.device), sides, plan, folded, 1.0)
+    if torch.is_grad_enabled() and any(side.requires_grad for side in sides):
+        return trips.RowLoss.apply(call, student.shape[:-1], *tensors)
+    return trips.row_values(call, tensors).view(student.shape[:-1])
