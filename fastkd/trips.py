@@ -290,7 +290,7 @@ def _registered_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...
     out: list[Tensor | None] = [None] * len(inputs)
     wants = [ctx.needs_input_grad[place] for place in _TENSORS]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        call, tensors, places = _parsed(tuple(given))
+        call, tensors, places = _parsed(tuple(inputs))
         wanted = [ctx.needs_input_grad[place] for place in places]
         grads = _graph(call, tensors, wanted, upstream.reshape(-1), upstream)
         for place, grad in zip(places, grads, strict=True):

@@ -188,6 +188,34 @@ INPUTS: dict[str, Callable[[int, int], tuple[Tensor, Tensor]]] = {
     "minus-inf": _minus_inf,
 }
 
+# ---- operands: logits that are given, and logits that are never built
+
+# The hidden states of a linear form are the logits and its weight is the identity: such a product
+# is exact, and the gradient of the hidden states is that of the logits. So a test's body, its
+# oracle and its tolerance hold as they are. Infinities do not go through a product (0 * inf).
+FORMS = {
+    "dense": (False, False),
+    "linear-student": (True, False),
+    "linear-teacher": (False, True),
+    "linear": (True, True),
+}
+FORM_CHUNK = 2  # rows, so that a test's few rows are several chunks
+form_in_force = "dense"
+
+each_form = pytest.mark.parametrize("form", FORMS, indirect=True)
+
+
+def in_form(student: Tensor, teacher: Tensor) -> tuple[Any, Any]:
+    """The operands as the form in force has them."""
+    pair = zip((student, teacher), FORMS[form_in_force], strict=True)
+    return tuple(_linear(x) if linear else x for x, linear in pair)
+
+
+def _linear(x: Tensor) -> fastkd.LinearLogits:
+    weight = torch.eye(x.size(-1), dtype=x.dtype, device=x.device)
+    return fastkd.LinearLogits(x, weight, chunk_size=FORM_CHUNK)
+
+
 each_input = pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS.keys())
 
 
@@ -333,7 +361,8 @@ def differentiate(
     """
     s = student.detach().requires_grad_(wrt != "teacher")
     t = teacher.detach().requires_grad_(wrt != "student")
-    value = function(s, t, *args, **options)
+    operands = (s, t) if function is plain else in_form(s, t)
+    value = function(*operands, *args, **options)
     inputs = [x for x in (s, t) if x.requires_grad]
     by = torch.ones_like(value) if upstream is None else upstream.to(value.dtype)
     grads = list(torch.autograd.grad(value, inputs, by))

@@ -14,7 +14,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
 
-from common import Backend, require
+import common
+from common import INPUTS, PAIRS, Backend, require
 
 import fastkd
 
@@ -36,7 +37,24 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", mark)
 
 
+# A linear form runs these of the large tests' cases: what it adds does not depend on the rest.
+FORM_PAIRS = [PAIRS[name] for name in ("fp32", "bf16", "bf16-fp32")]
+FORM_INPUTS = [INPUTS[name] for name in ("random", "equal", "large")]
+
+
+def _of_another_form(item: pytest.Item) -> bool:
+    """Left out: a case of a linear form that is not among those above."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is None or callspec.params.get("form", "dense") == "dense":
+        return False
+    pair, make = callspec.params.get("pair"), callspec.params.get("make")
+    if make in INPUTS.values() and make not in FORM_INPUTS:
+        return True
+    return pair is not None and pair not in FORM_PAIRS
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = [item for item in items if not _of_another_form(item)]
     if torch.cuda.is_available() or os.environ.get("FASTKD_TEST_ALL") == "1":
         return
     groups: dict[str, list[pytest.Item]] = {}
@@ -109,3 +127,10 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Backend]:
     on_gpu = request.param == "gpu" and torch.cuda.is_available()
     with fastkd.use_backend(request.param):
         yield Backend(request.param, torch.device("cuda" if on_gpu else "cpu"))
+
+
+@pytest.fixture
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the operands are given (common.FORMS), in force for what calls `differentiate`."""
+    monkeypatch.setattr(common, "form_in_force", request.param)
+    return str(request.param)

@@ -12,6 +12,7 @@ from common import (
     assert_as_good_as_torch,
     differentiate,
     each_divergence,
+    each_form,
     each_name,
     each_pair,
     logits,
@@ -88,12 +89,17 @@ def _in_torch(student: Tensor, teacher: Tensor) -> Tensor:
 # ---- the teacher's gradient
 
 
+@each_form
 @each_divergence
 @each_pair
 @each_way
 @pytest.mark.interpreted(12)
 def test_gradient_of_the_teacher(
-    backend: Backend, divergence: Divergence, pair: tuple[torch.dtype, torch.dtype], reduction: str
+    form: str,
+    backend: Backend,
+    divergence: Divergence,
+    pair: tuple[torch.dtype, torch.dtype],
+    reduction: str,
 ) -> None:
     student, teacher = logits(backend, 2, 37, pair)
     assert_as_good_as_torch(
@@ -105,16 +111,20 @@ def _interpreted(backend: Backend) -> bool:
     return backend.name == "gpu" and backend.device.type == "cpu"
 
 
+@each_form
 @each_divergence
 @each_way
-def test_both_gradients_at_once(backend: Backend, divergence: Divergence, reduction: str) -> None:
+def test_both_gradients_at_once(
+    form: str, backend: Backend, divergence: Divergence, reduction: str
+) -> None:
     student, teacher = logits(backend, 4, 37, (torch.bfloat16, torch.float32))
     labels = torch.tensor([1, 36, -100, 2], device=backend.device)
     options = {"alpha": 0.4, "temperature": 2.0, "t_squared": True, "reduction": reduction}
     assert_as_good_as_torch(student, teacher, labels, divergence=divergence, wrt="both", **options)
 
 
-def test_teachers_gradient_does_not_know_the_hard_labels(backend: Backend) -> None:
+@each_form
+def test_teachers_gradient_does_not_know_the_hard_labels(form: str, backend: Backend) -> None:
     student, teacher = logits(backend, 4, 37)
     labels = torch.tensor([1, 36, 5, 2], device=backend.device)
     grads = [
@@ -214,9 +224,12 @@ def test_inplace_says_what_it_cannot_do(kernels: Backend, refused: str) -> None:
         )
 
 
+@each_form
 @each_name
 @each_way
-def test_upstream_gradient(backend: Backend, divergence: Divergence, reduction: str) -> None:
+def test_upstream_gradient(
+    form: str, backend: Backend, divergence: Divergence, reduction: str
+) -> None:
     student, teacher = logits(backend, 4, 37, (torch.float32, torch.bfloat16))
     shape = (4,) if reduction == "none" else ()
     upstream = 3 * torch.randn(shape, device=backend.device)
@@ -274,10 +287,11 @@ def test_operands_are_never_written(backend: Backend) -> None:
     assert torch.equal(student, before[0]) and torch.equal(teacher, before[1])
 
 
+@each_form
 @each_pair
 @each_way
 def test_gradient_comes_in_the_operands_dtype(
-    backend: Backend, pair: tuple[torch.dtype, torch.dtype], reduction: str
+    form: str, backend: Backend, pair: tuple[torch.dtype, torch.dtype], reduction: str
 ) -> None:
     student, teacher = logits(backend, 2, 5, pair)
     ours = differentiate(
@@ -353,7 +367,8 @@ def test_the_same_bits_for_any_number_of_threads(reduction: str) -> None:
             assert torch.equal(one, two)
 
 
-def test_the_same_bits_twice(backend: Backend) -> None:
+@each_form
+def test_the_same_bits_twice(form: str, backend: Backend) -> None:
     student, teacher = logits(backend, 7, 130)
     first, second = (differentiate(fastkd.skew_kl_div, student, teacher) for _ in range(2))
     assert torch.equal(first.value, second.value) and torch.equal(first.student, second.student)

@@ -15,6 +15,7 @@ from common import (
     differentiate,
     each_divergence,
     each_dtype,
+    each_form,
     each_name,
     logits,
 )
@@ -53,11 +54,12 @@ def _sizes(backend: Backend) -> list[int]:
     return [17, 1025] if interpreted else SIZES
 
 
+@each_form
 @each_exact
 @each_dtype
 @pytest.mark.interpreted(4)
 def test_identical_logits_give_exactly_nothing(
-    kernels: Backend, divergence: Divergence, dtype: torch.dtype
+    form: str, kernels: Backend, divergence: Divergence, dtype: torch.dtype
 ) -> None:
     for vocab in _sizes(kernels):
         student = (5 * torch.randn(3, vocab)).to(kernels.device, dtype)
@@ -69,10 +71,11 @@ def test_identical_logits_give_exactly_nothing(
             assert not ours.student.any() and not ours.teacher.any(), (vocab, temperature)
 
 
+@each_form
 @each_exact
 @pytest.mark.parametrize("make", [(1e4, 0), (1, 1e4), (1, -1e4), (0, 3)], ids=str)
 def test_identical_logits_of_any_size_give_exactly_nothing(
-    kernels: Backend, divergence: Divergence, make: tuple[float, float]
+    form: str, kernels: Backend, divergence: Divergence, make: tuple[float, float]
 ) -> None:
     spread, offset = make
     for vocab in _sizes(kernels):
@@ -96,10 +99,11 @@ def test_the_same_numbers_in_two_dtypes_give_exactly_nothing(
                 assert not ours.value.any() and not ours.student.any(), (vocab, other)
 
 
+@each_form
 @each_divergence
 @each_dtype
 def test_identical_logits_give_rounding_at_most(
-    backend: Backend, divergence: Divergence, dtype: torch.dtype
+    form: str, backend: Backend, divergence: Divergence, dtype: torch.dtype
 ) -> None:
     student = (5 * torch.randn(3, 1025)).to(backend.device, dtype)
     ours = differentiate(_soft(divergence), student, student.clone())
@@ -219,13 +223,14 @@ def test_a_row_impossible_on_one_side_is_nan_and_stays_alone(
 # ---- NaN and extremes
 
 
+@each_form
 @each_name
 @each_dtype
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("what", [NAN, INF], ids=str)
 @pytest.mark.interpreted(6)
 def test_nan_stays_in_its_row(
-    backend: Backend, divergence: Divergence, dtype: torch.dtype, side: str, what: float
+    form: str, backend: Backend, divergence: Divergence, dtype: torch.dtype, side: str, what: float
 ) -> None:
     student, teacher = logits(backend, 3, 33, (dtype, dtype))
     clean = differentiate(_soft(divergence), student, teacher)
@@ -264,12 +269,13 @@ def test_nan_in_a_hard_term(backend: Backend) -> None:
     assert ours.student[[0, 2]].isfinite().all()
 
 
+@each_form
 @each_divergence
 @each_dtype
 @pytest.mark.parametrize("temperature", [0.01, 1.0, 1000.0])
 @pytest.mark.interpreted(6)
 def test_large_logits_at_any_temperature(
-    backend: Backend, divergence: Divergence, dtype: torch.dtype, temperature: float
+    form: str, backend: Backend, divergence: Divergence, dtype: torch.dtype, temperature: float
 ) -> None:
     """Logits of +-1e4; only infinities of the definition itself may come out, and no NaN."""
     student, teacher = ((2e4 * torch.rand(3, 21) - 1e4).to(backend.device, dtype) for _ in range(2))
@@ -278,10 +284,11 @@ def test_large_logits_at_any_temperature(
     assert (ours.value > -1e-6).all()
 
 
+@each_form
 @each_name
 @pytest.mark.parametrize("temperature", [0.01, 1000.0])
 def test_extreme_temperatures_of_the_whole_loss(
-    backend: Backend, divergence: Divergence, temperature: float
+    form: str, backend: Backend, divergence: Divergence, temperature: float
 ) -> None:
     student, teacher = logits(backend, 4, 21)
     labels = torch.tensor([1, -100, 20, 0], device=backend.device)

@@ -16,6 +16,7 @@ from common import (
     assert_values,
     differentiate,
     each_divergence,
+    each_form,
     each_input,
     each_name,
     each_pair,
@@ -45,11 +46,13 @@ def test_shapes(backend: Backend, divergence: Divergence, pair: Pair, shape: Sha
     )
 
 
+@each_form
 @each_divergence
 @each_pair
 @each_input
 @pytest.mark.interpreted(24)
 def test_inputs(
+    form: str,
     backend: Backend,
     divergence: Divergence,
     pair: Pair,
@@ -73,12 +76,13 @@ def test_inputs_over_several_blocks(
     assert_as_good_as_torch(student, teacher, divergence=divergence, reduction="none")
 
 
+@each_form
 @each_divergence
 @each_pair
 @pytest.mark.parametrize("temperature", [0.01, 0.5, 4.0, 1000.0])
 @pytest.mark.interpreted(12)
 def test_temperatures(
-    backend: Backend, divergence: Divergence, pair: Pair, temperature: float
+    form: str, backend: Backend, divergence: Divergence, pair: Pair, temperature: float
 ) -> None:
     student, teacher = logits(backend, 4, 33, pair)
     assert_as_good_as_torch(
@@ -116,9 +120,10 @@ GIVEN = [
 ]
 
 
+@each_form
 @pytest.mark.parametrize(("name", "parameters"), GIVEN, ids=str)
 def test_named_function_is_the_soft_term_alone(
-    backend: Backend, name: str, parameters: dict[str, float]
+    form: str, backend: Backend, name: str, parameters: dict[str, float]
 ) -> None:
     """The functions of one divergence are the general one without labels and without T^2."""
     divergence = fastkd.divergences[name]
@@ -154,9 +159,10 @@ def test_temperature_changes_the_result(backend: Backend, divergence: Divergence
     assert (at_one - at_two).abs() > 1e-2
 
 
+@each_form
 @pytest.mark.parametrize("name", [entry.name for entry in TABLE])
 @pytest.mark.interpreted(6)
-def test_backends_agree(kernels: Backend, name: str) -> None:
+def test_backends_agree(form: str, kernels: Backend, name: str) -> None:
     """The divergence by its name, on the kernels and on the reference: one mathematics."""
     student, teacher = logits(kernels, 5, 130)
     labels = torch.randint(130, (5,), device=kernels.device)

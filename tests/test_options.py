@@ -17,6 +17,7 @@ from common import (
     assert_values,
     differentiate,
     each_dtype,
+    each_form,
     each_name,
     logits,
     plain,
@@ -77,9 +78,10 @@ def test_hard_labels_alone_are_cross_entropy(
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
+@each_form
 @each_name
 @each_reduction
-def test_reductions(backend: Backend, divergence: Divergence, reduction: str) -> None:
+def test_reductions(form: str, backend: Backend, divergence: Divergence, reduction: str) -> None:
     student, teacher = logits(backend, 7, 29)
     labels = _labels(backend, 7, 29, ignored=0.3)
     labels[0] = 3
@@ -91,19 +93,23 @@ def test_reductions(backend: Backend, divergence: Divergence, reduction: str) ->
 # ---- hard labels and soft divergence
 
 
+@each_form
 @each_name
 @each_dtype
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
-def test_alpha(backend: Backend, divergence: Divergence, dtype: torch.dtype, alpha: float) -> None:
+def test_alpha(
+    form: str, backend: Backend, divergence: Divergence, dtype: torch.dtype, alpha: float
+) -> None:
     student, teacher = logits(backend, 3, 37, (dtype, dtype))
     labels = _labels(backend, 3, 37)
     options = {"alpha": alpha, "temperature": 2.0, "t_squared": True, "reduction": "none"}
     assert_as_good_as_torch(student, teacher, labels, divergence=divergence, **options)
 
 
+@each_form
 @each_dtype
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
-def test_label_smoothing(backend: Backend, dtype: torch.dtype, smoothing: float) -> None:
+def test_label_smoothing(form: str, backend: Backend, dtype: torch.dtype, smoothing: float) -> None:
     student, teacher = logits(backend, 5, 37, (dtype, dtype))
     assert_as_good_as_torch(
         student,
@@ -153,7 +159,8 @@ def test_divergence_is_a_name_or_an_entry(backend: Backend) -> None:
     assert torch.equal(by_name, by_entry)
 
 
-def test_teacher_is_not_read_where_only_labels_count(backend: Backend) -> None:
+@each_form
+def test_teacher_is_not_read_where_only_labels_count(form: str, backend: Backend) -> None:
     student, teacher = logits(backend, 5, 31)
     labels = _labels(backend, 5, 31)
     nothing = torch.full_like(teacher, NAN)
@@ -168,11 +175,12 @@ def test_teacher_is_not_read_where_only_labels_count(backend: Backend) -> None:
 # ---- ignored rows
 
 
+@each_form
 @each_name
 @each_reduction
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
 def test_ignored_rows_are_never_read(
-    backend: Backend, divergence: Divergence, reduction: str, alpha: float
+    form: str, backend: Backend, divergence: Divergence, reduction: str, alpha: float
 ) -> None:
     student, teacher = logits(backend, 6, 33, (torch.float32, torch.bfloat16))
     labels = _labels(backend, 6, 33)
@@ -193,9 +201,10 @@ def test_ignored_rows_are_never_read(
         assert not ours.value[ignored].any()
 
 
+@each_form
 @each_reduction
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
-def test_all_rows_ignored(backend: Backend, reduction: str, alpha: float) -> None:
+def test_all_rows_ignored(form: str, backend: Backend, reduction: str, alpha: float) -> None:
     """The loss is 0 and hangs on the graph: backward runs and gives 0."""
     student, teacher = (torch.full((4, 9), NAN, device=backend.device) for _ in range(2))
     labels = torch.full((4,), -100, device=backend.device)
@@ -239,11 +248,12 @@ def test_labels_only_select_in_the_bare_divergences(backend: Backend) -> None:
 # ---- weight and normalizer
 
 
+@each_form
 @each_name
 @each_reduction
 @each_dtype
 def test_weight(
-    backend: Backend, divergence: Divergence, reduction: str, dtype: torch.dtype
+    form: str, backend: Backend, divergence: Divergence, reduction: str, dtype: torch.dtype
 ) -> None:
     student, teacher = logits(backend, 4, 13)
     weight = torch.rand(4, device=backend.device).to(dtype)
@@ -253,7 +263,8 @@ def test_weight(
     assert_as_good_as_torch(student, teacher, labels, divergence=divergence, **options)
 
 
-def test_weights_that_sum_to_zero(backend: Backend) -> None:
+@each_form
+def test_weights_that_sum_to_zero(form: str, backend: Backend) -> None:
     student, teacher = logits(backend, 4, 13)
     weight = torch.zeros(4, device=backend.device)
     ours = differentiate(fastkd.kl_div, student, teacher, weight=weight)
@@ -289,17 +300,19 @@ NORMALIZERS: dict[str, Callable[[torch.device], Any]] = {
 }
 
 
+@each_form
 @pytest.mark.parametrize("make", NORMALIZERS.values(), ids=NORMALIZERS.keys())
-def test_normalizer(backend: Backend, make: Callable[[torch.device], Any]) -> None:
+def test_normalizer(form: str, backend: Backend, make: Callable[[torch.device], Any]) -> None:
     student, teacher = logits(backend, 4, 13)
     labels = torch.tensor([1, 2, -100, 3], device=backend.device)
     options = {"alpha": 0.3, "normalizer": make(backend.device)}
     assert_as_good_as_torch(student, teacher, labels, divergence=KL, **options)
 
 
+@each_form
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
 def test_uneven_micro_batches_accumulate_to_the_full_batch(
-    backend: Backend, as_tensor: bool
+    form: str, backend: Backend, as_tensor: bool
 ) -> None:
     student, teacher = logits(backend, 10, 13, (torch.float64, torch.float64))
     labels = _labels(backend, 10, 13)
@@ -463,9 +476,12 @@ def test_inplace_with_one_tensor_on_both_sides(kernels: Backend) -> None:
 # ---- leading dimensions and strides
 
 
+@each_form
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 3), (2, 1, 2, 2)], ids=str)
 @each_reduction
-def test_leading_dimensions(backend: Backend, lead: tuple[int, ...], reduction: str) -> None:
+def test_leading_dimensions(
+    form: str, backend: Backend, lead: tuple[int, ...], reduction: str
+) -> None:
     student, teacher = (torch.randn(*lead, 11, device=backend.device) for _ in range(2))
     labels = torch.randint(11, lead, device=backend.device)
     weight = torch.rand(lead, device=backend.device)
@@ -536,8 +552,9 @@ def test_views_are_read_where_they_lie(view: Callable[[Tensor], Tensor]) -> None
     assert torch.equal(seen.reshape(-1, 21), x.reshape(-1, 21))
 
 
+@each_form
 @each_reduction
-def test_no_rows(backend: Backend, reduction: str) -> None:
+def test_no_rows(form: str, backend: Backend, reduction: str) -> None:
     for shape in ((0, 7), (2, 0, 7)):
         student, teacher = (torch.empty(shape, device=backend.device) for _ in range(2))
         labels = torch.empty(shape[:-1], dtype=torch.int64, device=backend.device)
@@ -549,8 +566,9 @@ def test_no_rows(backend: Backend, reduction: str) -> None:
             assert not ours.value.any() and ours.student.shape == shape
 
 
+@each_form
 @each_name
-def test_one_column(backend: Backend, divergence: Divergence) -> None:
+def test_one_column(form: str, backend: Backend, divergence: Divergence) -> None:
     """One outcome is certain on both sides: gradient exactly 0, loss 0 within rounding."""
     student, teacher = logits(backend, 5, 1)
     labels = torch.zeros(5, dtype=torch.int64, device=backend.device)
