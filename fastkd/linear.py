@@ -110,7 +110,7 @@ def _plain_rows(
     sides = (student,) if teacher is None else (student, teacher)
     tensors = [x for side in sides for x in _tensors(side)]
     heads = (_head(student), None if teacher is None else _head(teacher))
-    s, t = trips.logits(tensors, heads, keep)
+    s, t = trips.logits(tensors, heads, plan.vocab, keep)
     return reference.row_loss(s, t, plan, keep, label if plan.hard else None)
 
 

@@ -126,13 +126,19 @@ Operand = Tensor | LinearLogits
 
 
 def build(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, keep: Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    head: Head,
+    vocab: int,
+    keep: Tensor | None = None,
 ) -> Tensor:
-    """The logits [..., V] themselves in plain torch, differentiable: the definition.
+    """The first logits [..., vocab] themselves in plain torch, differentiable: the definition.
 
     keep: [...] bool or None; what rows hold that are not kept reaches no value and no gradient.
     """
     scale, cap, dtype = head
+    weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
     if keep is not None:
         hidden = torch.where(keep.unsqueeze(-1), hidden, 0.0)
     bias = None if bias is None else bias.to(dtype)

@@ -90,7 +90,7 @@ def trip(call: Call, tensors: Tensors, wants: Wants, wait: bool) -> Work:
 
 
 def logits(
-    tensors: Tensors, heads: tuple[Head | None, Head | None], keep: Tensor | None
+    tensors: Tensors, heads: tuple[Head | None, Head | None], vocab: int, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Both sides' logits in plain torch; the student's twice where the teacher has no part."""
     cut = 1 if heads[0] is None else 3
@@ -101,7 +101,7 @@ def logits(
             hidden, weight, bias = own
             assert hidden is not None and weight is not None
             with without_autocast(hidden.device):
-                built.append(build(hidden, weight, bias, head, keep))
+                built.append(build(hidden, weight, bias, head, vocab, keep))
         elif own:
             assert own[0] is not None
             built.append(own[0])
@@ -120,7 +120,8 @@ def _graph(
     assert first is not None
     lead = first.shape[:-1]
     with torch.enable_grad():
-        s, t = logits(tensors, call.heads, None if keep is None else keep.view(lead))
+        mask = None if keep is None else keep.view(lead)
+        s, t = logits(tensors, call.heads, call.plan.vocab, mask)
         s, t = (x.reshape(-1, x.size(-1)) for x in (s, t))
         value = reference.row_loss(s, t, call.plan, keep, label)
         if by is None:
