@@ -81,8 +81,12 @@ def _call(
 
 
 def _asked(sides: tuple[Operand, ...]) -> int | None:
-    sizes = [x.chunk_size for x in sides if isinstance(x, LinearLogits)]
-    return min((size for size in sizes if size is not None), default=None)
+    least: int | None = None  # not min() with a default, which torch.compile does not know
+    for x in sides:
+        size = x.chunk_size if isinstance(x, LinearLogits) else None
+        if size is not None and (least is None or size < least):
+            least = size
+    return least
 
 
 def _boost(reduction: str, normalizer: float | Tensor | None, student: Operand) -> float:

@@ -220,5 +220,5 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _multiplied(x: Tensor) -> torch.dtype:
-    nothing = torch.empty((0, 1), dtype=x.dtype, device=x.device)
+    nothing = torch.zeros((0, 1), dtype=x.dtype, device=x.device)
     return torch.mm(nothing, nothing.t()).dtype

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import Backend, each_name, logits
+from common import Backend, each_form, each_name, in_form, logits
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -108,20 +108,22 @@ def _compiled(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tens
     return torch.compile(loss, fullgraph=True, **{"backend": "aot_eager", **options})
 
 
+@each_form
 @each_name
 @pytest.mark.interpreted(1)
-def test_compiled_is_eager(kernels: Backend, divergence: Divergence) -> None:
+def test_compiled_is_eager(form: str, kernels: Backend, divergence: Divergence) -> None:
     student, teacher = logits(kernels, 4, 9)
 
     def loss(s: Tensor, t: Tensor) -> Tensor:
-        return fastkd.distillation_loss(s, t, alpha=0.0, divergence=divergence)
+        return fastkd.distillation_loss(*in_form(s, t), alpha=0.0, divergence=divergence)
 
     _close(_run(_compiled(loss), student, teacher), _run(loss, student, teacher))
 
 
+@each_form
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.interpreted(1)
-def test_compiled_with_every_option(kernels: Backend, reduction: str) -> None:
+def test_compiled_with_every_option(form: str, kernels: Backend, reduction: str) -> None:
     student, teacher = logits(kernels, 4, 12, (torch.bfloat16, torch.float32))
     labels = torch.tensor([1, -100, 0, 8], device=kernels.device)
     weight = torch.rand(4, device=kernels.device)
@@ -129,8 +131,7 @@ def test_compiled_with_every_option(kernels: Backend, reduction: str) -> None:
 
     def loss(s: Tensor, t: Tensor) -> Tensor:
         return fastkd.distillation_loss(
-            s,
-            t,
+            *in_form(s, t),
             labels,
             divergence="skew_kl",
             label_smoothing=0.1,
@@ -291,3 +292,89 @@ def test_compiled_on_the_reference() -> None:
 
     with fastkd.use_backend("reference"):
         _close(_run(_compiled(loss), student, teacher), _run(loss, student, teacher))
+
+
+# ---- logits that are never built
+
+LINEAR_OPTIONS = {"scale": 0.5, "softcap": 3.0, "chunk_size": 2}
+
+
+def _parts(backend: Backend, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """hidden, weight and bias of the student, then of the teacher."""
+    shapes = ((4, 5), (9, 5), (9,), (4, 7), (9, 7), (9,))
+    return [torch.randn(shape).to(backend.device, dtype).requires_grad_() for shape in shapes]
+
+
+def _linear_loss(*parts: Tensor, **options: Any) -> Tensor:
+    student = fastkd.LinearLogits(*parts[:3], **LINEAR_OPTIONS)
+    return fastkd.js_div(student, fastkd.LinearLogits(*parts[3:]), **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.interpreted(1)
+def test_compiled_linear_logits(kernels: Backend, reduction: str, compiler: str) -> None:
+    parts = _parts(kernels)
+    labels = torch.tensor([1, -100, 0, 8], device=kernels.device)
+
+    def loss(*parts: Tensor) -> Tensor:
+        return _linear_loss(*parts, labels=labels, reduction=reduction)
+
+    results = []
+    for run in (_compiled(loss, backend=compiler), loss):
+        value = run(*parts)
+        results.append((value.detach(), *torch.autograd.grad(value.sum(), parts)))
+    _close(*results)
+
+
+def test_compiled_linear_logits_under_autocast(kernels: Backend) -> None:
+    parts = _parts(kernels)
+
+    def loss(*parts: Tensor) -> Tensor:
+        with torch.autocast(kernels.device.type, dtype=torch.bfloat16):
+            return _linear_loss(*parts)
+
+    results = []
+    for run in (_compiled(loss), loss):
+        value = run(*parts)
+        results.append((value.detach(), *torch.autograd.grad(value, parts)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * float(other.abs().max()))
+
+
+def test_a_compiled_labels_only_loss_of_linear_logits(kernels: Backend) -> None:
+    parts = _parts(kernels)
+    labels = torch.tensor([1, -100, 0, 8], device=kernels.device)
+
+    def loss(*parts: Tensor) -> Tensor:
+        sides = fastkd.LinearLogits(*parts[:3]), fastkd.LinearLogits(*parts[3:])
+        return fastkd.distillation_loss(*sides, labels, alpha=1.0)
+
+    results = []
+    for run in (_compiled(loss), loss):
+        value = run(*parts)
+        results.append((value.detach(), *torch.autograd.grad(value, parts)))
+    _close(*results)
+    assert not any(grad.any() for grad in results[0][4:])
+
+
+@pytest.mark.parametrize("dense", ["student", "teacher", "neither"])
+@pytest.mark.interpreted(1)
+def test_opcheck_of_linear_loss(backend: Backend, dense: str) -> None:
+    parts = _parts(backend)
+    given = torch.randn(4, 9, device=backend.device).requires_grad_()
+    none = (None, None, 1.0, 0.0, torch.float32)
+    student = (given, *none) if dense == "student" else (*parts[:3], 0.5, 3.0, torch.float32)
+    teacher = (given, *none) if dense == "teacher" else (*parts[3:], 1.0, 0.0, torch.float32)
+    keep = torch.tensor([True, False, True, True], device=backend.device)
+    label = torch.tensor([1, -100, 0, 8], device=backend.device)
+    rest = (keep, label, 2, *_plan(fastkd.divergences.kl, 9, hard=0.3))
+    torch.library.opcheck(torch.ops.fastkd.linear_loss, (*student, *teacher, *rest))
+
+
+def test_opcheck_of_linear_grads(backend: Backend) -> None:
+    parts = [x.detach() for x in _parts(backend)]
+    sides = (*parts[:3], 0.5, 3.0, torch.float32, *parts[3:], 1.0, 0.0, torch.float32)
+    rest = (None, None, 0, *_plan(fastkd.divergences.kl, 9), torch.rand(4, device=backend.device))
+    wants = [True, True, False, False, True, True]
+    torch.library.opcheck(torch.ops.fastkd.linear_grads, (*sides, *rest, wants))
