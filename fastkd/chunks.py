@@ -24,7 +24,7 @@ Wants = Sequence[bool]
 
 MOST_CHUNKS = 8  # what a chunk costs beyond its products is paid so often, where memory allows it
 ALIGN = 64  # columns: rows start at multiples of 128 bytes, whatever the vocabulary
-BLOCK = 2**21  # elements of a product that is added by hand: it stays in a cache
+BLOCK = 2**18  # elements of a product that is added by hand: it stays in a core's own cache
 
 
 def _asked() -> int | None:
