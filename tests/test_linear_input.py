@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,9 @@ from bench.memory import allocated_peak
 from fastkd import LinearLogits
 from fastkd.backend import chunks
 from fastkd.chunks import ALIGN, chunk_rows
+
+sys.path.append(str(Path(__file__).parents[1]))  # bench is no part of the installed package
+
 
 N, V, H = 4, 9, 5
 INF = float("inf")
