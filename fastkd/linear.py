@@ -65,7 +65,8 @@ def _nothing(teacher: Operand) -> Tensor:
 
 
 def _tensors(x: Operand) -> tuple[Tensor | None, ...]:
-    return x.tensors if isinstance(x, LinearLogits) else (x,)
+    # kernels read memory as it is, and a view may be one whose numbers are to be negated
+    return x.tensors if isinstance(x, LinearLogits) else (x.resolve_neg(),)
 
 
 def _head(x: Operand) -> Head | None:

@@ -32,6 +32,8 @@ def test_views_whose_numbers_are_negated() -> None:
     torch.testing.assert_close(
         fastkd.kl_div(torch._neg_view(x), teacher), fastkd.kl_div(-x, teacher)
     )
+    head = fastkd.LinearLogits(torch._neg_view(teacher), torch._neg_view(torch.eye(9)))
+    torch.testing.assert_close(fastkd.kl_div(torch._neg_view(x), head), fastkd.kl_div(-x, teacher))
     plain = fastkd.kl_div(x, teacher, reduction="sum")
     weight = torch._neg_view(torch.ones(4))
     torch.testing.assert_close(fastkd.kl_div(x, teacher, weight=weight, reduction="sum"), -plain)
