@@ -36,6 +36,10 @@ class LinearLogits:
     N x V matrices then exist a chunk of rows at a time, and the student's chunk is overwritten by
     its own gradient. The two sides may differ in hidden size and dtype.
 
+    With reduction="none", with a weight or normalizer that requires grad and under torch.compile,
+    backward makes the logits a second time (six products, not four); double backward, the
+    reference backend and a divergence without a dual (for a teacher's gradient) build them in full.
+
     It is made where the logits would be made, and behaves as they would: under `torch.no_grad` it
     takes no part in autograd, under autocast its products run in autocast's dtype.
 
