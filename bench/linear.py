@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
-from bench import gate, report
-from bench.__main__ import Progress, _device, _listed, _output, _positive
+from bench import cli, gate, report
 from bench.cases import CASES, DTYPES, Case
 from bench.measure import MAX_ROUNDS, MIN_ROUNDS, out_of_memory
 from bench.memory import peak_extra
@@ -404,15 +403,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(SOFT)} (kl_div)")
     sets = ", ".join(SHAPES)
     p.add_argument("--shapes", type=_shapes, help=f"ROWSxVOCAB:STUDENTxTEACHER,... or {sets}")
-    p.add_argument("--dtype", type=_listed(DTYPES, "dtype"), help=",".join(DTYPES))
-    p.add_argument("--device", type=_device, help="cpu, cuda, ... (a GPU if there is one)")
+    p.add_argument("--dtype", type=cli.listed(DTYPES, "dtype"), help=",".join(DTYPES))
+    p.add_argument("--device", type=cli.device, help="cpu, cuda, ... (a GPU if there is one)")
     named = {name: name for name in PROVIDERS}
-    p.add_argument("--providers", type=_listed(named, "providers"), help=",".join(PROVIDERS))
-    p.add_argument("--threads", type=_positive(int, "threads"), help="CPU threads")
-    p.add_argument("--seconds", type=_positive(float, "seconds"), default=6.0, help="per input")
+    p.add_argument("--providers", type=cli.listed(named, "providers"), help=",".join(PROVIDERS))
+    p.add_argument("--threads", type=cli.positive(int, "threads"), help="CPU threads")
+    p.add_argument("--seconds", type=cli.positive(float, "seconds"), default=6.0, help="per input")
     p.add_argument("--toy", action="store_true", help="once at a tiny size: it runs")
-    p.add_argument("--json", type=_output, metavar="FILE", help="write everything as JSON")
-    p.add_argument("--plot", type=_output, metavar="FILE", help="time and memory against N and V")
+    p.add_argument("--json", type=cli.output, metavar="FILE", help="write everything as JSON")
+    p.add_argument(
+        "--plot", type=cli.output, metavar="FILE", help="time and memory against N and V"
+    )
     return p
 
 
@@ -430,7 +431,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shapes = a.shapes or SHAPES["toy" if a.toy else "gpu" if on_gpu else "cpu"]
     names = a.providers or [name for name in PROVIDERS if not (a.toy and name == "compile")]
     rounds = (1, 1) if a.toy else (MIN_ROUNDS, MAX_ROUNDS)
-    facts, say = report.machine(device), Progress()
+    facts, say = report.machine(device), cli.Progress()
     results: list[Result] = []
     for name in a.cases or ["kl_div"]:
         for dtype in a.dtype or [torch.bfloat16]:

@@ -31,11 +31,13 @@ template <class V, class M>
 FASTKD_INLINE V half_bits_to_float(M x) {
   const M sign = (x & 0x8000u) << 16;
   const M rest = (x & 0x7FFFu) << 13;
-  // the exponent is 112 too small: a product by 2^112, which also makes subnormals right
-  const V scaled = bits<V>(rest) * 0x1p112f;
-  const M finite = bits<M>(scaled) | sign;
-  const M special = rest | 0x7F800000u | sign;
-  return bits<V>((x & 0x7C00u) == 0x7C00u ? special : finite);
+  // the exponent is 112 too small; a subnormal is the difference of two normal floats, which holds
+  // where the processor takes subnormal operands for 0
+  const M normal = rest + 0x38000000u;
+  const V apart = bits<V>(rest + 0x38800000u) - 0x1p-14f;
+  const M finite = (x & 0x7C00u) == 0u ? bits<M>(apart) : normal;
+  const M special = rest | 0x7F800000u;
+  return bits<V>(((x & 0x7C00u) == 0x7C00u ? special : finite) | sign);
 }
 
 template <class V, class M>

@@ -362,6 +362,12 @@ inline Soft<T> soft_of(const Scratch<T>& scratch, int64_t at, const Part& row, d
     const T add = static_cast<T>(-ratio);
     return {static_cast<T>(k * q), add, static_cast<T>(-ratio - static_cast<double>(add))};
   }
+  if (to.q == 0.0) {
+    // no column of the block has weight, though one may have had under an early base, and an
+    // infinite difference with it
+    __builtin_memset(scratch.kept + 2 * at, 0, uint64_t{2 * kBlock * sizeof(T)});
+    return {T(0), T(0), T(0)};
+  }
   // q (log q - log p - the row's value); a difference of scores is that of logarithms up to the
   // bases under which the block was summed
   const auto moved = [](const Side& side, double base) {

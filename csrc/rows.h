@@ -159,6 +159,12 @@ inline double row_by_trip(const Args& a, int64_t r, const Team& team,
     if (row.value - row.value != 0.0) return row_by_sweeps<T, D>(a, r);
     row.slope = of_t ? 0.0 : row.value;  // sum of q - p, or of the value itself
   }
+  // T of 1e-18 and far logits: factors beyond float would make NaN of columns that have no weight
+  if (a.grad.data != nullptr) {
+    const double k = __builtin_fabs(scale_of<T>(a, r) * a.soft / a.temperature);
+    if (k > kMostShift || k * __builtin_fabs(row.slope) > kMostShift)
+      return row_by_sweeps<T, D>(a, r);
+  }
   double loss = a.soft * row.value;
   if (a.hard != 0.0) {
     const double log_sum = __builtin_log2(row.hard.sum);

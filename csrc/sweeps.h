@@ -87,9 +87,10 @@ inline void stats_sweep(const Plain<T>& read, int64_t vocab, double scale, Stats
       b += exp2((y.b - top) * c);
     }
     side.sum += static_cast<double>(total(a)) + static_cast<double>(total(b));
-    T below = 0;
-    for (int64_t i = 0; i < n; ++i) below += x[i] - static_cast<T>(side.shift());
-    side.below += static_cast<double>(below);
+    double below = 0.0;
+    for (int64_t i = 0; i < n; ++i)
+      below += static_cast<double>(x[i] - static_cast<T>(side.shift()));
+    side.below += below;
   }
 }
 

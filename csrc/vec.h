@@ -234,7 +234,10 @@ FASTKD_INLINE F log(F x, F above) { return log_of<true>(x, above); }
 // While it lives, what would be subnormal is 0: processors take a hundred cycles for each, and a
 // peaked row is full of them.
 class Flush {
-#if defined(__SSE2__)
+#if !defined(__SSE2__)
+ public:
+  Flush() {}  // so that a compiler does not call it unused
+#else
  public:
   Flush() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8000u); }
   ~Flush() { _mm_setcsr(before_); }
