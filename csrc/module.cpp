@@ -10,12 +10,9 @@
 #include <utility>
 #include <vector>
 
-#if defined(FASTKD_X86)
-#include <cpuid.h>
-#endif
-
 #define FASTKD_ISA baseline
 #include "divergence.h"
+#include "isas.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -30,51 +27,18 @@ const int kDivergenceCount = sizeof(kDivergences) / sizeof(kDivergences[0]);
 
 namespace {
 
-struct Isa {
-  const char* name;
-  bool runs;
-  const Kernels* (*kernels)();
-};
-
-#if defined(FASTKD_X86)
-// Asked of the processor: older Clang's builtin does not know this one.
-bool has_f16c() {
-  unsigned eax, ebx, ecx, edx;
-  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
-}
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-}
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-#endif
-
-// Best last.
-const std::vector<Isa>& all() {
-  static const std::vector<Isa> isas = {
-      {"baseline", true, baseline::kernels},
-#if defined(FASTKD_X86)
-      {"avx2", has_avx2(), avx2::kernels},
-      {"avx512", has_avx512(), avx512::kernels},
-#endif
-  };
-  return isas;
-}
-
 const Kernels* running = nullptr;
 
 std::vector<std::string> isas() {
   std::vector<std::string> names;
-  for (const Isa& isa : all())
+  for (const Isa& isa : all_isas())
     if (isa.runs) names.push_back(isa.name);
   return names;
 }
 
 void use_isa(const std::string& name) {
   std::string known;
-  for (const Isa& isa : all()) {
+  for (const Isa& isa : all_isas()) {
     if (isa.name == name) {
       if (!isa.runs) throw std::invalid_argument("isa: this processor does not have " + name);
       running = isa.kernels();
