@@ -1,5 +1,6 @@
 # make demo   a first distillation on real data, then fastkd timed against eager and compiled torch
 # make test   everything that is checked: lint, types, sdist, tests on every backend, toy benchmark
+# make kernels, sanitize, aarch64: the C++ kernels alone, see below
 # make gpu    on a machine with a GPU and its own torch and triton: build, test, measure
 #
 # demo and test make their own environment in .venv; PYTHON and TORCH choose what goes into it.
@@ -11,7 +12,7 @@ RESULTS ?= bench/results
 # of the property tests; SEED= draws another one for every run
 SEED ?= 1
 
-.PHONY: demo test lint sdist gpu clean
+.PHONY: demo test lint sdist kernels sanitize aarch64 gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -25,6 +26,24 @@ lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# The kernels' own test binary (tests/kernels): against the definitions, every buffer between pages
+# that may not be touched, as shipped and under the address and undefined-behaviour sanitizers.
+# SECONDS=3600 fuzzes for an hour; a failing case prints its number, and `check case N` repeats it.
+SECONDS ?= 20
+FUZZ_SEED ?= $(shell date +%s)
+KERNELS = $(RUN) tests/kernels/binary.py --seed $(FUZZ_SEED)
+CLANG := $(if $(shell command -v clang++),clang)
+
+kernels: $(VENV)/ready
+	$(KERNELS) --fuzz 10 native $(CLANG)
+
+sanitize: $(VENV)/ready
+	$(KERNELS) --fuzz $(SECONDS) sanitize
+
+# Cross-compiled and run under qemu; writes tests/kernels/aarch64.json, which says when it passed.
+aarch64: $(VENV)/ready
+	$(KERNELS) --fuzz $(SECONDS) aarch64
 
 # The package as a user gets it: from the sdist, built in an environment of its own, then used from
 # a folder where the checkout is not importable.

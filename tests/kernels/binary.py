@@ -1,0 +1,184 @@
+"""Builds and runs the kernels' own test binary (check.cpp), with the flags of setup.py.
+
+    python tests/kernels/binary.py native|clang|sanitize|aarch64 [--fuzz SECONDS] [--seed N]
+
+runs its fixed cases and then random ones. `aarch64` is cross-compiled, runs under qemu-aarch64 and
+writes what it saw to aarch64.json, which tests/test_kernels.py holds against the source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RECORD = HERE / "aarch64.json"
+JOBS = 2
+
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+
+
+class Variant(NamedTuple):
+    """One way of building the binary: compiler, flags beside setup.py's, what runs it."""
+
+    compiler: str
+    flags: tuple[str, ...] = ()
+    link: tuple[str, ...] = ()
+    x86: bool = True
+    runner: tuple[str, ...] = ()
+
+    def missing(self) -> str | None:
+        """The first tool that is not on this machine."""
+        return next((tool for tool in (self.compiler, *self.runner) if not shutil.which(tool)), None)
+
+
+def setup() -> dict[str, Any]:
+    """The names of setup.py, which is the one place of the kernels' flags."""
+    os.chdir(ROOT)
+    return runpy.run_path(str(ROOT / "setup.py"), run_name="flags")
+
+
+SETUP = setup()
+HOST = os.environ.get("CXX") or "c++"
+VARIANTS = {
+    "native": Variant(HOST, x86=SETUP["X86"]),
+    "clang": Variant("clang++", x86=SETUP["X86"]),
+    # -O2: half the time of building, and at -O3 the checks cost what it would win
+    "sanitize": Variant(HOST, ("-O2", *SANITIZE), tuple(SANITIZE), x86=SETUP["X86"]),
+    "aarch64": Variant(
+        "aarch64-linux-gnu-g++", link=("-static",), x86=False, runner=("qemu-aarch64",)
+    ),
+}
+
+
+def _jobs(variant: Variant, folder: Path) -> dict[Path, list[str]]:
+    """The compiler's command of every object."""
+    csrc = ROOT / "csrc"
+    isas = ["isa_baseline", *(SETUP["ISA_FLAGS"] if variant.x86 else ())]
+    sources = {csrc / f"{name}.cpp": SETUP["ISA_FLAGS"].get(name, []) for name in isas}
+    sources[HERE / "check.cpp"] = []
+    common = [variant.compiler, "-std=c++17", *SETUP["FLAGS"], "-fopenmp-simd", "-pthread"]
+    common += ["-Wall", "-Wextra", "-Werror", f"-I{csrc}", "-g1", *variant.flags]
+    common += ["-DFASTKD_X86=1"] if variant.x86 else []
+    return {
+        folder / f"{source.stem}.o": [*common, *flags, "-c", str(source)]
+        for source, flags in sources.items()
+    }
+
+
+def digest(*folders: Path) -> str:
+    """Of the names and contents of the C++ files in the folders."""
+    files = sorted(
+        (path for folder in folders for path in folder.iterdir()), key=lambda path: path.name
+    )
+    together = hashlib.sha256()
+    for path in files:
+        if path.suffix in (".h", ".inl", ".cpp") and path.name != "module.cpp":
+            together.update(path.name.encode() + b"\0" + path.read_bytes())
+    return together.hexdigest()
+
+
+def kernels_digest() -> str:
+    """Of what the record of aarch64 speaks of: the kernels, their flags, and their test."""
+    flags = json.dumps([SETUP["FLAGS"]])
+    return hashlib.sha256((digest(ROOT / "csrc", HERE) + flags).encode()).hexdigest()
+
+
+def build(name: str) -> Path:
+    """The binary of a variant; built again only where a source or a flag has changed.
+
+    Raises:
+        RuntimeError: the compiler's own words.
+    """
+    variant = VARIANTS[name]
+    folder = ROOT / "build" / "kernels" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    binary, stamp = folder / "check", folder / "stamp"
+    jobs = _jobs(variant, folder)
+    link = [variant.compiler, *map(str, jobs), "-pthread", *variant.link, "-o", str(binary)]
+    state = digest(ROOT / "csrc", HERE) + repr((list(jobs.values()), link, version(variant)))
+    if binary.exists() and stamp.exists() and stamp.read_text() == state:
+        return binary
+    stamp.unlink(missing_ok=True)
+    with ThreadPoolExecutor(JOBS) as pool:
+        list(pool.map(_compile, ([*command, "-o", str(to)] for to, command in jobs.items())))
+    _compile(link)
+    stamp.write_text(state)
+    return binary
+
+
+def _compile(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def version(variant: Variant) -> list[str]:
+    """The first line that each of the variant's tools says of itself."""
+    tools = [variant.compiler, *variant.runner]
+    told = [subprocess.run([tool, "--version"], capture_output=True, text=True) for tool in tools]
+    return [answer.stdout.splitlines()[0] for answer in told]
+
+
+def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Builds a variant and runs its binary with the words; a report is in its output."""
+    binary = build(name)
+    # a fault is reported by the binary itself, with the case in which it happened
+    environment = {**os.environ, "ASAN_OPTIONS": "handle_segv=0:handle_sigbus=0:detect_leaks=0"}
+    command = [*VARIANTS[name].runner, str(binary), *words]
+    return subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def record(reports: dict[str, str]) -> None:
+    """Writes down that aarch64 has passed: when, from what source, with which tools."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    )
+    facts = {
+        "passed": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip() or None,
+        "tools": version(VARIANTS["aarch64"]),
+        "reports": reports,
+        "digest": kernels_digest(),
+    }
+    RECORD.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("variants", nargs="+", choices=VARIANTS)
+    parser.add_argument("--fuzz", default="10", metavar="SECONDS")
+    parser.add_argument("--seed", default="1")
+    options = parser.parse_args()
+    for name in options.variants:
+        missing = VARIANTS[name].missing()
+        if missing is not None:
+            print(f"{name}: {missing} is not on this machine", file=sys.stderr)
+            return 2
+        reports = {}
+        for words in (["check"], ["fuzz", options.fuzz, options.seed]):
+            done = run(name, *words)
+            print(f"{name} {' '.join(words)}: {done.stdout}", end="", flush=True)
+            if done.returncode != 0:
+                return done.returncode
+            reports[" ".join(words)] = done.stdout.strip()
+        if name == "aarch64":
+            record(reports)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+// The kernels' own test: every instruction set against the definitions, between guard pages.
+//
+//   check                fixed cases
+//   fuzz SECONDS SEED    random cases from the seed on, for as long
+//   case SEED            one of those again
+//
+// Exit status: 0 all good, 1 a wrong result, 2 wrong usage, 3 a byte touched that must not be.
+#include <csignal>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "isas.h"
+
+#define FASTKD_ISA baseline
+#include "divergence.h"
+
+#include "arithmetic.h"
+#include "fixed.h"
+
+namespace fastkd {
+#define FASTKD_NAME(name, Struct) #name,
+const char* const kDivergences[] = {FASTKD_DIVERGENCES(FASTKD_NAME)};
+#undef FASTKD_NAME
+const int kDivergenceCount = sizeof(kDivergences) / sizeof(kDivergences[0]);
+}  // namespace fastkd
+
+#if defined(CHECK_ASAN)
+extern "C" void __sanitizer_set_death_callback(void (*)());
+#endif
+
+namespace {
+
+using check::Case;
+using check::Report;
+
+void say(const char* text) {
+  if (write(STDOUT_FILENO, text, std::strlen(text)) < 0) _exit(4);
+}
+
+void say_what_was_under_way() {
+  say("FAILED in ");
+  say(check::under_way);
+  say("\n");
+}
+
+void on_fault(int number) {
+  say(number == SIGFPE || number == SIGILL ? "FAILED: an instruction that does not run\n"
+                                           : "FAILED: a byte was touched that must not be\n");
+  say_what_was_under_way();
+  _exit(3);
+}
+
+void watch() {
+  struct sigaction action = {};
+  action.sa_handler = on_fault;
+  for (int number : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigaction(number, &action, nullptr);
+#if defined(CHECK_ASAN)
+  __sanitizer_set_death_callback(say_what_was_under_way);
+#endif
+}
+
+double seconds() {
+  using Clock = std::chrono::steady_clock;
+  return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
+}
+
+int finish(const Report& report, int64_t cases, double since) {
+  std::string isas;
+  for (const fastkd::Isa& isa : fastkd::all_isas())
+    if (isa.runs) isas += std::string(isas.empty() ? "" : ", ") + isa.name;
+  const double took = seconds() - since;
+  std::printf("%lld cases, %d failures, %.1f s, %.0f cases per second (%s)\n",
+              static_cast<long long>(cases), report.failures, took,
+              static_cast<double>(cases) / took, isas.c_str());
+  return report.failures == 0 ? 0 : 1;
+}
+
+int fixed() {
+  const double since = seconds();
+  Report report;
+  for (const fastkd::Isa& isa : fastkd::all_isas()) {
+    if (!isa.runs) continue;
+    check::functions(isa, report);
+    check::halves(isa, report);
+  }
+  const int64_t cases = check::fixed_cases(report);
+  return finish(report, cases, since);
+}
+
+int fuzz(double limit, uint64_t seed) {
+  const double since = seconds();
+  Report report;
+  int64_t cases = 0;
+  for (; seconds() - since < limit && report.failures == 0; ++cases)
+    check::attempt(check::draw(seed + static_cast<uint64_t>(cases)), report);
+  if (report.failures != 0)
+    std::printf("again by: case %llu\n", static_cast<unsigned long long>(seed) + cases - 1);
+  return finish(report, cases, since);
+}
+
+int one(uint64_t seed) {
+  const double since = seconds();
+  Report report;
+  const Case c = check::draw(seed);
+  std::printf("%s\n", c.text().c_str());
+  check::attempt(c, report);
+  return finish(report, 1, since);
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  const std::string mode = count > 1 ? words[1] : "";
+  watch();
+  if (mode == "check" && count == 2) return fixed();
+  if (mode == "fuzz" && count == 4)
+    return fuzz(std::atof(words[2]), std::strtoull(words[3], nullptr, 10));
+  if (mode == "case" && count == 3) return one(std::strtoull(words[2], nullptr, 10));
+  std::fprintf(stderr, "usage: check | fuzz SECONDS SEED | case SEED\n");
+  return 2;
+}

@@ -1,0 +1,265 @@
+// The definitions: every divergence as a sum over columns, differentiated by arithmetic on (value,
+// derivative) pairs, in a wider type than the kernels'. Nothing here is theirs but the names.
+//
+// p is the teacher, q the student. Beside each number stands how far a computation in the type T of
+// the kernels may be from it: the change when every log-probability moves by a few units in the
+// last place of T, and when a probability below T's normal numbers counts as 0.
+#pragma once
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "values.h"
+
+namespace check {
+
+// Units in the last place of T that a log-probability may be wrong by, relative to its size and to
+// spread(n) of a row of n columns: the shift, the scale, exp2 and log are one to three each, a sum
+// of n rounded terms a few more as n grows. A logarithm near 0 is known to as many parts of 1.
+// More where loops do not vectorise, and a block of a thousand columns is one sum: in double, for
+// calls to the C library's exp2, and under the sanitizers.
+#if defined(CHECK_ASAN)
+template <class T>
+constexpr double kUnits = 128.0;
+#else
+template <class T>
+constexpr double kUnits = sizeof(T) == 8 ? 64.0 : 8.0;
+#endif
+
+template <class R>
+R spread_of(size_t n) {
+  return R(1) + std::log(static_cast<R>(n));
+}
+
+template <class R>
+struct Dual {
+  R x;
+  R d;  // derivative by log q
+};
+template <class R>
+R product(R a, R b) {  // 0 * anything = 0
+  return a == R(0) || b == R(0) ? R(0) : a * b;
+}
+template <class R>
+Dual<R> operator+(Dual<R> a, Dual<R> b) {
+  return {a.x + b.x, a.d + b.d};
+}
+template <class R>
+Dual<R> operator-(Dual<R> a, Dual<R> b) {
+  return {a.x - b.x, a.d - b.d};
+}
+template <class R>
+Dual<R> operator*(R k, Dual<R> a) {
+  return {product(k, a.x), product(k, a.d)};
+}
+// w * x, 0 where the weight w is
+template <class R>
+Dual<R> weigh(Dual<R> w, Dual<R> x) {
+  if (w.x == R(0)) return {R(0), R(0)};
+  return {product(w.x, x.x), product(w.d, x.x) + product(w.x, x.d)};
+}
+template <class R>
+Dual<R> log(Dual<R> a) {
+  if (a.x == R(0)) return {-std::numeric_limits<R>::infinity(), R(0)};
+  return {std::log(a.x), a.d / a.x};
+}
+
+// One column; a probability stands beside its logarithm because the two may be treated apart.
+template <class R>
+struct Point {
+  R logp, logq, p, q;
+  Point(R lp, R lq) : logp(lp), logq(lq), p(std::exp(lp)), q(std::exp(lq)) {}
+};
+
+// The column's numbers as functions of log q.
+template <class R>
+struct Column {
+  Dual<R> p, q, logp, logq;
+  explicit Column(const Point<R>& at)
+      : p{at.p, R(0)}, q{at.q, at.q}, logp{at.logp, R(0)}, logq{at.logq, R(1)} {}
+};
+
+// l(log p, log q) by its definition; a is the divergence's parameter.
+template <class R>
+using Definition = Dual<R> (*)(const Column<R>& c, R a);
+
+template <class R>
+Definition<R> definition_of(const std::string& name) {
+  using C = const Column<R>&;
+  if (name == "kl") return [](C c, R) { return weigh(c.p, c.logp - c.logq); };
+  if (name == "reverse_kl") return [](C c, R) { return weigh(c.q, c.logq - c.logp); };
+  if (name == "js")
+    return [](C c, R a) {
+      const Dual<R> logm = log(a * c.p + (R(1) - a) * c.q);
+      return a * weigh(c.p, c.logp - logm) + (R(1) - a) * weigh(c.q, c.logq - logm);
+    };
+  if (name == "skew_kl")
+    return [](C c, R a) { return weigh(c.p, c.logp - log(a * c.p + (R(1) - a) * c.q)); };
+  if (name == "skew_reverse_kl")
+    return [](C c, R a) { return weigh(c.q, c.logq - log((R(1) - a) * c.p + a * c.q)); };
+  if (name == "tv")
+    return [](C c, R) {
+      const R sign = c.p.x > c.q.x ? R(1) : c.p.x < c.q.x ? R(-1) : R(0);
+      return (sign / R(2)) * (c.p - c.q);
+    };
+  std::fprintf(stderr, "oracle.h: no definition of the divergence '%s'\n", name.c_str());
+  std::exit(2);
+}
+
+template <class R>
+Dual<R> pointwise(Definition<R> definition, const Point<R>& at, R a) {
+  if (at.p == R(0) && at.q == R(0)) return {R(0), R(0)};
+  return definition(Column<R>(at), a);
+}
+
+// A number, how far T may be from it, and whether T can say anything about it at all.
+template <class R>
+struct Truth {
+  R value = R(0);
+  R slack = R(0);
+};
+
+template <class R>
+struct Softmax {
+  std::vector<R> logs;     // log probability of each column
+  std::vector<bool> lost;  // whether its distance from the maximum is more than T can hold
+  R top = -std::numeric_limits<R>::infinity();
+  R sum = R(0);  // of exp((x - top) / temperature)
+  Truth<R> below;  // sum of x - top
+  R sum_slack = R(0);
+  bool empty = false;   // -inf everywhere
+  bool broken = false;  // a NaN or +inf
+};
+
+template <class R, class T>
+Softmax<R> softmax(const std::vector<R>& x, double temperature) {
+  constexpr R unit = std::numeric_limits<T>::epsilon(), largest = std::numeric_limits<T>::max();
+  const R spread = spread_of<R>(x.size());
+  Softmax<R> side;
+  for (R v : x) {
+    side.broken |= !(v < std::numeric_limits<R>::infinity());
+    side.top = std::max(side.top, v);
+  }
+  side.empty = !side.broken && side.top == -std::numeric_limits<R>::infinity();
+  if (side.broken || side.empty) return side;
+  const R t = static_cast<R>(temperature);
+  for (R v : x) {
+    const R score = (v - side.top) / t, e = std::exp(score);
+    side.logs.push_back(score);
+    // in units of log 2, as the kernels count; a quarter for a sum or difference of such scores
+    side.lost.push_back(v > -std::numeric_limits<R>::infinity() &&
+                        (side.top - v > largest / 2 || -score > largest / 4));
+    side.sum += e;
+    side.sum_slack += product(e, unit * R(kUnits<T>) * (spread - score));
+    side.below.value += v - side.top;
+    side.below.slack += R(kUnits<T>) * unit * spread * (side.top - v);
+  }
+  for (R& y : side.logs) y -= std::log(side.sum);
+  return side;
+}
+
+template <class R>
+struct RowTruth {
+  bool broken = false;  // NaN in the loss and in every column of the gradient
+  bool vague = false;   // beyond what T can hold: only NaN or not is undefined, nothing is checked
+  bool no_gradient = false;  // an infinite loss has none
+  Truth<R> value, slope;     // the divergence and its sum of centred slopes
+  Truth<R> hard;             // the cross-entropy
+  std::vector<Truth<R>> soft_grad;  // by column, of the divergence by the logit times T
+  std::vector<Truth<R>> hard_grad;
+};
+
+// The divergence of one row.
+template <class R, class T>
+void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax<R>& t,
+                RowTruth<R>& row) {
+  constexpr R unit = R(kUnits<T>) * std::numeric_limits<T>::epsilon();
+  const R tiny = R(8) * std::numeric_limits<T>::min(), inf = std::numeric_limits<R>::infinity();
+  const size_t n = s.logs.size();
+  const R spread = spread_of<R>(n);
+  const Definition<R> definition = definition_of<R>(name);
+  // the slope per unit of q that the kernels leave out, see "centred" in fastkd/divergence.py
+  const R centre = pointwise(definition, Point<R>(R(0), R(0)), a).d;
+  std::vector<Truth<R>> slopes(n);
+  const auto centred = [&](const Point<R>& at, R param) {
+    Dual<R> l = pointwise(definition, at, param);
+    l.d -= product(centre, at.q);
+    return l;
+  };
+  for (size_t i = 0; i < n; ++i) {
+    const Point<R> at(t.logs[i], s.logs[i]);
+    const Dual<R> l = centred(at, a);
+    R slack = unit * (std::fabs(l.x) + at.p + at.q);
+    R slope_slack = unit * (std::fabs(l.d) + at.p + at.q);
+    const auto moved = [&](const Point<R>& other, R param) {
+      const Dual<R> m = centred(other, param);
+      row.vague |= (m.x < inf) != (l.x < inf);
+      if (m.x != l.x) slack += std::fabs(m.x - l.x);
+      if (m.d != l.d) slope_slack += std::fabs(m.d - l.d);
+    };
+    const R by_p = unit * (spread - at.logp), by_q = unit * (spread - at.logq);
+    if (by_p < inf) moved(Point<R>(at.logp - by_p, at.logq), a);
+    if (by_q < inf) moved(Point<R>(at.logp, at.logq - by_q), a);
+    moved(at, a * (R(1) - unit));
+    Point<R> flushed = at;
+    if (at.p < tiny) flushed.p = R(0);
+    if (at.q < tiny) flushed.q = R(0);
+    if (t.lost[i]) flushed.logp = -inf;
+    if (s.lost[i]) flushed.logq = -inf;
+    if (at.p < tiny || at.q < tiny) {
+      moved(flushed, a);
+      slope_slack += tiny;
+    }
+    row.value.value += l.x;
+    row.value.slack += slack;
+    row.slope.value += l.d;
+    row.slope.slack += slope_slack;
+    slopes[i] = {l.d, slope_slack};
+  }
+  row.vague |= !(row.value.slack < inf) && row.value.value < inf;
+  row.no_gradient = !(row.value.value < inf) || !(row.slope.slack < inf);
+  for (size_t i = 0; i < n; ++i) {
+    const R q = std::exp(s.logs[i]);
+    const R by_q = q < tiny ? tiny : product(q, unit * (spread - s.logs[i]));
+    const R of_sum = product(q, row.slope.value);
+    row.soft_grad.push_back(
+        {slopes[i].value - of_sum,
+         slopes[i].slack + product(by_q, std::fabs(row.slope.value)) +
+             product(q, row.slope.slack) + unit * (std::fabs(slopes[i].value) + std::fabs(of_sum))});
+  }
+}
+
+// Cross-entropy at T = 1; a label that is no column here takes its term from a logit of 0.
+template <class R, class T>
+void hard_truth(const Softmax<R>& s, int64_t label, R smoothing, int64_t classes,
+                RowTruth<R>& row) {
+  constexpr R unit = R(kUnits<T>) * std::numeric_limits<T>::epsilon();
+  const int64_t n = static_cast<int64_t>(s.logs.size());
+  const R tiny = R(8) * std::numeric_limits<T>::min();
+  const R inf = std::numeric_limits<R>::infinity(), log_sum = std::log(s.sum);
+  const R spread = spread_of<R>(s.logs.size()), even = smoothing / static_cast<R>(classes);
+  const bool here = label >= 0 && label < n;
+  const R at_label = here ? s.logs[static_cast<size_t>(label)] : -(s.top + log_sum);
+  row.hard.value = product(smoothing - R(1), at_label);
+  row.hard.slack = unit * (spread + std::fabs(at_label) + (here ? R(0) : std::fabs(s.top)));
+  if (here && s.lost[static_cast<size_t>(label)]) row.vague = true;
+  if (smoothing != R(0)) {
+    const R mean = s.below.value / static_cast<R>(classes);
+    row.hard.value += smoothing * (log_sum - mean);
+    row.hard.slack += smoothing * (unit * spread + s.below.slack / static_cast<R>(classes));
+    if (s.below.value > -inf && -s.below.value > std::numeric_limits<T>::max() / 4)
+      row.vague = true;  // the sum over a block is one of T
+  }
+  if (!(row.hard.value < inf)) row.hard.slack = R(0);
+  for (int64_t j = 0; j < n; ++j) {
+    const R logq = s.logs[static_cast<size_t>(j)], q = std::exp(logq);
+    const R hot = j == label ? R(1) - smoothing : R(0);
+    const R by_q = q < tiny ? tiny : product(q, unit * (spread - logq));
+    row.hard_grad.push_back({q - even - hot, by_q + unit * (even + hot)});
+  }
+}
+
+}  // namespace check
