@@ -3,44 +3,74 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pybind11")  # setup.py, from which the flags are read, needs it
+if sys.platform == "win32":
+    pytest.skip("guard pages by mmap: not on Windows", allow_module_level=True)
+pytest.importorskip("pybind11", reason="setup.py, where the kernels' flags stand, imports it")
 
 from kernels import binary
 
-# so that a run of CI and one by hand are about different cases; printed where one fails
-SECONDS = "20"
+# the first of the random cases, as in test_properties.py: another one for every run
+SEED = int(os.environ.get("FASTKD_TEST_SEED") or random.SystemRandom().randrange(2**32))
+FUZZ = ("fuzz", "20", str(SEED * 1_000_000))  # seconds; `make sanitize SECONDS=3600` is the long one
+SHORT = ("fuzz", "8", str(SEED * 1_000_000))
 
 
-def _build(name: str) -> Path:
-    missing = binary.VARIANTS[name].missing()
+def require_tools(variant: str) -> None:
+    missing = binary.VARIANTS[variant].missing()
     if missing is not None:
         pytest.skip(f"{missing} is not on this machine")
-    return binary.build(name)
 
 
-def _passes(name: str, *words: str) -> str:
-    _build(name)
-    done = binary.run(name, *words)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+def assert_passes(variant: str, *words: str) -> None:
+    require_tools(variant)
+    done = binary.run(variant, *words)
+    assert done.returncode == 0, f"{binary.build(variant)} {' '.join(words)}\n{done.stdout}"
+    assert " 0 failures" in done.stdout
 
 
-def _lacks_sanitizers() -> bool:
-    """Whether the compiler cannot build an empty program with them."""
-    command = [binary.HOST, *binary.SANITIZE, "-x", "c++", "-", "-o", "/dev/null"]
-    return subprocess.run(command, input=b"int main() {}", capture_output=True).returncode != 0
+@pytest.fixture(scope="module")
+def sanitizers() -> None:
+    require_tools("sanitize")
+    command = [binary.HOST, *binary.SANITIZE, "-x", "c++", "-", "-o", os.devnull]
+    built = subprocess.run(command, input="int main() {}", capture_output=True, text=True)
+    if built.returncode != 0:
+        pytest.skip(f"{binary.HOST} does not build with its sanitizers: {built.stderr}")
 
 
-def test_fixed_cases() -> None:
-    assert " 0 failures" in _passes("native", "check")
+@pytest.mark.parametrize("words", [("check",), FUZZ], ids=["fixed", "random"])
+def test_between_guard_pages(words: tuple[str, ...]) -> None:
+    assert_passes("native", *words)
 
 
-def test_random_cases_between_guard_pages(seed: int) -> None:
-    assert " 0 failures" in _passes("native", "fuzz", SECONDS, str(seed))
+@pytest.mark.parametrize("words", [("check",), SHORT], ids=["fixed", "random"])
+def test_under_the_sanitizers(sanitizers: None, words: tuple[str, ...]) -> None:
+    assert_passes("sanitize", *words)
+
+
+def test_aarch64() -> None:
+    """Its record speaks of these kernels; if not, they are run where the tools are there."""
+    facts = json.loads(binary.RECORD.read_text()) if binary.RECORD.exists() else {}
+    if facts.get("csrc") == binary.digest(binary.ROOT / "csrc"):
+        assert all(" 0 failures" in report for report in facts["reports"].values())
+        return
+    missing = binary.VARIANTS["aarch64"].missing()
+    assert missing is None, (
+        f"the kernels in csrc/ have changed since they last passed on aarch64 "
+        f"({facts.get('passed', 'never')}, {binary.RECORD.name}), and {missing} is not here to run "
+        "them: run `make aarch64` where qemu-aarch64 and aarch64-linux-gnu-g++ are"
+    )
+    assert_passes("aarch64", "check")
+    assert_passes("aarch64", *SHORT)
+
+
+def test_a_wrong_kernel_is_caught() -> None:
+    """The binary's exit status is what all of the above stands on."""
+    require_tools("native")
+    assert binary.run("native", "no such word").returncode == 2

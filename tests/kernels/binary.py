@@ -1,6 +1,6 @@
 """Builds and runs the kernels' own test binary (check.cpp), with the flags of setup.py.
 
-    python tests/kernels/binary.py native|clang|sanitize|aarch64 [--fuzz SECONDS] [--seed N]
+    python tests/kernels/binary.py native|clang|sanitize|threads|aarch64 ... [--fuzz SECONDS] [--seed N]
 
 runs its fixed cases and then random ones. `aarch64` is cross-compiled, runs under qemu-aarch64 and
 writes what it saw to aarch64.json, which tests/test_kernels.py holds against the source.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ RECORD = HERE / "aarch64.json"
 JOBS = 2
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+THREADS = "-fsanitize=thread"
 
 
 class Variant(NamedTuple):
@@ -40,7 +42,8 @@ class Variant(NamedTuple):
 
     def missing(self) -> str | None:
         """The first tool that is not on this machine."""
-        return next((tool for tool in (self.compiler, *self.runner) if not shutil.which(tool)), None)
+        tools = (self.compiler, *self.runner)
+        return next((tool for tool in tools if not shutil.which(tool)), None)
 
 
 def setup() -> dict[str, Any]:
@@ -56,6 +59,7 @@ VARIANTS = {
     "clang": Variant("clang++", x86=SETUP["X86"]),
     # -O2: half the time of building, and at -O3 the checks cost what it would win
     "sanitize": Variant(HOST, ("-O2", *SANITIZE), tuple(SANITIZE), x86=SETUP["X86"]),
+    "threads": Variant(HOST, ("-O2", THREADS), (THREADS,), x86=SETUP["X86"]),
     "aarch64": Variant(
         "aarch64-linux-gnu-g++", link=("-static",), x86=False, runner=("qemu-aarch64",)
     ),
@@ -79,20 +83,11 @@ def _jobs(variant: Variant, folder: Path) -> dict[Path, list[str]]:
 
 def digest(*folders: Path) -> str:
     """Of the names and contents of the C++ files in the folders."""
-    files = sorted(
-        (path for folder in folders for path in folder.iterdir()), key=lambda path: path.name
-    )
     together = hashlib.sha256()
-    for path in files:
+    for path in sorted(path for folder in folders for path in folder.iterdir()):
         if path.suffix in (".h", ".inl", ".cpp") and path.name != "module.cpp":
             together.update(path.name.encode() + b"\0" + path.read_bytes())
     return together.hexdigest()
-
-
-def kernels_digest() -> str:
-    """Of what the record of aarch64 speaks of: the kernels, their flags, and their test."""
-    flags = json.dumps([SETUP["FLAGS"]])
-    return hashlib.sha256((digest(ROOT / "csrc", HERE) + flags).encode()).hexdigest()
 
 
 def build(name: str) -> Path:
@@ -104,17 +99,19 @@ def build(name: str) -> Path:
     variant = VARIANTS[name]
     folder = ROOT / "build" / "kernels" / name
     folder.mkdir(parents=True, exist_ok=True)
-    binary, stamp = folder / "check", folder / "stamp"
     jobs = _jobs(variant, folder)
+    binary, stamp = folder / "check", folder / "stamp"
     link = [variant.compiler, *map(str, jobs), "-pthread", *variant.link, "-o", str(binary)]
     state = digest(ROOT / "csrc", HERE) + repr((list(jobs.values()), link, version(variant)))
-    if binary.exists() and stamp.exists() and stamp.read_text() == state:
-        return binary
-    stamp.unlink(missing_ok=True)
-    with ThreadPoolExecutor(JOBS) as pool:
-        list(pool.map(_compile, ([*command, "-o", str(to)] for to, command in jobs.items())))
-    _compile(link)
-    stamp.write_text(state)
+    with (folder / "lock").open("w") as lock:  # tests may ask for it from several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if binary.exists() and stamp.exists() and stamp.read_text() == state:
+            return binary
+        stamp.unlink(missing_ok=True)
+        with ThreadPoolExecutor(JOBS) as pool:
+            list(pool.map(_compile, ([*command, "-o", str(to)] for to, command in jobs.items())))
+        _compile(link)
+        stamp.write_text(state)
     return binary
 
 
@@ -152,7 +149,7 @@ def record(reports: dict[str, str]) -> None:
         "commit": commit.stdout.strip() or None,
         "tools": version(VARIANTS["aarch64"]),
         "reports": reports,
-        "digest": kernels_digest(),
+        "csrc": digest(ROOT / "csrc"),
     }
     RECORD.write_text(json.dumps(facts, indent=2) + "\n")
 

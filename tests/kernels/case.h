@@ -42,7 +42,7 @@ struct Case {
   DType student = DType::f32, teacher = DType::f32, grad = DType::f32;
   int64_t a = 1, b = 2, vocab = 1, width = 1, classes = 1;
   double temperature = 1.0, param = 0.5, soft = 1.0, hard = 0.0, smoothing = 0.0, factor = 1.0;
-  bool keep = false, scale = false, equal = false, threads = false;
+  bool keep = false, scale = false, equal = false, threads = false, flush = false;
   Content content = Content::any;
 
   bool wide() const { return student == DType::f64 || teacher == DType::f64; }
@@ -52,12 +52,13 @@ struct Case {
     char line[400];
     std::snprintf(line, sizeof line,
                   "seed %llu: %s, student %s, teacher %s, gradient %s, rows %lld x %lld, vocab %lld "
-                  "of %lld, T %g, param %g, soft %g, hard %g, smoothing %g, factor %g%s%s%s",
+                  "of %lld, T %g, param %g, soft %g, hard %g, smoothing %g, factor %g%s%s%s%s",
                   static_cast<unsigned long long>(seed), kDivergences[divergence],
                   name_of(student), name_of(teacher), name_of(grad), static_cast<long long>(a),
                   static_cast<long long>(b), static_cast<long long>(vocab),
                   static_cast<long long>(width), temperature, param, soft, hard, smoothing, factor,
-                  keep ? ", keep" : "", scale ? ", scale" : "", equal ? ", equal sides" : "");
+                  keep ? ", keep" : "", scale ? ", scale" : "", equal ? ", equal sides" : "",
+                  flush ? ", subnormals flushed" : "");
     return line;
   }
 };
@@ -110,6 +111,7 @@ inline Case draw(uint64_t seed) {
   c.scale = random.chance(0.4);
   c.equal = random.chance(0.1);
   c.threads = random.chance(0.2);
+  c.flush = random.chance(0.1);
   if (random.chance(0.5)) c.content = static_cast<Content>(random.below(int(Content::count)));
   return c;
 }

@@ -18,6 +18,7 @@
 
 #include "arithmetic.h"
 #include "fixed.h"
+#include "large.h"
 
 namespace fastkd {
 #define FASTKD_NAME(name, Struct) #name,
@@ -46,8 +47,9 @@ void say_what_was_under_way() {
 }
 
 void on_fault(int number) {
-  say(number == SIGFPE || number == SIGILL ? "FAILED: an instruction that does not run\n"
-                                           : "FAILED: a byte was touched that must not be\n");
+  say(number == SIGABRT  ? "FAILED: the memory's book-keeping is broken\n"
+      : number == SIGILL ? "FAILED: an instruction that does not run\n"
+                         : "FAILED: a byte was touched that must not be\n");
   say_what_was_under_way();
   _exit(3);
 }
@@ -55,7 +57,7 @@ void on_fault(int number) {
 void watch() {
   struct sigaction action = {};
   action.sa_handler = on_fault;
-  for (int number : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigaction(number, &action, nullptr);
+  for (int number : {SIGSEGV, SIGBUS, SIGABRT, SIGILL}) sigaction(number, &action, nullptr);
 #if defined(CHECK_ASAN)
   __sanitizer_set_death_callback(say_what_was_under_way);
 #endif
@@ -80,12 +82,15 @@ int finish(const Report& report, int64_t cases, double since) {
 int fixed() {
   const double since = seconds();
   Report report;
+  int64_t cases = 0;
   for (const fastkd::Isa& isa : fastkd::all_isas()) {
     if (!isa.runs) continue;
     check::functions(isa, report);
     check::halves(isa, report);
+    cases += check::distant_rows(isa, report);
   }
-  const int64_t cases = check::fixed_cases(report);
+  cases += check::fixed_cases(report);
+  cases += check::long_rows(1, report);
   return finish(report, cases, since);
 }
 
@@ -96,7 +101,8 @@ int fuzz(double limit, uint64_t seed) {
   for (; seconds() - since < limit && report.failures == 0; ++cases)
     check::attempt(check::draw(seed + static_cast<uint64_t>(cases)), report);
   if (report.failures != 0)
-    std::printf("again by: case %llu\n", static_cast<unsigned long long>(seed) + cases - 1);
+    std::printf("again by: case %llu\n",
+                static_cast<unsigned long long>(seed + static_cast<uint64_t>(cases - 1)));
   return finish(report, cases, since);
 }
 

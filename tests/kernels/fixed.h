@@ -36,6 +36,29 @@ inline int64_t late_maxima(uint64_t seed, Report& report) {
   return number;
 }
 
+// Torch's switch for subnormal numbers, where tails of probabilities meet a small parameter.
+inline int64_t flushed_tails(uint64_t seed, Report& report) {
+  int64_t number = 0;
+  for (int divergence = 0; divergence < kDivergenceCount; ++divergence) {
+    for (double param : {0.1, 0.9, 1e-6}) {
+      for (const Pair& pair : kPairs) {
+        Case c;
+        c.seed = seed + static_cast<uint64_t>(number++);
+        c.divergence = divergence;
+        c.student = c.grad = pair.student;
+        c.teacher = pair.teacher;
+        c.vocab = c.width = c.classes = 500;
+        c.temperature = 0.1;
+        c.param = param;
+        c.flush = true;
+        c.content = Content::normal;
+        attempt(c, report);
+      }
+    }
+  }
+  return number;
+}
+
 inline std::vector<int64_t> small_vocabs() {
   std::vector<int64_t> all;
   for (int64_t v = 1; v <= 40; ++v) all.push_back(v);
@@ -66,6 +89,7 @@ inline int64_t fixed_cases(Report& report) {
         c.scale = number % 4 == 1;
         c.keep = number % 7 == 3;
         c.threads = number % 16 == 5;
+        c.flush = number % 13 == 7;
         c.equal = number % 11 == 4;
         c.content = content;
         ++number;
@@ -81,7 +105,7 @@ inline int64_t fixed_cases(Report& report) {
       c.b = 2;
     }
   }
-  return number + late_maxima(seed, report);
+  return number + late_maxima(seed, report) + flushed_tails(seed, report);
 }
 
 }  // namespace check

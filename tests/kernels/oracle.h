@@ -137,6 +137,7 @@ struct Softmax {
 template <class R, class T>
 Softmax<R> softmax(const std::vector<R>& x, double temperature) {
   constexpr R unit = std::numeric_limits<T>::epsilon(), largest = std::numeric_limits<T>::max();
+  constexpr R least = std::numeric_limits<T>::min();
   const R spread = spread_of<R>(x.size());
   Softmax<R> side;
   for (R v : x) {
@@ -155,7 +156,7 @@ Softmax<R> softmax(const std::vector<R>& x, double temperature) {
     side.sum += e;
     side.sum_slack += product(e, unit * R(kUnits<T>) * (spread - score));
     side.below.value += v - side.top;
-    side.below.slack += R(kUnits<T>) * unit * spread * (side.top - v);
+    side.below.slack += R(kUnits<T>) * unit * spread * (side.top - v) + least;
   }
   for (R& y : side.logs) y -= std::log(side.sum);
   return side;
@@ -180,6 +181,8 @@ void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax
   const R tiny = R(8) * std::numeric_limits<T>::min(), inf = std::numeric_limits<R>::infinity();
   const size_t n = s.logs.size();
   const R spread = spread_of<R>(n);
+  // below this a product of a probability and a share of the mixture is no normal number of T
+  const R lost = tiny / std::min(a, R(1) - a);
   const Definition<R> definition = definition_of<R>(name);
   // the slope per unit of q that the kernels leave out, see "centred" in fastkd/divergence.py
   const R centre = pointwise(definition, Point<R>(R(0), R(0)), a).d;
@@ -192,8 +195,8 @@ void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax
   for (size_t i = 0; i < n; ++i) {
     const Point<R> at(t.logs[i], s.logs[i]);
     const Dual<R> l = centred(at, a);
-    R slack = unit * (std::fabs(l.x) + at.p + at.q);
-    R slope_slack = unit * (std::fabs(l.d) + at.p + at.q);
+    R slack = lost + unit * (std::fabs(l.x) + at.p + at.q);
+    R slope_slack = lost + unit * (std::fabs(l.d) + at.p + at.q);
     const auto moved = [&](const Point<R>& other, R param) {
       const Dual<R> m = centred(other, param);
       row.vague |= (m.x < inf) != (l.x < inf);
@@ -209,10 +212,7 @@ void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax
     if (at.q < tiny) flushed.q = R(0);
     if (t.lost[i]) flushed.logp = -inf;
     if (s.lost[i]) flushed.logq = -inf;
-    if (at.p < tiny || at.q < tiny) {
-      moved(flushed, a);
-      slope_slack += tiny;
-    }
+    if (at.p < tiny || at.q < tiny) moved(flushed, a);
     row.value.value += l.x;
     row.value.slack += slack;
     row.slope.value += l.d;
@@ -223,7 +223,7 @@ void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax
   row.no_gradient = !(row.value.value < inf) || !(row.slope.slack < inf);
   for (size_t i = 0; i < n; ++i) {
     const R q = std::exp(s.logs[i]);
-    const R by_q = q < tiny ? tiny : product(q, unit * (spread - s.logs[i]));
+    const R by_q = tiny + product(q, unit * (spread - s.logs[i]));
     const R of_sum = product(q, row.slope.value);
     row.soft_grad.push_back(
         {slopes[i].value - of_sum,
@@ -257,7 +257,7 @@ void hard_truth(const Softmax<R>& s, int64_t label, R smoothing, int64_t classes
   for (int64_t j = 0; j < n; ++j) {
     const R logq = s.logs[static_cast<size_t>(j)], q = std::exp(logq);
     const R hot = j == label ? R(1) - smoothing : R(0);
-    const R by_q = q < tiny ? tiny : product(q, unit * (spread - logq));
+    const R by_q = tiny + product(q, unit * (spread - logq));
     row.hard_grad.push_back({q - even - hot, by_q + unit * (even + hot)});
   }
 }

@@ -4,14 +4,10 @@
 
 #include <thread>
 
+#include "call.h"
 #include "compare.h"
 
 namespace check {
-
-// The one place where a row kernel is called.
-inline void call(fastkd::Rows kernel, const fastkd::Args& a, int64_t begin, int64_t end) {
-  kernel(a, begin, end);
-}
 
 template <class T>
 class Trial {
@@ -54,7 +50,7 @@ class Trial {
     Guarded loss(n_ * size(), p.random.chance(0.5));
     fastkd::Args a = p.args();
     a.out = loss.data();
-    call(passes_.fused, a, 0, n_);
+    call(passes_.fused, a, 0, n_, c.flush);
     report_.expect(loss.intact(), "bytes beside the losses were written");
     truth_.losses(loss);
   }
@@ -68,7 +64,7 @@ class Trial {
     a.stream = stream;
     a.out = loss.data();
     grad.seal(c.width, p.keep(), true);
-    call(passes_.fused, a, 0, n_);
+    call(passes_.fused, a, 0, n_, c.flush);
     grad.unseal();
     finish(grad, loss);
   }
@@ -105,8 +101,8 @@ class Trial {
     a.out = loss.data();
     const int64_t at = p.random.between(0, n_);
     grad.seal(c.width, p.keep(), true);
-    std::thread other([&] { call(passes_.fused, a, at, n_); });
-    call(passes_.fused, a, 0, at);
+    std::thread other([&] { call(passes_.fused, a, at, n_, c.flush); });
+    call(passes_.fused, a, 0, at, c.flush);
     other.join();
     grad.unseal();
     finish(grad, loss);
@@ -127,7 +123,7 @@ class Trial {
     if (alias) a.teacher = a.grad;
     a.out = loss.data();
     grad.seal(c.width, p.keep(), true);
-    call(passes_.fused, a, 0, n_);
+    call(passes_.fused, a, 0, n_, c.flush);
     grad.unseal();
     finish(grad, loss);
     same(grad, loss, fresh, first);
@@ -176,7 +172,7 @@ class Trial {
     a.stats_t = t.data();
     a.stats_hard = one.data();
     a.out = both.data();
-    call(passes_.loss, a, 0, n_);
+    call(passes_.loss, a, 0, n_, c.flush);
     report_.expect(both.intact(), "bytes beside the losses were written");
     for (int64_t r = 0; r < n_; ++r) {
       slope.as<T>()[r] = both.as<T>()[2 * r + 1];
@@ -189,7 +185,7 @@ class Trial {
     a.slope = slope.data();
     a.out = nullptr;
     grad.seal(c.width, p.keep(), true);
-    call(passes_.grad, a, 0, n_);
+    call(passes_.grad, a, 0, n_, c.flush);
     grad.unseal();
     report_.expect(grad.intact(), "bytes beside the gradient were written");
     truth_.gradients(grad);
@@ -201,7 +197,7 @@ class Trial {
     a.student = x.operand();
     a.temperature = temperature;
     a.out = out.data();
-    call(stats_, a, 0, n_);
+    call(stats_, a, 0, n_, c.flush);
     out.read_only();
     report_.expect(out.intact(), "bytes beside the stats were written");
   }

@@ -29,6 +29,7 @@ struct Format {
   int mantissa;  // bits stored
   int bias() const { return (1 << (exponent - 1)) - 1; }
   double largest() const { return std::ldexp(2.0 - std::ldexp(1.0, -mantissa), bias()); }
+  double smallest_normal() const { return std::ldexp(1.0, 1 - bias()); }
   double smallest() const { return std::ldexp(1.0, 1 - bias() - mantissa); }
   double unit() const { return std::ldexp(1.0, -mantissa - 1); }  // of one rounding
 };
