@@ -1,8 +1,13 @@
-// The one place where a row kernel is called, with subnormal numbers flushed to 0 or not: torch has
-// a switch for that (torch.set_flush_denormal), and whoever sets it calls the kernels so.
+// The one place where a row kernel is called, and what it asks of its surroundings: a team of
+// threads, a scratch, and whether subnormal numbers are flushed to 0 (torch has a switch for that,
+// torch.set_flush_denormal, and whoever sets it calls the kernels so).
 #pragma once
 
-#include "kernels.h"
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "guard.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -40,10 +45,44 @@ class Flushing {
   uint64_t before_;
 };
 
+// Threads that take the tasks from the last to the first, so that an order is no help.
+struct Backwards {
+  static fastkd::Team team(int threads) { return {threads, run}; }
+  static void run(int threads, int64_t tasks, void (*task)(void*, int64_t), void* argument) {
+    const auto share = [=](int64_t from) {
+      for (int64_t i = tasks - 1 - from; i >= 0; i -= threads) task(argument, i);
+    };
+    std::vector<std::thread> others;
+    for (int k = 1; k < threads; ++k) others.emplace_back(share, k);
+    share(0);
+    for (std::thread& other : others) other.join();
+  }
+};
+
+// Whether there is memory for a scratch: without it the kernels have a second way.
+inline bool scratch_given = true;
+
+// A row kernel of either kind, called as whoever has set `flush` does.
 inline void call(fastkd::Rows kernel, const fastkd::Args& a, int64_t begin, int64_t end,
                  bool flush) {
   const Flushing flushing(flush);
   kernel(a, begin, end);
+}
+inline void call(fastkd::TeamRows kernel, const fastkd::Args& a, int64_t begin, int64_t end,
+                 bool flush, const fastkd::Team& team = {}) {
+  const Flushing flushing(flush);
+  kernel(a, begin, end, team);
+}
+
+// What the kernels' scratch() is here: new for every call, between guard pages, and full of NaN.
+inline char* fresh_scratch(int64_t bytes) {
+  static thread_local std::unique_ptr<Guarded> given;
+  given.reset();
+  if (!scratch_given) return nullptr;
+  given.reset(new Guarded((bytes + 63) / 64 * 64, true));
+  given->hide();
+  given->show(given->data(), bytes);
+  return given->data();
 }
 
 }  // namespace check

@@ -20,6 +20,7 @@ enum class Content {
   peaked,     // nearly all mass on one column
   ties,       // few different values
   constant,
+  plateau,    // one number in all columns but one
   masked,     // a third of the columns -inf, on both sides alike
   one_hot,    // -inf everywhere but in one column
   late,       // -inf up to a column of the last quarter, then numbers far below or above 0
@@ -43,10 +44,11 @@ struct Case {
   int64_t a = 1, b = 2, vocab = 1, width = 1, classes = 1;
   double temperature = 1.0, param = 0.5, soft = 1.0, hard = 0.0, smoothing = 0.0, factor = 1.0;
   bool keep = false, scale = false, equal = false, threads = false, flush = false;
-  Content content = Content::any;
+  Content content = Content::any, of_teacher = Content::any;  // any: as the student's
 
   bool wide() const { return student == DType::f64 || teacher == DType::f64; }
   int64_t rows() const { return a * b; }
+  bool same() const { return student == teacher && student == grad; }  // dtypes
 
   std::string text() const {
     char line[400];
@@ -72,8 +74,9 @@ inline int64_t draw_vocab(Random& random) {
   if (kind < 0.5) return random.between(1, 80);
   if (kind < 0.7) return random.pick(edges);
   if (kind < 0.98) return random.between(81, 3000);
-  if (kind < 0.995) return random.between(3000, 9000);
-  return random.between(9000, 40000);
+  // around the chunks that threads take, and several of them
+  if (kind < 0.99) return fastkd::kChunk * random.between(1, 2) + random.between(-2, 2);
+  return random.between(3000, 4 * fastkd::kChunk);
 }
 
 inline double draw_temperature(Random& random) {
@@ -110,9 +113,10 @@ inline Case draw(uint64_t seed) {
   c.keep = random.chance(0.4);
   c.scale = random.chance(0.4);
   c.equal = random.chance(0.1);
-  c.threads = random.chance(0.2);
+  c.threads = random.chance(c.vocab > fastkd::kChunk ? 0.8 : 0.2);
   c.flush = random.chance(0.1);
   if (random.chance(0.5)) c.content = static_cast<Content>(random.below(int(Content::count)));
+  if (random.chance(0.3)) c.of_teacher = static_cast<Content>(random.below(int(Content::count)));
   return c;
 }
 
@@ -145,6 +149,7 @@ inline uint64_t draw_bits(Random& random, Content content, DType dtype, double u
     case Content::far: x += 1000.0; break;
     case Content::ties: x = static_cast<double>(random.between(-2, 2)); break;
     case Content::constant: x = 1.5; break;
+    case Content::plateau: x = -0.7; break;
     case Content::subnormal:
       return ((random.next() & ((uint64_t{1} << f.mantissa) - 1)) | sign) & mask;
     case Content::largest:
@@ -172,7 +177,7 @@ inline void fill_row(Random& random, uint64_t common, Content content, const Tab
   const double far = std::fmax(-f.largest() / 2, 1000.0 * random.normal() * unit);
   for (int64_t i = 0; i < n; ++i) {
     uint64_t bits = draw_bits(random, content, dtype, unit);
-    if (content == Content::peaked && i == one)
+    if ((content == Content::peaked || content == Content::plateau) && i == one)
       bits = encode(std::fmin(f.largest(), 40.0 * unit), dtype);
     if (content == Content::masked && shared.chance(0.33) && i != one) bits = minus_inf;
     if (content == Content::one_hot && i != one) bits = minus_inf;

@@ -25,6 +25,7 @@ namespace fastkd {
 const char* const kDivergences[] = {FASTKD_DIVERGENCES(FASTKD_NAME)};
 #undef FASTKD_NAME
 const int kDivergenceCount = sizeof(kDivergences) / sizeof(kDivergences[0]);
+char* scratch(int64_t bytes) { return check::fresh_scratch(bytes); }
 }  // namespace fastkd
 
 #if defined(CHECK_ASAN)

@@ -65,7 +65,7 @@ inline int64_t distant_rows(const fastkd::Isa& isa, Report& report) {
       a.vocab = a.width = a.classes = kVocab;
       a.param = 0.5;
       float losses[2], first[2];
-      const fastkd::Rows fused = isa.kernels()->passes[divergence][0].fused;
+      const fastkd::TeamRows fused = isa.kernels()->passes[divergence].fused[int(dtype)];
       a.student = near(x), a.teacher = near(y), a.grad = near(expected), a.out = first;
       call(fused, a, 0, 2, false);
       a.student = s.operand(), a.teacher = t.operand(), a.grad = g.operand(), a.out = losses;

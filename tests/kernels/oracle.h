@@ -19,15 +19,9 @@ namespace check {
 // Units in the last place of T that a log-probability may be wrong by, relative to its size and to
 // spread(n) of a row of n columns: the shift, the scale, exp2 and log are one to three each, a sum
 // of n rounded terms a few more as n grows. A logarithm near 0 is known to as many parts of 1.
-// More where loops do not vectorise, and a block of a thousand columns is one sum: in double, for
-// calls to the C library's exp2, and under the sanitizers.
-#if defined(CHECK_ASAN)
-template <class T>
-constexpr double kUnits = 128.0;
-#else
+// Of double more: a block of it is two sums of a thousand columns.
 template <class T>
 constexpr double kUnits = sizeof(T) == 8 ? 64.0 : 8.0;
-#endif
 
 template <class R>
 R spread_of(size_t n) {
@@ -156,7 +150,7 @@ Softmax<R> softmax(const std::vector<R>& x, double temperature) {
     side.sum += e;
     side.sum_slack += product(e, unit * R(kUnits<T>) * (spread - score));
     side.below.value += v - side.top;
-    side.below.slack += R(kUnits<T>) * unit * spread * (side.top - v) + least;
+    side.below.slack += R(kUnits<T>) * unit * spread * (side.top - v) + R(3) * least;
   }
   for (R& y : side.logs) y -= std::log(side.sum);
   return side;
@@ -200,8 +194,9 @@ void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax
     const auto moved = [&](const Point<R>& other, R param) {
       const Dual<R> m = centred(other, param);
       row.vague |= (m.x < inf) != (l.x < inf);
-      if (m.x != l.x) slack += std::fabs(m.x - l.x);
-      if (m.d != l.d) slope_slack += std::fabs(m.d - l.d);
+      // a little more, for the move itself changes p and q
+      if (m.x != l.x) slack += R(1.01) * std::fabs(m.x - l.x);
+      if (m.d != l.d) slope_slack += R(1.01) * std::fabs(m.d - l.d);
     };
     const R by_p = unit * (spread - at.logp), by_q = unit * (spread - at.logq);
     if (by_p < inf) moved(Point<R>(at.logp - by_p, at.logq), a);
@@ -232,24 +227,24 @@ void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax
   }
 }
 
-// Cross-entropy at T = 1; a label that is no column here takes its term from a logit of 0.
+// Cross-entropy at T = 1; a label that is no column here takes its term from a logit of 0. In its
+// gradient smoothing / classes is still to be taken off.
 template <class R, class T>
-void hard_truth(const Softmax<R>& s, int64_t label, R smoothing, int64_t classes,
-                RowTruth<R>& row) {
+void hard_truth(const Softmax<R>& s, int64_t label, R smoothing, RowTruth<R>& row) {
   constexpr R unit = R(kUnits<T>) * std::numeric_limits<T>::epsilon();
   const int64_t n = static_cast<int64_t>(s.logs.size());
   const R tiny = R(8) * std::numeric_limits<T>::min();
   const R inf = std::numeric_limits<R>::infinity(), log_sum = std::log(s.sum);
-  const R spread = spread_of<R>(s.logs.size()), even = smoothing / static_cast<R>(classes);
+  const R spread = spread_of<R>(s.logs.size());
   const bool here = label >= 0 && label < n;
   const R at_label = here ? s.logs[static_cast<size_t>(label)] : -(s.top + log_sum);
   row.hard.value = product(smoothing - R(1), at_label);
   row.hard.slack = unit * (spread + std::fabs(at_label) + (here ? R(0) : std::fabs(s.top)));
   if (here && s.lost[static_cast<size_t>(label)]) row.vague = true;
   if (smoothing != R(0)) {
-    const R mean = s.below.value / static_cast<R>(classes);
+    const R mean = s.below.value / static_cast<R>(n);
     row.hard.value += smoothing * (log_sum - mean);
-    row.hard.slack += smoothing * (unit * spread + s.below.slack / static_cast<R>(classes));
+    row.hard.slack += smoothing * (unit * spread + s.below.slack / static_cast<R>(n));
     if (s.below.value > -inf && -s.below.value > std::numeric_limits<T>::max() / 4)
       row.vague = true;  // the sum over a block is one of T
   }
@@ -258,7 +253,7 @@ void hard_truth(const Softmax<R>& s, int64_t label, R smoothing, int64_t classes
     const R logq = s.logs[static_cast<size_t>(j)], q = std::exp(logq);
     const R hot = j == label ? R(1) - smoothing : R(0);
     const R by_q = tiny + product(q, unit * (spread - logq));
-    row.hard_grad.push_back({q - even - hot, by_q + unit * (even + hot)});
+    row.hard_grad.push_back({q - hot, by_q + unit * hot});
   }
 }
 

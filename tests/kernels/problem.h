@@ -96,7 +96,7 @@ class Problem {
     a.teacher = teacher.operand();
     a.vocab = c.vocab;
     a.width = c.width;
-    a.classes = c.classes;
+    a.classes = c.vocab;
     a.keep = keep();
     a.label = label();
     a.scale = scale();
@@ -134,22 +134,23 @@ class Problem {
     const bool fits = c.temperature < largest && c.temperature > smallest;
     return fits && random.chance(0.6) ? c.temperature : 1.0;
   }
-  Content draw_content() {
-    if (c.content != Content::any) return c.content;
+  Content draw_content(Content given) {
+    if (given != Content::any) return given;
     const bool number = random.chance(0.8);
     return static_cast<Content>(random.below(int(number ? Content::count_of_numbers
                                                         : Content::count)));
   }
   void fill(int64_t r) {
     const uint64_t common = random.next();
-    fill_row(random, common, draw_content(), student, r, unit_of(c.student));
+    fill_row(random, common, draw_content(c.content), student, r, unit_of(c.student));
     if (c.equal) {
       for (int64_t i = 0; i < c.vocab; ++i)
         write_bits(teacher.at(r, i), c.teacher,
                    c.student == c.teacher ? student.bits(r, i)
                                           : encode(decode(student.bits(r, i), c.student), c.teacher));
     } else {
-      fill_row(random, common, draw_content(), teacher, r, unit_of(c.teacher));
+      const Content own = c.of_teacher != Content::any ? c.of_teacher : c.content;
+      fill_row(random, common, draw_content(own), teacher, r, unit_of(c.teacher));
     }
   }
 
@@ -174,7 +175,7 @@ class Problem {
     if (row.of.broken || row.dead) return row;
     soft_truth<R, T>(kDivergences[c.divergence], static_cast<R>(c.param), row.s, row.t, row.of);
     if (c.hard != 0.0)
-      hard_truth<R, T>(row.one, label()[r], static_cast<R>(c.smoothing), c.classes, row.of);
+      hard_truth<R, T>(row.one, label()[r], static_cast<R>(c.smoothing), row.of);
     return row;
   }
 

@@ -14,22 +14,29 @@ class Trial {
  public:
   Trial(Problem<T>& problem, const fastkd::Isa& isa, Report& report)
       : p(problem), c(problem.c), isa_(isa), report_(report), truth_(problem, report), n_(c.rows()) {
-    const int wide = sizeof(T) == 8;
-    passes_ = isa.kernels()->passes[c.divergence][wide];
+    constexpr int wide = sizeof(T) == 8;
+    const fastkd::Passes& passes = isa.kernels()->passes[c.divergence];
+    const DType widest = wide ? DType::f64 : DType::f32;
+    bare_ = passes.fused[int(c.student == c.teacher ? c.student : widest)];
+    fused_ = passes.fused[int(c.same() ? c.student : widest)];
+    loss_ = passes.loss[wide];
+    grad_ = passes.grad[wide];
     stats_ = isa.kernels()->stats[wide];
   }
 
   void run() {
+    if (fused_ == nullptr) return;  // float64 is the baseline's alone
     no_gradient();
     Table fresh(c.grad, c.a, c.b, c.width, layout());
     Guarded loss(n_ * size(), p.random.chance(0.5));
     fused("fused", fresh, loss, p.teacher.operand(), false);
     truth_.losses(loss);
-    truth_.gradients(fresh);
+    truth_.gradients(fresh, c.vocab);
     again("the same again", fresh, loss, false);
     again("streamed", fresh, loss, true);
     if (p.refill_dropped()) again("other numbers in dropped rows", fresh, loss, false);
     if (c.threads) on_threads(fresh, loss);
+    if (p.random.chance(0.2)) without_scratch();
     if (c.grad == c.student) {
       in_place("in place", fresh, loss, false);
       if (p.teacher_is_student())
@@ -50,7 +57,7 @@ class Trial {
     Guarded loss(n_ * size(), p.random.chance(0.5));
     fastkd::Args a = p.args();
     a.out = loss.data();
-    call(passes_.fused, a, 0, n_, c.flush);
+    call(bare_, a, 0, n_, c.flush);
     report_.expect(loss.intact(), "bytes beside the losses were written");
     truth_.losses(loss);
   }
@@ -64,7 +71,7 @@ class Trial {
     a.stream = stream;
     a.out = loss.data();
     grad.seal(c.width, p.keep(), true);
-    call(passes_.fused, a, 0, n_, c.flush);
+    call(fused_, a, 0, n_, c.flush);
     grad.unseal();
     finish(grad, loss);
   }
@@ -92,8 +99,10 @@ class Trial {
     same(grad, loss, fresh, first);
   }
 
+  // Rows over threads, and the chunks of a row over a team: in any split the same bits.
   void on_threads(const Table& fresh, const Guarded& first) {
-    start("fused on two threads");
+    start("fused on several threads");
+    const int threads = static_cast<int>(p.random.between(2, 4));
     Table grad(c.grad, c.a, c.b, c.width, layout());
     Guarded loss(n_ * size(), p.random.chance(0.5));
     fastkd::Args a = p.args();
@@ -101,12 +110,23 @@ class Trial {
     a.out = loss.data();
     const int64_t at = p.random.between(0, n_);
     grad.seal(c.width, p.keep(), true);
-    std::thread other([&] { call(passes_.fused, a, at, n_, c.flush); });
-    call(passes_.fused, a, 0, at, c.flush);
+    std::thread other([&] { call(fused_, a, at, n_, c.flush, Backwards::team(threads)); });
+    call(fused_, a, 0, at, c.flush);
     other.join();
     grad.unseal();
     finish(grad, loss);
     same(grad, loss, fresh, first);
+  }
+
+  // As where memory is short; the sums are then others, so against the definitions.
+  void without_scratch() {
+    scratch_given = false;
+    Table grad(c.grad, c.a, c.b, c.width, layout());
+    Guarded loss(n_ * size(), p.random.chance(0.5));
+    fused("fused without a scratch", grad, loss, p.teacher.operand(), false);
+    scratch_given = true;
+    truth_.losses(loss);
+    truth_.gradients(grad, c.vocab);
   }
 
   void in_place(const char* pass, const Table& fresh, const Guarded& first, bool alias) {
@@ -123,7 +143,7 @@ class Trial {
     if (alias) a.teacher = a.grad;
     a.out = loss.data();
     grad.seal(c.width, p.keep(), true);
-    call(passes_.fused, a, 0, n_, c.flush);
+    call(fused_, a, 0, n_, c.flush);
     grad.unseal();
     finish(grad, loss);
     same(grad, loss, fresh, first);
@@ -158,13 +178,11 @@ class Trial {
     const Guarded s(3 * n_ * size(), p.random.chance(0.5)), t(3 * n_ * size(), true),
         one(3 * n_ * size(), true);
     stats("stats of the student", p.student, c.temperature, s);
+    for (int64_t r = 0; r < n_; ++r) truth_.stat(s, r, p.row(r).s);
     stats("stats of the teacher", p.teacher, c.temperature, t);
+    for (int64_t r = 0; r < n_; ++r) truth_.stat(t, r, p.row(r).t);
     stats("stats at T = 1", p.student, 1.0, one);
-    for (int64_t r = 0; r < n_; ++r) {
-      truth_.stat(s, r, p.row(r).s);
-      truth_.stat(t, r, p.row(r).t);
-      truth_.stat(one, r, p.row(r).one);
-    }
+    for (int64_t r = 0; r < n_; ++r) truth_.stat(one, r, p.row(r).one);
     start("loss");
     Guarded both(2 * n_ * size(), p.random.chance(0.5)), slope(n_ * size(), true);
     fastkd::Args a = p.args();
@@ -172,7 +190,7 @@ class Trial {
     a.stats_t = t.data();
     a.stats_hard = one.data();
     a.out = both.data();
-    call(passes_.loss, a, 0, n_, c.flush);
+    call(loss_, a, 0, n_, c.flush);
     report_.expect(both.intact(), "bytes beside the losses were written");
     for (int64_t r = 0; r < n_; ++r) {
       slope.as<T>()[r] = both.as<T>()[2 * r + 1];
@@ -180,15 +198,16 @@ class Trial {
     }
     start("grad");
     slope.read_only();
+    a.classes = c.classes;  // more than the columns here where the vocabulary is split
     Table grad(c.grad, c.a, c.b, c.width, layout());
     a.grad = grad.operand();
     a.slope = slope.data();
     a.out = nullptr;
     grad.seal(c.width, p.keep(), true);
-    call(passes_.grad, a, 0, n_, c.flush);
+    call(grad_, a, 0, n_, c.flush);
     grad.unseal();
     report_.expect(grad.intact(), "bytes beside the gradient were written");
-    truth_.gradients(grad);
+    truth_.gradients(grad, c.classes);
   }
 
   void stats(const char* pass, const Table& x, double temperature, const Guarded& out) {
@@ -208,8 +227,8 @@ class Trial {
   Report& report_;
   Against<T> truth_;
   int64_t n_;
-  fastkd::Passes passes_;
-  fastkd::Rows stats_;
+  fastkd::TeamRows bare_, fused_;  // without and with a gradient
+  fastkd::Rows loss_, grad_, stats_;
 };
 
 // Whether one case holds on every instruction set that this processor runs.
