@@ -18,8 +18,11 @@ from kernels import binary
 
 # the first of the random cases, as in test_properties.py: another one for every run
 SEED = int(os.environ.get("FASTKD_TEST_SEED") or random.SystemRandom().randrange(2**32))
-FUZZ = ("fuzz", "20", str(SEED * 1_000_000))  # seconds; `make sanitize SECONDS=3600` is the long one
-SHORT = ("fuzz", "8", str(SEED * 1_000_000))
+
+
+def fuzz(seconds: int) -> tuple[str, ...]:
+    """`make sanitize SECONDS=3600` is the long one."""
+    return "fuzz", str(seconds), str(SEED * 1_000_000)
 
 
 def require_tools(variant: str) -> None:
@@ -44,12 +47,12 @@ def sanitizers() -> None:
         pytest.skip(f"{binary.HOST} does not build with its sanitizers: {built.stderr}")
 
 
-@pytest.mark.parametrize("words", [("check",), FUZZ], ids=["fixed", "random"])
+@pytest.mark.parametrize("words", [("check",), fuzz(20)], ids=["fixed", "random"])
 def test_between_guard_pages(words: tuple[str, ...]) -> None:
     assert_passes("native", *words)
 
 
-@pytest.mark.parametrize("words", [("check",), SHORT], ids=["fixed", "random"])
+@pytest.mark.parametrize("words", [("check",), fuzz(10)], ids=["fixed", "random"])
 def test_under_the_sanitizers(sanitizers: None, words: tuple[str, ...]) -> None:
     assert_passes("sanitize", *words)
 
@@ -67,7 +70,7 @@ def test_aarch64() -> None:
         "them: run `make aarch64` where qemu-aarch64 and aarch64-linux-gnu-g++ are"
     )
     assert_passes("aarch64", "check")
-    assert_passes("aarch64", *SHORT)
+    assert_passes("aarch64", *fuzz(5))
 
 
 def test_a_wrong_kernel_is_caught() -> None:

@@ -16,6 +16,11 @@ constexpr Pair kPairs[] = {
     {DType::f16, DType::bf16}, {DType::f64, DType::f32},   {DType::f16, DType::f64},
 };
 
+inline bool has_parameter(int divergence) {
+  const std::string name = kDivergences[divergence];
+  return name != "kl" && name != "reverse_kl" && name != "tv";
+}
+
 // What was once wrong, in every divergence and pair of dtypes; returns how many cases.
 inline int64_t once_wrong(uint64_t seed, Report& report) {
   Case late;  // what was kept of blocks that are -inf became NaN under a maximum far below 0
@@ -47,6 +52,7 @@ inline int64_t once_wrong(uint64_t seed, Report& report) {
     for (int divergence = 0; divergence < kDivergenceCount; ++divergence) {
       for (const Pair& pair : kPairs) {
         for (double param : {0.1, 1.0 - 1e-6}) {
+          if (param != 0.1 && (pair.student == DType::f64 || !has_parameter(divergence))) continue;
           Case c = once;
           c.seed = seed + static_cast<uint64_t>(number++);
           c.divergence = divergence;
@@ -98,13 +104,14 @@ inline int64_t fixed_cases(Report& report) {
         ++number;
         attempt(c, report);
       };
+      // long double takes its time where it is software (aarch64): fewer long rows of float64
       for (int64_t vocab : small_vocabs())
-        if (!c.wide() || vocab <= 40 || vocab % 3 == 0) run(vocab, Content::flat);
+        if (!c.wide() || vocab <= 40 || vocab % 9 == 0) run(vocab, Content::flat);
       for (int content = 0; content < int(Content::count); ++content)
         run(75, static_cast<Content>(content));
       c.b = 1;
       static const int64_t large[] = {8191, 8193, 16383, 16385, 16386, 33000};
-      run(large[(number / 3) % 6], Content::flat);
+      run(c.wide() ? fastkd::kChunk + 1 : large[(number / 3) % 6], Content::flat);
       c.b = 2;
     }
   }

@@ -12,6 +12,7 @@
 
 #include "values.h"
 
+// Where the kernels are built with AddressSanitizer: it works to the byte, pages do not.
 #if defined(CHECK_ASAN)
 #include <sanitizer/asan_interface.h>
 #endif

@@ -8,14 +8,6 @@
 
 #include "kernels.h"
 
-#if defined(__SANITIZE_ADDRESS__)
-#define CHECK_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define CHECK_ASAN 1
-#endif
-#endif
-
 namespace check {
 
 using fastkd::DType;
