@@ -71,10 +71,10 @@ struct ReverseKL {
 };
 
 // With m the mixture, x / m - 1 is a multiple of (p - q) / m, which keeps its digits near p = q; and
-// where p is much smaller, q / m by way of p / m is exact at p = 0, in every column alike.
+// where p / m is small, q / m by way of it is exact at p = 0, in every column alike.
 template <class V>
-FASTKD_INLINE auto far(V p, V q) {
-  return p + p < q;
+FASTKD_INLINE auto small(V share) {
+  return share < V{} + 0.5f;
 }
 
 struct JS {
@@ -83,9 +83,9 @@ struct JS {
   static FASTKD_INLINE Rated<V> at(V p, V q, T beta) {
     const T rest = T(1) - beta;
     const V over_m = over_mixture(p, q, beta), gap = (q - p) * over_m, share = p * over_m;
-    const V above = beta * (far(p, q) ? -share : gap);
-    const V of_q = log(far(p, q) ? T(1) + above : q * over_m, above);
-    const V rate = rest * (far(p, q) ? of_q - log(splat(rest)) : of_q);
+    const V above = beta * (small(share) ? -share : gap);
+    const V of_q = log(small(share) ? T(1) + above : q * over_m, above);
+    const V rate = rest * (small(share) ? of_q - log(splat(rest)) : of_q);
     return {fma(beta * p, log(share, -rest * gap), q * rate), rate};
   }
 };
@@ -97,7 +97,7 @@ struct SkewKL {
     const T rest = T(1) - alpha;
     const V over_m = over_mixture(p, q, alpha), gap = rest * ((p - q) * over_m), share = p * over_m;
     // rest - rest * p / m, in the form that rounds least: exact at p = 0 and at p = q
-    const V rate = far(p, q) ? rest - rest * share : -rest * gap;
+    const V rate = small(share) ? rest - rest * share : -rest * gap;
     return {p * log(share, gap), rate};
   }
 };
@@ -108,10 +108,10 @@ struct SkewReverseKL {
   static FASTKD_INLINE Rated<V> at(V p, V q, T alpha) {
     const T rest = T(1) - alpha;
     const V over_m = over_mixture(q, p, alpha), gap = (q - p) * over_m, share = p * over_m;
-    const V above = rest * (far(p, q) ? -share : gap);
-    const V near = log(far(p, q) ? T(1) + above : q * over_m, above);
-    const V log_q = far(p, q) ? near - log(splat(alpha)) : near;  // of q / m
-    return {q * log_q, log_q - rest * (far(p, q) ? T(1) - share : alpha * gap)};
+    const V above = rest * (small(share) ? -share : gap);
+    const V near = log(small(share) ? T(1) + above : q * over_m, above);
+    const V log_q = small(share) ? near - log(splat(alpha)) : near;  // of q / m
+    return {q * log_q, log_q - rest * (small(share) ? T(1) - share : alpha * gap)};
   }
 };
 

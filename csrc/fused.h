@@ -356,9 +356,17 @@ inline Soft<T> soft_of(const Scratch<T>& scratch, int64_t at, const Part& row, d
   const ToProbability to(scratch, at, row);
   if (E == Expectation::none) return {static_cast<T>(k * to.q), static_cast<T>(-row.slope), T(0)};
   if (E == Expectation::teacher) {
-    // a block where the student has next to nothing must not take the teacher's part with it
-    const double q = larger(to.q, to.p * 0x1p-80);
-    const double ratio = q == 0.0 ? 0.0 : to.p / q;
+    double q = to.q, ratio = to.p / q;
+    if (!(ratio < 0x1p80)) {
+      // the student has next to nothing in the block, in units of which the teacher's would overflow
+      const Vec<T> less = splat(static_cast<T>(to.p == 0.0 ? 0.0 : to.q / to.p));
+      T* kept = scratch.kept + 2 * at;
+      for (int64_t i = 0; i < 2 * kBlock; i += 2 * kGroup<T>) {
+        storeu(kept + i, loadu<Vec<T>>(kept + i) * less);
+        storeu(kept + i + Simd<T>::lanes, loadu<Vec<T>>(kept + i + Simd<T>::lanes) * less);
+      }
+      q = to.p, ratio = 1.0;
+    }
     const T add = static_cast<T>(-ratio);
     return {static_cast<T>(k * q), add, static_cast<T>(-ratio - static_cast<double>(add))};
   }
