@@ -23,9 +23,12 @@ namespace check {
 template <class T>
 constexpr double kUnits = sizeof(T) == 8 ? 64.0 : 8.0;
 
+// A lane of the narrowest vectors adds up to 256 terms of a block, one after the other; where they
+// are equal, and small beside what they are added to, every rounding goes the same way.
 template <class R>
 R spread_of(size_t n) {
-  return R(1) + std::log(static_cast<R>(n));
+  const R terms = static_cast<R>(n);
+  return R(1) + std::log(terms) + std::min(terms, R(2048)) / R(256);
 }
 
 template <class R>
@@ -175,8 +178,10 @@ void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax
   const R tiny = R(8) * std::numeric_limits<T>::min(), inf = std::numeric_limits<R>::infinity();
   const size_t n = s.logs.size();
   const R spread = spread_of<R>(n);
-  // below this a product of a probability and a share of the mixture is no normal number of T
-  const R lost = tiny / std::min(a, R(1) - a);
+  // below this a product of a probability and a share of the mixture is no normal number of T; and
+  // so small a part of the row's mass may as well be 0
+  const R nothing = std::ldexp(R(1), sizeof(T) == 8 ? -75 : -44);
+  const R lost = std::max(tiny / std::min(a, R(1) - a), nothing);
   const Definition<R> definition = definition_of<R>(name);
   // the slope per unit of q that the kernels leave out, see "centred" in fastkd/divergence.py
   const R centre = pointwise(definition, Point<R>(R(0), R(0)), a).d;
@@ -189,7 +194,7 @@ void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax
   for (size_t i = 0; i < n; ++i) {
     const Point<R> at(t.logs[i], s.logs[i]);
     const Dual<R> l = centred(at, a);
-    R slack = lost + unit * (std::fabs(l.x) + at.p + at.q);
+    R slack = lost + unit * (spread * std::fabs(l.x) + at.p + at.q);
     R slope_slack = lost + unit * (std::fabs(l.d) + at.p + at.q);
     const auto moved = [&](const Point<R>& other, R param) {
       const Dual<R> m = centred(other, param);
@@ -211,11 +216,15 @@ void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax
     row.value.value += l.x;
     row.value.slack += slack;
     row.slope.value += l.d;
-    row.slope.slack += slope_slack;
+    row.slope.slack += slope_slack + unit * spread * std::fabs(l.d);
     slopes[i] = {l.d, slope_slack};
   }
   row.vague |= !(row.value.slack < inf) && row.value.value < inf;
   row.no_gradient = !(row.value.value < inf) || !(row.slope.slack < inf);
+  // kernels may take all slopes relative to that of the most probable column, per unit of q
+  const size_t top = static_cast<size_t>(std::max_element(s.logs.begin(), s.logs.end()) -
+                                         s.logs.begin());
+  const R shared = unit * spread * std::fabs(slopes[top].value) / std::exp(s.logs[top]);
   for (size_t i = 0; i < n; ++i) {
     const R q = std::exp(s.logs[i]);
     const R by_q = tiny + product(q, unit * (spread - s.logs[i]));
@@ -223,7 +232,7 @@ void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax
     row.soft_grad.push_back(
         {slopes[i].value - of_sum,
          slopes[i].slack + product(by_q, std::fabs(row.slope.value)) +
-             product(q, row.slope.slack) + unit * (std::fabs(slopes[i].value) + std::fabs(of_sum))});
+             product(q, row.slope.slack + shared) + unit * (std::fabs(slopes[i].value) + std::fabs(of_sum))});
   }
 }
 
