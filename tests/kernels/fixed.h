@@ -39,7 +39,7 @@ inline int64_t once_wrong(uint64_t seed, Report& report) {
   Case outgrown;  // an infinite difference of columns that lose their weight to a later block
   outgrown.vocab = 4500;
   outgrown.b = 4;
-  outgrown.temperature = 0.1;
+  outgrown.temperature = 0.02;
   outgrown.content = Content::plateau;
   outgrown.of_teacher = Content::some_minus_inf;
   Case equal_terms;  // a sum of equal terms, one after the other in float, lost digits
