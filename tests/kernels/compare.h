@@ -114,7 +114,10 @@ class Against {
                    (row.of.hard_grad[i].slack + R(kUnits<T>) * std::numeric_limits<T>::epsilon() * even);
         }
         if (exactly_nothing(r)) exact = slack = R(0);
-        one(grad, r, j, factor * exact, std::fabs(factor) * slack);
+        slack *= std::fabs(factor);
+        if (!exactly_nothing(r))
+          slack += R(2) * std::numeric_limits<T>::min() * row.of.steepness[i];
+        one(grad, r, j, factor * exact, slack);
       }
     }
   }

@@ -167,6 +167,7 @@ struct RowTruth {
   Truth<R> value, slope;     // the divergence and its sum of centred slopes
   Truth<R> hard;             // the cross-entropy
   std::vector<Truth<R>> soft_grad;  // by column, of the divergence by the logit times T
+  std::vector<R> steepness;  // what q times the row's factor is multiplied by, and may underflow
   std::vector<Truth<R>> hard_grad;
 };
 
@@ -178,10 +179,8 @@ void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax
   const R tiny = R(8) * std::numeric_limits<T>::min(), inf = std::numeric_limits<R>::infinity();
   const size_t n = s.logs.size();
   const R spread = spread_of<R>(n);
-  // below this a product of a probability and a share of the mixture is no normal number of T; and
-  // so small a part of the row's mass may as well be 0
-  const R nothing = std::ldexp(R(1), sizeof(T) == 8 ? -75 : -44);
-  const R lost = std::max(tiny / std::min(a, R(1) - a), nothing);
+  // below this a product of a probability and a share of the mixture is no normal number of T
+  const R lost = tiny / std::min(a, R(1) - a);
   const Definition<R> definition = definition_of<R>(name);
   // the slope per unit of q that the kernels leave out, see "centred" in fastkd/divergence.py
   const R centre = pointwise(definition, Point<R>(R(0), R(0)), a).d;
@@ -232,7 +231,10 @@ void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax
     row.soft_grad.push_back(
         {slopes[i].value - of_sum,
          slopes[i].slack + product(by_q, std::fabs(row.slope.value)) +
-             product(q, row.slope.slack + shared) + unit * (std::fabs(slopes[i].value) + std::fabs(of_sum))});
+             product(q, row.slope.slack + shared) +
+             unit * (std::fabs(slopes[i].value) + std::fabs(of_sum))});
+    const R rate = q > R(0) ? std::fabs(slopes[i].value / q) : R(0);
+    row.steepness.push_back(rate + std::fabs(row.slope.value));
   }
 }
 
