@@ -347,7 +347,8 @@ struct Soft {
     const Vec<T> first = loadu<Vec<T>>(kept), other = loadu<Vec<T>>(kept + 2 * Simd<T>::lanes);
     if constexpr (S == Shape::difference)
       return fma(splat(digits), other, fma(splat(add), other, first)) * splat(by);
-    return first * ((other + splat(add)) * splat(by));
+    // in this order: a factor and a difference of scores may be more than a float holds together
+    return (first * splat(by)) * (other + splat(add));
   }
 };
 
