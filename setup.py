@@ -23,7 +23,7 @@ ISA_FLAGS = {
 }
 HEADERS = [
     *("isas.h", "kernels.h", "threads.h", "vec.h", "dtype.h", "divergence.h"),
-    *("sweeps.h", "fused.h", "rows.h", "kernels.inl"),
+    *("sweeps.h", "fused.h", "rows.h", "sparse.h", "kernels.inl"),
 ]
 SOURCES = ["module", "threads", "isa_baseline", *(ISA_FLAGS if X86 else ())]
 

@@ -24,6 +24,27 @@ struct Operand {
   }
 };
 
+// The K points of a row against a teacher that names so many of its columns, and the tail's. In:
+// natural logarithms of both sides' probabilities, and the student's. Out: the value, the sum of
+// slopes, the tail's own, and in `slope` each column's gradient by its logit times T.
+struct Points {
+  double* logp = nullptr;
+  double* logq = nullptr;
+  double* q = nullptr;
+  double* slope = nullptr;
+  int64_t k = 0;
+  double tail_p = 0.0;
+  double tail_q = 0.0;
+  double q_tail = 0.0;
+  double total = 0.0;  // of the exponentials that q was made of
+  bool alone = false;  // no tail: the terms of the named columns are the whole loss
+  double param = 0.0;
+  double centre = 0.0;  // see fastkd/divergence.py
+  double value = 0.0;
+  double sum = 0.0;
+  double of_tail = 0.0;
+};
+
 // Arguments of the passes; `void*` is float* or double* by the kernel's accumulation type, and a
 // null pointer is an argument that is not given. See fastkd/backend.py for their meaning.
 struct Args {
@@ -47,6 +68,13 @@ struct Args {
   const void* stats_t = nullptr;
   const void* stats_hard = nullptr;
   const void* slope = nullptr;
+  const void* logprobs = nullptr;  // [N, k], as indices; of `sparse`
+  const int64_t* indices = nullptr;
+  const void* tail = nullptr;  // [N]
+  int64_t k = 0;
+  bool restricted = false;
+  double centre = 0.0;
+  void (*points)(Points&) = nullptr;
   void* out = nullptr;  // loss [N] of fused, [N, 2] of loss, [N, 3] of stats
 };
 
@@ -72,6 +100,7 @@ struct Passes {
   TeamRows fused[4];
   Rows loss[2];
   Rows grad[2];
+  void (*points)(Points&);  // of `sparse`; the baseline's only
 };
 
 // One table per instruction set; what takes float64 stands in the baseline's only.
@@ -79,6 +108,7 @@ struct Kernels {
   const char* isa;
   const Passes* passes;  // by divergence, in the order of kDivergences
   const Rows* stats;     // [2]
+  TeamRows sparse[4];    // by dtype, as fused
   void (*multiply)(char* data, DType dtype, int64_t n, double by);
   void (*exp2)(const float*, float*, int64_t);
   void (*log)(const float*, float*, int64_t);

@@ -1,5 +1,5 @@
 // Fills the table for the instruction set that the including file is compiled for.
-#include "rows.h"
+#include "sparse.h"
 
 namespace fastkd {
 namespace FASTKD_ISA {
@@ -10,7 +10,8 @@ namespace {
   {{fused<DType::f32, Struct>, fused<DType::bf16, Struct>, fused<DType::f16, Struct>,     \
     FASTKD_WIDE((fused<DType::f64, Struct>))},                                            \
    {loss<float, Struct>, FASTKD_WIDE((loss<double, Struct>))},                            \
-   {grad<float, Struct>, FASTKD_WIDE((grad<double, Struct>))}},
+   {grad<float, Struct>, FASTKD_WIDE((grad<double, Struct>))},                            \
+   FASTKD_WIDE(points_of<Struct>)},
 #if defined(FASTKD_WITH_F64)
 #define FASTKD_WIDE(x) x
 #else
@@ -52,7 +53,14 @@ void log_array(const float* x, float* y, int64_t n) {
 
 #define FASTKD_TEXT(x) #x
 #define FASTKD_NAME(x) FASTKD_TEXT(x)
-const Kernels kTable = {FASTKD_NAME(FASTKD_ISA), kPasses, kStats, multiply, exp2_array, log_array};
+const Kernels kTable = {
+    FASTKD_NAME(FASTKD_ISA),
+    kPasses,
+    kStats,
+    {sparse<DType::f32>, sparse<DType::bf16>, sparse<DType::f16>, FASTKD_WIDE(sparse<DType::f64>)},
+    multiply,
+    exp2_array,
+    log_array};
 
 }  // namespace
 

@@ -3,10 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -141,6 +143,84 @@ void fused(int wide, int64_t rows, int threads, const Rows5& student, const Rows
   py::gil_scoped_release release;
   share(rows, a.vocab, threads,
         [&](int64_t begin, int64_t end, const Team& team) { run(a, begin, end, team); });
+}
+
+// The rows of a stored teacher: (logprobs, indices, tail, k, restricted).
+void sparse(int wide, int64_t rows, int threads, const Rows5& student, const py::tuple& teacher,
+            double centre, const Plan8& plan, Address keep, Address label, Address scale,
+            double factor, const Rows5& grad, int64_t width, Address out) {
+  Args a;
+  a.student = operand(student);
+  a.grad = operand(grad);
+  a.points = table(true).passes[take(a, plan)].points;
+  Items next(teacher, 5);
+  a.logprobs = at<const void>(static_cast<Address>(next.whole()));
+  a.indices = at<const int64_t>(static_cast<Address>(next.whole()));
+  a.tail = at<const void>(static_cast<Address>(next.whole()));
+  a.k = next.whole();
+  a.restricted = next.whole() != 0;
+  a.centre = centre;
+  a.width = width;
+  a.keep = at<const uint8_t>(keep);
+  a.label = at<const int64_t>(label);
+  a.scale = at<const void>(scale);
+  a.factor = factor;
+  a.out = at<void>(out);
+  a.stream = a.grad.data != nullptr && a.grad.data != a.student.data &&
+             rows * width * size_of(a.grad.dtype) >= kStreamFrom;
+  // sums and what the teacher gives are doubles where `wide`, whatever the student is
+  const bool native = (a.student.dtype == DType::f64) == (wide != 0) &&
+                      (a.grad.data == nullptr || a.grad.dtype == a.student.dtype);
+  const DType kind = native ? a.student.dtype : wide ? DType::f64 : DType::f32;
+  const auto run = table(wide).sparse[static_cast<int>(kind)];
+  py::gil_scoped_release release;
+  share(rows, a.vocab, threads,
+        [&](int64_t begin, int64_t end, const Team& team) { run(a, begin, end, team); });
+}
+
+// The first kept row of a stored teacher with a fault: (0 none, 1 index, 2 twice, 3 value, 4 mass;
+// row, place).
+template <class T>
+std::tuple<int, int64_t, int64_t> admit_as(int64_t rows, int64_t k, const T* logprobs,
+                                           const int64_t* indices, const uint8_t* keep,
+                                           int64_t vocab, double most) {
+  std::vector<uint64_t> seen(static_cast<size_t>(vocab / 64 + 1));
+  for (int64_t r = 0; r < rows; ++r) {
+    if (keep != nullptr && !keep[r]) continue;
+    const T* logp = logprobs + r * k;
+    const int64_t* at = indices + r * k;
+    double mass = 0.0;
+    int fault = 0;
+    int64_t i = 0;
+    for (; i < k && fault == 0; ++i) {
+      if (at[i] == -1) continue;
+      if (at[i] < -1 || at[i] >= vocab) {
+        fault = 1;
+        break;
+      }
+      const uint64_t bit = uint64_t{1} << (at[i] % 64);
+      uint64_t& word = seen[static_cast<size_t>(at[i] / 64)];
+      if (word & bit) fault = 2;
+      if (fault == 0 && !(logp[i] <= T(0))) fault = 3;
+      if (fault != 0) break;
+      word |= bit;
+      mass += std::exp(static_cast<double>(logp[i]));
+    }
+    if (fault != 0) return {fault, r, i};
+    if (mass > most) return {4, r, 0};
+    for (i = 0; i < k; ++i)
+      if (at[i] >= 0) seen[static_cast<size_t>(at[i] / 64)] = 0;
+  }
+  return {0, -1, -1};
+}
+
+std::tuple<int, int64_t, int64_t> admit(int wide, int64_t rows, int64_t k, Address logprobs,
+                                        Address indices, Address keep, int64_t vocab,
+                                        double most) {
+  const int64_t* index = at<const int64_t>(indices);
+  const uint8_t* kept = at<const uint8_t>(keep);
+  return wide ? admit_as(rows, k, at<const double>(logprobs), index, kept, vocab, most)
+              : admit_as(rows, k, at<const float>(logprobs), index, kept, vocab, most);
 }
 
 void stats(int wide, int64_t rows, int threads, const Rows5& x, double temperature, int64_t vocab,
@@ -294,6 +374,8 @@ PYBIND11_MODULE(_C, m) {
     return bounds;
   });
   m.def("fused", &fused);
+  m.def("sparse", &sparse);
+  m.def("admit", &admit);
   m.def("stats", &stats);
   m.def("loss", &loss);
   m.def("grad", &grad);

@@ -29,6 +29,34 @@ def fused(
     out: int,
     /,
 ) -> None: ...
+def sparse(
+    wide: int,
+    rows: int,
+    threads: int,
+    student: _Rows,
+    teacher: tuple[int, int, int, int, bool],  # logprobs, indices, tail, k, restricted
+    centre: float,
+    plan: _Plan,
+    keep: int,
+    label: int,
+    scale: int,
+    factor: float,
+    grad: _Rows,
+    width: int,
+    out: int,
+    /,
+) -> None: ...
+def admit(
+    wide: int,
+    rows: int,
+    k: int,
+    logprobs: int,
+    indices: int,
+    keep: int,
+    vocab: int,
+    most: float,
+    /,
+) -> tuple[int, int, int]: ...
 def stats(
     wide: int,
     rows: int,

@@ -13,11 +13,13 @@ from fastkd.losses import (
     skew_reverse_kl_div,
     tv_distance,
 )
-from fastkd.operands import LinearLogits
+from fastkd.operands import LinearLogits, TopK
 from fastkd.reduction import checked
+from fastkd.topk import topk_from_logits
 
 __all__ = [
     "LinearLogits",
+    "TopK",
     "__version__",
     "checked",
     "distillation_loss",
@@ -29,6 +31,7 @@ __all__ = [
     "reverse_kl_div",
     "skew_kl_div",
     "skew_reverse_kl_div",
+    "topk_from_logits",
     "tv_distance",
     "use_backend",
 ]

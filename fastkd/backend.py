@@ -5,6 +5,7 @@ A backend is a module with the functions of `Passes`. It sees rows, not losses: 
 column of the hard label and a scale per row. It never sees a reduction or a process group.
 
     fused   loss of each row and, where asked, its gradient: the fast form, one trip
+    sparse  the same against a teacher that gives some columns of each row
     stats   (max, sum of exp((x - max) / T), sum of x - max) of each row
     loss    (sum of value, sum of centred slope) of each row, given both sides' stats
     grad    the gradient, given both sides' stats and the sum of slopes
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from fastkd.operands import Operand
+from fastkd.operands import Operand, Teacher
 
 NAMES = ("reference", "cpu", "gpu")
 
@@ -47,6 +48,28 @@ class Plan(NamedTuple):
     smoothing: float
     vocab: int
     classes: int
+
+
+class Sparse(NamedTuple):
+    """A teacher that gives K columns of each row.
+
+    logprobs: [N, K] acc, contiguous: log p of the columns, -inf in padding.
+    indices: [N, K] int64, contiguous: a column below plan.vocab, at most once in a row, or -1.
+    tail: [N] acc, contiguous: log p of one more outcome, the columns that are not named; or None.
+    restrict: the student's softmax is one over the named columns too.
+
+    Without a tail and unless restricted, the loss is that of the named columns alone.
+    """
+
+    logprobs: Tensor
+    indices: Tensor
+    tail: Tensor | None
+    restrict: bool
+
+    def take(self, at: Any) -> Sparse:
+        """The rows `at`, a slice or an index."""
+        logprobs, indices, tail = self.logprobs[at], self.indices[at], self.tail
+        return Sparse(logprobs, indices, None if tail is None else tail[at], self.restrict)
 
 
 class Passes(Protocol):
@@ -73,6 +96,19 @@ class Passes(Protocol):
         grad: Tensor | None,
     ) -> Tensor:
         """Loss [N] acc of each row (not scaled); writes the scaled gradient where grad is given."""
+
+    def sparse(
+        self,
+        student: Tensor,
+        teacher: Sparse,
+        plan: Plan,
+        keep: Tensor | None,
+        label: Tensor | None,
+        scale: Tensor | None,
+        factor: float,
+        grad: Tensor | None,
+    ) -> Tensor:
+        """As `fused`; of the teacher's rows, too, those that are not kept may hold anything."""
 
     def stats(self, x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
         """[N, 3] acc: max of x, sum of exp((x - max) / temperature), sum of x - max.
@@ -140,6 +176,14 @@ class HostPasses(Passes, Protocol):
     ) -> tuple[Tensor | None, Tensor, int, int]:
         """(keep or None where all are kept, label, rows kept, first row out of range or -1)."""
 
+    def admit(
+        self, logprobs: Tensor, indices: Tensor, keep: Tensor | None, vocab: int, most: float
+    ) -> tuple[str, int, int]:
+        """(fault, row, place) of the first kept row [N, K] that is no teacher's, or ("", -1, -1).
+
+        Faults: "index" out of range, "twice", "value" (above 0 or NaN), "mass" (above `most`).
+        """
+
     def weigh(self, keep: Tensor | None, weight: Tensor, mean: bool, acc: torch.dtype) -> Tensor:
         """scale [N] acc: weight where kept, else 0; for the mean divided by its sum, if not 0."""
 
@@ -149,10 +193,25 @@ def host_passes(passes: Passes) -> HostPasses | None:
     return cast(HostPasses, passes) if hasattr(passes, "fused_total") else None
 
 
-def acc_dtype(student: Operand, teacher: Operand) -> torch.dtype:
+def trip(
+    passes: Passes,
+    student: Tensor,
+    teacher: Tensor | Sparse,
+    plan: Plan,
+    folded: tuple[Tensor | None, Tensor | None, Tensor | None, float],
+    grad: Tensor | None,
+) -> Tensor:
+    """`fused` or `sparse`, of rows [A, B, V]; folded: keep, label, scale, factor."""
+    if isinstance(teacher, Sparse):
+        return passes.sparse(student, teacher, plan, *folded, grad)
+    return passes.fused(student, teacher, plan, *folded, grad)
+
+
+def acc_dtype(student: Operand, teacher: Teacher | Sparse) -> torch.dtype:
     """float64 if either side is, else float32."""
     wide = torch.float64
-    return wide if student.dtype is wide or teacher.dtype is wide else torch.float32
+    other = teacher.logprobs.dtype if isinstance(teacher, Sparse) else teacher.dtype
+    return wide if student.dtype is wide or other is wide else torch.float32
 
 
 def rows(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastkd.operands import DTYPES, LinearLogits, Operand, kind
+from fastkd.operands import DTYPES, LinearLogits, Operand, Teacher, TopK, kind
 
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
 _PLAIN = (Tensor, Parameter)
@@ -48,7 +48,7 @@ def temperature(temperature: float) -> None:
         )
 
 
-def _alike(student: Operand, teacher: Operand) -> bool:
+def _alike(student: Operand, teacher: Teacher) -> bool:
     """Whether these are two ordinary tensors of logits, alike in all that the checks look at.
 
     Then there is nothing to find, and to find nothing step by step takes a tenth of the time that
@@ -69,16 +69,17 @@ def _alike(student: Operand, teacher: Operand) -> bool:
     )
 
 
-def operands(student: Operand, teacher: Operand, vocab_size: int | None) -> int:
+def operands(student: Operand, teacher: Teacher, vocab_size: int | None) -> int:
     """The number of columns in use."""
     if vocab_size is None and _alike(student, teacher):
         return student.shape[-1]
     for name, x in (("student", student), ("teacher", teacher)):
-        if isinstance(x, LinearLogits):
+        if isinstance(x, LinearLogits) or (isinstance(x, TopK) and x is teacher):
             continue  # checked when it was made
         if not isinstance(x, Tensor):
             raise TypeError(
                 f"{name}: got {kind(x)}, expected a tensor of logits [..., V] or a LinearLogits"
+                + (", or a TopK" if name == "teacher" else "")
             )
         if x.dtype not in DTYPES:
             raise TypeError(
@@ -102,7 +103,8 @@ def operands(student: Operand, teacher: Operand, vocab_size: int | None) -> int:
             f"teacher: got shape {list(teacher.shape)}, expected the leading dimensions of the "
             f"student's {list(student.shape)}"
         )
-    v_s, v_t = student.size(-1), teacher.size(-1)
+    v_s = student.size(-1)
+    v_t = v_s if isinstance(teacher, TopK) else teacher.size(-1)
     if vocab_size is None:
         if v_s != v_t:
             raise ValueError(
@@ -115,7 +117,11 @@ def operands(student: Operand, teacher: Operand, vocab_size: int | None) -> int:
     if not 1 <= vocab_size <= min(v_s, v_t):
         raise ValueError(
             f"vocab_size: got {vocab_size}, expected 1 <= vocab_size <= {min(v_s, v_t)} "
-            f"(student has {v_s} columns, teacher {v_t})"
+            + (
+                f"(student has {v_s} columns)"
+                if isinstance(teacher, TopK)
+                else f"(student has {v_s} columns, teacher {v_t})"
+            )
         )
     return vocab_size
 
@@ -175,7 +181,7 @@ def normalizer(normalizer: float | Tensor | None, reduction: str, student: Opera
         raise ValueError(f"normalizer: got {normalizer!r}, expected a finite number >= 0")
 
 
-def inplace(student: Tensor, teacher: Tensor) -> None:
+def inplace(student: Tensor, teacher: Tensor | TopK) -> None:
     base = student if student._base is None else student._base
     if student.requires_grad and (student.is_leaf or (base.is_leaf and base.requires_grad)):
         raise ValueError(
@@ -192,6 +198,8 @@ def inplace(student: Tensor, teacher: Tensor) -> None:
             f"inplace: the student's rows share memory (shape {list(student.shape)}, strides "
             f"{list(student.stride())}); expected rows of their own"
         )
+    if isinstance(teacher, TopK):
+        return  # read before anything is written
     shared = student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr()
     same = (student.data_ptr(), student.stride()) == (teacher.data_ptr(), teacher.stride())
     if shared and not same and _overlap(student, teacher):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.backend import Passes, Plan, chunks, rows
+from fastkd.backend import Passes, Plan, Sparse, chunks, rows, trip
 from fastkd.operands import Head
 from fastkd.reduction import Folded
 from fastkd.sums import Sum, buffer
@@ -227,12 +227,35 @@ class Dense:
         return [self.full]
 
 
-Side = Linear | Dense
+class Stored:
+    """The rows of a stored teacher; no gradient."""
+
+    any, boost, factor = False, 1.0, 1.0
+    row_bytes = staticmethod(lambda spare: 0)
+
+    def __init__(self, teacher: Sparse, index: Tensor | None):
+        self.teacher = teacher if index is None else teacher.take(index)
+        self.dtype = teacher.logprobs.dtype
+
+    def start(self, n: int, step: int, wait: bool) -> None:
+        pass
+
+    def logits(self, at: slice) -> Sparse:
+        return self.teacher.take(at)
+
+    def rest(self) -> None:
+        pass
+
+    def finish(self, by: Tensor | None) -> list[Tensor | None]:
+        return []
+
+
+Side = Linear | Dense | Stored
 
 
 def run(
     passes: Passes,
-    student: Side,
+    student: Linear | Dense,
     teacher: Side | None,
     plans: tuple[Plan, Plan | None],
     n: int,
@@ -260,25 +283,30 @@ def run(
     for start in range(0, n, step):
         at = slice(start, min(start + step, n))
         kept, labels, scales = (None if x is None else x[at] for x in (keep, label, scale))
+        unscaled = Folded(kept, labels, None, 1.0)
         s = student.logits(at)
-        t = s if teacher is None else teacher.logits(at)
-        rows_s, rows_t = s.unsqueeze(0), t.unsqueeze(0)
-        to_s = to_t = None
-        if teacher is not None and teacher.any:
-            assert exchanged is not None
-            if not student.any:
-                loss[at] = passes.fused(rows_s, rows_t, plan, kept, labels, None, 1.0, None)
-            to_t = teacher.target(at, t, last=not student.any)
-            by = factor * teacher.factor
-            passes.fused(rows_t, rows_s, exchanged, kept, None, scales, by, to_t.unsqueeze(0))
+        rows_s = s.unsqueeze(0)
+        rows_t: Tensor | Sparse = rows_s
+        to_t = None
+        if teacher is not None:
+            t = teacher.logits(at)
+            rows_t = t if isinstance(t, Sparse) else t.unsqueeze(0)
+            if teacher.any and not isinstance(teacher, Stored) and isinstance(t, Tensor):
+                assert exchanged is not None
+                if not student.any:
+                    loss[at] = trip(passes, rows_s, rows_t, plan, unscaled, None)
+                to_t = teacher.target(at, t, last=not student.any)
+                by = Folded(kept, None, scales, factor * teacher.factor)
+                trip(passes, t.unsqueeze(0), rows_s, exchanged, by, to_t.unsqueeze(0))
         if student.any:
             to_s = student.target(at, s, last=True).unsqueeze(0)
-            by = factor * student.factor
-            loss[at] = passes.fused(rows_s, rows_t, plan, kept, labels, scales, by, to_s)
+            by = Folded(kept, labels, scales, factor * student.factor)
+            loss[at] = trip(passes, rows_s, rows_t, plan, by, to_s)
             student.add(at, to_s[0])
         elif to_t is None:
-            loss[at] = passes.fused(rows_s, rows_t, plan, kept, labels, None, 1.0, None)
-        if to_t is not None and teacher is not None:
+            loss[at] = trip(passes, rows_s, rows_t, plan, unscaled, None)
+        if to_t is not None:
+            assert not isinstance(teacher, Stored) and teacher is not None
             teacher.add(at, to_t)
     for side in sides:
         side.rest()

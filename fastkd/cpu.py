@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastkd import arena
-from fastkd.backend import Plan, acc_dtype, rows
+from fastkd.backend import Plan, Sparse, acc_dtype, rows
+from fastkd.divergence import divergences
 
 try:
     from fastkd import _C
@@ -157,6 +158,40 @@ def _fused(
     )
 
 
+def sparse(
+    student: Tensor,
+    teacher: Sparse,
+    plan: Plan,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor | None,
+) -> Tensor:
+    n = student.shape[0] * student.shape[1]
+    out = torch.empty(n, dtype=teacher.logprobs.dtype)
+    if n == 0:
+        return out
+    logprobs, indices, tail, restrict = teacher
+    _C.sparse(
+        out.dtype is torch.float64,
+        n,
+        _threads(n * plan.vocab),
+        _operand(student),
+        (logprobs.data_ptr(), indices.data_ptr(), _address(tail), logprobs.shape[1], restrict),
+        divergences[plan.divergence].centre(plan.param),
+        _plan(plan),
+        _address(keep),
+        _address(label),
+        _address(scale),
+        factor,
+        _NONE if grad is None else _operand(grad),
+        0 if grad is None else grad.shape[-1],
+        out.data_ptr(),
+    )
+    return out
+
+
 def stats(x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
     a, b, _ = x.shape
     n, acc = a * b, acc_dtype(x, x)
@@ -251,6 +286,27 @@ def count(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor | None,
         keep = label.new_empty(n, dtype=torch.bool)
         _C.count(n, label.data_ptr(), ignore_index, vocab, keep.data_ptr())
     return keep, label, kept, wrong
+
+
+FAULTS = ("", "index", "twice", "value", "mass")  # by the extension's numbers
+
+
+def admit(
+    logprobs: Tensor, indices: Tensor, keep: Tensor | None, vocab: int, most: float
+) -> tuple[str, int, int]:
+    """(fault, row, place) of the first kept row that is no teacher's, or ("", -1, -1)."""
+    n, k = logprobs.shape
+    fault, row, place = _C.admit(
+        logprobs.dtype is torch.float64,
+        n,
+        k,
+        logprobs.data_ptr(),
+        indices.data_ptr(),
+        _address(keep),
+        vocab,
+        most,
+    )
+    return FAULTS[fault], row, place
 
 
 def weigh(keep: Tensor | None, weight: Tensor, mean: bool, acc: torch.dtype) -> Tensor:

@@ -5,20 +5,22 @@ Two ways to the same passes:
 * `fused_total`, eager and reduced to a number: loss and gradient in one trip in forward. Backward
   hands the gradient out. It is given away once; a second backward computes it again.
 * `row_loss`: one loss per row, the gradient computed in backward, nothing of size N x V kept. It
-  serves reduction="none" and, as the registered operator `fastkd::dense_loss`, torch.compile.
+  serves reduction="none" and, as the registered operators of `fastkd.operators`, torch.compile.
 
-The teacher's gradient is the student's gradient of the dual divergence with the sides exchanged.
+The teacher is a tensor of logits, or a `Sparse`, which takes no part in autograd. A gradient of
+the teacher is the student's gradient of the dual divergence with the sides exchanged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd.backend import Passes, Plan, acc_dtype, host_passes, pick, rows
+from fastkd.backend import Passes, Plan, Sparse, acc_dtype, host_passes, pick, rows, trip
 from fastkd.reduction import Folded
 
 
@@ -29,42 +31,50 @@ def dual(plan: Plan) -> Plan:
     return plan._replace(divergence=entry.name, param=entry.param, hard=0.0, smoothing=0.0)
 
 
-def _loss(passes: Passes, student: Tensor, teacher: Tensor, plan: Plan, folded: Folded) -> Tensor:
-    return passes.fused(rows(student), rows(teacher), plan, *folded, None)
+def _loss(
+    passes: Passes,
+    student: Tensor,
+    teacher: Tensor | Sparse,
+    plan: Plan,
+    folded: Folded,
+    grad: Tensor | None = None,
+) -> Tensor:
+    other = teacher if isinstance(teacher, Sparse) else rows(teacher)
+    return trip(passes, rows(student), other, plan, folded, None if grad is None else rows(grad))
 
 
 def _total(
     passes: Passes,
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | Sparse,
     plan: Plan,
     folded: Folded,
     grad: Tensor | None,
 ) -> Tensor:
     """factor * sum of scale * loss, a 0-d tensor in acc dtype; the gradient into `grad`."""
-    if (host := host_passes(passes)) is not None:
+    host = host_passes(passes)
+    if host is not None and not isinstance(teacher, Sparse):
         return host.fused_total(student, teacher, plan, *folded, grad)
-    grad = None if grad is None else rows(grad)
-    loss = passes.fused(rows(student), rows(teacher), plan, *folded, grad)
+    loss = _loss(passes, student, teacher, plan, folded, grad)
     return passes.total(loss, folded.scale, folded.factor)
 
 
 def _gradient(
     passes: Passes,
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | Sparse,
     plan: Plan,
     folded: Folded,
 ) -> Tensor:
     """The gradient in the student's shape."""
     grad = passes.empty_gradient(student)
-    passes.fused(rows(student), rows(teacher), plan, *folded, rows(grad))
+    _loss(passes, student, teacher, plan, folded, grad)
     return grad
 
 
-def _differentiable(
+def differentiable(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | Sparse,
     plan: Plan,
     keep: Tensor | None,
     label: Tensor | None,
@@ -73,9 +83,12 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """The gradients as a graph (create_graph=True), by the reference."""
     with torch.enable_grad():
-        flat_s, flat_t = (x.reshape(-1, x.size(-1)) for x in (student, teacher))
+        flat_s = student.reshape(-1, student.size(-1))
+        flat_t = teacher
+        if isinstance(flat_t, Tensor):
+            flat_t = flat_t.reshape(-1, flat_t.size(-1))
         loss = reference.row_loss(flat_s, flat_t, plan, keep, label)
-        inputs = [x for x, need in zip((student, teacher), needs, strict=True) if need]
+        inputs: list[Any] = [x for x, need in zip((student, teacher), needs, strict=True) if need]
         grads = list(torch.autograd.grad(loss, inputs, upstream, create_graph=True))
     return [grads.pop(0) if need else None for need in needs]
 
@@ -99,6 +112,19 @@ def saved_operands(ctx: Any) -> list[Any]:
     return [x if y is None else y for x, y in zip(saved, kept, strict=True)]
 
 
+def _save_sides(
+    ctx: Any, student: Tensor | None, teacher: Tensor | Sparse, *others: Tensor | None
+) -> None:
+    # a Sparse is made for this one loss: nobody else can change it
+    ctx.sparse = teacher if isinstance(teacher, Sparse) else None
+    save_operands(ctx, student, None if isinstance(teacher, Sparse) else teacher, *others)
+
+
+def _saved_sides(ctx: Any) -> tuple[Any, ...]:
+    student, teacher, *others = saved_operands(ctx)
+    return student, teacher if ctx.sparse is None else ctx.sparse, *others
+
+
 class _FusedTotal(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
@@ -112,13 +138,14 @@ class _FusedTotal(torch.autograd.Function):
     def forward(
         ctx: Any,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | Sparse,
         call: tuple[Passes, Plan, Folded, bool],
     ) -> Tensor:
         passes, plan, folded, inplace = call
         need_s, need_t, _ = ctx.needs_input_grad
         grad_s = grad_t = None
-        if need_t:  # first: an inplace student is gone after its own gradient
+        if need_t and isinstance(teacher, Tensor):
+            # first: an inplace student is gone after its own gradient
             grad_t = _gradient(passes, teacher, student, dual(plan), folded)
         if need_s:
             grad_s = student.detach() if inplace else passes.empty_gradient(student)
@@ -126,10 +153,10 @@ class _FusedTotal(torch.autograd.Function):
         if need_s and inplace:
             # whoever saved these logits for a backward of his own must hear that they changed
             torch.autograd.graph.increment_version(student)
-            save_operands(ctx, teacher)
+            _save_sides(ctx, None, teacher)
             ctx.version = student._version
         else:
-            save_operands(ctx, student, teacher)
+            _save_sides(ctx, student, teacher)
         ctx.grads, ctx.call, ctx.first = (grad_s, grad_t), call, None
         return total
 
@@ -184,7 +211,7 @@ class _FusedTotal(torch.autograd.Function):
                 )
             ratio = torch.where(ctx.first == upstream, 1.0, upstream / ctx.first)
             return [ctx.grads[0] * ratio, None]
-        student, teacher = saved_operands(ctx)
+        student, teacher = _saved_sides(ctx)
         grads: list[Tensor | None] = [None, None]
         if need_s:
             grads[0] = _gradient(passes, student, teacher, plan, folded)
@@ -204,23 +231,33 @@ class _FusedTotal(torch.autograd.Function):
                 "inplace=True has overwritten the student's logits, which create_graph=True "
                 "(double backward) needs; use inplace=False"
             )
-        student, teacher = saved_operands(ctx)
+        student, teacher = _saved_sides(ctx)
         by = upstream * folded.factor
         by = (
             by.expand(student.numel() // student.size(-1))
             if folded.scale is None
             else (by * folded.scale)
         )
-        return _differentiable(
+        return differentiable(
             student, teacher, plan, folded.keep, folded.label, by, (need_s, need_t)
         )
 
 
+def _in_graph(student: Tensor, teacher: Tensor | Sparse) -> bool:
+    wants = student.requires_grad or (isinstance(teacher, Tensor) and teacher.requires_grad)
+    return wants and torch.is_grad_enabled()
+
+
 def fused_total(
-    passes: Passes, student: Tensor, teacher: Tensor, plan: Plan, folded: Folded, inplace: bool
+    passes: Passes,
+    student: Tensor,
+    teacher: Tensor | Sparse,
+    plan: Plan,
+    folded: Folded,
+    inplace: bool,
 ) -> Tensor:
     """factor * sum of scale * (loss of each row), a 0-d tensor in acc dtype."""
-    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+    if _in_graph(student, teacher):
         if inplace and rows(student).data_ptr() != student.data_ptr():
             inplace = False  # strides that no view of rows has: read from a copy, so written anew
         return _FusedTotal.apply(student, teacher, (passes, plan, folded, inplace))
@@ -232,168 +269,86 @@ class _RowLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Tensor | Sparse,
         keep: Tensor | None,
         label: Tensor | None,
         plan: Plan,
     ) -> Tensor:
-        save_operands(ctx, student, teacher, keep, label)
+        _save_sides(ctx, student, teacher, keep, label)
         ctx.plan = plan
-        return _eager_loss(student, teacher, keep, label, plan)
+        return eager_loss(student, teacher, keep, label, plan)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return (*_row_backward(ctx, upstream, _eager_grad), None, None, None)
+        student, teacher, keep, label = _saved_sides(ctx)
+        needs = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+            by = upstream.reshape(-1)
+            grads = differentiable(student, teacher, ctx.plan, flat(keep), flat(label), by, needs)
+        else:
+            grads = row_gradients(
+                student, teacher, keep, label, upstream, ctx.plan, needs, eager_grad
+            )
+        return (*grads, None, None, None)
+
+
+def row_gradients(
+    student: Any,
+    teacher: Any,
+    keep: Tensor | None,
+    label: Tensor | None,
+    upstream: Tensor,
+    plan: Plan,
+    needs: tuple[bool, bool],
+    grad_of: Callable[..., Tensor],
+) -> list[Tensor | None]:
+    """The gradients of both sides; grad_of(student, teacher, keep, label, scale, plan)."""
+    grads: list[Tensor | None] = [None, None]
+    if needs[0]:
+        grads[0] = grad_of(student, teacher, keep, label, upstream, plan)
+    if needs[1]:
+        grads[1] = grad_of(teacher, student, keep, None, upstream, dual(plan))
+    return grads
 
 
 def row_loss(
-    student: Tensor, teacher: Tensor, plan: Plan, keep: Tensor | None, label: Tensor | None
+    student: Tensor,
+    teacher: Tensor | Sparse,
+    plan: Plan,
+    keep: Tensor | None,
+    label: Tensor | None,
 ) -> Tensor:
     """Loss of each row, in the leading shape of the student; the gradient waits for backward."""
-    if torch.compiler.is_compiling():
-        return dense_loss(student, teacher, keep, label, *plan)
-    if torch.is_grad_enabled() and (student.requires_grad or teacher.requires_grad):
+    if _in_graph(student, teacher):
         # a registered operator costs some 10 us a call more than this, as much as a small loss
         return _RowLoss.apply(student, teacher, keep, label, plan)
-    return _eager_loss(student, teacher, keep, label, plan)
+    return eager_loss(student, teacher, keep, label, plan)
 
 
-def _eager_loss(
-    student: Tensor, teacher: Tensor, keep: Tensor | None, label: Tensor | None, plan: Plan
+def eager_loss(
+    student: Tensor,
+    teacher: Tensor | Sparse,
+    keep: Tensor | None,
+    label: Tensor | None,
+    plan: Plan,
 ) -> Tensor:
     folded = Folded(flat(keep), flat(label), None, 1.0)
     return _loss(pick(student.device), student, teacher, plan, folded).view(student.shape[:-1])
 
 
-def _eager_grad(
+def eager_grad(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | Sparse,
     keep: Tensor | None,
     label: Tensor | None,
     scale: Tensor,
     plan: Plan,
 ) -> Tensor:
+    """Gradient of sum(scale * loss of each row) in the student's shape and dtype."""
     scale = scale.resolve_neg().reshape(-1).to(acc_dtype(student, teacher)).contiguous()
     folded = Folded(flat(keep), flat(label), scale, 1.0)
     return _gradient(pick(student.device), student, teacher, plan, folded)
 
 
-PLAN = (
-    "str divergence, float param, float temperature, float soft, float hard, float smoothing, "
-    "SymInt vocab, SymInt classes"
-)
-
-
-@torch.library.custom_op(
-    "fastkd::dense_loss",
-    mutates_args=(),
-    schema=f"(Tensor student, Tensor teacher, Tensor? keep, Tensor? label, {PLAN}) -> Tensor",
-)
-def dense_loss(
-    student: Tensor,
-    teacher: Tensor,
-    keep: Tensor | None,
-    label: Tensor | None,
-    divergence: str,
-    param: float,
-    temperature: float,
-    soft: float,
-    hard: float,
-    smoothing: float,
-    vocab: int,
-    classes: int,
-) -> Tensor:
-    """Loss of each row, in the leading shape of the student; see `fastkd.backend.Plan`."""
-    plan = Plan(divergence, param, temperature, soft, hard, smoothing, vocab, classes)
-    student, teacher = columns_contiguous(student), columns_contiguous(teacher)
-    return _eager_loss(student, teacher, keep, label, plan)
-
-
-@torch.library.custom_op(
-    "fastkd::dense_grad",
-    mutates_args=(),
-    schema="(Tensor student, Tensor teacher, Tensor? keep, Tensor? label, Tensor scale, "
-    f"{PLAN}) -> Tensor",
-)
-def dense_grad(
-    student: Tensor,
-    teacher: Tensor,
-    keep: Tensor | None,
-    label: Tensor | None,
-    scale: Tensor,
-    divergence: str,
-    param: float,
-    temperature: float,
-    soft: float,
-    hard: float,
-    smoothing: float,
-    vocab: int,
-    classes: int,
-) -> Tensor:
-    """Gradient of sum(scale * dense_loss) in the student's shape and dtype."""
-    plan = Plan(divergence, param, temperature, soft, hard, smoothing, vocab, classes)
-    student, teacher = columns_contiguous(student), columns_contiguous(teacher)
-    return _eager_grad(student, teacher, keep, label, scale, plan)
-
-
-def columns_contiguous(x: Tensor) -> Tensor:
-    # the public functions refuse such an operand, but a compiler may choose a layout of its own
-    return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()
-
-
 def flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape(-1).contiguous()
-
-
-@dense_loss.register_fake
-def _(student: Tensor, teacher: Tensor, *_: Any) -> Tensor:
-    return student.new_empty(student.shape[:-1], dtype=acc_dtype(student, teacher))
-
-
-@dense_grad.register_fake
-def _(student: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(student, memory_format=torch.contiguous_format)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    student, teacher, keep, label, *plan = inputs
-    ctx.save_for_backward(student, teacher, keep, label)
-    ctx.plan = Plan(*plan)
-
-
-def _row_backward(ctx: Any, upstream: Tensor, grad_of: Any) -> list[Tensor | None]:
-    student, teacher, keep, label = saved_operands(ctx)
-    plan, (need_s, need_t) = ctx.plan, ctx.needs_input_grad[:2]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _differentiable(
-            student,
-            teacher,
-            plan,
-            flat(keep),
-            flat(label),
-            upstream.reshape(-1),
-            (need_s, need_t),
-        )
-    grads: list[Tensor | None] = [None, None]
-    if need_s:
-        grads[0] = grad_of(student, teacher, keep, label, upstream, plan)
-    if need_t:
-        grads[1] = grad_of(teacher, student, keep, None, upstream, dual(plan))
-    return grads
-
-
-def _registered_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    def grad_of(
-        student: Tensor,
-        teacher: Tensor,
-        keep: Tensor | None,
-        label: Tensor | None,
-        scale: Tensor,
-        plan: Plan,
-    ) -> Tensor:
-        return dense_grad(student, teacher, keep, label, scale, *plan)
-
-    return (*_row_backward(ctx, upstream, grad_of), *(None,) * (2 + len(ctx.plan)))
-
-
-dense_loss.register_autograd(_registered_backward, setup_context=_save)

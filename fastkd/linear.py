@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from fastkd import reference, trips
-from fastkd.backend import Passes, Plan, acc_dtype, pick
+from fastkd import reference, topk, trips
+from fastkd.backend import Passes, Plan, Sparse, acc_dtype, pick
 from fastkd.function import flat
-from fastkd.operands import Head, LinearLogits, Operand
+from fastkd.operands import Head, LinearLogits, Operand, Teacher, TopK
 from fastkd.reduction import Folded, fold, mask, reduce, wants_grad
 from fastkd.trips import Call, trip
 
@@ -23,7 +23,7 @@ MOST_BOOST = 2.0**10  # of float16 gradients: the largest are of size T, and 655
 
 def loss(
     student: Operand,
-    teacher: Operand,
+    teacher: Teacher,
     plan: Plan,
     labels: Tensor | None,
     ignore_index: int,
@@ -33,18 +33,27 @@ def loss(
 ) -> Tensor:
     """The loss of checked operands, a LinearLogits on one side or both."""
     acc = both = acc_dtype(student, teacher)
-    nothing = _nothing(teacher) if plan.soft == 0.0 else None
+    nothing = no_part(teacher) if plan.soft == 0.0 else None
+    other: Operand | None = None  # what the teacher adds to the tensors of a trip
     if nothing is not None:  # D(q, q) is exactly 0: the teacher is not read, whatever it holds
-        teacher, acc = student, acc_dtype(student, student)
+        acc = acc_dtype(student, student)
+    elif not isinstance(teacher, TopK):
+        other = teacher
     compiling = torch.compiler.is_compiling()
+    passes = reference if compiling else pick(student.device)
     teacher_grad = nothing is None and teacher.requires_grad and torch.is_grad_enabled()
-    plain = (teacher_grad and reference.entry(plan).exchanged() is None) or (
-        not compiling and (passes := pick(student.device)) is reference
-    )
+    no_dual = isinstance(teacher, TopK) or reference.entry(plan).exchanged() is None
+    plain = (teacher_grad and no_dual) or (not compiling and passes is reference)
+
+    def stored(keep: Tensor | None) -> Sparse | None:
+        if nothing is not None or not isinstance(teacher, TopK):
+            return None
+        return topk.sparse(teacher, plan.temperature, plan.vocab, keep, acc, passes)
+
     if plain or compiling or reduction == "none" or wants_grad(weight, normalizer):
         keep, label, bad = mask(labels, ignore_index, plan.vocab, student.device)
         run_rows = _plain_rows if plain else _rows
-        value = run_rows(student, None if nothing is not None else teacher, plan, keep, label)
+        value = run_rows(student, other, plan, keep, label, stored(keep))
         value = reduce(value, reduction, keep, bad, weight, normalizer, student)
     else:
         vocab = plan.vocab
@@ -52,16 +61,17 @@ def loss(
             passes, reduction, labels, ignore_index, vocab, weight, normalizer, student, acc
         )
         boost = _boost(reduction, normalizer, student)
-        sides = (student,) if nothing is not None else (student, teacher)
-        value = _total(_call(passes, sides, plan, folded, boost), sides)
+        sides = (student,) if other is None else (student, other)
+        value = _total(_call(passes, sides, plan, folded, boost, stored(folded.keep)), sides)
     return value if nothing is None else value.to(both) + nothing.to(both)
 
 
-def _nothing(teacher: Operand) -> Tensor:
+def no_part(teacher: Teacher) -> Tensor:
     """0 in the accumulation's dtype, and for whatever the teacher is made of a gradient of 0."""
-    tensors = [x for x in _tensors(teacher) if x is not None]
+    given = teacher.tensors if isinstance(teacher, TopK) else _tensors(teacher)
+    tensors = [x for x in given if x is not None]
     acc = torch.float64 if teacher.dtype == torch.float64 else torch.float32
-    return torch.stack([x[..., :0].sum().to(acc) for x in tensors]).sum()
+    return torch.stack([x.reshape(-1)[:0].sum().to(acc) for x in tensors]).sum()
 
 
 def _tensors(x: Operand) -> tuple[Tensor | None, ...]:
@@ -74,11 +84,16 @@ def _head(x: Operand) -> Head | None:
 
 
 def _call(
-    passes: Passes, sides: tuple[Operand, ...], plan: Plan, folded: Folded, boost: float
+    passes: Passes,
+    sides: tuple[Operand, ...],
+    plan: Plan,
+    folded: Folded,
+    boost: float,
+    stored: Sparse | None,
 ) -> Call:
     heads = (_head(sides[0]), _head(sides[1]) if len(sides) > 1 else None)
     pack = any(isinstance(x, LinearLogits) and x.pack for x in sides)
-    return Call(passes, heads, plan, folded, _asked(sides), pack, boost)
+    return Call(passes, heads, plan, folded, _asked(sides), pack, boost, stored)
 
 
 def _asked(sides: tuple[Operand, ...]) -> int | None:
@@ -110,26 +125,36 @@ def _total(call: Call, sides: tuple[Operand, ...]) -> Tensor:
 
 
 def _plain_rows(
-    student: Operand, teacher: Operand | None, plan: Plan, keep: Tensor | None, label: Tensor | None
+    student: Operand,
+    teacher: Operand | None,
+    plan: Plan,
+    keep: Tensor | None,
+    label: Tensor | None,
+    stored: Sparse | None,
 ) -> Tensor:
     sides = (student,) if teacher is None else (student, teacher)
     tensors = [x for side in sides for x in _tensors(side)]
     heads = (_head(student), None if teacher is None else _head(teacher))
     s, t = trips.logits(tensors, heads, plan.vocab, keep)
-    return reference.row_loss(s, t, plan, keep, label if plan.hard else None)
+    return reference.row_loss(s, stored or t, plan, keep, label if plan.hard else None)
 
 
 def _rows(
-    student: Operand, teacher: Operand | None, plan: Plan, keep: Tensor | None, label: Tensor | None
+    student: Operand,
+    teacher: Operand | None,
+    plan: Plan,
+    keep: Tensor | None,
+    label: Tensor | None,
+    stored: Sparse | None,
 ) -> Tensor:
     label = label if plan.hard else None
     sides = (student,) if teacher is None else (student, teacher)
     tensors = [x for side in sides for x in _tensors(side)]
     if torch.compiler.is_compiling():
         heads = (_head(student), None if teacher is None else _head(teacher))
-        return trips.registered_rows(tensors, heads, plan, keep, label, _asked(sides))
+        return trips.registered_rows(tensors, heads, plan, keep, label, _asked(sides), stored)
     folded = Folded(flat(keep), flat(label), None, 1.0)
-    call = _call(pick(student.device), sides, plan, folded, 1.0)
+    call = _call(pick(student.device), sides, plan, folded, 1.0, stored)
     if torch.is_grad_enabled() and any(side.requires_grad for side in sides):
         return trips.RowLoss.apply(call, student.shape[:-1], *tensors)
     return trips.row_values(call, tensors).view(student.shape[:-1])

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastkd import checks, function, linear, reference
-from fastkd.backend import Plan, acc_dtype, pick
+from fastkd import checks, function, linear, operators, reference, topk
+from fastkd.backend import Plan, Sparse, acc_dtype, pick
 from fastkd.divergence import Divergence, divergences
-from fastkd.operands import LinearLogits, Operand, kind
+from fastkd.operands import LinearLogits, Operand, Teacher, TopK, kind
 from fastkd.reduction import fold, mask, reduce, wants_grad
 
 Reduction = Literal["mean", "batchmean", "sum", "none"]
@@ -55,7 +55,7 @@ _OPTIONS = RowOptions.__annotations__
 
 
 def kl_div(
-    student: Operand, teacher: Operand, *, temperature: float = 1.0, **rows: Unpack[RowOptions]
+    student: Operand, teacher: Teacher, *, temperature: float = 1.0, **rows: Unpack[RowOptions]
 ) -> Tensor:
     """Forward Kullback-Leibler divergence KL(p || q) of each row, reduced.
 
@@ -66,7 +66,7 @@ def kl_div(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, or a `LinearLogits`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
         temperature: T > 0, finite.
         **rows: labels, ignore_index, weight, reduction, normalizer, vocab_size, inplace, group
             as described in `fastkd.losses`.
@@ -85,7 +85,7 @@ def kl_div(
 
 
 def reverse_kl_div(
-    student: Operand, teacher: Operand, *, temperature: float = 1.0, **rows: Unpack[RowOptions]
+    student: Operand, teacher: Teacher, *, temperature: float = 1.0, **rows: Unpack[RowOptions]
 ) -> Tensor:
     """Reverse Kullback-Leibler divergence KL(q || p) of each row, reduced.
 
@@ -95,7 +95,7 @@ def reverse_kl_div(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, or a `LinearLogits`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
 
@@ -113,7 +113,7 @@ def reverse_kl_div(
 
 def js_div(
     student: Operand,
-    teacher: Operand,
+    teacher: Teacher,
     *,
     beta: float = 0.5,
     temperature: float = 1.0,
@@ -128,7 +128,7 @@ def js_div(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, or a `LinearLogits`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
         beta: 0 < beta < 1.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
@@ -148,7 +148,7 @@ def js_div(
 
 def skew_kl_div(
     student: Operand,
-    teacher: Operand,
+    teacher: Teacher,
     *,
     alpha: float = 0.1,
     temperature: float = 1.0,
@@ -162,7 +162,7 @@ def skew_kl_div(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, or a `LinearLogits`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
         alpha: share of p in the mixture, 0 < alpha < 1.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
@@ -182,7 +182,7 @@ def skew_kl_div(
 
 def skew_reverse_kl_div(
     student: Operand,
-    teacher: Operand,
+    teacher: Teacher,
     *,
     alpha: float = 0.1,
     temperature: float = 1.0,
@@ -196,7 +196,7 @@ def skew_reverse_kl_div(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, or a `LinearLogits`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
         alpha: share of q in the mixture, 0 < alpha < 1.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
@@ -215,7 +215,7 @@ def skew_reverse_kl_div(
 
 
 def tv_distance(
-    student: Operand, teacher: Operand, *, temperature: float = 1.0, **rows: Unpack[RowOptions]
+    student: Operand, teacher: Teacher, *, temperature: float = 1.0, **rows: Unpack[RowOptions]
 ) -> Tensor:
     """Total variation distance of each row, reduced; subgradient 0 where p = q.
 
@@ -225,7 +225,7 @@ def tv_distance(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, or a `LinearLogits`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
 
@@ -243,7 +243,7 @@ def tv_distance(
 
 def distillation_loss(
     student: Operand,
-    teacher: Operand,
+    teacher: Teacher,
     labels: Tensor | None = None,
     *,
     temperature: float = 2.0,
@@ -262,7 +262,7 @@ def distillation_loss(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, or a `LinearLogits`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
         labels: [...] integers, the hard labels; rows at ignore_index are left out of both terms.
             May be None with alpha=0.
         temperature: T > 0, finite.
@@ -320,7 +320,7 @@ def _entry(divergence: str | Divergence) -> Divergence:
 def _loss(
     name: str,
     student: Operand,
-    teacher: Operand,
+    teacher: Teacher,
     divergence: Divergence,
     temperature: float,
     param: float | None = None,  # the divergence's own
@@ -360,26 +360,34 @@ def _loss(
     if inplace and not torch.compiler.is_compiling():  # where it is ignored
         checks.inplace(student, teacher)
     # kernels read memory as it is, and a view may be one whose numbers are to be negated
-    student, teacher = student.resolve_neg(), teacher.resolve_neg()
-
-    acc = acc_dtype(student, teacher)
+    student = student.resolve_neg()
+    other: Tensor | TopK = teacher if isinstance(teacher, TopK) else teacher.resolve_neg()
+    acc, nothing = acc_dtype(student, other), None
     if soft == 0.0:
-        # D(q, q) is exactly 0 with gradient exactly 0: the teacher is not read, whatever it holds,
-        # and a sum over none of its columns is what gives it the gradient of 0 it may ask for
-        nothing = teacher[..., :0].sum()
-        teacher = student.detach() if acc != torch.float64 else student.detach().to(acc)
+        # D(q, q) is exactly 0 with gradient exactly 0: the teacher is not read, whatever it holds
+        nothing = linear.no_part(other)
+        other = student.detach() if acc != torch.float64 else student.detach().to(acc)
     compiling = torch.compiler.is_compiling()
-    teacher_grad = teacher.requires_grad and torch.is_grad_enabled()
+    passes = reference if compiling else pick(student.device)
     # torch's own autograd: what is chosen by hand, or has no kernel, or no dual for the teacher
-    plain = (teacher_grad and divergence.dual is None) or (
-        not compiling and (passes := pick(student.device)) is reference
-    )
+    no_dual = isinstance(other, TopK) or divergence.dual is None
+    teacher_grad = other.requires_grad and torch.is_grad_enabled()
+    plain = (teacher_grad and no_dual) or (not compiling and passes is reference)
+
+    def side(keep: Tensor | None) -> Tensor | Sparse:
+        if not isinstance(other, TopK):
+            return other
+        return topk.sparse(other, plan.temperature, vocab, keep, acc, passes)
+
     if plain or compiling or reduction == "none" or wants_grad(weight, normalizer):
         keep, label, bad = mask(labels, ignore_index, vocab, student.device)
         run = reference.row_loss if plain else function.row_loss
-        loss = run(student, teacher, plan, keep, label if hard else None)
+        run = operators.row_loss if compiling and not plain else run
+        loss = run(student, side(keep), plan, keep, label if hard else None)
         loss = reduce(loss, reduction, keep, bad, weight, normalizer, student)
-        return loss if soft else loss + nothing.to(loss.dtype)
-    folded = fold(passes, reduction, labels, ignore_index, vocab, weight, normalizer, student, acc)
-    loss = function.fused_total(passes, student, teacher, plan, folded, inplace)
-    return loss if soft else loss + nothing.to(loss.dtype)
+    else:
+        folded = fold(
+            passes, reduction, labels, ignore_index, vocab, weight, normalizer, student, acc
+        )
+        loss = function.fused_total(passes, student, side(folded.keep), plan, folded, inplace)
+    return loss if nothing is None else loss + nothing.to(loss.dtype)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+INDEX_DTYPES = frozenset((torch.int32, torch.int64))
 
 
 def kind(x: object) -> str:
@@ -126,7 +127,132 @@ class LinearLogits:
         return text + (f", softcap={cap:g})" if cap is not None else ")")
 
 
+Tail = Literal["bucket", "renormalize", "restrict", "drop"]
+TAILS = ("bucket", "renormalize", "restrict", "drop")
+
+
+class TopK:
+    """A stored teacher: log-probabilities of some columns of a row, and what is made of the rest.
+
+    Stands in for the teacher's logits in every loss of fastkd, beside a tensor of logits or a
+    `LinearLogits`. With p the stored probabilities, S their columns and q the student's softmax:
+
+        "bucket"       D over S and one more outcome, what is left on either side: 1 - sum p and the
+                       student's sum of q off S. At most D of the full distributions, 0 where they
+                       are equal.
+        "renormalize"  D(p / sum p, q): the teacher's rest is 0, the student keeps its full softmax.
+                       reverse_kl is +inf, as for any column that the teacher excludes.
+        "restrict"     D(p / sum p, q / sum q over S); columns off S have gradient exactly 0.
+        "drop"         the terms of S alone, of p and q as they are: may fall below 0.
+
+    A stored temperature is a part of p: the loss must be called with the same one. Only
+    "renormalize" knows p at another temperature, as softmax(logprobs * stored / asked).
+
+    Args:
+        logprobs: [..., K] floats, log p at `temperature`, at most 0. One that requires grad gets
+            its gradient through the reference, in plain torch.
+        indices: [..., K] int32 or int64, the columns, in any order; -1 is padding, whose logprobs
+            are not used. A row names each column at most once.
+        tail_logprob: [...] floats, log(1 - sum p) as it was measured when p was, used by "bucket";
+            None: worked out from logprobs, in float64.
+        temperature: T > 0 of the softmax that gave p.
+        tail: one of the four names above.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, or sizes that do not match. Values are
+            looked at by the loss, on the CPU always and on a GPU inside `fastkd.checked()`: an
+            index out of range or named twice, a logprob that is NaN or above 0, a row with a mass
+            above 1.001. Elsewhere a bad index makes its row NaN.
+    """
+
+    def __init__(
+        self,
+        logprobs: Tensor,
+        indices: Tensor,
+        *,
+        tail_logprob: Tensor | None = None,
+        temperature: float = 1.0,
+        tail: Tail = "bucket",
+    ) -> None:
+        _stored(logprobs, indices, tail_logprob)
+        if tail not in TAILS:
+            raise ValueError(f"tail: got {tail!r}, expected one of {', '.join(TAILS)}")
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+            raise TypeError(f"temperature: got {kind(temperature)}, expected a positive number")
+        if not 1e-18 <= temperature <= 1e18:
+            raise ValueError(f"temperature: got {temperature!r}, expected a positive finite number")
+        if not torch.is_grad_enabled():
+            logprobs = logprobs.detach()
+            tail_logprob = None if tail_logprob is None else tail_logprob.detach()
+        self.logprobs, self.indices, self.tail_logprob = logprobs, indices, tail_logprob
+        self.temperature, self.tail = float(temperature), tail
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None]:
+        """What may have a gradient: logprobs and tail_logprob."""
+        return self.logprobs, self.tail_logprob
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., K], that of logprobs."""
+        return self.logprobs.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of logprobs."""
+        return self.logprobs.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.logprobs.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(x is not None and x.requires_grad for x in self.tensors)
+
+    def dim(self) -> int:
+        return self.logprobs.dim()
+
+    def size(self, dim: int) -> int:
+        return self.logprobs.size(dim)
+
+    def to(self, *args: Any, **kwargs: Any) -> TopK:
+        """The same on another device, as `Tensor.to(device, non_blocking=...)`; dtypes stay."""
+        return self._with(lambda x: x.to(*args, **kwargs))
+
+    def pin_memory(self) -> TopK:
+        """The same in pinned memory, which a DataLoader asks for."""
+        return self._with(lambda x: x.pin_memory())
+
+    def detach(self) -> TopK:
+        """The same without a part in autograd."""
+        return self._with(lambda x: x.detach())
+
+    def __getitem__(self, at: Any) -> TopK:
+        """The rows logprobs[at], indices[at] and tail_logprob[at]; K stays as it is."""
+        taken = self._with(lambda x: x[at])
+        if taken.size(-1) != self.size(-1) or taken.dim() == 0:
+            raise IndexError(f"got {at!r}, expected an index of rows {list(self.shape[:-1])}")
+        return taken
+
+    def _with(self, change: Any) -> TopK:
+        tail = self.tail_logprob
+        return TopK(
+            change(self.logprobs),
+            change(self.indices),
+            tail_logprob=None if tail is None else change(tail),
+            temperature=self.temperature,
+            tail=self.tail,
+        )
+
+    def __repr__(self) -> str:
+        text = f"TopK({list(self.shape)} of {self.dtype}, temperature={self.temperature:g}, "
+        measured = ", tail_logprob" if self.tail_logprob is not None else ""
+        return text + f"tail={self.tail!r}{measured})"
+
+
 Operand = Tensor | LinearLogits
+Teacher = Operand | TopK
 
 
 def build(
@@ -191,6 +317,39 @@ def _tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(
                 f"{name}: got a tensor on {x.device}, expected the hidden states' {hidden.device}"
             )
+
+
+def _stored(logprobs: Tensor, indices: Tensor, tail_logprob: Tensor | None) -> None:
+    floats = "float32, bfloat16, float16 or float64"
+    for name, x, sizes, dtypes, what in (
+        ("logprobs", logprobs, "[..., K]", DTYPES, floats),
+        ("indices", indices, "[..., K]", INDEX_DTYPES, "int32 or int64"),
+        ("tail_logprob", tail_logprob, "[...]", DTYPES, floats),
+    ):
+        if x is None and name == "tail_logprob":
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: got {kind(x)}, expected a tensor {sizes} of {what}")
+        if x.layout is not torch.strided or hasattr(x, "placements"):
+            raise TypeError(f"{name}: got {type(x).__name__} ({x.layout}), expected a dense tensor")
+        if x.dtype not in dtypes:
+            raise TypeError(f"{name}: got {kind(x)}, expected {what}")
+        if x.device != logprobs.device:
+            raise ValueError(
+                f"{name}: got a tensor on {x.device}, expected the logprobs' {logprobs.device}"
+            )
+    shape = logprobs.shape
+    if not shape or not shape[-1]:
+        raise ValueError(f"logprobs: got shape {list(shape)}, expected [..., K] with K >= 1")
+    if indices.shape != shape:
+        raise ValueError(
+            f"indices: got shape {list(indices.shape)}, expected the logprobs' {list(shape)}"
+        )
+    if tail_logprob is not None and tail_logprob.shape != shape[:-1]:
+        raise ValueError(
+            f"tail_logprob: got shape {list(tail_logprob.shape)}, expected {list(shape[:-1])}, the "
+            f"leading dimensions of the logprobs' {list(shape)}"
+        )
 
 
 def _numbers(scale: float, softcap: float | None, chunk_size: int | None) -> None:

@@ -39,6 +39,11 @@ def checked() -> Iterator[None]:
         _checked.reset(token)
 
 
+def reads_values(device: torch.device) -> bool:
+    """Whether checks that must read values run: it costs nothing there, or was asked for."""
+    return not torch.compiler.is_compiling() and (on_host(device) or _checked.get())
+
+
 class Folded(NamedTuple):
     """keep [N] bool, label [N] int64, scale [N] acc (None: all kept, none, 1) and factor."""
 
@@ -115,7 +120,7 @@ def mask(labels: Tensor | None, ignore_index: int, vocab: int, device: torch.dev
     keep = labels != ignore_index
     label = labels.to(torch.int64)
     bad = keep & ((label < 0) | (label >= vocab))
-    if torch.compiler.is_compiling() or not (on_host(device) or _checked.get()):
+    if not reads_values(device):
         return Mask(keep, label, bad)
     if bool(bad.any()):
         raise _label_error(label, int(bad.reshape(-1).nonzero()[0, 0]), ignore_index, vocab)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastkd.backend import Plan, acc_dtype
+from fastkd.backend import Plan, Sparse, acc_dtype
 from fastkd.divergence import Divergence, divergences
 
 INF = float("inf")
@@ -34,37 +34,78 @@ def pointwise(divergence: Divergence, logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def row_loss(
-    student: Tensor, teacher: Tensor, plan: Plan, keep: Tensor | None, label: Tensor | None
+    student: Tensor,
+    teacher: Tensor | Sparse,
+    plan: Plan,
+    keep: Tensor | None,
+    label: Tensor | None,
 ) -> Tensor:
     """soft * D(p, q) + hard * CE of each row.
 
     Args:
-        student, teacher: [..., >= vocab] logits, any float dtypes.
+        student, teacher: [..., >= vocab] logits, any float dtypes; the teacher may be a Sparse.
         plan: what is computed.
         keep, label: [...] as in `Passes`.
 
     Returns:
         [...] float32 (float64 where an operand is): differentiable in both operands.
     """
+    if isinstance(teacher, Sparse) and student.dim() != 2:
+        keep, label = (None if x is None else x.reshape(-1) for x in (keep, label))
+        flat = student.reshape(-1, student.size(-1))
+        return row_loss(flat, teacher, plan, keep, label).view(student.shape[:-1])
     acc = acc_dtype(student, teacher)
     s = student[..., : plan.vocab].to(acc)
-    t = teacher[..., : plan.vocab].to(acc)
     if keep is not None:
         # where, not a product: what an ignored row holds (NaN) must not reach value or gradient
         s = torch.where(keep.unsqueeze(-1), s, 0.0)
-        t = torch.where(keep.unsqueeze(-1), t, 0.0)
-    # a row that is impossible everywhere on both sides is dead in every column: loss 0
-    empty = ((s == -INF) & (t == -INF)).all(-1, keepdim=True)
-    logq = _log_softmax(torch.where(empty, 0.0, s), plan.temperature)
-    logp = _log_softmax(torch.where(empty, 0.0, t), plan.temperature)
-    loss = pointwise(entry(plan), logp, logq).sum(-1)
-    loss = torch.where(empty.squeeze(-1), 0.0, loss)
+    if isinstance(teacher, Sparse):
+        loss = _sparse_divergence(s, teacher, plan, keep)
+    else:
+        t = teacher[..., : plan.vocab].to(acc)
+        if keep is not None:
+            t = torch.where(keep.unsqueeze(-1), t, 0.0)
+        loss = _divergence(s, t, plan)
     if plan.soft != 1.0:
         loss = plan.soft * loss
     if plan.hard != 0.0:
         assert label is not None
         loss = loss + plan.hard * _cross_entropy(s, label, plan)
     return loss if keep is None else torch.where(keep, loss, 0.0)
+
+
+def _divergence(s: Tensor, t: Tensor, plan: Plan) -> Tensor:
+    # a row that is impossible everywhere on both sides is dead in every column: loss 0
+    empty = ((s == -INF) & (t == -INF)).all(-1, keepdim=True)
+    logq = _log_softmax(torch.where(empty, 0.0, s), plan.temperature)
+    logp = _log_softmax(torch.where(empty, 0.0, t), plan.temperature)
+    loss = pointwise(entry(plan), logp, logq).sum(-1)
+    return torch.where(empty.squeeze(-1), 0.0, loss)
+
+
+def _sparse_divergence(s: Tensor, teacher: Sparse, plan: Plan, keep: Tensor | None) -> Tensor:
+    logp, at, tail, restrict = teacher
+    if keep is not None:
+        kept = keep.unsqueeze(-1)
+        logp, at = torch.where(kept, logp, -INF), torch.where(kept, at, -1)
+        tail = None if tail is None else torch.where(keep, tail, 0.0)
+    named, at = at >= 0, at.clamp_min(0)
+    if restrict:
+        x = torch.where(named, s.gather(-1, at), -INF)
+        logq = _log_softmax(x, plan.temperature)
+    else:
+        full = _log_softmax(s, plan.temperature)
+        logq = torch.where(named, full.gather(-1, at), -INF)
+    divergence = entry(plan)
+    loss = pointwise(divergence, logp, logq).sum(-1)
+    if tail is None:
+        return loss
+    # the columns not named, summed by themselves: 1 - sum(q) of the others would cancel
+    hits = torch.zeros_like(s).scatter_add_(-1, at, named.to(s.dtype))
+    other = hits == 0
+    some = (other & (full != -INF)).any(-1)
+    rest = torch.where(other | ~some.unsqueeze(-1), full, -INF).logsumexp(-1)
+    return loss + pointwise(divergence, tail, torch.where(some, rest, -INF))
 
 
 def _log_softmax(x: Tensor, temperature: float) -> Tensor:
@@ -102,13 +143,9 @@ def _autograd() -> Iterator[None]:
             torch._C._dispatch_tls_set_dispatch_key_excluded(key, was)
 
 
-def _flat(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    return student.reshape(-1, student.size(-1)), teacher.reshape(-1, teacher.size(-1))
-
-
 def fused(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | Sparse,
     plan: Plan,
     keep: Tensor | None,
     label: Tensor | None,
@@ -116,7 +153,10 @@ def fused(
     factor: float,
     grad: Tensor | None,
 ) -> Tensor:
-    s, t = _flat(student.detach(), teacher.detach())
+    s = student.detach().reshape(-1, student.size(-1))
+    t = teacher
+    if isinstance(t, Tensor):
+        t = t.detach().reshape(-1, t.size(-1))
     if grad is None:
         with torch.no_grad():
             return row_loss(s, t, plan, keep, label)
@@ -129,6 +169,9 @@ def fused(
         slope = torch.where(keep.unsqueeze(-1), slope, 0.0)
     grad[..., : slope.size(-1)].copy_(slope.view(*grad.shape[:-1], -1))
     return loss.detach()
+
+
+sparse = fused
 
 
 def stats(x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd.backend import Passes, Plan, pick, without_autocast
-from fastkd.chunks import Dense, Linear, Side, Tensors, Wants, run
-from fastkd.function import PLAN, columns_contiguous, dual, flat, save_operands, saved_operands
+from fastkd.backend import Passes, Plan, Sparse, pick, without_autocast
+from fastkd.chunks import Dense, Linear, Side, Stored, Tensors, Wants, run
+from fastkd.function import dual, flat, save_operands, saved_operands
 from fastkd.operands import Head, build
+from fastkd.operators import PLAN, columns_contiguous
 from fastkd.reduction import Folded
 
 
@@ -30,7 +31,8 @@ class Call(NamedTuple):
     """What a loss is made of besides tensors that autograd knows.
 
     heads: of both sides, None for logits that are given. An operand's tensors stand in a row with
-    the other's: hidden, weight, bias or the logits; none at all for a teacher that has no part.
+    the other's: hidden, weight, bias or the logits; none at all for a teacher that has no part or
+    is stored.
     """
 
     passes: Passes
@@ -40,6 +42,7 @@ class Call(NamedTuple):
     asked: int | None
     pack: bool
     boost: float
+    stored: Sparse | None = None
 
 
 # ---- one trip
@@ -59,7 +62,7 @@ class Work(NamedTuple):
 
 
 def trip(call: Call, tensors: Tensors, wants: Wants, wait: bool) -> Work:
-    passes, heads, plan, folded, asked, pack, boost = call
+    passes, heads, plan, folded, asked, pack, boost, stored = call
     keep, label, scale, factor = folded
     index = None
     if pack and keep is not None:
@@ -70,23 +73,25 @@ def trip(call: Call, tensors: Tensors, wants: Wants, wait: bool) -> Work:
             None if scale is None else scale[index],
         )
     cut = 1 if heads[0] is None else 3
-    sides: list[Side] = []
+    given: list[Linear | Dense] = []
     for at, head in ((slice(cut), heads[0]), (slice(cut, None), heads[1])):
         own, want = tensors[at], wants[at]
         if head is not None:
-            sides.append(Linear(own, head, plan.vocab, index, keep, want, boost, passes))
+            given.append(Linear(own, head, plan.vocab, index, keep, want, boost, passes))
         elif own:
             assert own[0] is not None
-            sides.append(Dense(own[0], index, want[0], passes))
+            given.append(Dense(own[0], index, want[0], passes))
     first = tensors[0]
     assert first is not None
     n = first.numel() // first.size(-1) if index is None else index.numel()
-    teacher = sides[1] if len(sides) > 1 else None
+    teacher: Side | None = given[1] if len(given) > 1 else None
+    if stored is not None:
+        teacher = Stored(stored, index)
     plans = plan, dual(plan) if teacher is not None and teacher.any else None
     folded = Folded(keep, label, scale, factor)
     with without_autocast(first.device):
-        loss = run(passes, sides[0], teacher, plans, n, folded, asked, wait)
-    return Work(sides, loss, scale, index)
+        loss = run(passes, given[0], teacher, plans, n, folded, asked, wait)
+    return Work([*given], loss, scale, index)
 
 
 def logits(
@@ -123,7 +128,7 @@ def _graph(
         mask = None if keep is None else keep.view(lead)
         s, t = logits(tensors, call.heads, call.plan.vocab, mask)
         s, t = (x.reshape(-1, x.size(-1)) for x in (s, t))
-        value = reference.row_loss(s, t, call.plan, keep, label)
+        value = reference.row_loss(s, call.stored or t, call.plan, keep, label)
         if by is None:
             by = upstream * factor
             by = by.expand(value.numel()) if scale is None else by * scale
@@ -196,8 +201,12 @@ _SIDES = "".join(
     f"float softcap_{side}, ScalarType dtype_{side}, "
     for side in ("student", "teacher")
 )
-_INPUTS = f"{_SIDES}Tensor? keep, Tensor? label, SymInt chunk, {PLAN}"
+_INPUTS = (
+    f"{_SIDES}Tensor? keep, Tensor? label, Tensor? logprobs, Tensor? indices, Tensor? tail, "
+    f"bool restrict, SymInt chunk, {PLAN}"
+)
 _TENSORS = (0, 1, 2, 6, 7, 8)  # of the inputs, those that may have a gradient
+_OTHERS = (12, 13, 14, 15, 16)  # further tensors
 
 
 def registered_rows(
@@ -207,6 +216,7 @@ def registered_rows(
     keep: Tensor | None,
     label: Tensor | None,
     asked: int | None,
+    stored: Sparse | None,
 ) -> Tensor:
     """As `RowLoss`, by `fastkd::linear_loss`."""
     cut = 1 if heads[0] is None else 3
@@ -216,13 +226,17 @@ def registered_rows(
             sides += (*own, head.scale, head.softcap or 0.0, head.dtype)
         else:
             x = own[0] if own else None
-            sides += (x, None, None, 1.0, 0.0, torch.float32 if x is None else x.dtype)
-    return linear_loss(*sides, keep, label, asked or 0, *plan)
+            like = x if stored is None else stored.logprobs
+            sides += (x, None, None, 1.0, 0.0, torch.float32 if like is None else like.dtype)
+    return linear_loss(
+        *sides, keep, label, *(stored or (None, None, None, False)), asked or 0, *plan
+    )
 
 
 def _parsed(inputs: tuple[Any, ...]) -> tuple[Call, list[Tensor | None], list[int]]:
     """A call, its tensors, and where they stand among the inputs."""
-    keep, label, chunk, *plan = inputs[12:]
+    keep, label, logprobs, indices, tail, restrict, chunk, *plan = inputs[12:]
+    stored = None if logprobs is None else Sparse(logprobs, indices, tail, restrict)
     tensors: list[Tensor | None] = []
     heads: list[Head | None] = []
     places: list[int] = []
@@ -237,7 +251,9 @@ def _parsed(inputs: tuple[Any, ...]) -> tuple[Call, list[Tensor | None], list[in
             places.append(start)
     folded = Folded(flat(keep), flat(label), None, 1.0)
     passes = pick(inputs[0].device)
-    call = Call(passes, (heads[0], heads[1]), Plan(*plan), folded, chunk or None, False, 1.0)
+    call = Call(
+        passes, (heads[0], heads[1]), Plan(*plan), folded, chunk or None, False, 1.0, stored
+    )
     return call, tensors, places
 
 
@@ -280,13 +296,13 @@ def _(*inputs: Any) -> list[Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*(inputs[place] for place in (*_TENSORS, 12, 13)))
+    ctx.save_for_backward(*(inputs[place] for place in (*_TENSORS, *_OTHERS)))
     ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
 
 
 def _registered_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     inputs = list(ctx.others)
-    for place, x in zip((*_TENSORS, 12, 13), ctx.saved_tensors, strict=True):
+    for place, x in zip((*_TENSORS, *_OTHERS), ctx.saved_tensors, strict=True):
         inputs[place] = x
     out: list[Tensor | None] = [None] * len(inputs)
     wants = [ctx.needs_input_grad[place] for place in _TENSORS]

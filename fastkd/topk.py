@@ -1,0 +1,285 @@
+"""Stored teachers: from a `TopK` to what the passes take, and from logits to a `TopK`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastkd import checks
+from fastkd.backend import Passes, Sparse, chunks, host_passes, pick, without_autocast
+from fastkd.operands import LinearLogits, Operand, Tail, TopK, build, kind
+from fastkd.reduction import reads_values
+
+MOST_MASS = 1.001  # of a row's probabilities: what storage in 16 or 8 bits may add to 1
+INF = math.inf
+
+
+def sparse(
+    teacher: TopK,
+    temperature: float,
+    vocab: int,
+    keep: Tensor | None,
+    acc: torch.dtype,
+    passes: Passes,
+) -> Sparse:
+    """The rows of a stored teacher as the passes take them: copies, which nobody else changes.
+
+    keep: [...] or [N] bool: rows that are not kept are not looked at.
+
+    Raises:
+        ValueError: the loss's temperature is another than the teacher's, or values that no teacher
+            has (on the CPU and inside `fastkd.checked()`).
+    """
+    renormalized = teacher.tail in ("renormalize", "restrict")
+    ratio = teacher.temperature / temperature
+    if ratio != 1.0 and teacher.tail != "renormalize":
+        raise ValueError(
+            f"temperature: got {temperature:g} with a teacher stored at {teacher.temperature:g} "
+            f"and tail={teacher.tail!r}; its probabilities at another temperature are not known: "
+            f"use temperature={teacher.temperature:g}, store the teacher again, or give it "
+            "tail='renormalize', which needs them up to their sum only"
+        )
+    count = teacher.size(-1)
+    logprobs = teacher.logprobs.resolve_neg().reshape(-1, count).to(acc)
+    indices = teacher.indices.reshape(-1, count).to(torch.int64)
+    keep = None if keep is None else keep.reshape(-1)
+    logprobs = logprobs.masked_fill(indices < 0, -INF)
+    tail = teacher.tail_logprob
+    look = reads_values(teacher.device)
+    if look:
+        _admit(passes, logprobs.detach(), indices, tail, keep, vocab)
+    else:
+        bad = (indices >= vocab) | (indices < -1)
+        logprobs, indices = logprobs.masked_fill(bad, math.nan), indices.masked_fill(bad, -1)
+    if renormalized:
+        logprobs = (logprobs * ratio if ratio != 1.0 else logprobs).log_softmax(-1)
+        if look:
+            _some_mass(logprobs.detach(), teacher.tail, keep)
+    if teacher.tail == "restrict" or teacher.tail == "drop":
+        tail = None
+    elif teacher.tail == "renormalize":
+        tail = logprobs.new_full((logprobs.size(0),), -INF)
+    elif tail is not None:
+        tail = tail.resolve_neg().reshape(-1).to(acc, copy=True)
+    else:
+        mass = logprobs.double().exp().sum(-1)
+        tail = torch.where(mass < 1.0, torch.log1p(-mass.clamp(max=1.0 - 2**-53)), -INF).to(acc)
+        tail = torch.where(mass.isnan(), math.nan, tail)
+    if tail is not None and count >= vocab:
+        # nothing is left of a row that names every column, whatever rounding says of 1 - sum p
+        tail = torch.where((indices >= 0).sum(-1) == vocab, -INF, tail)
+    indices = indices.clone(memory_format=torch.contiguous_format)
+    return Sparse(logprobs.contiguous(), indices, tail, teacher.tail == "restrict")
+
+
+def _admit(
+    passes: Passes,
+    logprobs: Tensor,
+    indices: Tensor,
+    tail: Tensor | None,
+    keep: Tensor | None,
+    vocab: int,
+) -> None:
+    if (host := host_passes(passes)) is not None:
+        fault, row, place = host.admit(
+            logprobs.contiguous(), indices.contiguous(), keep, vocab, MOST_MASS
+        )
+    else:
+        fault, row, place = _first_fault(logprobs, indices, keep, vocab)
+    if fault:
+        raise ValueError(_fault(fault, row, place, logprobs, indices, vocab))
+    if tail is not None:
+        wrong = ~(tail.detach().reshape(-1) <= 0.0)
+        wrong = wrong if keep is None else wrong & keep
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0, 0])
+            raise ValueError(
+                f"teacher.tail_logprob: got {float(tail.reshape(-1)[row])} in row {row}, expected "
+                "a log-probability, at most 0"
+            )
+
+
+def _some_mass(normalized: Tensor, tail: str, keep: Tensor | None) -> None:
+    empty = normalized[:, 0].isnan()
+    empty = empty if keep is None else empty & keep
+    if bool(empty.any()):
+        row = int(empty.nonzero()[0, 0])
+        raise ValueError(
+            f"teacher.logprobs: got no column with a probability above 0 in row {row}, expected "
+            f"one at least, which tail={tail!r} can make a distribution of"
+        )
+
+
+def _first_fault(
+    logprobs: Tensor, indices: Tensor, keep: Tensor | None, vocab: int
+) -> tuple[str, int, int]:
+    """As `HostPasses.admit`, in torch."""
+    named = indices >= 0
+    order = indices.sort(-1)
+    again = (order.values[:, 1:] == order.values[:, :-1]) & (order.values[:, 1:] >= 0)
+    twice = torch.zeros_like(named).scatter_(-1, order.indices[:, 1:], again)
+    mass = logprobs.double().exp().sum(-1, keepdim=True)
+    for fault, wrong in (
+        ("index", (indices < -1) | (indices >= vocab)),
+        ("twice", twice),
+        ("value", named & ~(logprobs <= 0.0)),
+        ("mass", mass > MOST_MASS),
+    ):
+        wrong = wrong if keep is None else wrong & keep.unsqueeze(-1)
+        if bool(wrong.any()):
+            row, place = wrong.nonzero()[0]
+            return fault, int(row), int(place)
+    return "", -1, -1
+
+
+def _fault(fault: str, row: int, place: int, logprobs: Tensor, indices: Tensor, vocab: int) -> str:
+    if fault == "mass":
+        mass = float(logprobs[row].double().exp().sum())
+        of_row = f"a mass of {mass:g} in row {row}, expected at most {MOST_MASS}"
+        return f"teacher.logprobs: got {of_row}"
+    at = f"in row {row}, place {place}"
+    if fault == "value":
+        value = float(logprobs[row, place])
+        return f"teacher.logprobs: got {value} {at}, expected a log-probability, at most 0"
+    index = int(indices[row, place])
+    if fault == "twice":
+        return f"teacher.indices: got {index} {at} for the second time, expected each column once"
+    return f"teacher.indices: got {index} {at}, expected 0 to {vocab - 1}, or -1 for padding"
+
+
+# ---- from logits
+
+# Elements of a copy of some rows, in which the columns that are kept are taken out to sum the rest
+BLOCK = 2**22
+
+
+@torch.no_grad()
+def topk_from_logits(
+    logits: Operand,
+    k: int,
+    *,
+    method: Literal["top", "sample"] = "top",
+    temperature: float = 1.0,
+    tail: Tail = "bucket",
+    vocab_size: int | None = None,
+    generator: torch.Generator | None = None,
+) -> TopK:
+    """The best k log-probabilities of each row with the mass of the rest, or k samples of it.
+
+        "top"     log p of the k largest, tail_logprob = log(sum of p over the others), summed by
+                  itself and so without cancellation
+        "sample"  k independent draws from p, with replacement: each column that came up once or
+                  more, with its share of the draws; tail_logprob = -inf. The shares are unbiased
+                  estimates of p, and so is the gradient of kl_div against them.
+
+    p = softmax(logits / T). Works on a few rows at a time: no log-softmax of all of them is built,
+    nor the logits of a `LinearLogits`. No gradient.
+
+    Args:
+        logits: [..., V] float32, bfloat16, float16 or float64, or a `LinearLogits`.
+        k: columns kept, or draws made, 1 <= k (<= V for "top").
+        method: "top" or "sample".
+        temperature: T > 0, finite.
+        tail: what the loss makes of the rest, see `TopK`.
+        vocab_size: use the first n columns only.
+        generator: for the draws.
+
+    Returns:
+        TopK with logprobs and tail_logprob in float32 (float64 for float64 logits) and indices in
+        int32, by falling log p for "top" and by rising index for "sample", where -1 pads.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or value.
+
+    Anshumann et al. 2025 (random sampling distillation), arXiv 2503.16870.
+    """
+    vocab = checks.operands(logits, logits, vocab_size)
+    checks.temperature(temperature)
+    if method not in ("top", "sample"):
+        raise ValueError(f"method: got {method!r}, expected 'top' or 'sample'")
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k: got {kind(k)}, expected an integer")
+    most = vocab if method == "top" else 2**31
+    if not 1 <= k <= most:
+        upper = f" <= {vocab}" if method == "top" else ""
+        raise ValueError(f"k: got {k}, expected 1 <= k{upper}")
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    lead, n = logits.shape[:-1], logits.numel() // logits.size(-1)
+    device = logits.device
+    logprobs = torch.empty((n, k), dtype=acc, device=device)
+    indices = torch.empty((n, k), dtype=torch.int32, device=device)
+    rest = torch.empty(n, dtype=acc, device=device)
+    passes = pick(device)
+    for at, x in _blocks(logits, vocab):
+        if method == "top":
+            logprobs[at], indices[at], rest[at] = _top(passes, x, k, temperature, acc)
+        else:
+            logprobs[at], indices[at] = _sample(x, k, temperature, acc, generator)
+            rest[at] = -INF
+    return TopK(
+        logprobs.view(*lead, k),
+        indices.view(*lead, k),
+        tail_logprob=rest.view(lead),
+        temperature=temperature,
+        tail=tail,
+    )
+
+
+def _blocks(logits: Operand, vocab: int) -> Iterator[tuple[slice, Tensor]]:
+    """A few rows of logits at a time, [rows, vocab]."""
+    n = logits.numel() // logits.size(-1)
+    step = max(1, BLOCK // vocab)
+    if not isinstance(logits, LinearLogits):
+        flat = logits.resolve_neg().reshape(-1, logits.size(-1))
+        for start in range(0, n, step):
+            at = slice(start, start + step)
+            yield at, flat[at, :vocab]
+        return
+    hidden, weight, bias = logits.tensors
+    flat = hidden.reshape(-1, hidden.size(-1))
+    # products of few rows read the whole weight for little
+    step = max(step, min(chunks(logits.device).budget // (8 * vocab), 512))
+    for start in range(0, n, step):
+        at = slice(start, start + step)
+        with without_autocast(logits.device):
+            yield at, build(flat[at], weight, bias, logits.head, vocab)
+
+
+def _top(
+    passes: Passes, x: Tensor, k: int, temperature: float, acc: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    best = x.topk(k, -1)
+    top, total, _ = passes.stats(x.unsqueeze(0), temperature, x.size(-1), None).to(acc).unbind(-1)
+    others = x.scatter(-1, best.indices, -INF)
+    theirs = passes.stats(others.unsqueeze(0), temperature, x.size(-1), None).to(acc)
+    log_total = total.log()
+    logprobs = (best.values.to(acc) - top.unsqueeze(-1)) / temperature - log_total.unsqueeze(-1)
+    rest = (theirs[:, 0] - top) / temperature + theirs[:, 1].log() - log_total
+    # -inf and not NaN where nothing is left: the maximum of no logits is -inf, their sum 0
+    rest = torch.where(theirs[:, 1] == 0, torch.where(total.isnan(), total, -INF), rest)
+    return logprobs.clamp_max(0.0), best.indices.to(torch.int32), rest.clamp_max(0.0)
+
+
+def _sample(
+    x: Tensor, k: int, temperature: float, acc: torch.dtype, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    wide = x.double()
+    below = ((wide - wide.amax(-1, keepdim=True)) / temperature).exp().cumsum(-1)
+    total = below[:, -1:]
+    where = torch.rand((x.size(0), k), dtype=torch.float64, device=x.device, generator=generator)
+    drawn = torch.searchsorted(below, where * total, right=True)
+    # rounding may carry a draw to the very end: its column is the last that adds anything
+    drawn = torch.minimum(drawn, (below < total).sum(-1, keepdim=True)).sort(-1).values
+    first = torch.ones_like(drawn, dtype=torch.bool)
+    first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+    place = first.cumsum(-1) - 1
+    counts = torch.zeros((x.size(0), k), dtype=acc, device=x.device)
+    counts.scatter_add_(-1, place, torch.ones_like(drawn, dtype=acc))
+    indices = torch.full_like(drawn, -1).scatter_(-1, place, drawn)
+    logprobs = torch.where(counts > 0, (counts / k).log(), -INF)
+    logprobs = torch.where(total.isfinite(), logprobs, math.nan)  # of a row with a NaN
+    return logprobs, indices.to(torch.int32)
