@@ -368,13 +368,21 @@ def test_opcheck_of_linear_loss(backend: Backend, dense: str) -> None:
     teacher = (given, *none) if dense == "teacher" else (*parts[3:], 1.0, 0.0, torch.float32)
     keep = torch.tensor([True, False, True, True], device=backend.device)
     label = torch.tensor([1, -100, 0, 8], device=backend.device)
-    rest = (keep, label, 2, *_plan(fastkd.divergences.kl, 9, hard=0.3))
+    rest = (keep, label, None, None, None, False, 2, *_plan(fastkd.divergences.kl, 9, hard=0.3))
     torch.library.opcheck(torch.ops.fastkd.linear_loss, (*student, *teacher, *rest))
 
 
 def test_opcheck_of_linear_grads(backend: Backend) -> None:
     parts = [x.detach() for x in _parts(backend)]
     sides = (*parts[:3], 0.5, 3.0, torch.float32, *parts[3:], 1.0, 0.0, torch.float32)
-    rest = (None, None, 0, *_plan(fastkd.divergences.kl, 9), torch.rand(4, device=backend.device))
+    stored = (None, None, None, False)
+    rest = (
+        None,
+        None,
+        *stored,
+        0,
+        *_plan(fastkd.divergences.kl, 9),
+        torch.rand(4, device=backend.device),
+    )
     wants = [True, True, False, False, True, True]
     torch.library.opcheck(torch.ops.fastkd.linear_grads, (*sides, *rest, wants))

@@ -7,6 +7,6 @@ except ImportError as error:
         "Triton is not installed; it comes with torch on Linux, or by pip install 'fastkd[gpu]'"
     ) from error
 
-from fastkd.gpu.launch import empty_gradient, fused, grad, loss, multiply, stats, total
+from fastkd.gpu.launch import empty_gradient, fused, grad, loss, multiply, sparse, stats, total
 
-__all__ = ["empty_gradient", "fused", "grad", "loss", "multiply", "stats", "total"]
+__all__ = ["empty_gradient", "fused", "grad", "loss", "multiply", "sparse", "stats", "total"]
