@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
@@ -41,10 +42,10 @@ class Shape(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Logits [N, V] of both sides, and labels [N] where the case has them."""
+    """Logits [N, V] of both sides or a stored teacher, and labels [N] where the case has them."""
 
     student: Tensor
-    teacher: Tensor
+    teacher: Any
     labels: Tensor | None
 
 
@@ -85,6 +86,11 @@ class Case:
         options = {**self.options, "temperature": temperature}
         return replace(self, options=options, temperature=temperature)
 
+    def outcomes(self, student: Tensor, teacher: Any) -> tuple[Tensor, Tensor]:
+        """(log p, log q) of the outcomes over which the divergence is a sum, in plain torch."""
+        logp, logq = (F.log_softmax(x / self.temperature, -1) for x in (teacher, student))
+        return logp, logq
+
     @property
     def soft(self) -> float:
         """Factor of the divergence: Hinton's (1 - alpha) T^2 where there is a hard term."""
@@ -118,6 +124,41 @@ class Case:
         streams = TRAINING_STREAMS if gradient else FORWARD_STREAMS
         labels = 0 if self.alpha is None else shape.rows * LABEL_BYTES
         return len(streams) * logits_bytes(shape, dtype) + labels
+
+
+@dataclass(frozen=True)
+class TopKCase(Case):
+    """A divergence against a teacher that was stored as its k best columns and one bucket."""
+
+    k: int = 64
+
+    @property
+    def function_name(self) -> str:
+        return FUNCTIONS[self.divergence.name]
+
+    @property
+    def call(self) -> str:
+        kept = f"fastkd.topk_from_logits(teacher, {self.k}, temperature={self.temperature:g})"
+        return f"fastkd.{self.function_name}(student, {kept}, temperature={self.temperature:g})"
+
+    def make_inputs(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int
+    ) -> Inputs:
+        student, teacher, labels = super().make_inputs(shape, dtype, device, seed)
+        k = min(self.k, shape.vocab)
+        kept = fastkd.topk_from_logits(teacher, k, temperature=self.temperature)
+        return Inputs(student, kept, labels)
+
+    def outcomes(self, student: Tensor, teacher: Any) -> tuple[Tensor, Tensor]:
+        logq = F.log_softmax(student / self.temperature, -1).gather(-1, teacher.indices.long())
+        rest = torch.log1p(-logq.exp().sum(-1).clamp(max=1 - torch.finfo(logq.dtype).eps))
+        logp = torch.cat((teacher.logprobs, teacher.tail_logprob.unsqueeze(-1)), -1)
+        return logp.to(logq.dtype), torch.cat((logq, rest.unsqueeze(-1)), -1)
+
+    def floor_bytes(self, shape: Shape, dtype: torch.dtype, gradient: bool) -> int:
+        """Bytes that have to move: the student's logits and their gradient, and what is stored."""
+        stored = shape.rows * (min(self.k, shape.vocab) * (4 + 4) + 4)
+        return (2 if gradient else 1) * logits_bytes(shape, dtype) + stored
 
 
 def logits_bytes(shape: Shape, dtype: torch.dtype) -> int:
@@ -157,8 +198,11 @@ CASES: dict[str, Case] = {
             {"temperature": TEMPERATURE, "alpha": 0.5},
             alpha=0.5,
         ),
+        TopKCase("kl_div_top64", fastkd.divergences.kl, {"temperature": TEMPERATURE}),
     )
 }
+
+DENSE = {name: case for name, case in CASES.items() if not isinstance(case, TopKCase)}
 
 SMALL_SHAPES = (
     Shape(1, 10, "one row of ten classes: the cost of the call itself"),

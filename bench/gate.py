@@ -54,8 +54,10 @@ def truth(case: Case, inputs: Inputs) -> Truth:
     total = 0.0
     for chunk in _chunks(rows, vocab):
         student = inputs.student[chunk].double().requires_grad_()
-        logq = F.log_softmax(student / case.temperature, -1)
-        logp = F.log_softmax(inputs.teacher[chunk].double() / case.temperature, -1)
+        teacher = inputs.teacher[chunk]
+        if isinstance(teacher, Tensor):
+            teacher = teacher.double()
+        logp, logq = case.outcomes(student, teacher)
         loss = case.soft * case.divergence.value(logp, logq, case.divergence.param).sum()
         if case.alpha is not None and inputs.labels is not None:
             hard = F.cross_entropy(student, inputs.labels[chunk], reduction="sum")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import fastkd
 from bench import cli, gate, report
-from bench.cases import CASES, DTYPES, Case
+from bench.cases import DENSE, DTYPES, Case
 from bench.measure import MAX_ROUNDS, MIN_ROUNDS, out_of_memory
 from bench.memory import peak_extra
 from bench.providers import Unavailable, first_line
@@ -394,7 +394,7 @@ def _shapes(text: str) -> list[Shape]:
     return shapes
 
 
-SOFT = {name: case for name, case in CASES.items() if case.alpha is None}
+SOFT = {name: case for name, case in DENSE.items() if case.alpha is None}
 
 
 def parser() -> argparse.ArgumentParser:

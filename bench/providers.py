@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
-from bench.cases import Case
+from bench.cases import Case, TopKCase
 from fastkd.divergence import Divergence
 
 Call = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -120,6 +120,8 @@ PLAIN: dict[str, Formula] = {
 def eager(case: Case, device: torch.device) -> Call:
     """The case in torch's own functions, in the operands' dtype."""
     entry, temperature = case.divergence, case.temperature
+    if isinstance(case, TopKCase):
+        return lambda s, t, _: entry.value(*case.outcomes(s, t), entry.param).sum(-1).mean()
     formula = PLAIN.get(entry.name, _from_table(entry))
     return _with_labels(case, lambda s, t: formula(s, t, temperature, entry.param))
 
@@ -176,6 +178,8 @@ def liger(case: Case, device: torch.device) -> Call:
     """Liger-Kernel end to end from logits, for the divergences it has."""
     if device.type == "cpu":
         raise Unavailable("Liger-Kernel needs a GPU, this run is on the CPU")
+    if isinstance(case, TopKCase):
+        raise Unavailable("Liger-Kernel has no loss against a stored teacher")
     try:
         from liger_kernel.transformers.jsd import LigerJSD
         from liger_kernel.transformers.kl_div import LigerKLDIVLoss

@@ -25,11 +25,12 @@ struct Operand {
 };
 
 // The K points of a row against a teacher that names so many of its columns, and the tail's. In:
-// natural logarithms of both sides' probabilities, and the student's. Out: the value, the sum of
-// slopes, the tail's own, and in `slope` each column's gradient by its logit times T.
+// both sides' probabilities and their natural logarithms. Out: the value, the sum of slopes, the
+// tail's own, and in `slope` each column's gradient by its logit times T.
 struct Points {
   double* logp = nullptr;
   double* logq = nullptr;
+  double* p = nullptr;
   double* q = nullptr;
   double* slope = nullptr;
   int64_t k = 0;

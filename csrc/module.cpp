@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
@@ -178,18 +177,17 @@ void sparse(int wide, int64_t rows, int threads, const Rows5& student, const py:
         [&](int64_t begin, int64_t end, const Team& team) { run(a, begin, end, team); });
 }
 
-// The first kept row of a stored teacher with a fault: (0 none, 1 index, 2 twice, 3 value, 4 mass;
-// row, place).
+// The first kept row of a stored teacher with a fault: (0 none, 1 index, 2 twice, 3 value; row,
+// place).
 template <class T>
 std::tuple<int, int64_t, int64_t> admit_as(int64_t rows, int64_t k, const T* logprobs,
                                            const int64_t* indices, const uint8_t* keep,
-                                           int64_t vocab, double most) {
+                                           int64_t vocab) {
   std::vector<uint64_t> seen(static_cast<size_t>(vocab / 64 + 1));
   for (int64_t r = 0; r < rows; ++r) {
     if (keep != nullptr && !keep[r]) continue;
     const T* logp = logprobs + r * k;
     const int64_t* at = indices + r * k;
-    double mass = 0.0;
     int fault = 0;
     int64_t i = 0;
     for (; i < k && fault == 0; ++i) {
@@ -204,10 +202,8 @@ std::tuple<int, int64_t, int64_t> admit_as(int64_t rows, int64_t k, const T* log
       if (fault == 0 && !(logp[i] <= T(0))) fault = 3;
       if (fault != 0) break;
       word |= bit;
-      mass += std::exp(static_cast<double>(logp[i]));
     }
     if (fault != 0) return {fault, r, i};
-    if (mass > most) return {4, r, 0};
     for (i = 0; i < k; ++i)
       if (at[i] >= 0) seen[static_cast<size_t>(at[i] / 64)] = 0;
   }
@@ -215,12 +211,11 @@ std::tuple<int, int64_t, int64_t> admit_as(int64_t rows, int64_t k, const T* log
 }
 
 std::tuple<int, int64_t, int64_t> admit(int wide, int64_t rows, int64_t k, Address logprobs,
-                                        Address indices, Address keep, int64_t vocab,
-                                        double most) {
+                                        Address indices, Address keep, int64_t vocab) {
   const int64_t* index = at<const int64_t>(indices);
   const uint8_t* kept = at<const uint8_t>(keep);
-  return wide ? admit_as(rows, k, at<const double>(logprobs), index, kept, vocab, most)
-              : admit_as(rows, k, at<const float>(logprobs), index, kept, vocab, most);
+  return wide ? admit_as(rows, k, at<const double>(logprobs), index, kept, vocab)
+              : admit_as(rows, k, at<const float>(logprobs), index, kept, vocab);
 }
 
 void stats(int wide, int64_t rows, int threads, const Rows5& x, double temperature, int64_t vocab,

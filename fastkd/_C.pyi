@@ -54,7 +54,6 @@ def admit(
     indices: int,
     keep: int,
     vocab: int,
-    most: float,
     /,
 ) -> tuple[int, int, int]: ...
 def stats(

@@ -177,11 +177,11 @@ class HostPasses(Passes, Protocol):
         """(keep or None where all are kept, label, rows kept, first row out of range or -1)."""
 
     def admit(
-        self, logprobs: Tensor, indices: Tensor, keep: Tensor | None, vocab: int, most: float
+        self, logprobs: Tensor, indices: Tensor, keep: Tensor | None, vocab: int
     ) -> tuple[str, int, int]:
         """(fault, row, place) of the first kept row [N, K] that is no teacher's, or ("", -1, -1).
 
-        Faults: "index" out of range, "twice", "value" (above 0 or NaN), "mass" (above `most`).
+        Faults: "index" out of range, "twice" named, "value" (above 0 or NaN).
         """
 
     def weigh(self, keep: Tensor | None, weight: Tensor, mean: bool, acc: torch.dtype) -> Tensor:

@@ -288,11 +288,11 @@ def count(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor | None,
     return keep, label, kept, wrong
 
 
-FAULTS = ("", "index", "twice", "value", "mass")  # by the extension's numbers
+FAULTS = ("", "index", "twice", "value")  # by the extension's numbers
 
 
 def admit(
-    logprobs: Tensor, indices: Tensor, keep: Tensor | None, vocab: int, most: float
+    logprobs: Tensor, indices: Tensor, keep: Tensor | None, vocab: int
 ) -> tuple[str, int, int]:
     """(fault, row, place) of the first kept row that is no teacher's, or ("", -1, -1)."""
     n, k = logprobs.shape
@@ -304,7 +304,6 @@ def admit(
         indices.data_ptr(),
         _address(keep),
         vocab,
-        most,
     )
     return FAULTS[fault], row, place
 

@@ -85,18 +85,20 @@ def _admit(
     vocab: int,
 ) -> None:
     if (host := host_passes(passes)) is not None:
-        fault, row, place = host.admit(
-            logprobs.contiguous(), indices.contiguous(), keep, vocab, MOST_MASS
-        )
+        fault, row, place = host.admit(logprobs.contiguous(), indices.contiguous(), keep, vocab)
     else:
         fault, row, place = _first_fault(logprobs, indices, keep, vocab)
     if fault:
         raise ValueError(_fault(fault, row, place, logprobs, indices, vocab))
+    mass = logprobs.exp().sum(-1)
+    if (row := _first(mass > MOST_MASS, keep)) >= 0:
+        raise ValueError(
+            f"teacher.logprobs: got a mass of {float(mass[row]):g} in row {row}, expected at most "
+            f"{MOST_MASS}"
+        )
     if tail is not None:
-        wrong = ~(tail.detach().reshape(-1) <= 0.0)
-        wrong = wrong if keep is None else wrong & keep
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0, 0])
+        row = _first(~(tail.detach().reshape(-1) <= 0.0), keep)
+        if row >= 0:
             raise ValueError(
                 f"teacher.tail_logprob: got {float(tail.reshape(-1)[row])} in row {row}, expected "
                 "a log-probability, at most 0"
@@ -104,14 +106,18 @@ def _admit(
 
 
 def _some_mass(normalized: Tensor, tail: str, keep: Tensor | None) -> None:
-    empty = normalized[:, 0].isnan()
-    empty = empty if keep is None else empty & keep
-    if bool(empty.any()):
-        row = int(empty.nonzero()[0, 0])
+    row = _first(normalized[:, 0].isnan(), keep)
+    if row >= 0:
         raise ValueError(
             f"teacher.logprobs: got no column with a probability above 0 in row {row}, expected "
             f"one at least, which tail={tail!r} can make a distribution of"
         )
+
+
+def _first(wrong: Tensor, keep: Tensor | None) -> int:
+    """The first kept row that is wrong, or -1."""
+    wrong = wrong if keep is None else wrong & keep
+    return int(wrong.nonzero()[0, 0]) if bool(wrong.any()) else -1
 
 
 def _first_fault(
@@ -122,12 +128,10 @@ def _first_fault(
     order = indices.sort(-1)
     again = (order.values[:, 1:] == order.values[:, :-1]) & (order.values[:, 1:] >= 0)
     twice = torch.zeros_like(named).scatter_(-1, order.indices[:, 1:], again)
-    mass = logprobs.double().exp().sum(-1, keepdim=True)
     for fault, wrong in (
         ("index", (indices < -1) | (indices >= vocab)),
         ("twice", twice),
         ("value", named & ~(logprobs <= 0.0)),
-        ("mass", mass > MOST_MASS),
     ):
         wrong = wrong if keep is None else wrong & keep.unsqueeze(-1)
         if bool(wrong.any()):
@@ -137,10 +141,6 @@ def _first_fault(
 
 
 def _fault(fault: str, row: int, place: int, logprobs: Tensor, indices: Tensor, vocab: int) -> str:
-    if fault == "mass":
-        mass = float(logprobs[row].double().exp().sum())
-        of_row = f"a mass of {mass:g} in row {row}, expected at most {MOST_MASS}"
-        return f"teacher.logprobs: got {of_row}"
     at = f"in row {row}, place {place}"
     if fault == "value":
         value = float(logprobs[row, place])

@@ -25,7 +25,7 @@ from bench.accuracy.inputs import (
     VOCABS,
 )
 from bench.accuracy.points import DEFAULT_PROVIDERS, QUICK_PROVIDERS, Point, Runs, points
-from bench.cases import CASES, DTYPES
+from bench.cases import DENSE, DTYPES
 from bench.cli import Progress, device, listed, output, positive
 from bench.providers import PROVIDERS
 from bench.report import machine
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--cases", type=listed(CASES, "cases"), help=",".join(CASES))
+    p.add_argument("--cases", type=listed(DENSE, "cases"), help=",".join(DENSE))
     p.add_argument("--dtype", type=listed(ALL_DTYPES, "dtype"), help=",".join(ALL_DTYPES))
     known = {name: name for name in DISTRIBUTIONS}
     p.add_argument(
@@ -84,7 +84,7 @@ def _settle(p: argparse.ArgumentParser, a: argparse.Namespace) -> None:
     if a.device.type != "cpu" and a.device.index is not None:
         torch.get_device_module(a.device).set_device(a.device)
     quick = a.quick
-    a.cases = a.cases or list(CASES.values())
+    a.cases = a.cases or list(DENSE.values())
     a.dtype = a.dtype or [ALL_DTYPES[name] for name in (QUICK_DTYPES if quick else ALL_DTYPES)]
     a.distributions = a.distributions or list(DISTRIBUTIONS)
     a.vocab = a.vocab or list(QUICK_VOCABS if quick else VOCABS)
