@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("bf16", "fp32")
-KERNELS = ("fused", "loss", "grad", "stats", "total", "multiply")
+KERNELS = ("fused", "sparse", "loss", "grad", "stats", "total", "multiply")
+NAMED = 64  # columns of a stored teacher
 ROWS, VOCAB, SHORT = 8192, 128256, (512, 2048)
 SHOWN = (
     *("kernel", "divergence", "dtype", "target", "vocab", "registers", "spills", "shared"),
@@ -62,8 +63,8 @@ class Loops(NamedTuple):
 
 def cases(quick: bool, targets: list[str], divergences: list[str], dtypes: list[str]) -> list[Case]:
     """Everything, or (quick) each kernel, divergence, dtype and target at least once."""
-    per_divergence = [(k, d) for k in KERNELS[:3] for d in divergences]
-    plain = [(k, "-") for k in KERNELS[3:]]
+    per_divergence = [(k, d) for k in KERNELS[:4] for d in divergences]
+    plain = [(k, "-") for k in KERNELS[4:]]
     if quick:
         picked = per_divergence + plain + [("fused", divergences[0])] * len(targets)
         return [
@@ -82,7 +83,7 @@ def recorded(case: Case) -> tuple[Any, dict[str, Any], int]:
     """(kernel, arguments, threads) as the launcher would start it, on tensors without memory."""
     import torch
 
-    from fastkd.backend import Plan
+    from fastkd.backend import Plan, Sparse
     from fastkd.divergence import divergences
     from fastkd.gpu import launch
 
@@ -109,6 +110,10 @@ def recorded(case: Case) -> tuple[Any, dict[str, Any], int]:
     try:
         if case.kernel == "fused":
             launch.fused(x, x, plan, keep, label, scale, 1.0, x)
+        elif case.kernel == "sparse":
+            shape = (ROWS, NAMED)
+            kept = Sparse(tensor(*shape), tensor(*shape, dtype=torch.int64), tensor(ROWS), False)
+            launch.sparse(x, kept, plan, keep, label, scale, 1.0, x)
         elif case.kernel == "loss":
             launch.loss(x, x, stats, stats, plan, keep)
         elif case.kernel == "grad":
@@ -135,7 +140,7 @@ def compile_one(case: Case) -> Report:
 
     pointers = {
         **{torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"},
-        **{torch.float64: "*fp64", torch.int64: "*i64", torch.bool: "*i1"},
+        **{torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"},
     }
     kernel, args, threads = recorded(case)
     signature, constants, attrs = {}, {}, {}
@@ -200,7 +205,10 @@ def count(report: Report, found: Loops, load: str, special: str, columns: float)
 
 
 def widths(report: Report, found: Loops, access: str, width: Any) -> None:
-    inside = [width(m) for body in found.inside for line in body if (m := re.search(access, line))]
+    loops = [[width(m) for x in body if (m := re.search(access, x))] for body in found.inside]
+    if report.kernel == "sparse":  # whose named columns are gathered, one by one
+        loops = [sizes for sizes in loops if max(sizes, default=0) >= 16]
+    inside = [size for sizes in loops for size in sizes]
     outside = [width(m) for line in found.outside if (m := re.search(access, line))]
     report.bytes = min(inside, default=0)
     report.narrow = sum(size < 16 for size in outside)
@@ -234,7 +242,8 @@ def read_cuda(report: Report, asm: dict[str, Any], columns: float) -> None:
         r"\b(?:ld|st)\.global\S*?((?:\.v\d)?)\.[busf](\d+)\b",
         lambda m: int(m[1][2:] or 1) * int(m[2]) // 8,
     )
-    count(report, in_sass, r"\bLDG\b", r"\bMUFU\b", columns)
+    loads = r"\bLDG\S*\.128\b" if report.kernel == "sparse" else r"\bLDG\b"
+    count(report, in_sass, loads, r"\bMUFU\b", columns)
 
 
 def read_hip(report: Report, asm: dict[str, Any], columns: float) -> None:
@@ -258,7 +267,9 @@ def read_hip(report: Report, asm: dict[str, Any], columns: float) -> None:
         r"\b(?:global|buffer|flat)_(?:load|store)_(u?byte|u?short|dword)(?:x(\d))?",
         lambda m: sizes[m[1]] * int(m[2] or 1),
     )
-    count(report, found, r"\b(?:global|buffer)_load", r"\bv_(?:exp|log|rcp)_", columns)
+    loads = r"\b(?:global|buffer)_load"
+    loads += "_dwordx4" if report.kernel == "sparse" else ""
+    count(report, found, loads, r"\bv_(?:exp|log|rcp)_", columns)
 
 
 def judge(report: Report, pointers: int) -> None:

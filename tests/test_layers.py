@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "reduction": {"backend"},
     "arena": set(),
     "cpu": {"arena", "backend", "_C"},
-    "gpu": {"backend", "gpu", "reference"},
+    "gpu": {"backend", "gpu"},
     "function": {"backend", "reference", "reduction"},
     "operators": {"backend", "function"},
     "topk": {"backend", "checks", "reduction"},

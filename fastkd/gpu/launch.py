@@ -12,15 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd import reference
-from fastkd.backend import Plan, acc_dtype, interpreted, on_host, rows
+from fastkd.backend import Plan, Sparse, acc_dtype, interpreted, on_host, rows
 from fastkd.divergence import divergences
 from fastkd.gpu import divergence as pairs
 from fastkd.gpu import rows as kernels
+from fastkd.gpu import sparse as stored
 from fastkd.gpu.tune import Tile, tile
 
 LOG2E = 1.0 / math.log(2.0)
 TOTAL_BLOCK = 1024
+MOST_POINTS = 128  # named columns at a time
+LAST = 2**31 - 1  # above every column
 # A contracted product rounds where its twin on the other side does not, and identical logits must
 # cancel exactly. The formulas stand it too (`sweeps.pair`); this keeps every target on one result.
 PINNED = {"enable_fp_fusion": False}
@@ -145,8 +147,48 @@ def fused(
     return loss
 
 
-# one Triton kernel for it is to come; plain torch gives the same values
-sparse = reference.sparse
+def sparse(
+    student: Tensor,
+    teacher: Sparse,
+    plan: Plan,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor | None,
+) -> Tensor:
+    logprobs, indices, tail, restrict = teacher
+    acc, (n, count) = logprobs.dtype, logprobs.shape
+    loss = torch.empty(n, dtype=acc, device=student.device)
+    if n == 0:
+        return loss
+    label = label if plan.hard != 0.0 else None
+    size, lanes = _tile(plan.vocab, student, grad)
+    indices = indices.to(torch.int32)
+    past = torch.where(indices < 0, LAST, indices).sort(-1).values
+    args = {
+        **dict(student=student, grad=grad, logprobs=logprobs, indices=indices),
+        **dict(order=torch.nn.functional.pad(past, (0, 1), value=LAST)),
+        "named": None if grad is None else torch.empty_like(logprobs),
+        **dict(tail=tail, loss=loss),
+        **dict(keep=_vector(keep), label=_vector(label), scale=_vector(scale)),
+        **dict(vocab=plan.vocab, classes=plan.classes, count=count),
+        "width": plan.vocab if grad is None else grad.size(2),
+        **_place("s", student),
+        **_place("g", student if grad is None else grad),
+        **_scales(plan),
+        **_weights(plan, factor),
+        "centre": divergences[plan.divergence].centre(plan.param),
+        "DIVERGENCE": _divergence(plan),
+        "RESTRICT": restrict,
+        "UNIT": label is not None and plan.temperature != 1.0,
+        "SMOOTH": label is not None and plan.smoothing != 0.0,
+        "POINTS": min(MOST_POINTS, triton.next_power_of_2(count)),
+        "ACC": _ACC[acc],
+        **lanes,
+    }
+    launch(stored.sparse_kernel, n, args, size.threads, student.device)
+    return loss
 
 
 def stats(x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
