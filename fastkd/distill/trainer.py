@@ -1,303 +1,258 @@
 """A minimal trainer: read `train` from top to bottom, the loss is one line of it.
 
-A loader is anything that, once per epoch, gives batches (inputs, labels), or inputs alone. A model
-is any module that turns inputs into logits [..., V]. Only safetensors and JSON are read or written.
+A loader is anything that, once per epoch, gives batches: (inputs, labels), inputs alone, or a
+`Batch`. A model is any module that turns inputs into logits [..., V]. Only safetensors and JSON are
+read or written.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
-import math
 import os
-import secrets
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import islice
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORED = -100  # torch's own label for a row that does not count
+from .batch import Batch, Outputs, count, device_of, forward, moved, restored_modes
+from .checkpoint import Checkpoints, Parts, Position, epoch_batches
+from .noise import weight_noise as disturbed
+from .progress import Log, Record, Step
+from .taps import Taps
+from .teachers import Average, Teacher, on_device, source
+from .terms import Objective, Term
+
 CHECK_EVERY = {
     "cpu": 1
 }  # steps between looks at the loss; elsewhere 50: a look makes the host wait
 
 
-class Step(NamedTuple):
-    """One optimizer step; `epoch` and `step` (of the whole run) count from 0, `lr` as applied."""
-
-    epoch: int
-    step: int
-    loss: float
-    lr: float
-
-
-class Evaluation(NamedTuple):
-    """Share of right answers in [0, 1] and mean cross-entropy in nats, over `rows` rows."""
-
-    accuracy: float
-    cross_entropy: float
-    rows: int
-
-
 def train(
     student: nn.Module,
     loader: Iterable[Any],
-    loss: Callable[[Tensor, Any, Any], Tensor],
+    loss: Callable[[Tensor, Any, Any], Tensor] | Term | Sequence[Term],
     *,
+    teacher: Teacher | nn.Module | Sequence[Any] | Callable[[Any], Any] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    teacher: nn.Module | None = None,
     epochs: int = 1,
     lr: float = 1e-3,
     device: torch.device | str | None = None,
+    accumulate: int = 1,
     clip_norm: float | None = None,
     schedule: Callable[[int], float] | None = None,
+    amp: torch.dtype | None = None,
+    ema: Average | None = None,
+    transform: Callable[[Batch], Batch] | None = None,
+    weight_noise: float = 0.0,
+    validate: Callable[[nn.Module], float] | None = None,
+    checkpoint: Checkpoints | str | os.PathLike[str] | None = None,
+    log: Log | Sequence[Log] | None = None,
     progress: bool = True,
     on_step: Callable[[int, int, Tensor], None] | None = None,
 ) -> list[Step]:
     """Train `student` in place, beside a frozen `teacher` or alone, and return every `Step`.
 
+        loss of a step = sum over terms and micro-batches, weight * share * term
+
     Args:
         student: module, inputs -> logits [..., V]; moved to `device`.
-        loader: gives (inputs, labels) or inputs; iterated once per epoch.
-        loss: (student logits, teacher logits or None, labels or None) -> scalar tensor.
-        optimizer: over the student's parameters; None makes AdamW at `lr`.
-        teacher: module, inputs -> logits; runs in eval mode without gradient, leaves as it came.
+        loader: gives (inputs, labels), inputs, or a `Batch`; iterated once per epoch.
+        loss: terms (see `Term`), or (student logits, teacher logits or None, labels or None) ->
+            scalar tensor.
+        teacher: a module (runs in eval mode without gradient, leaves as it came), a list of them,
+            a function of the inputs, or a `Teacher`. None: outputs that come with the batches.
+        optimizer: over the student's parameters; None makes AdamW at `lr`. Parameters that terms
+            learn are added as a group where they are missing.
         epochs: passes over `loader`, at least 1.
         lr: learning rate of the AdamW made here; not used when an optimizer is given.
         device: where to run; None means where the student is.
+        accumulate: batches to one optimizer step; the last step of an epoch may have fewer.
         clip_norm: upper bound of the gradient's 2-norm, above 0; None leaves it as it is.
         schedule: step (from 0) -> factor on each group's learning rate; undone on return.
+        amp: dtype of autocast for models and loss, bfloat16 or float16 (with a gradient scaler).
+        ema: an `Average` of the student, kept up to date.
+        transform: changes each micro-batch, on the device, before the models see it.
+        weight_noise: as a share of each weight tensor's own deviation; 0 for none.
+        validate: student -> metric, the higher the better, after each epoch; logged, and with
+            `checkpoint` the best student is kept.
+        checkpoint: a `Checkpoints`, or a folder for one with its defaults.
+        log: called as ({"loss", "lr", "samples_per_s", "term/NAME"}, step); one or several.
         progress: show a tqdm bar.
         on_step: called as (epoch, step, detached loss) after each step.
 
+    Returns:
+        Every step made here; a resumed run counts on from where it was.
+
     Raises:
         TypeError, ValueError: a loader without batches or with others, an argument out of range, a
-            loss that is no scalar of the student, an optimizer with parameters of the teacher.
-        FloatingPointError: the loss is NaN or infinite. On the CPU this is seen before the step is
-            taken; elsewhere every 50 steps and at the end of an epoch.
+            loss that is no scalar of the student, an optimizer with parameters of the teacher, a
+            checkpoint of another run.
+        FloatingPointError: the loss is NaN or infinite; names step, batch and term. On the CPU this
+            is seen before the step is taken; elsewhere every 50 steps, at the end of an epoch and
+            before a checkpoint.
 
     Paper: Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
     """
     if epochs < 1:
         raise ValueError(f"epochs: got {epochs!r}, expected an integer >= 1")
+    if accumulate < 1:
+        raise ValueError(f"accumulate: got {accumulate!r}, expected an integer >= 1")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm: got {clip_norm!r}, expected > 0 or None")
-    where = _device(student) if device is None else torch.device(device)
-    student.to(where)
-    frozen = set() if teacher is None else set(teacher.to(where).parameters())
-    if optimizer is None:
-        optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=lr)
-    groups = optimizer.param_groups
-    weights = [p for group in groups for p in group["params"]]
-    if shared := sum(p in frozen for p in weights):
-        raise ValueError(f"optimizer: got {shared} parameters of the teacher, expected none")
-
+    if amp not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"amp: got {amp!r}, expected torch.bfloat16, torch.float16 or None")
+    where = device_of(student) if device is None else torch.device(device)
+    objective, soft = Objective(loss), source(teacher)
+    followers = [soft] if ema is None or ema is soft else [soft, ema]
+    for model in (student, objective.modules, *(m for f in followers for m in f.models)):
+        model.to(where)
+    optimizer = _optimizer(optimizer, student, objective, followers, lr)
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    scaler = torch.amp.GradScaler(where.type, enabled=amp is torch.float16)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parts = Parts(student, objective, optimizer, rates, soft, ema, scaler, loader, where)
+    if checkpoint is not None and not isinstance(checkpoint, Checkpoints):
+        checkpoint = Checkpoints(checkpoint)
+    position = checkpoint.start(parts) if checkpoint else Position()
     every = CHECK_EVERY.get(where.type, 50)
-    steps: list[Step] = []
-    unread: list[tuple[int, float, Tensor]] = []
-    kept = _restored(student, teacher, groups=groups)
-    with kept as rates, _bar(epochs, loader, progress) as bar:
-        for epoch in range(epochs):
+    record = Record([] if objective.plain else objective.names, position.step, every, log)
+
+    with ExitStack() as stack:
+        stack.enter_context(restored_modes(student, *(m for f in followers for m in f.models)))
+        stack.enter_context(_restored_rates(optimizer, rates))
+        taps = stack.enter_context(Taps(student, (*objective.student_taps, *soft.student_taps)))
+        stack.enter_context(soft.tapped(objective.teacher_taps))
+        stack.enter_context(record)
+        if progress:
+            record.draw(_steps(loader, epochs, accumulate))
+
+        for epoch in range(position.epoch, epochs):
             student.train()
-            for inputs, labels in _batches(loader, where, f"in epoch {epoch}"):
-                step = len(steps) + len(unread)
-                for group, rate in rates:
-                    group["lr"] = rate * schedule(step) if schedule else rate
-
-                soft = None
-                if teacher is not None:
-                    teacher.eval()  # every step: whoever else holds the teacher may switch it
-                    with torch.no_grad():
-                        soft = teacher(inputs)
-                value = loss(student(inputs), soft, labels)
-
-                if not isinstance(value, Tensor) or value.dim() or not value.requires_grad:
-                    got = f"{type(value).__name__} of shape {getattr(value, 'shape', '()')}"
-                    raise ValueError(f"loss: got {got}, expected a 0-d tensor that requires grad")
-                unread.append((epoch, groups[0]["lr"], value.detach()))
-                if len(unread) >= every:
-                    _read(unread, steps)
+            objective.modules.train()
+            soft.begin()
+            given = epoch_batches(loader, position, where, f"in epoch {epoch}")
+            while group := [count(batch) for batch in islice(given, accumulate)]:
+                step = position.step
+                _share(group, student, where)
+                for settings, rate in zip(optimizer.param_groups, rates, strict=True):
+                    settings["lr"] = rate * schedule(step) if schedule else rate
                 optimizer.zero_grad(set_to_none=True)
-                value.backward()
+
+                values: list[Tensor] = []  # the loss of the step, then its terms
+                with disturbed(student, weight_noise):
+                    for at, batch in enumerate(group):
+                        batch = moved(batch, where)
+                        batch.epoch, batch.step = epoch, step
+                        if transform is not None:
+                            batch = transform(batch)
+                        with _no_sync(student, last=at + 1 == len(group)):
+                            with torch.autocast(where.type, amp) if amp else nullcontext():
+                                theirs = on_device(soft(batch), where)
+                                ours = Outputs(forward(student, batch.inputs), taps.take())
+                                value, terms = objective(ours, theirs, batch)
+                            scaler.scale(value).backward()
+                        with torch.autocast(where.type, amp) if amp else nullcontext():
+                            soft.follow(ours, batch)
+                        found = [value.detach(), *([] if objective.plain else terms)]
+                        values = (
+                            [a + b for a, b in zip(values, found, strict=True)] if at else found
+                        )
+                        del value, terms, theirs, ours  # the graph goes before the next is made
+
+                first, position.used = position.used, position.used + len(group)
+                seen = sum(batch.samples for batch in group)
+                now = optimizer.param_groups[0]["lr"]
+                record.add(epoch, first, position.used - 1, now, seen, values)
+                _average_gradients(objective.modules, student)
                 if clip_norm is not None:
+                    scaler.unscale_(optimizer)
                     nn.utils.clip_grad_norm_(weights, clip_norm)
-                optimizer.step()
-                if bar is not None:
-                    bar.update()
+                scaler.step(optimizer)
+                scaler.update()
+                for follower in followers:
+                    follower.step(student)
+                position.step += 1
+                record.advance()
                 if on_step is not None:
-                    on_step(epoch, step, value.detach())
-            _read(unread, steps)
-            if bar is not None:
-                bar.set_postfix(epoch=epoch, loss=f"{steps[-1].loss:.4g}")
-    return steps
+                    on_step(epoch, step, values[0])
+                if checkpoint and position.step % checkpoint.every == 0:
+                    record.read()
+                    checkpoint.write(position, parts)
+            record.read()
+            position.epoch, position.used = epoch + 1, 0
+            if validate is not None:
+                metric = float(validate(student))
+                record.tell({"metric": metric})
+                if position.best is None or metric > position.best:
+                    position.best = metric
+                    if checkpoint:
+                        checkpoint.write_best(student, metric, position.step)
+        if checkpoint:
+            checkpoint.write(position, parts)
+    return record.steps
 
 
-def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
-    """Accuracy and mean cross-entropy of `model` in eval mode; rows labelled -100 do not count.
-
-    Args:
-        model: module, inputs -> logits [..., V]; its mode is restored.
-        loader: gives (inputs, labels [...] int).
-
-    Raises:
-        ValueError: no batch, a batch without labels, or no row that counts.
-    """
-
-    def count(labels: Tensor | None, logits: Tensor) -> list[Tensor]:
-        if labels is None:
-            raise ValueError("loader: got inputs alone, expected (inputs, labels)")
-        flat = logits.flatten(0, -2).float()
-        nats = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        return [(logits.argmax(-1) == labels).sum(), nats]
-
-    rows, right, nats = _totals([model], loader, count)
-    return Evaluation(right / rows, nats / rows, int(rows))
-
-
-def agreement(model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any]) -> float:
-    """Share of rows, in [0, 1], where both models (in eval mode) predict the same class.
-
-    Args:
-        model_a, model_b: modules on one device, inputs -> logits [..., V]; modes are restored.
-        loader: gives inputs, or (inputs, labels [...]) whose rows labelled -100 do not count.
-
-    Raises:
-        ValueError: no batch, or no row that counts.
-    """
-
-    def count(labels: Tensor | None, a: Tensor, b: Tensor) -> list[Tensor]:
-        same = a.argmax(-1) == b.argmax(-1)
-        return [(same if labels is None else same & (labels != IGNORED)).sum()]
-
-    rows, same = _totals([model_a, model_b], loader, count)
-    return same / rows
+def _optimizer(
+    optimizer: torch.optim.Optimizer | None,
+    student: nn.Module,
+    objective: Objective,
+    followers: Sequence[Teacher],
+    lr: float,
+) -> torch.optim.Optimizer:
+    """One over the student and what the terms learn, and over no teacher."""
+    learnt = [p for p in objective.modules.parameters() if p.requires_grad]
+    if optimizer is None:
+        mine = [p for p in student.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW([*mine, *learnt], lr=lr)
+    here = {p for group in optimizer.param_groups for p in group["params"]}
+    if missing := [p for p in learnt if p not in here]:
+        optimizer.add_param_group({"params": missing})
+    frozen = {p for follower in followers for m in follower.models for p in m.parameters()}
+    if shared := len(here & frozen):
+        raise ValueError(f"optimizer: got {shared} parameters of the teacher, expected none")
+    return optimizer
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], metadata: Any = None) -> None:
-    """Write a model's state as safetensors, with `metadata` as JSON in its header.
-
-    The file appears complete or not at all; one that was there stays until then.
-
-    Args:
-        model: module whose state dict holds tensors only; tied weights are written once per name.
-        path: file to write, in an existing folder.
-        metadata: anything JSON can hold (NaN and infinity it cannot).
-
-    Raises:
-        TypeError, ValueError: metadata or a state that the format cannot hold.
-    """
-    header = {"format": "pt", "fastkd": json.dumps(metadata, allow_nan=False)}
-    state = {}
-    for name, value in model.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"model: got {type(value).__name__} as {name!r}, expected a tensor")
-        state[name] = value.detach().to("cpu", copy=True).contiguous()  # a copy: unties weights
-    part = Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(4)}.tmp")
-    try:
-        part.touch()
-        mode = part.stat().st_mode
-        _needed("safetensors.torch", "save").save_file(state, part, metadata=header)
-        part.chmod(mode)  # safetensors may make the file its owner's alone, whatever the umask
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())  # else a power cut may keep the new name and lose the bytes
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def _share(group: Sequence[Batch], student: nn.Module, device: torch.device) -> None:
+    """Tell every micro-batch of a step the step's tokens and samples."""
+    tokens: Any = sum(batch.tokens for batch in group)
+    samples: float = sum(batch.samples for batch in group)
+    if isinstance(student, nn.parallel.DistributedDataParallel):
+        # gradients are averaged over ranks: the total of all, divided by their number
+        both = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in (tokens, samples)])
+        both = both.to(device)
+        torch.distributed.all_reduce(both, group=student.process_group)
+        tokens, samples = (both / student.process_group.size()).tolist()
+    for batch in group:
+        batch.normalizer, batch.sample_total = tokens, samples
 
 
-def load(model: nn.Module, path: str | os.PathLike[str]) -> Any:
-    """Read a safetensors file into `model` and return its metadata (None in a file not by `save`).
-
-    Args:
-        model: module with exactly the names and shapes of the file; keeps its dtypes and device.
-        path: file to read.
-
-    Raises:
-        ValueError: names or shapes differ; the model is untouched then.
-    """
-    with _needed("safetensors", "load").safe_open(path, framework="pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}
-        header = file.metadata() or {}
-    theirs = {name: tuple(value.shape) for name, value in state.items()}
-    ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    for name in sorted(theirs | ours):
-        if (got := theirs.get(name)) != (wanted := ours.get(name)):
-            raise ValueError(f"path: got {path} with {name!r} of shape {got}, expected {wanted}")
-    model.load_state_dict(state)
-    return json.loads(header.get("fastkd", "null"))
+def _average_gradients(modules: nn.Module, student: nn.Module) -> None:
+    """What DistributedDataParallel does for the student, for what the terms learn."""
+    if isinstance(student, nn.parallel.DistributedDataParallel):
+        for p in modules.parameters():
+            if p.grad is not None:
+                torch.distributed.all_reduce(p.grad, group=student.process_group)
+                p.grad /= student.process_group.size()
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+def _no_sync(student: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """Gradients of ranks are averaged once a step, after its last micro-batch."""
+    if isinstance(student, nn.parallel.DistributedDataParallel) and not last:
+        return student.no_sync()
+    return nullcontext()
 
 
-def _batches(loader: Iterable[Any], device: torch.device, when: str) -> Iterator[tuple[Any, Any]]:
-    batch = None
-    for batch in loader:
-        parts = batch if isinstance(batch, (tuple, list)) else [batch]
-        if len(parts) not in (1, 2) or not all(isinstance(part, Tensor) for part in parts):
-            got = ", ".join(type(part).__name__ for part in parts)
-            raise TypeError(f"loader: got a batch ({got}), expected (inputs, labels) or inputs")
-        yield parts[0].to(device), parts[1].to(device) if len(parts) == 2 else None
-    if batch is None:
-        raise ValueError(f"loader: got no batch {when}; a generator lasts one pass only")
-
-
-def _totals(
-    models: list[nn.Module], loader: Iterable[Any], count: Callable[..., Any]
-) -> list[float]:
-    """[rows that count, *count(labels, *logits)], each summed over the loader; one host sync."""
-    parts = []
-    with torch.no_grad(), _restored(*models):
-        for inputs, labels in _batches(loader, _device(models[0]), "to evaluate"):
-            logits = [model.eval()(inputs) for model in models]
-            shape = logits[0].shape[:-1]
-            rows = torch.tensor(shape.numel()) if labels is None else (labels != IGNORED).sum()
-            parts.append(torch.stack([rows.to(logits[0].device), *count(labels, *logits)]))
-    totals = [math.fsum(column) for column in zip(*torch.stack(parts).tolist(), strict=True)]
-    if totals[0] == 0:
-        raise ValueError(f"loader: got only rows labelled {IGNORED}, expected others too")
-    return totals
+def _steps(loader: Any, epochs: int, accumulate: int) -> int | None:
+    return epochs * -(-len(loader) // accumulate) if hasattr(loader, "__len__") else None
 
 
 @contextmanager
-def _restored(*models: nn.Module | None, groups: Any = ()) -> Iterator[list[tuple[Any, float]]]:
-    """Give submodules their train/eval modes back, and groups the learning rates it yields."""
-    modes = [(part, part.training) for m in models if m is not None for part in m.modules()]
-    rates = [(group, group["lr"]) for group in groups]
+def _restored_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> Iterator[None]:
     try:
-        yield rates
+        yield
     finally:
-        for part, training in modes:
-            part.training = training
-        for group, rate in rates:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-
-
-def _read(unread: list[tuple[int, float, Tensor]], steps: list[Step]) -> None:
-    """Bring the losses to the host in one sync and stop at the first that is not finite."""
-    values = torch.stack([value for _, _, value in unread]).tolist() if unread else []
-    for (epoch, lr, _), value in zip(unread, values, strict=True):
-        if not math.isfinite(value):
-            at = f"at epoch {epoch}, step {len(steps)} (counted from 0)"
-            raise FloatingPointError(f"loss: got {value} {at}, expected a finite number")
-        steps.append(Step(epoch, len(steps), value, lr))
-    unread.clear()
-
-
-def _bar(epochs: int, loader: Any, shown: bool) -> Any:
-    if not shown:
-        return nullcontext()
-    bar = _needed("tqdm.auto", "progress=True").tqdm
-    return bar(total=epochs * len(loader) if hasattr(loader, "__len__") else None, unit="step")
-
-
-def _needed(module: str, user: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{user} needs {module}: pip install 'fastkd[train]'") from error

@@ -1,0 +1,218 @@
+"""What passes between the loader, the models and the terms of a loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IGNORED = -100  # torch's own label for a row that does not count
+
+
+@dataclasses.dataclass(slots=True)
+class Batch:
+    """One micro-batch; a loader may give it whole, or as a tensor, a pair or a dict of it.
+
+    Args:
+        inputs: tensor, or a dict of the model's keyword arguments.
+        labels: int [...], -100 where a row has none; None without labels.
+        teacher: what the teacher said beforehand (logits, TopK ...), where the loader brings it.
+        teacher_inputs: what the teacher sees where that differs from `inputs`.
+        extra: whatever else a loader's dict holds.
+
+    The trainer sets the rest: `epoch` and `step` of the run from 0, `tokens` (labels that are not
+    -100; samples where there are no labels) and `samples` (first dimension) of this micro-batch,
+    and `normalizer` and `sample_total`, their sums over all micro-batches of the optimizer step
+    (under DistributedDataParallel: over all ranks, divided by their number).
+    """
+
+    inputs: Any
+    labels: Any = None
+    teacher: Any = None
+    teacher_inputs: Any = None
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    epoch: int = 0
+    step: int = 0
+    tokens: Any = 0
+    samples: int = 0
+    normalizer: Any = 0
+    sample_total: float = 0
+
+
+@dataclasses.dataclass(slots=True)
+class Outputs:
+    """What a model said: `logits`, tapped `features` by module name, and `raw`, all of it.
+
+    `logits` is `raw`, or its attribute or entry of that name. `members` are the outputs of each
+    teacher where there are several.
+    """
+
+    raw: Any
+    features: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    members: tuple[Outputs, ...] = ()
+
+    @property
+    def logits(self) -> Any:
+        if isinstance(self.raw, (Tensor, type(None))):
+            return self.raw
+        if isinstance(self.raw, Mapping):
+            return self.raw.get("logits")
+        return getattr(self.raw, "logits", self.raw)
+
+    def detach(self) -> Outputs:
+        """The same without gradient."""
+        return Outputs(
+            mapped(self.raw, Tensor.detach),
+            {name: mapped(value, Tensor.detach) for name, value in self.features.items()},
+            tuple(member.detach() for member in self.members),
+        )
+
+
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `function` applied to every tensor in it: containers, dataclasses, operands."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        parts = {key: mapped(part, function) for key, part in value.items()}
+        if type(value) is dict:
+            return parts
+        try:  # a model's output class: made of its own fields
+            return type(value)(**parts)
+        except TypeError:
+            return parts
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(part, function) for part in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(mapped(part, function) for part in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        return dataclasses.replace(value, **{k: mapped(v, function) for k, v in fields.items()})
+    if hasattr(value, "map_tensors"):
+        return value.map_tensors(function)
+    if hasattr(value, "__dict__") and any(isinstance(v, Tensor) for v in vars(value).values()):
+        twin = object.__new__(type(value))  # an operand such as TopK: the same, fields mapped
+        vars(twin).update({k: mapped(v, function) for k, v in vars(value).items()})
+        return twin
+    return value
+
+
+def to(value: Any, device: torch.device) -> Any:
+    """`value` with every tensor in it on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return value if value is None else mapped(value, lambda x: x.to(device, non_blocking=True))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in `value`, in its order."""
+    found: list[Tensor] = []
+
+    def note(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    mapped(value, note)
+    yield from found
+
+
+def forward(model: nn.Module, inputs: Any) -> Any:
+    """`model` on `inputs`, by name where they are a dict."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module within torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, parallel):
+            model = model.module
+        else:
+            return model
+
+
+@contextmanager
+def restored_modes(*models: nn.Module) -> Iterator[None]:
+    """Give submodules their train/eval modes back."""
+    modes = [(part, part.training) for model in models for part in model.modules()]
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its first parameter is; the CPU for a module without."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def batches(
+    loader: Iterable[Any],
+    when: str,
+    skip: int = 0,
+    skipped: Callable[[], None] | None = None,
+) -> Iterator[Batch]:
+    """What `loader` gives, as `Batch`, still where it was put; `skipped` is called after `skip`."""
+    count = 0
+    for given in loader:
+        count += 1
+        if count > skip:
+            yield _batch(given)
+        elif count == skip and skipped is not None:
+            skipped()
+    if count == 0:
+        raise ValueError(f"loader: got no batch {when}; a generator lasts one pass only")
+    if count < skip:
+        raise ValueError(
+            f"loader: got {count} batches {when}, expected the {skip} of the run before"
+        )
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """`batch` with its tensors on `device`."""
+    batch.inputs = to(batch.inputs, device)
+    batch.labels = to(batch.labels, device)
+    if batch.teacher is not None:
+        batch.teacher = to(batch.teacher, device)
+    if batch.teacher_inputs is not None:
+        batch.teacher_inputs = to(batch.teacher_inputs, device)
+    if batch.extra:
+        batch.extra = to(batch.extra, device)
+    return batch
+
+
+def count(batch: Batch) -> Batch:
+    """Set `tokens` and `samples`; labels on an accelerator are counted there, without a wait."""
+    first = batch.inputs if isinstance(batch.inputs, Tensor) else next(tensors(batch.inputs), None)
+    batch.samples = len(first) if first is not None and first.dim() else 1
+    if batch.labels is None:
+        batch.tokens = batch.samples
+    else:
+        kept = (batch.labels != IGNORED).sum()
+        batch.tokens = int(kept) if kept.device.type == "cpu" else kept
+    return batch
+
+
+def _batch(given: Any) -> Batch:
+    if isinstance(given, Batch):
+        return dataclasses.replace(given)
+    if isinstance(given, Mapping) and "inputs" in given:
+        known = {
+            k: given[k] for k in ("inputs", "labels", "teacher", "teacher_inputs") if k in given
+        }
+        return Batch(**known, extra={k: v for k, v in given.items() if k not in known})
+    parts = given if isinstance(given, (tuple, list)) else [given]
+    good = len(parts) in (1, 2) and isinstance(parts[-1], Tensor)
+    if not good or not isinstance(parts[0], (Tensor, Mapping)):
+        got = ", ".join(type(part).__name__ for part in parts)
+        raise TypeError(
+            f"loader: got a batch ({got}), expected (inputs, labels), inputs, "
+            "a dict with inputs among its keys, or a Batch"
+        )
+    return Batch(parts[0], parts[1] if len(parts) == 2 else None)

@@ -1,0 +1,281 @@
+"""Checkpoints of a run: one safetensors file each, everything that an exact resume needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batch import Batch, batches, unwrap
+from .files import read, same_shapes, save, write
+from .teachers import Teacher
+from .terms import Objective
+
+FORMAT = 1
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run is: the next step, its epoch, batches of the epoch already used, best metric."""
+
+    epoch: int = 0
+    step: int = 0
+    used: int = 0
+    best: float | None = None
+    epoch_start: Any = None  # random_state before the loader gave the epoch its order
+    now: Any = None  # random_state of a run that was resumed
+
+
+@dataclasses.dataclass
+class Parts:
+    """What a checkpoint holds, besides the position and random numbers."""
+
+    student: nn.Module
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    rates: list[float]  # of the optimizer's groups, before the schedule's factor
+    teacher: Teacher
+    average: Teacher | None
+    scaler: Any
+    loader: Any
+    device: torch.device
+
+
+class Checkpoints:
+    """A folder of checkpoints, `step-00000120.safetensors` after 120 steps.
+
+    Each is written under a temporary name and renamed, so a kill at any moment leaves the one
+    before. `best.safetensors` is the student (for `load`) at the best metric so far.
+
+    Args:
+        folder: made if missing.
+        every: steps between two; the end of training makes one more.
+        keep: how many of the newest stay, at least 1.
+        resume: go on from the newest; False refuses a folder that has one.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        every: int = 500,
+        keep: int = 2,
+        resume: bool = False,
+    ) -> None:
+        for name, value in (("every", every), ("keep", keep)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
+        self.folder, self.every, self.keep, self.resume = Path(folder), every, keep, resume
+
+    def files(self) -> list[Path]:
+        """The checkpoints there are, oldest first."""
+        found = self.folder.glob("step-*.safetensors") if self.folder.is_dir() else ()
+        return sorted(path for path in found if re.fullmatch(r"step-\d+", path.stem))
+
+    def start(self, parts: Parts) -> Position:
+        """The position to begin at, with the parts restored where there is a checkpoint."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._identity = parts.teacher.identity()
+        for part in self.folder.glob(".*.safetensors.*.tmp"):  # of a run that was killed
+            part.unlink(missing_ok=True)
+        files = self.files()
+        if not files:
+            return Position()
+        if not self.resume:
+            raise ValueError(
+                f"checkpoint: got {self.folder}, which has {files[-1].name}; expected resume=True "
+                "or another folder"
+            )
+        for path in reversed(files):
+            try:
+                tensors, tree = read(path, "resume")
+            except ImportError:
+                raise
+            except Exception as error:  # a damaged disk, not a kill: those leave no such file
+                warnings.warn(f"checkpoint: {path} cannot be read ({error})", stacklevel=3)
+                continue
+            return self._restore(path, unpack(tree, tensors), parts)
+        raise ValueError(f"checkpoint: got {len(files)} files in {self.folder}, none can be read")
+
+    def write(self, position: Position, parts: Parts) -> None:
+        """Write one, then remove those beyond `keep`."""
+        bare = unwrap(parts.student)
+        for name, value in bare.named_parameters():
+            if not torch.isfinite(value).all():
+                raise FloatingPointError(
+                    f"student: {name!r} is not finite after step {position.step - 1}; the "
+                    f"checkpoint before stays: {[path.name for path in self.files()][-1:]}"
+                )
+        modules = parts.objective.modules
+        tree = {
+            "format": FORMAT,
+            "position": vars(position) | {"now": random_state(parts.loader, parts.device)},
+            "student": _state(bare),
+            "terms": parts.objective.names,
+            "modules": _state(modules),
+            "optimizer": type(parts.optimizer).__name__,
+            "optimizer_state": parts.optimizer.state_dict(),
+            "rates": parts.rates,
+            "scaler": parts.scaler.state_dict(),
+            "teacher": self._identity,
+            "teacher_state": parts.teacher.state_dict(),
+            "average": None if parts.average is None else parts.average.state_dict(),
+        }
+        tensors: dict[str, Tensor] = {}
+        packed = pack(tree, tensors)
+        write(self.folder / f"step-{position.step:08d}.safetensors", tensors, packed, "checkpoint")
+        for old in self.files()[: -self.keep]:
+            old.unlink(missing_ok=True)
+
+    def write_best(self, student: nn.Module, metric: float, step: int) -> None:
+        save(unwrap(student), self.folder / "best.safetensors", {"metric": metric, "step": step})
+
+    def _restore(self, path: Path, tree: dict[str, Any], parts: Parts) -> Position:
+        """Check everything, then load everything: an error leaves all parts as they were."""
+        bare, modules = unwrap(parts.student), parts.objective.modules
+        if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+            raise ValueError(f"checkpoint: got {path}, expected a checkpoint of format {FORMAT}")
+        got = f"checkpoint: got {path} with"
+        same_shapes(tree["student"], _state(bare), got + " the student's")
+        ours = {
+            "terms": parts.objective.names,
+            "teacher": self._identity,
+            "optimizer": type(parts.optimizer).__name__,
+        }
+        for name, here in ours.items():
+            there = unpack(pack(tree[name], {}), {})
+            if there != (here := unpack(pack(here, {}), {})):
+                raise ValueError(f"{got} {name} {there!r}, expected {here!r}")
+        same_shapes(tree["modules"], _state(modules), got + " the terms'")
+        groups = tree["optimizer_state"]["param_groups"]
+        sizes = [len(group["params"]) for group in groups]
+        here = [len(group["params"]) for group in parts.optimizer.param_groups]
+        if sizes != here:
+            raise ValueError(f"{got} {sizes} parameters in the optimizer's groups, expected {here}")
+        if (tree["average"] is None) != (parts.average is None):
+            there = "no average" if tree["average"] is None else "an average"
+            raise ValueError(f"{got} {there} of the student, expected the other (ema=)")
+
+        bare.load_state_dict(tree["student"])
+        modules.load_state_dict(tree["modules"])
+        parts.optimizer.load_state_dict(tree["optimizer_state"])
+        for at, rate in enumerate(tree["rates"]):
+            parts.rates[at] = rate
+        parts.scaler.load_state_dict(tree["scaler"])
+        parts.teacher.load_state_dict(tree["teacher_state"])
+        if parts.average is not None:
+            parts.average.load_state_dict(tree["average"])
+        return Position(**tree["position"])
+
+
+def random_state(loader: Any, device: torch.device) -> dict[str, Any]:
+    """State of all sources of random numbers: python, numpy, torch, the loader's generators."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    state["loader"] = [generator.get_state() for generator in _generators(loader)]
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = (name, torch.from_numpy(keys.astype("int64")), *rest)
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], loader: Any, device: torch.device) -> None:
+    """Put `random_state` back."""
+    generators = _generators(loader)
+    if len(generators) != len(state["loader"]):
+        raise ValueError(
+            f"loader: got {len(generators)} random generators, expected the "
+            f"{len(state['loader'])} of the run that is resumed"
+        )
+    for generator, value in zip(generators, state["loader"], strict=True):
+        generator.set_state(value)
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if "numpy" in state:
+        import numpy
+
+        name, keys, *rest = state["numpy"]
+        numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+    if "device" in state and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state["device"], device)
+
+
+def epoch_batches(
+    loader: Any, position: Position, device: torch.device, when: str
+) -> Iterator[Batch]:
+    """The epoch's batches from `position` on, in the order of a run that was never interrupted."""
+
+    def catch_up() -> None:
+        if position.now is not None:
+            set_random_state(position.now, loader, device)
+            position.now = None
+
+    if position.now is None or not position.used:
+        catch_up()
+        position.epoch_start = random_state(loader, device)
+    else:  # the order is drawn once more, what was used is left out, then time goes on
+        set_random_state(position.epoch_start, loader, device)
+    yield from batches(loader, when, position.used, catch_up)
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    found: dict[int, torch.Generator] = {}
+    seen: set[int] = set()
+    waiting = [loader]
+    while waiting:
+        owner = waiting.pop(0)
+        if id(owner) in seen:
+            continue
+        seen.add(id(owner))
+        for value in (getattr(owner, "__dict__", None) or {}).values():
+            if isinstance(value, torch.Generator):
+                found.setdefault(id(value), value)
+        inner = (getattr(owner, n, None) for n in ("batch_sampler", "sampler", "dataset", "loader"))
+        waiting += [part for part in inner if part is not None]
+    return list(found.values())
+
+
+def _state(model: nn.Module) -> dict[str, Any]:
+    return dict(model.state_dict())
+
+
+def pack(tree: Any, tensors: dict[str, Tensor], at: str = "") -> Any:
+    """`tree` as JSON; its tensors go into `tensors` under the path to them."""
+    if isinstance(tree, Tensor):
+        while at in tensors:  # a name may hold the separator
+            at += "'"
+        tensors[at] = tree
+        return {"tensor": at}
+    if isinstance(tree, Mapping):
+        pairs = [[key, pack(value, tensors, f"{at}/{key}")] for key, value in tree.items()]
+        return {"dict": pairs}
+    if isinstance(tree, (list, tuple)):
+        parts = [pack(value, tensors, f"{at}/{i}") for i, value in enumerate(tree)]
+        return {"tuple": parts} if isinstance(tree, tuple) else parts
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return tree
+    raise TypeError(f"checkpoint: got {type(tree).__name__} at {at!r}, expected tensors and JSON")
+
+
+def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The reverse of `pack`."""
+    if isinstance(tree, list):
+        return [unpack(value, tensors) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, value),) = tree.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "tuple":
+        return tuple(unpack(part, tensors) for part in value)
+    return {key: unpack(part, tensors) for key, part in value}

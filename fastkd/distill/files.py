@@ -1,0 +1,96 @@
+"""Files that appear complete or not at all: safetensors with JSON in the header."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], metadata: Any = None) -> None:
+    """Write a model's state as safetensors, with `metadata` as JSON in its header.
+
+    The file appears complete or not at all; one that was there stays until then.
+
+    Args:
+        model: module whose state dict holds tensors only; tied weights are written once per name.
+        path: file to write, in an existing folder.
+        metadata: anything JSON can hold (NaN and infinity it cannot).
+
+    Raises:
+        TypeError, ValueError: metadata or a state that the format cannot hold.
+    """
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"model: got {type(value).__name__} as {name!r}, expected a tensor")
+    write(path, state, metadata, "save")
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> Any:
+    """Read a safetensors file into `model` and return its metadata (None in a file not by `save`).
+
+    Args:
+        model: module with exactly the names and shapes of the file; keeps its dtypes and device.
+        path: file to read.
+
+    Raises:
+        ValueError: names or shapes differ; the model is untouched then.
+    """
+    state, metadata = read(path, "load")
+    same_shapes(state, model.state_dict(), f"path: got {path} with")
+    model.load_state_dict(state)
+    return metadata
+
+
+def same_shapes(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], got: str) -> None:
+    """ValueError, beginning with `got`, at the first name or shape that differs."""
+    shapes = [
+        {name: tuple(getattr(x, "shape", ())) for name, x in side.items()}
+        for side in (theirs, ours)
+    ]
+    for name in sorted(shapes[0] | shapes[1]):
+        if (there := shapes[0].get(name)) != (here := shapes[1].get(name)):
+            raise ValueError(f"{got} {name!r} of shape {there}, expected {here}")
+
+
+def write(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Any, user: str
+) -> None:
+    """Tensors and JSON under a temporary name, flushed to the disk, then renamed."""
+    header = {"format": "pt", "fastkd": json.dumps(metadata, allow_nan=False)}
+    # copies: safetensors takes no two tensors of one storage, such as tied weights
+    state = {n: x.detach().to("cpu", copy=True).contiguous() for n, x in tensors.items()}
+    part = Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(4)}.tmp")
+    try:
+        part.touch()
+        mode = part.stat().st_mode
+        needed("safetensors.torch", user).save_file(state, part, metadata=header)
+        part.chmod(mode)  # safetensors may make the file its owner's alone, whatever the umask
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())  # else a power cut may keep the new name and lose the bytes
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read(path: str | os.PathLike[str], user: str) -> tuple[dict[str, Tensor], Any]:
+    """What `write` wrote: tensors and metadata (None in another's file)."""
+    with needed("safetensors", user).safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}
+        header = file.metadata() or {}
+    return state, json.loads(header.get("fastkd", "null"))
+
+
+def needed(module: str, user: str, extra: str = "train") -> Any:
+    """An optional module, or an ImportError that names what needs it and how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{user} needs {module}: pip install 'fastkd[{extra}]'") from error

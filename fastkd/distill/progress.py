@@ -1,0 +1,120 @@
+"""What a run tells while it goes on: the record of its steps, the bar, the logs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .files import needed
+
+Log = Callable[[dict[str, float], int], None]
+REDRAW = 0.2  # seconds between two looks of the bar
+
+
+class Step(NamedTuple):
+    """One optimizer step; `epoch` and `step` (of the whole run) count from 0, `lr` as applied.
+
+    `terms` holds each term's value before its weight; it is empty for a loss that is a function.
+    """
+
+    epoch: int
+    step: int
+    loss: float
+    lr: float
+    terms: Mapping[str, float] = {}
+
+
+class _Unread(NamedTuple):
+    epoch: int
+    first: int  # of the micro-batches, within the epoch
+    last: int
+    lr: float
+    samples: int
+    values: list[Tensor]
+
+
+class Record:
+    """The steps so far; losses stay on their device until `every` of them are read at once."""
+
+    def __init__(
+        self, names: Sequence[str], first_step: int, every: int, log: Log | Sequence[Log] | None
+    ) -> None:
+        self.steps: list[Step] = []
+        self.names, self.every, self.next = names, every, first_step
+        self._read_to = first_step
+        self._unread: list[_Unread] = []
+        self._logs = [log] if callable(log) else list(log or ())
+        self._since = self._drawn = time.perf_counter()
+        self._bar: Any = None
+
+    def draw(self, total: int | None) -> Record:
+        """Show a bar from now on, of `total` steps in all."""
+        self._bar = needed("tqdm.auto", "progress=True").tqdm(
+            total=total, initial=self.next, unit="step"
+        )
+        return self
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def add(self, *entry: Any) -> None:
+        """Note a step before it is taken: the fields of `_Unread`; maybe `read`."""
+        self._unread.append(_Unread(*entry))
+        if len(self._unread) >= self.every:
+            self.read()
+        self.next += 1
+
+    def read(self) -> None:
+        """Bring values to the host in one sync, and stop at the first that is not finite."""
+        if not self._unread:
+            return
+        flat = torch.stack([value for entry in self._unread for value in entry.values]).tolist()
+        now = time.perf_counter()
+        per_s = sum(entry.samples for entry in self._unread) / max(now - self._since, 1e-9)
+        self._since = now
+        width = 1 + len(self.names)
+        for at, entry in enumerate(self._unread):
+            loss, *values = flat[at * width : (at + 1) * width]
+            terms = dict(zip(self.names, values, strict=True))
+            if not math.isfinite(loss) or not all(map(math.isfinite, values)):
+                self._stop(entry, loss, terms)
+            self.steps.append(Step(entry.epoch, self._read_to, loss, entry.lr, terms))
+            for log in self._logs:
+                told = {"loss": loss, "lr": entry.lr, "samples_per_s": per_s}
+                log(told | {f"term/{k}": v for k, v in terms.items()}, self._read_to)
+            self._read_to += 1
+        self._unread.clear()
+        if self._bar is not None and now - self._drawn > REDRAW:
+            self._show(per_s, now)
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def tell(self, values: dict[str, float]) -> None:
+        """Log values that belong to the steps so far."""
+        for log in self._logs:
+            log(values, self.next - 1)
+
+    def _show(self, per_s: float, now: float) -> None:
+        last = self.steps[-1]
+        shown = {"loss": f"{last.loss:.4g}", "lr": f"{last.lr:.2g}", "samples/s": f"{per_s:.0f}"}
+        self._bar.set_postfix(shown, epoch=last.epoch, refresh=False)
+        self._drawn = now
+
+    def _stop(self, entry: _Unread, loss: float, terms: dict[str, float]) -> None:
+        several = entry.last > entry.first
+        batch = f"batches {entry.first} to {entry.last}" if several else f"batch {entry.first}"
+        at = f"at epoch {entry.epoch}, step {self._read_to} (counted from 0), {batch} of the epoch"
+        bad = [f"{name!r} = {value}" for name, value in terms.items() if not math.isfinite(value)]
+        by = f", by term {', '.join(bad)}" if bad else ""
+        raise FloatingPointError(f"loss: got {loss} {at}{by}, expected a finite number")

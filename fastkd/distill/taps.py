@@ -1,0 +1,112 @@
+"""Features of inner modules by forward hooks, and projectors between two of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batch import forward, restored_modes, unwrap
+
+
+class Taps:
+    """A context in which the outputs of the named modules are kept; hooks go with its end.
+
+    Args:
+        model: hooks sit on what it wraps (torch.compile, DistributedDataParallel), so names are
+            those of the bare model.
+        names: as in `named_modules()`; "" is the model itself.
+
+    Raises:
+        ValueError: a module that does not exist; the message lists near names.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        inner = unwrap(model)
+        self._modules = {name: resolve(inner, name) for name in dict.fromkeys(names)}
+        self._handles: list[Any] = []
+        self._kept: dict[str, Any] = {}
+
+    def __enter__(self) -> Taps:
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._kept.clear()
+
+    def take(self) -> dict[str, Any]:
+        """What the last forward left, by name; a module called twice leaves its last output."""
+        if len(self._kept) < len(self._modules):
+            missing = [name for name in self._modules if name not in self._kept]
+            raise ValueError(
+                f"tap: {missing} did not run in forward; expected modules that take part in it "
+                "(a model compiled and called before it was tapped does not see the taps)"
+            )
+        kept, self._kept = self._kept, {}
+        return kept
+
+    def _hook(self, name: str) -> Any:
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            self._kept[name] = output
+
+        return keep
+
+
+def resolve(model: nn.Module, name: str) -> nn.Module:
+    """The submodule of that name; ValueError with near names where there is none."""
+    modules = dict(model.named_modules())
+    if name in modules:
+        return modules[name]
+    names = [known for known in modules if known]
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
+    listed = ", ".join(map(repr, near)) or "none, the model has no submodules"
+    raise ValueError(
+        f"tap: got {name!r}, which {type(model).__name__} does not have; near names: {listed}"
+    )
+
+
+def projector(
+    student: nn.Module, teacher: nn.Module, inputs: Any, student_tap: str, teacher_tap: str
+) -> nn.Module:
+    """A projector from the student's features to the teacher's, made for their shapes.
+
+    Equal shapes: identity. [..., D] with equal leading dimensions: Linear. [B, C, H, W]: a 1 x 1
+    convolution, after adaptive average pooling where the heights and widths differ.
+
+    Args:
+        student, teacher: modules on one device; run once on `inputs`, in eval mode.
+        inputs: some inputs of both.
+        student_tap, teacher_tap: names of modules.
+
+    Raises:
+        ValueError: a tap that does not exist, or shapes that cannot be projected.
+    """
+    shapes, places = [], []
+    for model, tap in ((student, student_tap), (teacher, teacher_tap)):
+        with torch.no_grad(), restored_modes(model), Taps(model, [tap]) as taps:
+            forward(model.eval(), inputs)
+            found = taps.take()[tap]
+        if not isinstance(found, Tensor):
+            raise ValueError(f"tap: got {type(found).__name__} from {tap!r}, expected a tensor")
+        shapes.append(tuple(found.shape))
+        places.append(found)
+    a, b = shapes
+    if a == b:
+        return nn.Identity()
+    if len(a) == len(b) == 4 and a[0] == b[0]:
+        convolution = nn.Conv2d(a[1], b[1], 1, bias=False)
+        pooled = [] if a[2:] == b[2:] else [nn.AdaptiveAvgPool2d((b[2], b[3]))]
+        return nn.Sequential(*pooled, convolution).to(places[0])
+    if len(a) == len(b) and len(a) >= 2 and a[:-1] == b[:-1]:
+        return nn.Linear(a[-1], b[-1]).to(places[0])
+    raise ValueError(
+        f"projector: got features {list(a)} of {student_tap!r} and {list(b)} of {teacher_tap!r}, "
+        "expected equal shapes, [..., D] with equal leading dimensions, or [B, C, H, W] on both"
+    )

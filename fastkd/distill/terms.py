@@ -1,0 +1,235 @@
+"""A loss as a weighted sum of terms, exact over gradient accumulation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastkd
+
+from .batch import IGNORED, Batch, Outputs, tensors
+
+Weight = float | Callable[[int], float]
+MEANS = ("tokens", "samples", "step")
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One term of a loss: weight * function(student outputs, teacher outputs, batch).
+
+        loss of a step = sum over terms, weight * sum over micro-batches, share * function(...)
+
+    Args:
+        name: how logs and errors call it; unique within a loss.
+        function: (Outputs of the student, Outputs of the teacher, Batch) -> 0-d tensor. Without a
+            teacher the second one's `logits` is None.
+        weight: factor, or step (of the run, from 0) -> factor.
+        mean: what the function's mean runs over, hence a micro-batch's share of the step:
+            "tokens" (labels that are not -100): share = tokens / tokens of the step; with no such
+            label the function is not called and the term is 0, connected to the graph;
+            "samples": share = samples / samples of the step;
+            "step": the function has divided a sum by `batch.normalizer` itself: share = 1.
+        student_taps, teacher_taps: names of modules whose outputs the function finds in
+            `Outputs.features`.
+        module: what the term learns (a projector, a discriminator, a scale); trained and
+            checkpointed with the student, never in its state dict.
+    """
+
+    name: str
+    function: Callable[[Outputs, Outputs, Batch], Tensor]
+    weight: Weight = 1.0
+    mean: str = "tokens"
+    student_taps: tuple[str, ...] = ()
+    teacher_taps: tuple[str, ...] = ()
+    module: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"function: got {self.function!r}, expected a callable")
+        if self.mean not in MEANS:
+            raise ValueError(f"mean: got {self.mean!r}, expected one of {MEANS}")
+        for taps in (self.student_taps, self.teacher_taps):
+            if isinstance(taps, str):
+                raise TypeError(f"taps: got the string {taps!r}, expected a tuple of names")
+
+
+def hard(weight: Weight = 1.0, *, label_smoothing: float = 0.0, name: str = "hard") -> Term:
+    """Cross-entropy with the labels, mean over the labelled rows of the step: CE(labels, s)."""
+
+    def function(student: Outputs, _: Outputs, batch: Batch) -> Tensor:
+        if batch.labels is None:
+            raise ValueError(
+                f"term {name!r}: got a batch without labels, expected (inputs, labels)"
+            )
+        return F.cross_entropy(
+            student.logits.flatten(0, -2),
+            batch.labels.flatten(),
+            ignore_index=IGNORED,
+            label_smoothing=label_smoothing,
+        )
+
+    return Term(name, function, weight)
+
+
+def soft(
+    weight: Weight = 1.0,
+    *,
+    temperature: float | Callable[[int], float] = 4.0,
+    divergence: Any = "kl",
+    rows: str = "all",
+    name: str = "soft",
+) -> Term:
+    """The teacher's part of `fastkd.distillation_loss`: T^2 D(p_T, q_T).
+
+    Args:
+        weight: factor, or step -> factor.
+        temperature: T, or step -> T.
+        divergence: as in `fastkd.distillation_loss`.
+        rows: "all" (a transfer set whose labels may be missing), or "labelled": rows whose label
+            is -100 are left out (padding of a language model).
+
+    Paper: Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
+    """
+    if rows not in ("all", "labelled"):
+        raise ValueError(f"rows: got {rows!r}, expected 'all' or 'labelled'")
+
+    def function(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        if teacher.logits is None:
+            raise ValueError(f"term {name!r}: got no teacher, expected train(..., teacher=...)")
+        T = temperature(batch.step) if callable(temperature) else temperature
+        # at alpha=0 labels only say which rows are left out
+        labels = batch.labels if rows == "labelled" else None
+        return fastkd.distillation_loss(
+            student.logits,
+            teacher.logits,
+            labels,
+            temperature=T,
+            alpha=0.0,
+            divergence=divergence,
+        )
+
+    return Term(name, function, weight, mean="tokens" if rows == "labelled" else "samples")
+
+
+def feature(
+    student_tap: str,
+    teacher_tap: str,
+    function: Callable[..., Tensor],
+    weight: Weight = 1.0,
+    *,
+    projector: nn.Module | None = None,
+    mean: str = "samples",
+    name: str | None = None,
+) -> Term:
+    """A feature or relation loss between two taps: function(projector(f_student), f_teacher).
+
+    Args:
+        student_tap, teacher_tap: names of modules, as in `named_modules()`.
+        function: (student features, teacher features) -> 0-d tensor.
+        weight: factor, or step -> factor.
+        projector: learnt with the student (see `fastkd.distill.projector`); None for none.
+        mean: see `Term`.
+        name: None makes "feature:STUDENT_TAP-TEACHER_TAP".
+    """
+
+    def call(student: Outputs, teacher: Outputs, _: Batch) -> Tensor:
+        if teacher_tap not in teacher.features:
+            raise ValueError(f"term {name!r}: got no teacher's {teacher_tap!r}, expected a teacher")
+        mine = student.features[student_tap]
+        mine = mine if projector is None else projector(mine)
+        return function(mine, teacher.features[teacher_tap])
+
+    name = name or f"feature:{student_tap}-{teacher_tap}"
+    return Term(name, call, weight, mean, (student_tap,), (teacher_tap,), projector)
+
+
+class Objective:
+    """The sum of terms; a plain callable (student logits, teacher logits, labels) is one term."""
+
+    def __init__(self, loss: Callable[..., Tensor] | Term | Sequence[Term]) -> None:
+        self.plain = callable(loss) and not isinstance(loss, Term)
+        if isinstance(loss, Term):
+            self.terms: tuple[Term, ...] = (loss,)
+        elif callable(loss):
+            self.terms = (Term("loss", lambda s, t, b: loss(s.logits, t.logits, b.labels)),)
+        else:
+            self.terms = tuple(loss)
+            wrong = [term for term in self.terms if not isinstance(term, Term)]
+            if wrong or not self.terms:
+                got = f"{type(wrong[0]).__name__} in it" if wrong else "no term"
+                raise TypeError(f"loss: got {got}, expected a callable, a Term or several")
+        self.names = [term.name for term in self.terms]
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"loss: got terms named {self.names}, expected different names")
+        self.modules = nn.ModuleDict()
+        for at, term in enumerate(self.terms):  # by number: a name may hold dots
+            if term.module is not None:
+                self.modules[str(at)] = term.module
+        self.student_taps = _union(term.student_taps for term in self.terms)
+        self.teacher_taps = _union(term.teacher_taps for term in self.terms)
+
+    def __call__(
+        self, student: Outputs, teacher: Outputs, batch: Batch
+    ) -> tuple[Tensor, list[Tensor]]:
+        """This micro-batch's part of the step's loss, and of each term before its weight."""
+        total: Tensor | None = None
+        values: list[Tensor] = []
+        for term in self.terms:
+            value = self._value(term, student, teacher, batch)
+            weight = term.weight(batch.step) if callable(term.weight) else term.weight
+            values.append(value.detach())
+            value = value if weight == 1.0 else weight * value
+            total = value if total is None else total + value
+        assert total is not None
+        if not total.requires_grad:
+            got = "a value that does not require grad"
+            raise ValueError(f"loss: got {got}, expected a 0-d tensor that requires grad")
+        return total, values
+
+    def _value(self, term: Term, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        share: Any = 1.0
+        if not self.plain and term.mean != "samples" and _is_zero(batch.tokens):
+            return nothing(student)
+        if batch.samples != batch.sample_total:  # one of several micro-batches
+            samples = batch.samples / batch.sample_total
+            if term.mean == "samples":
+                share = samples
+            elif term.mean == "tokens":
+                share = batch.tokens / batch.normalizer if not _is_zero(batch.tokens) else 0.0
+            if self.plain and share != samples:
+                raise ValueError(
+                    f"loss: got a plain function and micro-batches of which one has {share:.4g} of "
+                    f"the step's labels and {samples:.4g} of its samples; expected Terms, whose "
+                    "`mean` says which of the two counts"
+                )
+        value = term.function(student, teacher, batch)
+        if not isinstance(value, Tensor) or value.dim():
+            got = f"{type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
+            got += "" if self.plain else f" from term {term.name!r}"
+            raise ValueError(f"loss: got {got}, expected a 0-d tensor that requires grad")
+        if isinstance(share, Tensor):  # counted on the device: a share of 0 must win over NaN
+            return torch.where(share > 0, value * share, 0.0)
+        return value if share == 1.0 else value * share
+
+
+def nothing(outputs: Outputs) -> Tensor:
+    """0, connected to the graph of `outputs`: every gradient is exactly 0, whatever they hold."""
+    found = [x for x in tensors((outputs.raw, dict(outputs.features))) if x.requires_grad]
+    if not found:
+        raise ValueError(
+            "loss: got student outputs without gradient, expected some that require it"
+        )
+    return found[0].flatten()[:0].sum()
+
+
+def _is_zero(count: Any) -> bool:
+    return not isinstance(count, Tensor) and count == 0
+
+
+def _union(groups: Any) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for group in groups for name in group))
