@@ -259,11 +259,8 @@ def test_tap_that_does_not_exist_lists_near_names(loader: Any) -> None:
         (distill.feature("bodi", "body", mse), "bodi"),
         (distill.feature("body", "bodi.0", mse), "bodi.0"),
     ):
-        with pytest.raises(
-            ValueError, match=rf"tap: got '{name}', which Tokens .*near.*'body"
-        ) as e:
+        with pytest.raises(ValueError, match=rf"got '{name}', which Tokens .*: '[a-z0.]*body"):
             quiet(student, [(ids, labels)], term, teacher=teacher)
-        assert "head" not in str(e.value).partition("near")[2].partition("'body")[0]
     assert not any(m._forward_hooks for model in (student, teacher) for m in model.modules())
 
 
@@ -532,13 +529,14 @@ def test_mixed_precision_learns(loader: Any, dtype: torch.dtype) -> None:
 
 def test_input_noise_is_the_students_alone_unless_asked() -> None:
     x = torch.zeros(2000, 5)
+    seen: list[Tensor] = []
+
+    def look(s: Outputs, t: Outputs, b: Batch) -> Tensor:
+        seen.extend((b.inputs, b.inputs if b.teacher_inputs is None else b.teacher_inputs))
+        return s.logits.mean()
+
     for teacher in ("clean", "noisy"):
-        seen: list[Tensor] = []
-
-        def look(s: Outputs, t: Outputs, b: Batch) -> Tensor:
-            seen.extend((b.inputs, b.inputs if b.teacher_inputs is None else b.teacher_inputs))
-            return s.logits.mean()
-
+        seen.clear()
         transform = distill.input_noise(0.5, teacher=teacher)
         quiet(mlp(), [x], Term("look", look), transform=transform)
         mine, theirs = seen
@@ -587,34 +585,38 @@ class Data(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return x + 0.1 * shift, x[:3].argmax()
 
 
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def a_run(
     points: distill.Checkpoints | None,
     stop_at: int | None = None,
     epochs: int = 3,
     seed: int = 5,
-    generator: bool = True,
+    own_generator: bool = True,
 ) -> tuple[dict[str, Tensor], list[distill.Step]]:
-    """Everything that has a state takes part: returns all weights and the steps."""
-    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-    student, teacher, other = mlp(dropout=0.3), mlp(16), mlp(4)
-    projector = nn.Linear(8, 16)
-    order = torch.Generator().manual_seed(seed) if generator else None
+    """Everything that has a state takes part: returns all weights and the steps.
+
+    `seed` decides all but the frozen teacher: what is resumed must not lean on it.
+    """
+    seed_all(0)
+    teacher = mlp(16)
+    seed_all(seed)
+    student, other, projector = mlp(dropout=0.3), mlp(4), nn.Linear(8, 16)
+    order = torch.Generator().manual_seed(seed) if own_generator else None
     loader = torch.utils.data.DataLoader(Data(), batch_size=4, shuffle=True, generator=order)
     soft = distill.soft(lambda step: 1 / (1 + step))
     peer = distill.Peer(other, [distill.hard(), distill.soft()])
     average = distill.Average(student, 0.9)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     feature = distill.feature("1", "0.1", mse, projector=projector)
-    if stop_at is None:
-        on_step = None
-    else:
-        random.seed(seed + 1), np.random.seed(seed + 1)
 
-        def on_step(epoch: int, step: int, loss: Tensor) -> None:
-            if step == stop_at:
-                raise Stop
-
-        random.seed(seed), np.random.seed(seed)
+    def on_step(epoch: int, step: int, loss: Tensor) -> None:
+        if step == stop_at:
+            raise Stop
 
     steps = quiet(
         student,
@@ -654,39 +656,32 @@ def test_run_that_was_interrupted_ends_in_the_same_bits(
     expected, steps = whole
     with pytest.raises(Stop):
         a_run(distill.Checkpoints(tmp_path, every=every), stop_at)
-    random.seed(99), np.random.seed(99), torch.manual_seed(99)  # and the seed is set again in a_run
-    got, after = a_run(distill.Checkpoints(tmp_path, every=every, resume=True))
+    # with other weights and random numbers than those of the checkpoint, where there is one
+    seed = 6 if stop_at >= every else 5
+    got, after = a_run(distill.Checkpoints(tmp_path, every=every, resume=True), seed=seed)
     assert equal(got, expected)
     assert after == steps[len(steps) - len(after) :]
     # the step at which it stopped had not reached its own checkpoint
     assert len(after) == STEPS - stop_at // every * every
 
 
-def test_resume_does_not_lean_on_the_seed(tmp_path: Path) -> None:
-    """Another process would begin with other random numbers, and with other weights."""
-    expected, _ = a_run(None, generator=False)
+def test_resume_with_an_order_from_the_global_generator(tmp_path: Path) -> None:
+    expected, _ = a_run(None, own_generator=False)
     with pytest.raises(Stop):
-        a_run(distill.Checkpoints(tmp_path, every=2), 5, generator=False)
-
-    def identity(self: Any) -> str:
-        return "the same"
-
-    for every in (2,):
-        points = distill.Checkpoints(tmp_path, every=every, resume=True)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(distill.Live, "identity", identity)
-            with pytest.raises(ValueError, match="with teacher"):  # a teacher of another seed
-                a_run(points, seed=6, generator=False)
-    got, _ = a_run(distill.Checkpoints(tmp_path, resume=True), generator=False)
+        a_run(distill.Checkpoints(tmp_path, every=2), 5, own_generator=False)
+    points = distill.Checkpoints(tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"loader.*0 random generators, expected 1"):
+        a_run(points)
+    got, _ = a_run(points, seed=6, own_generator=False)
     assert equal(got, expected)
 
 
 def test_run_can_be_made_longer(tmp_path: Path) -> None:
     expected, steps = a_run(None, epochs=4)
     a_run(distill.Checkpoints(tmp_path), epochs=2)
-    got, after = a_run(distill.Checkpoints(tmp_path, resume=True), epochs=4)
+    got, after = a_run(distill.Checkpoints(tmp_path, resume=True), epochs=4, seed=6)
     assert equal(got, expected) and after == steps[6:]
-    got, after = a_run(distill.Checkpoints(tmp_path, resume=True), epochs=4)
+    got, after = a_run(distill.Checkpoints(tmp_path, resume=True), epochs=4, seed=6)
     assert equal(got, expected) and after == []
 
 
@@ -781,7 +776,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, whole: A
     newest = distill.Checkpoints(tmp_path).files()[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
     with pytest.warns(UserWarning, match=rf"{newest.name} cannot be read"):
-        got, after = a_run(distill.Checkpoints(tmp_path, resume=True))
+        got, after = a_run(distill.Checkpoints(tmp_path, resume=True), seed=6)
     assert equal(got, expected) and len(after) == STEPS - 4
 
 

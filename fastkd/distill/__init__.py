@@ -4,37 +4,64 @@ from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
 from .evaluation import Evaluation, agreement, evaluate
 from .files import load, save
+from .handover import fine_tune, hand_over
+from .loggers import CSVLogger, TensorBoardLogger, plot_curves
 from .noise import input_noise, weight_noise
 from .progress import Step
+from .pseudo import PseudoLabels, pseudo_labels
+from .metrics import Report, calibration_error, latency, report
+from .schedules import decay
+from .students import copy_layers, frozen, prune, replace_head, spread
 from .taps import Taps, projector
 from .teachers import Average, Called, Live, Peer, Several, Stored, Teacher
 from .terms import Term, feature, hard, soft
 from .trainer import train
+from .tuning import Range, Search, search
 
 __all__ = [
     "Average",
     "Batch",
+    "CSVLogger",
     "Called",
     "Checkpoints",
     "Evaluation",
     "Live",
     "Outputs",
     "Peer",
+    "PseudoLabels",
+    "Range",
+    "Report",
+    "Search",
     "Several",
     "Step",
     "Stored",
     "Taps",
     "Teacher",
+    "TensorBoardLogger",
     "Term",
     "agreement",
+    "calibration_error",
+    "copy_layers",
+    "decay",
     "evaluate",
     "feature",
+    "fine_tune",
+    "frozen",
+    "hand_over",
     "hard",
     "input_noise",
+    "latency",
     "load",
+    "plot_curves",
     "projector",
+    "prune",
+    "pseudo_labels",
+    "replace_head",
+    "report",
     "save",
+    "search",
     "soft",
+    "spread",
     "train",
     "weight_noise",
 ]

@@ -165,6 +165,10 @@ class Checkpoints:
             there = "no average" if tree["average"] is None else "an average"
             raise ValueError(f"{got} {there} of the student, expected the other (ema=)")
 
+        drawn, ready = len(tree["position"]["now"]["loader"]), len(_generators(parts.loader))
+        if drawn != ready:
+            raise ValueError(f"{got} a loader of {drawn} random generators, expected {ready}")
+
         bare.load_state_dict(tree["student"])
         modules.load_state_dict(tree["modules"])
         parts.optimizer.load_state_dict(tree["optimizer_state"])
@@ -191,13 +195,7 @@ def random_state(loader: Any, device: torch.device) -> dict[str, Any]:
 
 def set_random_state(state: dict[str, Any], loader: Any, device: torch.device) -> None:
     """Put `random_state` back."""
-    generators = _generators(loader)
-    if len(generators) != len(state["loader"]):
-        raise ValueError(
-            f"loader: got {len(generators)} random generators, expected the "
-            f"{len(state['loader'])} of the run that is resumed"
-        )
-    for generator, value in zip(generators, state["loader"], strict=True):
+    for generator, value in zip(_generators(loader), state["loader"], strict=True):
         generator.set_state(value)
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])

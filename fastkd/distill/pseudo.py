@@ -1,0 +1,67 @@
+"""Pseudo-labels: what a teacher says, averaged within clusters of what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .batch import Outputs, batches, device_of, forward, moved, restored_modes
+from .files import needed
+
+
+class PseudoLabels(NamedTuple):
+    """Per sample, in the loader's order.
+
+    logits: float32 [N, V], T log(mean soft label of the sample's cluster); softmax(logits / T) is
+        that mean, so they stand in for the teacher's logits at temperature T.
+    labels: int64 [N], the cluster's most probable class.
+    clusters: int64 [N], which cluster.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    clusters: Tensor
+
+
+def pseudo_labels(
+    teacher: nn.Module,
+    loader: Iterable[Any],
+    clusters: int,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> PseudoLabels:
+    """Cluster the teacher's soft labels by k-means, and give each sample its cluster's mean.
+
+        soft label of a sample = mean over its cluster of softmax(t / T)
+
+    Args:
+        teacher: module, inputs -> logits [B, V]; runs in eval mode, its mode is restored.
+        loader: gives inputs, or (inputs, labels) whose labels are not used; in a fixed order.
+        clusters: 1 to the number of samples.
+        temperature: T, above 0.
+        seed: of k-means.
+
+    Raises:
+        ValueError: an argument out of range, no batch.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature: got {temperature!r}, expected > 0")
+    device, said = device_of(teacher), []
+    with torch.no_grad(), restored_modes(teacher):
+        for given in batches(loader, "to label"):
+            raw = forward(teacher.eval(), moved(given, device).inputs)
+            said.append((Outputs(raw).logits.float() / temperature).softmax(-1).cpu())
+    soft = torch.cat(said)
+    if not 1 <= clusters <= len(soft):
+        raise ValueError(f"clusters: got {clusters!r}, expected 1 to {len(soft)} (the samples)")
+    means = needed("sklearn.cluster", "pseudo_labels").KMeans(clusters, n_init=4, random_state=seed)
+    cluster = torch.from_numpy(means.fit_predict(soft.double().numpy())).long()
+    count = torch.bincount(cluster, minlength=clusters).clamp(min=1)
+    total = torch.zeros(clusters, soft.size(1), dtype=torch.float64)
+    mean = total.index_add(0, cluster, soft.double()) / count.unsqueeze(1)
+    logits = temperature * mean.clamp(min=torch.finfo(torch.float32).tiny).log().float()
+    return PseudoLabels(logits[cluster], mean.argmax(-1)[cluster], cluster)

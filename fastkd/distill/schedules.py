@@ -1,0 +1,43 @@
+"""Learning-rate schedules: functions of the step alone, so that a resumed run needs no state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+SHAPES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    "linear": lambda x: 1 - x,
+    "constant": lambda x: 1.0,
+}
+
+
+def decay(
+    steps: int, shape: str = "cosine", *, warmup: int = 0, floor: float = 0.0
+) -> Callable[[int], float]:
+    """step -> factor: (step + 1) / warmup during warm-up, then from 1 down to `floor`.
+
+        floor + (1 - floor) * shape((step - warmup) / (steps - warmup))
+
+    Args:
+        steps: of the whole run; beyond, the factor stays at `floor` (1 for "constant").
+        shape: "cosine", "linear" or "constant".
+        warmup: steps of linear warm-up, less than `steps`.
+        floor: in [0, 1].
+
+    Paper: Loshchilov and Hutter 2017, arXiv 1608.03983 (cosine).
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"shape: got {shape!r}, expected one of {sorted(SHAPES)}")
+    if not 0 <= warmup < steps:
+        raise ValueError(f"warmup: got {warmup!r} of {steps!r} steps, expected 0 <= warmup < steps")
+    if not 0 <= floor <= 1:
+        raise ValueError(f"floor: got {floor!r}, expected a number in [0, 1]")
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        share = min((step - warmup) / (steps - warmup), 1.0)
+        return floor + (1 - floor) * SHAPES[shape](share)
+
+    return factor
