@@ -6,10 +6,10 @@ from .evaluation import Evaluation, agreement, evaluate
 from .files import load, save
 from .handover import fine_tune, hand_over
 from .loggers import CSVLogger, TensorBoardLogger, plot_curves
+from .metrics import Report, calibration_error, latency, report
 from .noise import input_noise, weight_noise
 from .progress import Step
 from .pseudo import PseudoLabels, pseudo_labels
-from .metrics import Report, calibration_error, latency, report
 from .schedules import decay
 from .students import copy_layers, frozen, prune, replace_head, spread
 from .taps import Taps, projector
