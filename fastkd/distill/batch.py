@@ -37,10 +37,24 @@ class Batch:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
     epoch: int = 0
     step: int = 0
-    tokens: Any = 0
     samples: int = 0
-    normalizer: Any = 0
     sample_total: float = 0
+    _tokens: Any = dataclasses.field(default=None, repr=False)
+    _normalizer: Any = dataclasses.field(default=None, repr=False)
+
+    @property
+    def tokens(self) -> Any:
+        if self._tokens is None:
+            count(self)
+        return self._tokens
+
+    @property
+    def normalizer(self) -> Any:
+        return self.tokens if self._normalizer is None else self._normalizer
+
+    @normalizer.setter
+    def normalizer(self, value: Any) -> None:
+        self._normalizer = value
 
 
 @dataclasses.dataclass(slots=True)
@@ -163,7 +177,11 @@ def batches(
     for given in loader:
         count += 1
         if count > skip:
-            yield _batch(given)
+            batch = _batch(given)
+            inputs = batch.inputs
+            first = inputs if isinstance(inputs, Tensor) else next(tensors(inputs), None)
+            batch.samples = len(first) if first is not None and first.dim() else 1
+            yield batch
         elif count == skip and skipped is not None:
             skipped()
     if count == 0:
@@ -187,19 +205,19 @@ def moved(batch: Batch, device: torch.device) -> Batch:
     return batch
 
 
-def count(batch: Batch) -> Batch:
-    """Set `tokens` and `samples`; labels on an accelerator are counted there, without a wait."""
-    first = batch.inputs if isinstance(batch.inputs, Tensor) else next(tensors(batch.inputs), None)
-    batch.samples = len(first) if first is not None and first.dim() else 1
+def count(batch: Batch) -> None:
+    """Set `tokens`; labels on an accelerator are counted there, without a wait."""
     if batch.labels is None:
-        batch.tokens = batch.samples
+        batch._tokens = batch.samples
     else:
         kept = (batch.labels != IGNORED).sum()
-        batch.tokens = int(kept) if kept.device.type == "cpu" else kept
-    return batch
+        batch._tokens = kept.item() if kept.device.type == "cpu" else kept
 
 
 def _batch(given: Any) -> Batch:
+    if type(given) in (tuple, list) and len(given) == 2 and isinstance(given[0], Tensor):
+        if isinstance(given[1], Tensor):  # what most loaders give
+            return Batch(given[0], given[1])
     if isinstance(given, Batch):
         return dataclasses.replace(given)
     if isinstance(given, Mapping) and "inputs" in given:

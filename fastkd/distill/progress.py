@@ -77,10 +77,8 @@ class Record:
         """Bring values to the host in one sync, and stop at the first that is not finite."""
         if not self._unread:
             return
-        flat = torch.stack([value for entry in self._unread for value in entry.values]).tolist()
-        now = time.perf_counter()
-        per_s = sum(entry.samples for entry in self._unread) / max(now - self._since, 1e-9)
-        self._since = now
+        tensors = [value for entry in self._unread for value in entry.values]
+        flat = torch.stack(tensors).tolist() if len(tensors) > 1 else [tensors[0].item()]
         width = 1 + len(self.names)
         for at, entry in enumerate(self._unread):
             loss, *values = flat[at * width : (at + 1) * width]
@@ -88,13 +86,10 @@ class Record:
             if not math.isfinite(loss) or not all(map(math.isfinite, values)):
                 self._stop(entry, loss, terms)
             self.steps.append(Step(entry.epoch, self._read_to, loss, entry.lr, terms))
-            for log in self._logs:
-                told = {"loss": loss, "lr": entry.lr, "samples_per_s": per_s}
-                log(told | {f"term/{k}": v for k, v in terms.items()}, self._read_to)
             self._read_to += 1
+        if self._logs or self._bar is not None:
+            self._show()
         self._unread.clear()
-        if self._bar is not None and now - self._drawn > REDRAW:
-            self._show(per_s, now)
 
     def advance(self) -> None:
         if self._bar is not None:
@@ -105,11 +100,22 @@ class Record:
         for log in self._logs:
             log(values, self.next - 1)
 
-    def _show(self, per_s: float, now: float) -> None:
-        last = self.steps[-1]
-        shown = {"loss": f"{last.loss:.4g}", "lr": f"{last.lr:.2g}", "samples/s": f"{per_s:.0f}"}
-        self._bar.set_postfix(shown, epoch=last.epoch, refresh=False)
-        self._drawn = now
+    def _show(self) -> None:
+        """Tell logs and bar of the steps just read."""
+        now = time.perf_counter()
+        per_s = sum(entry.samples for entry in self._unread) / max(now - self._since, 1e-9)
+        self._since = now
+        for step in self.steps[-len(self._unread) :]:
+            told = {"loss": step.loss, "lr": step.lr, "samples_per_s": per_s}
+            told |= {f"term/{name}": value for name, value in step.terms.items()}
+            for log in self._logs:
+                log(told, step.step)
+        if self._bar is not None and now - self._drawn > REDRAW:
+            last = self.steps[-1]
+            rate = f"{per_s:.0f}"
+            shown = {"loss": f"{last.loss:.4g}", "lr": f"{last.lr:.2g}", "samples/s": rate}
+            self._bar.set_postfix(shown, epoch=last.epoch, refresh=False)
+            self._drawn = now
 
     def _stop(self, entry: _Unread, loss: float, terms: dict[str, float]) -> None:
         several = entry.last > entry.first

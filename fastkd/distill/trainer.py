@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch, Outputs, count, device_of, forward, moved, restored_modes
+from .batch import Batch, Outputs, batches, device_of, forward, moved, restored_modes
 from .checkpoint import Checkpoints, Parts, Position, epoch_batches
 from .noise import weight_noise as disturbed
 from .progress import Log, Record, Step
@@ -132,16 +132,21 @@ def train(
             student.train()
             objective.modules.train()
             soft.begin()
-            given = epoch_batches(loader, position, where, f"in epoch {epoch}")
-            while group := [count(batch) for batch in islice(given, accumulate)]:
+            when = f"in epoch {epoch}"
+            given = (
+                epoch_batches(loader, position, where, when)
+                if checkpoint
+                else batches(loader, when)
+            )
+            while group := list(islice(given, accumulate)):
                 step = position.step
-                _share(group, student, where)
+                _share(group, student, objective, where)
                 for settings, rate in zip(optimizer.param_groups, rates, strict=True):
                     settings["lr"] = rate * schedule(step) if schedule else rate
                 optimizer.zero_grad(set_to_none=True)
 
                 values: list[Tensor] = []  # the loss of the step, then its terms
-                with disturbed(student, weight_noise):
+                with disturbed(student, weight_noise) if weight_noise else nullcontext():
                     for at, batch in enumerate(group):
                         batch = moved(batch, where)
                         batch.epoch, batch.step = epoch, step
@@ -215,8 +220,14 @@ def _optimizer(
     return optimizer
 
 
-def _share(group: Sequence[Batch], student: nn.Module, device: torch.device) -> None:
+def _share(
+    group: Sequence[Batch], student: nn.Module, objective: Objective, device: torch.device
+) -> None:
     """Tell every micro-batch of a step the step's tokens and samples."""
+    ranked = isinstance(student, nn.parallel.DistributedDataParallel)
+    if len(group) == 1 and objective.plain and not ranked:
+        group[0].sample_total = group[0].samples  # tokens are counted where a term asks
+        return
     tokens: Any = sum(batch.tokens for batch in group)
     samples: float = sum(batch.samples for batch in group)
     if isinstance(student, nn.parallel.DistributedDataParallel):
