@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import random
@@ -460,6 +461,47 @@ def test_peer_learns_as_the_student_does(loader: Any) -> None:
     assert equal(weights(other), weights(twins[1]))
 
 
+def test_peer_learns_features_of_the_student(loader: Any) -> None:
+    student, other = mlp(4), mlp(16)
+    projector = nn.Linear(16, 4)
+    hint = distill.feature("1", "1", mse, projector=projector, name="hint")
+    apart: list[float] = []
+
+    def note(epoch: int, step: int, loss: Tensor) -> None:
+        x = loader[0][0]
+        apart.append(mse(projector(other[:2](x)), student[:2](x)).item())
+
+    peer = distill.Peer(other, [distill.hard(), hint], lr=1e-2)
+    quiet(student, loader, distill.hard(), teacher=peer, epochs=20, on_step=note)
+    assert apart[-1] < 0.3 * apart[0]
+    assert not any(m._forward_hooks for model in (student, other) for m in model.modules())
+
+
+def test_several_taps_of_one_term(loader: Any) -> None:
+    def fsp(a: Any, b: Any) -> Tensor:
+        """Products between two layers (Yim et al. 2017), here of vectors."""
+        (a1, a2), (b1, b2) = a, b
+        return mse(a1.T @ a2 / len(a1), b1.T @ b2 / len(b1))
+
+    term = distill.feature(("1", "3"), ("1", "3"), fsp)
+    assert term.name == "feature:1+3-1+3"
+    steps = quiet(mlp(), loader, term, teacher=mlp(), epochs=20, lr=1e-2)
+    assert steps[-1].loss < 0.5 * steps[0].loss
+
+
+def test_compiled_student_is_tapped(loader: Any) -> None:
+    student, teacher = mlp(4), mlp(16)
+    twin = copy.deepcopy(student)
+    results = []
+    for model in (twin, torch.compile(student, backend="eager")):
+        torch.manual_seed(0)
+        term = distill.feature("1", "1", mse, projector=nn.Linear(4, 16))
+        steps = quiet(model, loader, [distill.hard(), term], teacher=teacher)
+        results.append([step.loss for step in steps])
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+    assert equal(weights(student), weights(twin))
+
+
 def test_cohort_of_peers_learns(loader: Any) -> None:
     models = [mlp(), mlp(16), mlp(4)]
     before = [distill.evaluate(m, loader).cross_entropy for m in models]
@@ -742,6 +784,27 @@ def test_resume_with_an_order_from_the_global_generator(tmp_path: Path) -> None:
         a_run(points)
     got, _ = a_run(points, seed=6, own_generator=False)
     assert equal(got, expected)
+
+
+def test_resume_with_workers(tmp_path: Path) -> None:
+    """They draw batches ahead of their use, and random numbers of their own."""
+
+    def run(stop_at: int | None, **options: Any) -> dict[str, Tensor]:
+        seed_all(3)
+        student = mlp(dropout=0.3)
+        loader = torch.utils.data.DataLoader(Data(), batch_size=4, shuffle=True, num_workers=2)
+
+        def on_step(epoch: int, step: int, loss: Tensor) -> None:
+            if step == stop_at:
+                raise Stop
+
+        with contextlib.suppress(Stop):
+            quiet(student, loader, distill.hard(), epochs=2, on_step=on_step, **options)
+        return weights(student)
+
+    expected = run(None)
+    run(8, checkpoint=distill.Checkpoints(tmp_path, every=4))
+    assert equal(run(None, checkpoint=distill.Checkpoints(tmp_path, resume=True)), expected)
 
 
 def test_run_can_be_made_longer(tmp_path: Path) -> None:

@@ -54,7 +54,12 @@ class Checkpoints:
     """A folder of checkpoints, `step-00000120.safetensors` after 120 steps.
 
     Each is written under a temporary name and renamed, so a kill at any moment leaves the one
-    before. `best.safetensors` is the student (for `load`) at the best metric so far.
+    before. `best.safetensors` is the student (for `load`) at the best metric so far. A resumed run
+    ends in the bits of one that was never interrupted, on the CPU: models, what terms learn,
+    optimizer, random numbers (python, numpy, torch, the loader's generators), place in the epoch
+    (batches already used are drawn again and left out), average and best metric are all in it.
+
+    Under DistributedDataParallel each rank needs a folder of its own.
 
     Args:
         folder: made if missing.

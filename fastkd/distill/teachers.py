@@ -136,6 +136,8 @@ class Average(Live):
 class Peer(Teacher):
     """A model that learns while it teaches: its loss has the student as its teacher.
 
+    Its gradients are not scaled: with amp, bfloat16 suits it and float16 does not.
+
     Args:
         model: module; trains in train mode.
         loss: as the trainer's, with the peer as student and the student as teacher.
@@ -280,9 +282,8 @@ class Several(Teacher):
             member.load_state_dict(state[str(at)])
 
     def identity(self) -> Any:
-        return [
-            [member.identity(), w] for member, w in zip(self.members, self.weights, strict=True)
-        ]
+        pairs = zip(self.members, self.weights, strict=True)
+        return [self.temperature, [[member.identity(), w] for member, w in pairs]]
 
     def _mean(self, said: list[Outputs], weights: list[float]) -> Outputs:
         T, logits = self.temperature, [outputs.logits for outputs in said]

@@ -116,9 +116,12 @@ def soft(
     return Term(name, function, weight, mean="tokens" if rows == "labelled" else "samples")
 
 
+Tap = str | tuple[str, ...]
+
+
 def feature(
-    student_tap: str,
-    teacher_tap: str,
+    student_tap: Tap,
+    teacher_tap: Tap,
     function: Callable[..., Tensor],
     weight: Weight = 1.0,
     *,
@@ -129,7 +132,8 @@ def feature(
     """A feature or relation loss between two taps: function(projector(f_student), f_teacher).
 
     Args:
-        student_tap, teacher_tap: names of modules, as in `named_modules()`.
+        student_tap, teacher_tap: names of modules, as in `named_modules()`; a tuple of names gives
+            the function (and the projector) a tuple of features.
         function: (student features, teacher features) -> 0-d tensor.
         weight: factor, or step -> factor.
         projector: learnt with the student (see `fastkd.distill.projector`); None for none.
@@ -138,14 +142,21 @@ def feature(
     """
 
     def call(student: Outputs, teacher: Outputs, _: Batch) -> Tensor:
-        if teacher_tap not in teacher.features:
-            raise ValueError(f"term {name!r}: got no teacher's {teacher_tap!r}, expected a teacher")
-        mine = student.features[student_tap]
-        mine = mine if projector is None else projector(mine)
-        return function(mine, teacher.features[teacher_tap])
+        mine, theirs = _tapped(student, student_tap), _tapped(teacher, teacher_tap)
+        return function(mine if projector is None else projector(mine), theirs)
 
-    name = name or f"feature:{student_tap}-{teacher_tap}"
-    return Term(name, call, weight, mean, (student_tap,), (teacher_tap,), projector)
+    name = name or f"feature:{'+'.join(_names(student_tap))}-{'+'.join(_names(teacher_tap))}"
+    return Term(name, call, weight, mean, _names(student_tap), _names(teacher_tap), projector)
+
+
+def _names(tap: Tap) -> tuple[str, ...]:
+    return (tap,) if isinstance(tap, str) else tuple(tap)
+
+
+def _tapped(outputs: Outputs, tap: Tap) -> Any:
+    if isinstance(tap, str):
+        return outputs.features[tap]
+    return tuple(outputs.features[name] for name in tap)
 
 
 class Objective:

@@ -244,7 +244,9 @@ def _average_gradients(modules: nn.Module, student: nn.Module) -> None:
     """What DistributedDataParallel does for the student, for what the terms learn."""
     if isinstance(student, nn.parallel.DistributedDataParallel):
         for p in modules.parameters():
-            if p.grad is not None:
+            if p.requires_grad:
+                # a rank without a label has none, and the others wait for it
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 torch.distributed.all_reduce(p.grad, group=student.process_group)
                 p.grad /= student.process_group.size()
 
