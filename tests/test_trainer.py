@@ -168,6 +168,27 @@ def test_split_of_a_step_does_not_change_its_gradient(
     assert many.terms == pytest.approx(one.terms, rel=tolerance)
 
 
+@pytest.mark.parametrize("split", SPLITS[2:], ids=str)
+def test_labels_counted_on_a_device_have_the_same_shares(split: tuple[int, ...]) -> None:
+    """There counts are tensors, and what has no label is not known to have none."""
+    ids, labels = ragged()
+    student, teacher = Tokens(), Tokens()
+    terms = [distill.hard(0.4), distill.soft(0.6, rows="labelled")]
+    gradients = []
+    for on_device in (False, True):
+        model = copy.deepcopy(student)
+        loader = [
+            Batch(x, y, _tokens=(y != -100).sum() if on_device else None)
+            for x, y in zip(ids.split(list(split)), labels.split(list(split)), strict=True)
+        ]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        options: dict[str, Any] = {"optimizer": optimizer, "accumulate": len(split)}
+        quiet(model, loader, terms, teacher=teacher, **options)
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).abs().max() <= 1e-6 * a.abs().max()
+
+
 def test_last_step_of_an_epoch_may_be_short(loader: Any) -> None:
     student = mlp()
     twin = copy.deepcopy(student)

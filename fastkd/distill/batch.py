@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -193,7 +194,12 @@ def batches(
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:
-    """`batch` with its tensors on `device`."""
+    """`batch` with its tensors on `device`; a copy where that is not the host.
+
+    The micro-batches of a step that wait for their turn, or have had it, stay on the host.
+    """
+    if device.type != "cpu":
+        batch = copy.copy(batch)
     batch.inputs = to(batch.inputs, device)
     batch.labels = to(batch.labels, device)
     if batch.teacher is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch, Outputs, batches, device_of, forward, moved, restored_modes
+from .batch import Batch, Outputs, device_of, forward, moved, restored_modes
 from .checkpoint import Checkpoints, Parts, Position, epoch_batches
 from .noise import weight_noise as disturbed
 from .progress import Log, Record, Step
@@ -132,12 +132,7 @@ def train(
             student.train()
             objective.modules.train()
             soft.begin()
-            when = f"in epoch {epoch}"
-            given = (
-                epoch_batches(loader, position, where, when)
-                if checkpoint
-                else batches(loader, when)
-            )
+            given = epoch_batches(loader, position, where, exact=checkpoint is not None)
             while group := list(islice(given, accumulate)):
                 step = position.step
                 _share(group, student, objective, where)
@@ -161,9 +156,7 @@ def train(
                         with torch.autocast(where.type, amp) if amp else nullcontext():
                             soft.follow(ours, batch)
                         found = [value.detach(), *([] if objective.plain else terms)]
-                        values = (
-                            [a + b for a, b in zip(values, found, strict=True)] if at else found
-                        )
+                        values = list(map(torch.add, values, found)) if at else found
                         del value, terms, theirs, ours  # the graph goes before the next is made
 
                 first, position.used = position.used, position.used + len(group)
