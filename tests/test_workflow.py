@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd import distill
-from fastkd.distill import Batch, Outputs, Range
+from fastkd.distill import Batch, Outputs, Range, loggers
 
 
 def mlp(width: int = 8, classes: int = 3) -> nn.Sequential:
@@ -351,6 +351,17 @@ def test_csv_holds_every_step_and_metric(loader: Any, tmp_path: Path) -> None:
     assert [row["metric"] for row in rows] == ["", "", "0.5", "", "", "0.5"]
     assert all(float(row["samples_per_s"]) > 0 for row in rows)
     assert len(told) == 8
+
+
+def test_csv_gives_its_steps_back(loader: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    log = distill.CSVLogger(tmp_path / "run.csv")
+    terms = [distill.hard(), distill.soft()]
+    steps = distill.train(mlp(), loader, terms, teacher=mlp(), log=log, progress=False)
+    assert loggers.read_steps(tmp_path / "run.csv") == steps
+    distill.plot_curves(tmp_path / "run.csv", tmp_path / "run.png")
+    distill.plot_curves(steps, tmp_path / "same.png")
+    assert (tmp_path / "run.png").read_bytes() == (tmp_path / "same.png").read_bytes()
 
 
 def test_csv_of_a_resumed_run_has_no_step_twice(tmp_path: Path) -> None:

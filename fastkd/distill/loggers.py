@@ -85,18 +85,38 @@ class TensorBoardLogger:
             self._writer.close()
 
 
+def read_steps(path: str | os.PathLike[str]) -> list[Step]:
+    """The steps in a file of `CSVLogger`; its epochs are not there and read as 0."""
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("loss")]
+    return [
+        Step(
+            0,
+            int(row["step"]),
+            float(row["loss"]),
+            float(row["lr"]),
+            {k.removeprefix("term/"): float(v) for k, v in row.items() if k.startswith("term/")},
+        )
+        for row in rows
+    ]
+
+
 def plot_curves(
-    runs: Mapping[str, Iterable[Step]] | Iterable[Step], path: str | os.PathLike[str]
+    runs: Mapping[str, Iterable[Step]] | Iterable[Step] | str | os.PathLike[str],
+    path: str | os.PathLike[str],
 ) -> None:
     """Draw loss, its terms and the learning rate over steps.
 
     Args:
-        runs: what `train` returned, or several of them by name.
+        runs: what `train` returned, several of them by name, or a file of `CSVLogger`, which holds
+            the steps before a resumption too.
         path: picture to write; its suffix chooses the format.
 
     Raises:
         ValueError: no step.
     """
+    if isinstance(runs, (str, os.PathLike)):
+        runs = read_steps(runs)
     named = runs if isinstance(runs, Mapping) else {"": runs}
     curves = {name: list(steps) for name, steps in named.items()}
     if not any(curves.values()):

@@ -50,6 +50,7 @@ class Record:
         self._unread: list[_Unread] = []
         self._logs = [log] if callable(log) else list(log or ())
         self._since = self._drawn = time.perf_counter()
+        self._seen = 0  # samples since the bar's figures were drawn
         self._bar: Any = None
 
     def draw(self, total: int | None) -> Record:
@@ -64,6 +65,8 @@ class Record:
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
+            if self._seen:
+                self._draw_figures(time.perf_counter())
             self._bar.close()
 
     def add(self, *entry: Any) -> None:
@@ -110,12 +113,15 @@ class Record:
             told |= {f"term/{name}": value for name, value in step.terms.items()}
             for log in self._logs:
                 log(told, step.step)
+        self._seen += sum(entry.samples for entry in self._unread)
         if self._bar is not None and now - self._drawn > REDRAW:
-            last = self.steps[-1]
-            rate = f"{per_s:.0f}"
-            shown = {"loss": f"{last.loss:.4g}", "lr": f"{last.lr:.2g}", "samples/s": rate}
-            self._bar.set_postfix(shown, epoch=last.epoch, refresh=False)
-            self._drawn = now
+            self._draw_figures(now)
+
+    def _draw_figures(self, now: float) -> None:
+        last, rate = self.steps[-1], self._seen / max(now - self._drawn, 1e-9)
+        shown = {"loss": f"{last.loss:.4g}", "lr": f"{last.lr:.2g}", "samples/s": f"{rate:.0f}"}
+        self._bar.set_postfix(shown, epoch=last.epoch, refresh=False)
+        self._drawn, self._seen = now, 0
 
     def _stop(self, entry: _Unread, loss: float, terms: dict[str, float]) -> None:
         several = entry.last > entry.first
