@@ -2,7 +2,7 @@
 
 Both train one student beside one teacher on the same batches, from the same weights: the loop
 written out (teacher without gradient, loss, backward, AdamW, the loss as a number), and
-`fastkd.distill.train`. They are timed in turns, a run of four epochs each, the one that goes first
+`fastkd.distill.train`. They are timed in turns, a run of ten epochs each, the one that goes first
 changing from pair to pair; a pair's overhead is the ratio of its two times, and its median over
 pairs is what counts. The two must end in the same weights, bit by bit.
 
@@ -32,7 +32,7 @@ from fastkd import distill
 
 LIMIT = 0.03  # of the bare loop's time
 LR = 1e-3
-EPOCHS = 4  # of a run; a call of the trainer costs a quarter of a millisecond itself
+EPOCHS = 10  # of a run; a call of the trainer costs a quarter of a millisecond itself
 
 
 class Case(NamedTuple):

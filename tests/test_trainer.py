@@ -227,7 +227,7 @@ def test_batch_without_any_label_has_loss_0_and_gradient_0() -> None:
 
 
 RANK = """
-    import os, sys
+    import sys
     import torch
     from torch import nn
     import torch.nn.functional as F
@@ -238,39 +238,45 @@ RANK = """
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2
     )
-    torch.manual_seed(0)
-    student, teacher, projector = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(3, 3)
-    inputs, labels = torch.randn(16, 5), torch.randint(0, 3, (16,))
-    labels[:7] = -100
-    mine = range(rank, 16, 2)
-    x, y = inputs[mine].split([5, 3]), labels[mine].split([5, 3])
-    terms = [
-        distill.hard(),
-        distill.soft(),
-        distill.feature("", "", F.mse_loss, projector=projector),
-    ]
-    ranked = nn.parallel.DistributedDataParallel(student)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    distill.train(ranked, list(zip(x, y)), terms, teacher=teacher, optimizer=optimizer,
-                  accumulate=2, progress=False)
-    distill.save(nn.ModuleList([student, projector]), f"{out}.{rank}")
-
+    for split in ([8], [5, 3]):
+        torch.manual_seed(0)
+        student, teacher, projector = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(3, 3)
+        inputs, labels = torch.randn(16, 5), torch.randint(0, 3, (16,))
+        labels[:7] = -100
+        mine = range(8 * rank, 8 * rank + 8)
+        terms = [
+            distill.hard(),
+            distill.soft(),
+            distill.feature("", "", F.mse_loss, projector=projector),
+        ]
+        distill.train(
+            nn.parallel.DistributedDataParallel(student),
+            list(zip(inputs[mine].split(split), labels[mine].split(split))),
+            terms,
+            teacher=teacher,
+            optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+            accumulate=len(split),
+            progress=False,
+        )
+        distill.save(nn.ModuleList([student, projector]), f"{out}.{rank}.{len(split)}")
     torch.distributed.destroy_process_group()
 """
 
 
 def test_two_ranks_take_the_step_of_one(tmp_path: Path) -> None:
-    """Ragged masks on both, two micro-batches each, a projector beside the wrapped student."""
+    """With 1 label against 8, in one micro-batch and two; a projector beside the student."""
     script = textwrap.dedent(RANK)
     root = str(Path(fastkd.__file__).parents[1])
     store, out = str(tmp_path / "store"), str(tmp_path / "out")
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", script, str(rank), store, out],
-            cwd=root, stderr=subprocess.PIPE, text=True,
+            cwd=root,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     for rank in ranks:
         _, errors = rank.communicate(timeout=120)
         assert rank.returncode == 0, errors
@@ -279,19 +285,15 @@ def test_two_ranks_take_the_step_of_one(tmp_path: Path) -> None:
     student, teacher, projector = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(3, 3)
     inputs, labels = torch.randn(16, 5), torch.randint(0, 3, (16,))
     labels[:7] = -100
-    terms = [
-        distill.hard(),
-        distill.soft(),
-        distill.feature("", "", mse, projector=projector),
-    ]
+    terms = [distill.hard(), distill.soft(), distill.feature("", "", mse, projector=projector)]
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     quiet(student, [(inputs, labels)], terms, teacher=teacher, optimizer=optimizer)
     expected = nn.ModuleList([student, projector]).state_dict()
-    for rank in range(2):
+    for name in ("0.1", "1.1", "0.2", "1.2"):
         got = nn.ModuleList([nn.Linear(5, 3), nn.Linear(3, 3)])
-        distill.load(got, f"{out}.{rank}")
-        for name, value in got.state_dict().items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+        distill.load(got, f"{out}.{name}")
+        for key, value in got.state_dict().items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
 
 
 # taps and projectors

@@ -50,6 +50,11 @@ class Batch:
         return self._tokens
 
     @property
+    def whole(self) -> bool:
+        """Whether it is all of its step."""
+        return self._normalizer is None
+
+    @property
     def normalizer(self) -> Any:
         return self.tokens if self._normalizer is None else self._normalizer
 

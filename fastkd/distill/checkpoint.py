@@ -219,8 +219,7 @@ def epoch_batches(
     """The epoch's batches from `position` on; `exact`: as in a run that was never interrupted."""
     when = f"in epoch {position.epoch}"
     if not exact:
-        yield from batches(loader, when)
-        return
+        return batches(loader, when)
 
     def catch_up() -> None:
         if position.now is not None:
@@ -232,7 +231,7 @@ def epoch_batches(
         position.epoch_start = random_state(loader, device)
     else:  # the order is drawn once more, what was used is left out, then time goes on
         set_random_state(position.epoch_start, loader, device)
-    yield from batches(loader, when, position.used, catch_up)
+    return batches(loader, when, position.used, catch_up)
 
 
 def _generators(loader: Any) -> list[torch.Generator]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -163,11 +164,11 @@ class Objective:
     """The sum of terms; a plain callable (student logits, teacher logits, labels) is one term."""
 
     def __init__(self, loss: Callable[..., Tensor] | Term | Sequence[Term]) -> None:
-        self.plain = callable(loss) and not isinstance(loss, Term)
+        self.plain = None if isinstance(loss, Term) or not callable(loss) else loss
         if isinstance(loss, Term):
             self.terms: tuple[Term, ...] = (loss,)
         elif callable(loss):
-            self.terms = (Term("loss", lambda s, t, b: loss(s.logits, t.logits, b.labels)),)
+            self.terms = ()
         else:
             self.terms = tuple(loss)
             wrong = [term for term in self.terms if not isinstance(term, Term)]
@@ -188,44 +189,60 @@ class Objective:
         self, student: Outputs, teacher: Outputs, batch: Batch
     ) -> tuple[Tensor, list[Tensor]]:
         """This micro-batch's part of the step's loss, and of each term before its weight."""
-        total: Tensor | None = None
         values: list[Tensor] = []
-        for term in self.terms:
-            value = self._value(term, student, teacher, batch)
-            weight = term.weight(batch.step) if callable(term.weight) else term.weight
-            values.append(value.detach())
-            value = value if weight == 1.0 else weight * value
-            total = value if total is None else total + value
-        assert total is not None
+        if self.plain is not None:
+            value = self.plain(student.logits, teacher.logits, batch.labels)
+            total = _shared(value, 1.0 if batch.whole else _plain_share(batch), "")
+        else:
+            parts = []
+            for term in self.terms:
+                value = _value(term, student, teacher, batch)
+                weight = term.weight(batch.step) if callable(term.weight) else term.weight
+                values.append(value.detach())
+                parts.append(value if weight == 1.0 else weight * value)
+            total = functools.reduce(torch.add, parts)
         if not total.requires_grad:
             got = "a value that does not require grad"
             raise ValueError(f"loss: got {got}, expected a 0-d tensor that requires grad")
         return total, values
 
-    def _value(self, term: Term, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        share: Any = 1.0
-        if not self.plain and term.mean != "samples" and _is_zero(batch.tokens):
-            return nothing(student)
-        if batch.samples != batch.sample_total:  # one of several micro-batches
-            samples = batch.samples / batch.sample_total
-            if term.mean == "samples":
-                share = samples
-            elif term.mean == "tokens":
-                share = batch.tokens / batch.normalizer if not _is_zero(batch.tokens) else 0.0
-            if self.plain and share != samples:
-                raise ValueError(
-                    f"loss: got a plain function and micro-batches of which one has {share:.4g} of "
-                    f"the step's labels and {samples:.4g} of its samples; expected Terms, whose "
-                    "`mean` says which of the two counts"
-                )
-        value = term.function(student, teacher, batch)
-        if not isinstance(value, Tensor) or value.dim():
-            got = f"{type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
-            got += "" if self.plain else f" from term {term.name!r}"
-            raise ValueError(f"loss: got {got}, expected a 0-d tensor that requires grad")
-        if isinstance(share, Tensor):  # counted on the device: a share of 0 must win over NaN
-            return torch.where(share > 0, value * share, 0.0)
-        return value if share == 1.0 else value * share
+
+def _value(term: Term, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+    if term.mean != "samples" and _is_zero(batch.tokens):
+        return nothing(student)
+    share: Any = 1.0
+    if term.mean != "step" and not batch.whole:
+        share = _sample_share(batch) if term.mean == "samples" else _token_share(batch)
+    return _shared(term.function(student, teacher, batch), share, f" from term {term.name!r}")
+
+
+def _shared(value: Any, share: Any, where: str) -> Tensor:
+    if not isinstance(value, Tensor) or value.dim():
+        got = f"{type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}{where}"
+        raise ValueError(f"loss: got {got}, expected a 0-d tensor that requires grad")
+    if isinstance(share, Tensor):  # counted on the device: a share of 0 must win over NaN
+        return torch.where(share > 0, value * share, 0.0)
+    return value if share == 1.0 else value * share
+
+
+def _sample_share(batch: Batch) -> float:
+    return batch.samples / batch.sample_total
+
+
+def _token_share(batch: Batch) -> Any:
+    return 0.0 if _is_zero(batch.tokens) else batch.tokens / batch.normalizer
+
+
+def _plain_share(batch: Batch) -> Any:
+    """Where labels and samples give a micro-batch different shares, nobody knows which it takes."""
+    share, samples = _token_share(batch), _sample_share(batch)
+    if share != samples:
+        raise ValueError(
+            f"loss: got a plain function and micro-batches of which one has {share:.4g} of the "
+            f"step's labels and {samples:.4g} of its samples; expected Terms, whose `mean` says "
+            "which of the two counts"
+        )
+    return share
 
 
 def nothing(outputs: Outputs) -> Tensor:

@@ -117,8 +117,10 @@ def train(
         checkpoint = Checkpoints(checkpoint)
     position = checkpoint.start(parts) if checkpoint else Position()
     every = CHECK_EVERY.get(where.type, 50)
-    record = Record([] if objective.plain else objective.names, position.step, every, log)
+    record = Record(objective.names, position.step, every, log)
 
+    plainly = nullcontext()
+    mixed = torch.autocast(where.type, amp) if amp else plainly
     with ExitStack() as stack:
         stack.enter_context(restored_modes(student, *(m for f in followers for m in f.models)))
         stack.enter_context(_restored_rates(optimizer, rates))
@@ -141,21 +143,21 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
 
                 values: list[Tensor] = []  # the loss of the step, then its terms
-                with disturbed(student, weight_noise) if weight_noise else nullcontext():
+                with disturbed(student, weight_noise) if weight_noise else plainly:
                     for at, batch in enumerate(group):
                         batch = moved(batch, where)
                         batch.epoch, batch.step = epoch, step
                         if transform is not None:
                             batch = transform(batch)
                         with _no_sync(student, last=at + 1 == len(group)):
-                            with torch.autocast(where.type, amp) if amp else nullcontext():
+                            with mixed:
                                 theirs = on_device(soft(batch), where)
                                 ours = Outputs(forward(student, batch.inputs), taps.take())
                                 value, terms = objective(ours, theirs, batch)
                             scaler.scale(value).backward()
-                        with torch.autocast(where.type, amp) if amp else nullcontext():
+                        with mixed:
                             soft.follow(ours, batch)
-                        found = [value.detach(), *([] if objective.plain else terms)]
+                        found = [value.detach(), *terms]
                         values = list(map(torch.add, values, found)) if at else found
                         del value, terms, theirs, ours  # the graph goes before the next is made
 
@@ -218,8 +220,9 @@ def _share(
 ) -> None:
     """Tell every micro-batch of a step the step's tokens and samples."""
     ranked = isinstance(student, nn.parallel.DistributedDataParallel)
-    if len(group) == 1 and objective.plain and not ranked:
-        group[0].sample_total = group[0].samples  # tokens are counted where a term asks
+    if len(group) == 1 and not ranked:
+        if objective.plain is None:
+            group[0].tokens  # noqa: B018  counted here, on the host: later it may be a device's
         return
     tokens: Any = sum(batch.tokens for batch in group)
     samples: float = sum(batch.samples for batch in group)
