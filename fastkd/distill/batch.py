@@ -141,7 +141,9 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 def forward(model: nn.Module, inputs: Any) -> Any:
     """`model` on `inputs`, by name where they are a dict."""
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    if isinstance(inputs, Tensor) or not isinstance(inputs, Mapping):
+        return model(inputs)
+    return model(**inputs)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -186,7 +188,7 @@ def batches(
             batch = _batch(given)
             inputs = batch.inputs
             first = inputs if isinstance(inputs, Tensor) else next(tensors(inputs), None)
-            batch.samples = len(first) if first is not None and first.dim() else 1
+            batch.samples = first.size(0) if first is not None and first.dim() else 1
             yield batch
         elif count == skip and skipped is not None:
             skipped()

@@ -85,8 +85,8 @@ class Record:
         width = 1 + len(self.names)
         for at, entry in enumerate(self._unread):
             loss, *values = flat[at * width : (at + 1) * width]
-            terms = dict(zip(self.names, values, strict=True))
-            if not math.isfinite(loss) or not all(map(math.isfinite, values)):
+            terms = dict(zip(self.names, values, strict=True)) if values else {}
+            if not (math.isfinite(loss) and all(map(math.isfinite, values))):
                 self._stop(entry, loss, terms)
             self.steps.append(Step(entry.epoch, self._read_to, loss, entry.lr, terms))
             self._read_to += 1
