@@ -2,6 +2,7 @@
 
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
+from .cohort import Peer, Several
 from .evaluation import Evaluation, agreement, evaluate
 from .files import load, save
 from .handover import fine_tune, hand_over
@@ -13,7 +14,7 @@ from .pseudo import PseudoLabels, pseudo_labels
 from .schedules import decay
 from .students import copy_layers, frozen, prune, replace_head, spread
 from .taps import Taps, projector
-from .teachers import Average, Called, Live, Peer, Several, Stored, Teacher
+from .teachers import Average, Called, Live, Stored, Teacher
 from .terms import Term, feature, hard, soft
 from .trainer import train
 from .tuning import Range, Search, search

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from .batch import Batch, Outputs, device_of, forward, moved, restored_modes
 from .checkpoint import Checkpoints, Parts, Position, epoch_batches
+from .cohort import source
 from .noise import weight_noise as disturbed
 from .progress import Log, Record, Step
 from .taps import Taps
-from .teachers import Average, Teacher, on_device, source
+from .teachers import Average, Teacher, on_device
 from .terms import Objective, Term
 
 CHECK_EVERY = {
