@@ -25,7 +25,8 @@ from bench.accuracy.__main__ import main
 from bench.accuracy.errors import FLOOR, SHARE, Errors, Target, above, compare, target
 from bench.accuracy.inputs import DISTRIBUTIONS, batches
 from bench.accuracy.points import Point, Runs, points
-from bench.cases import CASES, Case
+from bench.cases import DENSE as CASES
+from bench.cases import Case
 from bench.providers import PROVIDERS, Call, Provider
 
 ROOT = Path(__file__).parents[1]

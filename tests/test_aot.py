@@ -13,7 +13,7 @@ import pytest
 import fastkd
 
 triton = pytest.importorskip("triton")
-KERNELS = {"fused", "stats", "loss", "grad", "total", "multiply"}
+KERNELS = {"fused", "sparse", "stats", "loss", "grad", "total", "multiply"}
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
 
 
@@ -40,7 +40,7 @@ def test_everything_is_compiled(table: list[dict[str, object]]) -> None:
     assert {row["kernel"] for row in table} == KERNELS
     assert {row["target"] for row in table} == TARGETS
     assert {row["dtype"] for row in table} == {"bf16", "fp32"}
-    for kernel in ("fused", "loss", "grad"):
+    for kernel in ("fused", "sparse", "loss", "grad"):
         compiled = {row["divergence"] for row in table if row["kernel"] == kernel}
         assert compiled == set(fastkd.divergences), kernel
 

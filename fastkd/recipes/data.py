@@ -1,0 +1,40 @@
+"""scikit-learn's digits, split by seed: what most recipes are run on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LABELLED, POOL = 100, 1000
+
+
+class Digits(NamedTuple):
+    """8 x 8 images in [0, 1] as rows of 64, and classes.
+
+    The first LABELLED of the POOL training images are those whose labels a student may see; the
+    other 797 images of the data set are held out.
+    """
+
+    images: Tensor  # [1000, 64]
+    labels: Tensor  # [1000]
+    held_out: Tensor  # [797, 64]
+    held_out_labels: Tensor  # [797]
+
+
+def digits(seed: int) -> Digits:
+    """The data set in the order of the seed.
+
+    Raises:
+        ImportError: scikit-learn is missing.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("recipes need scikit-learn: pip install 'fastkd[train]'") from error
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(seed))
+    images = torch.tensor(data.data, dtype=torch.float32)[order] / 16
+    labels = torch.tensor(data.target)[order]
+    return Digits(images[:POOL], labels[:POOL], images[POOL:], labels[POOL:])
