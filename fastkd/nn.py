@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from fastkd import checks, losses
 from fastkd.divergence import Divergence, divergences
 from fastkd.losses import MixedOptions, Reduction
-from fastkd.operands import Operand
+from fastkd.operands import Operand, Teacher
 
 # the parameters' names are those of the functions, whose docstrings say what they mean
 
@@ -78,7 +78,7 @@ class _Divergence(_Loss):
     def forward(
         self,
         student: Operand,
-        teacher: Operand,
+        teacher: Teacher,
         labels: Tensor | None = None,
         *,
         weight: Tensor | None = None,
@@ -186,7 +186,7 @@ class DistillationLoss(_Loss):
     def forward(
         self,
         student: Operand,
-        teacher: Operand,
+        teacher: Teacher,
         labels: Tensor | None = None,
         *,
         weight: Tensor | None = None,

@@ -39,6 +39,7 @@ MAY_IMPORT = {
     },
     "nn": {"losses", "checks"},
     "about": {"backend", "cpu"},
+    "scan": set(),
 }
 # users of the public face: the package itself, and their own folder
 USERS = {"distill", "recipes", "integrations"}
