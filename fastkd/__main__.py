@@ -1,16 +1,18 @@
-"""python -m fastkd info | scan"""
+"""python -m fastkd info | scan | cache"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from fastkd import info
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 1 where a cache is at fault."""
     parser = argparse.ArgumentParser(prog="python -m fastkd", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="versions, backend, instruction set, threads, GPU")
@@ -20,19 +22,61 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("path", type=Path, help="a file or a folder; nothing is changed")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_scan)
+    actions = commands.add_parser("cache", help="a teacher's outputs on disk")
+    actions = actions.add_subparsers(dest="action", required=True)
+    command = actions.add_parser("info", help="what a cache holds")
+    command.add_argument("path", type=Path, help="the cache's folder")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_cache_info)
+    command = actions.add_parser("verify", help="read every byte and compare the hashes")
+    command.add_argument("path", type=Path, help="the cache's folder")
+    command.set_defaults(run=_cache_verify)
     arguments = parser.parse_args(argv)
-    arguments.run(parser, arguments)
+    return arguments.run(parser, arguments) or 0
 
 
 def _info(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    facts = info()
-    if arguments.json:
+    _print(info(), arguments.json)
+
+
+def _cache_info(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    from fastkd.distill import cache
+
+    try:
+        facts = cache.Reader(arguments.path).facts()
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if not arguments.json:
+        facts = {**facts.pop("teacher"), **facts, **facts.pop("bound")}
+    _print(facts, arguments.json)
+    return 0
+
+
+def _cache_verify(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    from fastkd.distill import cache
+
+    try:
+        reader = cache.Reader(arguments.path)
+        faults = list(reader.faults(progress=True))
+    except (OSError, ValueError) as error:
+        faults = [str(error)]
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if not faults:
+        print(f"{arguments.path}: {len(reader)} samples, {reader.tokens} tokens, as written")
+    return int(bool(faults))
+
+
+def _print(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
         print(json.dumps(facts, indent=2))
         return
+    width = max(10, *map(len, facts))
     for name, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key} {item}" for key, item in value.items())
-        print(f"{name:10} {'not available' if value is None else value}")
+        print(f"{name:{width}} {'not available' if value is None else value}")
 
 
 def _scan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -56,4 +100,4 @@ def _scan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,6 @@
 """The workflow around the losses: train, evaluate, compare and hand over a student."""
 
+from . import cache
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
 from .cohort import Peer, Several
@@ -41,6 +42,7 @@ __all__ = [
     "TensorBoardLogger",
     "Term",
     "agreement",
+    "cache",
     "calibration_error",
     "copy_layers",
     "decay",

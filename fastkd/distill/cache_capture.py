@@ -1,0 +1,155 @@
+"""From a teacher and its data to a cache."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+
+import fastkd
+
+from .cache_files import needed
+from .cache_loader import IGNORED
+from .cache_writer import Writer
+
+
+def capture(
+    teacher: Callable[[Any], Any],
+    loader: Iterable[Any],
+    path: str | os.PathLike[str],
+    *,
+    vocab_size: int,
+    k: int | None = None,
+    method: str = "top",
+    temperature: float = 1.0,
+    tail: str = "bucket",
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> int:
+    """Run a teacher over its data and write what it says to a cache; goes on where one ended.
+
+    Sample i of the cache is sample i of the loader (of rank r among n: number r + n * i), so the
+    loader must give the same samples in the same order each time. Rows whose label is -100 are not
+    stored where they end a sample, and elsewhere as rows of padding.
+
+    Args:
+        teacher: inputs -> logits [B, L, V] or [B, V], a `LinearLogits`, or an object with logits; a
+            module runs in eval mode, on its own device, and without gradient.
+        loader: gives (inputs, labels [B, L] or [B]), or inputs alone, in an order that stays.
+        path, vocab_size, k, method, temperature, tail: see `Writer`; k=None stores all logits.
+        generator: for the draws of method="sample". A resumed capture makes new draws.
+        progress: show a tqdm bar with tokens per second and bytes per token.
+        options: of `Writer`: model, tokenizer, data, encoding, rank, ranks, shard_bytes.
+
+    Returns:
+        Number of samples in this rank's part of the cache.
+
+    Raises:
+        TypeError, ValueError: a shuffled loader, outputs of other sizes than the batch, or an
+            argument of `Writer` or `fastkd.topk_from_logits` out of range.
+        CacheError, OSError: see `Writer`.
+    """
+    if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
+        raise ValueError("loader: got one with shuffle=True, expected the same order each time")
+    chosen: dict[str, Any] = {"method": method, "temperature": temperature, "tail": tail}
+    with (
+        Writer(path, vocab_size=vocab_size, k=k, **chosen, **options) as writer,
+        needed("tqdm.auto").tqdm(desc="capture", unit="sample", disable=not progress) as bar,
+        _asked(teacher) as device,
+    ):
+        start, seen, tokens, begun = writer.done, 0, 0, time.monotonic()
+        for batch in loader:
+            inputs, labels = _parts(batch)
+            size = len(inputs)
+            known, seen = min(max(start - seen, 0), size), seen + size
+            if known < size:
+                inputs = inputs[known:]
+                labels = None if labels is None else labels[known:]
+                logits = teacher(inputs if device is None else inputs.to(device))
+                logits = getattr(logits, "logits", logits)
+                _of_batch(logits, inputs, labels, k)
+                output: Any
+                if k is None:
+                    output = logits[..., :vocab_size]
+                else:
+                    output = fastkd.topk_from_logits(
+                        logits, k, vocab_size=vocab_size, generator=generator, **chosen
+                    )
+                lengths = None
+                if labels is not None:
+                    output = _without(output, labels == IGNORED)
+                    lengths = _lengths(labels != IGNORED) if labels.dim() == 2 else None
+                writer.add_batch(output, lengths=lengths)
+                tokens += output.shape[:-1].numel() if lengths is None else int(lengths.sum())
+                rate = tokens / max(time.monotonic() - begun, 1e-9)
+                text = f"{rate:.0f} tokens/s, {writer.bytes_per_token:.0f} bytes/token"
+                bar.set_postfix_str(text, refresh=False)
+            bar.update(size)
+        if seen < start:
+            raise ValueError(f"loader: got {seen} samples, expected the {start} stored, and more")
+    return writer.done
+
+
+@contextmanager
+def _asked(teacher: Any) -> Iterator[torch.device | None]:
+    """A module's device, with it in eval mode; no gradient."""
+    modules = list(teacher.modules()) if isinstance(teacher, nn.Module) else []
+    modes = [(module, module.training) for module in modules]
+    device = None
+    if isinstance(teacher, nn.Module):
+        device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
+        teacher.eval()
+    try:
+        with torch.no_grad():
+            yield device
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _parts(batch: Any) -> tuple[Tensor, Tensor | None]:
+    parts: list[Any] = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    if len(parts) not in (1, 2) or not all(isinstance(part, Tensor) for part in parts):
+        got = ", ".join(type(part).__name__ for part in parts)
+        raise TypeError(f"loader: got a batch ({got}), expected (inputs, labels) or inputs")
+    return parts[0], parts[1] if len(parts) == 2 else None
+
+
+def _of_batch(logits: Any, inputs: Tensor, labels: Tensor | None, k: int | None) -> None:
+    """Does each sample have its logits?"""
+    if not isinstance(logits, (Tensor, fastkd.LinearLogits) if k else Tensor):
+        expected = "a tensor of logits" + (" or LinearLogits" if k else ", as k is None")
+        raise TypeError(f"teacher: got {type(logits).__name__}, expected {expected}")
+    lead = list(logits.shape[:-1])
+    of_inputs = labels is None and len(lead) in (1, 2) and lead[0] == len(inputs)
+    if not of_inputs and (labels is None or lead != list(labels.shape)):
+        wanted = f"[{len(inputs)}, ..., V]" if labels is None else f"{[*labels.shape]} and V"
+        raise ValueError(f"teacher: got logits {list(logits.shape)}, expected {wanted}")
+
+
+def _without(output: Any, ignored: Tensor) -> Any:
+    """The same with nothing in the rows ignored, whatever they held."""
+    ignored = ignored.to(output.device)
+    if isinstance(output, Tensor):
+        return output.masked_fill(ignored.unsqueeze(-1), 0.0)
+    tail = output.tail_logprob
+    return fastkd.TopK(
+        output.logprobs.masked_fill(ignored.unsqueeze(-1), -torch.inf),
+        output.indices.masked_fill(ignored.unsqueeze(-1), -1),
+        tail_logprob=None if tail is None else tail.masked_fill(ignored, 0.0),
+        temperature=output.temperature,
+        tail=output.tail,
+    )
+
+
+def _lengths(kept: Tensor) -> Tensor:
+    """Rows of each sample up to the last that is kept, of kept [B, L]."""
+    place = torch.arange(1, kept.size(1) + 1, device=kept.device)
+    return (place * kept).amax(-1) if kept.size(1) else place.new_zeros(kept.size(0))

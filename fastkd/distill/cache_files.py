@@ -1,0 +1,106 @@
+"""Files that appear whole or not at all, their hashes, and a lock that dies with its process."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # no such locks there: a writer in another process is not noticed
+    fcntl = None  # type: ignore[assignment]
+
+CHUNK = 2**22  # bytes hashed at a time
+_held: set[Path] = set()  # by this process: the system would give it the same lock twice
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears complete or not at all, and stays if the power goes.
+
+    Raises:
+        OSError: with the file's name; nothing of it is left.
+    """
+    part = path.with_name(f".{path.name}.tmp")
+    try:
+        file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(file, rest) :]
+            os.fsync(file)
+        finally:
+            os.close(file)
+        os.replace(part, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        why = f"{error.strerror}: {len(data)} bytes not written; files written before are whole"
+        raise OSError(error.errno, why, str(path)) from error
+
+
+def _sync_folder(path: Path) -> None:
+    if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be opened
+        file = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def shard_bytes(tensors: dict[str, Tensor]) -> bytes:
+    """A shard's file."""
+    return bytes(needed("safetensors.torch").save(tensors, metadata={"format": "pt"}))
+
+
+def file_hash(path: Path, seen: Callable[[int], object] = lambda count: None) -> str:
+    """sha256 of a file; `seen` is told the number of bytes of each piece read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(CHUNK):
+            digest.update(piece)
+            seen(len(piece))
+    return digest.hexdigest()
+
+
+def needed(module: str) -> Any:
+    """A module of the extra `train`, by name."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"a teacher cache needs {module}: pip install 'fastkd[train]'") from error
+
+
+class Lock:
+    """A file that one writer at a time holds; the system takes it back when the process dies."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: int | None = None
+        busy = f"{path}: another writer of this rank is at work; each rank has one writer"
+        if path in _held:
+            raise BlockingIOError(busy)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(file)
+            raise BlockingIOError(busy) from None
+        _held.add(path)
+        self._file = file
+
+    @property
+    def held(self) -> bool:
+        return self._file is not None
+
+    def release(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+            _held.discard(self._path)

@@ -1,0 +1,289 @@
+"""Reading a teacher's outputs: any sample, in any order, from any number of processes."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+import fastkd
+
+from .cache_codec import decode, unpack
+from .cache_files import file_hash, needed
+from .cache_format import INDEXES, CacheError, Shard, Spelled, load_part, tokenizer_name
+
+OPEN_SHARDS = 64  # mapped at a time by a process
+
+
+class Reader(Dataset[Any]):
+    """A cache by sample number: `reader[i]` is a `TopK` [L, K] or [K], or logits [L, V] or [V].
+
+    A map-style dataset for a DataLoader with any number of workers, forked or spawned; shards are
+    mapped into memory where they are first asked for. It holds what was whole when it was opened.
+
+    Args:
+        path: a cache's folder.
+        vocab_size, tokenizer, model, data: what the cache must have been made for; None: anything.
+            tokenizer may be an object with get_vocab().
+
+    Raises:
+        FileNotFoundError: no cache there.
+        CacheError: a cache of another version or for something else, an altered index, or indexes
+            that do not belong together.
+
+    `plan` tells what the cache holds: vocab_size, k, method, temperature, tail, encoding, ...
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        vocab_size: int | None = None,
+        tokenizer: Any = None,
+        model: str | None = None,
+        data: str | None = None,
+    ) -> None:
+        self.path = Path(path)
+        files = sorted(self.path.glob(INDEXES))
+        if not files:
+            raise FileNotFoundError(f"{self.path}: no teacher cache there: no {INDEXES}")
+        parts = [load_part(file) for file in files]
+        # what is not known before a first sample is known to a rank that has one
+        plan = next((part.plan for part in parts if part.shards), parts[0].plan)
+        for file, part in zip(files, parts, strict=True):
+            if difference := plan.other(part.plan):
+                raise CacheError(f"{file}: not of one cache with its neighbours; {difference}")
+        name = None if tokenizer is None else tokenizer_name(tokenizer)
+        asked = {"vocab_size": vocab_size, "tokenizer": name, "model": model, "data": data}
+        for key, wanted in asked.items():
+            if wanted is not None and wanted != (got := getattr(plan, key)):
+                raise CacheError(f"{self.path}: made for {key}={got!r}, expected {wanted!r}")
+        self.plan, self._parts = plan, parts
+        self._shards = [shard for part in parts for shard in part.shards]
+        self._open: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict(), "_table": None}
+
+    def __len__(self) -> int:
+        return sum(shard.samples for shard in self._shards)
+
+    @property
+    def tokens(self) -> int:
+        """Rows of all samples."""
+        return sum(shard.tokens for shard in self._shards)
+
+    @property
+    def complete(self) -> bool:
+        """Every rank has written all it had."""
+        return len(self._parts) == self.plan.ranks and all(part.complete for part in self._parts)
+
+    @property
+    def numbers(self) -> Tensor:
+        """The samples' numbers, rising, [len(self)] int64; 0 to len - 1 in a complete cache."""
+        return self._find()[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in self.numbers.tolist():
+            yield self[number]
+
+    def __getitem__(self, number: int) -> Any:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[Any]:
+        """The samples of these numbers, decoded together: what a DataLoader asks for.
+
+        Raises:
+            IndexError: a number that is not there.
+            CacheError: a damaged shard, as far as reading shows it; `verify` shows all.
+        """
+        if not len(numbers):
+            return []
+        output, lengths = self._rows(torch.as_tensor(list(numbers), dtype=torch.int64))
+        if not self.plan.sequences:
+            return [output[row] for row in range(len(lengths))]
+        ends = lengths.cumsum(0).tolist()
+        return [output[end - size : end] for end, size in zip(ends, lengths.tolist(), strict=True)]
+
+    def verify(self, *, progress: bool = False) -> None:
+        """Read every byte and compare the shards' hashes with the indexes'.
+
+        Raises:
+            CacheError: names every file that is missing or altered.
+        """
+        faults = list(self.faults(progress=progress))
+        if faults:
+            raise CacheError("; ".join(faults))
+
+    def faults(self, *, progress: bool = False) -> Iterator[str]:
+        """As `verify`, a line for each shard that is not as it was written."""
+        total = sum(shard.bytes for shard in self._shards)
+        bar = needed("tqdm.auto").tqdm(
+            total=total, unit="B", unit_scale=True, desc="verify", disable=not progress
+        )
+        with bar:
+            for shard in self._shards:
+                file = self.path / shard.file
+                try:
+                    digest = file_hash(file, bar.update)
+                except OSError as error:
+                    yield f"{file}: cannot be read ({error.strerror})"
+                    continue
+                if digest != shard.sha256:
+                    yield f"{file}: altered after it was written (its hash differs)"
+
+    def facts(self) -> dict[str, Any]:
+        """What is in the cache, JSON-ready."""
+        size = sum(shard.bytes for shard in self._shards)
+        document = self._parts[0].document()
+        return {
+            "path": str(self.path),
+            **{name: document[name] for name in ("format", "version", "bound")},
+            "teacher": asdict(self.plan),
+            "samples": len(self),
+            "tokens": self.tokens,
+            "bytes": size,
+            "bytes_per_token": size / self.tokens if self.tokens else None,
+            "shards": len(self._shards),
+            "complete": self.complete,
+            "ranks_present": len(self._parts),
+            "ranks_complete": sum(part.complete for part in self._parts),
+        }
+
+    # ---- where a sample is
+
+    def _find(self) -> tuple[Tensor, Tensor]:
+        """Numbers of all samples, rising, and the shard of each."""
+        if self._table is None:
+            numbers = [self._numbers(at) for at in range(len(self._shards))]
+            shards = [torch.full_like(x, at) for at, x in enumerate(numbers)]
+            none = torch.empty(0, dtype=torch.int64)
+            rising, order = torch.cat([none, *numbers]).sort()
+            of = torch.cat([none, *shards])[order].to(torch.int32)
+            again = (rising[1:] == rising[:-1]).nonzero()
+            if len(again):
+                at = int(again[0, 0])
+                files = " and ".join(self._shards[int(of[i])].file for i in (at, at + 1))
+                raise CacheError(f"{self.path}: sample {int(rising[at])} is in {files}")
+            self._table = rising, of
+        return self._table
+
+    def _numbers(self, at: int) -> Tensor:
+        shard = self._shards[at]
+        if shard.step:
+            return shard.first + shard.step * torch.arange(shard.samples)
+        return self._tensors(at)["samples"]
+
+    def _tensors(self, at: int) -> dict[str, Tensor]:
+        """A shard's tensors, mapped, not read."""
+        if at in self._open:
+            self._open.move_to_end(at)
+            return self._open[at]
+        shard = self._shards[at]
+        tensors = _map(self.path / shard.file, shard, self.plan.shapes)
+        self._open[at] = tensors
+        while len(self._open) > OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return tensors
+
+    # ---- what it is
+
+    def _rows(self, asked: Tensor) -> tuple[Any, Tensor]:
+        """The rows of the samples asked for, one after the other, and how many each has."""
+        numbers, shards = self._find()
+        place = torch.searchsorted(numbers, asked).clamp_max_(max(len(numbers) - 1, 0))
+        absent = numbers[place] != asked if len(numbers) else torch.ones_like(asked).bool()
+        if bool(absent.any()):
+            number, most = int(asked[absent][0]), int(numbers[-1]) if len(numbers) else -1
+            there = f"{len(numbers)} samples with numbers up to {most}"
+            raise IndexError(f"{self.path}: sample {number} is not in the cache of {there}")
+        of = shards[place]
+        start, length = torch.empty_like(asked), torch.empty_like(asked)
+        used = of.unique().tolist()
+        for at in used:
+            mine, tensors = of == at, self._tensors(at)
+            position = torch.searchsorted(self._numbers(at), asked[mine])
+            ends = tensors["ends"]
+            begins = torch.where(position > 0, ends[(position - 1).clamp_min_(0)], 0)
+            start[mine], length[mine] = begins, ends[position] - begins
+        total = int(length.sum())
+        target = length.cumsum(0) - length
+        stored: dict[str, Tensor] = {}
+        for at in used:
+            mine, tensors = of == at, self._tensors(at)
+            source = _ranges(start[mine], length[mine])
+            target_rows = _ranges(target[mine], length[mine])
+            for name, x in tensors.items():
+                if name in ("ends", "samples"):
+                    continue
+                rows = x.index_select(0, source)
+                if len(used) == 1:
+                    stored[name] = rows
+                    continue
+                if name not in stored:
+                    stored[name] = x.new_zeros((total, *x.shape[1:]))
+                stored[name].index_copy_(0, target_rows, rows)
+        return self._decoded(stored, [self._shards[at] for at in used]), length
+
+    def _decoded(self, stored: dict[str, Tensor], shards: list[Shard]) -> Any:
+        plan = self.plan
+        if plan.k is None:
+            return stored["logits"]
+        indices = unpack(stored["indices"], plan.k, plan.vocab_size)
+        if indices.numel() and int(indices.max()) >= plan.vocab_size:
+            files = " or ".join(str(self.path / shard.file) for shard in shards)
+            raise CacheError(f"{files}: altered: got an index of {int(indices.max())}")
+        tail = stored["tail_logprob"].float() if plan.measured else None
+        return fastkd.TopK(
+            decode(stored, plan.encoding),
+            indices,
+            tail_logprob=tail,
+            temperature=plan.temperature,
+            tail=plan.tail,  # type: ignore[arg-type]
+        )
+
+
+def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """starts[0], starts[0] + 1, ... lengths[0] of them, then those of the next."""
+    before = lengths.cumsum(0) - lengths
+    return torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()))
+
+
+def _map(file: Path, shard: Shard, shapes: Spelled) -> dict[str, Tensor]:
+    """The tensors of a shard's file, checked against what the index says of them."""
+    size = file.stat().st_size if file.exists() else None
+    if size != shard.bytes:
+        what = "no such file" if size is None else f"{size} bytes"
+        raise CacheError(f"{file}: got {what}, expected the {shard.bytes} bytes written")
+    try:
+        with needed("safetensors").safe_open(file, framework="pt") as opened:
+            got: Spelled = {}
+            for name in opened.keys():
+                of = opened.get_slice(name)
+                got[name] = (of.get_dtype(), tuple(of.get_shape()))
+            count = {"ends": shard.samples, "samples": shard.samples}
+            wanted = {
+                name: (dtype, (count.get(name, shard.tokens), *shape))
+                for name, (dtype, shape) in shapes.items()
+            }
+            if got != wanted:
+                raise CacheError(f"{file}: altered: got tensors {got}, expected {wanted}")
+            tensors = {name: opened.get_tensor(name) for name in wanted}
+    except (OSError, ImportError, CacheError):
+        raise
+    except Exception as error:  # safetensors has an error of its own, which is no other's
+        raise CacheError(f"{file}: altered: no safetensors file ({error})") from None
+    ends, samples = tensors["ends"], tensors["samples"]
+    whole = int(ends[-1]) == shard.tokens and int(ends[0]) >= 0 and bool((ends.diff() >= 0).all())
+    rising = bool((samples.diff() > 0).all())
+    if not (whole and rising and int(samples[0]) == shard.first):
+        raise CacheError(f"{file}: altered: samples or their ends are not as the index says")
+    return tensors
