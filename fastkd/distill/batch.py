@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fastkd
+
 IGNORED = -100  # torch's own label for a row that does not count
 
 
 @dataclasses.dataclass(slots=True)
 class Batch:
-    """One micro-batch; a loader may give it whole, or as a tensor, a pair or a dict of it.
+    """One micro-batch; a loader may give it whole, or as a tensor, a tuple or a dict of it.
 
     Args:
         inputs: tensor, or a dict of the model's keyword arguments.
@@ -238,12 +240,19 @@ def _batch(given: Any) -> Batch:
             k: given[k] for k in ("inputs", "labels", "teacher", "teacher_inputs") if k in given
         }
         return Batch(**known, extra={k: v for k, v in given.items() if k not in known})
-    parts = given if isinstance(given, (tuple, list)) else [given]
-    good = len(parts) in (1, 2) and isinstance(parts[-1], Tensor)
+    parts = list(given) if isinstance(given, (tuple, list)) else [given]
+    teacher = parts.pop() if len(parts) > 1 and _said(parts[-1], last=len(parts) == 3) else None
+    good = len(parts) in (1, 2) and isinstance(parts[-1], (Tensor, Mapping)[: 3 - len(parts)])
     if not good or not isinstance(parts[0], (Tensor, Mapping)):
-        got = ", ".join(type(part).__name__ for part in parts)
+        got = ", ".join(type(part).__name__ for part in given if isinstance(given, (tuple, list)))
         raise TypeError(
-            f"loader: got a batch ({got}), expected (inputs, labels), inputs, "
-            "a dict with inputs among its keys, or a Batch"
+            f"loader: got a batch ({got or type(given).__name__}), expected (inputs, labels), "
+            "inputs, (inputs, labels, teacher), (inputs, TopK), a dict with inputs among its keys, "
+            "or a Batch"
         )
-    return Batch(parts[0], parts[1] if len(parts) == 2 else None)
+    return Batch(parts[0], parts[1] if len(parts) == 2 else None, teacher)
+
+
+def _said(value: Any, *, last: bool) -> bool:
+    """Is it a teacher's: an operand, or behind inputs and labels a tensor of logits?"""
+    return isinstance(value, fastkd.TopK) or (last and isinstance(value, Tensor))

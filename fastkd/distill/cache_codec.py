@@ -62,7 +62,7 @@ def bound_facts(encoding: str, k: int | None) -> dict[str, Any]:
     if k is None:
         error = {
             "float32": "0 from float32",
-            "bfloat16": "2**-9 * |logit|",
+            "bfloat16": "2**-8 * |logit|",
             "float16": "2**-11 * |logit| + 2**-25",
         }
         return {"logits": f"|stored - given| <= {error[encoding]}"}

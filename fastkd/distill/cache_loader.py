@@ -6,11 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
-import fastkd
-
+from .cache_padding import padded, teachers
 from .cache_reader import Reader
 
 IGNORED = -100  # torch's own label for a row that does not count
@@ -72,12 +70,12 @@ def collate(samples: Sequence[Any], *, pad: float = 0, ignore_index: int = IGNOR
         ValueError: a sample whose teacher has more rows than labels: it is of another sample.
     """
     if not isinstance(samples[0], tuple):
-        return _teachers(list(samples), 0)
+        return teachers(list(samples))
     columns = list(zip(*samples, strict=True))
-    teachers, longest = list(columns[-1]), 0
+    said, longest = list(columns[-1]), 0
     own = [[torch.as_tensor(x) for x in column] for column in columns[:-1]]
-    if teachers[0].dim() > 1:
-        for row, of in zip(own[-1], teachers, strict=True):
+    if said[0].dim() > 1:
+        for row, of in zip(own[-1], said, strict=True):
             if row.dim() == 0 or of.size(0) > row.size(0):
                 raise ValueError(
                     f"samples: got a teacher of {of.size(0)} rows for a sample of shape "
@@ -85,37 +83,5 @@ def collate(samples: Sequence[Any], *, pad: float = 0, ignore_index: int = IGNOR
                 )
         longest = max(row.size(0) for row in own[-1])
     fills = [pad, ignore_index]
-    batches = [_padded(column, fill) for column, fill in zip(own, fills, strict=False)]
-    return (*batches, _teachers(teachers, longest))
-
-
-def _teachers(outputs: list[Any], longest: int) -> Any:
-    if isinstance(outputs[0], Tensor):
-        return _padded(outputs, 0.0, longest)
-    first = outputs[0]
-    tail = None
-    if first.tail_logprob is not None:
-        tail = _padded([x.tail_logprob for x in outputs], 0.0, longest, rows=first.dim() > 1)
-    return fastkd.TopK(
-        _padded([x.logprobs for x in outputs], -torch.inf, longest, rows=first.dim() > 1),
-        _padded([x.indices for x in outputs], -1, longest, rows=first.dim() > 1),
-        tail_logprob=tail,
-        temperature=first.temperature,
-        tail=first.tail,
-    )
-
-
-def _padded(
-    samples: list[Tensor], fill: float, longest: int = 0, *, rows: bool | None = None
-) -> Tensor:
-    """Samples [L, ...] as [B, longest L, ...]; stacked where they are equally long."""
-    first = samples[0]
-    if rows is None:
-        rows = first.dim() > 0
-    most = max(longest, *(x.size(0) for x in samples)) if rows else 0
-    if all(x.shape == first.shape for x in samples) and (not rows or first.size(0) == most):
-        return torch.stack(samples)
-    out = first.new_full((len(samples), most, *first.shape[1:]), fill)
-    for row, x in zip(out, samples, strict=True):
-        row[: x.size(0)] = x
-    return out
+    batches = [padded(column, fill) for column, fill in zip(own, fills, strict=False)]
+    return (*batches, teachers(said, longest))

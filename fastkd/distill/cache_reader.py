@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -18,6 +20,7 @@ import fastkd
 from .cache_codec import decode, unpack
 from .cache_files import file_hash, needed
 from .cache_format import INDEXES, CacheError, Shard, Spelled, load_part, tokenizer_name
+from .cache_padding import teachers
 
 OPEN_SHARDS = 64  # mapped at a time by a process
 
@@ -112,6 +115,16 @@ class Reader(Dataset[Any]):
             return [output[row] for row in range(len(lengths))]
         ends = lengths.cumsum(0).tolist()
         return [output[end - size : end] for end, size in zip(ends, lengths.tolist(), strict=True)]
+
+    def batch(self, numbers: Sequence[int]) -> Any:
+        """The samples of these numbers as one, padded: what `collate` makes of them."""
+        return teachers(self.__getitems__(numbers))
+
+    def identity(self) -> dict[str, Any]:
+        """Which cache this is, in a checkpoint: what it is of, and a hash of its shards' hashes."""
+        shards = json.dumps([shard.sha256 for shard in self._shards])
+        made = {key: getattr(self.plan, key) for key in ("model", "tokenizer", "data")}
+        return {**made, "shards": hashlib.sha256(shards.encode()).hexdigest()}
 
     def verify(self, *, progress: bool = False) -> None:
         """Read every byte and compare the shards' hashes with the indexes'.

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import Dataset
 
 from .batch import Batch, Outputs, forward, unwrap
 from .taps import Taps
-from .teachers import Called, FromBatch, Live, Teacher
+from .teachers import Called, FromBatch, Live, Stored, Teacher
 from .terms import Objective
 
 
@@ -181,18 +182,21 @@ class Several(Teacher):
 
 
 def source(teacher: Any) -> Teacher:
-    """A `Teacher` of what a user may give: a module, several, a function, None, or a source."""
+    """A `Teacher` of what a user may give: a module, several, a function, a cache, or None."""
     if isinstance(teacher, Teacher):
         return teacher
     if teacher is None:
         return FromBatch()
     if isinstance(teacher, nn.Module):
         return Live(teacher)
+    if isinstance(teacher, Dataset):
+        return Stored(teacher)
     if isinstance(teacher, (list, tuple)):
         return Several(teacher)
     if callable(teacher):
         return Called(teacher)
     got = type(teacher).__name__
     raise TypeError(
-        f"teacher: got {got}, expected a module, a list of them, a function or a Teacher"
+        f"teacher: got {got}, expected a module, a list of them, a function, a cache's Reader or "
+        "a Teacher"
     )

@@ -150,13 +150,14 @@ class Called(Teacher):
 class Stored(Teacher):
     """Outputs made beforehand: those that came with the batch, or a lookup by sample.
 
-    A loader brings them as `Batch.teacher` (the entry "teacher" of a dict); else the samples'
-    numbers, `batch.extra["index"]` int [B], choose rows of `reader`.
+    A loader brings them as `Batch.teacher` (the last of (inputs, labels, teacher), the entry
+    "teacher" of a dict); else the samples' numbers, `batch.extra["index"]` int [B], choose rows of
+    `reader`.
 
     Args:
-        reader: map-style, number -> logits [..., V] or an operand such as a top-k teacher of one
-            sample; its `identity`, an attribute or a method, goes into checkpoints. None where
-            every batch brings its own.
+        reader: a `fastkd.distill.cache.Reader`, or map-style: number -> logits [..., V] or a
+            `TopK` of one sample. Its `identity`, an attribute or a method, goes into checkpoints,
+            also where batches bring what was read. None where nobody knows where that is from.
     """
 
     def __init__(self, reader: Any = None) -> None:
@@ -170,9 +171,10 @@ class Stored(Teacher):
                 "teacher: got a batch without 'teacher' and without 'index', expected one of them "
                 "for stored outputs"
             )
-        rows = [self.reader[i] for i in batch.extra["index"].tolist()]
-        device = next(tensors(batch.inputs)).device
-        return Outputs(to(stacked(rows), device))
+        numbers = batch.extra["index"].tolist()
+        many = getattr(self.reader, "batch", None)
+        said = many(numbers) if many else stacked([self.reader[i] for i in numbers])
+        return Outputs(to(said, next(tensors(batch.inputs)).device))
 
     def identity(self) -> Any:
         value = getattr(self.reader, "identity", None)

@@ -1,8 +1,8 @@
 """A minimal trainer: read `train` from top to bottom, the loss is one line of it.
 
-A loader is anything that, once per epoch, gives batches: (inputs, labels), inputs alone, or a
-`Batch`. A model is any module that turns inputs into logits [..., V]. Only safetensors and JSON are
-read or written.
+A loader is anything that, once per epoch, gives batches: (inputs, labels), inputs alone,
+(inputs, labels, what the teacher said), or a `Batch`. A model is any module that turns inputs into
+logits [..., V]. Only safetensors and JSON are read or written.
 """
 
 from __future__ import annotations
@@ -59,11 +59,13 @@ def train(
 
     Args:
         student: module, inputs -> logits [..., V]; moved to `device`.
-        loader: gives (inputs, labels), inputs, or a `Batch`; iterated once per epoch.
+        loader: gives (inputs, labels), inputs, (inputs, labels, teacher's logits or `TopK`), or a
+            `Batch`; iterated once per epoch.
         loss: terms (see `Term`), or (student logits, teacher logits or None, labels or None) ->
             scalar tensor.
         teacher: a module (runs in eval mode without gradient, leaves as it came), a list of them,
-            a function of the inputs, or a `Teacher`. None: outputs that come with the batches.
+            a function of the inputs, a cache's `Reader`, or a `Teacher`. None: outputs that come
+            with the batches.
         optimizer: over the student's parameters; None makes AdamW at `lr`. Parameters that terms
             learn are added as a group where they are missing.
         epochs: passes over `loader`, at least 1.

@@ -1,0 +1,386 @@
+"""A teacher on disk: what is written is what is read, within the bound that the index states."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastkd
+from fastkd import distill
+from fastkd.__main__ import main
+from fastkd.distill import cache
+from fastkd.distill.cache_codec import decode, encode, pack, unpack
+
+V, K = 300, 8
+
+
+def rows(*shape: int, seed: int = 0, vocab: int = V) -> Tensor:
+    return 3 * torch.randn(*shape, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def written(folder: Path, outputs: list[Any], **options: Any) -> cache.Reader:
+    kind = {"k": K} if isinstance(outputs[0], fastkd.TopK) else {}
+    with cache.Writer(folder, vocab_size=V, **{**kind, **options}) as writer:
+        for output in outputs:
+            writer.add(output)
+    return cache.Reader(folder)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    pairs = zip(a.tensors, b.tensors, strict=True)
+    return (a.temperature, a.tail) == (b.temperature, b.tail) and all(
+        (x is None and y is None) or torch.equal(x, y) for x, y in pairs
+    )
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Iterator[tuple[list[fastkd.TopK], cache.Reader]]:
+    outputs = [fastkd.topk_from_logits(rows(n, seed=n), K) for n in (3, 1, 5, 2, 4)]
+    yield outputs, written(tmp_path, outputs, shard_bytes=200)
+
+
+def test_a_sample_comes_back_within_the_bound_in_any_order(
+    stored: tuple[list[fastkd.TopK], cache.Reader],
+) -> None:
+    outputs, reader = stored
+    assert len(reader) == 5 and reader.tokens == 15 and reader.complete
+    assert len(list(reader.path.glob("*.safetensors"))) > 1
+    for number in (4, 0, 2, 2, 1, 3):
+        got, given_ = reader[number], outputs[number]
+        assert torch.equal(got.indices, given_.indices.int())
+        error = (got.logprobs.double() - given_.logprobs.double()).abs()
+        assert (error <= cache.logprob_bound("uint8", K, given_.logprobs.double())).all()
+        torch.testing.assert_close(got.logprobs.exp().sum(-1), given_.logprobs.exp().sum(-1))
+        assert got.tail_logprob is not None and given_.tail_logprob is not None
+        torch.testing.assert_close(got.tail_logprob, given_.tail_logprob, rtol=2**-11, atol=1e-7)
+    many = reader.__getitems__([3, 0, 3])
+    assert all(same(x, reader[i]) for x, i in zip(many, (3, 0, 3), strict=True))
+    assert [x.size(0) for x in reader] == [3, 1, 5, 2, 4]
+
+
+@pytest.mark.parametrize("encoding", ["uint8", "float16"])
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_stated_error_bound_holds(encoding: str, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, 40))
+    scale = data.draw(st.sampled_from([0.01, 1.0, 10.0, 60.0]))
+    seed = data.draw(st.integers(0, 10**6))
+    x = scale * torch.randn(
+        16, k, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+    given_ = x.log_softmax(-1) + torch.linspace(-5, 0, 16, dtype=torch.float64).unsqueeze(-1)
+    got = decode(encode(given_, encoding), encoding).double()
+    reach = {"uint8": 128.0, "float16": 65504.0}[encoding]
+    within = given_.amax(-1, keepdim=True) - given_ <= reach
+    error = (got - given_).abs()
+    assert (error <= cache.logprob_bound(encoding, k, given_))[within].all()
+    assert (got <= 0).all()
+    mass = torch.finfo(torch.float32).eps * (4 + given_.abs().amax(-1))
+    assert ((got.exp().sum(-1) / given_.exp().sum(-1) - 1).abs() <= mass).all()
+
+
+@given(vocab=st.integers(1, 2**31 - 1), k=st.integers(1, 40), seed=st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_columns_are_packed_exactly(vocab: int, k: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    columns = torch.randint(-1, vocab, (5, k), generator=generator)
+    packed = pack(columns, vocab)
+    assert packed.shape == (5, -(-k * vocab.bit_length() // 8))
+    assert torch.equal(unpack(packed, k, vocab).long(), columns)
+
+
+def test_padding_and_impossible_columns_come_back(tmp_path: Path) -> None:
+    inf = torch.inf
+    for encoding in ("uint8", "float16"):
+        logprobs = torch.tensor([[-0.7, -inf, -0.7], [-inf, -inf, -inf], [0.0, -inf, -inf]])
+        indices = torch.tensor([[4, 299, -1], [-1, -1, -1], [0, -1, -1]])
+        logprobs[0, 2] = -inf
+        tail = torch.tensor([-3.0, 0.0, -inf])
+        given_ = fastkd.TopK(logprobs, indices, tail_logprob=tail)
+        reader = written(tmp_path / encoding, [given_], k=3, encoding=encoding)
+        got = reader[0]
+        assert torch.equal(got.indices, indices.int())
+        assert torch.equal(got.logprobs.isinf(), logprobs.isinf())
+        assert got.tail_logprob is not None and torch.equal(got.tail_logprob, tail)
+        assert got.logprobs[2, 0] == 0.0
+
+
+def test_samples_of_a_teacher_are_exact(tmp_path: Path) -> None:
+    drawn = fastkd.topk_from_logits(
+        rows(6), 32, method="sample", generator=torch.Generator().manual_seed(1)
+    )
+    k = drawn.size(-1)
+    reader = written(tmp_path, [drawn], k=k, method="sample", tail=drawn.tail)
+    assert reader.plan.encoding == "counts"
+    torch.testing.assert_close(reader[0].logprobs.exp(), drawn.logprobs.exp(), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="expected whole draws"):
+        with cache.Writer(tmp_path / "b", vocab_size=V, k=k, method="sample", tail=drawn.tail) as w:
+            half = drawn.logprobs - 0.1
+            w.add(fastkd.TopK(half, drawn.indices, tail=drawn.tail))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "bound"), [("float32", 0.0), ("float16", 2**-11), ("bfloat16", 2**-8)]
+)
+@pytest.mark.parametrize("many", [True, False])
+def test_all_logits_of_a_classifier(
+    tmp_path: Path, encoding: str, bound: float, many: bool
+) -> None:
+    logits = rows(6)
+    logits[0, 3] = -torch.inf
+    outputs = list(logits.view(3, 2, V)) if many else list(logits)
+    reader = written(tmp_path, outputs, encoding=encoding)
+    for i, output in enumerate(outputs):
+        torch.testing.assert_close(reader[i].float(), output, rtol=bound, atol=2**-25)
+        assert reader[i].shape == output.shape
+
+
+def test_a_token_takes_at_most_132_bytes(tmp_path: Path) -> None:
+    teacher = fastkd.topk_from_logits(rows(64, vocab=128256), 32)
+    with cache.Writer(tmp_path, vocab_size=128256, k=32) as writer:
+        for _ in range(16):
+            writer.add(teacher)
+    files = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert files / (16 * 64) <= 132
+    assert cache.Reader(tmp_path).facts()["bytes_per_token"] <= 110
+
+
+def test_the_loss_of_what_was_read_is_that_of_what_was_written(
+    stored: tuple[list[fastkd.TopK], cache.Reader],
+) -> None:
+    outputs, reader = stored
+    student = rows(5, seed=9)
+    for loss in (fastkd.kl_div, fastkd.js_div, fastkd.tv_distance):
+        got, wanted = loss(student, reader[2]), loss(student, outputs[2])
+        assert abs(float(got - wanted)) <= 2e-3 * (1 + float(wanted))
+
+
+@pytest.mark.parametrize("context", [None, "fork", "spawn"])
+def test_a_dataloader_reads_it(
+    stored: tuple[list[fastkd.TopK], cache.Reader], context: str | None
+) -> None:
+    if context not in (None, *multiprocessing.get_all_start_methods()):
+        pytest.skip(f"no {context} here")
+    outputs, reader = stored
+    inputs = [torch.arange(n) for n in (3, 1, 5, 2, 4)]
+    labels = [x + 10 for x in inputs]
+    paired = cache.Paired(list(zip(inputs, labels, strict=True)), reader)
+    workers: Any = {} if context is None else {"num_workers": 2, "multiprocessing_context": context}
+    loader = DataLoader(paired, batch_size=2, collate_fn=cache.collate, **workers)
+    batches = list(loader)
+    assert [len(x) for x, _, _ in batches] == [2, 2, 1]
+    x, y, teacher = batches[1]
+    assert x.tolist() == [[0, 1, 2, 3, 4], [0, 1, 0, 0, 0]]
+    assert y.tolist() == [[10, 11, 12, 13, 14], [10, 11, -100, -100, -100]]
+    assert same(teacher[0], reader[2]) and same(teacher[1][:2], reader[3])
+    assert teacher.indices[1, 2:].eq(-1).all()
+    student = rows(2, 5, seed=3).requires_grad_()
+    loss = fastkd.kl_div(student, teacher, labels=y, reduction="sum")
+    loss.backward()
+    apart = sum(
+        fastkd.kl_div(student[i, :n], outputs[2 + i], reduction="sum") for i, n in ((0, 5), (1, 2))
+    )
+    torch.testing.assert_close(loss, apart, rtol=2e-3, atol=2e-3)
+    assert student.grad is not None and student.grad[1, 2:].eq(0).all()
+
+
+def test_paired_refuses_another_dataset(stored: tuple[list[fastkd.TopK], cache.Reader]) -> None:
+    _, reader = stored
+    with pytest.raises(ValueError, match=r"reader: got 5 samples.*expected 0 to 3"):
+        cache.Paired([0] * 4, reader)
+    paired = cache.Paired([(torch.arange(2), torch.arange(2))] * 5, reader)
+    with pytest.raises(ValueError, match="is it of this sample"):
+        cache.collate([paired[0]])
+    with pytest.raises(IndexError, match="sample 5 is not in the cache of 5"):
+        reader[5]
+
+
+def test_ranks_write_their_own_and_are_read_as_one(tmp_path: Path) -> None:
+    writers = [cache.Writer(tmp_path, vocab_size=V, rank=r, ranks=3) for r in range(3)]
+    for i in range(10):
+        writers[i % 3].add(rows(seed=i)[None])
+    early = cache.Reader(tmp_path) if list(tmp_path.glob("index*")) else None
+    assert early is None
+    for writer in writers[:2]:
+        writer.close()
+    assert not cache.Reader(tmp_path).complete
+    writers[2].close()
+    reader = cache.Reader(tmp_path)
+    assert reader.complete and reader.numbers.tolist() == list(range(10))
+    for i in range(10):
+        assert torch.equal(reader[i], rows(seed=i)[None])
+
+
+def test_samples_with_numbers_of_their_own(tmp_path: Path) -> None:
+    with cache.Writer(tmp_path, vocab_size=V) as writer:
+        writer.add_batch(rows(3), samples=[2, 7, 8])
+        writer.add(rows(seed=5), sample=20)
+        with pytest.raises(ValueError, match="got 20 after 20, expected a greater one"):
+            writer.add(rows(), sample=20)
+    reader = cache.Reader(tmp_path)
+    assert reader.numbers.tolist() == [2, 7, 8, 20]
+    assert torch.equal(reader[20], rows(seed=5))
+    with pytest.raises(IndexError, match="sample 3 "):
+        reader[3]
+
+
+class Head(nn.Module):
+    """A language model of nothing but its head."""
+
+    def __init__(self, linear: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Embedding(50, 16), nn.Linear(16, V, bias=False)
+        self.drop, self.linear = nn.Dropout(0.5), linear
+
+    def forward(self, inputs: Tensor) -> Any:
+        hidden = 4 * self.drop(self.body(inputs))
+        return fastkd.LinearLogits(hidden, self.head.weight) if self.linear else self.head(hidden)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_capture_stores_what_the_teacher_says(tmp_path: Path, linear: bool) -> None:
+    inputs = torch.randint(50, (7, 6), generator=torch.Generator().manual_seed(0))
+    labels = inputs.clone()
+    labels[0, 4:], labels[1, :2], labels[2] = -100, -100, -100
+    teacher = Head(linear).train()
+    loader = DataLoader(TensorDataset(inputs, labels), batch_size=3)
+    done = cache.capture(
+        teacher, loader, tmp_path, vocab_size=V, k=K, temperature=2.0, progress=False
+    )
+    assert done == 7 and teacher.training and teacher.drop.training
+    reader = cache.Reader(tmp_path)
+    assert [x.size(0) for x in reader] == [4, 6, 0, 6, 6, 6, 6]
+    assert reader[1].indices[:2].eq(-1).all() and reader.plan.temperature == 2.0
+    with torch.no_grad():
+        logits = Head(False).eval()(inputs)
+    wanted = fastkd.topk_from_logits(logits[3], K, temperature=2.0)
+    assert torch.equal(reader[3].indices, wanted.indices.int())
+    torch.testing.assert_close(reader[3].logprobs, wanted.logprobs, rtol=0.02, atol=0.05)
+
+
+def test_capture_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    inputs = torch.randint(50, (20, 4), generator=torch.Generator().manual_seed(0))
+    head = Head(False).eval()
+    asked: list[int] = []
+
+    def teacher(x: Tensor) -> Tensor:
+        asked.append(len(x))
+        if sum(asked) == 13:
+            raise KeyboardInterrupt
+        return head(x)
+
+    options: Any = {"vocab_size": V, "k": K, "progress": False}
+    loader = DataLoader(inputs, batch_size=3)
+    with pytest.raises(KeyboardInterrupt):
+        asked[:] = [-2]
+        cache.capture(teacher, loader, tmp_path / "a", **options)
+    kept = len(cache.Reader(tmp_path / "a"))
+    assert kept == 12
+    asked.clear()
+    assert cache.capture(teacher, DataLoader(inputs, batch_size=5), tmp_path / "a", **options) == 20
+    assert sum(asked) == 8
+    assert cache.capture(head, loader, tmp_path / "b", **options) == 20
+    a, b = cache.Reader(tmp_path / "a"), cache.Reader(tmp_path / "b")
+    for i in range(20):
+        assert torch.equal(a[i].indices, b[i].indices)
+        torch.testing.assert_close(a[i].logprobs, b[i].logprobs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="got 5 samples, expected the 20 stored"):
+        cache.capture(head, DataLoader(inputs[:5], batch_size=3), tmp_path / "a", **options)
+
+
+def test_capture_refuses_what_it_cannot_store(tmp_path: Path) -> None:
+    inputs = torch.randint(50, (4, 4))
+    head = Head(True)
+    for loader, wrong, k, match in (
+        (DataLoader(inputs, shuffle=True), head, K, "shuffle=True"),
+        (DataLoader(inputs, batch_size=2), head, None, "LinearLogits, expected a tensor"),
+        (DataLoader(inputs, batch_size=2), lambda x: x.float().mean(), K, "teacher: got logits"),
+        (["abc"], head, K, "batch \\(str\\)"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=match):
+            cache.capture(wrong, loader, tmp_path / "x", vocab_size=V, k=k, progress=False)
+
+
+def test_the_trainer_learns_from_it(tmp_path: Path) -> None:
+    inputs = torch.randint(50, (24, 5), generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(inputs, inputs)
+    head = Head(False).eval()
+    cache.capture(
+        head, DataLoader(data, batch_size=8), tmp_path, vocab_size=V, k=32, progress=False
+    )
+    reader = cache.Reader(tmp_path, vocab_size=V)
+    paired = DataLoader(cache.Paired(data, reader), batch_size=8, collate_fn=cache.collate)
+    indexed = [{"inputs": inputs[i : i + 8], "index": torch.arange(i, i + 8)} for i in (0, 8, 16)]
+    with torch.no_grad():
+        said = fastkd.topk_from_logits(head(inputs), 32)
+    in_memory = [(inputs[i : i + 8], inputs[i : i + 8], said[i : i + 8]) for i in (0, 8, 16)]
+    losses = {}
+    for name, loader, teacher in (
+        ("in memory", in_memory, None),
+        ("paired", paired, None),
+        ("paired and named", paired, reader),
+        ("by number", indexed, reader),
+    ):
+        torch.manual_seed(1)
+        student = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, V))
+        terms = [distill.soft(1.0, temperature=1.0)]
+        steps = distill.train(
+            student, loader, terms, teacher=teacher, epochs=4, lr=1e-2, progress=False
+        )
+        losses[name] = [step.loss for step in steps]
+    assert losses["paired"] == losses["paired and named"] == losses["by number"]
+    assert losses["paired"][-1] < 0.9 * losses["paired"][0]
+    assert losses["paired"] == pytest.approx(losses["in memory"], rel=5e-3)
+
+
+def test_a_resumed_run_must_have_the_same_cache(tmp_path: Path) -> None:
+    readers = [written(tmp_path / str(i), [rows(seed=i)] * 4) for i in range(2)]
+    data = TensorDataset(torch.arange(4), torch.arange(4))
+
+    def run(reader: cache.Reader, epochs: int) -> None:
+        torch.manual_seed(0)
+        student = nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, V))
+        loader = DataLoader(cache.Paired(data, reader), collate_fn=cache.collate)
+        terms = [distill.soft()]
+        keep = distill.Checkpoints(tmp_path / "run", resume=True)
+        distill.train(
+            student, loader, terms, teacher=reader, epochs=epochs, checkpoint=keep, progress=False
+        )
+
+    run(readers[0], 1)
+    run(readers[0], 2)
+    with pytest.raises(ValueError, match="teacher"):
+        run(readers[1], 3)
+
+
+def test_the_command_line(
+    stored: tuple[list[fastkd.TopK], cache.Reader], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, reader = stored
+    path = str(reader.path)
+    assert main(["cache", "info", path, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["samples"] == 5 and facts["teacher"]["k"] == K and facts["complete"]
+    assert main(["cache", "info", path]) == 0
+    assert "vocab_size" in capsys.readouterr().out
+    assert main(["cache", "verify", path]) == 0
+    assert "5 samples, 15 tokens" in capsys.readouterr().out
+    file = next(reader.path.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x07")
+    assert main(["cache", "verify", path]) == 1
+    assert file.name in capsys.readouterr().err
+    assert main(["cache", "info", str(reader.path / "none")]) == 1
+    assert "no teacher cache there" in capsys.readouterr().err

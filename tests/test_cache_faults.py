@@ -1,0 +1,452 @@
+"""Damage, death and bad input: a clear error, and what was written before stays readable."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd.distill import cache, cache_files, cache_format
+from fastkd.distill.cache import CacheError
+
+V, K = 40, 3
+
+
+def topk(rows: int, seed: int) -> fastkd.TopK:
+    x = torch.randn(rows, V, generator=torch.Generator().manual_seed(seed))
+    return fastkd.topk_from_logits(x, K)
+
+
+def small(folder: Path, samples: int = 2, **options: Any) -> cache.Reader:
+    with cache.Writer(folder, vocab_size=V, k=K, tokenizer="t", **options) as writer:
+        for i in range(samples):
+            writer.add(topk(2, i))
+    return cache.Reader(folder)
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (file,) = folder.glob(pattern)
+    return file
+
+
+# ---- damage
+
+
+def test_every_byte_flipped_is_detected(tmp_path: Path) -> None:
+    small(tmp_path)
+    chance = random.Random(0)
+    for file in (only(tmp_path, "index-*"), only(tmp_path, "*.safetensors")):
+        whole = file.read_bytes()
+        for place in range(len(whole)):
+            damaged = bytearray(whole)
+            damaged[place] ^= chance.choice((0xFF, 1 << chance.randrange(8)))
+            file.write_bytes(damaged)
+            with pytest.raises(CacheError, match=file.name):
+                cache.Reader(tmp_path).verify()
+        file.write_bytes(whole)
+    cache.Reader(tmp_path).verify()
+
+
+def test_a_damaged_shard_never_crashes_its_reader(tmp_path: Path) -> None:
+    reader = small(tmp_path)
+    good = [reader[0], reader[1]]
+    file = only(tmp_path, "*.safetensors")
+    whole = file.read_bytes()
+    read = 0
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x80]) + whole[place + 1 :])
+        try:  # without `verify`: an error that names the file, or numbers in range
+            got = cache.Reader(tmp_path)[0]
+        except CacheError as error:
+            assert file.name in str(error)
+            continue
+        read += 1
+        assert got.indices.shape == good[0].indices.shape and got.indices.lt(V).all()
+    assert read
+    file.write_bytes(whole)
+    assert torch.equal(cache.Reader(tmp_path)[1].logprobs, good[1].logprobs)
+
+
+@pytest.mark.parametrize("pattern", ["index-*", "*.safetensors"])
+def test_every_truncation_is_detected(tmp_path: Path, pattern: str) -> None:
+    small(tmp_path)
+    file = only(tmp_path, pattern)
+    whole = file.read_bytes()
+    for size in range(len(whole)):
+        file.write_bytes(whole[:size])
+        with pytest.raises(CacheError, match=file.name):
+            cache.Reader(tmp_path)[0]
+        with pytest.raises(CacheError, match=file.name):
+            cache.Reader(tmp_path).verify()
+        with pytest.raises(CacheError, match=file.name):
+            cache.Writer(tmp_path, vocab_size=V, k=K, tokenizer="t")
+    file.write_bytes(whole)
+    cache.Reader(tmp_path).verify()
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    reader = small(tmp_path, 4, shard_bytes=1)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 4
+    files[2].unlink()
+    assert list(reader.faults()) == [f"{files[2]}: cannot be read (No such file or directory)"]
+    with pytest.raises(CacheError, match=f"{files[2].name}: got no such file"):
+        reader[2]
+    assert reader[1].size(0) == 2
+
+
+def rewritten(folder: Path, **changes: Any) -> None:
+    """An index with other fields, and the hash that belongs to them."""
+    import hashlib
+
+    file = only(folder, "index-*")
+    document = json.loads(file.read_bytes())
+    del document["sha256"]
+    for key, value in changes.items():
+        where, _, name = key.rpartition("__")
+        (document[where] if where else document)[name] = value
+    document["sha256"] = hashlib.sha256(cache_format._text(document)).hexdigest()
+    file.write_bytes(cache_format._text(document))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"version": 2}, "got a cache of version 2, expected 1"),
+        ({"version": "1"}, "got a cache of version '1', expected 1"),
+        ({"format": "something"}, "got format 'something'"),
+        ({"teacher__k": 5}, "altered: got tensors"),
+        ({"teacher__colour": "red"}, "fields that version 1 has not"),
+        ({"shards": [{}]}, "fields that version 1 has not"),
+        (
+            {"shards": [{"file": "../x.safetensors", "samples": 1, "tokens": 1, "bytes": 1}]},
+            "fields that version 1 has not",
+        ),
+    ],
+)
+def test_an_index_of_something_else(tmp_path: Path, changes: dict[str, Any], match: str) -> None:
+    small(tmp_path)
+    rewritten(tmp_path, **changes)
+    with pytest.raises(CacheError, match=match):
+        cache.Reader(tmp_path)[0]
+
+
+def test_an_index_leads_to_no_file_outside(tmp_path: Path) -> None:
+    small(tmp_path / "a")
+    small(tmp_path / "b")
+    file = only(tmp_path / "a", "index-*")
+    shards = json.loads(file.read_bytes())["shards"]
+    shards[0]["file"] = f"../b/{shards[0]['file']}"
+    rewritten(tmp_path / "a", shards=shards)
+    with pytest.raises(CacheError, match=r"expected 'teacher-00000-000000.safetensors'"):
+        cache.Reader(tmp_path / "a")
+
+
+def test_a_cache_for_something_else_is_refused(tmp_path: Path) -> None:
+    class Tokenizer:
+        def __init__(self, *words: str) -> None:
+            self.words = words
+
+        def get_vocab(self) -> dict[str, int]:
+            return {word: i for i, word in enumerate(self.words)}
+
+    with cache.Writer(
+        tmp_path, vocab_size=V, k=K, tokenizer=Tokenizer("a", "b"), model="m", data="d"
+    ) as w:
+        w.add(topk(1, 0))
+    cache.Reader(tmp_path, vocab_size=V, tokenizer=Tokenizer("a", "b"), model="m", data="d")
+    for asked, match in (
+        ({"vocab_size": 50}, "made for vocab_size=40, expected 50"),
+        ({"tokenizer": Tokenizer("b", "a")}, "made for tokenizer='sha256:"),
+        ({"tokenizer": "gpt2"}, "expected 'gpt2'"),
+        ({"model": "n"}, "made for model='m', expected 'n'"),
+        ({"data": "e"}, "made for data='d', expected 'e'"),
+    ):
+        with pytest.raises(CacheError, match=match):
+            cache.Reader(tmp_path, **asked)
+    with pytest.raises(TypeError, match="tokenizer: got int"):
+        cache.Reader(tmp_path, tokenizer=3)
+    for options, match in (
+        ({"vocab_size": 50}, "vocab_size: got 50, expected 40"),
+        ({"k": 5}, "k: got 5, expected 3"),
+        ({"temperature": 2.0}, "temperature: got 2.0, expected 1.0"),
+        ({"tail": "renormalize"}, "tail: got 'renormalize', expected 'bucket'"),
+        ({"encoding": "float16"}, "encoding: got 'float16', expected 'uint8'"),
+        ({"tokenizer": "t"}, "tokenizer: got 't'"),
+    ):
+        made: dict[str, Any] = {"vocab_size": V, "k": K, "tokenizer": Tokenizer("a", "b")}
+        with pytest.raises(CacheError, match=match):
+            cache.Writer(tmp_path, **{**made, "model": "m", "data": "d", **options})
+    assert len(cache.Reader(tmp_path)) == 1
+
+
+def test_indexes_that_do_not_belong_together(tmp_path: Path) -> None:
+    small(tmp_path / "a", ranks=2)
+    small(tmp_path / "b", ranks=2, rank=1, encoding="float16")
+    index = only(tmp_path / "b", "index-*")
+    index.rename(tmp_path / "a" / index.name)
+    with pytest.raises(CacheError, match=f"{index.name}: not of one cache.*encoding"):
+        cache.Reader(tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="no teacher cache there"):
+        cache.Reader(tmp_path / "b")
+
+
+def test_the_same_sample_twice(tmp_path: Path) -> None:
+    for rank in range(2):
+        with cache.Writer(tmp_path, vocab_size=V, k=K, rank=rank, ranks=2) as writer:
+            writer.add(topk(1, 0), sample=7)
+    with pytest.raises(CacheError, match=r"sample 7 is in teacher-00000.* and teacher-00001"):
+        cache.Reader(tmp_path)[7]
+
+
+# ---- bad input
+
+
+def changed(of: fastkd.TopK, **changes: Any) -> fastkd.TopK:
+    """A TopK with fields that its own checks may refuse."""
+    twin = object.__new__(fastkd.TopK)
+    vars(twin).update(vars(of))
+    for name, value in changes.items():
+        setattr(twin, name, value)
+    return twin
+
+
+def with_value(x: Tensor, row: int, column: int, value: float) -> Tensor:
+    x = x.clone()
+    x[row, column] = value
+    return x
+
+
+GOOD = topk(3, 1)
+
+
+@pytest.mark.parametrize(
+    ("output", "match"),
+    [
+        ({"indices": with_value(GOOD.indices, 2, 1, V)}, "indices: got 40 in row 2 of sample 1"),
+        ({"indices": with_value(GOOD.indices, 2, 1, -2)}, "indices: got -2 in row 2 of sample 1"),
+        (
+            {"indices": GOOD.indices[:, :1].expand(3, K).contiguous()},
+            "expected each column once; it is there twice",
+        ),
+        ({"logprobs": with_value(GOOD.logprobs, 0, 0, 0.1)}, "logprobs: got 0.1 in row 0"),
+        ({"logprobs": with_value(GOOD.logprobs, 1, 0, torch.nan)}, "logprobs: got nan in row 1"),
+        ({"logprobs": GOOD.logprobs * 0}, "mass: got [34].* in row 0 of sample 1"),
+        ({"tail_logprob": torch.tensor([-1.0, 0.5, -1.0])}, "tail_logprob: got 0.5 in row 1"),
+        ({"tail_logprob": torch.full((3,), torch.nan)}, "tail_logprob: got nan in row 0"),
+        ({"tail_logprob": torch.zeros(3)}, "mass: got 1.* expected at most 1.001"),
+        ({"tail_logprob": None}, "without tail_logprob, expected one as before"),
+    ],
+)
+def test_a_bad_row_is_named_and_nothing_is_added(
+    tmp_path: Path, output: dict[str, Any], match: str
+) -> None:
+    with cache.Writer(tmp_path, vocab_size=V, k=K) as writer:
+        writer.add(GOOD)
+        with pytest.raises(ValueError, match=match):
+            writer.add(changed(GOOD, **output))
+        writer.add(GOOD)
+    reader = cache.Reader(tmp_path)
+    assert len(reader) == 2 and reader.tokens == 6
+    reader.verify()
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "match"),
+    [
+        (GOOD, TypeError, "got TopK, expected a tensor"),
+        (torch.full((3, V), torch.nan), ValueError, "logits: got nan in row 0 of sample 0"),
+        (torch.full((3, V), torch.inf), ValueError, "logits: got inf"),
+        (torch.full((3, V), 1e5), ValueError, "float16 holds; encoding='float32' holds more"),
+        (torch.zeros(3, V + 1), ValueError, r"expected floats \[..., 40\]"),
+        (torch.zeros(3, V).long(), ValueError, "of torch.int64"),
+        ("text", TypeError, "output: got str"),
+    ],
+)
+def test_bad_logits(tmp_path: Path, output: Any, error: type[Exception], match: str) -> None:
+    with cache.Writer(tmp_path, vocab_size=V, encoding="float16") as writer:
+        with pytest.raises(error, match=match):
+            writer.add(output)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"vocab_size": 0}, "vocab_size: got 0"),
+        ({"k": 0}, "k: got 0"),
+        ({"rank": 2, "ranks": 2}, "rank: got 2 of 2 ranks"),
+        ({"method": "best"}, "method: got 'best'"),
+        ({"tail": "none"}, "tail: got 'none'"),
+        ({"temperature": 0.0}, "temperature: got 0.0"),
+        ({"encoding": "int4"}, "encoding: got 'int4'"),
+        ({"encoding": "counts"}, "encoding: got 'counts' with method='top'"),
+        ({"k": None, "temperature": 2.0}, "k: got None with temperature=2"),
+    ],
+)
+def test_bad_arguments(tmp_path: Path, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        cache.Writer(tmp_path / "x", **{"vocab_size": V, "k": K, **options})
+    assert not (tmp_path / "x").exists()
+
+
+# ---- a full disk
+
+
+class Full:
+    """A disk with room for so many bytes."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.write = room, os.write
+
+    def __call__(self, file: int, data: Any) -> int:
+        if self.room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        count = min(self.room, len(data), 100)
+        self.room -= count
+        return self.write(file, data[:count])
+
+
+@pytest.mark.parametrize("room", [0, 1, 150, 900, 1100, 1400, 2000])
+def test_a_full_disk_loses_nothing(
+    tmp_path: Path, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(tmp_path, 2, shard_bytes=1)
+    before = sorted(file.name for file in tmp_path.glob("[it]*"))
+    with cache.Writer(tmp_path, vocab_size=V, k=K, tokenizer="t", shard_bytes=1) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_files.os, "write", Full(room))
+            with pytest.raises(
+                OSError, match=r"No space left.*files written before are whole"
+            ) as e:
+                for i in range(2, 9):
+                    writer.add(topk(2, i))
+            assert e.value.errno == errno.ENOSPC and str(tmp_path) in str(e.value.filename)
+            assert not list(tmp_path.glob(".*.tmp"))
+            assert set(before) <= {file.name for file in tmp_path.iterdir()}
+            mid = cache.Reader(tmp_path)
+            mid.verify()
+            there = len(mid)
+        writer.flush()  # room again: what was added is still here
+        assert writer.done == there + 1
+        for i in range(there + 1, 9):
+            writer.add(topk(2, i))
+    whole(tmp_path, 9)
+
+
+def whole(folder: Path, samples: int) -> None:
+    """Samples 0, 1, ... each once, each as it was given, and nothing else in the folder."""
+    reader = cache.Reader(folder)
+    reader.verify()
+    assert reader.complete and reader.numbers.tolist() == list(range(samples))
+    got = reader.__getitems__(range(samples))
+    for i in range(samples):
+        assert torch.equal(got[i].indices, topk(2, i).indices.int())
+    shards = sum(len(part.shards) for part in reader._parts)
+    assert len(list(folder.glob("*.safetensors"))) == shards
+    assert not list(folder.glob(".*.tmp"))
+
+
+# ---- death
+
+
+def _write_for_ever(folder: str, shard_bytes: int) -> None:
+    torch.set_num_threads(1)
+    writer = cache.Writer(folder, vocab_size=V, k=K, shard_bytes=shard_bytes)
+    while True:
+        writer.add(topk(2, writer.done + len(writer._samples)))
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+def test_fifty_kills_lose_at_most_the_shard_in_hand(tmp_path: Path) -> None:
+    chance, done, size = random.Random(5), 0, 300  # bytes of a shard: some samples of 2 rows
+    fork = multiprocessing.get_context("fork")
+    for _ in range(50):
+        child = fork.Process(target=_write_for_ever, args=(str(tmp_path), size))
+        child.start()
+        time.sleep(chance.random() ** 2 * 0.06)
+        assert child.pid is not None and child.exitcode is None
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        if not list(tmp_path.glob("index-*")):
+            continue
+        reader = cache.Reader(tmp_path)
+        reader.verify()
+        assert len(reader) >= done
+        assert reader.numbers.tolist() == list(range(len(reader)))
+        done = len(reader)
+    assert done > 50
+    with cache.Writer(tmp_path, vocab_size=V, k=K, shard_bytes=size) as writer:
+        assert writer.done == done
+        writer.add(topk(2, done))
+    whole(tmp_path, done + 1)
+
+
+def _hold(folder: str, ready: Any, stop: Any) -> None:
+    with cache.Writer(folder, vocab_size=V, k=K):
+        ready.set()
+        stop.wait(60)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+def test_two_writers_of_one_rank(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    ready, stop = fork.Event(), fork.Event()
+    child = fork.Process(target=_hold, args=(str(tmp_path), ready, stop))
+    child.start()
+    try:
+        assert ready.wait(60)
+        with pytest.raises(BlockingIOError, match="another writer of this rank is at work"):
+            cache.Writer(tmp_path, vocab_size=V, k=K)
+    finally:
+        stop.set()
+        child.join()
+    with cache.Writer(tmp_path, vocab_size=V, k=K) as writer:
+        with pytest.raises(BlockingIOError, match="each rank has one writer"):
+            cache.Writer(tmp_path, vocab_size=V, k=K)
+        writer.add(topk(1, 0))
+    with pytest.raises(ValueError, match="the writer is closed"):
+        writer.add(topk(1, 0))
+
+
+def test_an_interrupted_writer_keeps_what_it_was_given(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        with cache.Writer(tmp_path, vocab_size=V, k=K) as writer:
+            writer.add(topk(2, 0))
+            raise KeyboardInterrupt
+    reader = cache.Reader(tmp_path)
+    assert len(reader) == 1 and not reader.complete
+    with cache.Writer(tmp_path, vocab_size=V, k=K) as writer:
+        assert writer.done == 1
+        writer.add(topk(2, 1))
+    whole(tmp_path, 2)
+
+
+def test_leftovers_of_a_dead_writer_go(tmp_path: Path) -> None:
+    small(tmp_path, 2)
+    (tmp_path / "teacher-00000-000001.safetensors").write_bytes(b"not named by the index")
+    (tmp_path / ".index-00000.json.tmp").write_bytes(b"half")
+    (tmp_path / "teacher-00001-000000.safetensors").write_bytes(b"another rank's")
+    with cache.Writer(tmp_path, vocab_size=V, k=K, tokenizer="t") as writer:
+        writer.add(topk(2, 2))
+    assert (tmp_path / "teacher-00001-000000.safetensors").read_bytes() == b"another rank's"
+    (tmp_path / "teacher-00001-000000.safetensors").unlink()
+    whole(tmp_path, 3)
+
+
+def test_no_pickle_is_read(tmp_path: Path) -> None:
+    small(tmp_path)
+    file = only(tmp_path, "*.safetensors")
+    torch.save({"indices": torch.zeros(1)}, file)
+    with pytest.raises(CacheError, match=file.name):
+        cache.Reader(tmp_path)[0]
