@@ -1,4 +1,4 @@
-"""python -m fastkd info | scan | cache"""
+"""python -m fastkd info | scan | cache | recipes"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastkd import info
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 1 where a cache is at fault."""
+    """Runs the command line; returns the exit status: 1 for a cache at fault or a claim missed."""
     parser = argparse.ArgumentParser(prog="python -m fastkd", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="versions, backend, instruction set, threads, GPU")
@@ -31,6 +31,18 @@ def main(argv: list[str] | None = None) -> int:
     command = actions.add_parser("verify", help="read every byte and compare the hashes")
     command.add_argument("path", type=Path, help="the cache's folder")
     command.set_defaults(run=_cache_verify)
+    command = commands.add_parser(
+        "recipes", help="a demonstration of each method, with its control"
+    )
+    command.add_argument("names", nargs="*", metavar="NAME", help="none: list them")
+    command.add_argument("--all", action="store_true", help="run every one")
+    command.add_argument("--seeds", type=int, help="how many (default: as many as claimed over)")
+    command.add_argument("--first-seed", type=int, default=0, help="(default 0)")
+    command.add_argument("--size", type=float, default=1.0, help="share of the steps (default 1)")
+    command.add_argument("--jobs", type=int, help="processes (default: one per core)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw the gains there")
+    command.set_defaults(run=_recipes)
     arguments = parser.parse_args(argv)
     return arguments.run(parser, arguments) or 0
 
@@ -66,6 +78,38 @@ def _cache_verify(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
     if not faults:
         print(f"{arguments.path}: {len(reader)} samples, {reader.tokens} tokens, as written")
     return int(bool(faults))
+
+
+def _recipes(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    from fastkd.recipes import runner
+
+    recipes = runner.known()
+    names = list(recipes) if arguments.all else arguments.names
+    if not names:
+        print(runner.listing(list(recipes.values())))
+        return 0
+    for file in filter(None, (arguments.json, arguments.plot)):
+        if not file.parent.is_dir():  # found out before minutes of training, not after
+            parser.error(f"got {str(file)!r}, expected a file in a folder that exists")
+    try:
+        result = runner.run(
+            names,
+            seeds=arguments.seeds,
+            first_seed=arguments.first_seed,
+            size=arguments.size,
+            jobs=arguments.jobs,
+        )
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    print(runner.as_text(result))
+    if arguments.json:
+        runner.write(result, arguments.json)
+    if arguments.plot:
+        runner.plot(result, arguments.plot)
+    missed = runner.missed(result)
+    for line in missed:
+        print(line, file=sys.stderr)
+    return int(bool(missed))
 
 
 def _print(facts: dict[str, Any], as_json: bool) -> None:

@@ -1,5 +1,9 @@
-"""One runnable demonstration per method, each beside its control: python -m fastkd.recipes.NAME."""
+"""One runnable demonstration per method, each beside its control: python -m fastkd recipes.
 
-RECIPES = {"digits": "soft targets carry a wide teacher's labels into a small student"}
+The first of them, `python -m fastkd.recipes.digits`, also draws its curves (see `digits`).
+"""
 
-__all__ = ["RECIPES"]
+from .recipe import Figures, Gain, Recipe
+from .runner import known, run
+
+__all__ = ["Figures", "Gain", "Recipe", "known", "run"]
