@@ -255,4 +255,5 @@ def _batch(given: Any) -> Batch:
 
 def _said(value: Any, *, last: bool) -> bool:
     """Is it a teacher's: an operand, or behind inputs and labels a tensor of logits?"""
-    return isinstance(value, fastkd.TopK) or (last and isinstance(value, Tensor))
+    logits = last and isinstance(value, Tensor) and value.is_floating_point()
+    return logits or isinstance(value, fastkd.TopK)
