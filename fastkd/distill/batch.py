@@ -242,8 +242,9 @@ def _batch(given: Any) -> Batch:
         return Batch(**known, extra={k: v for k, v in given.items() if k not in known})
     parts = list(given) if isinstance(given, (tuple, list)) else [given]
     teacher = parts.pop() if len(parts) > 1 and _said(parts[-1], last=len(parts) == 3) else None
-    good = len(parts) in (1, 2) and isinstance(parts[-1], (Tensor, Mapping)[: 3 - len(parts)])
-    if not good or not isinstance(parts[0], (Tensor, Mapping)):
+    labelled = len(parts) in (1, 2) and isinstance(parts[-1], Tensor)
+    taught = len(parts) == 1 and teacher is not None
+    if not (labelled or taught) or not isinstance(parts[0], (Tensor, Mapping)):
         got = ", ".join(type(part).__name__ for part in given if isinstance(given, (tuple, list)))
         raise TypeError(
             f"loader: got a batch ({got or type(given).__name__}), expected (inputs, labels), "
