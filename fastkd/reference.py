@@ -254,7 +254,8 @@ def grad(
         hard = hard - plan.smoothing / plan.classes
         here = (label >= 0) & (label < plan.vocab)
         column = torch.where(here, label, 0).unsqueeze(-1)
-        hard.scatter_add_(-1, column, (here * (plan.smoothing - 1.0)).to(hard.dtype).unsqueeze(-1))
+        sure = here.to(hard.dtype) * (plan.smoothing - 1.0)
+        hard.scatter_add_(-1, column, sure.unsqueeze(-1))
         out = out + plan.hard * hard
     out = out * factor if scale is None else out * (scale * factor).unsqueeze(-1)
     if keep is not None:
