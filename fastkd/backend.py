@@ -72,8 +72,8 @@ class Sparse(NamedTuple):
         return Sparse(logprobs, indices, None if tail is None else tail[at], self.restrict)
 
 
-class Passes(Protocol):
-    """What a backend module provides. N = A * B rows; acc is float32 or float64 (see `acc_dtype`).
+class Trips(Protocol):
+    """What the drivers ask for. N = A * B rows; acc is float32 or float64 (see `acc_dtype`).
 
     keep [N] bool or None: rows that are False are never read; their loss and gradient are 0.
     label [N] int64 or None (when plan.hard is 0): the column of the hard label. A column outside
@@ -110,6 +110,19 @@ class Passes(Protocol):
     ) -> Tensor:
         """As `fused`; of the teacher's rows, too, those that are not kept may hold anything."""
 
+    def total(self, loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
+        """0-d acc: factor * sum of scale * loss, the same bits whatever the number of threads."""
+
+    def empty_gradient(self, like: Tensor) -> Tensor:
+        """Memory for a gradient: a contiguous tensor of like's shape and dtype, not initialised."""
+
+    def multiply(self, grad: Tensor, by: Tensor) -> None:
+        """grad *= by (0-d, acc) in place, leaving at once where `by` is 1; no synchronisation."""
+
+
+class Passes(Trips, Protocol):
+    """What a backend module provides: the trips, and the split form of `fused`."""
+
     def stats(self, x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
         """[N, 3] acc: max of x, sum of exp((x - max) / temperature), sum of x - max.
 
@@ -145,15 +158,6 @@ class Passes(Protocol):
     ) -> None:
         """Writes the gradient; slope [N] sum of centred slopes, stats_hard the stats at T = 1."""
 
-    def total(self, loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
-        """0-d acc: factor * sum of scale * loss, the same bits whatever the number of threads."""
-
-    def empty_gradient(self, like: Tensor) -> Tensor:
-        """Memory for a gradient: a contiguous tensor of like's shape and dtype, not initialised."""
-
-    def multiply(self, grad: Tensor, by: Tensor) -> None:
-        """grad *= by (0-d, acc) in place, leaving at once where `by` is 1; no synchronisation."""
-
 
 class HostPasses(Passes, Protocol):
     """What a backend on the host adds: a small loss costs the calls that it takes."""
@@ -188,13 +192,13 @@ class HostPasses(Passes, Protocol):
         """scale [N] acc: weight where kept, else 0; for the mean divided by its sum, if not 0."""
 
 
-def host_passes(passes: Passes) -> HostPasses | None:
+def host_passes(passes: Trips) -> HostPasses | None:
     """The same passes, if they have what the host's add."""
     return cast(HostPasses, passes) if hasattr(passes, "fused_total") else None
 
 
 def trip(
-    passes: Passes,
+    passes: Trips,
     student: Tensor,
     teacher: Tensor | Sparse,
     plan: Plan,

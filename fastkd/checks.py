@@ -73,8 +73,48 @@ def operands(student: Operand, teacher: Teacher, vocab_size: int | None) -> int:
     """The number of columns in use."""
     if vocab_size is None and _alike(student, teacher):
         return student.shape[-1]
+    _sides(student, teacher, least=1)
+    v_s = student.size(-1)
+    v_t = v_s if isinstance(teacher, TopK) else teacher.size(-1)
+    if vocab_size is None:
+        if v_s != v_t:
+            raise ValueError(
+                f"teacher: got {v_t} columns, expected the student's {v_s}; where the vocabularies "
+                "are padded differently, give vocab_size=the number of columns in use"
+            )
+        return v_s
+    _vocab_size(vocab_size)
+    if not 1 <= vocab_size <= min(v_s, v_t):
+        raise ValueError(
+            f"vocab_size: got {vocab_size}, expected 1 <= vocab_size <= {min(v_s, v_t)} "
+            + (
+                f"(student has {v_s} columns)"
+                if isinstance(teacher, TopK)
+                else f"(student has {v_s} columns, teacher {v_t})"
+            )
+        )
+    return vocab_size
+
+
+def shards(student: Operand, teacher: Teacher, vocab_size: int | None) -> None:
+    """As `operands`, for columns of a vocabulary that is split over ranks: there may be none."""
+    _sides(student, teacher, least=0)
+    if vocab_size is not None:
+        _vocab_size(vocab_size)
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size: got {vocab_size}, expected at least 1")
+
+
+def _vocab_size(vocab_size: int) -> None:
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size: got {kind(vocab_size)}, expected an integer")
+
+
+def _sides(student: Operand, teacher: Teacher, least: int) -> None:
     for name, x in (("student", student), ("teacher", teacher)):
         if isinstance(x, LinearLogits) or (isinstance(x, TopK) and x is teacher):
+            if isinstance(x, LinearLogits) and x.size(-1) < least:
+                raise ValueError(f"{name}.weight: got {list(x.weight.shape)}, expected V >= 1")
             continue  # checked when it was made
         if not isinstance(x, Tensor):
             raise TypeError(
@@ -87,7 +127,7 @@ def operands(student: Operand, teacher: Teacher, vocab_size: int | None) -> int:
             )
         if x.layout is not torch.strided or (type(x) not in _PLAIN and hasattr(x, "placements")):
             raise TypeError(f"{name}: got {type(x).__name__} ({x.layout}), expected a dense tensor")
-        if x.dim() == 0 or x.size(-1) == 0:
+        if x.dim() == 0 or x.size(-1) < least:
             raise ValueError(f"{name}: got shape {list(x.shape)}, expected [..., V] with V >= 1")
         if x.stride(-1) != 1 and x.size(-1) > 1:
             raise ValueError(
@@ -103,27 +143,6 @@ def operands(student: Operand, teacher: Teacher, vocab_size: int | None) -> int:
             f"teacher: got shape {list(teacher.shape)}, expected the leading dimensions of the "
             f"student's {list(student.shape)}"
         )
-    v_s = student.size(-1)
-    v_t = v_s if isinstance(teacher, TopK) else teacher.size(-1)
-    if vocab_size is None:
-        if v_s != v_t:
-            raise ValueError(
-                f"teacher: got {v_t} columns, expected the student's {v_s}; where the vocabularies "
-                "are padded differently, give vocab_size=the number of columns in use"
-            )
-        return v_s
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise TypeError(f"vocab_size: got {kind(vocab_size)}, expected an integer")
-    if not 1 <= vocab_size <= min(v_s, v_t):
-        raise ValueError(
-            f"vocab_size: got {vocab_size}, expected 1 <= vocab_size <= {min(v_s, v_t)} "
-            + (
-                f"(student has {v_s} columns)"
-                if isinstance(teacher, TopK)
-                else f"(student has {v_s} columns, teacher {v_t})"
-            )
-        )
-    return vocab_size
 
 
 def rows(student: Operand, labels: Tensor | None, ignore_index: int, weight: Tensor | None) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.backend import Passes, Plan, Sparse, chunks, rows, trip
+from fastkd.backend import Plan, Sparse, Trips, chunks, rows, trip
 from fastkd.operands import Head
 from fastkd.reduction import Folded
 from fastkd.sums import Sum, buffer
@@ -68,7 +68,7 @@ class Linear:
         keep: Tensor | None,
         wants: Wants,
         boost: float,
-        passes: Passes,
+        passes: Trips,
     ) -> None:
         hidden, weight, bias = tensors
         assert hidden is not None and weight is not None
@@ -76,6 +76,8 @@ class Linear:
         self.hidden = hidden.reshape(-1, hidden.size(-1))
         self.weight = weight[:vocab].to(head.dtype)
         self.bias = None if bias is None else bias[:vocab].to(head.dtype)
+        # of all ranks, where they share a vocabulary: their chunks must be the same rows
+        self.widest: int = getattr(passes, "widest", vocab)
         self.index, self.wants, self.any = index, wants, any(wants)
         self.keep = keep if self.any else None
         self.boost = boost if head.dtype == torch.float16 else 1.0
@@ -90,7 +92,7 @@ class Linear:
     def row_bytes(self, spare: bool) -> int:
         """Of its buffers: logits, what the softcap's gradient needs, a spare one."""
         self.count = 1 + (self.head.softcap is not None and self.any) + spare
-        width = -(-self.vocab // ALIGN) * ALIGN
+        width = -(-self.widest // ALIGN) * ALIGN
         return self.count * width * self.head.dtype.itemsize
 
     def start(self, n: int, step: int, wait: bool) -> None:
@@ -187,7 +189,7 @@ class Dense:
     boost = factor = 1.0
     row_bytes = staticmethod(lambda spare: 0)
 
-    def __init__(self, x: Tensor, index: Tensor | None, want: bool, passes: Passes):
+    def __init__(self, x: Tensor, index: Tensor | None, want: bool, passes: Trips):
         self.given, self.x, self.passes = x, rows(x), passes
         self.index, self.any, self.dtype, self.device = index, want, x.dtype, x.device
         self.copied = index is not None or self.x.size(0) != 1
@@ -254,7 +256,7 @@ Side = Linear | Dense | Stored
 
 
 def run(
-    passes: Passes,
+    passes: Trips,
     student: Linear | Dense,
     teacher: Side | None,
     plans: tuple[Plan, Plan | None],

@@ -14,13 +14,14 @@ the teacher is the student's gradient of the dual divergence with the sides exch
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd.backend import Passes, Plan, Sparse, acc_dtype, host_passes, pick, rows, trip
+from fastkd.backend import Plan, Sparse, Trips, acc_dtype, host_passes, rows, trip
 from fastkd.reduction import Folded
 
 
@@ -32,7 +33,7 @@ def dual(plan: Plan) -> Plan:
 
 
 def _loss(
-    passes: Passes,
+    passes: Trips,
     student: Tensor,
     teacher: Tensor | Sparse,
     plan: Plan,
@@ -44,7 +45,7 @@ def _loss(
 
 
 def _total(
-    passes: Passes,
+    passes: Trips,
     student: Tensor,
     teacher: Tensor | Sparse,
     plan: Plan,
@@ -60,7 +61,7 @@ def _total(
 
 
 def _gradient(
-    passes: Passes,
+    passes: Trips,
     student: Tensor,
     teacher: Tensor | Sparse,
     plan: Plan,
@@ -70,6 +71,15 @@ def _gradient(
     grad = passes.empty_gradient(student)
     _loss(passes, student, teacher, plan, folded, grad)
     return grad
+
+
+def whole(passes: Trips) -> None:
+    """Refuse a gradient of a gradient over a split vocabulary."""
+    if hasattr(passes, "group"):
+        raise NotImplementedError(
+            "group: create_graph=True (double backward) over a split vocabulary is not supported; "
+            "gather the logits and leave group out"
+        )
 
 
 def differentiable(
@@ -139,7 +149,7 @@ class _FusedTotal(torch.autograd.Function):
         ctx: Any,
         student: Tensor,
         teacher: Tensor | Sparse,
-        call: tuple[Passes, Plan, Folded, bool],
+        call: tuple[Trips, Plan, Folded, bool],
     ) -> Tensor:
         passes, plan, folded, inplace = call
         need_s, need_t, _ = ctx.needs_input_grad
@@ -224,8 +234,9 @@ class _FusedTotal(torch.autograd.Function):
 
     @staticmethod
     def _graph(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
-        _, plan, folded, inplace = ctx.call
+        passes, plan, folded, inplace = ctx.call
         need_s, need_t, _ = ctx.needs_input_grad
+        whole(passes)
         if inplace and need_s:
             raise RuntimeError(
                 "inplace=True has overwritten the student's logits, which create_graph=True "
@@ -249,7 +260,7 @@ def _in_graph(student: Tensor, teacher: Tensor | Sparse) -> bool:
 
 
 def fused_total(
-    passes: Passes,
+    passes: Trips,
     student: Tensor,
     teacher: Tensor | Sparse,
     plan: Plan,
@@ -272,23 +283,23 @@ class _RowLoss(torch.autograd.Function):
         teacher: Tensor | Sparse,
         keep: Tensor | None,
         label: Tensor | None,
-        plan: Plan,
+        call: tuple[Trips, Plan],
     ) -> Tensor:
         _save_sides(ctx, student, teacher, keep, label)
-        ctx.plan = plan
-        return eager_loss(student, teacher, keep, label, plan)
+        ctx.call = call
+        return eager_loss(call[0], student, teacher, keep, label, call[1])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, keep, label = _saved_sides(ctx)
-        needs = ctx.needs_input_grad[:2]
+        needs, (passes, plan) = ctx.needs_input_grad[:2], ctx.call
         if torch.is_grad_enabled():
+            whole(passes)
             by = upstream.reshape(-1)
-            grads = differentiable(student, teacher, ctx.plan, flat(keep), flat(label), by, needs)
+            grads = differentiable(student, teacher, plan, flat(keep), flat(label), by, needs)
         else:
-            grads = row_gradients(
-                student, teacher, keep, label, upstream, ctx.plan, needs, eager_grad
-            )
+            grad_of = partial(eager_grad, passes)
+            grads = row_gradients(student, teacher, keep, label, upstream, plan, needs, grad_of)
         return (*grads, None, None, None)
 
 
@@ -312,6 +323,7 @@ def row_gradients(
 
 
 def row_loss(
+    passes: Trips,
     student: Tensor,
     teacher: Tensor | Sparse,
     plan: Plan,
@@ -321,11 +333,12 @@ def row_loss(
     """Loss of each row, in the leading shape of the student; the gradient waits for backward."""
     if _in_graph(student, teacher):
         # a registered operator costs some 10 us a call more than this, as much as a small loss
-        return _RowLoss.apply(student, teacher, keep, label, plan)
-    return eager_loss(student, teacher, keep, label, plan)
+        return _RowLoss.apply(student, teacher, keep, label, (passes, plan))
+    return eager_loss(passes, student, teacher, keep, label, plan)
 
 
 def eager_loss(
+    passes: Trips,
     student: Tensor,
     teacher: Tensor | Sparse,
     keep: Tensor | None,
@@ -333,10 +346,11 @@ def eager_loss(
     plan: Plan,
 ) -> Tensor:
     folded = Folded(flat(keep), flat(label), None, 1.0)
-    return _loss(pick(student.device), student, teacher, plan, folded).view(student.shape[:-1])
+    return _loss(passes, student, teacher, plan, folded).view(student.shape[:-1])
 
 
 def eager_grad(
+    passes: Trips,
     student: Tensor,
     teacher: Tensor | Sparse,
     keep: Tensor | None,
@@ -347,7 +361,7 @@ def eager_grad(
     """Gradient of sum(scale * loss of each row) in the student's shape and dtype."""
     scale = scale.resolve_neg().reshape(-1).to(acc_dtype(student, teacher)).contiguous()
     folded = Folded(flat(keep), flat(label), scale, 1.0)
-    return _gradient(pick(student.device), student, teacher, plan, folded)
+    return _gradient(passes, student, teacher, plan, folded)
 
 
 def flat(x: Tensor | None) -> Tensor | None:

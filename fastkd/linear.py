@@ -7,15 +7,17 @@ gradient) builds the logits in plain torch.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastkd import reference, topk, trips
-from fastkd.backend import Passes, Plan, Sparse, acc_dtype, pick
+from fastkd.backend import Plan, Sparse, Trips, acc_dtype, pick
 from fastkd.function import flat
 from fastkd.operands import Head, LinearLogits, Operand, Teacher, TopK
 from fastkd.reduction import Folded, fold, mask, reduce, wants_grad
+from fastkd.shards import no_teacher_gradient
 from fastkd.trips import Call, trip
 
 MOST_BOOST = 2.0**10  # of float16 gradients: the largest are of size T, and 65504 is the end
@@ -30,8 +32,9 @@ def loss(
     weight: Tensor | None,
     reduction: str,
     normalizer: float | Tensor | None,
+    split: Trips | None = None,
 ) -> Tensor:
-    """The loss of checked operands, a LinearLogits on one side or both."""
+    """The loss of checked operands, a LinearLogits on one side or both; split: over ranks."""
     acc = both = acc_dtype(student, teacher)
     nothing = no_part(teacher) if plan.soft == 0.0 else None
     other: Operand | None = None  # what the teacher adds to the tensors of a trip
@@ -40,23 +43,27 @@ def loss(
     elif not isinstance(teacher, TopK):
         other = teacher
     compiling = torch.compiler.is_compiling()
-    passes = reference if compiling else pick(student.device)
+    passes: Trips = reference if compiling else pick(student.device)
+    if split is not None:
+        passes = split
     teacher_grad = nothing is None and teacher.requires_grad and torch.is_grad_enabled()
     no_dual = isinstance(teacher, TopK) or reference.entry(plan).exchanged() is None
     plain = (teacher_grad and no_dual) or (not compiling and passes is reference)
+    if plain and split is not None:
+        raise no_teacher_gradient()
 
     def stored(keep: Tensor | None) -> Sparse | None:
         if nothing is not None or not isinstance(teacher, TopK):
             return None
-        return topk.sparse(teacher, plan.temperature, plan.vocab, keep, acc, passes)
+        return topk.sparse(teacher, plan.temperature, plan.classes, keep, acc, passes)
 
     if plain or compiling or reduction == "none" or wants_grad(weight, normalizer):
-        keep, label, bad = mask(labels, ignore_index, plan.vocab, student.device)
-        run_rows = _plain_rows if plain else _rows
+        keep, label, bad = mask(labels, ignore_index, plan.classes, student.device)
+        run_rows = _plain_rows if plain else partial(_rows, passes)
         value = run_rows(student, other, plan, keep, label, stored(keep))
         value = reduce(value, reduction, keep, bad, weight, normalizer, student)
     else:
-        vocab = plan.vocab
+        vocab = plan.classes
         folded = fold(
             passes, reduction, labels, ignore_index, vocab, weight, normalizer, student, acc
         )
@@ -84,7 +91,7 @@ def _head(x: Operand) -> Head | None:
 
 
 def _call(
-    passes: Passes,
+    passes: Trips,
     sides: tuple[Operand, ...],
     plan: Plan,
     folded: Folded,
@@ -140,6 +147,7 @@ def _plain_rows(
 
 
 def _rows(
+    passes: Trips,
     student: Operand,
     teacher: Operand | None,
     plan: Plan,
@@ -154,7 +162,7 @@ def _rows(
         heads = (_head(student), None if teacher is None else _head(teacher))
         return trips.registered_rows(tensors, heads, plan, keep, label, _asked(sides), stored)
     folded = Folded(flat(keep), flat(label), None, 1.0)
-    call = _call(pick(student.device), sides, plan, folded, 1.0, stored)
+    call = _call(passes, sides, plan, folded, 1.0, stored)
     if torch.is_grad_enabled() and any(side.requires_grad for side in sides):
         return trips.RowLoss.apply(call, student.shape[:-1], *tensors)
     return trips.row_values(call, tensors).view(student.shape[:-1])

@@ -13,19 +13,23 @@ The options that all of them share (`**rows`, keyword-only):
     vocab_size        use the first n columns of both sides only; the rest has gradient 0
     inplace           the gradient may overwrite the student's logits; with a LinearLogits it
                       changes nothing (what is overwritten is its own chunk, always)
-    group             not supported yet
+    group             ProcessGroup or one-dimensional DeviceMesh over which the vocabulary is split:
+                      the operands hold this rank's columns, in the order of the ranks (the teacher
+                      may be whole on every rank instead); labels, vocab_size and the indices of a
+                      TopK are of the whole vocabulary. Loss and gradient are those of the whole
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+from functools import partial
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastkd import checks, function, linear, operators, reference, topk
-from fastkd.backend import Plan, Sparse, acc_dtype, pick
+from fastkd import checks, function, linear, operators, reference, shards, split, topk
+from fastkd.backend import Plan, Sparse, Trips, acc_dtype, pick
 from fastkd.divergence import Divergence, divergences
 from fastkd.operands import LinearLogits, Operand, Teacher, TopK, kind
 from fastkd.reduction import fold, mask, reduce, wants_grad
@@ -52,6 +56,10 @@ class RowOptions(MixedOptions, total=False):
 
 
 _OPTIONS = RowOptions.__annotations__
+_OPTIONS_IN_ORDER = (
+    *("labels", "ignore_index", "weight", "reduction"),
+    *("normalizer", "vocab_size", "inplace", "group"),
+)
 
 
 def kl_div(
@@ -341,21 +349,31 @@ def _loss(
 ) -> Tensor:
     for option in unknown:
         checks.refuse_option(name, option, _OPTIONS)
-    if group is not None:
-        raise NotImplementedError(
-            "group: a vocabulary split over a process group is not supported yet; gather the "
-            "logits and leave group out"
-        )
-    vocab = checks.operands(student, teacher, vocab_size)
+    if group is not None and torch.compiler.is_compiling():
+        rows = (labels, ignore_index, weight, reduction, normalizer, vocab_size, inplace, group)
+        given = (temperature, param, soft, hard, smoothing)
+        return _uncompiled(name, student, teacher, divergence, given, rows)
+    if group is None:
+        vocab = classes = checks.operands(student, teacher, vocab_size)
+    else:
+        checks.shards(student, teacher, vocab_size)
+        group = shards.process_group(group)
     checks.temperature(temperature)
     checks.reduction(reduction)
     checks.rows(student, labels, ignore_index, weight)
     checks.normalizer(normalizer, reduction, student)
     param = divergence.param if param is None else param
-    plan = Plan(divergence.name, param, float(temperature), soft, hard, smoothing, vocab, vocab)
+    ranks: split.Split | None = None
+    if group is not None:
+        call = f"{name}, {divergence.name} {param:g}, T={temperature:g}, {soft:g}, {hard:g}"
+        call += f", {smoothing:g}, {reduction}" + ("" if labels is None else ", labels")
+        own = pick(student.device)
+        ranks, student, teacher = shards.prepare(own, group, student, teacher, vocab_size, call)
+        _, vocab, classes, _ = ranks.columns
+    plan = Plan(divergence.name, param, float(temperature), soft, hard, smoothing, vocab, classes)
     if isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits):
         return linear.loss(
-            student, teacher, plan, labels, ignore_index, weight, reduction, normalizer
+            student, teacher, plan, labels, ignore_index, weight, reduction, normalizer, ranks
         )
     if inplace and not torch.compiler.is_compiling():  # where it is ignored
         checks.inplace(student, teacher)
@@ -368,26 +386,50 @@ def _loss(
         nothing = linear.no_part(other)
         other = student.detach() if acc != torch.float64 else student.detach().to(acc)
     compiling = torch.compiler.is_compiling()
-    passes = reference if compiling else pick(student.device)
+    passes: Trips = reference if compiling else pick(student.device)
+    if ranks is not None:
+        passes = ranks
     # torch's own autograd: what is chosen by hand, or has no kernel, or no dual for the teacher
     no_dual = isinstance(other, TopK) or divergence.dual is None
     teacher_grad = other.requires_grad and torch.is_grad_enabled()
     plain = (teacher_grad and no_dual) or (not compiling and passes is reference)
+    if plain and ranks is not None:
+        raise shards.no_teacher_gradient()
 
     def side(keep: Tensor | None) -> Tensor | Sparse:
         if not isinstance(other, TopK):
             return other
-        return topk.sparse(other, plan.temperature, vocab, keep, acc, passes)
+        return topk.sparse(other, plan.temperature, classes, keep, acc, passes)
 
     if plain or compiling or reduction == "none" or wants_grad(weight, normalizer):
-        keep, label, bad = mask(labels, ignore_index, vocab, student.device)
-        run = reference.row_loss if plain else function.row_loss
+        keep, label, bad = mask(labels, ignore_index, classes, student.device)
+        run = reference.row_loss if plain else partial(function.row_loss, passes)
         run = operators.row_loss if compiling and not plain else run
         loss = run(student, side(keep), plan, keep, label if hard else None)
         loss = reduce(loss, reduction, keep, bad, weight, normalizer, student)
     else:
         folded = fold(
-            passes, reduction, labels, ignore_index, vocab, weight, normalizer, student, acc
+            passes, reduction, labels, ignore_index, classes, weight, normalizer, student, acc
         )
         loss = function.fused_total(passes, student, side(folded.keep), plan, folded, inplace)
     return loss if nothing is None else loss + nothing.to(loss.dtype)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(
+    name: str,
+    student: Operand,
+    teacher: Teacher,
+    divergence: Divergence,
+    given: tuple[Any, ...],
+    rows: tuple[Any, ...],
+) -> Tensor:
+    """`_loss` outside of a compiled graph: what ranks exchange is not a part of one."""
+    return _loss(
+        name,
+        student,
+        teacher,
+        divergence,
+        *given,
+        **dict(zip(_OPTIONS_IN_ORDER, rows, strict=True)),
+    )

@@ -300,8 +300,8 @@ def _tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             )
     if hidden.dim() == 0 or hidden.size(-1) == 0:
         raise ValueError(f"hidden: got shape {list(hidden.shape)}, expected [..., H] with H >= 1")
-    if weight.dim() != 2 or weight.size(0) == 0:
-        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [V, H] with V >= 1")
+    if weight.dim() != 2:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [V, H]")
     if weight.size(1) != hidden.size(-1):
         raise ValueError(
             f"weight: got shape {list(weight.shape)}, expected [V, {hidden.size(-1)}] for hidden "

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.backend import Plan, Sparse, acc_dtype
+from fastkd.backend import Plan, Sparse, acc_dtype, pick
 from fastkd.function import (
     differentiable,
     eager_grad,
@@ -53,7 +53,7 @@ def dense_loss(
 ) -> Tensor:
     """Loss of each row, in the leading shape of the student; see `fastkd.backend.Plan`."""
     student, teacher = columns_contiguous(student), columns_contiguous(teacher)
-    return eager_loss(student, teacher, keep, label, Plan(*plan))
+    return eager_loss(pick(student.device), student, teacher, keep, label, Plan(*plan))
 
 
 @torch.library.custom_op(
@@ -71,7 +71,7 @@ def dense_grad(
 ) -> Tensor:
     """Gradient of sum(scale * dense_loss) in the student's shape and dtype."""
     student, teacher = columns_contiguous(student), columns_contiguous(teacher)
-    return eager_grad(student, teacher, keep, label, scale, Plan(*plan))
+    return eager_grad(pick(student.device), student, teacher, keep, label, scale, Plan(*plan))
 
 
 @torch.library.custom_op(
@@ -91,7 +91,9 @@ def sparse_loss(
 ) -> Tensor:
     """As `dense_loss`, against a `fastkd.backend.Sparse`."""
     teacher = _stored(logprobs, indices, tail, restrict)
-    return eager_loss(columns_contiguous(student), teacher, keep, label, Plan(*plan))
+    return eager_loss(
+        pick(student.device), columns_contiguous(student), teacher, keep, label, Plan(*plan)
+    )
 
 
 @torch.library.custom_op(
@@ -112,7 +114,9 @@ def sparse_grad(
 ) -> Tensor:
     """Gradient of sum(scale * sparse_loss) in the student's shape and dtype."""
     teacher = _stored(logprobs, indices, tail, restrict)
-    return eager_grad(columns_contiguous(student), teacher, keep, label, scale, Plan(*plan))
+    return eager_grad(
+        pick(student.device), columns_contiguous(student), teacher, keep, label, scale, Plan(*plan)
+    )
 
 
 def _stored(logprobs: Tensor, indices: Tensor, tail: Tensor | None, restrict: bool) -> Sparse:

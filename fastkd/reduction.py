@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.backend import Passes, host_passes, on_host
+from fastkd.backend import Trips, host_passes, on_host
 from fastkd.operands import Operand
 
 _checked: ContextVar[bool] = ContextVar(
@@ -62,7 +62,7 @@ class Mask(NamedTuple):
 
 
 def fold(
-    passes: Passes,
+    passes: Trips,
     reduction: str,
     labels: Tensor | None,
     ignore_index: int,

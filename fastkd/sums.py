@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.backend import Passes, adds_wide
+from fastkd.backend import Trips, adds_wide
 
 BLOCK = 2**18  # elements of a product that is added by hand: it stays in a core's own cache
 
@@ -18,7 +18,7 @@ class Sum:
     once: there is one chunk only, whose product torch accumulates in float32 by itself.
     """
 
-    def __init__(self, like: Tensor, dtype: torch.dtype, vocab: int, once: bool, passes: Passes):
+    def __init__(self, like: Tensor, dtype: torch.dtype, vocab: int, once: bool, passes: Trips):
         # float16 has no room for what waits for the gradient of the loss
         exact = dtype.itemsize >= 4 or (once and dtype == like.dtype != torch.float16)
         self.dtype = dtype if exact else torch.float32
@@ -39,7 +39,7 @@ class Sum:
             beta = 0 if first else 1
             torch.ops.aten.addmm.dtype_out(into, a, b, self.dtype, beta=beta, alpha=1, out=into)
         else:
-            step = max(1, BLOCK // into.size(1))
+            step = max(1, BLOCK // max(into.size(1), 1))
             for start in range(0, into.size(0), step):
                 at = slice(start, start + step)
                 product = torch.mm(a[at], b)
@@ -57,8 +57,6 @@ class Sum:
         return buffer(self.passes, like.shape, like.dtype, like.device).copy_(self.total)
 
 
-def buffer(
-    passes: Passes, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def buffer(passes: Trips, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory that the backend may have used before."""
     return passes.empty_gradient(torch.empty((), dtype=dtype, device=device).expand(shape))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd import checks
-from fastkd.backend import Passes, Sparse, chunks, host_passes, pick, without_autocast
+from fastkd.backend import Passes, Sparse, Trips, chunks, host_passes, pick, without_autocast
 from fastkd.operands import LinearLogits, Operand, Tail, TopK, build, kind
 from fastkd.reduction import reads_values
 
@@ -24,7 +24,7 @@ def sparse(
     vocab: int,
     keep: Tensor | None,
     acc: torch.dtype,
-    passes: Passes,
+    passes: Trips,
 ) -> Sparse:
     """The rows of a stored teacher as the passes take them: copies, which nobody else changes.
 
@@ -77,7 +77,7 @@ def sparse(
 
 
 def _admit(
-    passes: Passes,
+    passes: Trips,
     logprobs: Tensor,
     indices: Tensor,
     tail: Tensor | None,

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd.backend import Passes, Plan, Sparse, pick, without_autocast
+from fastkd.backend import Plan, Sparse, Trips, pick, without_autocast
 from fastkd.chunks import Dense, Linear, Side, Stored, Tensors, Wants, run
-from fastkd.function import dual, flat, save_operands, saved_operands
+from fastkd.function import dual, flat, save_operands, saved_operands, whole
 from fastkd.operands import Head, build
 from fastkd.operators import PLAN, columns_contiguous
 from fastkd.reduction import Folded
@@ -35,7 +35,7 @@ class Call(NamedTuple):
     is stored.
     """
 
-    passes: Passes
+    passes: Trips
     heads: tuple[Head | None, Head | None]
     plan: Plan
     folded: Folded
@@ -120,6 +120,7 @@ def _graph(
 
     by: [N] scales of the rows, upstream included; None for `upstream` and folded's.
     """
+    whole(call.passes)
     keep, label, scale, factor = call.folded
     first = tensors[0]
     assert first is not None

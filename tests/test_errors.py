@@ -124,7 +124,7 @@ ROWS = {
     ),
     "vocab-size-float": Bad(TypeError, ["vocab_size", "8.0", "integer"], vocab_size=8.0),
     "vocab-size-bool": Bad(TypeError, ["vocab_size", "True", "integer"], vocab_size=True),
-    "group": Bad(NotImplementedError, ["group", "not supported yet"], group=object()),
+    "group": Bad(RuntimeError, ["group", "init_process_group"], group=object()),
 }
 
 # for distillation_loss

@@ -62,7 +62,6 @@ BAD: dict[str, tuple[type[Exception], list[str], dict[str, Any]]] = {
     "hidden-0-d": (ValueError, ["hidden", "[]", "H >= 1"], {"hidden": torch.tensor(1.0)}),
     "hidden-of-no-size": (ValueError, ["hidden", "[4, 0]", "H >= 1"], {"hidden": torch.ones(N, 0)}),
     "weight-1-d": (ValueError, ["weight", "[5]", "[V, H]"], {"weight": torch.ones(H)}),
-    "no-vocabulary": (ValueError, ["weight", "[0, 5]", "V >= 1"], {"weight": torch.ones(0, H)}),
     "weight-of-another-size": (
         ValueError,
         ["weight", "[9, 6]", "[V, 5]", "[4, 5]"],
@@ -136,6 +135,12 @@ def test_refused_beside_the_other_side(teacher: Any, says: list[str]) -> None:
             assert part in str(caught.value)
 
 
+def test_no_vocabulary_is_refused_unless_other_ranks_have_one() -> None:
+    empty = fastkd.LinearLogits(torch.ones(2, H), torch.ones(0, H))
+    with pytest.raises(ValueError, match=r"student.weight: got \[0, 5\], expected V >= 1"):
+        fastkd.kl_div(empty, torch.ones(2, 3))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
@@ -143,7 +148,7 @@ def test_refused_beside_the_other_side(teacher: Any, says: list[str]) -> None:
         ({"labels": torch.ones(3).long()}, ValueError, r"labels: got shape \[3\], expected \[4\]"),
         ({"labels": torch.full((N,), 9)}, ValueError, "labels: got 9 in row 0"),
         ({"temperature": 0.0}, ValueError, "temperature"),
-        ({"group": object()}, NotImplementedError, "group"),
+        ({"group": object()}, RuntimeError, "group"),
         ({"chunk_size": 3}, TypeError, "unexpected option 'chunk_size'"),
     ],
     ids=["vocab_size", "labels", "label", "temperature", "group", "chunk_size"],

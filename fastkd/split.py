@@ -1,0 +1,380 @@
+"""A vocabulary split over ranks: the passes of a backend with an exchange of sums between them.
+
+Each rank holds the columns [start, start + width) of the student's logits and, of the teacher's,
+the same ones or all. Two exchanges make a row whole, a few numbers a row and never a column:
+
+    stats of the own columns   ->  (max, sum) of both sides, the label's logit  ->  the row's stats
+    loss over the own columns  ->  (sum of values, sum of centred slopes)       ->  the row's loss
+    grad of the own columns
+
+An exchange is an all-gather whose parts every rank merges in the order of the ranks, so that all of
+them hold the same bits by construction. `Split` is `fastkd.backend.Trips` like any other: the
+drivers run on it as they are. A stored teacher names columns of the whole vocabulary and is the
+same on every rank; what its points need of the student goes through the same exchange.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd import reference
+from fastkd.backend import Passes, Plan, Sparse, acc_dtype
+
+INF = float("inf")
+BLOCK = 2**22  # elements of a copy of some rows, for a stored teacher
+
+
+# torch 2.13 has a new name for it
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)
+
+
+def gathered(x: Tensor, group: Any) -> Tensor:
+    """[R, ...]: what every rank has, in the order of the ranks."""
+    size = dist.get_world_size(group)
+    if size == 1:
+        return x.unsqueeze(0)
+    out = x.new_empty(size * x.numel())
+    assert _all_gather is not None
+    _all_gather(out, x.reshape(-1), group=group)
+    return out.view(size, *x.shape)
+
+
+class Columns(NamedTuple):
+    """What a rank holds of a vocabulary of `whole` columns: [start, start + own), own >= 0.
+
+    widest: the most that any rank holds.
+    """
+
+    start: int
+    own: int
+    whole: int
+    widest: int
+
+
+class Split:
+    """`Trips` over this rank's columns; plan.vocab is their number, plan.classes the whole's."""
+
+    def __init__(self, passes: Passes, group: Any, columns: Columns) -> None:
+        self.passes, self.group, self.columns = passes, group, columns
+        self.widest = columns.widest
+        self.total, self.multiply = passes.total, passes.multiply
+        self.empty_gradient = passes.empty_gradient
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """[R, ...]: what every rank has, in the order of the ranks."""
+        return gathered(x, self.group)
+
+    def fused(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        plan: Plan,
+        keep: Tensor | None,
+        label: Tensor | None,
+        scale: Tensor | None,
+        factor: float,
+        grad: Tensor | None,
+    ) -> Tensor:
+        acc = acc_dtype(student, teacher)
+        label = label if plan.hard != 0.0 else None
+        mine = self._label(label, plan)
+        stats_s, stats_t, hard, entropy = self._stats(
+            student, teacher, plan, keep, label, mine, acc
+        )
+        own = stats_s.new_zeros((stats_s.size(0), 2))
+        if plan.vocab:
+            own = self.passes.loss(student, teacher, stats_s, stats_t, plan, keep).to(acc)
+        value, slope = self.gathered(own).sum(0).unbind(-1)
+        loss = plan.soft * value
+        if entropy is not None:
+            loss = loss + plan.hard * entropy
+        if keep is not None:
+            loss = torch.where(keep, loss, 0.0)
+        if grad is not None and plan.vocab:
+            self.passes.grad(
+                *(student, teacher, stats_s, stats_t, hard, slope.contiguous(), plan),
+                *(keep, mine, scale, factor, grad),
+            )
+        elif grad is not None:
+            grad.zero_()
+        return loss
+
+    def _label(self, label: Tensor | None, plan: Plan) -> Tensor | None:
+        """The label's place among the own columns, -1 where it stands on another rank."""
+        if label is None:
+            return None
+        own = label - self.columns.start
+        return torch.where((own >= 0) & (own < plan.vocab), own, -1)
+
+    def _stats(
+        self,
+        student: Tensor,
+        teacher: Tensor | None,
+        plan: Plan,
+        keep: Tensor | None,
+        label: Tensor | None,
+        mine: Tensor | None,
+        acc: torch.dtype,
+        more: Tensor | None = None,
+    ) -> tuple[Tensor, Any, Tensor | None, Tensor | None]:
+        """The rows' stats of both sides, the student's at T = 1, and the cross-entropy.
+
+        Without a teacher, in its place what the ranks' `more` [N, C] have gathered: [R, N, C].
+        """
+        warm = plan.temperature != 1.0
+        sent = self._own_stats(student, plan.temperature, plan, keep, acc)
+        parts = [sent[:, :2]]
+        if teacher is not None:
+            parts.append(self._own_stats(teacher, plan.temperature, plan, keep, acc)[:, :2])
+        if label is not None:
+            assert mine is not None
+            unit = self._own_stats(student, 1.0, plan, keep, acc) if warm else sent
+            width = torch.full_like(unit[:, 0], plan.vocab)
+            parts += [self._at(student, mine, acc).unsqueeze(-1), unit[:, 1:]]
+            parts.append(width.unsqueeze(-1))
+        if more is not None:
+            parts.append(more)
+        got = self.gathered(torch.cat(parts, -1))
+        stats_s = _merged(got[..., :2], plan.temperature)
+        at = 2 if teacher is None else 4
+        other = None if teacher is None else _merged(got[..., 2:4], plan.temperature)
+        hard = entropy = None
+        if label is not None:
+            top = got[..., 0]
+            unit = _merged(torch.stack((top, got[..., at + 1]), -1), 1.0)
+            low, total = _finite(unit[:, 0]), unit[:, 1]
+            # of each column's distance to the row's maximum, of which a rank knew its own
+            moved = torch.where(top == -INF, top, top - low)
+            widths = got[..., at + 3]
+            drift = torch.where(widths > 0, got[..., at + 2] + widths * moved, 0.0).sum(0)
+            entropy = _entropy(low, total, got[..., at].sum(0), drift, plan)
+            hard = unit
+        rest = got[..., at + (4 if label is not None else 0) :]
+        return stats_s, other if teacher is not None else rest, hard, entropy
+
+    def _own_stats(
+        self, x: Tensor, temperature: float, plan: Plan, keep: Tensor | None, acc: torch.dtype
+    ) -> Tensor:
+        if plan.vocab:
+            x = x.to(acc) if acc == torch.float64 else x  # stats are as wide as what they are of
+            return self.passes.stats(x, temperature, plan.vocab, keep)
+        nothing = x.new_zeros((x.size(0) * x.size(1), 3), dtype=acc)
+        nothing[:, 0] = -INF if keep is None else torch.where(keep, -INF, 0.0)
+        return nothing
+
+    @staticmethod
+    def _at(student: Tensor, place: Tensor, acc: torch.dtype) -> Tensor:
+        """[N, ...]: the student's logits at places [N, ...], 0 at -1."""
+        if not student.size(-1):
+            return torch.zeros(place.shape, dtype=acc, device=place.device)
+        flat = place.view(*student.shape[:2], -1)
+        found = student.gather(-1, flat.clamp_min(0)).to(acc)
+        return torch.where(flat >= 0, found, 0.0).view(place.shape)
+
+    def sparse(
+        self,
+        student: Tensor,
+        teacher: Sparse,
+        plan: Plan,
+        keep: Tensor | None,
+        label: Tensor | None,
+        scale: Tensor | None,
+        factor: float,
+        grad: Tensor | None,
+    ) -> Tensor:
+        acc, count = teacher.logprobs.dtype, teacher.logprobs.size(1)
+        label = label if plan.hard != 0.0 else None
+        mine = self._label(label, plan)
+        logp, columns, tail, restrict = teacher
+        if keep is not None:
+            kept = keep.unsqueeze(-1)
+            logp = torch.where(kept, logp, -INF)
+            columns = torch.where(kept, columns, -1)
+            tail = None if tail is None else torch.where(keep, tail, 0.0)
+        place = columns - self.columns.start
+        place = torch.where((columns >= 0) & (place >= 0) & (place < plan.vocab), place, -1)
+        at = self._at(student, place, acc)
+        named = columns >= 0
+        if keep is not None:
+            at = torch.where(keep.unsqueeze(-1), at, 0.0)
+        more = [at]
+        if tail is not None:
+            more.append(self._unnamed(student, place, plan, keep, acc))
+        stats, got, hard, entropy = self._stats(
+            student, None, plan, keep, label, mine, acc, torch.cat(more, -1)
+        )
+        x = torch.where(named, got[..., :count].sum(0), -INF)
+        points = _Points(
+            logp,
+            x,
+            stats if not restrict else _of_points(x, plan.temperature),
+            None
+            if tail is None
+            else (tail, _merged(got[..., count : count + 2], plan.temperature)),
+        )
+        value, slope, tail_slope = points.evaluate(plan)
+        loss = plan.soft * value
+        if entropy is not None:
+            loss = loss + plan.hard * entropy
+        if keep is not None:
+            loss = torch.where(keep, loss, 0.0)
+        if grad is None:
+            return loss
+        by = torch.full_like(loss, factor) if scale is None else scale.to(acc) * factor
+        pull = slope.sum(-1) if tail_slope is None else slope.sum(-1) + tail_slope
+        whole = student.flatten(0, 1)
+        out = grad[0] if grad.size(0) == 1 else torch.empty_like(grad.flatten(0, 1))
+        step = max(1, BLOCK // max(plan.vocab, 1))
+        for start in range(0, loss.numel(), step):
+            rows = slice(start, start + step)
+            soft = self._soft_gradient(
+                whole[rows], place[rows], points, slope, tail_slope, pull, restrict, plan, rows
+            )
+            if hard is not None:
+                assert mine is not None
+                soft = soft + plan.hard * _hard_gradient(
+                    whole[rows, : plan.vocab].to(acc), hard[rows], mine[rows], plan
+                )
+            soft = soft * by[rows].unsqueeze(-1)
+            if keep is not None:
+                soft = torch.where(keep[rows].unsqueeze(-1), soft, 0.0)
+            out[rows, : plan.vocab] = soft.to(out.dtype)
+            out[rows, plan.vocab :] = 0
+        if grad.size(0) != 1:
+            grad.copy_(out.view(grad.shape))
+        return loss
+
+    def _unnamed(
+        self, student: Tensor, place: Tensor, plan: Plan, keep: Tensor | None, acc: torch.dtype
+    ) -> Tensor:
+        """[N, 2]: (max, sum) over the own columns that are not named, summed by themselves."""
+        n = place.size(0)
+        out = torch.zeros((n, 2), dtype=acc, device=place.device)
+        out[:, 0] = -INF
+        if not plan.vocab:
+            return out
+        flat, step = student.flatten(0, 1), max(1, BLOCK // plan.vocab)
+        for start in range(0, n, step):
+            rows = slice(start, start + step)
+            x = F.pad(flat[rows, : plan.vocab], (0, 1))  # one more column for what is not here
+            at = torch.where(place[rows] >= 0, place[rows], plan.vocab)
+            x = x.scatter(-1, at, -INF)[:, : plan.vocab].contiguous()
+            kept = None if keep is None else keep[rows].contiguous()
+            found = self.passes.stats(x.unsqueeze(0), plan.temperature, plan.vocab, kept)
+            out[rows] = found[:, :2].to(acc)
+        return out
+
+    def _soft_gradient(
+        self,
+        x: Tensor,
+        place: Tensor,
+        points: _Points,
+        slope: Tensor,
+        tail_slope: Tensor | None,
+        pull: Tensor,
+        restrict: bool,
+        plan: Plan,
+        rows: slice,
+    ) -> Tensor:
+        """soft dD / ds over the own columns of some rows: slope - q * (sum of slopes)."""
+        acc = slope.dtype
+        logq = points.logq[rows]
+        at_points = slope[rows] - torch.where(logq == -INF, 0.0, logq.exp() * pull[rows, None])
+        if restrict:
+            every = x.new_zeros((x.size(0), plan.vocab + 1), dtype=acc)
+        else:
+            top, total = _finite(points.stats[rows, 0]), points.stats[rows, 1]
+            logs = (x[:, : plan.vocab].to(acc) - top[:, None]) / plan.temperature
+            logs = logs - total.log()[:, None]
+            every = -logs.exp() * pull[rows, None]
+            if tail_slope is not None:
+                assert points.log_tail is not None
+                share = (logs - points.log_tail[rows, None]).exp()  # of what is not named
+                share = torch.where(tail_slope[rows, None] == 0, 0.0, share)
+                every = every + share * tail_slope[rows, None]
+            every = F.pad(every, (0, 1))
+        at = torch.where(place >= 0, place, plan.vocab)
+        every = every.scatter(-1, at, at_points)[:, : plan.vocab]
+        return every * (plan.soft / plan.temperature)
+
+
+class _Points:
+    """The stored columns of each row, on both sides, and the rest."""
+
+    def __init__(
+        self, logp: Tensor, x: Tensor, stats: Tensor, tail: tuple[Tensor, Tensor] | None
+    ) -> None:
+        self.logp, self.x, self.stats, self.tail = logp, x, stats, tail
+        self.log_tail: Tensor | None = None
+
+    def evaluate(self, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(value [N], dl/dlog q [N, K], and of the rest [N])."""
+        top, total = _finite(self.stats[:, 0]), self.stats[:, 1]
+        log_total = total.log()
+        self.logq = (self.x - top[:, None]) / plan.temperature - log_total[:, None]
+        leaves, logps = [self.logq], [self.logp]
+        if self.tail is not None:
+            tail, unnamed = self.tail
+            moved = (unnamed[:, 0] - top) / plan.temperature + unnamed[:, 1].log() - log_total
+            self.log_tail = torch.where(unnamed[:, 1] == 0, -INF, moved)
+            leaves.append(self.log_tail)
+            logps.append(tail)
+        entry = reference.entry(plan)
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in leaves]
+            values = [reference.pointwise(entry, a, b) for a, b in zip(logps, leaves, strict=True)]
+            value = values[0].sum(-1)
+            if len(values) > 1:
+                value = value + values[1]
+            slopes = torch.autograd.grad(value.sum(), leaves)
+        slopes = tuple(
+            torch.where(x == -INF, torch.where(g.isnan(), g, 0.0), g)
+            for x, g in zip(leaves, slopes, strict=True)
+        )
+        return value.detach(), slopes[0], slopes[1] if len(slopes) > 1 else None
+
+
+def _of_points(x: Tensor, temperature: float) -> Tensor:
+    """(max, sum, 0) over the stored columns alone."""
+    top = x.amax(-1)
+    total = ((x - _finite(top)[:, None]) / temperature).exp().sum(-1)
+    return torch.stack((top, total, torch.zeros_like(top)), -1)
+
+
+def _finite(top: Tensor) -> Tensor:
+    return torch.where(top == -INF, 0.0, top)
+
+
+def _merged(parts: Tensor, temperature: float) -> Tensor:
+    """[N, 3] stats of the whole row from (max, sum) of its parts [R, N, 2]; the drift is not."""
+    tops, totals = parts.unbind(-1)
+    top = tops.amax(0)
+    weight = ((tops - _finite(top)) / temperature).exp()
+    total = torch.where(totals == 0, 0.0, totals * weight).sum(0)
+    # a part that is NaN makes the row so, also where its own sum is 0
+    total = torch.where(tops.isnan().any(0), torch.nan, total)
+    return torch.stack((top, total, torch.zeros_like(top)), -1)
+
+
+def _entropy(top: Tensor, total: Tensor, at_label: Tensor, drift: Tensor, plan: Plan) -> Tensor:
+    """log-sum-exp - (1 - smoothing) s[label] - smoothing * mean of s, relative to the maximum."""
+    out = total.log() + (1.0 - plan.smoothing) * (top - at_label)
+    if plan.smoothing != 0.0:
+        out = out - plan.smoothing / plan.classes * drift
+    return torch.where(total == 0, torch.nan, out)
+
+
+def _hard_gradient(x: Tensor, stats: Tensor, place: Tensor, plan: Plan) -> Tensor:
+    """q at T = 1 - target, over the own columns of some rows."""
+    q = (x - _finite(stats[:, 0])[:, None]).exp() / stats[:, 1, None]
+    out = F.pad(q - plan.smoothing / plan.classes, (0, 1))
+    at = torch.where(place >= 0, place, x.size(1)).unsqueeze(-1)
+    sure = torch.full_like(at, plan.smoothing - 1.0, dtype=x.dtype)
+    return out.scatter_add(-1, at, sure)[:, : x.size(1)]

@@ -1,0 +1,59 @@
+"""Several processes of one group on this machine, for tests of what is split over ranks."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 60  # seconds; a rank that waits for a dead one gives up then at the latest
+
+
+def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """function(*args) on each of `world` ranks (gloo); what they return, or AssertionError."""
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [spawn.Pipe(duplex=False) for _ in range(world)]
+        processes = [
+            spawn.Process(target=_rank, args=(rank, world, folder, function, args, pipes[rank][1]))
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        for _, end in pipes:
+            end.close()
+        results = []
+        for end, _ in pipes:
+            try:
+                results.append(end.recv())
+            except EOFError:
+                results.append((False, "died"))
+        for process in processes:
+            process.join()
+    failed = [f"rank {rank}: {what}" for rank, (good, what) in enumerate(results) if not good]
+    assert not failed, "\n".join(failed)
+    return [what for _, what in results]
+
+
+def _rank(
+    rank: int, world: int, folder: str, function: Callable[..., Any], args: Any, end: Any
+) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), world)
+    timeout = datetime.timedelta(seconds=TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
+    try:
+        end.send((True, function(*args)))
+    except BaseException:
+        end.send((False, traceback.format_exc()))
+    finally:
+        dist.destroy_process_group()
