@@ -1,5 +1,6 @@
 """The workflow around the losses: train, evaluate, compare and hand over a student."""
 
+from . import features
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
 from .cohort import Peer, Several
@@ -46,6 +47,7 @@ __all__ = [
     "decay",
     "evaluate",
     "feature",
+    "features",
     "fine_tune",
     "frozen",
     "hand_over",
