@@ -1,6 +1,6 @@
 """The workflow around the losses: train, evaluate, compare and hand over a student."""
 
-from . import features
+from . import features, relations
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
 from .cohort import Peer, Several
@@ -59,6 +59,7 @@ __all__ = [
     "projector",
     "prune",
     "pseudo_labels",
+    "relations",
     "replace_head",
     "report",
     "save",

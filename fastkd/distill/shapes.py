@@ -39,7 +39,7 @@ def full_precision(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 
 def unit(x: Tensor) -> Tensor:
-    """x / |x| along the last dimension; 0, with gradient 0, where |x| is 0."""
+    """x / |x| along the last dimension; 0, with gradient 0, where |x|^2 is 0 in its dtype."""
     square = x.square().sum(-1, keepdim=True)
     found = square > 0
     return x * torch.where(found, square, 1.0).rsqrt().where(found, 0.0)
