@@ -1,6 +1,6 @@
 """The workflow around the losses: train, evaluate, compare and hand over a student."""
 
-from . import features, relations
+from . import attention, features, relations
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
 from .cohort import Peer, Several
@@ -42,6 +42,7 @@ __all__ = [
     "TensorBoardLogger",
     "Term",
     "agreement",
+    "attention",
     "calibration_error",
     "copy_layers",
     "decay",
