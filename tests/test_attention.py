@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import FLOORS, INF
+from common import FLOORS, INF, unreadable
 from torch import Tensor, nn
 
 from fastkd import distill
@@ -359,6 +359,36 @@ def test_low_precision_only_at_the_ends(dtype: torch.dtype) -> None:
         # three gradients of [s] * 3 are stored and added in the dtype
         allowed = (4 * FLOORS[dtype] + FLOORS[torch.float32]) * exact_s.grad.abs().max()
         assert error <= allowed + torch.finfo(dtype).smallest_normal
+
+
+def test_no_value_is_read() -> None:
+    """`kl_div` itself looks at labels on the host, so a mask is left out there."""
+    with unreadable():
+        mask = torch.ones(2, 4)
+        for value in (
+            attention.attention_kl(a := torch.randn(2, 3, 4, 4, requires_grad=True), a.detach()),
+            attention.tinybert(a, a.detach(), mask=mask),
+            attention.at(a, a.detach()),
+            attention.tinybert_hidden(a[0], a[1].detach(), mask=torch.ones(3, 4)),
+            attention.minilm([a[0]] * 3, [a[1].detach()] * 3, heads=2),
+        ):
+            value.backward()
+
+
+def test_compiles_whole() -> None:
+    a, b = pair(2, 3, 4, 4, dtype=torch.float32)
+    mask = mask_of("both", 2, 4)
+
+    def all_of_them(a: Tensor, b: Tensor) -> Tensor:
+        return (
+            attention.attention_kl(a, b, mask=mask)
+            + attention.tinybert(a, b, mask=mask)
+            + attention.at(a, b)
+            + attention.minilm([a[0]] * 3, [b[0]] * 3, heads=2)
+        )
+
+    compiled = torch.compile(all_of_them, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(a, b), all_of_them(a, b))
 
 
 # errors

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import FLOORS
+from common import FLOORS, unreadable
 from torch import Tensor, nn
 
 from fastkd import distill
@@ -262,6 +262,30 @@ def test_modules_take_other_dtypes(dtype: torch.dtype) -> None:
         value.backward()
         assert value.dtype == torch.promote_types(dtype, torch.float32)
         assert s.grad is not None and s.grad.dtype == dtype
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "vid": lambda: features.VID(6, 6),
+    "mgd": lambda: features.MGD(6, 6),
+}
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *MODULES])
+def test_no_value_is_read(name: str) -> None:
+    with unreadable():
+        loss = MODULES[name]() if name in MODULES else FUNCTIONS[name]
+        s, t = torch.randn(2, 6, 3, 4, requires_grad=True), torch.randn(2, 6, 3, 4)
+        loss(s, t).backward()
+        assert s.grad is not None
+    with pytest.raises(Exception, match="_local_scalar_dense"), unreadable():
+        float(torch.randn(()))
+
+
+@functions
+def test_compiles_whole(name: str) -> None:
+    s, t = pair((2, 6, 3, 4), torch.float32)
+    compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(s, t), FUNCTIONS[name](s, t))
 
 
 # errors

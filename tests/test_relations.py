@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import FLOORS
+from common import FLOORS, unreadable
 from torch import Tensor, nn
 
 from fastkd import distill
@@ -318,6 +318,25 @@ def test_contrast_takes_other_dtypes(dtype: torch.dtype) -> None:
     value.backward()
     assert value.dtype == torch.float32  # the embeddings' own
     assert s.grad is not None and s.grad.dtype == dtype and s.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "fsp", "crd"])
+def test_no_value_is_read(name: str) -> None:
+    with unreadable():
+        s, t = torch.randn(3, 4, requires_grad=True), torch.randn(3, 6)
+        if name == "fsp":
+            relations.fsp((s, s), (s, t[:, :4])).backward()
+        else:
+            loss = relations.CRD(4, 6, samples=5) if name == "crd" else FUNCTIONS[name]
+            loss(s, t).backward()
+        assert s.grad is not None
+
+
+@functions
+def test_compiles_whole(name: str) -> None:
+    s, t = samples(dtype=torch.float32)
+    compiled = torch.compile(FUNCTIONS[name], fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(s, t), FUNCTIONS[name](s, t))
 
 
 # errors
