@@ -144,31 +144,43 @@ def test_flow_averages_the_larger_layer() -> None:
     torch.testing.assert_close(relations.fsp((large, small), other), expected.square().mean())
 
 
-def test_contrast_is_the_noise_contrastive_objective() -> None:
-    s, t = samples(3)
+@pytest.mark.parametrize("training", [True, False])
+def test_contrast_is_the_noise_contrastive_objective(training: bool) -> None:
     crd = relations.CRD(4, 6, samples=20, dim=5, negatives=7, temperature=0.5).double()
-    torch.manual_seed(3)
-    drawn = torch.randint(20, (7,)).tolist()
-    torch.manual_seed(3)
-    banks = crd.student_bank.clone(), crd.teacher_bank.clone()
-    value = crd(s, t)
+    crd.train(training)
+    z: tuple[float, float] | None = None
+    for _ in range(2):
+        s, t = samples(3)
+        with torch.no_grad():
+            a = [x / x.norm() for x in crd.student(s)]
+            b = [x / x.norm() for x in crd.teacher(t)]
+        banks = crd.student_bank.clone(), crd.teacher_bank.clone()
+        torch.manual_seed(3)
+        drawn = torch.randint(20, (7,)).tolist()
+        if z is None or not training:  # of the first call in train mode, then a constant
+            z = (
+                sum(math.exp(float(x @ banks[1][n]) / 0.5) for x in a for n in drawn) / 21,
+                sum(math.exp(float(x @ banks[0][n]) / 0.5) for x in b for n in drawn) / 21,
+            )
 
-    def h(a: Tensor, b: Tensor) -> float:
-        score = math.exp(float(a @ b) / 0.5)
-        return score / (score + 7 / 20)
+        def h(a: Tensor, b: Tensor, direction: int, z: tuple[float, float] = z) -> float:
+            p = math.exp(float(a @ b) / 0.5) / (20 * z[direction])
+            return p / (p + 7 / 20)
 
-    total = 0.0
-    with torch.no_grad():
-        a = [x / x.norm() for x in crd.student(s)]
-        b = [x / x.norm() for x in crd.teacher(t)]
-    for x, y in zip(a, b, strict=True):
-        total -= 2 * math.log(h(x, y))
-        total -= sum(math.log(1 - h(x, banks[1][n])) for n in drawn)
-        total -= sum(math.log(1 - h(y, banks[0][n])) for n in drawn)
-    assert float(value.detach()) == pytest.approx(total / 3, rel=1e-9)
-    torch.testing.assert_close(crd.student_bank[:3], torch.stack(a))
-    torch.testing.assert_close(crd.teacher_bank[:3], torch.stack(b))
-    assert torch.equal(crd.teacher_bank[3:], banks[1][3:]) and int(crd.place) == 3
+        total = 0.0
+        for x, y in zip(a, b, strict=True):
+            total -= math.log(h(x, y, 0)) + math.log(h(x, y, 1))
+            total -= sum(math.log(1 - h(x, banks[1][n], 0)) for n in drawn)
+            total -= sum(math.log(1 - h(y, banks[0][n], 1)) for n in drawn)
+        torch.manual_seed(3)
+        value = crd(s, t)
+        assert float(value.detach()) == pytest.approx(total / 3, rel=1e-9)
+        if not training:
+            assert torch.equal(banks[0], crd.student_bank) and crd.log_z.isnan().all()
+    if training:
+        torch.testing.assert_close(crd.student_bank[3:6], torch.stack(a))
+        torch.testing.assert_close(crd.teacher_bank[3:6], torch.stack(b))
+        assert torch.equal(crd.teacher_bank[6:], banks[1][6:]) and int(crd.place) == 6
 
 
 def test_bank_is_a_ring() -> None:
@@ -219,7 +231,9 @@ def test_gradient(name: str, n: int) -> None:
 def test_gradient_of_flow_and_contrast() -> None:
     maps = [torch.randn(2, c, h, h).double().requires_grad_() for c, h in ((3, 4), (2, 2)) * 2]
     assert torch.autograd.gradcheck(lambda a, b, c, d: relations.fsp((a, b), (c, d)), maps)
-    crd = relations.CRD(4, 6, samples=9, dim=3, negatives=4, temperature=0.5).double().eval()
+    crd = relations.CRD(4, 6, samples=9, dim=3, negatives=4, temperature=0.5).double()
+    crd(*samples(3))  # Z is a constant from the first call on
+    crd.eval()
 
     def drawn(s: Tensor, t: Tensor, *_: Tensor) -> Tensor:
         torch.manual_seed(3)

@@ -205,10 +205,13 @@ class CRD(nn.Module):
 
         mean over samples, sum over both directions of
             -log h(s, t) - sum over negatives n of log(1 - h(s, t_n))
-        h(s, t) = exp(s.t / tau) / (exp(s.t / tau) + negatives / samples)
+        h(s, t) = P / (P + negatives / samples),   P = exp(s.t / tau) / (samples * Z)
 
     s and t are learnt linear embeddings of unit length; in the other direction negatives s_n meet
-    t. The bank holds, as buffers (random at first, checkpointed with the rest), both sides'
+    t. Z, one for each direction, is the mean of exp(s.t_n / tau) in the first call in train mode,
+    a constant from then on: without it (the paper's text leaves it out) h is no small probability
+    for negatives at right angles, and embeddings of unit length cannot all be opposed. The bank
+    holds, as buffers (random at first, checkpointed with the rest), both sides'
     embeddings of the latest `samples` samples, and gets those of the batch after each call in train
     mode. The negatives are drawn from it uniformly by torch's generator, one draw for the batch.
 
@@ -239,6 +242,7 @@ class CRD(nn.Module):
     student_bank: Tensor
     teacher_bank: Tensor
     place: Tensor
+    log_z: Tensor
 
     def __init__(
         self,
@@ -262,6 +266,7 @@ class CRD(nn.Module):
         self.register_buffer("student_bank", unit(torch.randn(samples, dim)))
         self.register_buffer("teacher_bank", unit(torch.randn(samples, dim)))
         self.register_buffer("place", torch.zeros((), dtype=torch.long))
+        self.register_buffer("log_z", torch.full((2,), math.nan))  # until the first call
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         same_batch(student, teacher)
@@ -272,11 +277,17 @@ class CRD(nn.Module):
         expect(good, student, teacher, wanted)
         s, t = (f(x.to(f.weight.dtype)) for x, f in zip(flat, layers, strict=True))
         drawn = torch.randint(self.samples, (self.negatives,), device=s.device)
-        negatives = self.student_bank[drawn], self.teacher_bank[drawn]
-        loss = _contrast(s, t, *negatives, self.temperature, self.negatives / self.samples)
+        negatives = self.teacher_bank[drawn], self.student_bank[drawn]
         if self.training:
+            self._begin(s, t, *negatives)
             self._keep(s, t)
-        return loss
+        return _contrast(s, t, *negatives, self.log_z, self.temperature)
+
+    @torch.no_grad()
+    def _begin(self, *given: Tensor) -> None:
+        """Z where there is none yet; asked of the device, for which nobody waits."""
+        found = _log_z(*given, self.temperature).to(self.log_z.dtype)
+        self.log_z.copy_(torch.where(self.log_z.isnan(), found, self.log_z))
 
     @torch.no_grad()
     def _keep(self, s: Tensor, t: Tensor) -> None:
@@ -287,22 +298,33 @@ class CRD(nn.Module):
         self.place.copy_((self.place + s.size(0)) % self.samples)
 
     def extra_repr(self) -> str:
-        odds = f"{self.negatives} / {self.samples}"
-        return f"-log h - sum log(1 - h_n), h = 1 / (1 + {odds} exp(-s.t / {self.temperature:g}))"
+        h = f"1 / (1 + {self.negatives} Z exp(-s.t / {self.temperature:g}))"
+        return f"-log h(s, t) - sum log(1 - h(s, t_n)), h = {h}"
+
+
+@full_precision
+def _log_z(s: Tensor, t: Tensor, teachers: Tensor, students: Tensor, temperature: float) -> Tensor:
+    """log of the mean of exp(score / temperature), over samples and negatives, both directions."""
+    scores = [(unit(x) @ bank.T).flatten() for x, bank in ((s, teachers), (t, students))]
+    return torch.stack([(x / temperature).logsumexp(0) - math.log(x.numel()) for x in scores])
 
 
 @full_precision
 def _contrast(
-    s: Tensor, t: Tensor, students: Tensor, teachers: Tensor, temperature: float, odds: float
+    s: Tensor, t: Tensor, teachers: Tensor, students: Tensor, log_z: Tensor, temperature: float
 ) -> Tensor:
+    """log h = logsigmoid(x), log(1 - h) = logsigmoid(-x) at x = score / temperature - log(N Z)."""
     s, t = unit(s), unit(t)
-    # log h = logsigmoid(x), log(1 - h) = logsigmoid(-x) at x = score / tau - log(odds)
-    positive = (s * t).sum(-1) / temperature - math.log(odds)
-    against = [
-        F.logsigmoid(math.log(odds) - x @ bank.T / temperature).sum(-1)
-        for x, bank in ((s, teachers), (t, students))
-    ]
-    return -(2 * F.logsigmoid(positive) + against[0] + against[1]).mean()
+    log_z = torch.where(
+        log_z.isnan(), _log_z(s, t, teachers, students, temperature).detach(), log_z
+    )
+    loss = torch.zeros((), dtype=s.dtype, device=s.device)
+    positive = (s * t).sum(-1) / temperature
+    for x, bank, at in ((s, teachers, log_z[0]), (t, students, log_z[1])):
+        shift = at + math.log(bank.size(0))
+        against = F.logsigmoid(shift - x @ bank.T / temperature).sum(-1)
+        loss = loss - (F.logsigmoid(positive - shift) + against).mean()
+    return loss
 
 
 def _over_mean(distances: Tensor) -> Tensor:
