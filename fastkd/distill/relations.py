@@ -1,7 +1,7 @@
 """Losses between the relations of samples, or of two layers, within a student and a teacher.
 
     distill.feature("layer1", "layer3", relations.rkd_distance, 25.0)
-    distill.feature("layer1", "layer3", relations.CRD(64, 128, samples=len(dataset)))
+    distill.feature("layer1", "layer3", relations.CRD(64, 128))
 
 Functions are (student features, teacher features) -> 0-d tensor, in float32 at least, also under
 autocast. A sample is flattened, [N, ...] to [N, D], so the two D may differ and no projector is
@@ -205,25 +205,24 @@ class CRD(nn.Module):
 
         mean over samples, sum over both directions of
             -log h(s, t) - sum over negatives n of log(1 - h(s, t_n))
-        h(s, t) = P / (P + negatives / samples),   P = exp(s.t / tau) / (samples * Z)
+        h(s, t) = exp(s.t / tau) / (exp(s.t / tau) + negatives * Z)
 
     s and t are learnt linear embeddings of unit length; in the other direction negatives s_n meet
-    t. Z, one for each direction, is the mean of exp(s.t_n / tau) in the first call in train mode,
-    a constant from then on: without it (the paper's text leaves it out) h is no small probability
-    for negatives at right angles, and embeddings of unit length cannot all be opposed. The bank
-    holds, as buffers (random at first, checkpointed with the rest), both sides'
-    embeddings of the latest `samples` samples, and gets those of the batch after each call in train
-    mode. The negatives are drawn from it uniformly by torch's generator, one draw for the batch.
+    t. Z, one for each direction, is the mean of exp(s.t_n / tau) in the first call in train mode
+    and a constant from then on: without it (the paper's text has 1 / size of the training set
+    there, its experiments have Z) every negative would have to be opposed, which unit vectors
+    cannot all be.
 
-    It departs from the paper in the bank: the paper's keeps a running mean for each training
-    sample, found by its index, and uses it in place of s or t beside the positive too. Here no
-    index has to travel with the batch, and the positive is the pair itself.
+    It departs from the paper in its bank: that one keeps a running mean for each training sample,
+    found by its index, and draws negatives from it. Here the negatives are the embeddings of the
+    latest samples, all of them, so no index has to travel with the batch; the bank is buffers
+    (random at first, checkpointed with the rest) and gets the batch after each call in train mode.
 
     Args:
         student, teacher: features of a sample when flattened.
-        samples: size of the training set, M in the paper, and of the bank.
+        negatives: size of the bank. At most about half of the training set: a sample would meet
+            its own older embedding as a negative.
         dim: length of an embedding.
-        negatives: N in the paper; None for the smaller of 16384 and `samples`.
         temperature: tau > 0.
 
     Called with:
@@ -248,23 +247,21 @@ class CRD(nn.Module):
         self,
         student: int,
         teacher: int,
-        samples: int,
         *,
+        negatives: int = 4096,
         dim: int = 128,
-        negatives: int | None = None,
         temperature: float = 0.07,
     ) -> None:
         super().__init__()
-        negatives = min(16384, samples) if negatives is None else negatives
-        for name, value in (("samples", samples), ("dim", dim), ("negatives", negatives)):
+        for name, value in (("negatives", negatives), ("dim", dim)):
             if value < 1:
                 raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
         if not temperature > 0:
             raise ValueError(f"temperature: got {temperature!r}, expected > 0")
-        self.samples, self.negatives, self.temperature = samples, negatives, temperature
+        self.negatives, self.temperature = negatives, temperature
         self.student, self.teacher = nn.Linear(student, dim), nn.Linear(teacher, dim)
-        self.register_buffer("student_bank", unit(torch.randn(samples, dim)))
-        self.register_buffer("teacher_bank", unit(torch.randn(samples, dim)))
+        self.register_buffer("student_bank", unit(torch.randn(negatives, dim)))
+        self.register_buffer("teacher_bank", unit(torch.randn(negatives, dim)))
         self.register_buffer("place", torch.zeros((), dtype=torch.long))
         self.register_buffer("log_z", torch.full((2,), math.nan))  # until the first call
 
@@ -276,26 +273,21 @@ class CRD(nn.Module):
         wanted = " and ".join(str(layer.in_features) for layer in layers) + " features a sample"
         expect(good, student, teacher, wanted)
         s, t = (f(x.to(f.weight.dtype)) for x, f in zip(flat, layers, strict=True))
-        drawn = torch.randint(self.samples, (self.negatives,), device=s.device)
-        negatives = self.teacher_bank[drawn], self.student_bank[drawn]
+        banks = self.teacher_bank.clone(), self.student_bank.clone()  # backward needs them as is
+        log_z = _log_z(s.detach(), t.detach(), *banks, temperature=self.temperature)
+        log_z = torch.where(self.log_z.isnan(), log_z, self.log_z)  # asked of the device: no wait
         if self.training:
-            self._begin(s, t, *negatives)
+            self.log_z.copy_(log_z)
             self._keep(s, t)
-        return _contrast(s, t, *negatives, self.log_z, self.temperature)
-
-    @torch.no_grad()
-    def _begin(self, *given: Tensor) -> None:
-        """Z where there is none yet; asked of the device, for which nobody waits."""
-        found = _log_z(*given, self.temperature).to(self.log_z.dtype)
-        self.log_z.copy_(torch.where(self.log_z.isnan(), found, self.log_z))
+        return _contrast(s, t, *banks, log_z=log_z, temperature=self.temperature)
 
     @torch.no_grad()
     def _keep(self, s: Tensor, t: Tensor) -> None:
-        s, t = (unit(x[-self.samples :].to(self.student_bank.dtype)) for x in (s, t))
-        at = (self.place + torch.arange(s.size(0), device=s.device)) % self.samples
+        s, t = (unit(x[-self.negatives :].to(self.student_bank.dtype)) for x in (s, t))
+        at = (self.place + torch.arange(s.size(0), device=s.device)) % self.negatives
         self.student_bank.index_copy_(0, at, s)
         self.teacher_bank.index_copy_(0, at, t)
-        self.place.copy_((self.place + s.size(0)) % self.samples)
+        self.place.copy_((self.place + s.size(0)) % self.negatives)
 
     def extra_repr(self) -> str:
         h = f"1 / (1 + {self.negatives} Z exp(-s.t / {self.temperature:g}))"
@@ -303,7 +295,9 @@ class CRD(nn.Module):
 
 
 @full_precision
-def _log_z(s: Tensor, t: Tensor, teachers: Tensor, students: Tensor, temperature: float) -> Tensor:
+def _log_z(
+    s: Tensor, t: Tensor, teachers: Tensor, students: Tensor, *, temperature: float
+) -> Tensor:
     """log of the mean of exp(score / temperature), over samples and negatives, both directions."""
     scores = [(unit(x) @ bank.T).flatten() for x, bank in ((s, teachers), (t, students))]
     return torch.stack([(x / temperature).logsumexp(0) - math.log(x.numel()) for x in scores])
@@ -311,20 +305,17 @@ def _log_z(s: Tensor, t: Tensor, teachers: Tensor, students: Tensor, temperature
 
 @full_precision
 def _contrast(
-    s: Tensor, t: Tensor, teachers: Tensor, students: Tensor, log_z: Tensor, temperature: float
+    s: Tensor, t: Tensor, teachers: Tensor, students: Tensor, *, log_z: Tensor, temperature: float
 ) -> Tensor:
     """log h = logsigmoid(x), log(1 - h) = logsigmoid(-x) at x = score / temperature - log(N Z)."""
     s, t = unit(s), unit(t)
-    log_z = torch.where(
-        log_z.isnan(), _log_z(s, t, teachers, students, temperature).detach(), log_z
-    )
-    loss = torch.zeros((), dtype=s.dtype, device=s.device)
     positive = (s * t).sum(-1) / temperature
-    for x, bank, at in ((s, teachers, log_z[0]), (t, students, log_z[1])):
-        shift = at + math.log(bank.size(0))
+    losses = []
+    for x, bank, z in ((s, teachers, log_z[0]), (t, students, log_z[1])):
+        shift = z + math.log(bank.size(0))
         against = F.logsigmoid(shift - x @ bank.T / temperature).sum(-1)
-        loss = loss - (F.logsigmoid(positive - shift) + against).mean()
-    return loss
+        losses.append(-(F.logsigmoid(positive - shift) + against).mean())
+    return torch.stack(losses).sum()
 
 
 def _over_mean(distances: Tensor) -> Tensor:
