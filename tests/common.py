@@ -7,7 +7,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkd
 from fastkd.divergence import Divergence
@@ -51,6 +53,13 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
     variables = {**os.environ, "PYTHONPATH": root, **environment}
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+
+
+@contextmanager
+def unreadable() -> Iterator[None]:
+    """Tensors made within have no values: to read one, for which a GPU would wait, is an error."""
+    with FakeTensorMode(), fastkd.use_backend("reference"):
+        yield
 
 
 # ---- dtypes, divergences, shapes, inputs: the axes of the tests

@@ -1,6 +1,6 @@
 """The workflow around the losses: train, evaluate, compare and hand over a student."""
 
-from . import cache
+from . import attention, cache, features, relations
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
 from .cohort import Peer, Several
@@ -42,12 +42,14 @@ __all__ = [
     "TensorBoardLogger",
     "Term",
     "agreement",
+    "attention",
     "cache",
     "calibration_error",
     "copy_layers",
     "decay",
     "evaluate",
     "feature",
+    "features",
     "fine_tune",
     "frozen",
     "hand_over",
@@ -59,6 +61,7 @@ __all__ = [
     "projector",
     "prune",
     "pseudo_labels",
+    "relations",
     "replace_head",
     "report",
     "save",

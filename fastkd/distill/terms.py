@@ -135,7 +135,8 @@ def feature(
     Args:
         student_tap, teacher_tap: names of modules, as in `named_modules()`; a tuple of names gives
             the function (and the projector) a tuple of features.
-        function: (student features, teacher features) -> 0-d tensor.
+        function: (student features, teacher features) -> 0-d tensor; see `features`, `relations`
+            and `attention`. One that is a module with parameters or buffers is learnt too.
         weight: factor, or step -> factor.
         projector: learnt with the student (see `fastkd.distill.projector`); None for none.
         mean: see `Term`.
@@ -147,7 +148,22 @@ def feature(
         return function(mine if projector is None else projector(mine), theirs)
 
     name = name or f"feature:{'+'.join(_names(student_tap))}-{'+'.join(_names(teacher_tap))}"
-    return Term(name, call, weight, mean, _names(student_tap), _names(teacher_tap), projector)
+    return Term(
+        name,
+        call,
+        weight,
+        mean,
+        _names(student_tap),
+        _names(teacher_tap),
+        _owned(projector, function),
+    )
+
+
+def _owned(projector: nn.Module | None, function: Callable[..., Tensor]) -> nn.Module | None:
+    """What a term learns: its projector, its function, or both."""
+    if not isinstance(function, nn.Module) or not function.state_dict():
+        return projector
+    return function if projector is None else nn.ModuleList([projector, function])
 
 
 def _names(tap: Tap) -> tuple[str, ...]:
