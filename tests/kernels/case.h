@@ -45,6 +45,18 @@ inline const char* name_of(Given given) {
   return names[static_cast<int>(given)];
 }
 
+// What the log-probabilities of a stored teacher's row are.
+enum class Mass {
+  drawn,         // a softmax of few or many
+  student,       // the student's own probabilities
+  shared,        // exactly 1 in equal powers of two
+  one_hot,       // all on one column
+  extreme,       // any: 0, subnormal, far below what exp can tell from 0
+  nothing,       // -inf everywhere
+  not_a_number,  // in one place
+  any,           // drawn by row
+};
+
 struct Case {
   uint64_t seed = 1;  // of values and layouts
   int divergence = 0;
@@ -54,6 +66,7 @@ struct Case {
   bool keep = false, scale = false, equal = false, threads = false, flush = false;
   Content content = Content::any, of_teacher = Content::any;  // any: as the student's
   Given given = Given::logits;
+  Mass mass = Mass::any;
   int64_t k = 0;  // places of a stored teacher's row
 
   bool wide() const { return student == DType::f64 || teacher == DType::f64; }

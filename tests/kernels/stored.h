@@ -10,17 +10,6 @@
 
 namespace check {
 
-enum class Mass {
-  drawn,      // a softmax of few or many
-  student,    // the student's own probabilities
-  shared,     // exactly 1 in equal powers of two
-  one_hot,    // all on one column
-  extreme,    // any log-probabilities: 0, subnormal, far below what exp can tell from 0
-  nothing,    // -inf everywhere
-  not_a_number,
-  count,
-};
-
 template <class T>
 class Stored final : public Batch<T> {
  public:
@@ -123,8 +112,9 @@ class Stored final : public Batch<T> {
   }
 
   void draw_mass(int64_t r, const Softmax<R>& s) {
-    Mass mass = random.chance(0.4) ? Mass::drawn
-                                   : static_cast<Mass>(random.below(int(Mass::count)));
+    Mass mass = c.mass != Mass::any  ? c.mass
+                : random.chance(0.4) ? Mass::drawn
+                                     : static_cast<Mass>(random.below(int(Mass::any)));
     if (mass == Mass::student && (s.broken || s.empty)) mass = Mass::drawn;
     const size_t k = static_cast<size_t>(c.k);
     std::vector<size_t> named;
@@ -163,16 +153,16 @@ class Stored final : public Batch<T> {
       for (R& x : logp) x -= log_sum;  // NaN where there is nothing, as torch has it
       rest = -inf;
     }
-    const auto place = [&](int64_t i) { return random.chance(0.2) && has_tail() ? c.k : i; };
     for (int64_t i = 0; i < c.k; ++i)
-      put(logprobs, r, i, std::min(R(0), logp[static_cast<size_t>(i)]));
-    put(tail, r, 0, std::min(R(0), rest));
+      put(logprobs, r, i, std::min(logp[static_cast<size_t>(i)], R(0)));
+    put(tail, r, 0, std::min(rest, R(0)));
     if (mass != Mass::not_a_number) return;
-    const int64_t at = c.k == 0 ? c.k : place(random.below(c.k));
-    if (at < c.k) {
-      put(logprobs, r, at, std::numeric_limits<R>::quiet_NaN());
+    // in padding, too: where a bad index was
+    constexpr R nan = std::numeric_limits<R>::quiet_NaN();
+    if (c.k == 0 || random.chance(0.2)) {
+      put(tail, r, 0, nan);
     } else {
-      put(tail, r, 0, std::numeric_limits<R>::quiet_NaN());
+      put(logprobs, r, random.below(c.k), nan);
     }
   }
 
