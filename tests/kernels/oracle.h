@@ -259,12 +259,14 @@ void hard_truth(const Softmax<R>& s, int64_t label, R smoothing, RowTruth<R>& ro
   const R at_label = here ? s.logs[static_cast<size_t>(label)] : -(s.top + log_sum);
   row.hard.value = product(smoothing - R(1), at_label);
   row.hard.slack = unit * (spread + std::fabs(at_label) + (here ? R(0) : std::fabs(s.top)));
-  if (here && s.lost[static_cast<size_t>(label)]) row.vague = true;
+  // in units of log 2, see softmax
+  const R most = std::numeric_limits<T>::max() / R(4);
+  if (here ? bool(s.lost[static_cast<size_t>(label)]) : std::fabs(s.top) > most) row.vague = true;
   if (smoothing != R(0)) {
     const R mean = s.below.value / static_cast<R>(n);
     row.hard.value += smoothing * (log_sum - mean);
     row.hard.slack += smoothing * (unit * spread + s.below.slack / static_cast<R>(n));
-    if (s.below.value > -inf && -s.below.value > std::numeric_limits<T>::max() / 4)
+    if (s.below.value > -inf && -s.below.value > most)
       row.vague = true;  // the sum over a block is one of T
   }
   if (!(row.hard.value < inf)) row.hard.slack = R(0);
