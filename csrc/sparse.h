@@ -41,7 +41,7 @@ inline void exp2_all(double* x, int64_t n) {
     sum = sum * t + 0.5;
     sum = sum * t + 1.0;
     sum = sum * t + 1.0;
-    const double power = bits<double>((bits<int64_t>(shifted) + 1023) << 52);
+    const double power = bits<double>((bits<uint64_t>(shifted) + 1023u) << 52);
     x[i] = x[i] < -1022.0 ? 0.0 : sum * power;
   }
 }
