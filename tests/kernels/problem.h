@@ -195,8 +195,9 @@ class Problem final : public Batch<T> {
     if (c.equal) {
       for (int64_t i = 0; i < c.vocab; ++i)
         write_bits(teacher.at(r, i), c.teacher,
-                   c.student == c.teacher ? student.bits(r, i)
-                                          : encode(decode(student.bits(r, i), c.student), c.teacher));
+                   c.student == c.teacher
+                       ? student.bits(r, i)
+                       : encode(decode(student.bits(r, i), c.student), c.teacher));
     } else {
       const Content own = c.of_teacher != Content::any ? c.of_teacher : c.content;
       fill_row(random, common, this->draw_content(own), teacher, r, this->unit_of(c.teacher));

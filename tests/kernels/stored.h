@@ -123,7 +123,8 @@ class Stored final : public Batch<T> {
     std::vector<R> logp(k, -inf);
     R rest = -inf;
     const R width = random.chance(0.2) ? R(30) : R(3);
-    const size_t hot = named.empty() ? 0 : named[static_cast<size_t>(random.below(int64_t(named.size())))];
+    const int64_t count = static_cast<int64_t>(named.size());
+    const size_t hot = named.empty() ? 0 : named[static_cast<size_t>(random.below(count))];
     if (mass == Mass::drawn) {
       R sum = R(0);
       for (size_t i : named) sum += std::exp(logp[i] = width * static_cast<R>(random.normal()));
@@ -133,7 +134,8 @@ class Stored final : public Batch<T> {
       rest -= log_sum;
       if (random.chance(0.2) && !named.empty()) logp[hot] = -inf;
     } else if (mass == Mass::student) {
-      for (size_t i : named) logp[i] = s.logs[static_cast<size_t>(index(r, static_cast<int64_t>(i)))];
+      for (size_t i : named)
+        logp[i] = s.logs[static_cast<size_t>(index(r, static_cast<int64_t>(i)))];
       rest = log_sum_of(off(r, s.logs));
     } else if (mass == Mass::shared) {
       const R log_share = std::log(R(0.5)) * std::ceil(std::log2(static_cast<R>(named.size() + 1)));
@@ -227,7 +229,7 @@ class Stored final : public Batch<T> {
     return row;
   }
 
-  // From the gradient by outcomes to that by columns, to each of which comes its share of the rest's.
+  // From the gradient by outcomes to that by columns, each of which has its share of the rest's.
   void spread_out(int64_t r, const std::vector<R>& logs, Row& row) const {
     constexpr R unit = R(kUnits<T>) * std::numeric_limits<T>::epsilon();
     // exponentials under their block's shift, which need not be its maximum, times a factor

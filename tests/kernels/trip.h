@@ -13,7 +13,12 @@ template <class T>
 class Trip {
  public:
   Trip(Batch<T>& problem, const fastkd::Isa& isa, Report& report)
-      : p(problem), c(problem.c), isa_(isa), report_(report), truth_(problem, report), n_(c.rows()) {}
+      : p(problem),
+        c(problem.c),
+        isa_(isa),
+        report_(report),
+        truth_(problem, report),
+        n_(c.rows()) {}
   virtual ~Trip() = default;
 
   void run() {
