@@ -41,7 +41,7 @@ inline void exp2_all(double* x, int64_t n) {
     sum = sum * t + 0.5;
     sum = sum * t + 1.0;
     sum = sum * t + 1.0;
-    const double power = bits<double>((bits<int64_t>(shifted) + 1023) << 52);
+    const double power = bits<double>((bits<uint64_t>(shifted) + 1023u) << 52);
     x[i] = x[i] < -1022.0 ? 0.0 : sum * power;
   }
 }
@@ -169,11 +169,16 @@ inline void place_restricted(const Args& a, Workspace<T>& w) {
   place_points(a, w, top == -kInfinity ? 0.0 : -top, kLog2E / a.temperature, 0.0);
 }
 
-// Whether the teacher gives any mass to this row.
+// 1 if the teacher gives any mass to this row, 0 if none, NaN if it holds a NaN: one may stand in
+// padding, where a bad index was, and beside q = 0 the student's expectation would not see it.
 inline double mass(const Points& x) {
-  for (int64_t i = 0; i < x.k; ++i)
-    if (x.logp[i] != -kInfinity) return 1.0;
-  return x.alone || x.tail_p != -kInfinity ? 1.0 : 0.0;
+  double some = x.alone || x.tail_p != -kInfinity ? 1.0 : 0.0;
+  if (x.tail_p != x.tail_p) some = kNaN;
+  for (int64_t i = 0; i < x.k; ++i) {
+    if (x.logp[i] != x.logp[i]) return kNaN;
+    if (x.logp[i] != -kInfinity && some == 0.0) some = 1.0;
+  }
+  return some;
 }
 
 // The hard term's loss: of the student at T = 1, the logarithm of the sum of exponentials of
@@ -229,7 +234,7 @@ __attribute__((noinline)) double sparse_by_columns(const Args& a, int64_t r, Wor
     strange += x == -kInfinity ? 0.0 : x - x;  // NaN for NaN and +inf
   });
   const double shift = top == -kInfinity ? 0.0 : -top;
-  const double shift_off = top_off == -kInfinity ? 0.0 : -top_off;
+  const double shift_off = top_off == -kInfinity ? shift : -top_off;
   double tail_sum = 0.0, hard_sum = 0.0, scores = 0.0;
   each([&](int64_t, double x, bool is_named) {
     if (!is_named) tail_sum += exp2((x + shift_off) * c);

@@ -37,6 +37,26 @@ enum class Content {
   any = count,  // drawn by row
 };
 
+// What the teacher gives: logits, or some columns with what is made of the rest (fastkd.TopK).
+enum class Given { logits, bucket, renormalize, restricted, drop, count };
+
+inline const char* name_of(Given given) {
+  static const char* const names[] = {"logits", "bucket", "renormalize", "restrict", "drop"};
+  return names[static_cast<int>(given)];
+}
+
+// What the log-probabilities of a stored teacher's row are.
+enum class Mass {
+  drawn,         // a softmax of few or many
+  student,       // the student's own probabilities
+  shared,        // exactly 1 in equal powers of two
+  one_hot,       // all on one column
+  extreme,       // any: 0, subnormal, far below what exp can tell from 0
+  nothing,       // -inf everywhere
+  not_a_number,  // in one place
+  any,           // drawn by row
+};
+
 struct Case {
   uint64_t seed = 1;  // of values and layouts
   int divergence = 0;
@@ -45,18 +65,25 @@ struct Case {
   double temperature = 1.0, param = 0.5, soft = 1.0, hard = 0.0, smoothing = 0.0, factor = 1.0;
   bool keep = false, scale = false, equal = false, threads = false, flush = false;
   Content content = Content::any, of_teacher = Content::any;  // any: as the student's
+  Given given = Given::logits;
+  Mass mass = Mass::any;
+  int64_t k = 0;  // places of a stored teacher's row
 
   bool wide() const { return student == DType::f64 || teacher == DType::f64; }
   int64_t rows() const { return a * b; }
   bool same() const { return student == teacher && student == grad; }  // dtypes
 
   std::string text() const {
-    char line[400];
+    char line[440], teachers[40];
+    std::snprintf(teachers, sizeof teachers, given == Given::logits ? "%s" : "%s (%lld places)",
+                  name_of(given), static_cast<long long>(k));
     std::snprintf(line, sizeof line,
-                  "seed %llu: %s, student %s, teacher %s, gradient %s, rows %lld x %lld, vocab %lld "
-                  "of %lld, T %g, param %g, soft %g, hard %g, smoothing %g, factor %g%s%s%s%s",
+                  "seed %llu: %s, student %s, teacher %s %s, gradient %s, rows %lld x %lld, vocab "
+                  "%lld of %lld, T %g, param %g, soft %g, hard %g, smoothing %g, factor "
+                  "%g%s%s%s%s",
                   static_cast<unsigned long long>(seed), kDivergences[divergence],
-                  name_of(student), name_of(teacher), name_of(grad), static_cast<long long>(a),
+                  name_of(student), name_of(teacher), teachers, name_of(grad),
+                  static_cast<long long>(a),
                   static_cast<long long>(b), static_cast<long long>(vocab),
                   static_cast<long long>(width), temperature, param, soft, hard, smoothing, factor,
                   keep ? ", keep" : "", scale ? ", scale" : "", equal ? ", equal sides" : "",
@@ -117,6 +144,11 @@ inline Case draw(uint64_t seed) {
   c.flush = random.chance(0.1);
   if (random.chance(0.5)) c.content = static_cast<Content>(random.below(int(Content::count)));
   if (random.chance(0.3)) c.of_teacher = static_cast<Content>(random.below(int(Content::count)));
+  if (random.chance(0.4)) {
+    c.given = static_cast<Given>(random.between(1, int(Given::count) - 1));
+    c.k = random.chance(0.2) ? c.vocab + 3 : random.chance(0.1) ? 0 : 70;
+    c.k = std::min<int64_t>(c.k, random.chance(0.3) ? 70 : random.between(1, 12));
+  }
   return c;
 }
 

@@ -57,11 +57,11 @@ bool stands_for(double got, R exact, R slack, DType dtype) {
 
 template <class T>
 class Against {
-  using R = typename Problem<T>::R;
+  using R = typename Batch<T>::R;
   static constexpr DType kOut = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
  public:
-  Against(const Problem<T>& problem, Report& report)
+  Against(const Batch<T>& problem, Report& report)
       : p(problem), c(problem.c), report_(report), n_(c.rows()) {}
 
   void losses(const Guarded& loss) {
@@ -179,7 +179,7 @@ class Against {
     if (!good) report_.expect(false, in_words("gradient", r, j, got, exact, slack));
   }
 
-  const Problem<T>& p;
+  const Batch<T>& p;
   const Case& c;
   Report& report_;
   int64_t n_;

@@ -47,8 +47,15 @@ inline int64_t once_wrong(uint64_t seed, Report& report) {
   equal_terms.hard = 0.5;
   equal_terms.smoothing = 0.5;
   equal_terms.content = Content::plateau;
+  Case heavy;  // a factor times a difference of scores was more than a float, and what they made not
+  heavy.vocab = 3;
+  heavy.b = 40;
+  heavy.temperature = 1e-5;
+  heavy.factor = 1e25;
+  heavy.content = Content::peaked;
+  heavy.of_teacher = Content::wide;
   int64_t number = 0;
-  for (const Case& once : {late, tails, cold, outgrown, equal_terms}) {
+  for (const Case& once : {late, tails, cold, outgrown, equal_terms, heavy}) {
     for (int divergence = 0; divergence < kDivergenceCount; ++divergence) {
       for (const Pair& pair : kPairs) {
         for (double param : {0.1, 1.0 - 1e-6}) {
@@ -74,6 +81,54 @@ inline std::vector<int64_t> small_vocabs() {
   for (int64_t at : {64, 128, 256, 512, 1024, 2048, 4096})
     for (int64_t v = at - 1; v <= at + 2; ++v) all.push_back(v);
   return all;
+}
+
+// Against stored teachers of every kind; returns how many.
+inline int64_t stored_cases(Report& report) {
+  uint64_t seed = 1;
+  int64_t number = 0;
+  for (int divergence = 0; divergence < kDivergenceCount; ++divergence) {
+    for (Given given : {Given::bucket, Given::renormalize, Given::restricted, Given::drop}) {
+      for (const Pair& pair : kPairs) {
+        Case c;
+        c.divergence = divergence;
+        c.given = given;
+        c.student = c.grad = pair.student;
+        c.teacher = pair.teacher;
+        const auto run = [&](int64_t vocab, int64_t k, Content content, Mass mass) {
+          c.seed = seed++;
+          c.vocab = c.classes = vocab;
+          c.width = vocab + (number % 3 == 0 ? 5 : 0);
+          c.k = k;
+          c.temperature = number % 2 == 0 ? 1.0 : 2.0;
+          c.param = number % 5 < 3 ? 0.5 : 0.1;
+          c.hard = number % 3 == 1 ? 0.25 : 0.0;
+          c.soft = 1.0 - c.hard;
+          c.smoothing = number % 6 == 1 ? 0.1 : 0.0;
+          c.scale = number % 4 == 1;
+          c.keep = number % 7 == 3;
+          c.threads = number % 16 == 5 || vocab > fastkd::kChunk;
+          c.flush = number % 13 == 7;
+          c.content = content;
+          c.mass = mass;
+          ++number;
+          attempt(c, report);
+        };
+        static const int64_t sizes[] = {1, 15, 16, 17, 31, 32, 33, 257};
+        static const int64_t large[] = {2047, 2049, 4096, 8191, 8193, 16386};
+        run(sizes[number % 8], number % 3 + 1, Content::flat, Mass::drawn);
+        run(c.wide() ? 300 : large[number % 6], 64, Content::normal, Mass::student);
+        for (int mass = 0; mass <= int(Mass::any); ++mass) {
+          const int64_t content = number % int(Content::count);
+          run(75, number % 4 == 0 ? 80 : 12, static_cast<Content>(content),
+              static_cast<Mass>(mass));
+        }
+        // the maximum of a row far below 0 beside a rest that is -inf everywhere made NaN
+        run(33, 40, Content::late, Mass::drawn);
+      }
+    }
+  }
+  return number;
 }
 
 // Returns how many.
@@ -115,7 +170,7 @@ inline int64_t fixed_cases(Report& report) {
       c.b = 2;
     }
   }
-  return number + once_wrong(seed, report);
+  return number + once_wrong(seed, report) + stored_cases(report);
 }
 
 }  // namespace check

@@ -112,6 +112,12 @@ Dual<R> pointwise(Definition<R> definition, const Point<R>& at, R a) {
   return definition(Column<R>(at), a);
 }
 
+// The slope per unit of q at p = q, which the kernels leave out (fastkd/divergence.py: "centred").
+template <class R>
+R centre_of(Definition<R> definition, R a) {
+  return pointwise(definition, Point<R>(R(0), R(0)), a).d;
+}
+
 // A number, how far T may be from it, and whether T can say anything about it at all.
 template <class R>
 struct Truth {
@@ -123,6 +129,7 @@ template <class R>
 struct Softmax {
   std::vector<R> logs;     // log probability of each column
   std::vector<bool> lost;  // whether its distance from the maximum is more than T can hold
+  R spread = R(0);         // see above, of all columns that were summed
   R top = -std::numeric_limits<R>::infinity();
   R sum = R(0);  // of exp((x - top) / temperature)
   Truth<R> below;  // sum of x - top
@@ -137,6 +144,7 @@ Softmax<R> softmax(const std::vector<R>& x, double temperature) {
   constexpr R least = std::numeric_limits<T>::min();
   const R spread = spread_of<R>(x.size());
   Softmax<R> side;
+  side.spread = spread;
   for (R v : x) {
     side.broken |= !(v < std::numeric_limits<R>::infinity());
     side.top = std::max(side.top, v);
@@ -171,26 +179,26 @@ struct RowTruth {
   std::vector<Truth<R>> hard_grad;
 };
 
-// The divergence of one row.
+// The divergence of one row. Where it is `partial`, the last outcome has no term of its own, and
+// slopes are not centred.
 template <class R, class T>
 void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax<R>& t,
-                RowTruth<R>& row) {
+                RowTruth<R>& row, bool partial = false) {
   constexpr R unit = R(kUnits<T>) * std::numeric_limits<T>::epsilon();
   const R tiny = R(8) * std::numeric_limits<T>::min(), inf = std::numeric_limits<R>::infinity();
   const size_t n = s.logs.size();
-  const R spread = spread_of<R>(n);
+  const R spread = s.spread;
   // below this a product of a probability and a share of the mixture is no normal number of T
   const R lost = tiny / std::min(a, R(1) - a);
   const Definition<R> definition = definition_of<R>(name);
-  // the slope per unit of q that the kernels leave out, see "centred" in fastkd/divergence.py
-  const R centre = pointwise(definition, Point<R>(R(0), R(0)), a).d;
+  const R centre = partial ? R(0) : centre_of(definition, a);
   std::vector<Truth<R>> slopes(n);
   const auto centred = [&](const Point<R>& at, R param) {
     Dual<R> l = pointwise(definition, at, param);
     l.d -= product(centre, at.q);
     return l;
   };
-  for (size_t i = 0; i < n; ++i) {
+  for (size_t i = 0; i < n - partial; ++i) {
     const Point<R> at(t.logs[i], s.logs[i]);
     const Dual<R> l = centred(at, a);
     R slack = lost + unit * (spread * std::fabs(l.x) + at.p + at.q);
@@ -251,12 +259,14 @@ void hard_truth(const Softmax<R>& s, int64_t label, R smoothing, RowTruth<R>& ro
   const R at_label = here ? s.logs[static_cast<size_t>(label)] : -(s.top + log_sum);
   row.hard.value = product(smoothing - R(1), at_label);
   row.hard.slack = unit * (spread + std::fabs(at_label) + (here ? R(0) : std::fabs(s.top)));
-  if (here && s.lost[static_cast<size_t>(label)]) row.vague = true;
+  // in units of log 2, see softmax
+  const R most = std::numeric_limits<T>::max() / R(4);
+  if (here ? bool(s.lost[static_cast<size_t>(label)]) : std::fabs(s.top) > most) row.vague = true;
   if (smoothing != R(0)) {
     const R mean = s.below.value / static_cast<R>(n);
     row.hard.value += smoothing * (log_sum - mean);
     row.hard.slack += smoothing * (unit * spread + s.below.slack / static_cast<R>(n));
-    if (s.below.value > -inf && -s.below.value > std::numeric_limits<T>::max() / 4)
+    if (s.below.value > -inf && -s.below.value > most)
       row.vague = true;  // the sum over a block is one of T
   }
   if (!(row.hard.value < inf)) row.hard.slack = R(0);

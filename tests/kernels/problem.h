@@ -19,16 +19,17 @@ struct WiderOf<double> {
   using Type = long double;
 };
 
+// The student, the labels and the factors of a case, with the truth about each row; what gives the
+// teacher derives from it.
 template <class T>  // the kernels' accumulation type
-class Problem {
+class Batch {
  public:
   using R = typename WiderOf<T>::Type;
 
-  explicit Problem(const Case& given)
+  explicit Batch(const Case& given)
       : c(given),
         random{given.seed},
         student(c.student, c.a, c.b, c.vocab, draw_layout(random, true)),
-        teacher(c.teacher, c.a, c.b, c.vocab, draw_layout(random, true)),
         keep_(c.rows(), random.chance(0.5)),
         label_(c.rows() * 8, random.chance(0.5)),
         scale_(c.rows() * int64_t{sizeof(T)}, random.chance(0.5)) {
@@ -36,27 +37,20 @@ class Problem {
       keep_.template as<uint8_t>()[r] = !c.keep || random.chance(0.6);
       label_.template as<int64_t>()[r] = draw_label();
       scale_.template as<T>()[r] = draw_scale();
-      fill(r);
     }
-    for (int64_t r = 0; r < c.rows(); ++r) truths_.push_back(truth(r));
-    seal();
-  }
-
-  void seal() {
     keep_.read_only();
     label_.read_only();
     scale_.read_only();
-    student.seal(c.vocab, keep(), false);
-    teacher.seal(c.vocab, keep(), false);
   }
-  void unseal() {
-    student.unseal();
-    teacher.unseal();
-  }
+  virtual ~Batch() = default;
+
+  virtual void seal() { student.seal(c.vocab, keep(), false); }
+  virtual void unseal() { student.unseal(); }
+  virtual bool shares() const { return student.shares(); }
 
   // Other numbers in the rows that are dropped: nothing may depend on them.
   bool refill_dropped() {
-    if (!c.keep || student.shares() || teacher.shares()) return false;
+    if (!c.keep || shares()) return false;
     unseal();
     for (int64_t r = 0; r < c.rows(); ++r)
       if (!kept(r)) fill(r);
@@ -65,15 +59,6 @@ class Problem {
   }
 
   bool kept(int64_t r) const { return keep() == nullptr || keep()[r] != 0; }
-  // Bit for bit, in the rows that are kept; not where rows share memory, which the other may not.
-  bool teacher_is_student() const {
-    if (!c.equal || c.student != c.teacher) return false;
-    for (int64_t r = 0; r < c.rows(); ++r)
-      if (kept(r) && std::memcmp(student.row(r), teacher.row(r),
-                                 static_cast<size_t>(c.vocab * size_of(c.student))) != 0)
-        return false;
-    return true;
-  }
   const uint8_t* keep() const { return c.keep ? keep_.template as<uint8_t>() : nullptr; }
   const int64_t* label() const { return c.hard != 0.0 ? label_.template as<int64_t>() : nullptr; }
   const T* scale() const { return c.scale ? scale_.template as<T>() : nullptr; }
@@ -85,15 +70,14 @@ class Problem {
   struct Row {
     Softmax<R> s, t, one;  // student and teacher, and the student at T = 1
     RowTruth<R> of;
-    bool dead = false;   // -inf everywhere on both sides, and no label: nothing there
+    bool dead = false;   // nothing has mass on either side, and no label: nothing there
     bool equal = false;  // the same numbers on both sides
   };
   const Row& row(int64_t r) const { return truths_[static_cast<size_t>(r)]; }
 
-  fastkd::Args args() const {
+  virtual fastkd::Args args() const {
     fastkd::Args a;
     a.student = student.operand();
-    a.teacher = teacher.operand();
     a.vocab = c.vocab;
     a.width = c.width;
     a.classes = c.vocab;
@@ -111,20 +95,17 @@ class Problem {
 
   Case c;
   Random random;
-  Table student, teacher;
+  Table student;
 
- private:
-  int64_t draw_label() {
-    static const int64_t wrong[] = {-1, -100, std::numeric_limits<int64_t>::min(),
-                                    std::numeric_limits<int64_t>::max()};
-    if (random.chance(0.1)) return random.pick(wrong);
-    if (random.chance(0.05)) return c.vocab;
-    return random.chance(0.2) ? c.vocab - 1 : random.below(c.vocab);
-  }
-  T draw_scale() {
-    if (random.chance(0.1)) return T(0);
-    if (random.chance(0.1)) return std::numeric_limits<T>::quiet_NaN();
-    return static_cast<T>(random.normal());
+ protected:
+  virtual void fill(int64_t r) = 0;
+  virtual Row truth(int64_t r) const = 0;
+
+  // For the constructor of what derives.
+  void make_rows() {
+    for (int64_t r = 0; r < c.rows(); ++r) fill(r);
+    for (int64_t r = 0; r < c.rows(); ++r) truths_.push_back(kept(r) ? truth(r) : Row());
+    seal();
   }
 
   // Differences of the size of the temperature where the dtype has them, else of 1.
@@ -140,31 +121,92 @@ class Problem {
     return static_cast<Content>(random.below(int(number ? Content::count_of_numbers
                                                         : Content::count)));
   }
-  void fill(int64_t r) {
-    const uint64_t common = random.next();
-    fill_row(random, common, draw_content(c.content), student, r, unit_of(c.student));
-    if (c.equal) {
-      for (int64_t i = 0; i < c.vocab; ++i)
-        write_bits(teacher.at(r, i), c.teacher,
-                   c.student == c.teacher ? student.bits(r, i)
-                                          : encode(decode(student.bits(r, i), c.student), c.teacher));
-    } else {
-      const Content own = c.of_teacher != Content::any ? c.of_teacher : c.content;
-      fill_row(random, common, draw_content(own), teacher, r, unit_of(c.teacher));
-    }
-  }
-
   std::vector<R> numbers(const Table& table, int64_t r) const {
     std::vector<R> x;
-    for (int64_t i = 0; i < c.vocab; ++i)
+    for (int64_t i = 0; i < table.length(); ++i)
       x.push_back(static_cast<R>(decode(table.bits(r, i), table.dtype())));
     return x;
   }
 
-  Row truth(int64_t r) const {
+ private:
+  int64_t draw_label() {
+    static const int64_t wrong[] = {-1, -100, std::numeric_limits<int64_t>::min(),
+                                    std::numeric_limits<int64_t>::max()};
+    if (random.chance(0.1)) return random.pick(wrong);
+    if (random.chance(0.05)) return c.vocab;
+    return random.chance(0.2) ? c.vocab - 1 : random.below(c.vocab);
+  }
+  T draw_scale() {
+    if (random.chance(0.1)) return T(0);
+    if (random.chance(0.1)) return std::numeric_limits<T>::quiet_NaN();
+    return static_cast<T>(random.normal());
+  }
+
+  Guarded keep_, label_, scale_;
+  std::vector<Row> truths_;
+};
+
+// Against logits.
+template <class T>
+class Problem final : public Batch<T> {
+ public:
+  using Base = Batch<T>;
+  using typename Base::R;
+  using typename Base::Row;
+  using Base::c, Base::random, Base::student, Base::kept, Base::label;
+
+  explicit Problem(const Case& given)
+      : Base(given), teacher(c.teacher, c.a, c.b, c.vocab, draw_layout(random, true)) {
+    this->make_rows();
+  }
+
+  void seal() override {
+    Base::seal();
+    teacher.seal(c.vocab, this->keep(), false);
+  }
+  void unseal() override {
+    Base::unseal();
+    teacher.unseal();
+  }
+  bool shares() const override { return student.shares() || teacher.shares(); }
+
+  // Bit for bit, in the rows that are kept; not where rows share memory, which the other may not.
+  bool teacher_is_student() const {
+    if (!c.equal || c.student != c.teacher) return false;
+    for (int64_t r = 0; r < c.rows(); ++r)
+      if (kept(r) && std::memcmp(student.row(r), teacher.row(r),
+                                 static_cast<size_t>(c.vocab * size_of(c.student))) != 0)
+        return false;
+    return true;
+  }
+
+  fastkd::Args args() const override {
+    fastkd::Args a = Base::args();
+    a.teacher = teacher.operand();
+    return a;
+  }
+
+  Table teacher;
+
+ private:
+  void fill(int64_t r) override {
+    const uint64_t common = random.next();
+    fill_row(random, common, this->draw_content(c.content), student, r, this->unit_of(c.student));
+    if (c.equal) {
+      for (int64_t i = 0; i < c.vocab; ++i)
+        write_bits(teacher.at(r, i), c.teacher,
+                   c.student == c.teacher
+                       ? student.bits(r, i)
+                       : encode(decode(student.bits(r, i), c.student), c.teacher));
+    } else {
+      const Content own = c.of_teacher != Content::any ? c.of_teacher : c.content;
+      fill_row(random, common, this->draw_content(own), teacher, r, this->unit_of(c.teacher));
+    }
+  }
+
+  Row truth(int64_t r) const override {
     Row row;
-    if (!kept(r)) return row;
-    const std::vector<R> x = numbers(student, r), y = numbers(teacher, r);
+    const std::vector<R> x = this->numbers(student, r), y = this->numbers(teacher, r);
     row.s = softmax<R, T>(x, c.temperature);
     row.t = softmax<R, T>(y, c.temperature);
     row.one = softmax<R, T>(x, 1.0);
@@ -178,9 +220,6 @@ class Problem {
       hard_truth<R, T>(row.one, label()[r], static_cast<R>(c.smoothing), row.of);
     return row;
   }
-
-  Guarded keep_, label_, scale_;
-  std::vector<Row> truths_;
 };
 
 }  // namespace check
