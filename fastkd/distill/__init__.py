@@ -12,6 +12,7 @@ from .metrics import Report, calibration_error, latency, report
 from .noise import input_noise, weight_noise
 from .progress import Step
 from .pseudo import PseudoLabels, pseudo_labels
+from .quantise import FakeQuantise, baked, fake_quantise, quantised
 from .schedules import decay
 from .students import copy_layers, frozen, prune, replace_head, spread
 from .taps import Taps, projector
@@ -27,6 +28,7 @@ __all__ = [
     "Called",
     "Checkpoints",
     "Evaluation",
+    "FakeQuantise",
     "Live",
     "Outputs",
     "Peer",
@@ -42,11 +44,13 @@ __all__ = [
     "TensorBoardLogger",
     "Term",
     "agreement",
+    "baked",
     "cache",
     "calibration_error",
     "copy_layers",
     "decay",
     "evaluate",
+    "fake_quantise",
     "feature",
     "fine_tune",
     "frozen",
@@ -59,6 +63,7 @@ __all__ = [
     "projector",
     "prune",
     "pseudo_labels",
+    "quantised",
     "replace_head",
     "report",
     "save",
