@@ -7,6 +7,7 @@ from .cohort import Peer, Several
 from .evaluation import Evaluation, agreement, evaluate
 from .files import load, save
 from .handover import fine_tune, hand_over
+from .lifelong import Head, at_head, without_forgetting
 from .loggers import CSVLogger, TensorBoardLogger, plot_curves
 from .metrics import Report, calibration_error, latency, report
 from .noise import input_noise, weight_noise
@@ -29,6 +30,7 @@ __all__ = [
     "Checkpoints",
     "Evaluation",
     "FakeQuantise",
+    "Head",
     "Live",
     "Outputs",
     "Peer",
@@ -44,6 +46,7 @@ __all__ = [
     "TensorBoardLogger",
     "Term",
     "agreement",
+    "at_head",
     "baked",
     "cache",
     "calibration_error",
@@ -72,4 +75,5 @@ __all__ = [
     "spread",
     "train",
     "weight_noise",
+    "without_forgetting",
 ]
