@@ -6,6 +6,7 @@ from .checkpoint import Checkpoints
 from .cohort import Peer, Several
 from .evaluation import Evaluation, agreement, evaluate
 from .files import load, save
+from .graph import neighbour_graph
 from .handover import fine_tune, hand_over
 from .lifelong import Head, at_head, without_forgetting
 from .loggers import CSVLogger, TensorBoardLogger, plot_curves
@@ -62,6 +63,7 @@ __all__ = [
     "input_noise",
     "latency",
     "load",
+    "neighbour_graph",
     "plot_curves",
     "projector",
     "prune",
