@@ -1,4 +1,4 @@
-"""Heads of a model, a new task beside a kept one, and a graph's neighbours."""
+"""Heads of a model, a new task beside a kept one, other modalities, a graph's neighbours."""
 
 from __future__ import annotations
 
@@ -192,6 +192,25 @@ def test_bad_arguments() -> None:
         without_forgetting(Heads(), batches, new="new", old="old", teacher=nn.Linear(6, 3))
     with pytest.raises(ValueError, match="head: got 'newer'"):
         without_forgetting(Heads(), batches, new="newer", old="old", progress=False)
+
+
+def test_a_teacher_of_another_modality_sees_its_own_inputs() -> None:
+    """Batch.teacher_inputs, also where a loader gives a dict of it."""
+    teacher, (sound, y), images = nn.Linear(9, 4), task(), torch.randn(40, 9)
+    expected = distill.soft(temperature=2.0)
+    losses = []
+    for batch in (
+        Batch(sound, y, teacher_inputs=images),
+        {"inputs": sound, "labels": y, "teacher_inputs": images},
+    ):
+        torch.manual_seed(0)
+        student = nn.Linear(6, 4)
+        outputs = Outputs(student(sound)), Outputs(teacher(images).detach())
+        want = expected.function(*outputs, Batch(sound)).item()
+        (step,) = distill.train(student, [batch], expected, teacher=teacher, progress=False)
+        assert step.loss == pytest.approx(want, rel=1e-6)
+        losses.append(step.loss)
+    assert losses[0] == losses[1] > 0
 
 
 def adjacency(features: Tensor, k: int) -> Tensor:

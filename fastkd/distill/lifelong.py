@@ -67,9 +67,10 @@ def without_forgetting(
         CE(labels, new head) + weight * sum over old heads, T^2 KL(before_T, now_T)
 
     The paper first trains the new head alone: call `train(model, loader, at_head(hard(), new))`
-    within `frozen(model, [all other parts])` for it. Its old task has no factor T^2. A head whose
-    classes are told apart from the old ones' (a class-incremental task) needs old samples too: the
-    old outputs stay, and the new classes still outbid them.
+    within `frozen(model, [all other parts])` for it. The factor T^2 of `soft` is not in the paper:
+    divide `weight` by it for the paper's. Where one head must tell old classes from new ones
+    (class-incremental), this is not enough without samples of the old: the old outputs keep their
+    order, and the new classes outbid them.
 
     Args:
         model: module with a head for each task, the new one's among them. A single head that has
