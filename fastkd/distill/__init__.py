@@ -6,12 +6,15 @@ from .checkpoint import Checkpoints
 from .cohort import Peer, Several
 from .evaluation import Evaluation, agreement, evaluate
 from .files import load, save
+from .graph import neighbour_graph
 from .handover import fine_tune, hand_over
+from .lifelong import Head, at_head, without_forgetting
 from .loggers import CSVLogger, TensorBoardLogger, plot_curves
 from .metrics import Report, calibration_error, latency, report
 from .noise import input_noise, weight_noise
 from .progress import Step
 from .pseudo import PseudoLabels, pseudo_labels
+from .quantise import FakeQuantise, baked, fake_quantise, quantised
 from .schedules import decay
 from .students import copy_layers, frozen, prune, replace_head, spread
 from .taps import Taps, projector
@@ -27,6 +30,8 @@ __all__ = [
     "Called",
     "Checkpoints",
     "Evaluation",
+    "FakeQuantise",
+    "Head",
     "Live",
     "Outputs",
     "Peer",
@@ -42,12 +47,15 @@ __all__ = [
     "TensorBoardLogger",
     "Term",
     "agreement",
+    "at_head",
     "attention",
+    "baked",
     "cache",
     "calibration_error",
     "copy_layers",
     "decay",
     "evaluate",
+    "fake_quantise",
     "feature",
     "features",
     "fine_tune",
@@ -57,10 +65,12 @@ __all__ = [
     "input_noise",
     "latency",
     "load",
+    "neighbour_graph",
     "plot_curves",
     "projector",
     "prune",
     "pseudo_labels",
+    "quantised",
     "relations",
     "replace_head",
     "report",
@@ -70,4 +80,5 @@ __all__ = [
     "spread",
     "train",
     "weight_noise",
+    "without_forgetting",
 ]
