@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("bf16", "fp32")
@@ -106,8 +107,8 @@ def recorded(case: Case) -> tuple[Any, dict[str, Any], int]:
     ) -> None:
         seen.append((kernel, args, threads))
 
-    real, launch.launch = launch.launch, record
-    try:
+    card = launch.Card(case.target, 32 if case.target.startswith("sm_") else 64)
+    with mock.patch.multiple(launch, launch=record, card=lambda device: card):
         if case.kernel == "fused":
             launch.fused(x, x, plan, keep, label, scale, 1.0, x)
         elif case.kernel == "sparse":
@@ -125,8 +126,6 @@ def recorded(case: Case) -> tuple[Any, dict[str, Any], int]:
             launch.total(scale, scale, 1.0)
         else:
             launch.multiply(x, tensor())
-    finally:
-        launch.launch = real
     return seen[0]
 
 
@@ -168,13 +167,15 @@ def compile_one(case: Case) -> Report:
         target = GPUTarget("cuda", int(case.target[3:]), 32)
     else:
         target = GPUTarget("hip", case.target, 64)
-    options = {"num_warps": max(1, threads // target.warp_size), **PINNED}
+    ctas = args.get("num_ctas", 1)
+    warps = max(1, threads // target.warp_size)
+    options = {"num_warps": warps, "num_ctas": ctas, **PINNED}
     source = ASTSource(kernel, signature, constants, attrs)
     out = triton.compile(source, target=target, options=options)
     report = Report(**asdict(case), shared=out.metadata.shared)
     columns = args["LANES"] * args["GROUP"] if "LANES" in args else args["BLOCK"]
     read = read_cuda if cuda else read_hip
-    read(report, out.asm, columns / (options["num_warps"] * target.warp_size))
+    read(report, out.asm, columns / (warps * ctas * target.warp_size))
     judge(report, sum(value.startswith("*") for value in signature.values()))
     return report
 
