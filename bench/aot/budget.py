@@ -43,6 +43,10 @@ HARD, SMOOTH = Budget(2.3, 14), Budget(0, 6)
 # kernels that promise 16-byte loads of rows that are not aligned, too
 WIDE_ANYWAY: frozenset[str] = frozenset()
 
+# kernels that merge what the parts of a row have left: numbers, one by one; columns only where a
+# row's loss has overflowed
+MERGES = frozenset({"finish"})
+
 
 def budget(report: Report) -> Budget | None:
     """The budget of a report; None where nothing is promised."""
@@ -98,12 +102,13 @@ def judge(report: Report) -> None:
         say(f"spills: {report.spills}")
     if report.calls:
         say(f"calls: {report.calls}")
-    if report.rows:
+    merges = report.kernel in MERGES
+    if report.rows and not (merges and not report.sweeps):
         if report.bytes < 16 and (report.vocab != ODD or report.kernel in WIDE_ANYWAY):
             say(f"an access of {report.bytes} bytes in a loop over an aligned row")
         if not report.sweeps:
             say("no loop that reads a row was found")
-    if report.narrow > 2 * report.pointers and report.vocab != ODD:
+    if report.narrow > 2 * report.pointers and report.vocab != ODD and not merges:
         say(f"{report.narrow} narrow accesses for {report.pointers} pointers")
     allowed, spent = budget(report), total(report)
     if allowed is not None:
