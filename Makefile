@@ -64,23 +64,13 @@ $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	CXXFLAGS="-Wall -Wextra -Werror" $(RUN) -m pip install --quiet --editable ".[dev,gpu]"
 	touch $@
 
-# Nothing is downloaded: what the machine has is used, and the folder is built in place. The shapes
-# are those that fit a loan of ten minutes; GPU_SHAPES="" measures all of them.
-GPU_SHAPES ?= --shapes 64x128256,4096x32000,4096x128256,8192x151936
+# Nothing is downloaded: what the machine has is used, and the folder is built in place. As it stands
+# it fits ten minutes; GPU_SHAPES="" measures the whole grid, GPU_SHAPES=64x128256,... it on those.
+GPU_SHAPES ?= fit
 # LINEAR_SHAPES=gpu,gpu-sweep draws the linear losses against rows and vocabulary
 LINEAR_SHAPES ?= gpu
 gpu:
-	mkdir -p $(RESULTS)
-	-$(PYTHON) setup.py build_ext --inplace
-	-nvidia-smi --query-gpu=name,driver_version --format=csv | tee $(RESULTS)/gpu-driver.csv
-	-$(PYTHON) -m fastkd info --json | tee $(RESULTS)/gpu-info.json
-	$(PYTHON) -m pytest tests/test_gpu.py tests/test_losses.py tests/test_options.py \
-	  tests/test_edges.py tests/test_autograd.py tests/test_compile.py tests/test_linear.py -k "gpu"
-	$(PYTHON) -m bench --device cuda --dtype bfloat16,float32 $(GPU_SHAPES) --seconds 2 \
-	  --json $(RESULTS)/gpu.json --plot $(RESULTS)/gpu.png | tee $(RESULTS)/gpu.md
-	$(PYTHON) -m bench.linear --device cuda --shapes $(LINEAR_SHAPES) --seconds 2 \
-	  --json $(RESULTS)/gpu-linear.json --plot $(RESULTS)/gpu-linear.png \
-	  | tee $(RESULTS)/gpu-linear.md
+	$(PYTHON) -m bench.gpu --results $(RESULTS) --shapes "$(GPU_SHAPES)" --linear $(LINEAR_SHAPES)
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info fastkd/*.so

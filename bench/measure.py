@@ -105,16 +105,25 @@ class Bench:
 
         return run
 
-    def training(self, call: Call, at: int = 0) -> Callable[[], tuple[Tensor, Tensor]]:
+    def training(
+        self, call: Call, at: int = 0, upstream: float = 1.0
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
         """Loss and gradient, ready to run."""
         student = self.fresh(gradient=True, at=at)
+        given = self.grad_output(upstream)
 
         def run() -> tuple[Tensor, Tensor]:
             loss = call(student, self.inputs.teacher, self.inputs.labels)
-            (grad,) = torch.autograd.grad(loss, student)
+            (grad,) = torch.autograd.grad(loss, student, given)
             return loss.detach(), grad
 
         return run
+
+    def grad_output(self, upstream: float) -> Tensor | None:
+        """As a tensor, which autograd casts to the loss's dtype; None for torch's own, 1."""
+        if upstream == 1.0:
+            return None
+        return torch.full((), upstream, device=self.device)
 
     def copy(self, at: int = 0) -> Callable[[], Tensor]:
         """The yardstick, ready to run: one read and one write of the student's logits."""
@@ -177,7 +186,7 @@ def measure(
     runnable = [(result, call) for result, call in checked if call is not None]
     for result, call in runnable:
         say(f"memory of {result.provider}")
-        result.peak_bytes = _peak(bench, call)
+        result.peak_bytes = _peak(bench, call, PROVIDERS[result.provider].upstream)
     copy = bench.result(COPY)
     with Neighbours(device) as neighbours:
         copy.training = _time(bench, runnable, plan, say)
@@ -226,11 +235,12 @@ def _judge(
     result: Result,
 ) -> None:
     """Runs the provider on this input and sets its errors, and its status if it is wrong."""
-    loss, grad = bench.training(call)()
+    loss, grad = bench.training(call, upstream=provider.upstream)()
     if grad.dtype != bench.dtype:
         result.status = "wrong"
         result.note = f"gradient in {grad.dtype}, expected {bench.dtype}"
         return
+    grad = grad if provider.upstream == 1.0 else grad / provider.upstream
     result.errors, result.bound = gate.errors(loss, grad, true), allowed
     if not result.errors.within(allowed):
         result.status = "wrong"
@@ -242,14 +252,14 @@ def _judge(
         result.status, result.note = "wrong", "it changed the student's logits"
 
 
-def _peak(bench: Bench, call: Call) -> int:
+def _peak(bench: Bench, call: Call, upstream: float) -> int:
     """Peak extra memory of a training step, its fresh logits made outside of what is counted."""
-    student = bench.fresh(gradient=True)
+    student, given = bench.fresh(gradient=True), bench.grad_output(upstream)
 
     def step() -> object:
         # an in-place second run finds its own gradient: the same work, and no value is looked at
         loss = call(student, bench.inputs.teacher, bench.inputs.labels)
-        return torch.autograd.grad(loss, student)
+        return torch.autograd.grad(loss, student, given)
 
     return peak_extra(step, bench.device, logits_bytes(bench.shape, bench.dtype))
 
@@ -274,12 +284,15 @@ def _time(bench: Bench, runnable: list[tuple[Result, Call]], plan: Plan, say: Sa
             if number >= 0:
                 copies.append(copied)
             for result, call in runnable:
-                # in place there is nothing to overwrite without a gradient: the same as new
-                if plan.with_forward and not PROVIDERS[result.provider].inplace:
+                provider = PROVIDERS[result.provider]
+                # without a gradient there is nothing to overwrite or scale: the same as new
+                plain = not provider.inplace and provider.upstream == 1.0
+                if plan.with_forward and plain:
                     elapsed = clock(*bench.each(partial(bench.forward, call)))
                     if number >= 0:
                         forward[result.provider].append(elapsed)
-                elapsed = clock(*bench.each(partial(bench.training, call)))
+                training_run = partial(bench.training, call, upstream=provider.upstream)
+                elapsed = clock(*bench.each(training_run))
                 if number >= 0:
                     training[result.provider].append(elapsed)
     for result, _ in runnable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -54,6 +55,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "fastkd": fastkd.__version__,
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "driver": None if device.type == "cpu" else _driver(),
+        "triton": info.get("triton"),
         "info": info,
     }
 
@@ -70,6 +73,16 @@ def machine_line(facts: dict[str, Any]) -> str:
     parts.append(f"fastkd {facts['fastkd']} ({kernels}{commit})")
     parts.append(f"torch {facts['torch']}, Python {facts['python']}")
     return " | ".join([*parts, facts["date"]])
+
+
+def _driver() -> str | None:
+    """The NVIDIA kernel driver's version; None where it does not say."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    found = re.search(r"\b\d{3}\.\d+(?:\.\d+)?\b", text)
+    return found[0] if found else None
 
 
 def _huge_pages() -> str | None:

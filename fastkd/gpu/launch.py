@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,10 +35,20 @@ if interpreted():
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
+class Card(NamedTuple):
+    arch: str  # as in `tune.TABLE`
+    warp: int  # threads of a warp
+
+
 @cache
-def _wave(device: torch.device) -> int:
-    """Threads of a warp on a device, which is the current one."""
-    return int(triton.runtime.driver.active.get_current_target().warp_size)
+def card(device: torch.device) -> Card:
+    """What a device is, asked for once."""
+    if on_host(device):  # through the interpreter
+        return Card("default", 32)
+    with torch.get_device_module(device).device(device):
+        target = triton.runtime.driver.active.get_current_target()
+    arch = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+    return Card(arch.partition(":")[0], int(target.warp_size))
 
 
 def launch(
@@ -46,13 +56,15 @@ def launch(
 ) -> None:
     """Runs a kernel on a device; the only place that does.
 
+    args: by name, `num_ctas` among them where a program is a cluster of blocks (`_tile`).
+
     Raises:
         RuntimeError: Triton could not compile or start it. Nothing falls back in silence.
     """
-    on_cpu = on_host(device)  # through the interpreter
     try:
+        on_cpu = on_host(device)
         with nullcontext() if on_cpu else torch.get_device_module(device).device(device):
-            warps = max(1, threads // (32 if on_cpu else _wave(device)))
+            warps = max(1, threads // card(device).warp)
             kernel[(programs,)](**args, num_warps=warps, **PINNED)
     except Exception as error:
         constants = {k: v for k, v in args.items() if k.isupper()}
@@ -86,9 +98,15 @@ def _vector(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _tile(vocab: int, *operands: Tensor | None) -> tuple[Tile, dict[str, int]]:
-    size = tile(vocab, max(x.element_size() for x in operands if x is not None))
-    return size, {"LANES": size.lanes, "GROUP": size.group}
+def _tile(
+    vocab: int, *operands: Tensor | None, cluster: bool = True
+) -> tuple[Tile, dict[str, int]]:
+    """The tile of rows, and what of it a launch's arguments take."""
+    there = [x for x in operands if x is not None]
+    itemsize = max(x.element_size() for x in there)
+    size = tile(vocab, itemsize, card(there[0].device).arch, cluster)
+    lanes = {"LANES": size.lanes, "GROUP": size.group}
+    return size, lanes if size.ctas == 1 else {**lanes, "num_ctas": size.ctas}
 
 
 def _scales(plan: Plan) -> dict[str, float]:
@@ -163,7 +181,8 @@ def sparse(
     if n == 0:
         return loss
     label = label if plan.hard != 0.0 else None
-    size, lanes = _tile(plan.vocab, student, grad)
+    # its barrier holds back one block only, and blocks write into each other's columns
+    size, lanes = _tile(plan.vocab, student, grad, cluster=False)
     indices = indices.to(torch.int32)
     past = torch.where(indices < 0, LAST, indices).sort(-1).values
     args = {

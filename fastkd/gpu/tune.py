@@ -1,33 +1,109 @@
-"""The one table of tile sizes: columns of a tile and threads of a program, by width of the row.
+"""The one table of tiles: columns, threads and cluster, by width of the row, dtype and card.
 
-Not yet measured on a GPU: a thread holds one or two 16-byte loads of each operand (4096 columns of
-bfloat16 on 256 threads), which compiles without spills for every divergence, dtype and target
-(`python -m bench.aot`). The tile never grows with the vocabulary.
+No card has measured it yet. It starts from published sweeps of kernels of this kind (4096 columns
+of bfloat16 on 8 warps for Hopper; 8192 on 8 warps for an A100) as far as they compile without
+spills (`python -m bench.aot`). The tile never grows with the vocabulary.
+
+FASTKD_GPU_TILE="bytes:threads:ctas", read when this is imported, replaces the table for every row:
+for measurements only (`make gpu`), and the only way to a cluster today. A cluster of `ctas` blocks
+works on one row with a tile `ctas` times as wide, so that as many rows fewer are in flight and
+their first sweep is still in the L2 cache when the second comes. It is refused, by one block to a
+row, where it cannot work: see `clusters`.
 """
 
 from __future__ import annotations
 
+import os
+import re
+from functools import cache
 from typing import NamedTuple
 
+import triton
+
 BYTES_PER_LOAD = 16
+ANY = 1 << 62
+VARIABLE = "FASTKD_GPU_TILE"
 
 
 class Tile(NamedTuple):
-    lanes: int  # running maxima and sums held by a program
+    lanes: int  # running maxima and sums held by a program, over all blocks of its cluster
     group: int  # neighbouring columns that share a lane: one 16-byte load
+    threads: int  # of one block
+    ctas: int = 1  # blocks of a cluster
+
+
+class Entry(NamedTuple):
+    columns: int  # rows up to this wide
+    bytes: int  # of a block's tile, of the widest operand
     threads: int
+    ctas: int = 1
 
 
-# (rows up to this many columns, bytes of a tile, threads): 16 or 32 bytes of each operand a thread
-TABLE = (
-    (512, 1024, 64),
-    (2048, 2048, 128),
-    (1 << 62, 8192, 256),
-)
+# a thread holds 16 bytes of each operand in narrow rows, 32 in wide ones, 64 on an A100
+_NARROW = (Entry(512, 1024, 64), Entry(2048, 2048, 128))
+_WIDE = (*_NARROW, Entry(ANY, 8192, 256))
+
+# architecture -> bytes of an element -> entries by rising width
+TABLE: dict[str, dict[int, tuple[Entry, ...]]] = {
+    "default": {2: _WIDE, 4: _WIDE, 8: _WIDE},
+    "sm_80": {2: _WIDE, 4: _WIDE, 8: _WIDE},
+    "sm_90": {2: _WIDE, 4: _WIDE, 8: _WIDE},
+    "sm_100": {2: _WIDE, 4: _WIDE, 8: _WIDE},
+    "gfx942": {2: _WIDE, 4: _WIDE, 8: _WIDE},
+}
+
+# the first version whose reductions across the blocks of a cluster are said to be right
+CLUSTERS_SINCE = (3, 9)
+MOST_CTAS = 8  # of a cluster that every Hopper card accepts
 
 
-def tile(vocab: int, itemsize: int) -> Tile:
-    """The tile for rows of `vocab` columns whose widest operand has `itemsize` bytes."""
-    size, threads = next((size, threads) for limit, size, threads in TABLE if vocab <= limit)
+def override(text: str) -> Entry | None:
+    """FASTKD_GPU_TILE as an entry for every row; None where it is empty.
+
+    Raises:
+        ValueError: it is not three powers of two with a whole warp's threads and a whole load each.
+    """
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d+):(\d+):(\d+)", text)
+    size, threads, ctas = map(int, match.groups()) if match else (0, 0, 0)
+    powers = all(x > 0 and x & (x - 1) == 0 for x in (size, threads, ctas))
+    if not powers or size < BYTES_PER_LOAD or not 32 <= threads <= 1024 or ctas > MOST_CTAS:
+        raise ValueError(
+            f"{VARIABLE}: got {text!r}, expected bytes:threads:ctas as powers of two, bytes of at "
+            f"least {BYTES_PER_LOAD}, threads from 32 to 1024, ctas up to {MOST_CTAS}, "
+            "such as 8192:256:1"
+        )
+    return Entry(ANY, size, threads, ctas)
+
+
+OVERRIDE = override(os.environ.get(VARIABLE, ""))
+
+
+def clusters(arch: str, version: str = triton.__version__) -> str | None:
+    """Why one row cannot be worked on by a cluster of blocks; None where it can."""
+    match = re.fullmatch(r"sm_(\d+)", arch)
+    if match is None or int(match[1]) < 90:
+        return f"{arch} has no clusters of blocks, which sm_90 brought"
+    parts = re.match(r"(\d+)\.(\d+)", version)
+    if parts is None or (int(parts[1]), int(parts[2])) < CLUSTERS_SINCE:
+        since = ".".join(map(str, CLUSTERS_SINCE))
+        return f"Triton {version} does not reduce across a cluster's blocks, {since} does"
+    return None
+
+
+@cache
+def tile(vocab: int, itemsize: int, arch: str = "default", cluster: bool = True) -> Tile:
+    """The tile for rows of `vocab` columns whose widest operand has `itemsize` bytes.
+
+    Args:
+        vocab: columns.
+        itemsize: bytes of an element: 2, 4 or 8.
+        arch: "sm_90", "gfx942", ...; one that the table does not name takes its default.
+        cluster: whether the kernel may run on a cluster at all.
+    """
+    entries = TABLE.get(arch, TABLE["default"])[itemsize]
+    entry = OVERRIDE or next(entry for entry in entries if vocab <= entry.columns)
+    ctas = entry.ctas if cluster and clusters(arch) is None else 1
     group = BYTES_PER_LOAD // itemsize
-    return Tile(size // BYTES_PER_LOAD, group, threads)
+    return Tile(entry.bytes // BYTES_PER_LOAD * ctas, group, entry.threads, ctas)

@@ -1,0 +1,1 @@
+"""Every Triton kernel compiled with no GPU: see `__main__`."""

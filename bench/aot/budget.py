@@ -1,0 +1,117 @@
+"""What a kernel may cost in arithmetic, per column and in all its sweeps, and what is a problem.
+
+At the floor an H200 moves 0.72e12 columns of bfloat16 a second (3 streams at the copy's expected
+bandwidth, `bench.cards`), and has time for 5.2 special-function operations and 41 instructions of
+each. float32 has twice the bytes, hence twice the time. A kernel within both is bound by memory;
+one beyond reaches at most the share of the floor that `share` says, however well its reads hit.
+
+The budgets are ceilings against growth, of bfloat16. Only the KL pair without labels is within the
+card's own. Hard labels at T != 1 cost two exponentials more, of the student at T = 1; js and the
+skew pair a logarithm and an exponential or two of each column in each of two sweeps; tv both sides'
+exponentials in all three.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from bench.aot.cases import DTYPES, ODD
+from bench.aot.read import Report, Sweep
+from bench.cards import BY_ARCH
+
+STREAMS = 3
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+
+
+class Budget(NamedTuple):
+    special: float
+    instructions: float
+
+
+# of a divergence alone, by the main kernel
+BUDGETS = {
+    "kl": Budget(5.2, 41),
+    "reverse_kl": Budget(5.2, 41),
+    "js": Budget(8.0, 140),
+    "skew_kl": Budget(10.0, 130),
+    "skew_reverse_kl": Budget(9.0, 145),
+    "tv": Budget(7.0, 66),
+}
+# what hard labels at T != 1 add, and smoothing on top of it
+HARD, SMOOTH = Budget(2.3, 14), Budget(0, 6)
+
+# kernels that promise 16-byte loads of rows that are not aligned, too
+WIDE_ANYWAY: frozenset[str] = frozenset()
+
+# kernels that merge what the parts of a row have left: numbers, one by one; columns only where a
+# row's loss has overflowed
+MERGES = frozenset({"finish"})
+
+
+def budget(report: Report) -> Budget | None:
+    """The budget of a report; None where nothing is promised."""
+    known = BUDGETS.get(report.divergence)
+    cuda = report.target.startswith("sm_")
+    if report.kernel != "fused" or known is None or report.dtype not in DTYPES or not cuda:
+        return None
+    if report.vocab == ODD:
+        return None  # narrow loads are counted, too
+    parts = [known, *([HARD] if report.hard else []), *([SMOOTH] if report.smooth else [])]
+    factor = ITEMSIZE[report.dtype] / 2
+    special, instructions = (sum(part[i] for part in parts) * factor for i in (0, 1))
+    return Budget(special, instructions)
+
+
+def usual(report: Report) -> list[Sweep]:
+    """The sweeps of an ordinary row.
+
+    Between the sweep of the sums and that of the gradient a divergence that is an expectation has
+    one more, for rows whose loss is infinite or NaN after the first.
+    """
+    from fastkd.divergence import divergences
+
+    entry = divergences[report.divergence] if report.divergence != "-" else None
+    if report.kernel != "fused" or entry is None or not entry.expectation:
+        return report.sweeps
+    return report.sweeps[:1] + [sweep for sweep in report.sweeps[1:] if sweep.writes]
+
+
+def total(report: Report) -> Budget:
+    """Special-function operations and instructions of an ordinary row's column."""
+    sweeps = usual(report)
+    special = sum(sweep.special for sweep in sweeps)
+    return Budget(round(special, 2), round(sum(sweep.instructions for sweep in sweeps), 1))
+
+
+def share(report: Report) -> float | None:
+    """The most of the floor's speed that the counts allow the main kernel on its target's card."""
+    card, itemsize = BY_ARCH.get(report.target), ITEMSIZE[report.dtype]
+    if report.kernel != "fused" or card is None or itemsize > 4:
+        return None
+    floor = STREAMS * itemsize / card.copy
+    spent = total(report)
+    worst = max(spent.special * card.per_special, spent.instructions * card.per_instruction)
+    return round(min(1.0, floor / worst), 2) if worst else None
+
+
+def judge(report: Report) -> None:
+    """Fills in the share and the problems."""
+    say = report.problems.append
+    report.share = share(report)
+    if report.spills:
+        say(f"spills: {report.spills}")
+    if report.calls:
+        say(f"calls: {report.calls}")
+    merges = report.kernel in MERGES
+    if report.rows and not (merges and not report.sweeps):
+        if report.bytes < 16 and (report.vocab != ODD or report.kernel in WIDE_ANYWAY):
+            say(f"an access of {report.bytes} bytes in a loop over an aligned row")
+        if not report.sweeps:
+            say("no loop that reads a row was found")
+    if report.narrow > 2 * report.pointers and report.vocab != ODD and not merges:
+        say(f"{report.narrow} narrow accesses for {report.pointers} pointers")
+    allowed, spent = budget(report), total(report)
+    if allowed is not None:
+        for what, limit, found in zip(Budget._fields, allowed, spent, strict=True):
+            if found > limit:
+                say(f"{what}: {found:g} a column, over the budget of {limit:g}")

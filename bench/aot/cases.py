@@ -1,0 +1,178 @@
+"""What is compiled: every kernel as the launcher starts it, on tensors without memory.
+
+No list of kernels stands here. Those of `fastkd.gpu` are found, and each is compiled with the
+arguments of the pass that launches it; one that no pass launches has no case, and a test says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from unittest import mock
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = ("bf16", "fp32")
+PROCESSORS = 132  # of the card whose launches are compiled
+ROWS, FEW = 8192, 64  # one program to a row, and several
+VOCAB, SHORT, ODD = 128256, (512, 2048), 50257  # ODD: divisible by no vector width
+NAMED = 64  # columns of a stored teacher
+SUFFIX = "_kernel"
+
+
+@dataclass
+class Case:
+    """A kernel (its name without `_kernel`) for one divergence ("-": none), dtype and target.
+
+    hard: with hard labels, whose cross-entropy is taken at T = 1; smooth: and label smoothing.
+    """
+
+    kernel: str
+    divergence: str
+    dtype: str
+    target: str
+    vocab: int = VOCAB
+    hard: bool = True
+    smooth: bool = False
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a pass has asked the launcher for."""
+
+    kernel: Any
+    args: dict[str, Any]
+    threads: int
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__.removesuffix(SUFFIX)
+
+
+def kernels() -> set[str]:
+    """The names of all kernels that stand in a file of `fastkd.gpu`, without `_kernel`."""
+    import fastkd.gpu
+
+    names: set[str] = set()
+    for found in pkgutil.iter_modules(fastkd.gpu.__path__):
+        module = importlib.import_module(f"fastkd.gpu.{found.name}")
+        names |= {
+            name.removesuffix(SUFFIX)
+            for name, value in vars(module).items()
+            if name.endswith(SUFFIX) and _home(value) == module.__name__
+        }
+    return names
+
+
+def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str, Launch]]:
+    """(pass, launch) of each pass, or of one, on `rows` rows, in their order."""
+    import torch
+
+    from fastkd.backend import Plan, Sparse
+    from fastkd.divergence import divergences
+    from fastkd.gpu import launch
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(case.dtype)
+    dtype = dtype or torch.float64
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def tensor(*shape: int, dtype: torch.dtype = acc) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x = tensor(1, rows, case.vocab, dtype=dtype)
+    keep, label = tensor(rows, dtype=torch.bool), tensor(rows, dtype=torch.int64)
+    stats, scale = tensor(rows, 3), tensor(rows)
+    hard, smoothing = 0.5 if case.hard else 0.0, 0.1 if case.smooth else 0.0
+    name = case.divergence if case.divergence != "-" else next(iter(divergences))
+    plan = Plan(name, divergences[name].param, 2.0, 0.5, hard, smoothing, case.vocab, case.vocab)
+    named = tensor(rows, NAMED), tensor(rows, NAMED, dtype=torch.int64), tensor(rows)
+    rest = plan, keep, label, scale, 1.0
+    passes: dict[str, Callable[[], Any]] = {
+        "fused": lambda: launch.fused(x, x, *rest, x),
+        "sparse": lambda: launch.sparse(x, Sparse(*named, False), *rest, x),
+        "loss": lambda: launch.loss(x, x, stats, stats, plan, keep),
+        "grad": lambda: launch.grad(x, x, stats, stats, stats, scale, *rest, x),
+        "stats": lambda: launch.stats(x, 2.0, case.vocab, keep),
+        "total": lambda: launch.total(scale, scale, 1.0),
+        "multiply": lambda: launch.multiply(x, tensor()),
+    }
+    seen: list[tuple[str, Launch]] = []
+    card = launch.Card(case.target, 32 if case.target.startswith("sm_") else 64)
+    with ExitStack() as stack:
+        split = getattr(launch, "split", None)
+        if split is not None:
+            stack.enter_context(mock.patch.object(split, "HOST_PROCESSORS", PROCESSORS))
+        for which, run in passes.items():
+            if entry not in (None, which):
+                continue
+
+            def record(
+                kernel: Any, n: int, args: dict[str, Any], threads: int, *_: Any, of: str = which
+            ) -> None:
+                seen.append((of, Launch(kernel, args, threads)))
+
+            with mock.patch.multiple(launch, launch=record, card=lambda device: card):
+                run()
+    return seen
+
+
+def _home(value: Any) -> str | None:
+    """The module that a jitted function was written in."""
+    return getattr(getattr(value, "fn", None), "__module__", None)
+
+
+@cache
+def places() -> dict[str, tuple[str, int, bool]]:
+    """Where each kernel is launched first: (pass, rows, whether it takes the divergence).
+
+    js for its second sweep, which the expectations do without.
+    """
+    found: dict[str, tuple[str, int, bool]] = {}
+    for rows in (ROWS, FEW):
+        for entry, seen in launches(Case("", "js", "bf16", "sm_90"), rows):
+            place = (
+                entry,
+                rows,
+                bool({"DIVERGENCE", "EXPECTATION"} & set(seen.args)),
+            )
+            found.setdefault(seen.name, place)
+    return found
+
+
+def recorded(case: Case) -> Launch | None:
+    """The case's launch; None where its divergence does without the kernel."""
+    entry, rows, _ = places()[case.kernel]
+    seen = (launch for _, launch in launches(case, rows, entry))
+    return next((launch for launch in seen if launch.name == case.kernel), None)
+
+
+def cases(quick: bool, targets: list[str], divergences: list[str], dtypes: list[str]) -> list[Case]:
+    """Everything, or (quick) each kernel, divergence, dtype and target at least once."""
+    bare = [
+        (kernel, divergence)
+        for kernel, (_, _, paired) in places().items()
+        for divergence in (divergences if paired else ["-"])
+    ]
+    # what a bare divergence and an ordinary distillation cost is what the budgets are about
+    variants: list[dict[str, Any]] = [{"hard": False}, {"hard": True}]
+    fused = [("fused", d, v) for d in divergences for v in variants]
+    rest: list[tuple[str, str, dict[str, Any]]] = [(k, d, {}) for k, d in bare if k != "fused"]
+    smooth = [("fused", divergences[0], {"smooth": True})]
+    odd = [("fused", d, {"vocab": ODD}) for d in divergences]
+    odd += [(k, d, {"vocab": ODD}) for k, d in bare if k != "fused" and d in ("-", divergences[0])]
+    short = [("fused", divergences[0], {"vocab": v}) for v in SHORT]
+    first = rest[:0] + [("fused", divergences[0], {}) for _ in targets]
+    if quick:
+        picked = [*fused, *rest, *smooth, odd[0], short[0], *first]
+        todo = [
+            Case(k, d, dtypes[i // len(targets) % len(dtypes)], targets[i % len(targets)], **v)
+            for i, (k, d, v) in enumerate(picked)
+        ]
+    else:
+        picked = [*fused, *rest, *smooth, *odd, *short]
+        todo = [Case(k, d, t, a, **v) for a in targets for t in dtypes for k, d, v in picked]
+    return [case for case in todo if recorded(case) is not None]
