@@ -73,12 +73,12 @@ def fused_kernel(
         column = tl.where(here, wanted, -1).to(tl.int32)
         at_label = tl.load(student + column, mask=here, other=0.0).to(ACC)
     m_s, raw_s, m_t, raw_t, cross, unit, drift = first_sweep(
-        student, teacher, vocab, exponent, EXPECTATION, UNIT, SMOOTH, ACC, LANES, GROUP
+        student, teacher, 0, vocab, exponent, EXPECTATION, UNIT, SMOOTH, ACC, LANES, GROUP
     )
     d_s, d_t = norms(raw_s, raw_t)
     if EXPECTATION == "none":
         value, slopes = pair_sweep(
-            student, teacher, vocab, m_s, d_s, m_t, d_t, exponent, inverse, param,
+            student, teacher, 0, vocab, m_s, d_s, m_t, d_t, exponent, inverse, param,
             DIVERGENCE, "evict_last", ACC, LANES, GROUP,
         )  # fmt: skip
     else:
@@ -90,7 +90,7 @@ def fused_kernel(
         # under the row's, and only the pair, with the row's maximum in hand, knows
         if value * 0.0 != 0.0:
             value, _ = pair_sweep(
-                student, teacher, vocab, m_s, d_s, m_t, d_t, exponent, inverse, param,
+                student, teacher, 0, vocab, m_s, d_s, m_t, d_t, exponent, inverse, param,
                 DIVERGENCE, "evict_last", ACC, LANES, GROUP,
             )  # fmt: skip
         # the centred slopes of the weigher's expectation: under q they are the value itself
@@ -115,7 +115,7 @@ def fused_kernel(
         if scale is not None:
             by = by * tl.load(scale + row)
         gradient_sweep(
-            grad, student, teacher, vocab, m_s, d_s, m_t, d_t, slopes, unit,
+            grad, student, teacher, 0, vocab, m_s, d_s, m_t, d_t, slopes, unit,
             column, exponent, inverse, param, soft * inverse * by, hard * by, sure + spread, spread,
             DIVERGENCE, EXPECTATION == "teacher", label is not None, UNIT,
             EXPECTATION != "none", ACC, LANES, GROUP,
@@ -144,14 +144,14 @@ def stats_kernel(
     full = vocab // (LANES * GROUP) * (LANES * GROUP)
     for start in range(0, full, LANES * GROUP):
         top, total, drift = stats_tile(
-            x, start, vocab, top, total, drift, exponent, False, ACC, LANES, GROUP
+            x, start, 0, vocab, top, total, drift, exponent, False, ACC, LANES, GROUP
         )
     if full < vocab:
         top, total, drift = stats_tile(
-            x, full, vocab, top, total, drift, exponent, True, ACC, LANES, GROUP
+            x, full, 0, vocab, top, total, drift, exponent, True, ACC, LANES, GROUP
         )
     highest, total, _ = merge(top, total, exponent)
-    drift = drift_merge(drift, top, highest, vocab, LANES, GROUP)
+    drift = drift_merge(drift, top, highest, 0, vocab, LANES, GROUP)
     tl.store(stats, tl.where(total == 0, -float("inf"), highest))
     tl.store(stats + 1, total)
     tl.store(stats + 2, drift)
@@ -187,7 +187,8 @@ def loss_kernel(
     value, slopes = pair_sweep(
         row_at(student, row, per_s, outer_s, inner_s),
         row_at(teacher, row, per_t, outer_t, inner_t),
-        vocab, m_s, d_s, m_t, d_t, scalar(exponent, ACC), scalar(inverse, ACC), scalar(param, ACC),
+        0, vocab, m_s, d_s, m_t, d_t,
+        scalar(exponent, ACC), scalar(inverse, ACC), scalar(param, ACC),
         DIVERGENCE, "evict_first", ACC, LANES, GROUP,
     )  # fmt: skip
     tl.store(loss, value)
@@ -228,7 +229,7 @@ def grad_kernel(
         grad,
         row_at(student, row, per_s, outer_s, inner_s),
         row_at(teacher, row, per_t, outer_t, inner_t),
-        vocab, m_s, d_s, m_t, d_t, tl.load(slope + row).to(ACC), unit,
+        0, vocab, m_s, d_s, m_t, d_t, tl.load(slope + row).to(ACC), unit,
         column, scalar(exponent, ACC), inverse, scalar(param, ACC),
         scalar(soft, ACC) * inverse * by, scalar(hard, ACC) * by,
         scalar(sure, ACC) + spread, spread,

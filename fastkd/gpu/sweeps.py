@@ -1,10 +1,11 @@
-"""What a program does to its row: one sweep over the columns per function.
+"""What a program does to its row: one sweep over columns [start, stop) per function.
 
 A tile is [LANES, GROUP]: GROUP neighbouring columns are one 16-byte load and belong to one lane.
 Running maxima and sums are kept per lane and reduced across lanes once, when the sweep ends; inside
-the sweep a lane reduces within its own thread. Only the last, partial tile is masked. x is always
-taken relative to a maximum before it is scaled: (x - max) * (log2(e) / T), since a rounded
-product max * (log2(e) / T) would cost digits at logits of 1e4.
+the sweep a lane reduces within its own thread. start is a multiple of a tile, 0 where the program
+has the row to itself, and only the last, partial tile is masked. x is always taken relative to a
+maximum before it is scaled: (x - max) * (log2(e) / T), since a rounded product
+max * (log2(e) / T) would cost digits at logits of 1e4.
 """
 
 import triton
@@ -36,19 +37,19 @@ def columns(start, LANES: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def load(
     x,
-    start,
-    vocab,
+    at,
+    stop,
     MASKED: tl.constexpr,
     POLICY: tl.constexpr,
     ACC: tl.constexpr,
     LANES: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    at = columns(start, LANES, GROUP)
+    here = columns(at, LANES, GROUP)
     if MASKED:
-        tile = tl.load(x + at, mask=at < vocab, other=-float("inf"), eviction_policy=POLICY)
+        tile = tl.load(x + here, mask=here < stop, other=-float("inf"), eviction_policy=POLICY)
     else:
-        tile = tl.load(x + at, eviction_policy=POLICY)
+        tile = tl.load(x + here, eviction_policy=POLICY)
     return tile.to(ACC)
 
 
@@ -80,37 +81,37 @@ def merge(top, total, exponent):
 
 @triton.jit
 def drift_step(
-    drift, x, top, new, start, vocab,
+    drift, x, top, new, at, start, stop,
     MASKED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Sum of (x - max) under a changing max; every lane has seen start / LANES columns before."""
+    """Sum of (x - max) under a changing max; a lane has seen (at - start) / LANES."""
     if MASKED:
-        x = tl.where(columns(start, LANES, GROUP) < vocab, x, 0.0)
-    return drift + tl.sum(x, 1) + scalar(start // LANES, x.dtype) * (top - new)
+        x = tl.where(columns(at, LANES, GROUP) < stop, x, 0.0)
+    return drift + tl.sum(x, 1) + scalar((at - start) // LANES, x.dtype) * (top - new)
 
 
 @triton.jit
-def drift_merge(drift, top, highest, vocab, LANES: tl.constexpr, GROUP: tl.constexpr):
-    """Sum over the row of (x - highest)."""
-    full = vocab // (LANES * GROUP) * (LANES * GROUP)
-    seen = full // LANES + tl.sum((columns(full, LANES, GROUP) < vocab).to(tl.int32), 1)
+def drift_merge(drift, top, highest, start, stop, LANES: tl.constexpr, GROUP: tl.constexpr):
+    """Sum over the columns of (x - highest)."""
+    full = stop // (LANES * GROUP) * (LANES * GROUP)
+    seen = (full - start) // LANES + tl.sum((columns(full, LANES, GROUP) < stop).to(tl.int32), 1)
     return tl.sum(drift + seen.to(drift.dtype) * (top - highest), 0)
 
 
 @triton.jit
 def stats_tile(
-    x, start, vocab, top, total, drift, exponent,
+    x, at, start, stop, top, total, drift, exponent,
     MASKED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tile = load(x, start, vocab, MASKED, "evict_first", ACC, LANES, GROUP)
+    tile = load(x, at, stop, MASKED, "evict_first", ACC, LANES, GROUP)
     new, total, tile, _, _ = fold(tile, top, total, exponent)
-    drift = drift_step(drift, tile, top, new, start, vocab, MASKED, LANES, GROUP)
+    drift = drift_step(drift, tile, top, new, at, start, stop, MASKED, LANES, GROUP)
     return new, total, drift
 
 
 @triton.jit
 def first_tile(
-    student, teacher, start, vocab, m_s, d_s, m_t, d_t, cross, unit, drift, exponent,
+    student, teacher, at, start, stop, m_s, d_s, m_t, d_t, cross, unit, drift, exponent,
     EXPECTATION: tl.constexpr, UNIT: tl.constexpr, DRIFT: tl.constexpr,
     MASKED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -119,8 +120,8 @@ def first_tile(
     w is the side that weighs (EXPECTATION), o the other one. `unit` is the student's sum at T = 1,
     `drift` its sum of (x - max).
     """
-    s = load(student, start, vocab, MASKED, "evict_last", ACC, LANES, GROUP)
-    t = load(teacher, start, vocab, MASKED, "evict_last", ACC, LANES, GROUP)
+    s = load(student, at, stop, MASKED, "evict_last", ACC, LANES, GROUP)
+    t = load(teacher, at, stop, MASKED, "evict_last", ACC, LANES, GROUP)
     top_s, sum_s, s, e_s, carry_s = fold(s, m_s, d_s, exponent)
     top_t, sum_t, t, e_t, carry_t = fold(t, m_t, d_t, exponent)
     # both maxima move under the terms already summed, hence the shift of d_w columns' worth
@@ -133,13 +134,13 @@ def first_tile(
     if UNIT:
         unit = unit * tl.exp2((m_s - top_s) * LOG2E) + tl.sum(tl.exp2(s * LOG2E), 1)
     if DRIFT:
-        drift = drift_step(drift, s, m_s, top_s, start, vocab, MASKED, LANES, GROUP)
+        drift = drift_step(drift, s, m_s, top_s, at, start, stop, MASKED, LANES, GROUP)
     return top_s, sum_s, top_t, sum_t, cross, unit, drift
 
 
 @triton.jit
 def first_sweep(
-    student, teacher, vocab, exponent,
+    student, teacher, start, stop, exponent,
     EXPECTATION: tl.constexpr, UNIT: tl.constexpr, DRIFT: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -147,15 +148,15 @@ def first_sweep(
     m_s, d_s = empty(ACC, LANES)
     m_t, d_t = empty(ACC, LANES)
     cross, unit, drift = d_s, d_s, d_s
-    full = vocab // (LANES * GROUP) * (LANES * GROUP)
-    for start in range(0, full, LANES * GROUP):
+    full = stop // (LANES * GROUP) * (LANES * GROUP)
+    for at in range(start, full, LANES * GROUP):
         m_s, d_s, m_t, d_t, cross, unit, drift = first_tile(
-            student, teacher, start, vocab, m_s, d_s, m_t, d_t, cross, unit, drift, exponent,
+            student, teacher, at, start, stop, m_s, d_s, m_t, d_t, cross, unit, drift, exponent,
             EXPECTATION, UNIT, DRIFT, False, ACC, LANES, GROUP,
         )  # fmt: skip
-    if full < vocab:
+    if full < stop:
         m_s, d_s, m_t, d_t, cross, unit, drift = first_tile(
-            student, teacher, full, vocab, m_s, d_s, m_t, d_t, cross, unit, drift, exponent,
+            student, teacher, full, start, stop, m_s, d_s, m_t, d_t, cross, unit, drift, exponent,
             EXPECTATION, UNIT, DRIFT, True, ACC, LANES, GROUP,
         )  # fmt: skip
     top_s, sum_s, w_s = merge(m_s, d_s, exponent)
@@ -170,7 +171,7 @@ def first_sweep(
         unit = unit * tl.exp2((m_s - top_s) * LOG2E)
     row_drift = scalar(0.0, ACC)
     if DRIFT:
-        row_drift = drift_merge(drift, m_s, top_s, vocab, LANES, GROUP)
+        row_drift = drift_merge(drift, m_s, top_s, start, stop, LANES, GROUP)
     return top_s, sum_s, top_t, sum_t, tl.sum(cross, 0), tl.sum(unit, 0), row_drift
 
 
@@ -209,29 +210,29 @@ def pair(
 
 @triton.jit
 def pair_sweep(
-    student, teacher, vocab, m_s, d_s, m_t, d_t, exponent, inverse, param,
+    student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, inverse, param,
     DIVERGENCE: tl.constexpr, POLICY: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Row sums of value and centred slope, from the last column to the first."""
+    """Sums of value and centred slope, from the last column to the first."""
     inv_s, log_s, inv_t, log_t = 1.0 / d_s, tl.log(d_s), 1.0 / d_t, tl.log(d_t)
     ratio = quotient(d_s, d_t)
     values = tl.zeros([LANES], ACC)
     slopes = tl.zeros([LANES], ACC)
-    full = vocab // (LANES * GROUP) * (LANES * GROUP)
-    if full < vocab:
+    full = stop // (LANES * GROUP) * (LANES * GROUP)
+    if full < stop:
         # columns past the end are -inf on both sides, which is worth 0 to every divergence
-        s = load(student, full, vocab, True, POLICY, ACC, LANES, GROUP)
-        t = load(teacher, full, vocab, True, POLICY, ACC, LANES, GROUP)
+        s = load(student, full, stop, True, POLICY, ACC, LANES, GROUP)
+        t = load(teacher, full, stop, True, POLICY, ACC, LANES, GROUP)
         value, slope, _ = pair(
             s, t, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, exponent, inverse, param, DIVERGENCE
         )
         values += tl.sum(value, 1)
         slopes += tl.sum(slope, 1)
-    for back in range(0, full, LANES * GROUP):
-        start = full - LANES * GROUP - back
-        s = load(student, start, vocab, False, POLICY, ACC, LANES, GROUP)
-        t = load(teacher, start, vocab, False, POLICY, ACC, LANES, GROUP)
+    for back in range(0, full - start, LANES * GROUP):
+        at = full - LANES * GROUP - back
+        s = load(student, at, stop, False, POLICY, ACC, LANES, GROUP)
+        t = load(teacher, at, stop, False, POLICY, ACC, LANES, GROUP)
         value, slope, _ = pair(
             s, t, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, exponent, inverse, param, DIVERGENCE
         )
@@ -242,34 +243,34 @@ def pair_sweep(
 
 @triton.jit
 def gradient_tile(
-    grad, student, teacher, start, vocab, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
+    grad, student, teacher, at, stop, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
     slopes, inv_unit, column, exponent, inverse, param, soft, hard, target, spread,
     DIVERGENCE: tl.constexpr, CENTRED: tl.constexpr, HARD: tl.constexpr, UNIT: tl.constexpr,
     MASKED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    s = load(student, start, vocab, MASKED, "evict_first", ACC, LANES, GROUP)
-    t = load(teacher, start, vocab, MASKED, "evict_first", ACC, LANES, GROUP)
+    s = load(student, at, stop, MASKED, "evict_first", ACC, LANES, GROUP)
+    t = load(teacher, at, stop, MASKED, "evict_first", ACC, LANES, GROUP)
     _, out, q = pair(
         s, t, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, exponent, inverse, param, DIVERGENCE
     )
     if not CENTRED:
         out = out - q * slopes
     out = out * soft
-    at = columns(start, LANES, GROUP)
+    here = columns(at, LANES, GROUP)
     if HARD:
         if UNIT:
             q = tl.exp2((s - m_s) * LOG2E) * inv_unit
-        out += hard * (q - tl.where(at == column, target, spread))
+        out += hard * (q - tl.where(here == column, target, spread))
     out = out.to(grad.dtype.element_ty)
     if MASKED:
-        tl.store(grad + at, out, mask=at < vocab, eviction_policy="evict_first")
+        tl.store(grad + here, out, mask=here < stop, eviction_policy="evict_first")
     else:
-        tl.store(grad + at, out, eviction_policy="evict_first")
+        tl.store(grad + here, out, eviction_policy="evict_first")
 
 
 @triton.jit
 def gradient_sweep(
-    grad, student, teacher, vocab, m_s, d_s, m_t, d_t, slopes, unit,
+    grad, student, teacher, start, stop, m_s, d_s, m_t, d_t, slopes, unit,
     column, exponent, inverse, param, soft, hard, target, spread,
     DIVERGENCE: tl.constexpr, CENTRED: tl.constexpr, HARD: tl.constexpr, UNIT: tl.constexpr,
     REVERSE: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
@@ -284,17 +285,17 @@ def gradient_sweep(
     inv_unit = 1.0 / unit
     # q of a student that is impossible everywhere is 0 by `norms`, but has no cross-entropy
     hard = tl.where(unit == 0, float("nan"), hard)
-    full = vocab // (LANES * GROUP) * (LANES * GROUP)
-    for step in range(0, full, LANES * GROUP):
-        start = full - LANES * GROUP - step if REVERSE else step
+    full = stop // (LANES * GROUP) * (LANES * GROUP)
+    for step in range(0, full - start, LANES * GROUP):
+        at = full - LANES * GROUP - step if REVERSE else start + step
         gradient_tile(
-            grad, student, teacher, start, vocab, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
+            grad, student, teacher, at, stop, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
             slopes, inv_unit, column, exponent, inverse, param, soft, hard, target, spread,
             DIVERGENCE, CENTRED, HARD, UNIT, False, ACC, LANES, GROUP,
         )  # fmt: skip
-    if vocab % (LANES * GROUP) != 0:  # asked again: cheaper than kept through the loop
+    if stop % (LANES * GROUP) != 0:  # asked again: cheaper than kept through the loop
         gradient_tile(
-            grad, student, teacher, full, vocab, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
+            grad, student, teacher, full, stop, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
             slopes, inv_unit, column, exponent, inverse, param, soft, hard, target, spread,
             DIVERGENCE, CENTRED, HARD, UNIT, True, ACC, LANES, GROUP,
         )  # fmt: skip
