@@ -17,6 +17,7 @@ from fastkd.divergence import divergences
 from fastkd.gpu import divergence as pairs
 from fastkd.gpu import rows as kernels
 from fastkd.gpu import sparse as stored
+from fastkd.gpu import split
 from fastkd.gpu.tune import Tile, tile
 
 LOG2E = 1.0 / math.log(2.0)
@@ -143,8 +144,35 @@ def fused(
         "ACC": _ACC[acc],
         **lanes,
     }
-    launch(kernels.fused_kernel, n, args, size.threads, student.device)
+    parts = split.parts(n, plan.vocab, size.lanes * size.group, split.processors(student.device))
+    if parts > 1:
+        _in_parts(args, n, parts, size.threads)
+    else:
+        launch(kernels.fused_kernel, n, args, size.threads, student.device)
     return loss
+
+
+def _in_parts(args: dict[str, Any], n: int, parts: int, threads: int) -> None:
+    """`fused` with several programs to a row."""
+    loss, grad, by_pairs = args["loss"], args["grad"], args["EXPECTATION"] == "none"
+    args = {
+        **args,
+        **dict(parts=parts, PARTS=split.MOST),
+        "partial": loss.new_empty(n, 7, parts),
+        "known": loss.new_empty(n),
+        "sums": loss.new_empty(n, 2, parts) if by_pairs else None,
+        "constants": None if grad is None else loss.new_empty(n, 6),
+    }
+    steps = [
+        (split.part_kernel, n * parts, True),
+        (split.pairs_kernel, n * parts, by_pairs),
+        (split.finish_kernel, n, True),
+        (split.grad_part_kernel, n * parts, grad is not None),
+    ]
+    for kernel, programs, needed in steps:
+        if needed:
+            own = {name: args[name] for name in kernel.arg_names}
+            launch(kernel, programs, own, threads, loss.device)
 
 
 def sparse(

@@ -1,7 +1,6 @@
 """The row kernels: one program per row, whatever the divergence (an argument, `divergence.py`).
 
-Nothing here waits for the device. Few rows (fewer than about twice the multiprocessors) leave part
-of the GPU idle; splitting a row over programs is not done yet.
+Nothing here waits for the device. Few rows would leave part of it idle: `split.py`.
 """
 
 import triton
@@ -33,6 +32,43 @@ def zero_columns(grad, start, stop, LANES: tl.constexpr, GROUP: tl.constexpr):
     for at in range(start // (LANES * GROUP) * (LANES * GROUP), stop, LANES * GROUP):
         column = columns(at, LANES, GROUP)
         tl.store(grad + column, zero, mask=(column >= start) & (column < stop))
+
+
+@triton.jit
+def expected(
+    student, teacher, start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
+    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The divergence of a row that is an expectation, from the sums of its first sweep."""
+    weigher = d_t if EXPECTATION == "teacher" else d_s
+    other = d_s if EXPECTATION == "teacher" else d_t
+    # one logarithm of the ratio: 0 exactly where both sides are the same
+    value = cross / weigher * inverse + tl.log(quotient(other, weigher))
+    # infinite or NaN: an impossible column under a lane's early maximum may yet underflow
+    # under the row's, and only the pair, with the row's maximum in hand, knows
+    if value * 0.0 != 0.0:
+        value, _ = pair_sweep(
+            student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, inverse, param,
+            DIVERGENCE, "evict_last", ACC, LANES, GROUP,
+        )  # fmt: skip
+    return value
+
+
+@triton.jit
+def entropy(
+    m_s, unit, drift, at_label, here, vocab, classes, sure, spread,
+    SMOOTH: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """log-sum-exp - sure * s[label] - spread * sum(s) of a row of the student at T = 1."""
+    # all relative to the maximum; what is left of the maximum itself is 0 where the row holds the
+    # label and the whole vocabulary
+    rest = tl.where(here, spread * scalar(classes - vocab, ACC), 1.0 - spread * vocab)
+    value = tl.log(unit) + tl.where(here, sure * (m_s - at_label), 0.0)
+    value += tl.where(rest == 0, 0.0, rest * m_s)
+    if SMOOTH:
+        value -= spread * drift
+    return value
 
 
 @triton.jit(do_not_specialize=_PER)
@@ -82,17 +118,10 @@ def fused_kernel(
             DIVERGENCE, "evict_last", ACC, LANES, GROUP,
         )  # fmt: skip
     else:
-        weigher = d_t if EXPECTATION == "teacher" else d_s
-        other = d_s if EXPECTATION == "teacher" else d_t
-        # one logarithm of the ratio: 0 exactly where both sides are the same
-        value = cross / weigher * inverse + tl.log(quotient(other, weigher))
-        # infinite or NaN: an impossible column under a lane's early maximum may yet underflow
-        # under the row's, and only the pair, with the row's maximum in hand, knows
-        if value * 0.0 != 0.0:
-            value, _ = pair_sweep(
-                student, teacher, 0, vocab, m_s, d_s, m_t, d_t, exponent, inverse, param,
-                DIVERGENCE, "evict_last", ACC, LANES, GROUP,
-            )  # fmt: skip
+        value = expected(
+            student, teacher, 0, vocab, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
+            DIVERGENCE, EXPECTATION, ACC, LANES, GROUP,
+        )  # fmt: skip
         # the centred slopes of the weigher's expectation: under q they are the value itself
         slopes = value
     value = soft * value
@@ -100,14 +129,9 @@ def fused_kernel(
     if label is not None:
         if not UNIT:
             unit = raw_s
-        # log-sum-exp - sure * s[label] - spread * sum(s), all relative to the maximum; what is
-        # left of the maximum itself is 0 where the row holds the label and the whole vocabulary
-        rest = tl.where(here, spread * scalar(classes - vocab, ACC), 1.0 - spread * vocab)
-        entropy = tl.log(unit) + tl.where(here, sure * (m_s - at_label), 0.0)
-        entropy += tl.where(rest == 0, 0.0, rest * m_s)
-        if SMOOTH:
-            entropy -= spread * drift
-        value += hard * entropy
+        value += hard * entropy(
+            m_s, unit, drift, at_label, here, vocab, classes, sure, spread, SMOOTH, ACC
+        )
     tl.store(loss + row, value)
 
     if grad is not None:

@@ -139,6 +139,24 @@ def first_tile(
 
 
 @triton.jit
+def merge_sides(
+    m_s, d_s, m_t, d_t, cross, unit, exponent, EXPECTATION: tl.constexpr, UNIT: tl.constexpr
+):
+    """Lanes, or the parts of a row, into one: (max, sum) of both sides, cross sum, sum at T = 1."""
+    top_s, sum_s, w_s = merge(m_s, d_s, exponent)
+    top_t, sum_t, w_t = merge(m_t, d_t, exponent)
+    if EXPECTATION == "teacher":
+        cross = cross + d_t * ((m_t - top_t) - (m_s - top_s))
+        cross = tl.where(w_t == 0, 0.0, w_t * cross)
+    if EXPECTATION == "student":
+        cross = cross + d_s * ((m_s - top_s) - (m_t - top_t))
+        cross = tl.where(w_s == 0, 0.0, w_s * cross)
+    if UNIT:
+        unit = unit * tl.exp2((m_s - top_s) * LOG2E)
+    return top_s, sum_s, top_t, sum_t, tl.sum(cross, 0), tl.sum(unit, 0)
+
+
+@triton.jit
 def first_sweep(
     student, teacher, start, stop, exponent,
     EXPECTATION: tl.constexpr, UNIT: tl.constexpr, DRIFT: tl.constexpr,
@@ -159,20 +177,13 @@ def first_sweep(
             student, teacher, full, start, stop, m_s, d_s, m_t, d_t, cross, unit, drift, exponent,
             EXPECTATION, UNIT, DRIFT, True, ACC, LANES, GROUP,
         )  # fmt: skip
-    top_s, sum_s, w_s = merge(m_s, d_s, exponent)
-    top_t, sum_t, w_t = merge(m_t, d_t, exponent)
-    if EXPECTATION == "teacher":
-        cross = cross + d_t * ((m_t - top_t) - (m_s - top_s))
-        cross = tl.where(w_t == 0, 0.0, w_t * cross)
-    if EXPECTATION == "student":
-        cross = cross + d_s * ((m_s - top_s) - (m_t - top_t))
-        cross = tl.where(w_s == 0, 0.0, w_s * cross)
-    if UNIT:
-        unit = unit * tl.exp2((m_s - top_s) * LOG2E)
-    row_drift = scalar(0.0, ACC)
+    top_s, sum_s, top_t, sum_t, all_cross, all_unit = merge_sides(
+        m_s, d_s, m_t, d_t, cross, unit, exponent, EXPECTATION, UNIT
+    )
+    all_drift = scalar(0.0, ACC)
     if DRIFT:
-        row_drift = drift_merge(drift, m_s, top_s, start, stop, LANES, GROUP)
-    return top_s, sum_s, top_t, sum_t, tl.sum(cross, 0), tl.sum(unit, 0), row_drift
+        all_drift = drift_merge(drift, m_s, top_s, start, stop, LANES, GROUP)
+    return top_s, sum_s, top_t, sum_t, all_cross, all_unit, all_drift
 
 
 @triton.jit
