@@ -385,9 +385,9 @@ def test_capture_in_a_graph(name: str, n: int, vocab: int) -> None:
 @needs_gpu
 @each_name
 @pytest.mark.parametrize("n", [1, 64, 500])
-def test_real_vocabularies(name: str, n: int) -> None:
-    """From many programs to a row to one."""
-    vocab = 128_256
+@pytest.mark.parametrize("vocab", [50_257, 128_256])
+def test_real_vocabularies(name: str, n: int, vocab: int) -> None:
+    """From many programs to a row to one; rows on a 16-byte boundary, and odd ones."""
     plan = plan_of(name, vocab, hard=0.3, smoothing=0.1)
     for pair in ((torch.bfloat16,) * 2, (torch.float32,) * 2):
         x = make(1, n, vocab, pair)

@@ -18,12 +18,15 @@ from fastkd.gpu import divergence as pairs
 from fastkd.gpu import rows as kernels
 from fastkd.gpu import sparse as stored
 from fastkd.gpu import split
-from fastkd.gpu.tune import Tile, tile
+from fastkd.gpu.tune import BYTES_PER_LOAD, Tile, tile
 
 LOG2E = 1.0 / math.log(2.0)
 TOTAL_BLOCK = 1024
 MOST_POINTS = 128  # named columns at a time
 LAST = 2**31 - 1  # above every column
+# Rows of fewer tiles keep their columns in the same lanes wherever they start, and so their bits:
+# most of their time is not in a loop that wider loads would shorten
+SHIFTED_TILES = 2
 # A contracted product rounds where its twin on the other side does not, and identical logits must
 # cancel exactly. The formulas stand it too (`sweeps.pair`); this keeps every target on one result.
 PINNED = {"enable_fp_fusion": False}
@@ -92,6 +95,39 @@ def _tile(vocab: int, *operands: Tensor | None) -> tuple[Tile, dict[str, int]]:
     return size, {"LANES": size.lanes, "GROUP": size.group}
 
 
+def _steps(x: Tensor, group: int) -> tuple[int, int, int]:
+    """How the rows of x [A, B, V] move against groups of columns: (B, outer, inner), reduced."""
+    (a, b, _), (outer, inner, _) = x.shape, x.stride()
+    if a == 1 or b == 1 or (outer - b * inner) % group == 0:
+        step = outer if b == 1 else inner
+        return 1, 0 if a * b == 1 else step % group, 0
+    return b, outer % group, inner % group
+
+
+def _skew(group: int, *operands: Tensor) -> int | None:
+    """Columns from a 16-byte boundary to the first row, for `sweeps.row_at`.
+
+    None where all rows start on one, or where operands differ in how theirs do: a program reads
+    its row of all operands in the same groups of columns. Where a row starts then decides which
+    columns share a lane, and its sums may round otherwise than those of an aligned copy.
+    """
+    first, size = operands[0], operands[0].element_size()
+    skew, steps = first.data_ptr() % BYTES_PER_LOAD // size, _steps(first, group)
+    if skew == 0 and steps[1:] == (0, 0):
+        return None
+    for x in operands:
+        alike = x.element_size() == size and _steps(x, group) == steps
+        # before its storage begins there is no tensor to name
+        if not alike or x.data_ptr() % BYTES_PER_LOAD != skew * size or x.storage_offset() < skew:
+            return None
+    return skew
+
+
+def _back(x: Tensor, skew: int | None) -> Tensor:
+    """The memory of x from the boundary below it, which makes an aligned pointer of it."""
+    return x if not skew else x.as_strided((1,), (1,), x.storage_offset() - skew)
+
+
 def _scales(plan: Plan) -> dict[str, float]:
     return {
         "exponent": LOG2E / plan.temperature,
@@ -127,8 +163,12 @@ def fused(
         return loss
     label = label if plan.hard != 0.0 else None
     size, lanes = _tile(plan.vocab, student, teacher, grad)
+    skew = None
+    if plan.vocab >= SHIFTED_TILES * size.lanes * size.group:
+        skew = _skew(size.group, student, teacher, student if grad is None else grad)
     args = {
-        **dict(student=student, teacher=teacher, grad=grad, loss=loss),
+        **dict(student=_back(student, skew), teacher=_back(teacher, skew)),
+        **dict(grad=None if grad is None else _back(grad, skew), skew=skew, loss=loss),
         **dict(keep=_vector(keep), label=_vector(label), scale=_vector(scale)),
         **dict(vocab=plan.vocab, classes=plan.classes),
         "width": plan.vocab if grad is None else grad.size(2),

@@ -17,27 +17,35 @@ from fastkd.gpu.sweeps import (
     pair_sweep,
     quotient,
     row_at,
+    row_span,
     scalar,
     stats_tile,
+    store,
 )
 
 # how many rows a dimension holds changes from batch to batch, and is not worth a compilation
 _PER = ["per_s", "per_t", "per_g"]
+_FUSED = ["skew", *_PER]
 
 
 @triton.jit
-def zero_columns(grad, start, stop, LANES: tl.constexpr, GROUP: tl.constexpr):
+def zero_columns(
+    grad, start, stop, LANES: tl.constexpr, GROUP: tl.constexpr, SHIFTED: tl.constexpr = False
+):
     """Columns from start to stop of a row; tiles stay aligned, hence the mask at both ends."""
     zero = tl.zeros([LANES, GROUP], grad.dtype.element_ty)
     for at in range(start // (LANES * GROUP) * (LANES * GROUP), stop, LANES * GROUP):
-        column = columns(at, LANES, GROUP)
-        tl.store(grad + column, zero, mask=(column >= start) & (column < stop))
+        if SHIFTED:
+            store(grad, zero, at, start, stop, True, True, LANES, GROUP)
+        else:
+            column = columns(at, LANES, GROUP)
+            tl.store(grad + column, zero, mask=(column >= start) & (column < stop))
 
 
 @triton.jit
 def expected(
     student, teacher, start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
-    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr,
+    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, SHIFTED: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The divergence of a row that is an expectation, from the sums of its first sweep."""
@@ -50,7 +58,7 @@ def expected(
     if value * 0.0 != 0.0:
         value, _ = pair_sweep(
             student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, inverse, param,
-            DIVERGENCE, "evict_last", ACC, LANES, GROUP,
+            DIVERGENCE, "evict_last", SHIFTED, ACC, LANES, GROUP,
         )  # fmt: skip
     return value
 
@@ -71,12 +79,13 @@ def entropy(
     return value
 
 
-@triton.jit(do_not_specialize=_PER)
+@triton.jit(do_not_specialize=_FUSED)
 def fused_kernel(
     # pointers: [rows, columns] x3, then one element per row each; None where there is none
     student, teacher, grad, loss, keep, label, scale,
-    # shapes and strides: row r starts at (r // per) * outer + (r % per) * inner
-    vocab, classes, width,
+    # shapes and strides: row r starts at (r // per) * outer + (r % per) * inner, and `skew` columns
+    # later where rows do not start on 16 bytes (None: they do, or not all in the same way)
+    vocab, classes, width, skew,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
     # the plan: log2(e) / T, 1 / T, parameter, weights, 1 - smoothing, smoothing / classes
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
@@ -86,17 +95,19 @@ def fused_kernel(
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """loss = soft sum_v l(log p, log q) + hard CE; grad = its gradient scale factor. One row."""
+    SHIFTED: tl.constexpr = skew is not None
     row = tl.program_id(0)
+    start, stop = row_span(row, per_s, outer_s, inner_s, skew, vocab, GROUP)
     if grad is not None:
-        grad = row_at(grad, row, per_g, outer_g, inner_g)
+        grad = row_at(grad, row, per_g, outer_g, inner_g, skew, GROUP)
     if keep is not None:
         if tl.load(keep + row) == 0:
             tl.store(loss + row, scalar(0.0, ACC))
             if grad is not None:
-                zero_columns(grad, 0, width, LANES, GROUP)
+                zero_columns(grad, start, start + width, LANES, GROUP, SHIFTED)
             return
-    student = row_at(student, row, per_s, outer_s, inner_s)
-    teacher = row_at(teacher, row, per_t, outer_t, inner_t)
+    student = row_at(student, row, per_s, outer_s, inner_s, skew, GROUP)
+    teacher = row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP)
     exponent, inverse = scalar(exponent, ACC), scalar(inverse, ACC)
     param, soft, hard = scalar(param, ACC), scalar(soft, ACC), scalar(hard, ACC)
     sure, spread = scalar(sure, ACC), scalar(spread, ACC)
@@ -106,21 +117,22 @@ def fused_kernel(
         # read before the sweep, whose reductions order it before any store of an in-place gradient
         wanted = tl.load(label + row)
         here = (wanted >= 0) & (wanted < vocab)
-        column = tl.where(here, wanted, -1).to(tl.int32)
+        column = tl.where(here, wanted + start, -1).to(tl.int32)
         at_label = tl.load(student + column, mask=here, other=0.0).to(ACC)
     m_s, raw_s, m_t, raw_t, cross, unit, drift = first_sweep(
-        student, teacher, 0, vocab, exponent, EXPECTATION, UNIT, SMOOTH, ACC, LANES, GROUP
-    )
+        student, teacher, start, stop, exponent,
+        EXPECTATION, UNIT, SMOOTH, SHIFTED, ACC, LANES, GROUP,
+    )  # fmt: skip
     d_s, d_t = norms(raw_s, raw_t)
     if EXPECTATION == "none":
         value, slopes = pair_sweep(
-            student, teacher, 0, vocab, m_s, d_s, m_t, d_t, exponent, inverse, param,
-            DIVERGENCE, "evict_last", ACC, LANES, GROUP,
+            student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, inverse, param,
+            DIVERGENCE, "evict_last", SHIFTED, ACC, LANES, GROUP,
         )  # fmt: skip
     else:
         value = expected(
-            student, teacher, 0, vocab, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
-            DIVERGENCE, EXPECTATION, ACC, LANES, GROUP,
+            student, teacher, start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
+            DIVERGENCE, EXPECTATION, SHIFTED, ACC, LANES, GROUP,
         )  # fmt: skip
         # the centred slopes of the weigher's expectation: under q they are the value itself
         slopes = value
@@ -139,12 +151,12 @@ def fused_kernel(
         if scale is not None:
             by = by * tl.load(scale + row)
         gradient_sweep(
-            grad, student, teacher, 0, vocab, m_s, d_s, m_t, d_t, slopes, unit,
+            grad, student, teacher, start, stop, m_s, d_s, m_t, d_t, slopes, unit,
             column, exponent, inverse, param, soft * inverse * by, hard * by, sure + spread, spread,
             DIVERGENCE, EXPECTATION == "teacher", label is not None, UNIT,
-            EXPECTATION != "none", ACC, LANES, GROUP,
+            EXPECTATION != "none", SHIFTED, ACC, LANES, GROUP,
         )  # fmt: skip
-        zero_columns(grad, vocab, width, LANES, GROUP)
+        zero_columns(grad, stop, start + width, LANES, GROUP, SHIFTED)
 
 
 @triton.jit(do_not_specialize=["per"])
@@ -175,7 +187,7 @@ def stats_kernel(
             x, full, 0, vocab, top, total, drift, exponent, True, ACC, LANES, GROUP
         )
     highest, total, _ = merge(top, total, exponent)
-    drift = drift_merge(drift, top, highest, 0, vocab, LANES, GROUP)
+    drift = drift_merge(drift, top, highest, 0, vocab, False, LANES, GROUP)
     tl.store(stats, tl.where(total == 0, -float("inf"), highest))
     tl.store(stats + 1, total)
     tl.store(stats + 2, drift)
@@ -213,7 +225,7 @@ def loss_kernel(
         row_at(teacher, row, per_t, outer_t, inner_t),
         0, vocab, m_s, d_s, m_t, d_t,
         scalar(exponent, ACC), scalar(inverse, ACC), scalar(param, ACC),
-        DIVERGENCE, "evict_first", ACC, LANES, GROUP,
+        DIVERGENCE, "evict_first", False, ACC, LANES, GROUP,
     )  # fmt: skip
     tl.store(loss, value)
     tl.store(loss + 1, slopes)
@@ -257,7 +269,7 @@ def grad_kernel(
         column, scalar(exponent, ACC), inverse, scalar(param, ACC),
         scalar(soft, ACC) * inverse * by, scalar(hard, ACC) * by,
         scalar(sure, ACC) + spread, spread,
-        DIVERGENCE, False, label is not None, UNIT, False, ACC, LANES, GROUP,
+        DIVERGENCE, False, label is not None, UNIT, False, False, ACC, LANES, GROUP,
     )  # fmt: skip
     zero_columns(grad, vocab, width, LANES, GROUP)
 

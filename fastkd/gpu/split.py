@@ -29,6 +29,7 @@ from fastkd.gpu.sweeps import (
     norms,
     pair_sweep,
     row_at,
+    row_span,
     scalar,
 )
 
@@ -37,7 +38,7 @@ PROGRAMS, TILES, MOST = 2, 2, 64
 # of tensors that no device holds: 0 splits nothing under the interpreter
 HOST_PROCESSORS = 0
 
-_PER = ["per_s", "per_t", "per_g"]
+_PARTS = ["parts", "skew", "per_s", "per_t"]
 
 
 @cache
@@ -63,12 +64,16 @@ def parts(rows: int, vocab: int, tile_columns: int, processors: int) -> int:
 
 
 @triton.jit
-def bounds(part, parts, vocab, LANES: tl.constexpr, GROUP: tl.constexpr):
-    """Columns [start, stop) of a part: whole tiles, as evenly as they go."""
-    tiles = tl.cdiv(vocab, LANES * GROUP)
-    start = part * tiles // parts * (LANES * GROUP)
-    stop = (part + 1) * tiles // parts * (LANES * GROUP)
-    return start, tl.minimum(stop, vocab)
+def bounds(
+    part, parts, start, stop, SHIFTED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr
+):
+    """Columns of a part of a row's [start, stop): whole tiles, as evenly as they go."""
+    tiles = tl.cdiv(stop, LANES * GROUP)
+    own_start = part * tiles // parts * (LANES * GROUP)
+    own_stop = (part + 1) * tiles // parts * (LANES * GROUP)
+    if SHIFTED:
+        own_start = tl.maximum(own_start, start)
+    return own_start, tl.minimum(own_stop, stop)
 
 
 @triton.jit
@@ -80,8 +85,8 @@ def gathered(x, row, parts, n, COUNT: tl.constexpr, other, PARTS: tl.constexpr):
 
 @triton.jit
 def merged(
-    partial, row, parts, vocab, exponent,
-    EXPECTATION: tl.constexpr, UNIT: tl.constexpr, DRIFT: tl.constexpr,
+    partial, row, parts, start, stop, exponent,
+    EXPECTATION: tl.constexpr, UNIT: tl.constexpr, DRIFT: tl.constexpr, SHIFTED: tl.constexpr,
     PARTS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """What `first_sweep` would return for the whole row."""
@@ -97,39 +102,41 @@ def merged(
     )
     all_drift = scalar(0.0, ACC)
     if DRIFT:
-        start, stop = bounds(tl.arange(0, PARTS), parts, vocab, LANES, GROUP)
+        begin, end = bounds(tl.arange(0, PARTS), parts, start, stop, SHIFTED, LANES, GROUP)
         drift = gathered(partial, row, parts, 6, 7, 0.0, PARTS)
-        drift += tl.maximum(stop - start, 0).to(ACC) * (m_s - top_s)
+        drift += tl.maximum(end - begin, 0).to(ACC) * (m_s - top_s)
         all_drift = tl.sum(tl.where(tl.arange(0, PARTS) < parts, drift, 0.0), 0)
     return top_s, sum_s, top_t, sum_t, all_cross, all_unit, all_drift
 
 
-@triton.jit(do_not_specialize=["parts", "per_s", "per_t"])
+@triton.jit(do_not_specialize=_PARTS)
 def part_kernel(
     student, teacher, partial, known, keep, label,
-    vocab, parts,
+    vocab, parts, skew,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64,
     EXPECTATION: tl.constexpr, UNIT: tl.constexpr, SMOOTH: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """partial[row, :, part] = sums of the first sweep; known = the logit at the label."""
+    SHIFTED: tl.constexpr = skew is not None
     row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    start, stop = row_span(row, per_s, outer_s, inner_s, skew, vocab, GROUP)
+    begin, end = bounds(part, parts, start, stop, SHIFTED, LANES, GROUP)
     if keep is not None:
         if tl.load(keep + row) == 0:
             return
-    student = row_at(student, row, per_s, outer_s, inner_s)
-    teacher = row_at(teacher, row, per_t, outer_t, inner_t)
+    student = row_at(student, row, per_s, outer_s, inner_s, skew, GROUP)
+    teacher = row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP)
     if label is not None:
         if part == 0:  # here, where no part of an in-place gradient is written yet
             wanted = tl.load(label + row)
             here = (wanted >= 0) & (wanted < vocab)
-            column = tl.where(here, wanted, -1).to(tl.int32)
+            column = tl.where(here, wanted + start, -1).to(tl.int32)
             tl.store(known + row, tl.load(student + column, mask=here, other=0.0).to(ACC))
-    start, stop = bounds(part, parts, vocab, LANES, GROUP)
     m_s, d_s, m_t, d_t, cross, unit, drift = first_sweep(
-        student, teacher, start, stop, scalar(exponent, ACC),
-        EXPECTATION, UNIT, SMOOTH, ACC, LANES, GROUP,
+        student, teacher, begin, end, scalar(exponent, ACC),
+        EXPECTATION, UNIT, SMOOTH, SHIFTED, ACC, LANES, GROUP,
     )  # fmt: skip
     partial = partial + row * 7 * parts + part
     tl.store(partial, m_s)
@@ -141,40 +148,43 @@ def part_kernel(
     tl.store(partial + 6 * parts, drift)
 
 
-@triton.jit(do_not_specialize=["parts", "per_s", "per_t"])
+@triton.jit(do_not_specialize=_PARTS)
 def pairs_kernel(
     student, teacher, partial, sums, keep,
-    vocab, parts,
+    vocab, parts, skew,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64,
     DIVERGENCE: tl.constexpr, PARTS: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """sums[row, :, part] = (sum of the values, sum of the centred slopes) of a part."""
+    SHIFTED: tl.constexpr = skew is not None
     row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    start, stop = row_span(row, per_s, outer_s, inner_s, skew, vocab, GROUP)
+    begin, end = bounds(part, parts, start, stop, SHIFTED, LANES, GROUP)
     if keep is not None:
         if tl.load(keep + row) == 0:
             return
     exponent = scalar(exponent, ACC)
     m_s, d_s, m_t, d_t, _, _, _ = merged(
-        partial, row, parts, vocab, exponent, "none", False, False, PARTS, ACC, LANES, GROUP
-    )
+        partial, row, parts, start, stop, exponent,
+        "none", False, False, SHIFTED, PARTS, ACC, LANES, GROUP,
+    )  # fmt: skip
     d_s, d_t = norms(d_s, d_t)
-    start, stop = bounds(part, parts, vocab, LANES, GROUP)
     value, slopes = pair_sweep(
-        row_at(student, row, per_s, outer_s, inner_s),
-        row_at(teacher, row, per_t, outer_t, inner_t),
-        start, stop, m_s, d_s, m_t, d_t, exponent, scalar(inverse, ACC), scalar(param, ACC),
-        DIVERGENCE, "evict_last", ACC, LANES, GROUP,
+        row_at(student, row, per_s, outer_s, inner_s, skew, GROUP),
+        row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP),
+        begin, end, m_s, d_s, m_t, d_t, exponent, scalar(inverse, ACC), scalar(param, ACC),
+        DIVERGENCE, "evict_last", SHIFTED, ACC, LANES, GROUP,
     )  # fmt: skip
     tl.store(sums + row * 2 * parts + part, value)
     tl.store(sums + (row * 2 + 1) * parts + part, slopes)
 
 
-@triton.jit(do_not_specialize=["parts", "per_s", "per_t"])
+@triton.jit(do_not_specialize=_PARTS)
 def finish_kernel(
     student, teacher, partial, known, sums, constants, loss, keep, label,
-    vocab, classes, parts,
+    vocab, classes, parts, skew,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
     hard: tl.float64, sure: tl.float64, spread: tl.float64,
@@ -182,7 +192,9 @@ def finish_kernel(
     PARTS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """loss as in `rows.fused_kernel`; constants = (max, sum) of both sides, slopes, unit."""
+    SHIFTED: tl.constexpr = skew is not None
     row = tl.program_id(0)
+    start, stop = row_span(row, per_s, outer_s, inner_s, skew, vocab, GROUP)
     if keep is not None:
         if tl.load(keep + row) == 0:
             tl.store(loss + row, scalar(0.0, ACC))
@@ -190,8 +202,8 @@ def finish_kernel(
     exponent, inverse = scalar(exponent, ACC), scalar(inverse, ACC)
     sure, spread = scalar(sure, ACC), scalar(spread, ACC)
     m_s, raw_s, m_t, raw_t, cross, unit, drift = merged(
-        partial, row, parts, vocab, exponent,
-        EXPECTATION, UNIT, SMOOTH, PARTS, ACC, LANES, GROUP,
+        partial, row, parts, start, stop, exponent,
+        EXPECTATION, UNIT, SMOOTH, SHIFTED, PARTS, ACC, LANES, GROUP,
     )  # fmt: skip
     d_s, d_t = norms(raw_s, raw_t)
     if EXPECTATION == "none":
@@ -199,10 +211,10 @@ def finish_kernel(
         slopes = tl.sum(gathered(sums, row, parts, 1, 2, 0.0, PARTS), 0)
     else:
         value = expected(
-            row_at(student, row, per_s, outer_s, inner_s),
-            row_at(teacher, row, per_t, outer_t, inner_t),
-            0, vocab, m_s, d_s, m_t, d_t, cross, exponent, inverse, scalar(param, ACC),
-            DIVERGENCE, EXPECTATION, ACC, LANES, GROUP,
+            row_at(student, row, per_s, outer_s, inner_s, skew, GROUP),
+            row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP),
+            start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, scalar(param, ACC),
+            DIVERGENCE, EXPECTATION, SHIFTED, ACC, LANES, GROUP,
         )  # fmt: skip
         slopes = value
     value = scalar(soft, ACC) * value
@@ -225,10 +237,10 @@ def finish_kernel(
         tl.store(constants + 5, unit)
 
 
-@triton.jit(do_not_specialize=["parts", *_PER])
+@triton.jit(do_not_specialize=[*_PARTS, "per_g"])
 def grad_part_kernel(
     student, teacher, grad, constants, keep, label, scale,
-    vocab, width, parts,
+    vocab, width, parts, skew,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
     hard: tl.float64, sure: tl.float64, spread: tl.float64, factor: tl.float64,
@@ -236,18 +248,21 @@ def grad_part_kernel(
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of `rows.fused_kernel` in the columns of a part; the last one's reach width."""
+    SHIFTED: tl.constexpr = skew is not None
     row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    grad = row_at(grad, row, per_g, outer_g, inner_g)
-    start, stop = bounds(part, parts, vocab, LANES, GROUP)
-    end = tl.where(part == parts - 1, width, stop)
+    start, stop = row_span(row, per_s, outer_s, inner_s, skew, vocab, GROUP)
+    begin, end = bounds(part, parts, start, stop, SHIFTED, LANES, GROUP)
+    grad = row_at(grad, row, per_g, outer_g, inner_g, skew, GROUP)
+    last = tl.where(part == parts - 1, start + width, end)
     if keep is not None:
         if tl.load(keep + row) == 0:
-            zero_columns(grad, start, end, LANES, GROUP)
+            zero_columns(grad, begin, last, LANES, GROUP, SHIFTED)
             return
     column = -1
     if label is not None:
         wanted = tl.load(label + row)
-        column = tl.where((wanted >= 0) & (wanted < vocab), wanted, -1).to(tl.int32)
+        here = (wanted >= 0) & (wanted < vocab)
+        column = tl.where(here, wanted + start, -1).to(tl.int32)
     by = scalar(factor, ACC)
     if scale is not None:
         by = by * tl.load(scale + row)
@@ -255,14 +270,14 @@ def grad_part_kernel(
     constants = constants + row * 6
     gradient_sweep(
         grad,
-        row_at(student, row, per_s, outer_s, inner_s),
-        row_at(teacher, row, per_t, outer_t, inner_t),
-        start, stop, tl.load(constants), tl.load(constants + 1), tl.load(constants + 2),
+        row_at(student, row, per_s, outer_s, inner_s, skew, GROUP),
+        row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP),
+        begin, end, tl.load(constants), tl.load(constants + 1), tl.load(constants + 2),
         tl.load(constants + 3), tl.load(constants + 4), tl.load(constants + 5),
         column, scalar(exponent, ACC), inverse, scalar(param, ACC),
         scalar(soft, ACC) * inverse * by, scalar(hard, ACC) * by,
         scalar(sure, ACC) + spread, spread,
         DIVERGENCE, EXPECTATION == "teacher", label is not None, UNIT,
-        EXPECTATION != "none", ACC, LANES, GROUP,
+        EXPECTATION != "none", SHIFTED, ACC, LANES, GROUP,
     )  # fmt: skip
-    zero_columns(grad, stop, end, LANES, GROUP)
+    zero_columns(grad, end, last, LANES, GROUP, SHIFTED)
