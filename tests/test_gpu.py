@@ -367,8 +367,9 @@ def test_offsets_past_two_to_the_31() -> None:
 
 @needs_gpu
 @each_name
-def test_capture_in_a_graph(name: str) -> None:
-    x, plan = make(1, 64, 5000, (torch.bfloat16,) * 2), plan_of(name, 5000, hard=0.3)
+@pytest.mark.parametrize(("n", "vocab"), [(64, 5000), (3, 128_256)])
+def test_capture_in_a_graph(name: str, n: int, vocab: int) -> None:
+    x, plan = make(1, n, vocab, (torch.bfloat16,) * 2), plan_of(name, vocab, hard=0.3)
     grad = torch.empty_like(x.student)
     fused(gpu, x, plan, grad)
     torch.cuda.synchronize()
@@ -382,8 +383,25 @@ def test_capture_in_a_graph(name: str) -> None:
 
 
 @needs_gpu
-def test_second_stream() -> None:
-    x, plan = make(1, 64, 50_000), plan_of("js", 50_000)
+@each_name
+@pytest.mark.parametrize("n", [1, 64, 500])
+@pytest.mark.parametrize("vocab", [50_257, 128_256])
+def test_real_vocabularies(name: str, n: int, vocab: int) -> None:
+    """From many programs to a row to one; rows on a 16-byte boundary, and odd ones."""
+    plan = plan_of(name, vocab, hard=0.3, smoothing=0.1)
+    for pair in ((torch.bfloat16,) * 2, (torch.float32,) * 2):
+        x = make(1, n, vocab, pair)
+        loss, grad = assert_like_reference(x, plan)
+        again = torch.empty_like(grad)
+        assert torch.equal(loss, fused(gpu, x, plan, again)) and torch.equal(grad, again)
+        fused(gpu, x, plan, x.student)
+        assert torch.equal(x.student, grad)
+
+
+@needs_gpu
+@pytest.mark.parametrize("n", [64, 600])
+def test_second_stream(n: int) -> None:
+    x, plan = make(1, n, 50_000), plan_of("js", 50_000)
     grads = [torch.empty_like(x.student) for _ in range(2)]
     loss = fused(gpu, x, plan, grads[0])
     stream = torch.cuda.Stream()

@@ -17,12 +17,16 @@ from fastkd.divergence import divergences
 from fastkd.gpu import divergence as pairs
 from fastkd.gpu import rows as kernels
 from fastkd.gpu import sparse as stored
-from fastkd.gpu.tune import Tile, tile
+from fastkd.gpu import split
+from fastkd.gpu.tune import BYTES_PER_LOAD, Tile, tile
 
 LOG2E = 1.0 / math.log(2.0)
 TOTAL_BLOCK = 1024
 MOST_POINTS = 128  # named columns at a time
 LAST = 2**31 - 1  # above every column
+# Rows of fewer tiles keep their columns in the same lanes wherever they start, and so their bits:
+# most of their time is not in a loop that wider loads would shorten
+SHIFTED_TILES = 2
 # A contracted product rounds where its twin on the other side does not, and identical logits must
 # cancel exactly. The formulas stand it too (`sweeps.pair`); this keeps every target on one result.
 PINNED = {"enable_fp_fusion": False}
@@ -109,6 +113,39 @@ def _tile(
     return size, lanes if size.ctas == 1 else {**lanes, "num_ctas": size.ctas}
 
 
+def _steps(x: Tensor, group: int) -> tuple[int, int, int]:
+    """How the rows of x [A, B, V] move against groups of columns: (B, outer, inner), reduced."""
+    (a, b, _), (outer, inner, _) = x.shape, x.stride()
+    if a == 1 or b == 1 or (outer - b * inner) % group == 0:
+        step = outer if b == 1 else inner
+        return 1, 0 if a * b == 1 else step % group, 0
+    return b, outer % group, inner % group
+
+
+def _skew(group: int, *operands: Tensor) -> int | None:
+    """Columns from a 16-byte boundary to the first row, for `sweeps.row_at`.
+
+    None where all rows start on one, or where operands differ in how theirs do: a program reads
+    its row of all operands in the same groups of columns. Where a row starts then decides which
+    columns share a lane, and its sums may round otherwise than those of an aligned copy.
+    """
+    first, size = operands[0], operands[0].element_size()
+    skew, steps = first.data_ptr() % BYTES_PER_LOAD // size, _steps(first, group)
+    if skew == 0 and steps[1:] == (0, 0):
+        return None
+    for x in operands:
+        alike = x.element_size() == size and _steps(x, group) == steps
+        # before its storage begins there is no tensor to name
+        if not alike or x.data_ptr() % BYTES_PER_LOAD != skew * size or x.storage_offset() < skew:
+            return None
+    return skew
+
+
+def _back(x: Tensor, skew: int | None) -> Tensor:
+    """The memory of x from the boundary below it, which makes an aligned pointer of it."""
+    return x if not skew else x.as_strided((1,), (1,), x.storage_offset() - skew)
+
+
 def _scales(plan: Plan) -> dict[str, float]:
     return {
         "exponent": LOG2E / plan.temperature,
@@ -144,8 +181,12 @@ def fused(
         return loss
     label = label if plan.hard != 0.0 else None
     size, lanes = _tile(plan.vocab, student, teacher, grad)
+    skew = None
+    if plan.vocab >= SHIFTED_TILES * size.lanes * size.group:
+        skew = _skew(size.group, student, teacher, student if grad is None else grad)
     args = {
-        **dict(student=student, teacher=teacher, grad=grad, loss=loss),
+        **dict(student=_back(student, skew), teacher=_back(teacher, skew)),
+        **dict(grad=None if grad is None else _back(grad, skew), skew=skew, loss=loss),
         **dict(keep=_vector(keep), label=_vector(label), scale=_vector(scale)),
         **dict(vocab=plan.vocab, classes=plan.classes),
         "width": plan.vocab if grad is None else grad.size(2),
@@ -161,8 +202,35 @@ def fused(
         "ACC": _ACC[acc],
         **lanes,
     }
-    launch(kernels.fused_kernel, n, args, size.threads, student.device)
+    parts = split.parts(n, plan.vocab, size.lanes * size.group, split.processors(student.device))
+    if parts > 1:
+        _in_parts(args, n, parts, size.threads)
+    else:
+        launch(kernels.fused_kernel, n, args, size.threads, student.device)
     return loss
+
+
+def _in_parts(args: dict[str, Any], n: int, parts: int, threads: int) -> None:
+    """`fused` with several programs to a row."""
+    loss, grad, by_pairs = args["loss"], args["grad"], args["EXPECTATION"] == "none"
+    args = {
+        **args,
+        **dict(parts=parts, PARTS=split.MOST),
+        "partial": loss.new_empty(n, 7, parts),
+        "known": loss.new_empty(n),
+        "sums": loss.new_empty(n, 2, parts) if by_pairs else None,
+        "constants": None if grad is None else loss.new_empty(n, 6),
+    }
+    steps = [
+        (split.part_kernel, n * parts, True),
+        (split.pairs_kernel, n * parts, by_pairs),
+        (split.finish_kernel, n, True),
+        (split.grad_part_kernel, n * parts, grad is not None),
+    ]
+    for kernel, programs, needed in steps:
+        if needed:
+            own = {name: args[name] for name in kernel.arg_names}
+            launch(kernel, programs, own, threads, loss.device)
 
 
 def sparse(

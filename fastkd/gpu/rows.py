@@ -1,7 +1,6 @@
 """The row kernels: one program per row, whatever the divergence (an argument, `divergence.py`).
 
-Nothing here waits for the device. Few rows (fewer than about twice the multiprocessors) leave part
-of the GPU idle; splitting a row over programs is not done yet.
+Nothing here waits for the device. Few rows would leave part of it idle: `split.py`.
 """
 
 import triton
@@ -18,29 +17,75 @@ from fastkd.gpu.sweeps import (
     pair_sweep,
     quotient,
     row_at,
+    row_span,
     scalar,
     stats_tile,
+    store,
 )
 
 # how many rows a dimension holds changes from batch to batch, and is not worth a compilation
 _PER = ["per_s", "per_t", "per_g"]
+_FUSED = ["skew", *_PER]
 
 
 @triton.jit
-def zero_columns(grad, start, stop, LANES: tl.constexpr, GROUP: tl.constexpr):
+def zero_columns(
+    grad, start, stop, LANES: tl.constexpr, GROUP: tl.constexpr, SHIFTED: tl.constexpr = False
+):
     """Columns from start to stop of a row; tiles stay aligned, hence the mask at both ends."""
     zero = tl.zeros([LANES, GROUP], grad.dtype.element_ty)
     for at in range(start // (LANES * GROUP) * (LANES * GROUP), stop, LANES * GROUP):
-        column = columns(at, LANES, GROUP)
-        tl.store(grad + column, zero, mask=(column >= start) & (column < stop))
+        if SHIFTED:
+            store(grad, zero, at, start, stop, True, True, LANES, GROUP)
+        else:
+            column = columns(at, LANES, GROUP)
+            tl.store(grad + column, zero, mask=(column >= start) & (column < stop))
 
 
-@triton.jit(do_not_specialize=_PER)
+@triton.jit
+def expected(
+    student, teacher, start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
+    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, SHIFTED: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The divergence of a row that is an expectation, from the sums of its first sweep."""
+    weigher = d_t if EXPECTATION == "teacher" else d_s
+    other = d_s if EXPECTATION == "teacher" else d_t
+    # one logarithm of the ratio: 0 exactly where both sides are the same
+    value = cross / weigher * inverse + tl.log(quotient(other, weigher))
+    # infinite or NaN: an impossible column under a lane's early maximum may yet underflow
+    # under the row's, and only the pair, with the row's maximum in hand, knows
+    if value * 0.0 != 0.0:
+        value, _ = pair_sweep(
+            student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, inverse, param,
+            DIVERGENCE, "evict_last", SHIFTED, ACC, LANES, GROUP,
+        )  # fmt: skip
+    return value
+
+
+@triton.jit
+def entropy(
+    m_s, unit, drift, at_label, here, vocab, classes, sure, spread,
+    SMOOTH: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """log-sum-exp - sure * s[label] - spread * sum(s) of a row of the student at T = 1."""
+    # all relative to the maximum; what is left of the maximum itself is 0 where the row holds the
+    # label and the whole vocabulary
+    rest = tl.where(here, spread * scalar(classes - vocab, ACC), 1.0 - spread * vocab)
+    value = tl.log(unit) + tl.where(here, sure * (m_s - at_label), 0.0)
+    value += tl.where(rest == 0, 0.0, rest * m_s)
+    if SMOOTH:
+        value -= spread * drift
+    return value
+
+
+@triton.jit(do_not_specialize=_FUSED)
 def fused_kernel(
     # pointers: [rows, columns] x3, then one element per row each; None where there is none
     student, teacher, grad, loss, keep, label, scale,
-    # shapes and strides: row r starts at (r // per) * outer + (r % per) * inner
-    vocab, classes, width,
+    # shapes and strides: row r starts at (r // per) * outer + (r % per) * inner, and `skew` columns
+    # later where rows do not start on 16 bytes (None: they do, or not all in the same way)
+    vocab, classes, width, skew,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
     # the plan: log2(e) / T, 1 / T, parameter, weights, 1 - smoothing, smoothing / classes
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
@@ -50,17 +95,19 @@ def fused_kernel(
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """loss = soft sum_v l(log p, log q) + hard CE; grad = its gradient scale factor. One row."""
+    SHIFTED: tl.constexpr = skew is not None
     row = tl.program_id(0)
+    start, stop = row_span(row, per_s, outer_s, inner_s, skew, vocab, GROUP)
     if grad is not None:
-        grad = row_at(grad, row, per_g, outer_g, inner_g)
+        grad = row_at(grad, row, per_g, outer_g, inner_g, skew, GROUP)
     if keep is not None:
         if tl.load(keep + row) == 0:
             tl.store(loss + row, scalar(0.0, ACC))
             if grad is not None:
-                zero_columns(grad, 0, width, LANES, GROUP)
+                zero_columns(grad, start, start + width, LANES, GROUP, SHIFTED)
             return
-    student = row_at(student, row, per_s, outer_s, inner_s)
-    teacher = row_at(teacher, row, per_t, outer_t, inner_t)
+    student = row_at(student, row, per_s, outer_s, inner_s, skew, GROUP)
+    teacher = row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP)
     exponent, inverse = scalar(exponent, ACC), scalar(inverse, ACC)
     param, soft, hard = scalar(param, ACC), scalar(soft, ACC), scalar(hard, ACC)
     sure, spread = scalar(sure, ACC), scalar(spread, ACC)
@@ -70,29 +117,23 @@ def fused_kernel(
         # read before the sweep, whose reductions order it before any store of an in-place gradient
         wanted = tl.load(label + row)
         here = (wanted >= 0) & (wanted < vocab)
-        column = tl.where(here, wanted, -1).to(tl.int32)
+        column = tl.where(here, wanted + start, -1).to(tl.int32)
         at_label = tl.load(student + column, mask=here, other=0.0).to(ACC)
     m_s, raw_s, m_t, raw_t, cross, unit, drift = first_sweep(
-        student, teacher, vocab, exponent, EXPECTATION, UNIT, SMOOTH, ACC, LANES, GROUP
-    )
+        student, teacher, start, stop, exponent,
+        EXPECTATION, UNIT, SMOOTH, SHIFTED, ACC, LANES, GROUP,
+    )  # fmt: skip
     d_s, d_t = norms(raw_s, raw_t)
     if EXPECTATION == "none":
         value, slopes = pair_sweep(
-            student, teacher, vocab, m_s, d_s, m_t, d_t, exponent, inverse, param,
-            DIVERGENCE, "evict_last", ACC, LANES, GROUP,
+            student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, inverse, param,
+            DIVERGENCE, "evict_last", SHIFTED, ACC, LANES, GROUP,
         )  # fmt: skip
     else:
-        weigher = d_t if EXPECTATION == "teacher" else d_s
-        other = d_s if EXPECTATION == "teacher" else d_t
-        # one logarithm of the ratio: 0 exactly where both sides are the same
-        value = cross / weigher * inverse + tl.log(quotient(other, weigher))
-        # infinite or NaN: an impossible column under a lane's early maximum may yet underflow
-        # under the row's, and only the pair, with the row's maximum in hand, knows
-        if value * 0.0 != 0.0:
-            value, _ = pair_sweep(
-                student, teacher, vocab, m_s, d_s, m_t, d_t, exponent, inverse, param,
-                DIVERGENCE, "evict_last", ACC, LANES, GROUP,
-            )  # fmt: skip
+        value = expected(
+            student, teacher, start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
+            DIVERGENCE, EXPECTATION, SHIFTED, ACC, LANES, GROUP,
+        )  # fmt: skip
         # the centred slopes of the weigher's expectation: under q they are the value itself
         slopes = value
     value = soft * value
@@ -100,14 +141,9 @@ def fused_kernel(
     if label is not None:
         if not UNIT:
             unit = raw_s
-        # log-sum-exp - sure * s[label] - spread * sum(s), all relative to the maximum; what is
-        # left of the maximum itself is 0 where the row holds the label and the whole vocabulary
-        rest = tl.where(here, spread * scalar(classes - vocab, ACC), 1.0 - spread * vocab)
-        entropy = tl.log(unit) + tl.where(here, sure * (m_s - at_label), 0.0)
-        entropy += tl.where(rest == 0, 0.0, rest * m_s)
-        if SMOOTH:
-            entropy -= spread * drift
-        value += hard * entropy
+        value += hard * entropy(
+            m_s, unit, drift, at_label, here, vocab, classes, sure, spread, SMOOTH, ACC
+        )
     tl.store(loss + row, value)
 
     if grad is not None:
@@ -115,12 +151,12 @@ def fused_kernel(
         if scale is not None:
             by = by * tl.load(scale + row)
         gradient_sweep(
-            grad, student, teacher, vocab, m_s, d_s, m_t, d_t, slopes, unit,
+            grad, student, teacher, start, stop, m_s, d_s, m_t, d_t, slopes, unit,
             column, exponent, inverse, param, soft * inverse * by, hard * by, sure + spread, spread,
             DIVERGENCE, EXPECTATION == "teacher", label is not None, UNIT,
-            EXPECTATION != "none", ACC, LANES, GROUP,
+            EXPECTATION != "none", SHIFTED, ACC, LANES, GROUP,
         )  # fmt: skip
-        zero_columns(grad, vocab, width, LANES, GROUP)
+        zero_columns(grad, stop, start + width, LANES, GROUP, SHIFTED)
 
 
 @triton.jit(do_not_specialize=["per"])
@@ -144,14 +180,14 @@ def stats_kernel(
     full = vocab // (LANES * GROUP) * (LANES * GROUP)
     for start in range(0, full, LANES * GROUP):
         top, total, drift = stats_tile(
-            x, start, vocab, top, total, drift, exponent, False, ACC, LANES, GROUP
+            x, start, 0, vocab, top, total, drift, exponent, False, ACC, LANES, GROUP
         )
     if full < vocab:
         top, total, drift = stats_tile(
-            x, full, vocab, top, total, drift, exponent, True, ACC, LANES, GROUP
+            x, full, 0, vocab, top, total, drift, exponent, True, ACC, LANES, GROUP
         )
     highest, total, _ = merge(top, total, exponent)
-    drift = drift_merge(drift, top, highest, vocab, LANES, GROUP)
+    drift = drift_merge(drift, top, highest, 0, vocab, False, LANES, GROUP)
     tl.store(stats, tl.where(total == 0, -float("inf"), highest))
     tl.store(stats + 1, total)
     tl.store(stats + 2, drift)
@@ -187,8 +223,9 @@ def loss_kernel(
     value, slopes = pair_sweep(
         row_at(student, row, per_s, outer_s, inner_s),
         row_at(teacher, row, per_t, outer_t, inner_t),
-        vocab, m_s, d_s, m_t, d_t, scalar(exponent, ACC), scalar(inverse, ACC), scalar(param, ACC),
-        DIVERGENCE, "evict_first", ACC, LANES, GROUP,
+        0, vocab, m_s, d_s, m_t, d_t,
+        scalar(exponent, ACC), scalar(inverse, ACC), scalar(param, ACC),
+        DIVERGENCE, "evict_first", False, ACC, LANES, GROUP,
     )  # fmt: skip
     tl.store(loss, value)
     tl.store(loss + 1, slopes)
@@ -228,11 +265,11 @@ def grad_kernel(
         grad,
         row_at(student, row, per_s, outer_s, inner_s),
         row_at(teacher, row, per_t, outer_t, inner_t),
-        vocab, m_s, d_s, m_t, d_t, tl.load(slope + row).to(ACC), unit,
+        0, vocab, m_s, d_s, m_t, d_t, tl.load(slope + row).to(ACC), unit,
         column, scalar(exponent, ACC), inverse, scalar(param, ACC),
         scalar(soft, ACC) * inverse * by, scalar(hard, ACC) * by,
         scalar(sure, ACC) + spread, spread,
-        DIVERGENCE, False, label is not None, UNIT, False, ACC, LANES, GROUP,
+        DIVERGENCE, False, label is not None, UNIT, False, False, ACC, LANES, GROUP,
     )  # fmt: skip
     zero_columns(grad, vocab, width, LANES, GROUP)
 

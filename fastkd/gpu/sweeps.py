@@ -1,10 +1,16 @@
-"""What a program does to its row: one sweep over the columns per function.
+"""What a program does to its row: one sweep over columns [start, stop) per function.
 
 A tile is [LANES, GROUP]: GROUP neighbouring columns are one 16-byte load and belong to one lane.
 Running maxima and sums are kept per lane and reduced across lanes once, when the sweep ends; inside
-the sweep a lane reduces within its own thread. Only the last, partial tile is masked. x is always
-taken relative to a maximum before it is scaled: (x - max) * (log2(e) / T), since a rounded
-product max * (log2(e) / T) would cost digits at logits of 1e4.
+the sweep a lane reduces within its own thread. start is a multiple of a tile, 0 where the program
+has the row to itself, and only the last, partial tile is masked. x is always taken relative to a
+maximum before it is scaled: (x - max) * (log2(e) / T), since a rounded product
+max * (log2(e) / T) would cost digits at logits of 1e4.
+
+SHIFTED: the row starts inside a group of columns, as those of an odd vocabulary do. Its pointer is
+the 16-byte boundary below, start the columns in between, and the first tile is masked as well. Ends
+are then read by whole groups and cut afterwards: a group with a column of the row in it lies in
+memory that may be read, and a mask for each column would make eight loads of one.
 """
 
 import triton
@@ -23,9 +29,25 @@ def scalar(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def row_at(x, row, per, outer, inner):
-    """The start of row [row // per, row % per]; 64 bits, since rows * columns passes 2^31."""
-    return x + ((row // per).to(tl.int64) * outer + (row % per).to(tl.int64) * inner)
+def row_at(x, row, per, outer, inner, skew=None, GROUP: tl.constexpr = 1):
+    """The start of row [row // per, row % per]; 64 bits, since rows * columns passes 2^31.
+
+    skew: where the first row starts after x, which is a boundary; the boundary below is returned.
+    """
+    offset = (row // per).to(tl.int64) * outer + (row % per).to(tl.int64) * inner
+    if skew is not None:
+        offset = (offset + skew) // GROUP * GROUP
+    return x + offset
+
+
+@triton.jit
+def row_span(row, per, outer, inner, skew, vocab, GROUP: tl.constexpr):
+    """Columns [start, stop) of a row, seen from where `row_at` says that it is."""
+    start = 0
+    if skew is not None:
+        offset = (row // per).to(tl.int64) * outer + (row % per).to(tl.int64) * inner
+        start = ((offset + skew) % GROUP).to(tl.int32)
+    return start, start + vocab
 
 
 @triton.jit
@@ -36,20 +58,59 @@ def columns(start, LANES: tl.constexpr, GROUP: tl.constexpr):
 @triton.jit
 def load(
     x,
-    start,
-    vocab,
+    at,
+    stop,
     MASKED: tl.constexpr,
     POLICY: tl.constexpr,
     ACC: tl.constexpr,
     LANES: tl.constexpr,
     GROUP: tl.constexpr,
+    start=0,
+    SHIFTED: tl.constexpr = False,
 ):
-    at = columns(start, LANES, GROUP)
-    if MASKED:
-        tile = tl.load(x + at, mask=at < vocab, other=-float("inf"), eviction_policy=POLICY)
+    here = columns(at, LANES, GROUP)
+    if MASKED and SHIFTED:
+        group = at + tl.arange(0, LANES)[:, None] * GROUP
+        some = (group + GROUP > start) & (group < stop)
+        tile = tl.load(x + here, mask=some, other=-float("inf"), eviction_policy=POLICY)
+        tile = tl.where((here >= start) & (here < stop), tile.to(ACC), -float("inf"))
+    elif MASKED:
+        tile = tl.load(x + here, mask=here < stop, other=-float("inf"), eviction_policy=POLICY)
     else:
-        tile = tl.load(x + at, eviction_policy=POLICY)
+        tile = tl.load(x + here, eviction_policy=POLICY)
     return tile.to(ACC)
+
+
+@triton.jit
+def store(
+    x, tile, at, start, stop,
+    MASKED: tl.constexpr, SHIFTED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    here = columns(at, LANES, GROUP)
+    if MASKED and SHIFTED:
+        group = at + tl.arange(0, LANES)[:, None] * GROUP
+        whole = (group >= start) & (group + GROUP <= stop)
+        tl.store(x + here, tile, mask=whole, eviction_policy="evict_first")
+        # the groups that a neighbour shares, column by column
+        cut = (here >= start) & (here < stop) & (whole == 0)
+        tl.store(x + here, tile, mask=cut, eviction_policy="evict_first")
+    elif MASKED:
+        tl.store(x + here, tile, mask=here < stop, eviction_policy="evict_first")
+    else:
+        tl.store(x + here, tile, eviction_policy="evict_first")
+
+
+@triton.jit
+def unmasked(start, stop, SHIFTED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr):
+    """Columns [first, full) of whole tiles, and whether there is a partial tile before them."""
+    full = stop // (LANES * GROUP) * (LANES * GROUP)
+    first = start
+    head = False
+    if SHIFTED:
+        first = tl.cdiv(start, LANES * GROUP) * (LANES * GROUP)
+        # a row within one tile is all tail
+        head = (start < first) & (first <= full)
+    return first, full, head
 
 
 @triton.jit
@@ -79,48 +140,70 @@ def merge(top, total, exponent):
 
 
 @triton.jit
-def drift_step(
-    drift, x, top, new, start, vocab,
-    MASKED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Sum of (x - max) under a changing max; every lane has seen start / LANES columns before."""
-    if MASKED:
-        x = tl.where(columns(start, LANES, GROUP) < vocab, x, 0.0)
-    return drift + tl.sum(x, 1) + scalar(start // LANES, x.dtype) * (top - new)
+def missing(start, LANES: tl.constexpr, GROUP: tl.constexpr):
+    """What a lane lacks of start's tile and of all tiles before, to count from column 0."""
+    before = start // (LANES * GROUP) * GROUP
+    return before + tl.where(tl.arange(0, LANES) == 0, start % (LANES * GROUP), 0)
 
 
 @triton.jit
-def drift_merge(drift, top, highest, vocab, LANES: tl.constexpr, GROUP: tl.constexpr):
-    """Sum over the row of (x - highest)."""
-    full = vocab // (LANES * GROUP) * (LANES * GROUP)
-    seen = full // LANES + tl.sum((columns(full, LANES, GROUP) < vocab).to(tl.int32), 1)
+def drift_step(
+    drift, x, top, new, at, start, stop,
+    MASKED: tl.constexpr, SHIFTED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Sum of (x - max) under a changing max; a lane has seen (at - start) / LANES."""
+    if MASKED and SHIFTED:
+        here = columns(at, LANES, GROUP)
+        x = tl.where((here >= start) & (here < stop), x, 0.0)
+    elif MASKED:
+        x = tl.where(columns(at, LANES, GROUP) < stop, x, 0.0)
+    if SHIFTED:
+        seen = tl.where(at > start, at // LANES - missing(start, LANES, GROUP), 0).to(x.dtype)
+    else:
+        seen = scalar((at - start) // LANES, x.dtype)
+    return drift + tl.sum(x, 1) + seen * (top - new)
+
+
+@triton.jit
+def drift_merge(
+    drift, top, highest, start, stop,
+    SHIFTED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Sum over the columns of (x - highest)."""
+    full = stop // (LANES * GROUP) * (LANES * GROUP)
+    tail = tl.sum((columns(full, LANES, GROUP) < stop).to(tl.int32), 1)
+    if SHIFTED:
+        seen = full // LANES + tail - missing(start, LANES, GROUP)
+    else:
+        seen = (full - start) // LANES + tail
     return tl.sum(drift + seen.to(drift.dtype) * (top - highest), 0)
 
 
 @triton.jit
 def stats_tile(
-    x, start, vocab, top, total, drift, exponent,
+    x, at, start, stop, top, total, drift, exponent,
     MASKED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tile = load(x, start, vocab, MASKED, "evict_first", ACC, LANES, GROUP)
+    tile = load(x, at, stop, MASKED, "evict_first", ACC, LANES, GROUP)
     new, total, tile, _, _ = fold(tile, top, total, exponent)
-    drift = drift_step(drift, tile, top, new, start, vocab, MASKED, LANES, GROUP)
+    drift = drift_step(drift, tile, top, new, at, start, stop, MASKED, False, LANES, GROUP)
     return new, total, drift
 
 
 @triton.jit
 def first_tile(
-    student, teacher, start, vocab, m_s, d_s, m_t, d_t, cross, unit, drift, exponent,
+    student, teacher, at, start, stop, m_s, d_s, m_t, d_t, cross, unit, drift, exponent,
     EXPECTATION: tl.constexpr, UNIT: tl.constexpr, DRIFT: tl.constexpr,
-    MASKED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    MASKED: tl.constexpr, SHIFTED: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of both sides into the running sums; cross is sum e_w ((x_w - m_w) - (x_o - m_o)).
 
     w is the side that weighs (EXPECTATION), o the other one. `unit` is the student's sum at T = 1,
     `drift` its sum of (x - max).
     """
-    s = load(student, start, vocab, MASKED, "evict_last", ACC, LANES, GROUP)
-    t = load(teacher, start, vocab, MASKED, "evict_last", ACC, LANES, GROUP)
+    s = load(student, at, stop, MASKED, "evict_last", ACC, LANES, GROUP, start, SHIFTED)
+    t = load(teacher, at, stop, MASKED, "evict_last", ACC, LANES, GROUP, start, SHIFTED)
     top_s, sum_s, s, e_s, carry_s = fold(s, m_s, d_s, exponent)
     top_t, sum_t, t, e_t, carry_t = fold(t, m_t, d_t, exponent)
     # both maxima move under the terms already summed, hence the shift of d_w columns' worth
@@ -133,31 +216,15 @@ def first_tile(
     if UNIT:
         unit = unit * tl.exp2((m_s - top_s) * LOG2E) + tl.sum(tl.exp2(s * LOG2E), 1)
     if DRIFT:
-        drift = drift_step(drift, s, m_s, top_s, start, vocab, MASKED, LANES, GROUP)
+        drift = drift_step(drift, s, m_s, top_s, at, start, stop, MASKED, SHIFTED, LANES, GROUP)
     return top_s, sum_s, top_t, sum_t, cross, unit, drift
 
 
 @triton.jit
-def first_sweep(
-    student, teacher, vocab, exponent,
-    EXPECTATION: tl.constexpr, UNIT: tl.constexpr, DRIFT: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """(max, sum) of both sides, and of the student: cross sum, sum at T = 1, sum of (x - max)."""
-    m_s, d_s = empty(ACC, LANES)
-    m_t, d_t = empty(ACC, LANES)
-    cross, unit, drift = d_s, d_s, d_s
-    full = vocab // (LANES * GROUP) * (LANES * GROUP)
-    for start in range(0, full, LANES * GROUP):
-        m_s, d_s, m_t, d_t, cross, unit, drift = first_tile(
-            student, teacher, start, vocab, m_s, d_s, m_t, d_t, cross, unit, drift, exponent,
-            EXPECTATION, UNIT, DRIFT, False, ACC, LANES, GROUP,
-        )  # fmt: skip
-    if full < vocab:
-        m_s, d_s, m_t, d_t, cross, unit, drift = first_tile(
-            student, teacher, full, vocab, m_s, d_s, m_t, d_t, cross, unit, drift, exponent,
-            EXPECTATION, UNIT, DRIFT, True, ACC, LANES, GROUP,
-        )  # fmt: skip
+def merge_sides(
+    m_s, d_s, m_t, d_t, cross, unit, exponent, EXPECTATION: tl.constexpr, UNIT: tl.constexpr
+):
+    """Lanes, or the parts of a row, into one: (max, sum) of both sides, cross sum, sum at T = 1."""
     top_s, sum_s, w_s = merge(m_s, d_s, exponent)
     top_t, sum_t, w_t = merge(m_t, d_t, exponent)
     if EXPECTATION == "teacher":
@@ -168,10 +235,44 @@ def first_sweep(
         cross = tl.where(w_s == 0, 0.0, w_s * cross)
     if UNIT:
         unit = unit * tl.exp2((m_s - top_s) * LOG2E)
-    row_drift = scalar(0.0, ACC)
+    return top_s, sum_s, top_t, sum_t, tl.sum(cross, 0), tl.sum(unit, 0)
+
+
+@triton.jit
+def first_sweep(
+    student, teacher, start, stop, exponent,
+    EXPECTATION: tl.constexpr, UNIT: tl.constexpr, DRIFT: tl.constexpr,
+    SHIFTED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """(max, sum) of both sides, and of the student: cross sum, sum at T = 1, sum of (x - max)."""
+    m_s, d_s = empty(ACC, LANES)
+    m_t, d_t = empty(ACC, LANES)
+    cross, unit, drift = d_s, d_s, d_s
+    first, full, head = unmasked(start, stop, SHIFTED, LANES, GROUP)
+    if SHIFTED:
+        if head:
+            m_s, d_s, m_t, d_t, cross, unit, drift = first_tile(
+                student, teacher, first - LANES * GROUP, start, stop,
+                m_s, d_s, m_t, d_t, cross, unit, drift, exponent,
+                EXPECTATION, UNIT, DRIFT, True, True, ACC, LANES, GROUP,
+            )  # fmt: skip
+    for at in range(first, full, LANES * GROUP):
+        m_s, d_s, m_t, d_t, cross, unit, drift = first_tile(
+            student, teacher, at, start, stop, m_s, d_s, m_t, d_t, cross, unit, drift, exponent,
+            EXPECTATION, UNIT, DRIFT, False, SHIFTED, ACC, LANES, GROUP,
+        )  # fmt: skip
+    if full < stop:
+        m_s, d_s, m_t, d_t, cross, unit, drift = first_tile(
+            student, teacher, full, start, stop, m_s, d_s, m_t, d_t, cross, unit, drift, exponent,
+            EXPECTATION, UNIT, DRIFT, True, SHIFTED, ACC, LANES, GROUP,
+        )  # fmt: skip
+    top_s, sum_s, top_t, sum_t, all_cross, all_unit = merge_sides(
+        m_s, d_s, m_t, d_t, cross, unit, exponent, EXPECTATION, UNIT
+    )
+    all_drift = scalar(0.0, ACC)
     if DRIFT:
-        row_drift = drift_merge(drift, m_s, top_s, vocab, LANES, GROUP)
-    return top_s, sum_s, top_t, sum_t, tl.sum(cross, 0), tl.sum(unit, 0), row_drift
+        all_drift = drift_merge(drift, m_s, top_s, start, stop, SHIFTED, LANES, GROUP)
+    return top_s, sum_s, top_t, sum_t, all_cross, all_unit, all_drift
 
 
 @triton.jit
@@ -209,70 +310,80 @@ def pair(
 
 @triton.jit
 def pair_sweep(
-    student, teacher, vocab, m_s, d_s, m_t, d_t, exponent, inverse, param,
-    DIVERGENCE: tl.constexpr, POLICY: tl.constexpr,
+    student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, inverse, param,
+    DIVERGENCE: tl.constexpr, POLICY: tl.constexpr, SHIFTED: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Row sums of value and centred slope, from the last column to the first."""
+    """Sums of value and centred slope, from the last column to the first."""
     inv_s, log_s, inv_t, log_t = 1.0 / d_s, tl.log(d_s), 1.0 / d_t, tl.log(d_t)
     ratio = quotient(d_s, d_t)
     values = tl.zeros([LANES], ACC)
     slopes = tl.zeros([LANES], ACC)
-    full = vocab // (LANES * GROUP) * (LANES * GROUP)
-    if full < vocab:
+    first, full, head = unmasked(start, stop, SHIFTED, LANES, GROUP)
+    if full < stop:
         # columns past the end are -inf on both sides, which is worth 0 to every divergence
-        s = load(student, full, vocab, True, POLICY, ACC, LANES, GROUP)
-        t = load(teacher, full, vocab, True, POLICY, ACC, LANES, GROUP)
+        s = load(student, full, stop, True, POLICY, ACC, LANES, GROUP, start, SHIFTED)
+        t = load(teacher, full, stop, True, POLICY, ACC, LANES, GROUP, start, SHIFTED)
         value, slope, _ = pair(
             s, t, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, exponent, inverse, param, DIVERGENCE
         )
         values += tl.sum(value, 1)
         slopes += tl.sum(slope, 1)
-    for back in range(0, full, LANES * GROUP):
-        start = full - LANES * GROUP - back
-        s = load(student, start, vocab, False, POLICY, ACC, LANES, GROUP)
-        t = load(teacher, start, vocab, False, POLICY, ACC, LANES, GROUP)
+    for back in range(0, full - first, LANES * GROUP):
+        at = full - LANES * GROUP - back
+        s = load(student, at, stop, False, POLICY, ACC, LANES, GROUP)
+        t = load(teacher, at, stop, False, POLICY, ACC, LANES, GROUP)
         value, slope, _ = pair(
             s, t, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, exponent, inverse, param, DIVERGENCE
         )
         values += tl.sum(value, 1)
         slopes += tl.sum(slope, 1)
+    if SHIFTED:
+        if head:
+            at = first - LANES * GROUP
+            s = load(student, at, stop, True, POLICY, ACC, LANES, GROUP, start, True)
+            t = load(teacher, at, stop, True, POLICY, ACC, LANES, GROUP, start, True)
+            value, slope, _ = pair(
+                s, t, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, exponent, inverse, param,
+                DIVERGENCE,
+            )  # fmt: skip
+            values += tl.sum(value, 1)
+            slopes += tl.sum(slope, 1)
     return tl.sum(values, 0), tl.sum(slopes, 0)
 
 
 @triton.jit
 def gradient_tile(
-    grad, student, teacher, start, vocab, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
+    grad, student, teacher, at, start, stop, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
     slopes, inv_unit, column, exponent, inverse, param, soft, hard, target, spread,
     DIVERGENCE: tl.constexpr, CENTRED: tl.constexpr, HARD: tl.constexpr, UNIT: tl.constexpr,
-    MASKED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    MASKED: tl.constexpr, SHIFTED: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    s = load(student, start, vocab, MASKED, "evict_first", ACC, LANES, GROUP)
-    t = load(teacher, start, vocab, MASKED, "evict_first", ACC, LANES, GROUP)
+    s = load(student, at, stop, MASKED, "evict_first", ACC, LANES, GROUP, start, SHIFTED)
+    t = load(teacher, at, stop, MASKED, "evict_first", ACC, LANES, GROUP, start, SHIFTED)
     _, out, q = pair(
         s, t, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, exponent, inverse, param, DIVERGENCE
     )
     if not CENTRED:
         out = out - q * slopes
     out = out * soft
-    at = columns(start, LANES, GROUP)
     if HARD:
         if UNIT:
             q = tl.exp2((s - m_s) * LOG2E) * inv_unit
-        out += hard * (q - tl.where(at == column, target, spread))
+        here = columns(at, LANES, GROUP)
+        out += hard * (q - tl.where(here == column, target, spread))
     out = out.to(grad.dtype.element_ty)
-    if MASKED:
-        tl.store(grad + at, out, mask=at < vocab, eviction_policy="evict_first")
-    else:
-        tl.store(grad + at, out, eviction_policy="evict_first")
+    store(grad, out, at, start, stop, MASKED, SHIFTED, LANES, GROUP)
 
 
 @triton.jit
 def gradient_sweep(
-    grad, student, teacher, vocab, m_s, d_s, m_t, d_t, slopes, unit,
+    grad, student, teacher, start, stop, m_s, d_s, m_t, d_t, slopes, unit,
     column, exponent, inverse, param, soft, hard, target, spread,
     DIVERGENCE: tl.constexpr, CENTRED: tl.constexpr, HARD: tl.constexpr, UNIT: tl.constexpr,
-    REVERSE: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    REVERSE: tl.constexpr, SHIFTED: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """soft * (slope - q * slopes) + hard * (q at T = 1 - target at `column`, - spread elsewhere).
 
@@ -284,17 +395,25 @@ def gradient_sweep(
     inv_unit = 1.0 / unit
     # q of a student that is impossible everywhere is 0 by `norms`, but has no cross-entropy
     hard = tl.where(unit == 0, float("nan"), hard)
-    full = vocab // (LANES * GROUP) * (LANES * GROUP)
-    for step in range(0, full, LANES * GROUP):
-        start = full - LANES * GROUP - step if REVERSE else step
+    first, full, head = unmasked(start, stop, SHIFTED, LANES, GROUP)
+    for step in range(0, full - first, LANES * GROUP):
+        at = full - LANES * GROUP - step if REVERSE else first + step
         gradient_tile(
-            grad, student, teacher, start, vocab, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
+            grad, student, teacher, at, start, stop, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
             slopes, inv_unit, column, exponent, inverse, param, soft, hard, target, spread,
-            DIVERGENCE, CENTRED, HARD, UNIT, False, ACC, LANES, GROUP,
+            DIVERGENCE, CENTRED, HARD, UNIT, False, SHIFTED, ACC, LANES, GROUP,
         )  # fmt: skip
-    if vocab % (LANES * GROUP) != 0:  # asked again: cheaper than kept through the loop
+    if stop % (LANES * GROUP) != 0:  # asked again: cheaper than kept through the loop
         gradient_tile(
-            grad, student, teacher, full, vocab, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
+            grad, student, teacher, full, start, stop, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
             slopes, inv_unit, column, exponent, inverse, param, soft, hard, target, spread,
-            DIVERGENCE, CENTRED, HARD, UNIT, True, ACC, LANES, GROUP,
+            DIVERGENCE, CENTRED, HARD, UNIT, True, SHIFTED, ACC, LANES, GROUP,
         )  # fmt: skip
+    if SHIFTED:
+        if head:
+            gradient_tile(
+                grad, student, teacher, first - LANES * GROUP, start, stop,
+                m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, slopes, inv_unit, column,
+                exponent, inverse, param, soft, hard, target, spread,
+                DIVERGENCE, CENTRED, HARD, UNIT, True, True, ACC, LANES, GROUP,
+            )  # fmt: skip

@@ -1,0 +1,273 @@
+"""Several programs to a row, through the interpreter or on a GPU: as good as one, every time."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
+
+from common import FLOORS, TABLE, assert_as_good_as_torch, differentiate, oracle, plain
+
+import fastkd
+from fastkd.divergence import Divergence
+
+pytest.importorskip("triton")
+from fastkd.gpu import launch, split
+from fastkd.gpu.tune import Tile
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+INF, NAN = math.inf, math.nan
+
+each_number = pytest.mark.parametrize("parts", [2, 3, 7], indirect=True)
+each = pytest.mark.parametrize("divergence", TABLE, ids=lambda entry: entry.name)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+class Launches(list[str]):
+    """The kernels that a test has started, by name."""
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The backend in force, with tiles of 128 columns: small rows are many of them."""
+    seen = Launches()
+    real = launch.launch
+
+    def note(kernel: Any, *rest: Any) -> None:
+        seen.append(kernel.__name__)
+        real(kernel, *rest)
+
+    monkeypatch.setattr(launch, "launch", note)
+    monkeypatch.setattr(launch, "tile", lambda vocab, size: Tile(8 * size, 16 // size, 32))
+    with fastkd.use_backend("gpu"):
+        yield seen
+
+
+@pytest.fixture
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """So many programs to a row, whatever its size: some of them may be left without a column."""
+    number = int(getattr(request, "param", 3))
+    monkeypatch.setattr(split, "parts", lambda *shape: number)
+    return number
+
+
+def make(n: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    student, teacher = (3 * torch.randn(2, n, vocab)).to(DEVICE, dtype).unbind()
+    return student, teacher, torch.randint(0, vocab, (n,)).to(DEVICE)
+
+
+# ---- how many
+
+
+def test_rows_enough_for_the_device_are_not_split() -> None:
+    assert split.parts(264, 128_000, 4096, 132) == 1
+    assert split.parts(10_000, 128_000, 4096, 132) == 1
+    assert split.parts(1, 128_000, 4096, 0) == 1  # nothing known of the device
+
+
+def test_a_part_keeps_two_tiles() -> None:
+    assert split.parts(1, 8191, 4096, 132) == 1
+    assert split.parts(1, 4 * 4096 - 1, 4096, 132) == 1
+    assert split.parts(1, 4 * 4096, 4096, 132) == 2
+    for vocab in (20_000, 50_257, 128_256, 256_000):
+        for rows in (1, 7, 64, 200):
+            tiles = -(-vocab // 4096)
+            assert tiles // split.parts(rows, vocab, 4096, 132) >= split.TILES
+
+
+def test_a_few_rows_fill_the_device() -> None:
+    assert split.parts(64, 128_256, 4096, 132) == 5  # 320 programs for 132 multiprocessors
+    assert split.parts(200, 128_256, 4096, 132) == 2
+    assert split.parts(1, 10**7, 4096, 132) == split.MOST
+
+
+def test_the_device_is_asked_for_its_size(
+    launched: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, ...]] = []
+    real = split.parts
+    monkeypatch.setattr(split, "HOST_PROCESSORS", 3)
+    monkeypatch.setattr(split, "parts", lambda *shape: asked.append(shape) or real(*shape))
+    student, teacher, _ = make(2, 600)
+    fastkd.kl_div(student, teacher)
+    rows, vocab, columns, processors = asked[0]
+    assert (rows, vocab, columns) == (2, 600, 128) and processors == split.processors(DEVICE) > 0
+    assert "part_kernel" in launched and "fused_kernel" not in launched
+
+
+def test_the_interpreter_does_not_split(launched: Launches) -> None:
+    if DEVICE.type != "cpu":
+        pytest.skip("a GPU splits two rows")
+    student, teacher, _ = make(2, 300)
+    fastkd.kl_div(student, teacher)
+    assert launched[0] == "fused_kernel"
+
+
+# ---- the same losses
+
+
+@each
+@pytest.mark.parametrize(
+    ("parts", "dtype"),
+    [(2, torch.float32), (3, torch.bfloat16), (7, torch.float32)],
+    ids=["2-fp32", "3-bf16", "7-fp32"],
+    indirect=["parts"],
+)
+def test_values_and_gradients(
+    divergence: Divergence, dtype: torch.dtype, parts: int, launched: Launches
+) -> None:
+    student, teacher, labels = make(2, 700, dtype)
+    labels[1] = -100
+    options = dict(temperature=2.0, alpha=0.4, label_smoothing=0.1, t_squared=True)
+    call = dict(divergence=divergence, reduction="none", **options)
+    assert_as_good_as_torch(student, teacher, labels, **call)
+    pairs = ["pairs_kernel"] if divergence.expectation is None else []
+    steps = ["part_kernel", *pairs, "finish_kernel", "grad_part_kernel"]
+    assert launched[-len(steps) :] == steps
+    # the bare divergence, and rows that end with a tile
+    assert_as_good_as_torch(*make(1, 512, dtype)[:2], divergence=divergence)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_hard_labels(temperature: float, smoothing: float, parts: int) -> None:
+    student, teacher, labels = make(4, 333)
+    labels[:2] = torch.tensor([0, 332])  # the first and the last column
+    assert_as_good_as_torch(
+        student, teacher, labels, divergence=fastkd.divergences["kl"], alpha=0.6,
+        temperature=temperature, label_smoothing=smoothing,
+    )  # fmt: skip
+
+
+def test_real_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(split, "HOST_PROCESSORS", 1)
+    student, teacher, labels = make(1, 9000)
+    with fastkd.use_backend("gpu"):
+        for name in ("kl", "js"):
+            entry = fastkd.divergences[name]
+            assert_as_good_as_torch(student, teacher, labels, divergence=entry, alpha=0.3)
+
+
+@each_number
+def test_columns_past_the_vocabulary(parts: int) -> None:
+    """Never read as a value, and their gradient is 0: they may be many tiles."""
+    student, teacher, labels = make(3, 600)
+    student[:, 304:], teacher[:, 304:] = NAN, INF
+    labels %= 304
+    for name in ("reverse_kl", "tv"):
+        entry = fastkd.divergences[name]
+        leaf = student.clone().requires_grad_()
+        loss = fastkd.distillation_loss(
+            leaf, teacher, labels, divergence=entry, alpha=0.3, vocab_size=304
+        )
+        loss.backward()
+        assert leaf.grad is not None and not leaf.grad[:, 304:].any()
+        narrow = student[:, :304].clone().requires_grad_()
+        alone = fastkd.distillation_loss(
+            narrow, teacher[:, :304].contiguous(), labels, divergence=entry, alpha=0.3
+        )
+        alone.backward()
+        assert torch.equal(loss, alone) and torch.equal(leaf.grad[:, :304], narrow.grad)
+
+
+@each_number
+def test_rows_left_out_are_not_read(parts: int) -> None:
+    student, teacher, labels = make(3, 400)
+    labels[1] = -100
+    student[1], teacher[1] = NAN, INF
+    for name in ("kl", "js"):
+        leaf = student.clone().requires_grad_()
+        loss = fastkd.distillation_loss(leaf, teacher, labels, divergence=name, vocab_size=390)
+        loss.backward()
+        assert loss.isfinite() and leaf.grad is not None
+        assert leaf.grad.isfinite().all() and not leaf.grad[1].any()
+
+
+@each
+def test_in_place(divergence: Divergence, parts: int) -> None:
+    student, teacher, labels = make(2, 500)
+    labels %= 490
+    call = dict(divergence=divergence, alpha=0.4, label_smoothing=0.1, vocab_size=490)
+    apart = differentiate(fastkd.distillation_loss, student, teacher, labels, **call)
+    leaf = student.clone().requires_grad_()
+    memory = leaf * 1.0  # no leaf may be overwritten
+    loss = fastkd.distillation_loss(memory, teacher, labels, inplace=True, **call)
+    loss.backward()
+    assert torch.equal(loss, apart.value) and torch.equal(leaf.grad, apart.student)
+
+
+@each
+def test_the_bits_are_the_same_from_run_to_run(divergence: Divergence, parts: int) -> None:
+    student, teacher, labels = make(2, 450)
+    call = dict(divergence=divergence, alpha=0.4)
+    first, second = (
+        differentiate(fastkd.distillation_loss, student, teacher, labels, **call) for _ in range(2)
+    )
+    assert torch.equal(first.value, second.value) and torch.equal(first.student, second.student)
+
+
+# ---- edges
+
+
+@pytest.mark.parametrize("name", ["kl", "reverse_kl", "tv"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_identical_logits_give_exactly_nothing(name: str, dtype: torch.dtype, parts: int) -> None:
+    student, _, _ = make(2, 777, dtype)
+    student[1] *= 100
+    for temperature in (0.3, 1.0, 7.0):
+        out = differentiate(
+            fastkd.distillation_loss, student, student.clone(), alpha=0.0,
+            divergence=name, temperature=temperature,
+        )  # fmt: skip
+        assert not out.value.any() and out.student is not None and not out.student.any()
+
+
+@each
+def test_impossible_columns(divergence: Divergence, parts: int) -> None:
+    """Some, and all that one program has, on both sides: worth 0 to every divergence."""
+    student, teacher, _ = make(2, 512)
+    dead = torch.rand(512, device=DEVICE) < 0.3
+    dead[:256], dead[-1] = True, False
+    student, teacher = (x.masked_fill(dead, -INF) for x in (student, teacher))
+    out = assert_as_good_as_torch(student, teacher, divergence=divergence, temperature=2.0)
+    assert out.student is not None and not out.student[:, dead].any()
+
+
+@each
+def test_a_row_of_nothing_and_a_row_of_nan(divergence: Divergence, parts: int) -> None:
+    student, teacher, _ = make(4, 320)
+    student[0], teacher[0] = -INF, -INF
+    student[1, 300] = NAN
+    teacher[2, 5] = INF
+    out = differentiate(
+        fastkd.distillation_loss, student, teacher, alpha=0.0, divergence=divergence,
+        reduction="none",
+    )  # fmt: skip
+    assert out.student is not None and out.value[0] == 0 and not out.student[0].any()
+    assert out.value[1:3].isnan().all() and out.student[1:3].isnan().all()
+    exact = differentiate(
+        plain, oracle(student[3:]), oracle(teacher[3:]), divergence=divergence, temperature=2.0,
+        t_squared=True, reduction="none",
+    )  # fmt: skip
+    assert (out.value[3] - exact.value[0]).abs() <= FLOORS[torch.float32] * exact.value.clamp(min=4)
+
+
+@each_number
+def test_kl_of_a_probability_that_underflows_is_nothing(parts: int) -> None:
+    """An impossible student under one part's maximum that another part's buries."""
+    student, teacher, _ = make(1, 900)
+    teacher[:, :800] -= 300.0
+    student[0, 17] = -INF
+    assert fastkd.kl_div(student, teacher).isfinite()
+    # and where it does not underflow the loss is infinite, wherever the column lies
+    student, teacher, _ = make(1, 900)
+    student[0, 890] = -INF
+    assert fastkd.kl_div(student, teacher) == INF
