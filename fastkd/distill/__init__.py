@@ -11,6 +11,7 @@ from .metrics import Report, calibration_error, latency, report
 from .noise import input_noise, weight_noise
 from .progress import Step
 from .pseudo import PseudoLabels, pseudo_labels
+from .responses import cosine, dist, dkd, logit_mse, nkd, response, zscore
 from .schedules import decay
 from .students import copy_layers, frozen, prune, replace_head, spread
 from .taps import Taps, projector
@@ -43,7 +44,10 @@ __all__ = [
     "agreement",
     "calibration_error",
     "copy_layers",
+    "cosine",
     "decay",
+    "dist",
+    "dkd",
     "evaluate",
     "feature",
     "fine_tune",
@@ -53,16 +57,20 @@ __all__ = [
     "input_noise",
     "latency",
     "load",
+    "logit_mse",
+    "nkd",
     "plot_curves",
     "projector",
     "prune",
     "pseudo_labels",
     "replace_head",
     "report",
+    "response",
     "save",
     "search",
     "soft",
     "spread",
     "train",
     "weight_noise",
+    "zscore",
 ]
