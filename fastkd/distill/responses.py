@@ -292,6 +292,8 @@ def _intra(student: Tensor, teacher: Tensor, keep: Tensor | None, T: float) -> T
     """1 - Pearson's correlation over the rows that count, mean over the classes."""
     acc = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     vocab = student.size(-1)
+    if student.numel() == 0:
+        return student.to(acc).sum()
     sides = []
     for x in (student, teacher):
         x = x.reshape(-1, vocab).to(acc)
