@@ -389,10 +389,22 @@ def _angle(x: Tensor, y: Tensor, dim: int) -> Tensor:
     return 0.5 * ((a - b).square().sum(dim) + (zeros[0] ^ zeros[1]).squeeze(dim))
 
 
-def _apart(x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """[n] the label's logit, and [n, V] the others, -inf in its place."""
-    at = label.unsqueeze(-1)
-    return x.gather(-1, at).squeeze(-1), x.scatter(-1, at, -INF)
+class _Apart(torch.autograd.Function):
+    """[n] the label's logit, and [n, V] the others, -inf in its place; the gradient in one step."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        at = label.unsqueeze(-1)
+        ctx.save_for_backward(at)
+        return x.gather(-1, at).squeeze(-1), x.scatter(-1, at, -INF)
+
+    @staticmethod
+    def backward(ctx: Any, one: Tensor, others: Tensor) -> tuple[Tensor, None]:
+        (at,) = ctx.saved_tensors
+        return others.scatter(-1, at, one.unsqueeze(-1)), None
+
+
+_apart = _Apart.apply
 
 
 def _odds(x_y: Tensor, others: Tensor, T: float) -> Tensor:
@@ -401,7 +413,7 @@ def _odds(x_y: Tensor, others: Tensor, T: float) -> Tensor:
     Of it, sigmoid and logsigmoid make p_y, 1 - p_y and their logarithms, all finite.
     """
     top = _top(others, -1)
-    total = ((others - top) / T).exp().sum(-1)
+    total = (others - top).mul_(1 / T).exp_().sum(-1)
     alone = total == 0
     odds = (x_y - top.squeeze(-1)) / T - torch.where(alone, 1.0, total).log()
     return torch.where(alone, INF, odds)
@@ -419,7 +431,7 @@ def _product(p: Tensor, log: Tensor) -> Tensor:
 
 
 def _entropy(x: Tensor, T: float) -> Tensor:
-    d = (x - _top(x, -1)) / T
+    d = (x - _top(x, -1)).mul_(1 / T)
     e = d.exp()
     total = e.sum(-1)
     total = torch.where(total == 0, 1.0, total)

@@ -8,7 +8,7 @@ nothing of that size is made.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 import torch
@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
 # elements of one operand at a time: a formula's ten tensors of them fit a core's second-level
 # cache; an accelerator wants few launches
-HOST_ELEMENTS, DEVICE_ELEMENTS = 2**16, 2**26
+HOST_ELEMENTS, DEVICE_ELEMENTS = 2**17, 2**26
 
 
 class Rows(TypedDict, total=False):
@@ -274,23 +274,26 @@ def _run(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Loss [N], and where there is a factor and a need the gradients of sum(factor * loss)."""
     formula, keep, label, acc = call
-    loss = torch.empty(student.size(0), dtype=acc, device=student.device)
     wanted = [need and factor is not None for need in needs]
+    at_all, keep = _chunks(student, keep)
+    # rows that are passed over are not written
+    new = torch.empty_like if at_all and isinstance(at_all[0], slice) else torch.zeros_like
+    loss = new(student[:, 0], dtype=acc, memory_format=torch.contiguous_format)
     grads = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if want else None
+        new(x, memory_format=torch.contiguous_format) if want else None
         for x, want in zip((student, teacher), wanted, strict=True)
     ]
-    for at in _chunks(student):
+    for at in at_all:
         mask, where = (None if x is None else x[at] for x in (keep, label))
-        sides = [
+        s, t = (
             x[at].detach().requires_grad_(want)
             for x, want in zip((student, teacher), wanted, strict=True)
-        ]
+        )
         with torch.set_grad_enabled(any(wanted)):
-            part = _masked(formula, sides[0], sides[1], mask, where, acc)
+            part = _masked(formula, s, t, mask, where, acc)
         loss[at] = part.detach()
         if factor is not None and any(wanted):
-            inputs = [x for x in sides if x.requires_grad]
+            inputs = [x for x in (s, t) if x.requires_grad]
             found = iter(torch.autograd.grad(part, inputs, factor[at].detach()))
             for grad in grads:
                 if grad is not None:
@@ -298,7 +301,15 @@ def _run(
     return loss, grads
 
 
-def _chunks(x: Tensor) -> Iterator[slice]:
+def _chunks(x: Tensor, keep: Tensor | None) -> tuple[list[Any], Tensor | None]:
+    """Which rows to take at a time, and the mask that they still need.
+
+    On the host only rows that count are taken; on a device counting them would be a wait.
+    """
     step = max(1, _elements(x) // x.size(-1))
-    for start in range(0, x.size(0), step):
-        yield slice(start, start + step)
+    if keep is not None and keep.device.type == "cpu":
+        kept = keep.nonzero().squeeze(-1)
+        if kept.size(0) < keep.size(0):
+            return list(kept.split(step)) if kept.size(0) else [], None
+        keep = None
+    return [slice(start, start + step) for start in range(0, x.size(0), step)], keep
