@@ -3,6 +3,7 @@
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
 from .cohort import Peer, Several
+from .correlation import dist
 from .evaluation import Evaluation, agreement, evaluate
 from .files import load, save
 from .handover import fine_tune, hand_over
@@ -11,7 +12,7 @@ from .metrics import Report, calibration_error, latency, report
 from .noise import input_noise, weight_noise
 from .progress import Step
 from .pseudo import PseudoLabels, pseudo_labels
-from .responses import cosine, dist, dkd, logit_mse, nkd, response, zscore
+from .responses import cosine, dkd, logit_mse, nkd, response, zscore
 from .schedules import decay
 from .students import copy_layers, frozen, prune, replace_head, spread
 from .taps import Taps, projector

@@ -20,12 +20,12 @@ from typing_extensions import Unpack
 import fastkd
 
 from .batch import Batch, Outputs
-from .rowwise import Rows, coefficient, counted, operands, positive, row_loss
+from .correlation import ZERO, angle, top
+from .rowwise import Rows, coefficient, positive, row_loss
 from .terms import Term, Weight
 
 INF = math.inf
 CONSTANT = 1e-7  # standard deviation up to which `zscore` takes a row for constant
-ZERO = 1e-30  # squared norm up to which a vector is taken for 0: it has no direction
 
 
 def logit_mse(
@@ -59,7 +59,11 @@ def logit_mse(
     """
 
     def formula(s: Tensor, t: Tensor, _: Any) -> Tensor:
-        return 0.5 * (_centred(s) - _centred(t) if centred else s - t).square().mean(-1)
+        if not centred:
+            return 0.5 * (s - t).square().mean(-1)
+        # less the largest first, which is exact for logits far from 0
+        d = (s - top(s, -1)).sub_(t - top(t, -1))
+        return 0.5 * (d - d.mean(-1, keepdim=True)).square().mean(-1)
 
     return row_loss(formula, student, teacher, labels, **rows)
 
@@ -231,81 +235,9 @@ def cosine(
     """
 
     def formula(s: Tensor, t: Tensor, _: Any) -> Tensor:
-        return _angle(s, t, -1)
+        return angle(s, t, -1)
 
     return row_loss(formula, student, teacher, labels, **rows)
-
-
-def dist(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None = None,
-    *,
-    beta: float = 1.0,
-    gamma: float = 1.0,
-    temperature: float = 1.0,
-    ignore_index: int = -100,
-) -> Tensor:
-    """One minus the correlation of the probabilities, over the classes and over the batch.
-
-        beta (1 - mean_i r(q_i., p_i.)) + gamma (1 - mean_v r(q_.v, p_.v)),   r Pearson's
-
-    with p = softmax(teacher / T), q = softmax(student / T) [N, V], i the rows that count and v the
-    classes; no factor T^2. What is constant on both sides (a batch of one row, one class) is in
-    full agreement, r = 1; on one side alone r = 0. A class at -inf has probability 0.
-
-    The second part depends on the whole batch: micro-batches are not the sum of their parts.
-
-    Args:
-        student: logits [..., V], float32, bfloat16, float16 or float64.
-        teacher: logits [..., V] of any of these dtypes.
-        labels: int [...], None for all rows; only says which rows are left out.
-        beta, gamma: weights of the two parts, >= 0.
-        temperature: T > 0, finite.
-        ignore_index: label of the rows that are left out: not read, gradient exactly 0.
-
-    Returns:
-        0-d float32 (float64 where an operand is); 0 where no row counts.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong kind or value.
-
-    Huang et al. 2022, arXiv 2205.10536.
-    """
-    positive("temperature", temperature)
-    coefficient("beta", beta)
-    coefficient("gamma", gamma)
-    student, teacher = operands(student, teacher)
-    T = float(temperature)
-
-    def inter(s: Tensor, t: Tensor, _: Any) -> Tensor:
-        # a correlation sees neither the softmax's denominator nor a shift by 1; expm1, because at
-        # a high temperature all exponentials are close to 1
-        x, y = (torch.expm1((z - _top(z, -1)) / T) for z in (s, t))
-        return _angle(x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True), -1)
-
-    loss = beta * row_loss(inter, student, teacher, labels, ignore_index=ignore_index)
-    return loss + gamma * _intra(student, teacher, counted(student, labels, ignore_index)[0], T)
-
-
-def _intra(student: Tensor, teacher: Tensor, keep: Tensor | None, T: float) -> Tensor:
-    """1 - Pearson's correlation over the rows that count, mean over the classes."""
-    acc = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    vocab = student.size(-1)
-    if student.numel() == 0:
-        return student.to(acc).sum()
-    sides = []
-    for x in (student, teacher):
-        x = x.reshape(-1, vocab).to(acc)
-        kept = keep.unsqueeze(-1) if keep is not None else torch.ones_like(x[:, :1]).bool()
-        d = torch.where(kept, x, 0.0)
-        d = (d - _top(d, -1)) / T
-        logp = d - d.exp().mean(-1, keepdim=True).log()  # + log V, which a shift does not see
-        # relative to the class's largest probability: those of 1e-30 have a correlation too
-        w = torch.expm1(logp - _top(torch.where(kept, logp, -INF), 0))
-        mean = torch.where(kept, w, 0.0).sum(0, keepdim=True) / kept.sum().clamp_min(1)
-        sides.append(torch.where(kept, w - mean, 0.0))
-    return _angle(sides[0], sides[1], 0).mean()
 
 
 def response(
@@ -358,35 +290,13 @@ def _labelled(labels: Tensor | None) -> None:
         raise ValueError("labels: got None, expected the class of each row, int [...]")
 
 
-def _top(x: Tensor, dim: int) -> Tensor:
-    """The largest one, a constant; 0 where that is -inf."""
-    top = x.detach().amax(dim, keepdim=True)
-    return torch.where(top == -INF, 0.0, top)
-
-
-def _centred(x: Tensor) -> Tensor:
-    # less the largest first, which is exact for logits far from 0: their mean is rounded
-    x = x - _top(x, -1)
-    return x - x.mean(-1, keepdim=True)
-
-
 def _standardised(x: Tensor) -> Tensor:
-    x = _centred(x)
-    variance = x.square().sum(-1, keepdim=True) / max(x.size(-1) - 1, 1)
-    constant = variance <= CONSTANT**2
-    return torch.where(constant, 0.0, x / torch.where(constant, 1.0, variance).sqrt())
-
-
-def _angle(x: Tensor, y: Tensor, dim: int) -> Tensor:
-    """1 - cosine as half the squared distance of the directions, which does not cancel."""
-    directions, zeros = [], []
-    for z in (x, y):
-        square = z.square().sum(dim, keepdim=True)
-        zero = square <= ZERO
-        directions.append(torch.where(zero, 0.0, z / torch.where(zero, 1.0, square).sqrt()))
-        zeros.append(zero)
-    a, b = directions
-    return 0.5 * ((a - b).square().sum(dim) + (zeros[0] ^ zeros[1]).squeeze(dim))
+    # less its mean first: a normalisation in one step loses the digits of logits far from 0
+    x = x - x.detach().mean(-1, keepdim=True)
+    classes = x.size(-1)
+    z, _, inverse = torch.native_layer_norm(x, [classes], None, None, ZERO)
+    constant = inverse.detach() * CONSTANT >= (1 - 1 / classes) ** 0.5
+    return z * torch.full_like(inverse, (1 - 1 / classes) ** 0.5).masked_fill(constant, 0.0)
 
 
 class _Apart(torch.autograd.Function):
@@ -412,10 +322,10 @@ def _odds(x_y: Tensor, others: Tensor, T: float) -> Tensor:
 
     Of it, sigmoid and logsigmoid make p_y, 1 - p_y and their logarithms, all finite.
     """
-    top = _top(others, -1)
-    total = (others - top).mul_(1 / T).exp_().sum(-1)
+    highest = top(others, -1)
+    total = (others - highest).mul_(1 / T).exp_().sum(-1)
     alone = total == 0
-    odds = (x_y - top.squeeze(-1)) / T - torch.where(alone, 1.0, total).log()
+    odds = (x_y - highest.squeeze(-1)) / T - torch.where(alone, 1.0, total).log()
     return torch.where(alone, INF, odds)
 
 
@@ -431,7 +341,7 @@ def _product(p: Tensor, log: Tensor) -> Tensor:
 
 
 def _entropy(x: Tensor, T: float) -> Tensor:
-    d = (x - _top(x, -1)).mul_(1 / T)
+    d = (x - top(x, -1)).mul_(1 / T)
     e = d.exp()
     total = e.sum(-1)
     total = torch.where(total == 0, 1.0, total)

@@ -53,12 +53,14 @@ def row_loss(
     _check(student, weight, reduction, normalizer)
     vocab, leading = student.size(-1), student.shape[:-1]
     keep, label, bad = counted(student, labels, rows.get("ignore_index", IGNORED))
-    acc = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    acc = wide(student, teacher)
     factor = _factor(student, keep, bad, weight, reduction, normalizer, acc)
     s, t = student.reshape(-1, vocab), teacher.reshape(-1, vocab)
     # a gradient of the factor needs the loss of each row
     single = reduction == "none" or factor.requires_grad
-    if torch.compiler.is_compiling() or s.numel() <= _elements(s):
+    if s.numel() == 0:
+        loss = (s.to(acc) + t.to(acc)).sum(-1)
+    elif torch.compiler.is_compiling() or s.numel() <= elements(s):
         loss = _masked(formula, s, t, keep, label, acc)
     elif single:
         loss = _Trip.apply(s, t, (formula, keep, label, acc), None)
@@ -202,7 +204,13 @@ def _factor(
     return factor if bad is None else torch.where(bad, math.nan, factor)
 
 
-def _elements(x: Tensor) -> int:
+def wide(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic: float32, float64 where an operand is."""
+    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+
+
+def elements(x: Tensor) -> int:
+    """How many of an operand to take at a time."""
     return HOST_ELEMENTS if x.device.type == "cpu" else DEVICE_ELEMENTS
 
 
@@ -306,7 +314,7 @@ def _chunks(x: Tensor, keep: Tensor | None) -> tuple[list[Any], Tensor | None]:
 
     On the host only rows that count are taken; on a device counting them would be a wait.
     """
-    step = max(1, _elements(x) // x.size(-1))
+    step = max(1, elements(x) // x.size(-1))
     if keep is not None and keep.device.type == "cpu":
         kept = keep.nonzero().squeeze(-1)
         if kept.size(0) < keep.size(0):
