@@ -4,6 +4,7 @@ from . import attention, cache, features, relations
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
 from .cohort import Peer, Several
+from .correlation import dist
 from .evaluation import Evaluation, agreement, evaluate
 from .files import load, save
 from .graph import neighbour_graph
@@ -15,6 +16,7 @@ from .noise import input_noise, weight_noise
 from .progress import Step
 from .pseudo import PseudoLabels, pseudo_labels
 from .quantise import FakeQuantise, baked, fake_quantise, quantised
+from .responses import cosine, dkd, logit_mse, nkd, response, zscore
 from .schedules import decay
 from .students import copy_layers, frozen, prune, replace_head, spread
 from .taps import Taps, projector
@@ -53,7 +55,10 @@ __all__ = [
     "cache",
     "calibration_error",
     "copy_layers",
+    "cosine",
     "decay",
+    "dist",
+    "dkd",
     "evaluate",
     "fake_quantise",
     "feature",
@@ -65,7 +70,9 @@ __all__ = [
     "input_noise",
     "latency",
     "load",
+    "logit_mse",
     "neighbour_graph",
+    "nkd",
     "plot_curves",
     "projector",
     "prune",
@@ -74,6 +81,7 @@ __all__ = [
     "relations",
     "replace_head",
     "report",
+    "response",
     "save",
     "search",
     "soft",
@@ -81,4 +89,5 @@ __all__ = [
     "train",
     "weight_noise",
     "without_forgetting",
+    "zscore",
 ]
