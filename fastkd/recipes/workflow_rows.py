@@ -1,6 +1,6 @@
 """Steps of the workflow, each beside its control: pseudo-labels, noise, search, transfer, layers.
 
-Students are MLPs with 16 hidden units that have 100 labels; "unlabelled" are 1000 inputs of which
+Unless said, students are MLPs with 16 hidden units that have 100 labels; "unlabelled" are 1000 inputs of which
 they have what the teacher says.
 """
 
@@ -62,10 +62,12 @@ INPUT_NOISE = 0.3  # of inputs in [0, 1]
 
 def noise(seed: int, size: float) -> Figures:
     """A teacher answers for inputs near the 100, which labels cannot."""
-    data, steps = digits(seed), scaled(800, size)
+    data, steps = digits(seed), scaled(400, size)
     live = teacher(data, seed)
     few = data.images[:LABELLED], data.labels[:LABELLED]
-    terms = [distill.hard(0.1), distill.soft(0.9, temperature=TEMPERATURE)]
+
+    def kd(temperature: float) -> list[distill.Term]:
+        return [distill.hard(0.1), distill.soft(0.9, temperature=temperature)]
 
     def trained(loss: Any, std: float, model: nn.Module | None) -> float:
         torch.manual_seed(seed)
@@ -76,8 +78,10 @@ def noise(seed: int, size: float) -> Figures:
     return {
         "hard labels": trained(distill.hard(), 0.0, None),
         "noise + hard labels": trained(distill.hard(), INPUT_NOISE, None),
-        "KD": trained(terms, 0.0, live),
-        "noise + KD": trained(terms, INPUT_NOISE, live),
+        "KD": trained(kd(1.0), 0.0, live),
+        "noise + KD": trained(kd(1.0), INPUT_NOISE, live),
+        "KD, T = 4": trained(kd(4.0), 0.0, live),
+        "noise + KD, T = 4": trained(kd(4.0), INPUT_NOISE, live),
     }
 
 
@@ -94,7 +98,7 @@ SPACE = {
 
 def tuned(seed: int, size: float) -> Figures:
     """20 draws of weight, temperature and learning rate; validation images choose one."""
-    data, steps = digits(seed), scaled(200, size)
+    data, steps = digits(seed), scaled(500, size)
     live = teacher(data, seed)
     seen, judges = seen_labels(data), slice(TRAINING, POOL)
     batches = drawn(seed, steps, 100, data.images[:TRAINING], seen[:TRAINING])
@@ -132,16 +136,17 @@ def transfer(seed: int, size: float) -> Figures:
     def moved(images: Tensor) -> Tensor:
         return images.view(-1, 8, 8).roll(1, 2).flatten(1)
 
-    few = moved(data.images[:TARGET_LABELS]), data.labels[:TARGET_LABELS]
+    source, seen = data.images[:-TARGET_LABELS], seen_labels(data)[:-TARGET_LABELS]
+    few = moved(data.images[-TARGET_LABELS:]), data.labels[-TARGET_LABELS:]
     target = moved(data.held_out), data.held_out_labels
 
     def tuned_to(model: nn.Module) -> float:
-        batches = drawn(seed, scaled(100, size), TARGET_LABELS, *few)
-        tuned, _ = distill.fine_tune(model, batches, distill.hard(), lr=3e-3, progress=False)
+        batches = drawn(seed, scaled(300, size), TARGET_LABELS, *few)
+        tuned, _ = distill.fine_tune(model, batches, distill.hard(), lr=1e-2, progress=False)
         return accuracy(tuned, *target)
 
     hard = drawn(seed, steps, 100, data.images[:LABELLED], data.labels[:LABELLED])
-    both = drawn(seed, steps, 100, data.images, seen_labels(data))
+    both = drawn(seed, steps, 100, source, seen)
     terms = [distill.hard(0.1), distill.soft(0.9, temperature=TEMPERATURE)]
     scratch = fit(student(seed), drawn(seed, steps, TARGET_LABELS, *few), distill.hard())
     distilled = fit(student(seed), both, terms, teacher=live)
@@ -159,13 +164,13 @@ def transfer(seed: int, size: float) -> Figures:
 def layer_init(seed: int, size: float) -> Figures:
     """The first layer of a teacher of three, under a student of two; then the 100 labels."""
     data, steps = digits(seed), scaled(200, size)
-    live = teacher(data, seed, 64, 32, 32, 10)
+    live = teacher(data, seed, 64, 128, 64, 10)
     batches = drawn(seed, steps, 100, data.images[:LABELLED], data.labels[:LABELLED])
-    fresh, copied = student(seed, 64, 32, 10), student(seed, 64, 32, 10)
+    fresh, copied = student(seed, 64, 128, 10), student(seed, 64, 128, 10)
     distill.copy_layers(copied, live, {"0": "0"})
     return {
-        "teacher's first layer": held_out(fit(copied, batches, distill.hard()), data),
-        "fresh": held_out(fit(fresh, batches, distill.hard()), data),
+        "teacher's first layer": held_out(fit(copied, batches, distill.hard(), lr=1e-3), data),
+        "fresh": held_out(fit(fresh, batches, distill.hard(), lr=1e-3), data),
     }
 
 
@@ -207,6 +212,7 @@ RECIPES = (
             Gain("noise + KD", "KD", 3.5),
             Gain("noise + KD", "noise + hard labels", 1.0),
             Gain("KD", "hard labels", None),
+            Gain("noise + KD, T = 4", "KD, T = 4", None),
         ),
     ),
     Recipe(
