@@ -1,7 +1,7 @@
 """Steps of the workflow, each beside its control: pseudo-labels, noise, search, transfer, layers.
 
-Unless said, students are MLPs with 16 hidden units that have 100 labels; "unlabelled" are 1000 inputs of which
-they have what the teacher says.
+Unless said, students are MLPs with 16 hidden units that have 100 labels, and of another 900 inputs
+at most what the teacher says.
 """
 
 from __future__ import annotations
