@@ -1,6 +1,7 @@
 """The workflow around the losses: train, evaluate, compare and hand over a student."""
 
 from . import cache
+from .adversarial import adversarial
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
 from .cohort import Peer, Several
@@ -41,6 +42,7 @@ __all__ = [
     "Teacher",
     "TensorBoardLogger",
     "Term",
+    "adversarial",
     "agreement",
     "cache",
     "calibration_error",

@@ -18,7 +18,7 @@ import torch
 
 from .recipe import Figures, Gain, Recipe
 
-MODULES = ("cached", "workflow_rows")  # each with its RECIPES
+MODULES = ("cached", "workflow_rows", "adversarial")
 
 
 def known() -> dict[str, Recipe]:
