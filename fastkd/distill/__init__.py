@@ -7,6 +7,7 @@ from .checkpoint import Checkpoints
 from .cohort import Peer, Several
 from .evaluation import Evaluation, agreement, evaluate
 from .files import load, save
+from .halving import Halving, successive_halving
 from .handover import fine_tune, hand_over
 from .loggers import CSVLogger, TensorBoardLogger, plot_curves
 from .metrics import Report, calibration_error, latency, report
@@ -28,6 +29,7 @@ __all__ = [
     "Called",
     "Checkpoints",
     "Evaluation",
+    "Halving",
     "Live",
     "Outputs",
     "Peer",
@@ -67,6 +69,7 @@ __all__ = [
     "search",
     "soft",
     "spread",
+    "successive_halving",
     "train",
     "weight_noise",
 ]

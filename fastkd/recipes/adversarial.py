@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastkd import distill
@@ -13,11 +14,12 @@ from .recipe import Figures, Gain, Recipe
 from .trained import drawn, fit, held_out, scaled, seen_labels, teacher
 from .workflow_rows import TEMPERATURE, student
 
-CLASSES = 10
+CLASSES, RATE = 10, 1e-2
+SLOWER = 0.1  # the discriminator's learning rate, as a share of the student's
 
 
 def compare(seed: int, size: float) -> Figures:
-    data, steps = digits(seed), scaled(400, size)
+    data, steps = digits(seed), scaled(800, size)
     live = teacher(data, seed)
     few = data.images[:LABELLED], data.labels[:LABELLED]
     every = data.images, seen_labels(data)
@@ -29,8 +31,14 @@ def compare(seed: int, size: float) -> Figures:
     def judged(weight: float, *, conditional: bool = True) -> float:
         net = student(seed)  # draws the seed of the discriminator too
         term = distill.adversarial(weight, classes=CLASSES, conditional=conditional)
-        batches = drawn(seed, steps, 100, *every)
-        return held_out(fit(net, batches, [distill.hard(), term], teacher=live), data)
+        assert term.module is not None
+        groups = [
+            {"params": list(net.parameters())},
+            {"params": list(term.module.parameters()), "lr": SLOWER * RATE},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=RATE)
+        batches, terms = drawn(seed, steps, 100, *every), [distill.hard(), term]
+        return held_out(fit(net, batches, terms, teacher=live, optimizer=optimizer), data)
 
     kd = [distill.hard(0.1), distill.soft(0.9, temperature=TEMPERATURE)]
     return {

@@ -18,7 +18,7 @@ import torch
 
 from .recipe import Figures, Gain, Recipe
 
-MODULES = ("cached", "workflow_rows", "adversarial")
+MODULES = ("cached", "workflow_rows", "adversarial", "architecture")
 
 
 def known() -> dict[str, Recipe]:
