@@ -5,6 +5,7 @@ from .adversarial import adversarial
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
 from .cohort import Peer, Several
+from .datafree import batch_norm_prior, invert, train_generator
 from .evaluation import Evaluation, agreement, evaluate
 from .files import load, save
 from .halving import Halving, successive_halving
@@ -46,6 +47,7 @@ __all__ = [
     "Term",
     "adversarial",
     "agreement",
+    "batch_norm_prior",
     "cache",
     "calibration_error",
     "copy_layers",
@@ -57,6 +59,7 @@ __all__ = [
     "hand_over",
     "hard",
     "input_noise",
+    "invert",
     "latency",
     "load",
     "plot_curves",
@@ -71,5 +74,6 @@ __all__ = [
     "spread",
     "successive_halving",
     "train",
+    "train_generator",
     "weight_noise",
 ]

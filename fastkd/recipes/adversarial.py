@@ -32,7 +32,7 @@ def compare(seed: int, size: float) -> Figures:
         net = student(seed)  # draws the seed of the discriminator too
         term = distill.adversarial(weight, classes=CLASSES, conditional=conditional)
         assert term.module is not None
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": list(net.parameters())},
             {"params": list(term.module.parameters()), "lr": SLOWER * RATE},
         ]

@@ -55,7 +55,7 @@ Make = tuple[Any, ...]
 
 def space() -> list[Make]:
     """(maker, *its arguments) of every student that is small enough."""
-    shapes = [(dense, w, d) for w in (2, 4, 6, 8, 10, 12, 14) for d in (1, 2, 3)]
+    shapes: list[Make] = [(dense, w, d) for w in (2, 4, 6, 8, 10, 12, 14) for d in (1, 2, 3)]
     shapes += [(convolved, c, s) for c in (2, 4, 6) for s in (0, 4, 8, 12)]
     every: list[Make] = [
         (*shape, a, r) for shape in shapes for a in ACTIVATIONS for r in (False, True)

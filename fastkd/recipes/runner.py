@@ -18,7 +18,7 @@ import torch
 
 from .recipe import Figures, Gain, Recipe
 
-MODULES = ("cached", "workflow_rows", "adversarial", "architecture")
+MODULES = ("cached", "workflow_rows", "adversarial", "architecture", "data_free")
 
 
 def known() -> dict[str, Recipe]:
