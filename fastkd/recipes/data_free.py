@@ -57,8 +57,8 @@ def compare(seed: int, size: float) -> Figures:
 
     def trained(images: Tensor) -> float:
         term = distill.soft(temperature=TEMPERATURE)
-        batches = [images for (images,) in drawn(seed, steps, 100, images)]
-        return held_out(fit(student(seed, 64, 64, 10), batches, term, teacher=live, lr=3e-3), data)
+        batches = drawn(seed, steps, 100, images)
+        return held_out(fit(student(seed), batches, term, teacher=live), data)
 
     noise = torch.rand(MADE, 64, generator=torch.Generator().manual_seed(seed))
     return {

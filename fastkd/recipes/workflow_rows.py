@@ -57,14 +57,14 @@ def pseudo(seed: int, size: float) -> Figures:
 
 # ---- noise
 
-INPUT_NOISE = 0.3  # of inputs in [0, 1]
+INPUT_NOISE, FEW = 0.3, 50  # of inputs in [0, 1]; how many inputs there are
 
 
 def noise(seed: int, size: float) -> Figures:
-    """A teacher answers for inputs near the 100, which labels cannot."""
-    data, steps = digits(seed), scaled(400, size)
+    """A teacher answers for inputs near the 50, which labels cannot."""
+    data, steps = digits(seed), scaled(300, size)
     live = teacher(data, seed)
-    few = data.images[:LABELLED], data.labels[:LABELLED]
+    few = data.images[:FEW], data.labels[:FEW]
 
     def kd(temperature: float) -> list[distill.Term]:
         return [distill.hard(0.1), distill.soft(0.9, temperature=temperature)]
@@ -205,7 +205,7 @@ RECIPES = (
     ),
     Recipe(
         name="input-noise",
-        about="100 inputs with noise, which a teacher answers for",
+        about="50 inputs with noise, which a teacher answers for",
         paper="Xie et al. 2020, arXiv 1911.04252",
         run=noise,
         gains=(
