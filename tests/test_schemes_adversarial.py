@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastkd
 from fastkd import distill
 from fastkd.distill.batch import Batch, Outputs
 
@@ -87,5 +88,8 @@ def test_errors() -> None:
     batch = Batch(torch.empty(N), labels)
     with pytest.raises(ValueError, match="got no teacher"):
         term.function(Outputs(student), Outputs(None), batch)
+    few = fastkd.TopK(*teacher.log_softmax(-1).topk(2))
+    with pytest.raises(TypeError, match="got TopK of the teacher"):
+        term.function(Outputs(student), Outputs(few), batch)
     with pytest.raises(ValueError, match=f"got 4 logits of the teacher and {V} of the student"):
         term.function(Outputs(student), Outputs(teacher[:, :4]), batch)

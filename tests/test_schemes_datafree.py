@@ -103,6 +103,8 @@ def test_errors() -> None:
     assert distill.invert(plain, labels, (4,), steps=1, prior=0.0).shape == (2, 4)
     with pytest.raises(ValueError, match="steps: got 0"):
         distill.invert(plain, labels, (4,), steps=0)
+    with pytest.raises(ValueError, match=r"bounds: got \(1, 0\)"):
+        distill.invert(plain, labels, (4,), bounds=(1, 0))
     with pytest.raises(ValueError, match=r"labels: got shape \(2, 1\)"):
         distill.invert(plain, labels[:, None], (4,), steps=1)
     with pytest.raises(ValueError, match="steps: got 0"):

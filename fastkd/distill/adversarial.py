@@ -44,6 +44,7 @@ def adversarial(
 
     Raises:
         ValueError: `classes` below 2; in training: no teacher, other numbers of logits.
+        TypeError: in training, a teacher that keeps some of its logits only.
 
     Paper: Xu, Hsu and Huang 2017, arXiv 1709.00513.
     """
@@ -57,6 +58,9 @@ def adversarial(
     def function(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         if teacher.logits is None:
             raise ValueError(f"term {name!r}: got no teacher, expected train(..., teacher=...)")
+        if not isinstance(teacher.logits, Tensor):
+            got = type(teacher.logits).__name__
+            raise TypeError(f"term {name!r}: got {got} of the teacher, expected all its logits")
         s, t = student.logits.flatten(0, -2), teacher.logits.flatten(0, -2)
         if s.size(-1) != classes or t.size(-1) != classes:
             got = f"{t.size(-1)} logits of the teacher and {s.size(-1)} of the student"

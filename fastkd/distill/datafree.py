@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .batch import device_of, forward, restored_modes
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @contextmanager
@@ -81,8 +81,8 @@ def invert(
         teacher's outputs on them, not `labels`, as targets.
 
     Raises:
-        ValueError: `steps` below 1, labels that are no vector, a teacher without batch norms that
-            keep statistics where `prior` is not 0.
+        ValueError: `steps` below 1, labels that are no vector, empty bounds, a teacher without
+            batch norms that keep statistics where `prior` is not 0.
 
     Paper: Yin et al. 2020, DeepInversion, arXiv 1912.08795.
     """
@@ -90,6 +90,8 @@ def invert(
         raise ValueError(f"steps: got {steps!r}, expected an integer >= 1")
     if labels.dim() != 1:
         raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [N]")
+    if bounds is not None and not bounds[0] < bounds[1]:
+        raise ValueError(f"bounds: got {bounds!r}, expected (least, greatest)")
     where = device_of(teacher)
     x = torch.randn(len(labels), *shape, device=where)
     if bounds is not None:
@@ -131,7 +133,7 @@ def train_generator(
     Args:
         generator: module, noise -> inputs of the teacher; in train mode here.
         teacher: module; runs in eval mode, leaves as it came.
-        noise: makes a batch of z.
+        noise: makes a batch of z, on the generator's device.
         steps: of Adam, at least 1.
         lr: its learning rate.
         prior: weight of `batch_norm_prior`; 0 leaves it out.
