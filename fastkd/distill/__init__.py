@@ -1,13 +1,16 @@
 """The workflow around the losses: train, evaluate, compare and hand over a student."""
 
 from . import attention, cache, features, relations
+from .adversarial import adversarial
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
 from .cohort import Peer, Several
 from .correlation import dist
+from .datafree import batch_norm_prior, invert, train_generator
 from .evaluation import Evaluation, agreement, evaluate
 from .files import load, save
 from .graph import neighbour_graph
+from .halving import Halving, successive_halving
 from .handover import fine_tune, hand_over
 from .lifelong import Head, at_head, without_forgetting
 from .loggers import CSVLogger, TensorBoardLogger, plot_curves
@@ -33,6 +36,7 @@ __all__ = [
     "Checkpoints",
     "Evaluation",
     "FakeQuantise",
+    "Halving",
     "Head",
     "Live",
     "Outputs",
@@ -48,10 +52,12 @@ __all__ = [
     "Teacher",
     "TensorBoardLogger",
     "Term",
+    "adversarial",
     "agreement",
     "at_head",
     "attention",
     "baked",
+    "batch_norm_prior",
     "cache",
     "calibration_error",
     "copy_layers",
@@ -68,6 +74,7 @@ __all__ = [
     "hand_over",
     "hard",
     "input_noise",
+    "invert",
     "latency",
     "load",
     "logit_mse",
@@ -86,7 +93,9 @@ __all__ = [
     "search",
     "soft",
     "spread",
+    "successive_halving",
     "train",
+    "train_generator",
     "weight_noise",
     "without_forgetting",
     "zscore",

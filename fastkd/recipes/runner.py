@@ -18,7 +18,10 @@ import torch
 
 from .recipe import Figures, Gain, Recipe
 
-MODULES = ("cached", "cross_modal", "quantised", "lifelong", "graph")  # each with its RECIPES
+MODULES = (  # each with its RECIPES
+    *("cross_modal", "graph", "lifelong", "quantised", "adversarial", "data_free"),
+    *("architecture", "workflow_rows", "cached"),
+)
 
 
 def known() -> dict[str, Recipe]:

@@ -1,0 +1,66 @@
+"""A discriminator as the only teacher's voice, beside labels and beside plain distillation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import distill
+
+from .data import LABELLED, digits
+from .recipe import Figures, Gain, Recipe
+from .trained import drawn, fit, held_out, scaled, seen_labels, teacher
+from .workflow_rows import TEMPERATURE, student
+
+CLASSES, RATE = 10, 1e-2
+SLOWER = 0.1  # the discriminator's learning rate, as a share of the student's
+
+
+def compare(seed: int, size: float) -> Figures:
+    data, steps = digits(seed), scaled(800, size)
+    live = teacher(data, seed)
+    few = data.images[:LABELLED], data.labels[:LABELLED]
+    every = data.images, seen_labels(data)
+
+    def trained(loss: Any, *columns: Tensor) -> float:
+        batches = drawn(seed, steps, 100, *columns)
+        return held_out(fit(student(seed), batches, loss, teacher=live), data)
+
+    def judged(weight: float, *, conditional: bool = True) -> float:
+        net = student(seed)  # draws the seed of the discriminator too
+        term = distill.adversarial(weight, classes=CLASSES, conditional=conditional)
+        assert term.module is not None
+        groups: list[dict[str, Any]] = [
+            {"params": list(net.parameters())},
+            {"params": list(term.module.parameters()), "lr": SLOWER * RATE},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=RATE)
+        batches, terms = drawn(seed, steps, 100, *every), [distill.hard(), term]
+        return held_out(fit(net, batches, terms, teacher=live, optimizer=optimizer), data)
+
+    kd = [distill.hard(0.1), distill.soft(0.9, temperature=TEMPERATURE)]
+    return {
+        "labels": trained(distill.hard(), *few),
+        "conditional, w = 0.5": judged(0.5),
+        "conditional, w = 1": judged(1.0),
+        "real or not, w = 1": judged(1.0, conditional=False),
+        "KD": trained(kd, *every),
+    }
+
+
+RECIPES = (
+    Recipe(
+        name="adversarial",
+        about="labels and a discriminator of the teacher's and the student's logits",
+        paper="Xu et al. 2017, arXiv 1709.00513",
+        run=compare,
+        gains=(
+            Gain("conditional, w = 0.5", "labels", 4.0),
+            Gain("conditional, w = 1", "labels", 4.0),
+            Gain("real or not, w = 1", "labels", None),
+            Gain("KD", "labels", None),
+        ),
+    ),
+)

@@ -1,0 +1,256 @@
+"""Steps of the workflow, each beside its control: pseudo-labels, noise, search, transfer, layers.
+
+Unless said, students are MLPs with 16 hidden units that have 100 labels, and of another 900 inputs
+at most what the teacher says.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import distill
+
+from .data import LABELLED, POOL, digits
+from .recipe import Figures, Gain, Recipe
+from .trained import accuracy, drawn, fit, held_out, mlp, scaled, seen_labels, teacher
+
+STUDENT = (64, 16, 10)
+
+
+def student(seed: int, *sizes: int) -> nn.Sequential:
+    torch.manual_seed(1000 + seed)
+    return mlp(*(sizes or STUDENT))
+
+
+# ---- pseudo-labels
+
+CLUSTERS, TEMPERATURE = 20, 4.0
+
+
+def pseudo(seed: int, size: float) -> Figures:
+    """What 20 numbers of clusters teach, beside a soft label for every sample."""
+    data, steps = digits(seed), scaled(400, size)
+    live = teacher(data, seed)
+    seen = seen_labels(data)
+    made = distill.pseudo_labels(live, [data.images], CLUSTERS, temperature=TEMPERATURE, seed=seed)
+    with torch.no_grad():
+        said = live(data.images)
+    terms = [distill.hard(0.1), distill.soft(0.9, temperature=TEMPERATURE)]
+
+    def trained(*columns: Tensor, loss: Any = terms) -> float:
+        batches = drawn(seed, steps, 100, *columns)
+        return held_out(fit(student(seed), batches, loss), data)
+
+    few = data.images[:LABELLED], data.labels[:LABELLED]
+    return {
+        "hard labels": trained(*few, loss=distill.hard()),
+        "20 clusters": trained(data.images, seen, made.logits),
+        "cluster classes": trained(data.images, made.labels, loss=distill.hard()),
+        "soft labels": trained(data.images, seen, said),
+        "teacher": held_out(live, data),
+    }
+
+
+# ---- noise
+
+INPUT_NOISE, FEW = 0.3, 50  # of inputs in [0, 1]; how many inputs there are
+
+
+def noise(seed: int, size: float) -> Figures:
+    """A teacher answers for inputs near the 50, which labels cannot."""
+    data, steps = digits(seed), scaled(300, size)
+    live = teacher(data, seed)
+    few = data.images[:FEW], data.labels[:FEW]
+
+    def kd(temperature: float) -> list[distill.Term]:
+        return [distill.hard(0.1), distill.soft(0.9, temperature=temperature)]
+
+    def trained(loss: Any, std: float, model: nn.Module | None) -> float:
+        torch.manual_seed(seed)
+        net, batches = student(seed), drawn(seed, steps, 100, *few)
+        transform = distill.input_noise(std, teacher="noisy") if std else None
+        return held_out(fit(net, batches, loss, teacher=model, transform=transform), data)
+
+    return {
+        "hard labels": trained(distill.hard(), 0.0, None),
+        "noise + hard labels": trained(distill.hard(), INPUT_NOISE, None),
+        "KD": trained(kd(1.0), 0.0, live),
+        "noise + KD": trained(kd(1.0), INPUT_NOISE, live),
+        "KD, T = 4": trained(kd(4.0), 0.0, live),
+        "noise + KD, T = 4": trained(kd(4.0), INPUT_NOISE, live),
+    }
+
+
+# ---- automatic hyper-parameters
+
+TRIALS, TRAINING = 20, 800  # the other 200 of the pool judge the trials
+DEFAULT = {"alpha": 0.5, "temperature": 3.0, "lr": 1e-3}
+SPACE = {
+    "alpha": distill.Range(0.0, 1.0),
+    "temperature": distill.Range(1.0, 20.0),
+    "lr": distill.Range(3e-4, 3e-2, log=True),
+}
+
+
+def tuned(seed: int, size: float) -> Figures:
+    """20 draws of weight, temperature and learning rate; validation images choose one."""
+    data, steps = digits(seed), scaled(500, size)
+    live = teacher(data, seed)
+    seen, judges = seen_labels(data), slice(TRAINING, POOL)
+    batches = drawn(seed, steps, 100, data.images[:TRAINING], seen[:TRAINING])
+
+    def trained(params: dict[str, Any]) -> nn.Module:
+        alpha = params["alpha"]
+        terms = [distill.hard(alpha), distill.soft(1 - alpha, temperature=params["temperature"])]
+        return fit(student(seed), batches, terms, lr=params["lr"], teacher=live)
+
+    tried: list[nn.Module] = []
+
+    def value(params: dict[str, Any]) -> float:
+        tried.append(trained(params))
+        return accuracy(tried[-1], data.images[judges], data.labels[judges])
+
+    found = distill.search(value, SPACE, trials=TRIALS, seed=seed, backend="random", progress=False)
+    best = [params for params, _ in found.trials].index(found.best)
+    return {
+        "search": held_out(tried[best], data),
+        "default": held_out(trained(DEFAULT), data),
+        "random draw": statistics.fmean(held_out(model, data) for model in tried),
+    }
+
+
+# ---- transfer
+
+TARGET_LABELS = 30
+
+
+def transfer(seed: int, size: float) -> Figures:
+    """A distilled student moves to images one pixel to the right, of which 30 have labels."""
+    data, steps = digits(seed), scaled(400, size)
+    live = teacher(data, seed)
+
+    def moved(images: Tensor) -> Tensor:
+        return images.view(-1, 8, 8).roll(1, 2).flatten(1)
+
+    source, seen = data.images[:-TARGET_LABELS], seen_labels(data)[:-TARGET_LABELS]
+    few = moved(data.images[-TARGET_LABELS:]), data.labels[-TARGET_LABELS:]
+    target = moved(data.held_out), data.held_out_labels
+
+    def tuned_to(model: nn.Module) -> float:
+        batches = drawn(seed, scaled(300, size), TARGET_LABELS, *few)
+        tuned, _ = distill.fine_tune(model, batches, distill.hard(), lr=1e-2, progress=False)
+        return accuracy(tuned, *target)
+
+    hard = drawn(seed, steps, 100, data.images[:LABELLED], data.labels[:LABELLED])
+    both = drawn(seed, steps, 100, source, seen)
+    terms = [distill.hard(0.1), distill.soft(0.9, temperature=TEMPERATURE)]
+    scratch = fit(student(seed), drawn(seed, steps, TARGET_LABELS, *few), distill.hard())
+    distilled = fit(student(seed), both, terms, teacher=live)
+    return {
+        "KD, fine-tuned": tuned_to(distilled),
+        "KD, not tuned": accuracy(distilled, *target),
+        "hard labels, fine-tuned": tuned_to(fit(student(seed), hard, distill.hard())),
+        "scratch": accuracy(scratch, *target),
+    }
+
+
+# ---- layers of the teacher
+
+
+def layer_init(seed: int, size: float) -> Figures:
+    """The first layer of a teacher of three, under a student of two; then the 100 labels."""
+    data, steps = digits(seed), scaled(200, size)
+    live = teacher(data, seed, 64, 128, 64, 10)
+    batches = drawn(seed, steps, 100, data.images[:LABELLED], data.labels[:LABELLED])
+    fresh, copied = student(seed, 64, 128, 10), student(seed, 64, 128, 10)
+    distill.copy_layers(copied, live, {"0": "0"})
+    return {
+        "teacher's first layer": held_out(fit(copied, batches, distill.hard(), lr=1e-3), data),
+        "fresh": held_out(fit(fresh, batches, distill.hard(), lr=1e-3), data),
+    }
+
+
+def pruning(seed: int, size: float) -> Figures:
+    """The 16 strongest of a teacher's 1200 units as a student to begin with."""
+    data, steps = digits(seed), scaled(100, size)
+    live = teacher(data, seed)
+    cut = distill.prune(live, STUDENT[1] / 1200)
+    batches = drawn(seed, steps, 100, data.images, seen_labels(data))
+    terms = [distill.hard(0.1), distill.soft(0.9, temperature=TEMPERATURE)]
+    before = held_out(cut, data)
+    return {
+        "teacher": held_out(live, data),
+        "16 units, not trained": before,
+        "16 units + KD": held_out(fit(cut, batches, terms, teacher=live), data),
+        "fresh + KD": held_out(fit(student(seed), batches, terms, teacher=live), data),
+    }
+
+
+RECIPES = (
+    Recipe(
+        name="pseudo-labels",
+        about="20 clusters of the teacher's answers as soft labels of 1000 inputs",
+        paper="",
+        run=pseudo,
+        gains=(
+            Gain("20 clusters", "hard labels", 5.0),
+            Gain("soft labels", "hard labels", None),
+            Gain("20 clusters", "soft labels", None),
+            Gain("cluster classes", "hard labels", None),
+        ),
+    ),
+    Recipe(
+        name="input-noise",
+        about="50 inputs with noise, which a teacher answers for",
+        paper="Xie et al. 2020, arXiv 1911.04252",
+        run=noise,
+        gains=(
+            Gain("noise + KD", "KD", 3.5),
+            Gain("noise + KD", "noise + hard labels", 1.0),
+            Gain("KD", "hard labels", None),
+            Gain("noise + KD, T = 4", "KD, T = 4", None),
+        ),
+    ),
+    Recipe(
+        name="automatic",
+        about="weight, temperature and learning rate by 20 trials, judged on 200 images",
+        paper="Bergstra and Bengio 2012",
+        run=tuned,
+        gains=(
+            Gain("search", "default", 3.0),
+            Gain("search", "random draw", 0.001),
+        ),
+    ),
+    Recipe(
+        name="transfer",
+        about="a distilled student fine-tuned to shifted images, of which 30 have labels",
+        paper="",
+        run=transfer,
+        gains=(
+            Gain("KD, fine-tuned", "scratch", 2.5),
+            Gain("KD, fine-tuned", "hard labels, fine-tuned", 2.0),
+            Gain("KD, fine-tuned", "KD, not tuned", None),
+        ),
+    ),
+    Recipe(
+        name="layer-init",
+        about="a student that starts with the teacher's first layer, 100 labels",
+        paper="Sanh et al. 2019, arXiv 1910.01108",
+        run=layer_init,
+        gains=(Gain("teacher's first layer", "fresh", 0.7, wins=0.75),),
+    ),
+    Recipe(
+        name="pruning",
+        about="a student of the teacher's 16 strongest units",
+        paper="Li et al. 2017, arXiv 1608.08710",
+        run=pruning,
+        gains=(
+            Gain("16 units + KD", "fresh + KD", None),
+            Gain("16 units + KD", "16 units, not trained", None),
+        ),
+    ),
+)
