@@ -12,7 +12,9 @@ from .metrics import Report, calibration_error, latency, report
 from .noise import input_noise, weight_noise
 from .progress import Step
 from .pseudo import PseudoLabels, pseudo_labels
-from .schedules import decay
+from .schedules import curriculum, decay
+from .schemes import assistant_chain, mutual
+from .self_distill import born_again, mean_teacher, own_teacher
 from .students import copy_layers, frozen, prune, replace_head, spread
 from .taps import Taps, projector
 from .teachers import Average, Called, Live, Stored, Teacher
@@ -42,9 +44,12 @@ __all__ = [
     "TensorBoardLogger",
     "Term",
     "agreement",
+    "assistant_chain",
+    "born_again",
     "cache",
     "calibration_error",
     "copy_layers",
+    "curriculum",
     "decay",
     "evaluate",
     "feature",
@@ -55,6 +60,9 @@ __all__ = [
     "input_noise",
     "latency",
     "load",
+    "mean_teacher",
+    "mutual",
+    "own_teacher",
     "plot_curves",
     "projector",
     "prune",
