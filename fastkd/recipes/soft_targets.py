@@ -7,6 +7,8 @@ has nothing but the teacher's word.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,8 @@ from fastkd import distill
 
 from .data import LABELLED, Digits, digits
 from .recipe import Figures, Gain, Recipe
-from .trained import accuracy, drawn, fit, held_out, mlp, scaled, seen_labels, teacher
+from .trained import accuracy, drawn, fit, held_out, mlp, scaled, seen_labels
+from .trained import teacher as trained_teacher
 
 STEPS, BATCH, LEARNING_RATE = 400, 100, 2e-2
 MISSING = 3  # the class that the transfer set lacks
@@ -34,15 +37,17 @@ class Bench:
     def __init__(self, seed: int, size: float) -> None:
         self.seed, self.data = seed, centred(digits(seed))
         self.steps = scaled(STEPS, size)
-        self.teacher = teacher(self.data, seed)
+        self.schedule = distill.decay(self.steps, warmup=self.steps // 10)
 
-    def student(self, loss: object, *columns: Tensor) -> nn.Sequential:
-        torch.manual_seed(1000 + self.seed)
+    @cached_property
+    def teacher(self) -> nn.Sequential:
+        return trained_teacher(self.data, self.seed)
+
+    def student(self, loss: object, *columns: Tensor, teacher: object = None) -> nn.Sequential:
+        options = {"teacher": teacher or self.teacher, "schedule": self.schedule}
+        torch.manual_seed(1000 + self.seed)  # after the teacher's own training
         batches = drawn(self.seed, self.steps, BATCH, *columns)
-        schedule = distill.decay(self.steps, warmup=self.steps // 10)
-        return fit(
-            mlp(64, 16, 10), batches, loss, LEARNING_RATE, teacher=self.teacher, schedule=schedule
-        )
+        return fit(mlp(64, 16, 10), batches, loss, LEARNING_RATE, **options)
 
     def same(self, *loss: distill.Term) -> float:
         images, labels = self.data.images[:LABELLED], self.data.labels[:LABELLED]
