@@ -139,7 +139,8 @@ def test_each_of_a_chain_learns_from_the_one_before(tmp_path: Path) -> None:
     assert all(equal(weights(a), weights(b)) for a, b in zip(fresh, models, strict=True))
 
 
-def test_generations_start_afresh_and_learn_from_the_last() -> None:
+@pytest.mark.parametrize("kept", [1.0, 0.5, 0.0])
+def test_generations_start_afresh_and_learn_from_the_last(kept: float) -> None:
     snapshots: list[tuple[int, dict[str, Tensor]]] = []
     made: list[nn.Module] = []
 
@@ -150,7 +151,14 @@ def test_generations_start_afresh_and_learn_from_the_last() -> None:
         return made[-1]
 
     models = distill.born_again(
-        make, data(), 2, weight=0.8, temperature=2.0, optimizer=sgd, progress=False
+        make,
+        data(),
+        2,
+        hard_weight=kept,
+        weight=0.8,
+        temperature=2.0,
+        optimizer=sgd,
+        progress=False,
     )
     assert [id(model) for model in models] == [id(model) for model in made] and len(models) == 3
     for at, then in snapshots:  # a teacher is as it was when its own training ended
@@ -160,8 +168,10 @@ def test_generations_start_afresh_and_learn_from_the_last() -> None:
         twin = mlp(10 + at)
         for x, y in data():
             z = twin(x)
-            apart = 0.0 if above is None else 0.8 * kl(above(x).detach(), z, 2.0)
-            move(twin, F.cross_entropy(z, y) + apart)
+            loss = F.cross_entropy(z, y)
+            if above is not None:
+                loss = kept * loss + 0.8 * kl(above(x).detach(), z, 2.0)
+            move(twin, loss)
         near(model, twin)
         above = twin
 
@@ -298,6 +308,7 @@ LEARNS = Term("scale", lambda s, t, b: s.logits.mean(), module=Learns())
         (lambda: distill.assistant_chain(SHARED, [SHARED], data()), "models: got the teacher"),
         (lambda: distill.born_again(same, data(), 1, progress=False), "make: .* 0 and 1 share"),
         (lambda: distill.born_again(same, data(), 0), "generations: got 0"),
+        (lambda: distill.born_again(same, data(), hard_weight=-1.0), "hard_weight: got -1.0"),
         (lambda: distill.mean_teacher(mlp(0), data(), ramp=-1), "ramp: got -1"),
         (lambda: distill.mean_teacher(mlp(0), data(), decay=1.0), "decay: got 1.0"),
         (lambda: distill.own_teacher({}), "heads: got none"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,6 +75,7 @@ def born_again(
     generations: int = 3,
     loss: Term | Sequence[Term] | None = None,
     *,
+    hard_weight: float = 1.0,
     weight: Weight = 1.0,
     temperature: float | Callable[[int], float] = 1.0,
     optimizer: MakeOptimizer | None = None,
@@ -82,13 +84,15 @@ def born_again(
 ) -> list[nn.Module]:
     """Train generations of one architecture, each afresh, from labels and from the one before.
 
-        generation 0: loss;   generation g: loss + weight * T^2 KL(softmax(z_(g-1) / T), p_T)
+        generation 0: loss
+        generation g: hard_weight * loss + weight * T^2 KL(softmax(z_(g-1) / T), p_T)
 
     Args:
         make: generation, from 0 -> a new module, inputs -> logits [..., V].
         loader: as the trainer's; iterated epochs times for each generation.
         generations: how many learn from one before them, at least 1.
         loss: terms of each, none of which learns something of its own; None: `hard()`.
+        hard_weight: of the loss in later generations, at least 0; at 0 they see no label.
         weight: of what the one before says; factor, or step -> factor.
         temperature: T, or step -> T; 1 in the paper.
         optimizer: model -> its optimizer; None makes AdamW at the `lr` of the options.
@@ -101,15 +105,18 @@ def born_again(
         paper's ensemble.
 
     Raises:
-        ValueError: generations below 1, a module that is not new, a term that learns, or what
-            `train` raises.
+        ValueError: generations below 1, hard_weight below 0, a module that is not new, a term that
+            learns, or what `train` raises.
 
     Paper: Furlanello et al. 2018, arXiv 1805.04770.
     """
     if generations < 1:
         raise ValueError(f"generations: got {generations!r}, expected an integer >= 1")
+    if not hard_weight >= 0:
+        raise ValueError(f"hard_weight: got {hard_weight!r}, expected a number >= 0")
     first = plain_terms(loss)
-    later = [*first, soft(weight, temperature=temperature)]
+    kept = [replace(term, weight=times(hard_weight, term.weight)) for term in first]
+    later = [*(kept if hard_weight else ()), soft(weight, temperature=temperature)]
     models: list[nn.Module] = []
     for at in range(generations + 1):
         models = distinct("make", [*models, make(at)])
@@ -175,13 +182,18 @@ def _exit(tap: str, head: nn.Module, weight: Weight, alpha: float, T: float) -> 
         mine, theirs = head(student.features[tap]), student.logits.detach()
         return soft(temperature=T).function(Outputs(mine), Outputs(theirs), batch)
 
-    def share(of: float) -> Weight:
-        return (lambda step: of * weight(step)) if callable(weight) else of * weight
-
     terms = []
     if alpha < 1:
-        terms.append(Term(f"exit:{tap}", labelled, share(1 - alpha), "tokens", (tap,), (), head))
+        terms.append(
+            Term(f"exit:{tap}", labelled, times(1 - alpha, weight), "tokens", (tap,), (), head)
+        )
     if alpha > 0:
         learnt = None if terms else head  # once is enough
-        terms.append(Term(f"own:{tap}", taught, share(alpha), "samples", (tap,), (), learnt))
+        terms.append(
+            Term(f"own:{tap}", taught, times(alpha, weight), "samples", (tap,), (), learnt)
+        )
     return terms
+
+
+def times(factor: float, weight: Weight) -> Weight:
+    return (lambda step: factor * weight(step)) if callable(weight) else factor * weight

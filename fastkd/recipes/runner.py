@@ -18,7 +18,7 @@ import torch
 
 from .recipe import Figures, Gain, Recipe
 
-MODULES = ("soft_targets", "online", "cached")  # each with its RECIPES
+MODULES = ("soft_targets", "online", "self_taught", "cached")  # each with its RECIPES
 
 
 def known() -> dict[str, Recipe]:
