@@ -10,7 +10,7 @@ from fastkd import distill
 from .data import LABELLED
 from .recipe import Figures, Gain, Recipe
 from .soft_targets import BATCH, LEARNING_RATE, Bench
-from .trained import drawn, fit, held_out, mlp, seen_labels
+from .trained import drawn, fit, held_out, mlp, scaled, seen_labels
 
 TEACHERS, EACH = 5, 200  # teachers, and the labels that each of them has
 
@@ -73,7 +73,9 @@ def several_teachers(seed: int, size: float) -> Figures:
     teachers = []
     for at, rows in enumerate(parts):
         torch.manual_seed(10 * seed + at)
-        batches = drawn(seed, 150, BATCH, bench.data.images[rows], bench.data.labels[rows])
+        batches = drawn(
+            seed, scaled(150, size), BATCH, bench.data.images[rows], bench.data.labels[rows]
+        )
         teachers.append(fit(mlp(64, 1200, 10), batches, distill.hard(), 1e-3))
     mean = distill.Several(teachers, temperature=4.0)
     figures = {f"teacher {at}": held_out(one, bench.data) for at, one in enumerate(teachers)}
