@@ -20,7 +20,9 @@ from .progress import Step
 from .pseudo import PseudoLabels, pseudo_labels
 from .quantise import FakeQuantise, baked, fake_quantise, quantised
 from .responses import cosine, dkd, logit_mse, nkd, response, zscore
-from .schedules import decay
+from .schedules import curriculum, decay
+from .schemes import assistant_chain, mutual
+from .self_distill import born_again, mean_teacher, own_teacher
 from .students import copy_layers, frozen, prune, replace_head, spread
 from .taps import Taps, projector
 from .teachers import Average, Called, Live, Stored, Teacher
@@ -54,14 +56,17 @@ __all__ = [
     "Term",
     "adversarial",
     "agreement",
+    "assistant_chain",
     "at_head",
     "attention",
     "baked",
     "batch_norm_prior",
+    "born_again",
     "cache",
     "calibration_error",
     "copy_layers",
     "cosine",
+    "curriculum",
     "decay",
     "dist",
     "dkd",
@@ -78,8 +83,11 @@ __all__ = [
     "latency",
     "load",
     "logit_mse",
+    "mean_teacher",
+    "mutual",
     "neighbour_graph",
     "nkd",
+    "own_teacher",
     "plot_curves",
     "projector",
     "prune",

@@ -41,3 +41,31 @@ def decay(
         return floor + (1 - floor) * SHAPES[shape](share)
 
     return factor
+
+
+def curriculum(
+    start: float, stop: float, steps: int, shape: str = "cosine", *, warmup: int = 0
+) -> Callable[[int], float]:
+    """step -> temperature, for `soft(temperature=...)`: `start` in warm-up, then towards `stop`.
+
+        T = stop + (start - stop) * shape((step - warmup) / (steps - warmup))
+
+    Args:
+        start, stop: T, above 0; softer first: start > stop.
+        steps: of the whole run; beyond, T stays at `stop` (at `start` for "constant").
+        shape: "cosine", "linear" or "constant".
+        warmup: steps at `start`, less than `steps`.
+
+    Paper: Jafari et al. 2021, annealing, arXiv 2104.07163 (Li et al. 2023 learn T, 2211.16231).
+    """
+    for name, T in (("start", start), ("stop", stop)):
+        if not T > 0:
+            raise ValueError(f"{name}: got {T!r}, expected a temperature > 0")
+    if not 0 <= warmup < steps:
+        raise ValueError(f"warmup: got {warmup!r} of {steps!r} steps, expected 0 <= warmup < steps")
+    share = decay(steps - warmup, shape)
+
+    def temperature(step: int) -> float:
+        return stop + (start - stop) * share(max(step - warmup, 0))
+
+    return temperature

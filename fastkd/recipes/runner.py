@@ -19,8 +19,8 @@ import torch
 from .recipe import Figures, Gain, Recipe
 
 MODULES = (  # each with its RECIPES
-    *("cross_modal", "graph", "lifelong", "quantised", "adversarial", "data_free"),
-    *("architecture", "workflow_rows", "cached"),
+    *("soft_targets", "online", "self_taught", "cross_modal", "graph", "lifelong", "quantised"),
+    *("adversarial", "data_free", "architecture", "workflow_rows", "cached"),
 )
 
 
