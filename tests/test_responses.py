@@ -230,7 +230,7 @@ def test_value_and_gradient(
 
 
 @each(LOSSES)
-@pytest.mark.parametrize("vocab", [2, 3, 20_000])
+@pytest.mark.parametrize("vocab", [2, 3, 40_000])
 def test_few_and_many_classes(loss: Loss, vocab: int) -> None:
     """The last one in chunks as they come."""
     s, t = INPUTS["random"](9, vocab)
@@ -668,7 +668,7 @@ def test_memory_of_a_trip_is_one_gradient() -> None:
                 made.append(out.numel())
             return out
 
-    s, t = INPUTS["random"](64, 4096)
+    s, t = INPUTS["random"](64, 16_384)
     for loss in PER_ROW:
         made.clear()
         with Watch():

@@ -22,9 +22,9 @@ Formula = Callable[[Tensor, Tensor, Any], Tensor]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
-# elements of one operand at a time: a formula's ten tensors of them fit a core's second-level
-# cache; an accelerator wants few launches
-HOST_ELEMENTS, DEVICE_ELEMENTS = 2**17, 2**26
+# elements of one operand at a time: a formula's ten tensors of them are found in
+# the cache again; an accelerator wants few launches
+HOST_ELEMENTS, DEVICE_ELEMENTS = 2**18, 2**26
 
 
 class Rows(TypedDict, total=False):
