@@ -87,16 +87,23 @@ class Stored final : public Batch<T> {
     write_bits(tail.at(r, 0), kOut, random.next());
   }
 
+  // Where it is named, little may be left of the student's row.
+  int64_t most_probable(int64_t r) const {
+    const std::vector<R> x = this->numbers(student, r);
+    return std::max_element(x.begin(), x.end()) - x.begin();
+  }
+
   // Each column once at most, in any order, with padding between.
   void name_columns(int64_t r) {
     const double padding = random.chance(0.5) ? 0.0 : random.unit();
-    const bool together = random.chance(0.2), all = random.chance(0.3);
+    const bool together = random.chance(0.2), all = random.chance(0.3), top = random.chance(0.4);
     std::vector<int64_t> named;
     std::vector<bool> seen(static_cast<size_t>(c.vocab));
     const int64_t first = random.below(c.vocab);
     for (int64_t i = 0; i < c.k && static_cast<int64_t>(named.size()) < c.vocab; ++i) {
       if (!all && random.chance(padding)) continue;
-      int64_t column = together ? (first + i) % c.vocab
+      int64_t column = together             ? (first + i) % c.vocab
+                       : top && named.empty() ? most_probable(r)
                        : i < 2 && random.chance(0.3) ? (i == 0 ? c.vocab - 1 : 0)
                                                      : random.below(c.vocab);
       while (seen[static_cast<size_t>(column)]) column = (column + 1) % c.vocab;
