@@ -112,6 +112,12 @@ def _vocab_size(vocab_size: int) -> None:
 
 def _sides(student: Operand, teacher: Teacher, least: int) -> None:
     for name, x in (("student", student), ("teacher", teacher)):
+        parts = x.tensors if isinstance(x, (LinearLogits, TopK)) else (x,)
+        if hasattr(parts[0], "fake_mode") and not torch.compiler.is_compiling():
+            raise TypeError(
+                f"{name}: got a {type(parts[0]).__name__}, whose values do not exist, expected a "
+                "tensor; torch.compile and torch.export trace the losses"
+            )
         if isinstance(x, LinearLogits) or (isinstance(x, TopK) and x is teacher):
             if isinstance(x, LinearLogits) and x.size(-1) < least:
                 raise ValueError(f"{name}.weight: got {list(x.weight.shape)}, expected V >= 1")

@@ -317,3 +317,29 @@ def test_messages_of_options_list_what_there_is() -> None:
     with pytest.raises(TypeError) as caught:
         fastkd.kl_div(_s(), _s(), reductoin="sum")
     assert re.search(r"kl_div\(\).*'reductoin'.*did you mean 'reduction'", str(caught.value))
+
+
+def test_fake_tensors_are_refused_where_nobody_traces() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, head = torch.randn(3, 4), fastkd.LinearLogits(torch.randn(3, 4), torch.randn(4, 4))
+        stored = fastkd.TopK(torch.randn(3, 2), torch.zeros(3, 2, dtype=torch.int64))
+        for student, teacher, name in (
+            (x, x, "student"),
+            (head, x, "student"),
+            (head, stored, "student"),
+        ):
+            with pytest.raises(TypeError, match=f"{name}: got a FakeTensor"):
+                fastkd.kl_div(student, teacher)
+
+
+class Loss(torch.nn.Module):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return fastkd.kl_div(student, teacher)
+
+
+def test_torch_export_traces_the_losses() -> None:
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    exported = torch.export.export(Loss(), (x, y), strict=False)
+    assert exported.module()(x, y) == Loss()(x, y)

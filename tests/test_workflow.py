@@ -588,3 +588,23 @@ def test_batch_and_outputs_take_what_models_and_loaders_give() -> None:
     assert equal(weights(twins[0]), weights(twins[1])) and equal(
         weights(twins[0]), weights(twins[2])
     )
+
+
+def test_several_frozen_teachers_of_a_student_with_heads() -> None:
+    """Nobody averages a student's outputs for teachers that do not learn from them."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 3), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"a": self.a(x), "b": self.b(x)}
+
+    def function(student: distill.Outputs, teacher: distill.Outputs, _: distill.Batch) -> Tensor:
+        return F.mse_loss(student.raw["a"], teacher.logits)
+
+    teachers = distill.Several([nn.Linear(5, 3), nn.Linear(5, 3)])
+    loader = [(torch.randn(4, 5), torch.zeros(4, dtype=torch.long))] * 2
+    term = distill.Term("a", function, mean="samples")
+    assert len(distill.train(Heads(), loader, term, teacher=teachers, progress=False)) == 2

@@ -151,6 +151,8 @@ class Several(Teacher):
 
     def follow(self, student: Outputs, batch: Batch) -> None:
         for at, member in enumerate(self.members):
+            if type(member).follow is Teacher.follow:
+                continue  # does not learn: a student of several heads has no logits to average
             others = [student.detach(), *(o for i, o in enumerate(self._said) if i != at)]
             member.follow(self._mean(others, [1 / len(others)] * len(others)), batch)
 
