@@ -220,6 +220,8 @@ void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax
     if (t.lost[i]) flushed.logp = -inf;
     if (s.lost[i]) flushed.logq = -inf;
     if (at.p < tiny || at.q < tiny) moved(flushed, a);
+    // the rate of a q that counts as 0 is that of the least number, and may still meet the q itself
+    if (at.q < tiny) slope_slack -= at.q * std::log(std::numeric_limits<T>::min());
     row.value.value += l.x;
     row.value.slack += slack;
     row.slope.value += l.d;
