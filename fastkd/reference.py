@@ -6,6 +6,7 @@ passes of `fastkd.backend.Passes` are made of it by autograd, so that no gradien
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -98,14 +99,21 @@ def _sparse_divergence(s: Tensor, teacher: Sparse, plan: Plan, keep: Tensor | No
         logq = torch.where(named, full.gather(-1, at), -INF)
     divergence = entry(plan)
     loss = pointwise(divergence, logp, logq).sum(-1)
+    # a NaN makes its row one, also where a weight of 0 would hide it, and all of its gradient
+    spoilt = logp.isnan().any(-1) if tail is None else logp.isnan().any(-1) | tail.isnan()
     if tail is None:
-        return loss
+        return _spoil(loss, spoilt, s)
     # the columns not named, summed by themselves: 1 - sum(q) of the others would cancel
     hits = torch.zeros_like(s).scatter_add_(-1, at, named.to(s.dtype))
     other = hits == 0
     some = (other & (full != -INF)).any(-1)
     rest = torch.where(other | ~some.unsqueeze(-1), full, -INF).logsumexp(-1)
-    return loss + pointwise(divergence, tail, torch.where(some, rest, -INF))
+    return _spoil(loss + pointwise(divergence, tail, torch.where(some, rest, -INF)), spoilt, s)
+
+
+def _spoil(loss: Tensor, spoilt: Tensor, s: Tensor) -> Tensor:
+    every = torch.where(spoilt.unsqueeze(-1), s, 0.0).sum(-1)
+    return torch.where(spoilt, every * math.nan, loss)
 
 
 def _log_softmax(x: Tensor, temperature: float) -> Tensor:

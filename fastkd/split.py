@@ -220,6 +220,8 @@ class Split:
             else (tail, _merged(got[..., count : count + 2], plan.temperature)),
         )
         value, slope, tail_slope = points.evaluate(plan)
+        spoilt = logp.isnan().any(-1) if tail is None else logp.isnan().any(-1) | tail.isnan()
+        value = torch.where(spoilt, torch.nan, value)
         loss = plan.soft * value
         if entropy is not None:
             loss = loss + plan.hard * entropy
@@ -229,6 +231,7 @@ class Split:
             return loss
         by = torch.full_like(loss, factor) if scale is None else scale.to(acc) * factor
         pull = slope.sum(-1) if tail_slope is None else slope.sum(-1) + tail_slope
+        pull = torch.where(spoilt, torch.nan, pull)
         whole = student.flatten(0, 1)
         out = grad[0] if grad.size(0) == 1 else torch.empty_like(grad.flatten(0, 1))
         step = max(1, BLOCK // max(plan.vocab, 1))
@@ -288,7 +291,8 @@ class Split:
         logq = points.logq[rows]
         at_points = slope[rows] - torch.where(logq == -INF, 0.0, logq.exp() * pull[rows, None])
         if restrict:
-            every = x.new_zeros((x.size(0), plan.vocab + 1), dtype=acc)
+            every = torch.where(pull[rows, None].isnan(), torch.nan, x.new_zeros((), dtype=acc))
+            every = every.repeat(1, plan.vocab + 1)
         else:
             top, total = _finite(points.stats[rows, 0]), points.stats[rows, 1]
             logs = (x[:, : plan.vocab].to(acc) - top[:, None]) / plan.temperature

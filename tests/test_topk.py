@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from common import (
     FLOORS,
     INF,
+    TABLE,
     Backend,
     Result,
     assert_gradients,
@@ -20,6 +21,7 @@ from common import (
     each_dtype,
     each_name,
     formula,
+    label_of,
     oracle,
 )
 from torch import Tensor
@@ -509,14 +511,34 @@ def test_refused_by_the_loss(backend: Backend, name: str) -> None:
     assert torch.equal(student, before)
 
 
-def test_unchecked_indices_make_their_row_nan() -> None:
+@pytest.mark.interpreted(24)
+@pytest.mark.parametrize("divergence", TABLE, ids=label_of)
+@pytest.mark.parametrize("tail", TAILS)
+def test_unchecked_indices_make_their_row_nan(
+    backend: Backend, divergence: Divergence, tail: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As on a GPU: nothing is read out of bounds."""
+    monkeypatch.setattr("fastkd.topk.reads_values", lambda device: False)
+    student = torch.randn(2, 5, device=backend.device, requires_grad=True)
+    # the good row names all that it may not exclude: reverse_kl has no +inf
+    indices = [[0, 1, 2, 3, 4], [5, 1, 0, 2, 3]]
+    logprobs = torch.full((2, 5), 0.15).log()
+    bad = fastkd.TopK(logprobs, torch.tensor(indices), tail=tail).to(backend.device)
+    loss = fastkd.distillation_loss(
+        student, bad, alpha=0.0, temperature=1.0, divergence=divergence, reduction="none"
+    )
+    assert loss[0].isfinite() and loss[1].isnan()
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    assert grad[0].isfinite().all() and grad[1].isnan().all()
+
+
+def test_unchecked_indices_make_their_row_nan_compiled() -> None:
     student = torch.randn(2, 5, requires_grad=True)
     bad = _kept(indices=[[0, 3], [5, 1]])
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def step(x: Tensor) -> Tensor:
-        return fastkd.kl_div(x, bad, reduction="none")
+        return fastkd.reverse_kl_div(x, bad, reduction="none")
 
     loss = step(student)
     assert loss[0].isfinite() and loss[1].isnan()

@@ -107,7 +107,7 @@ def factor_tile(
     MASKED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tile = load(x, start, vocab, MASKED, "evict_first", ACC, LANES, GROUP)
-    out = tl.zeros([LANES, GROUP], ACC)
+    out = tl.zeros([LANES, GROUP], ACC) + tl.where(by != by, by, 0.0)
     if not RESTRICT:
         out = tl.exp2((tile - top) * exponent) * by
     at = columns(start, LANES, GROUP)
@@ -192,6 +192,7 @@ def sparse_kernel(
     log_total = tl.log(total)
 
     values, slopes = tl.zeros([POINTS], ACC), tl.zeros([POINTS], ACC)
+    wrong = tl.zeros([POINTS], ACC)
     for start in range(0, count, POINTS):
         place, _, there, logit = named_logits(student, indices, start, count, ACC, POINTS)
         logp = tl.load(logprobs + place, mask=place < count, other=nothing)
@@ -199,14 +200,17 @@ def sparse_kernel(
             logit, m_soft, total, log_total, exponent, inverse, logp, param, centre,
             DIVERGENCE, tail is None and not RESTRICT,
         )  # fmt: skip
-        # padding has nothing to add; NaN of a bad index stands there, and stays
+        # of a bad index, in padding: a weight of 0 must not hide it
+        wrong += tl.where(logp != logp, 1.0, 0.0)
         dead = (place >= count) | ((logp == nothing) & (logit == nothing))
         values += tl.where(dead, 0.0, value)
         slopes += tl.where(dead, 0.0, slope)
     value, slope_sum = tl.sum(values, 0), tl.sum(slopes, 0)
     of_rest = scalar(0.0, ACC)
+    spoilt = tl.sum(wrong, 0)
     if tail is not None:
         tail_p = tl.load(tail + row).to(ACC)
+        spoilt += tl.where(tail_p != tail_p, 1.0, 0.0)
         tail_q = (m_rest - m_soft) * inverse + (tl.log(d_rest) - log_total)
         p_tail, q_tail = tl.exp2(tail_p * LOG2E), d_rest * share / total
         at_tail, tail_slope = DIVERGENCE(tail_p, tail_q, p_tail, q_tail, q_tail - p_tail, param)
@@ -215,7 +219,8 @@ def sparse_kernel(
         tail_slope = tl.where(none, 0.0, tail_slope)
         slope_sum += tail_slope
         of_rest = tl.where(d_rest == 0, 0.0, tail_slope / d_rest)
-    value = tl.where(total == 0, float("nan"), soft * value)
+    value = tl.where((total == 0) | (spoilt > 0), float("nan"), soft * value)
+    slope_sum = tl.where(spoilt > 0, float("nan"), slope_sum)
 
     unit = scalar(1.0, ACC)
     if label is not None:
