@@ -22,7 +22,7 @@ The options that all of them share (`**rows`, keyword-only):
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -349,10 +349,13 @@ def _loss(
 ) -> Tensor:
     for option in unknown:
         checks.refuse_option(name, option, _OPTIONS)
-    if group is not None and torch.compiler.is_compiling():
+    if group is not None and torch.compiler.is_compiling():  # an exchange is no part of a graph
         rows = (labels, ignore_index, weight, reduction, normalizer, vocab_size, inplace, group)
         given = (temperature, param, soft, hard, smoothing)
-        return _uncompiled(name, student, teacher, divergence, given, rows)
+        from fastkd.eagerly import call  # and with it a compiler, which others need not load
+
+        named = dict(zip(_OPTIONS_IN_ORDER, rows, strict=True))
+        return call(_loss, name, student, teacher, divergence, *given, **named)
     if group is None:
         vocab = classes = checks.operands(student, teacher, vocab_size)
     else:
@@ -413,23 +416,3 @@ def _loss(
         )
         loss = function.fused_total(passes, student, side(folded.keep), plan, folded, inplace)
     return loss if nothing is None else loss + nothing.to(loss.dtype)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _uncompiled(
-    name: str,
-    student: Operand,
-    teacher: Teacher,
-    divergence: Divergence,
-    given: tuple[Any, ...],
-    rows: tuple[Any, ...],
-) -> Tensor:
-    """`_loss` outside of a compiled graph: what ranks exchange is not a part of one."""
-    return _loss(
-        name,
-        student,
-        teacher,
-        divergence,
-        *given,
-        **dict(zip(_OPTIONS_IN_ORDER, rows, strict=True)),
-    )

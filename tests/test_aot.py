@@ -15,7 +15,7 @@ import pytest
 import fastkd
 
 pytest.importorskip("triton")
-from bench.aot.budget import BUDGETS, Budget, budget, judge, share, total, usual
+from bench.aot.budget import BUDGETS, MERGES, Budget, budget, judge, share, total, usual
 from bench.aot.cases import DTYPES, ODD, TARGETS, Case, cases, kernels, places
 from bench.aot.read import Report, Sweep, loops
 
@@ -71,7 +71,8 @@ def test_nothing_spills_calls_or_reads_narrowly(table: list[dict[str, Any]]) -> 
     for row in table:
         assert row["problems"] == [], row
         assert row["spills"] == 0 and row["calls"] == 0 and row["registers"], row
-        assert row["bytes"] == 16 or row["vocab"] == ODD or not row["rows"], row
+        wide = row["bytes"] == 16 or row["kernel"] in MERGES  # those read numbers, one by one
+        assert wide or row["vocab"] == ODD or not row["rows"], row
 
 
 def test_the_counts_are_of_all_sweeps(table: list[dict[str, Any]]) -> None:

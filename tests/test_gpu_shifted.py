@@ -46,7 +46,7 @@ def skews(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
 
     monkeypatch.setattr(launch, "_skew", note)
     monkeypatch.setattr(launch, "SHIFTED_TILES", 0)
-    monkeypatch.setattr(launch, "tile", lambda vocab, size: Tile(8 * size, 16 // size, 32))
+    monkeypatch.setattr(launch, "tile", lambda vocab, size, *_: Tile(8 * size, 16 // size, 32))
     return seen
 
 
