@@ -19,7 +19,18 @@ import torch
 from .recipe import Figures, Gain, Recipe
 
 MODULES = (  # each with its RECIPES
-    *("soft_targets", "online", "self_taught", "cross_modal", "graph", "lifelong", "quantised"),
+    *(
+        "soft_targets",
+        "responses",
+        "features",
+        "relations",
+        "online",
+        "self_taught",
+        "cross_modal",
+        "graph",
+        "lifelong",
+        "quantised",
+    ),
     *("adversarial", "data_free", "architecture", "workflow_rows", "cached"),
 )
 

@@ -34,20 +34,24 @@ def centred(data: Digits) -> Digits:
 class Bench:
     """A seed's data and teacher; students that differ in nothing but what they learn from."""
 
+    students: tuple[int, ...] = (64, 16, 10)
+    teachers: tuple[int, ...] = (64, 1200, 10)
+    whole = STEPS
+
     def __init__(self, seed: int, size: float) -> None:
         self.seed, self.data = seed, centred(digits(seed))
-        self.steps = scaled(STEPS, size)
+        self.steps = scaled(self.whole, size)
         self.schedule = distill.decay(self.steps, warmup=self.steps // 10)
 
     @cached_property
     def teacher(self) -> nn.Sequential:
-        return trained_teacher(self.data, self.seed)
+        return trained_teacher(self.data, self.seed, *self.teachers)
 
     def student(self, loss: object, *columns: Tensor, teacher: object = None) -> nn.Sequential:
         options = {"teacher": teacher or self.teacher, "schedule": self.schedule}
         torch.manual_seed(1000 + self.seed)  # after the teacher's own training
         batches = drawn(self.seed, self.steps, BATCH, *columns)
-        return fit(mlp(64, 16, 10), batches, loss, LEARNING_RATE, **options)
+        return fit(mlp(*self.students), batches, loss, LEARNING_RATE, **options)
 
     def same(self, *loss: distill.Term) -> float:
         images, labels = self.data.images[:LABELLED], self.data.labels[:LABELLED]
