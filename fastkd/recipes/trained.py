@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ def seen_labels(data: Digits) -> Tensor:
     return torch.where(torch.arange(POOL) < LABELLED, data.labels, -100)
 
 
-def fit(model: nn.Module, batches: list[Row], loss: Any, lr: float = 1e-2, **options: Any) -> Any:
+def fit(
+    model: nn.Module, batches: Sequence[Row], loss: Any, lr: float = 1e-2, **options: Any
+) -> Any:
     """The model, trained."""
     distill.train(model, batches, loss, lr=lr, progress=False, **options)
     return model
