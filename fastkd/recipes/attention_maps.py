@@ -19,9 +19,9 @@ from fastkd.distill import attention
 from .recipe import Figures, Gain, Recipe
 from .trained import accuracy, fit, scaled
 
-PAIRS, KINDS, HEADS, LAYERS = 4, 16, 2, 2  # KINDS of keys, and as many of values
+PAIRS, KINDS, HEADS, LAYERS = 6, 16, 2, 2  # KINDS of keys, and as many of values
 LENGTH = 2 * PAIRS + 1
-BATCH, STEPS, TEACHER_STEPS = 64, 400, 1200
+BATCH, STEPS, TEACHER_STEPS = 64, 400, 600
 TAPS = tuple(f"blocks.{layer}.scores" for layer in range(LAYERS))
 
 
@@ -83,7 +83,7 @@ def run(seed: int, size: float) -> Figures:
     def student(*loss: distill.Term) -> float:
         torch.manual_seed(1000 + seed)
         few = batches[: scaled(STEPS, size)]
-        return accuracy(fit(Transformer(24), few, loss, lr=3e-3, teacher=teacher), *test)
+        return accuracy(fit(Transformer(24), few, loss, lr=1e-3, teacher=teacher), *test)
 
     hard = distill.hard()
     return {

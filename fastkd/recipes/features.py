@@ -57,7 +57,7 @@ def run(seed: int, size: float) -> Figures:
     term = partial(distill.feature, LAST, LAST)
     projectors = features.Each(nn.Linear(16, WIDE), nn.Linear(16, WIDE))
     layers = (FIRST, LAST), (FIRST, LAST)
-    moment = term(features.second_moment, 2e-4, projector=nn.Linear(16, WIDE))
+    moment = term(features.second_moment, 1e-4, projector=nn.Linear(16, WIDE))
     terms = {"control": hint("l2", 0.0)}
     terms |= {kind: hint(kind, weight) for kind, weight in HINTS.items()}
     terms |= {

@@ -19,19 +19,9 @@ import torch
 from .recipe import Figures, Gain, Recipe
 
 MODULES = (  # each with its RECIPES
-    *(
-        "soft_targets",
-        "responses",
-        "features",
-        "relations",
-        "online",
-        "self_taught",
-        "cross_modal",
-        "graph",
-        "lifelong",
-        "quantised",
-    ),
-    *("adversarial", "data_free", "architecture", "workflow_rows", "cached"),
+    *("soft_targets", "responses", "features", "relations", "attention_maps", "online"),
+    *("self_taught", "cross_modal", "graph", "lifelong", "quantised", "adversarial"),
+    *("data_free", "architecture", "workflow_rows", "cached"),
 )
 
 
