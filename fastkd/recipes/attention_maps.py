@@ -17,7 +17,7 @@ from fastkd import distill
 from fastkd.distill import attention
 
 from .recipe import Figures, Gain, Recipe
-from .trained import accuracy, fit, scaled
+from .trained import Row, accuracy, fit, scaled
 
 PAIRS, KINDS, HEADS, LAYERS = 6, 16, 2, 2  # KINDS of keys, and as many of values
 LENGTH = 2 * PAIRS + 1
@@ -25,7 +25,7 @@ BATCH, STEPS, TEACHER_STEPS = 64, 400, 600
 TAPS = tuple(f"blocks.{layer}.scores" for layer in range(LAYERS))
 
 
-def recall(generator: torch.Generator, rows: int) -> tuple[Tensor, Tensor]:
+def recall(generator: torch.Generator, rows: int) -> Row:
     """[rows, LENGTH] tokens (keys first, values from KINDS on), and the value that is asked for."""
     keys = torch.rand(rows, KINDS, generator=generator).argsort(-1)[:, :PAIRS]
     values = torch.rand(rows, KINDS, generator=generator).argsort(-1)[:, :PAIRS]
