@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "operands": set(),
     "backend": set(),
     "reference": {"backend"},
-    "checks": set(),
+    "checks": {"backend"},
     "reduction": {"backend"},
     "arena": set(),
     "cpu": {"arena", "backend", "_C"},
