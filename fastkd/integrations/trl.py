@@ -15,8 +15,9 @@ student, and there is no factor T^2.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -153,7 +154,7 @@ def single_step_decomposition_loss(
     )
 
 
-LOSSES = {
+LOSSES: dict[str, Callable[..., Tensor]] = {
     "generalized_jsd_loss": generalized_jsd_loss,
     "_single_step_decomposition_loss": single_step_decomposition_loss,
 }
@@ -268,7 +269,7 @@ def _support(
     student: Any, teacher: Any, beta: float, temperature: float, k: int, add_tail: bool
 ) -> fastkd.TopK:
     """The columns that count as a stored teacher; one named twice is padding, -1."""
-    tail = "bucket" if add_tail else "restrict"
+    tail: Literal["bucket", "restrict"] = "bucket" if add_tail else "restrict"
     if beta == 0:
         return fastkd.topk_from_logits(teacher, k, temperature=temperature, tail=tail)
     own = student.topk(k).indices
