@@ -16,6 +16,7 @@ from .lifelong import Head, at_head, without_forgetting
 from .loggers import CSVLogger, TensorBoardLogger, plot_curves
 from .metrics import Report, calibration_error, latency, report
 from .noise import input_noise, weight_noise
+from .on_policy import on_policy
 from .progress import Step
 from .pseudo import PseudoLabels, pseudo_labels
 from .quantise import FakeQuantise, baked, fake_quantise, quantised
@@ -87,6 +88,7 @@ __all__ = [
     "mutual",
     "neighbour_graph",
     "nkd",
+    "on_policy",
     "own_teacher",
     "plot_curves",
     "projector",

@@ -182,12 +182,15 @@ def batches(
     skip: int = 0,
     skipped: Callable[[], None] | None = None,
 ) -> Iterator[Batch]:
-    """What `loader` gives, as `Batch`, still where it was put; `skipped` is called after `skip`."""
+    """What `loader` gives, as `Batch`, still where it was put; `skipped` is called after `skip`.
+
+    A loader may give functions without arguments: one that is skipped is not called.
+    """
     count = 0
     for given in loader:
         count += 1
         if count > skip:
-            batch = _batch(given)
+            batch = as_batch(given() if callable(given) else given)
             inputs = batch.inputs
             first = inputs if isinstance(inputs, Tensor) else next(tensors(inputs), None)
             batch.samples = first.size(0) if first is not None and first.dim() else 1
@@ -229,7 +232,8 @@ def count(batch: Batch) -> None:
         batch._tokens = kept.item() if kept.device.type == "cpu" else kept
 
 
-def _batch(given: Any) -> Batch:
+def as_batch(given: Any) -> Batch:
+    """What a loader gives, a tensor, tuple, dict or `Batch`, as a `Batch` of its own."""
     if type(given) in (tuple, list) and len(given) == 2 and isinstance(given[0], Tensor):
         if isinstance(given[1], Tensor):  # what most loaders give
             return Batch(given[0], given[1])
