@@ -32,7 +32,7 @@ class Markov(nn.Module):
 
 def write(model: nn.Module, prompts: Any) -> Tensor:
     """Sampled; every row as long as any, whatever stands behind its end."""
-    assert not model.training and not torch.is_grad_enabled()
+    assert isinstance(model, Markov) and not model.training and not torch.is_grad_enabled()
     ids = prompts["input_ids"] if isinstance(prompts, dict) else prompts
     for _ in range(ANSWER):
         probability = model(ids)[:, -1].softmax(-1)
@@ -164,6 +164,13 @@ def test_a_run_repeats_itself_and_the_student_writes_as_it_is() -> None:
     _, model, _ = run(student_share=1.0, generate=watched)
     assert torch.equal(writers[0][0], weights(Markov(0)))
     assert len({float(weight.sum()) for weight, _ in writers}) == 6  # moved by every step
+
+
+def test_a_wrapped_student_writes_by_the_module_within() -> None:
+    options: dict[str, Any] = {"student_share": 1.0, "progress": False}
+    wrapped = torch.compile(Markov(0), backend="eager")
+    distill.on_policy(wrapped, data(2), teacher=Markov(1), generate=write, **options)
+    assert not torch.equal(weights(wrapped), weights(Markov(0)))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.util
+import inspect
 import os
 import tempfile
 from typing import Any
@@ -68,6 +69,15 @@ def test_gkd(reduction: str, labels: Tensor | None, beta: float, dtype: torch.dt
         assert_equal(theirs, s, t, labels, beta, temperature, reduction)
     for items in (7, torch.tensor(5)):
         assert_equal(theirs, s, t, labels, beta, 1.0, reduction, items)
+
+
+def test_the_arguments_are_gkd_s_in_its_order() -> None:
+    theirs = inspect.signature(trl("gkd").GKDTrainer.generalized_jsd_loss).parameters
+    ours = inspect.signature(fused.generalized_jsd_loss).parameters
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert all(ours[name].default == theirs[name].default for name in theirs)
+    rest = list(ours.values())[len(theirs) :]
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in rest)
 
 
 def test_what_gkd_s_own_tests_say() -> None:

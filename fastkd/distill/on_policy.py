@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastkd
 
-from .batch import IGNORED, Batch, as_batch, device_of, restored_modes, to
+from .batch import IGNORED, Batch, as_batch, device_of, restored_modes, to, unwrap
 from .cohort import source
 from .progress import Step
 from .terms import Term, soft
@@ -132,6 +132,7 @@ class _Sized(_Written):
 @torch.no_grad()
 def _text(model: nn.Module, prompts: Any, generate: Generate, end: int | None) -> Batch:
     """What the model writes behind the prompts, as a batch whose labels are the answers."""
+    model = unwrap(model)  # what writes is a method of the model's own class
     prompts = to(prompts, device_of(model))
     first = prompts["input_ids"] if isinstance(prompts, Mapping) else prompts
     with restored_modes(model):
