@@ -2,6 +2,7 @@
 
 from . import attention, cache, features, relations
 from .adversarial import adversarial
+from .align import Alignment, align, align_labelled
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
 from .cohort import Peer, Several
@@ -29,8 +30,10 @@ from .teachers import Average, Called, Live, Stored, Teacher
 from .terms import Term, feature, hard, soft
 from .trainer import train
 from .tuning import Range, Search, search
+from .uld import uld_loss
 
 __all__ = [
+    "Alignment",
     "Average",
     "Batch",
     "CSVLogger",
@@ -56,6 +59,8 @@ __all__ = [
     "Term",
     "adversarial",
     "agreement",
+    "align",
+    "align_labelled",
     "assistant_chain",
     "at_head",
     "attention",
@@ -104,6 +109,7 @@ __all__ = [
     "successive_halving",
     "train",
     "train_generator",
+    "uld_loss",
     "weight_noise",
     "without_forgetting",
     "zscore",
