@@ -81,9 +81,7 @@ def align(
     return Alignment(mine, its, (count, lengths[0]), (count, lengths[1]))
 
 
-def align_labelled(
-    student: Tensor, teacher: Tensor, *, ignore_index: int = IGNORED
-) -> Alignment:
+def align_labelled(student: Tensor, teacher: Tensor, *, ignore_index: int = IGNORED) -> Alignment:
     """The k-th labelled position of each student's sequence beside the k-th of the teacher's.
 
     What the paper does where a prompt stands before the answer: from the answer's start, as far as
@@ -134,9 +132,7 @@ def _sequences(name: str, given: Any) -> list[list[Any]]:
     return rows
 
 
-def _spans(
-    row: int, sides: list[list[Any]], text: str | None, whole: bool
-) -> list[list[Span]]:
+def _spans(row: int, sides: list[list[Any]], text: str | None, whole: bool) -> list[list[Span]]:
     """Start and end of each token in what both have in common."""
     kinds = [isinstance(token, bytes) for side in sides for token in side]
     if any(kinds) and not all(kinds):

@@ -65,7 +65,7 @@ def _order(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     n, vocab = x.shape
     filled = x.new_full((n, width), -INF)
     if not _fast(x):
-        filled[:, width - vocab :], order = x.sort(-1, stable=True)
+        filled[:, width - vocab :], order = x.sort(dim=-1, stable=True)
         return filled, order
     # in two's complement negative floats stand in reverse; their other bits are turned round
     bits = (x + 0.0).view(torch.int32)
@@ -83,9 +83,7 @@ def _softmax(z: Tensor, T: float) -> Tensor:
     return torch.softmax(z.sub_(z[:, -1:].clone()).mul_(1 / T), -1)
 
 
-def _bucketed(
-    x: Tensor, T: float, top: int, width: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _bucketed(x: Tensor, T: float, top: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[n, width] the largest probabilities, [n] the others' sum, all [n, V], and the columns."""
     highest, at = x.topk(min(top, x.size(1)))
     largest = highest[:, :1]
@@ -113,7 +111,8 @@ def _chunk(
         if order is None:
             return loss, None
         h = far.sign_()
-        h.sub_((q * h).sum(-1, keepdim=True)).mul_(q).mul_(1 / T)
+        mean = (q * h).sum(-1, keepdim=True) + 0 * loss.unsqueeze(-1)  # the sign of NaN is 0
+        h.sub_(mean).mul_(q).mul_(1 / T)
         return loss, torch.empty_like(s).scatter_(1, order, h[:, width - s.size(1) :])
     width = min(top, max(s.size(1), t.size(1)))
     q, left, full, at = _bucketed(s, T, top, width)
@@ -126,7 +125,7 @@ def _chunk(
     if not want:
         return loss, None
     h, off = far.sign_(), off.sign_().unsqueeze(-1)
-    mean = (q * h).sum(-1, keepdim=True) + left.unsqueeze(-1) * off
+    mean = (q * h).sum(-1, keepdim=True) + left.unsqueeze(-1) * off + 0 * loss.unsqueeze(-1)
     slope = off.expand_as(s).scatter(1, at, h[:, : at.size(1)])
     return loss, slope.sub_(mean).mul_(full).mul_(1 / T)
 

@@ -46,6 +46,9 @@ def uld_loss(
     outcome, which takes no sort. That is at most the distance, and short of it by at most
     2 min(P, Q), P and Q what is left on either side.
 
+    The same probabilities in another order give exactly 0, loss and gradient (with `top` in float64
+    they may differ by rounding, whose sign the gradient follows).
+
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64.
         teacher: logits [..., W] of any of these dtypes, a constant of the loss; or a `TopK` of them
