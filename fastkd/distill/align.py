@@ -70,7 +70,9 @@ def align(
     pairs: list[list[int]] = [[], []]
     lengths = [len(side[0]) if count else 0 for side in sides]
     for row in range(count):
-        spans = _spans(row, [side[row] for side in sides], text and text[row], whole)
+        spans = _spans(
+            row, [side[row] for side in sides], None if text is None else text[row], whole
+        )
         ends = [_ends(side) for side in spans]
         first = [min((a for a, b in side if b > a), default=0) for side in spans]
         for end, at in ends[0].items():
@@ -196,7 +198,8 @@ def _of_bytes(row: int, sides: list[list[bytes]], whole: bool) -> list[list[Span
         if long.endswith(short):  # cut at the left
             shifts[mine is not short] = len(long) - len(short)
         elif whole or not long.startswith(short):
-            at = next((i for i, (a, b) in enumerate(zip(mine, its)) if a != b), len(short))
+            both = enumerate(zip(mine, its, strict=False))
+            at = next((i for i, (a, b) in both if a != b), len(short))
             hint = "" if at < len(short) else "; whole=False where one was cut off at the right"
             before = max(at - SHOWN // 2, 0)
             raise ValueError(

@@ -22,6 +22,9 @@ from .rowwise import elements
 INF = math.inf
 
 
+Told = tuple[Tensor, Tensor | None]  # teacher's logits, or its largest probabilities and the rest
+
+
 class Call(NamedTuple):
     """What stays the same over the chunks.
 
@@ -134,21 +137,17 @@ def formula(s: Tensor, t: Tensor, rest: Tensor | None, call: Call) -> Tensor:
     """The same loss [n] as torch differentiates it, as often as asked."""
     s, t, rest = _read(s, t, rest, call, slice(None))
     q = ((s - s.detach().amax(-1, keepdim=True)) / call.temperature).softmax(-1)
-    p, k = t, s.size(1)
+    p = t
     if rest is None:
         p = ((t - t.amax(-1, keepdim=True)) / call.temperature).softmax(-1)
-    if call.top is not None:
-        k = call.top
-    q, p = q.sort(-1, descending=True).values, p.sort(-1, descending=True).values
-    if call.top is not None:
-        left = q[:, k:].sum(-1)
-        rest = p[:, k:].sum(-1) if rest is None else rest
+    q, p = (x.sort(-1, descending=True).values for x in (q, p))
+    off = q.new_zeros(())
+    if (k := call.top) is not None:
+        off = (q[:, k:].sum(-1) - (p[:, k:].sum(-1) if rest is None else rest)).abs()
         q, p = q[:, :k], p[:, :k]
     width = max(q.size(1), p.size(1))
     q, p = (torch.nn.functional.pad(x, (0, width - x.size(1))) for x in (q, p))
-    loss = (q - p).abs().sum(-1)
-    if call.top is not None:
-        loss = loss + (left - rest).abs()
+    loss = (q - p).abs().sum(-1) + off
     return loss if call.keep is None else torch.where(call.keep, loss, 0.0)
 
 
@@ -157,15 +156,17 @@ def _read(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The rows of a chunk in the dtype of the arithmetic; what is not kept reaches nothing."""
     if call.rows is None:
-        parts = [x if x is None else x[at] for x in (s, t, rest)]
+        s, t = s[at], t[at]
+        rest = rest if rest is None else rest[at]
     else:
         mine, its = (x[at] for x in call.rows)
-        parts = [s[mine], t[its], None if rest is None else rest[its]]
-    parts = [x if x is None else x.to(call.acc) for x in parts]
+        s, t = s[mine], t[its]
+        rest = rest if rest is None else rest[its]
+    s, t = s.to(call.acc), t.to(call.acc)
     if call.keep is not None:
-        keep = call.keep[at]
-        parts[:2] = (torch.where(keep.unsqueeze(-1), x, 0.0) for x in parts[:2])
-    return parts[0], parts[1], parts[2]
+        keep = call.keep[at].unsqueeze(-1)
+        s, t = torch.where(keep, s, 0.0), torch.where(keep, t, 0.0)
+    return s, t, rest
 
 
 def _run(
@@ -201,9 +202,7 @@ class Distance(torch.autograd.Function):
     """sum of factor * loss with its gradient made in forward; without a factor the loss [n]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, told: tuple[Tensor, Tensor | None], call: Call, factor: Any
-    ) -> Tensor:
+    def forward(ctx: Any, student: Tensor, told: Told, call: Call, factor: Any) -> Tensor:
         ctx.told, ctx.call, ctx.factor, ctx.grad = told, call, factor, None
         ctx.versions = [x._version for x in told if x is not None and not x.is_inference()]
         ctx.save_for_backward(student)
@@ -216,6 +215,7 @@ class Distance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (student,) = ctx.saved_tensors
+        t, rest = ctx.told
         by = upstream if ctx.factor is None else ctx.factor * upstream
         given, ctx.grad = ctx.grad, None  # given away: a second backward makes its own
         if given is not None and not torch.is_grad_enabled():
@@ -226,7 +226,7 @@ class Distance(torch.autograd.Function):
         if now != ctx.versions:
             raise RuntimeError("teacher: changed in place since the loss, expected it as it was")
         if torch.is_grad_enabled():  # a gradient of the gradient is wanted: torch's own graph
-            loss = formula(student, *ctx.told, ctx.call)
+            loss = formula(student, t, rest, ctx.call)
             (grad,) = torch.autograd.grad(loss, student, by, create_graph=True)
             return grad, None, None, None
-        return _run(student, *ctx.told, ctx.call, by)[1], None, None, None
+        return _run(student, t, rest, ctx.call, by)[1], None, None, None

@@ -27,13 +27,18 @@ REDUCTIONS = ("mean", "batchmean", "sum", "none")
 HOST_ELEMENTS, DEVICE_ELEMENTS = 2**18, 2**26
 
 
-class Rows(TypedDict, total=False):
-    """The options that all losses of rows share, as in `fastkd.losses`."""
+class Counted(TypedDict, total=False):
+    """Which rows count, and how much, as in `fastkd.losses`."""
 
     ignore_index: int
     weight: Tensor | None
     reduction: str
     normalizer: float | Tensor | None
+
+
+class Rows(Counted, total=False):
+    """The options that all losses of rows share, as in `fastkd.losses`."""
+
     vocab_size: int | None
 
 
@@ -70,7 +75,7 @@ def row_loss(
     return loss.view(leading) if reduction == "none" else loss.sum()
 
 
-def known_options(rows: Rows) -> None:
+def known_options(rows: Counted) -> None:
     """TypeError for an option that no loss of rows has."""
     if unknown := rows.keys() - Rows.__annotations__.keys():
         known = sorted(("labels", *Rows.__annotations__))
@@ -95,9 +100,12 @@ def operands(
             raise ValueError(f"vocab_size: got {vocab_size}, expected 1 <= vocab_size <= {most}")
         student, teacher = student[..., :vocab_size], teacher[..., :vocab_size]
     if student.shape != teacher.shape:
+        padded = student.shape[:-1] == teacher.shape[:-1] and vocab_size is None
+        hint = "; where padded differently, vocab_size=the number of columns in use"
+        hint = hint if padded else ""
         raise ValueError(
             f"teacher: got shape {list(teacher.shape)}, expected the student's "
-            f"{list(student.shape)}"
+            f"{list(student.shape)}{hint}"
         )
     return student, teacher
 
@@ -164,7 +172,7 @@ def counted(
     return keep, torch.where(keep & ~bad, labels, 0), bad
 
 
-def check_options(rows: Rows, leading: list[int]) -> None:
+def check_options(rows: Counted, leading: list[int]) -> None:
     """TypeError, ValueError for a weight, reduction or normalizer of rows that is none."""
     weight, normalizer = rows.get("weight"), rows.get("normalizer")
     reduction = rows.get("reduction", "mean")
@@ -191,7 +199,7 @@ def check_options(rows: Rows, leading: list[int]) -> None:
 
 
 def row_factors(
-    weight: Tensor, keep: Tensor | None, bad: Tensor | None, batch: int, rows: Rows
+    weight: Tensor, keep: Tensor | None, bad: Tensor | None, batch: int, rows: Counted
 ) -> Tensor:
     """[n], of the weights [n]: every reduction is a sum of factor * loss, or that product.
 

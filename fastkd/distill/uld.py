@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +12,8 @@ import fastkd
 
 from .align import Alignment, first_positions
 from .batch import IGNORED
-from .ranks import Call, Distance, formula
-from .rowwise import Rows, check_options, counted, known_options, logits, positive, row_factors
+from .ranks import Call, Distance, Told, formula
+from .rowwise import Counted, check_options, counted, known_options, logits, positive, row_factors
 
 INF = math.inf
 
@@ -28,7 +27,7 @@ def uld_loss(
     top: int | None = None,
     alignment: Alignment | str | None = None,
     vocab_size: int | tuple[int | None, int | None] | None = None,
-    **rows: Unpack[Rows],
+    **rows: Unpack[Counted],
 ) -> Tensor:
     """Distance of the probabilities by rank, which needs no common vocabulary.
 
@@ -52,10 +51,10 @@ def uld_loss(
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64.
         teacher: logits [..., W] of any of these dtypes, a constant of the loss; or a `TopK` of them
-            with tail "bucket" (then `top` is at most its K) or "renormalize".
+            with tail "bucket" or "renormalize".
         labels: int [...] of the student's rows, None for all; only says which rows are left out.
         temperature: T > 0, finite; that of a TopK, unless it is renormalised.
-        top: k >= 1, None for all ranks.
+        top: k >= 1, None for all ranks; of a TopK at most its K, which are all it tells apart.
         alignment: which rows stand beside each other: what `align` or `align_labelled` returns;
             "truncate": the first positions of [N, L, V] and [N, M, W], min(L, M) of each; None:
             every row beside its own, of the same leading dimensions. Rows that stand alone do not
@@ -75,7 +74,7 @@ def uld_loss(
     Boizard et al. 2024, arXiv 2402.12030.
     """
     positive("temperature", temperature)
-    known_options({**rows, "vocab_size": None})
+    known_options(rows)
     if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
         raise ValueError(f"top: got {top!r}, expected a number of ranks, at least 1")
     teachers = teacher.tensors if isinstance(teacher, fastkd.TopK) else (teacher,)
@@ -97,9 +96,9 @@ def uld_loss(
     weight = rows.get("weight")
     factor = s.new_ones(s.size(0), dtype=acc) if weight is None else weight.reshape(-1)
     if isinstance(teacher, fastkd.TopK):
-        told, acc = _stored(teacher, float(temperature), acc)
-        top = min(top or INF, told[0].size(1)) if teacher.tail == "bucket" else told[0].size(1)
-        told = (told[0][:, :top], told[1] + told[0][:, top:].sum(-1))
+        p, rest, acc = _stored(teacher, float(temperature), acc)
+        top = p.size(1) if top is None else min(top, p.size(1))
+        told: Told = (p[:, :top], rest + p[:, top:].sum(-1))
     else:
         told = (teacher.reshape(-1, teacher.size(-1)), None)
         acc = torch.promote_types(acc, teacher.dtype)
@@ -113,7 +112,8 @@ def uld_loss(
             pairs = (pairs[0][kept], pairs[1][kept])
         keep = None
     if pairs is not None:
-        factor, keep, bad = (x if x is None else x[pairs[0]] for x in (factor, keep, bad))
+        factor = factor[pairs[0]]
+        keep, bad = (x if x is None else x[pairs[0]] for x in (keep, bad))
     factor = row_factors(factor.to(acc), keep, bad, student.size(0), rows)
     call = Call(float(temperature), top, acc, pairs, keep)
     single = rows.get("reduction", "mean") == "none"
@@ -165,7 +165,8 @@ def _pairs(
                 f"teacher: got rows {list(its)} beside the student's {list(mine)}, expected as "
                 "many sequences, [N, L] and [N, M], for alignment='truncate'"
             )
-        return tuple(x.to(student.device) for x in first_positions(*mine, its[1]))
+        first, second = first_positions(mine[0], mine[1], its[1])
+        return first.to(student.device), second.to(student.device)
     if not isinstance(alignment, Alignment):
         raise TypeError(
             f"alignment: got {type(alignment).__name__}, expected what distill.align returns"
@@ -182,10 +183,8 @@ def _pairs(
     return alignment.student.to(student.device), alignment.teacher.to(student.device)
 
 
-def _stored(
-    teacher: fastkd.TopK, T: float, acc: torch.dtype
-) -> tuple[tuple[Tensor, Tensor], torch.dtype]:
-    """[N, K] probabilities in descending order and [N] what is left."""
+def _stored(teacher: fastkd.TopK, T: float, acc: torch.dtype) -> tuple[Tensor, Tensor, torch.dtype]:
+    """[N, K] probabilities in descending order, [N] what is left, and the arithmetic's dtype."""
     if teacher.tail not in ("bucket", "renormalize"):
         raise ValueError(
             f"teacher: got a TopK with tail={teacher.tail!r}, expected 'bucket' or 'renormalize': "
@@ -209,4 +208,4 @@ def _stored(
             rest = (1 - p.sum(-1, dtype=torch.float64)).clamp_min(0).to(acc)
         else:
             rest = teacher.tail_logprob.reshape(-1).to(acc).exp()
-    return (p.sort(-1, descending=True).values, rest), acc
+    return p.sort(-1, descending=True).values, rest, acc
