@@ -30,7 +30,7 @@ from .teachers import Average, Called, Live, Stored, Teacher
 from .terms import Term, feature, hard, soft
 from .trainer import train
 from .tuning import Range, Search, search
-from .uld import uld_loss
+from .uld import uld, uld_loss
 
 __all__ = [
     "Alignment",
@@ -109,6 +109,7 @@ __all__ = [
     "successive_halving",
     "train",
     "train_generator",
+    "uld",
     "uld_loss",
     "weight_noise",
     "without_forgetting",

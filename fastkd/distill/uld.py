@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +12,10 @@ from typing_extensions import Unpack
 import fastkd
 
 from .align import Alignment, first_positions
-from .batch import IGNORED
+from .batch import IGNORED, Batch, Outputs
 from .ranks import Call, Distance, Told, formula
 from .rowwise import Counted, check_options, counted, known_options, logits, positive, row_factors
+from .terms import Term, Weight
 
 INF = math.inf
 
@@ -36,7 +38,7 @@ def uld_loss(
     with p = softmax(teacher / T), q = softmax(student / T), the shorter one filled up with zeros.
     The gradient goes to the column that has the rank, 0 where the two are equal; among equal logits
     of the student it is one choice of several. No factor T^2, and no hard labels: the paper's loss
-    is `hard()` plus 1.5 times this one.
+    is `hard()` plus 1.5 times this one, as `uld` makes a term of it.
 
     It compares the rows that `alignment` puts beside each other, each of them where both have read
     the same text. Row i of the logits and of the labels is what follows position i.
@@ -128,6 +130,25 @@ def uld_loss(
     if pairs is not None:
         loss = loss.new_zeros(s.size(0)).index_add(0, pairs[0], loss)
     return loss.view(leading)
+
+
+def uld(weight: Weight = 1.5, *, name: str = "uld", **options: Any) -> Term:
+    """A term of `uld_loss`: its sum over the pairs of labelled rows, over the labels of the step.
+
+    Args:
+        weight: factor, or step -> factor; the paper's is 1.5.
+        **options: of the loss. Without `alignment` the batch's own is taken, where its loader gives
+            one: {"inputs": ..., "labels": ..., "teacher_inputs": ..., "alignment": align(...)}.
+    """
+
+    def function(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        if teacher.logits is None:
+            raise ValueError(f"term {name!r}: got no teacher, expected train(..., teacher=...)")
+        given = {"alignment": batch.extra.get("alignment"), **options}
+        given["normalizer"] = batch.normalizer
+        return uld_loss(student.logits, teacher.logits, batch.labels, **given)
+
+    return Term(name, function, weight, mean="step")
 
 
 def _columns(name: str, x: Tensor, used: int | None) -> Tensor:
