@@ -18,6 +18,7 @@ from .rowwise import Counted, check_options, counted, known_options, logits, pos
 from .terms import Term, Weight
 
 INF = math.inf
+MOST_MASS = 1.001  # what storage in 16 or 8 bits may add to 1
 
 
 def uld_loss(
@@ -97,13 +98,7 @@ def uld_loss(
     acc = torch.promote_types(student.dtype, torch.float32)
     weight = rows.get("weight")
     factor = s.new_ones(s.size(0), dtype=acc) if weight is None else weight.reshape(-1)
-    if isinstance(teacher, fastkd.TopK):
-        p, rest, acc = _stored(teacher, float(temperature), acc)
-        top = p.size(1) if top is None else min(top, p.size(1))
-        told: Told = (p[:, :top], rest + p[:, top:].sum(-1))
-    else:
-        told = (teacher.reshape(-1, teacher.size(-1)), None)
-        acc = torch.promote_types(acc, teacher.dtype)
+    acc = torch.promote_types(acc, teacher.dtype)
     # on the host only the pairs that count are taken; on a device counting them would be a wait
     if keep is not None and keep.device.type == "cpu" and not torch.compiler.is_compiling():
         if pairs is None:
@@ -116,6 +111,12 @@ def uld_loss(
     if pairs is not None:
         factor = factor[pairs[0]]
         keep, bad = (x if x is None else x[pairs[0]] for x in (keep, bad))
+    if isinstance(teacher, fastkd.TopK):
+        p, rest = _stored(teacher, float(temperature), acc, None if pairs is None else pairs[1])
+        top = p.size(1) if top is None else min(top, p.size(1))
+        told: Told = (p[:, :top], rest + p[:, top:].sum(-1))
+    else:
+        told = (teacher.reshape(-1, teacher.size(-1)), None)
     factor = row_factors(factor.to(acc), keep, bad, student.size(0), rows)
     call = Call(float(temperature), top, acc, pairs, keep)
     single = rows.get("reduction", "mean") == "none"
@@ -204,8 +205,10 @@ def _pairs(
     return alignment.student.to(student.device), alignment.teacher.to(student.device)
 
 
-def _stored(teacher: fastkd.TopK, T: float, acc: torch.dtype) -> tuple[Tensor, Tensor, torch.dtype]:
-    """[N, K] probabilities in descending order, [N] what is left, and the arithmetic's dtype."""
+def _stored(
+    teacher: fastkd.TopK, T: float, acc: torch.dtype, used: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """[N, K] probabilities in descending order, and [N] what is left."""
     if teacher.tail not in ("bucket", "renormalize"):
         raise ValueError(
             f"teacher: got a TopK with tail={teacher.tail!r}, expected 'bucket' or 'renormalize': "
@@ -217,7 +220,6 @@ def _stored(teacher: fastkd.TopK, T: float, acc: torch.dtype) -> tuple[Tensor, T
             f"temperature: got {T:g} with a teacher stored at {teacher.temperature:g} and "
             f"tail='bucket', expected temperature={teacher.temperature:g}"
         )
-    acc = torch.promote_types(acc, teacher.dtype)
     log = teacher.logprobs.reshape(-1, teacher.size(-1)).to(acc)
     log = log.masked_fill(teacher.indices.reshape(log.shape) < 0, -INF)
     if teacher.tail == "renormalize":
@@ -225,8 +227,25 @@ def _stored(teacher: fastkd.TopK, T: float, acc: torch.dtype) -> tuple[Tensor, T
         rest = p.new_zeros(p.size(0))
     else:
         p = log.exp()
+        _admit(p, used)
         if teacher.tail_logprob is None:
             rest = (1 - p.sum(-1, dtype=torch.float64)).clamp_min(0).to(acc)
         else:
             rest = teacher.tail_logprob.reshape(-1).to(acc).exp()
-    return p.sort(-1, descending=True).values, rest, acc
+    return p.sort(-1, descending=True).values, rest
+
+
+def _admit(p: Tensor, used: Tensor | None) -> None:
+    """On the host; elsewhere it would wait for the device."""
+    if p.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    mass = p.detach().sum(-1)
+    wrong = mass > MOST_MASS
+    if used is not None:
+        wrong &= torch.zeros_like(wrong).index_fill_(0, used, True)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"teacher.logprobs: got a mass of {float(mass[row]):g} in row {row}, expected at most "
+            f"{MOST_MASS}"
+        )

@@ -1,6 +1,6 @@
 """A teacher with another tokenizer: its probabilities by rank, where both have read the same.
 
-Language models over the Python standard library's own sources. The teacher reads words (2 048 of
+Language models over the Python standard library's own sources. The teacher reads words (1 024 of
 them) and has seen all training files; the students read pieces of at most 4 characters (512 of
 them) of a small part of those. What neither vocabulary has is spelt in characters. Held-out files
 judge the students, in nats a token of theirs.
@@ -23,9 +23,9 @@ from .cached import sources
 from .recipe import Figures, Gain, Recipe
 from .trained import fit, scaled
 
-CHUNK, BATCH = 256, 32  # characters of a sequence, sequences
-STEPS, TEACHER_STEPS = 300, 500
-FEW = 480  # sequences that the students see
+CHUNK, BATCH = 128, 16  # characters of a sequence, sequences
+STEPS, TEACHER_STEPS = 160, 400
+FEW = 160  # sequences that the students see
 HELD_OUT = 400
 
 
@@ -39,7 +39,7 @@ class Kind(NamedTuple):
     width: int
 
 
-TEACHER = Kind(r" ?\w+|[^\w\s]| +|\s", 2048, 8, 48, 384)
+TEACHER = Kind(r" ?\w+|[^\w\s]| +|\s", 1024, 8, 32, 256)
 STUDENT = Kind(r"\w{1,4}|[^\w\s]| +|\s", 512, 8, 24, 96)
 
 
@@ -139,7 +139,14 @@ def run(seed: int, size: float) -> Figures:
     def student(*loss: distill.Term) -> float:
         torch.manual_seed(1000 + seed)
         schedule = distill.decay(steps, warmup=steps // 12)
-        model = fit(Model(STUDENT), batches, loss, 5e-3, teacher=live, schedule=schedule)
+        model = fit(
+            Model(STUDENT),
+            batches,
+            loss,
+            5e-3,
+            teacher=live if loss[1:] else None,
+            schedule=schedule,
+        )
         return -distill.evaluate(model, test).cross_entropy
 
     hard = distill.hard()
