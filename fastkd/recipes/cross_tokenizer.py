@@ -1,9 +1,11 @@
 """A teacher with another tokenizer: its probabilities by rank, where both have read the same.
 
 Language models over the Python standard library's own sources. The teacher reads words (1 024 of
-them) and has seen all training files; the students read pieces of at most 4 characters (512 of
-them) of a small part of those. What neither vocabulary has is spelt in characters. Held-out files
-judge the students, in nats a token of theirs.
+them) and is trained on the files; the students read pieces of at most 4 characters (512 of them)
+of 160 short sequences, over and over. A word that a vocabulary has not is spelt in characters.
+Held-out files judge the students, in nats a token of theirs.
+
+What "truncated" pairs by position has mostly not read the same: a control of what alignment does.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ CHUNK, BATCH = 128, 16  # characters of a sequence, sequences
 STEPS, TEACHER_STEPS = 160, 400
 FEW = 160  # sequences that the students see
 HELD_OUT = 400
+WEIGHT = 1.5  # the paper's
 
 
 class Kind(NamedTuple):
@@ -86,20 +89,26 @@ def padded(kind: Kind, texts: list[str]) -> tuple[Tensor, list[list[tuple[int, i
     return ids, [spans + [(0, 0)] * (most - len(spans)) for _, spans in both]
 
 
+def following(ids: Tensor, spans: list[list[tuple[int, int]]]) -> Tensor:
+    """Of each token the next as its label, -100 where there is none."""
+    token = torch.tensor([[end > start for start, end in row] for row in spans])
+    return F.pad(torch.where(token, ids, -100)[:, 1:], (0, 1), value=-100)
+
+
 def batch(kind: Kind, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Tokens, and the next of each."""
     ids, spans = padded(kind, texts)
-    token = torch.tensor([[b > a for a, b in row] for row in spans])
-    labels = torch.where(token, ids, -100)
-    return ids, F.pad(labels[:, 1:], (0, 1), value=-100)
+    return ids, following(ids, spans)
 
 
 def taught(texts: list[str]) -> dict[str, object]:
     """A batch of the student's tokens beside the teacher's."""
-    inputs, labels = batch(STUDENT, texts)
-    theirs, spans = padded(TEACHER, texts)
-    found = distill.align(padded(STUDENT, texts)[1], spans, text=texts)
-    return {"inputs": inputs, "labels": labels, "teacher_inputs": theirs, "alignment": found}
+    (mine, spans), (its, teachers) = padded(STUDENT, texts), padded(TEACHER, texts)
+    return {
+        "inputs": mine,
+        "labels": following(mine, spans),
+        "teacher_inputs": its,
+        "alignment": distill.align(spans, teachers, text=texts),
+    }
 
 
 @cache
@@ -139,14 +148,8 @@ def run(seed: int, size: float) -> Figures:
     def student(*loss: distill.Term) -> float:
         torch.manual_seed(1000 + seed)
         schedule = distill.decay(steps, warmup=steps // 12)
-        model = fit(
-            Model(STUDENT),
-            batches,
-            loss,
-            5e-3,
-            teacher=live if loss[1:] else None,
-            schedule=schedule,
-        )
+        taught_by = {"teacher": live} if loss[1:] else {}
+        model = fit(Model(STUDENT), batches, loss, 5e-3, schedule=schedule, **taught_by)
         return -distill.evaluate(model, test).cross_entropy
 
     hard = distill.hard()
@@ -157,8 +160,6 @@ def run(seed: int, size: float) -> Figures:
     }
 
 
-WEIGHT = 1.5
-
 RECIPES = (
     Recipe(
         name="cross-tokenizer",
@@ -166,7 +167,7 @@ RECIPES = (
         paper="Boizard et al. 2024, arXiv 2402.12030",
         run=run,
         gains=(
-            Gain("aligned", "hard labels", 0.0, wins=0.75),
+            Gain("aligned", "hard labels", 0.01, wins=0.75),
             Gain("truncated", "hard labels", None),
             Gain("aligned", "truncated", None),
         ),
