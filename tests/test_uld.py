@@ -119,6 +119,19 @@ def test_equal_logits_take_the_ranks_in_turn(monkeypatch: pytest.MonkeyPatch) ->
     assert (fast[1].sum(-1).abs() < 1e-6).all()
 
 
+def test_more_threads_change_no_bit() -> None:
+    s, t = INPUTS["random"](7, 30_000)
+    one = run(uld, s, t[:, :20_000])
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            several = run(uld, s, t[:, :20_000])
+            assert torch.equal(one[0], several[0]) and torch.equal(one[1], several[1])
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum", "none"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_reductions(chunked: None, reduction: str, weighted: bool) -> None:

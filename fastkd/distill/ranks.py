@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 from .rowwise import elements
 
 INF = math.inf
+ALONE = 2**15  # elements up to which another thread is not worth waking
 
 
 Told = tuple[Tensor, Tensor | None]  # teacher's logits, or its largest probabilities and the rest
@@ -49,6 +52,26 @@ def _numpy() -> Any:
     return numpy
 
 
+@functools.cache
+def _workers(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "fastkd-ranks")
+
+
+if hasattr(os, "register_at_fork"):  # a child process has none of the threads
+    os.register_at_fork(after_in_child=_workers.cache_clear)
+
+
+def _sort(x: Tensor) -> None:
+    """Every row, in place; NumPy takes one core and lets go of the interpreter meanwhile."""
+    rows, threads = x.numpy(), min(torch.get_num_threads(), x.size(0))
+    if threads == 1 or x.numel() < ALONE:
+        rows.sort(-1)
+        return
+    parts = _numpy().array_split(rows, threads)
+    for _ in _workers(torch.get_num_threads()).map(lambda part: part.sort(-1), parts):
+        pass
+
+
 def _fast(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32 and _numpy() is not None
 
@@ -58,7 +81,7 @@ def _values(x: Tensor, width: int) -> Tensor:
     filled = x.new_full((x.size(0), width), -INF)
     filled[:, : x.size(1)] = x
     if _fast(x):
-        filled.numpy().sort(-1)
+        _sort(filled)
         return filled
     return filled.sort(-1).values
 
@@ -74,7 +97,7 @@ def _order(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     bits = (x + 0.0).view(torch.int32)
     key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)
     key = (key << 32).add_(torch.arange(vocab))
-    key.numpy().sort(-1)
+    _sort(key)
     order = key & 0xFFFFFFFF
     torch.gather(x, 1, order, out=(taken := torch.empty_like(x)))
     filled[:, width - vocab :] = taken
@@ -179,7 +202,8 @@ def _run(
     if factor is not None:
         new = torch.empty_like if call.rows is None else torch.zeros_like
         grad = new(s, memory_format=torch.contiguous_format)
-    step = max(1, elements(s) // max(s.size(1), t.size(1)))
+    # nobody sorts a row on two cores
+    step = max(torch.get_num_threads(), elements(s) // max(s.size(1), t.size(1)), 1)
     for start in range(0, n, step):
         at = slice(start, start + step)
         found, slope = _chunk(*_read(s, t, rest, call, at), call, grad is not None)
