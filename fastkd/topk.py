@@ -209,11 +209,11 @@ def topk_from_logits(
         raise ValueError(f"k: got {k}, expected 1 <= k{upper}")
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     lead, n = logits.shape[:-1], logits.numel() // logits.size(-1)
-    device = logits.device
-    logprobs = torch.empty((n, k), dtype=acc, device=device)
-    indices = torch.empty((n, k), dtype=torch.int32, device=device)
-    rest = torch.empty(n, dtype=acc, device=device)
-    passes = pick(device)
+    like = logits.hidden if isinstance(logits, LinearLogits) else logits  # under vmap, batched too
+    logprobs = like.new_empty((n, k), dtype=acc)
+    indices = like.new_empty((n, k), dtype=torch.int32)
+    rest = like.new_empty(n, dtype=acc)
+    passes = pick(logits.device)
     for at, x in _blocks(logits, vocab):
         if method == "top":
             logprobs[at], indices[at], rest[at] = _top(passes, x, k, temperature, acc)
