@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastkd import distill
+from fastkd.distill import stepping
 
 accelerate = pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
@@ -92,7 +94,7 @@ def test_one_process_is_the_trainer_alone(accumulate: int, clip_norm: float | No
     _assert_same(found, expected)
 
 
-def _rank() -> list[dict[str, Tensor]]:
+def _rank() -> list[dict[str, Any]]:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")  # of a group that there is already
@@ -105,7 +107,8 @@ def _rank() -> list[dict[str, Tensor]]:
     with pytest.raises(ValueError, match=r"one of 2 processes, expected what accelerator\.prepare"):
         accelerator = accelerate.Accelerator(cpu=True)
         distill.train(student, [_data()], distill.hard(), accelerator=accelerator, progress=False)
-    return found
+    # as numbers: the memory of a tensor goes with the process that made it
+    return [{name: value.tolist() for name, value in each.items()} for each in found]
 
 
 def test_two_processes_take_the_steps_of_one() -> None:
@@ -116,7 +119,7 @@ def test_two_processes_take_the_steps_of_one() -> None:
     expected = _plain(8, 1)
     for of_rank in ranks.run(2, _rank):
         for found in of_rank:
-            _assert_same(found, expected)
+            _assert_same({name: torch.tensor(x) for name, x in found.items()}, expected)
 
 
 def test_precision_is_the_accelerators() -> None:
@@ -136,6 +139,11 @@ def test_precision_is_the_accelerators() -> None:
     )
     assert dtypes == [torch.bfloat16] and student.weight.dtype == torch.float32
     assert len(steps) == 1 and not torch.equal(student.weight, before)
+
+
+def test_the_example_runs() -> None:
+    found = doctest.testmod(stepping)
+    assert found.attempted > 4 and not found.failed
 
 
 # ---- bad input: before the first step

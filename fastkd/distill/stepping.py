@@ -52,6 +52,32 @@ class Accelerated(Stepping):
 
     The loss of a step is normalised by the trainer, over micro-batches and processes, so that
     accelerate's own division by its number of micro-batches is undone.
+
+    >>> import torch, accelerate
+    >>> from fastkd import distill
+    >>> data = torch.utils.data.TensorDataset(torch.randn(8, 5), torch.randint(3, (8,)))
+    >>> student, teacher = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    >>> accelerator = accelerate.Accelerator(gradient_accumulation_steps=2, cpu=True)
+    >>> student, optimizer, loader = accelerator.prepare(
+    ...     student,
+    ...     torch.optim.AdamW(student.parameters()),
+    ...     torch.utils.data.DataLoader(data, 2),
+    ... )
+    >>> steps = distill.train(
+    ...     student,
+    ...     loader,
+    ...     [distill.hard(0.5), distill.soft(0.5)],
+    ...     teacher=teacher,
+    ...     optimizer=optimizer,
+    ...     accelerator=accelerator,
+    ...     progress=False,
+    ... )
+    >>> len(steps)
+    2
+
+    Raises:
+        TypeError, ValueError, RuntimeError: no accelerator, one that splits the model over its
+            processes, accelerate in a version that is not known.
     """
 
     def __init__(self, accelerator: Any) -> None:

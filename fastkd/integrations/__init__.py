@@ -1,0 +1,1 @@
+"""fastkd inside other frameworks: one small file each, imported by name."""
