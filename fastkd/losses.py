@@ -17,6 +17,11 @@ The options that all of them share (`**rows`, keyword-only):
                       the operands hold this rank's columns, in the order of the ranks (the teacher
                       may be whole on every rank instead); labels, vocab_size and the indices of a
                       TopK are of the whole vocabulary. Loss and gradient are those of the whole
+
+Under torch.compile and torch.export a loss is one registered operator, without a graph break.
+Inside transforms of torch.func, forward-mode AD and batched gradients it runs on the reference, in
+plain torch: the same values, every derivative, the memory of plain torch; labels out of range then
+make their rows NaN. Under autocast, logits are read in the dtype they come in and sums are float32.
 """
 
 from __future__ import annotations

@@ -192,6 +192,12 @@ def test_a_kernel_chosen_by_hand_is_refused() -> None:
         grad(LOSSES["kl"])(_student())
 
 
+def test_a_split_vocabulary_is_refused_inside_a_transform() -> None:
+    teacher = torch.randn(4, 9)
+    with pytest.raises(NotImplementedError, match=r"group: torch\.func and forward-mode AD over a"):
+        grad(lambda s: fastkd.kl_div(s, teacher, group="tensor parallel"))(_student())
+
+
 # ---- tracers
 
 
