@@ -105,17 +105,14 @@ def test_another_default_device_than_the_logits(options: dict[str, Any]) -> None
     assert torch.equal(here, there) and grad.device.type == "cpu" and grad.any()
 
 
-def test_transforms_of_torch_func_are_refused_and_leave_usable_tensors() -> None:
-    if not fastkd.info()["cpu"]:
-        pytest.skip("the reference takes transforms")
+def test_transforms_of_torch_func_leave_usable_tensors() -> None:
     teacher, kept = torch.randn(4, 9), []
 
     def loss(student: torch.Tensor) -> torch.Tensor:
         kept.append(student * 2)
         return fastkd.kl_div(kept[-1], teacher)
 
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(loss)(torch.randn(4, 9))
+    torch.func.grad(loss)(torch.randn(4, 9))
     outlived = kept[0]
     student = torch.randn(4, 9, requires_grad=True)
     fastkd.kl_div(student, outlived).backward()
