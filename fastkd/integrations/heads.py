@@ -96,8 +96,11 @@ def head_of(model: Any) -> Head:
             "language model"
         )
     weight = getattr(module, "weight", None)
-    plain = isinstance(module, nn.Linear) and isinstance(weight, Tensor)
-    if not plain or weight.shape != (module.out_features, module.in_features):
+    if (
+        not isinstance(module, nn.Linear)
+        or not isinstance(weight, Tensor)
+        or weight.shape != (module.out_features, module.in_features)
+    ):
         raise TypeError(
             f"model: got {name} with the head {module!r}, expected a plain nn.Linear; use "
             "linear=False (dense logits)"
@@ -185,8 +188,8 @@ def _config(model: Any) -> Any:
 
 def _number(config: Any, field: str) -> float | None:
     x = getattr(config, field, None)
-    ok = isinstance(x, (int, float)) and not isinstance(x, bool) and x != 0
-    return float(x) if ok else None
+    number = isinstance(x, (int, float)) and not isinstance(x, bool)
+    return float(x) if number and x != 0 else None  # type: ignore[arg-type]
 
 
 def _readings(model: Any) -> Iterator[tuple[float, float | None]]:
