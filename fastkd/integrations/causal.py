@@ -140,6 +140,7 @@ class DistillationLoss:
         def remove() -> None:
             for hook in hooks:
                 hook.remove()
+            seen.clear()
 
         return remove
 
@@ -178,13 +179,13 @@ class DistillationLoss:
         self, labels: Tensor | None, shifted: Tensor | None, inputs: dict[str, Any]
     ) -> Tensor:
         """Labels [B, L] of the token behind each position, -100 where there is none to count."""
-        if shifted is not None:
-            return shifted
         if labels is None:
             raise ValueError(
                 "labels: got none in the batch, expected input_ids with -100 where a token does "
                 "not count, as DataCollatorForLanguageModeling(mlm=False) gives them"
             )
+        if shifted is not None:
+            return shifted
         if not self._checked:
             _check_unshifted(labels, inputs.get("input_ids"))
             self._checked = True
@@ -205,9 +206,7 @@ class DistillationLoss:
                 "or the batch's key 'teacher' (logits [B, L, V] or a TopK)"
             )
         if teacher is None:
-            if isinstance(stored, Tensor):
-                return stored.to(device)
-            return stored.map_tensors(lambda x: x.to(device, non_blocking=True))
+            return stored.to(device, non_blocking=True)
         if getattr(teacher, "hf_device_map", None) is None and teacher.device != device:
             teacher.to(device)
         teacher.eval()  # whatever was done to it since

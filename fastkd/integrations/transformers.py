@@ -76,7 +76,9 @@ def compute_loss_func(
     >>> args = TrainingArguments(folder, max_steps=2, report_to=[], disable_tqdm=True, use_cpu=True)
     >>> loss = compute_loss_func(student, teacher, temperature=2.0, alpha=0.1)
     >>> trainer = Trainer(student, args, train_dataset=data, compute_loss_func=loss)
-    >>> trainer.train().global_step
+    >>> output = trainer.train()  # doctest: +ELLIPSIS
+    {'train_runtime': ...}
+    >>> output.global_step
     2
     """
     function = DistillationLoss(teacher, linear=linear, pack=pack, **loss)
@@ -125,7 +127,9 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     ...     teacher=teacher,
     ...     loss={"temperature": 2.0, "alpha": 0.1},
     ... )
-    >>> trainer.train().global_step
+    >>> output = trainer.train()  # doctest: +ELLIPSIS
+    {'train_runtime': ...}
+    >>> output.global_step
     2
     """
 
