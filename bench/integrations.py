@@ -117,7 +117,7 @@ def hand(student: Any, teacher: Any, data: list[Any], case: Case, watch: Stopwat
     """The loop written out with fastkd."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=LR, fused=True)
     device, losses = next(student.parameters()).device, []
-    batches = torch.utils.data.DataLoader(data, batch_size=case.rows)  # type: ignore[arg-type]
+    batches: Any = torch.utils.data.DataLoader(data, batch_size=case.rows)  # type: ignore[arg-type]
     student.train()
     teacher.eval()
     for _, batch in zip(range(case.steps), batches, strict=False):

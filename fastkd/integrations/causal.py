@@ -32,7 +32,7 @@ class DistillationLoss:
         micro-batch, over `num_items_in_batch`
 
     While it watches a student, it sees the inputs of its forward and, with linear=True, the hidden
-    states at its head. In training the student's logits are then [B, 1, V], of the first position;
+    states at its head. In training the student's own logits are then [B, 0, V], of no position;
     without gradient (`generate`) and in eval mode they are whole.
 
     Args:

@@ -57,14 +57,14 @@ class Head(NamedTuple):
     ) -> Any:
         """Register a hook that hands over the head's input; returns what removes it.
 
-        Where `trim()`, the head itself goes on with the first position only: its output [B, 1, V]
-        costs next to nothing, yet all parameters stay on the way to the model's output, which
+        Where `trim()`, the head itself goes on with no position at all: its output [B, 0, V] costs
+        nothing, yet all parameters stay on the way to the model's output, which
         DistributedDataParallel asks for.
         """
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             see(args[0])
-            return (args[0][:, :1], *args[1:]) if trim() else None
+            return (args[0][:, :0], *args[1:]) if trim() else None
 
         return self.module.register_forward_pre_hook(hook)
 
@@ -141,7 +141,7 @@ def linear_logits(model: Any, inputs: Mapping[str, Any], head: Head | None = Non
         head: of an earlier `head_of`; None: read now.
 
     Returns:
-        (`LinearLogits` [B, L, V], the model's own output, whose logits are [B, 1, V]).
+        (`LinearLogits` [B, L, V], the model's own output, whose logits are [B, 0, V]).
 
     Raises:
         ValueError, TypeError: a head that cannot be read, as in `head_of`.

@@ -47,8 +47,8 @@ def compute_loss_func(
     """The distillation loss as `compute_loss_func` of a plain transformers Trainer.
 
     The Trainer hands a loss function only outputs, labels and the count of tokens, so hooks stay on
-    the student: they keep what its forward got, for the teacher. In training the student's logits
-    are then [B, 1, V], of the first position, except without gradient (`generate`). A batch with a
+    the student: they keep what its forward got, for the teacher. In training the student's own
+    logits are then [B, 0, V], of no position, except without gradient (`generate`). A batch with a
     stored `teacher` needs remove_unused_columns=False. `label_smoothing_factor` is not read by the
     Trainer beside a loss function: give label_smoothing here.
 
