@@ -35,6 +35,7 @@ from fastkd.integrations.transformers import DistillationTrainer
 
 LIMIT = 0.02  # of the hand-written step's time
 T, ALPHA, LR = 2.0, 0.1, 1e-3
+CLIP = 1.0  # of the gradient's norm, as the Trainer does unless told otherwise
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SIDES = ("hand", "fastkd", "eager")
 WARM = 2  # steps that are not timed
@@ -134,6 +135,7 @@ def hand(student: Any, teacher: Any, data: list[Any], case: Case, watch: Stopwat
             alpha=ALPHA,
         )
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), CLIP).item()  # which is logged
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -150,7 +152,7 @@ def trainer(side: str, student: Any, teacher: Any, data: list[Any], case: Case, 
         learning_rate=LR,
         lr_scheduler_type="constant",
         weight_decay=1e-2,  # AdamW's own
-        max_grad_norm=0.0,
+        max_grad_norm=CLIP,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",

@@ -65,7 +65,9 @@ class DistillationLoss:
         self._heads: tuple[Head | None, Head | None] = (None, None)
         self._seen = _Seen()
         self._checked = False
+        self._uncached: dict[str, Any] = {}
         if teacher is not None:
+            self._uncached = uncached(teacher)
             teacher.requires_grad_(False)
             teacher.eval()
 
@@ -214,7 +216,7 @@ class DistillationLoss:
         if autocast is not None:
             as_student = torch.autocast(autocast[0], dtype=autocast[1], enabled=autocast[2])
         with torch.no_grad(), as_student:
-            inputs = inputs | uncached(teacher)
+            inputs = inputs | self._uncached
             if self.linear:
                 return linear_logits(teacher, inputs, self._heads[1])[0]
             return teacher(**inputs).logits
