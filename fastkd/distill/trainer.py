@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from itertools import islice
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from .checkpoint import Checkpoints, Parts, Position, epoch_batches
 from .cohort import source
 from .noise import weight_noise as disturbed
 from .progress import Log, Record, Step
+from .ranks import Ranks
 from .taps import Taps
 from .teachers import Average, Teacher, on_device
 from .terms import Objective, Term
@@ -107,20 +107,27 @@ def train(
     if amp not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"amp: got {amp!r}, expected torch.bfloat16, torch.float16 or None")
     where = device_of(student) if device is None else torch.device(device)
+    ranks = Ranks(student)
+    if weight_noise and ranks.sharded:
+        raise ValueError("weight_noise: got a student of shards, expected one whole on every rank")
     objective, soft = Objective(loss), source(teacher)
     followers = [soft] if ema is None or ema is soft else [soft, ema]
     for model in (student, objective.modules, *(m for f in followers for m in f.models)):
         model.to(where)
+    ranks.share(objective.modules)
     optimizer = _optimizer(optimizer, student, objective, followers, lr)
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(where.type, enabled=amp is torch.float16)
     rates = [group["lr"] for group in optimizer.param_groups]
-    parts = Parts(student, objective, optimizer, rates, soft, ema, scaler, loader, where)
+    parts = Parts(
+        *(student, objective, optimizer, rates, soft, ema, scaler, loader, where),
+        *(ranks, accumulate),
+    )
     if checkpoint is not None and not isinstance(checkpoint, Checkpoints):
         checkpoint = Checkpoints(checkpoint)
     position = checkpoint.start(parts) if checkpoint else Position()
     every = CHECK_EVERY.get(where.type, 50)
-    record = Record(objective.names, position.step, every, log)
+    record = Record(objective.names, position.step, every, log if ranks.first else None)
 
     plainly = nullcontext()
     mixed = torch.autocast(where.type, amp) if amp else plainly
@@ -130,7 +137,7 @@ def train(
         taps = stack.enter_context(Taps(student, (*objective.student_taps, *soft.student_taps)))
         stack.enter_context(soft.tapped(objective.teacher_taps))
         stack.enter_context(record)
-        if progress:
+        if progress and ranks.first:
             record.draw(_steps(loader, epochs, accumulate))
 
         for epoch in range(position.epoch, epochs):
@@ -138,9 +145,8 @@ def train(
             objective.modules.train()
             soft.begin()
             given = epoch_batches(loader, position, where, exact=checkpoint is not None)
-            while group := list(islice(given, accumulate)):
+            for group in ranks.groups(given, accumulate, where, plain=objective.plain is not None):
                 step = position.step
-                _share(group, student, objective, where)
                 for settings, rate in zip(optimizer.param_groups, rates, strict=True):
                     settings["lr"] = rate * schedule(step) if schedule else rate
                 optimizer.zero_grad(set_to_none=True)
@@ -152,7 +158,7 @@ def train(
                         batch.epoch, batch.step = epoch, step
                         if transform is not None:
                             batch = transform(batch)
-                        with _no_sync(student, last=at + 1 == len(group)):
+                        with ranks.no_sync(last=at + 1 == len(group)):
                             with mixed:
                                 theirs = on_device(soft(batch), where)
                                 ours = Outputs(forward(student, batch.inputs), taps.take())
@@ -165,13 +171,14 @@ def train(
                         del value, terms, theirs, ours  # the graph goes before the next is made
 
                 first, position.used = position.used, position.used + len(group)
-                seen = sum(batch.samples for batch in group)
+                seen = sum(batch.samples for batch in group) * ranks.size
+                values = ranks.means(values)
                 now = optimizer.param_groups[0]["lr"]
                 record.add(epoch, first, position.used - 1, now, seen, values)
-                _average_gradients(objective.modules, student)
+                ranks.average_gradients(objective.modules)
                 if clip_norm is not None:
                     scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(weights, clip_norm)
+                    ranks.clip_(weights, clip_norm)
                 scaler.step(optimizer)
                 scaler.update()
                 for follower in followers:
@@ -186,12 +193,12 @@ def train(
             record.read()
             position.epoch, position.used = epoch + 1, 0
             if validate is not None:
-                metric = float(validate(student))
+                metric = ranks.number(float(validate(student)), where)
                 record.tell({"metric": metric})
                 if position.best is None or metric > position.best:
                     position.best = metric
                     if checkpoint:
-                        checkpoint.write_best(student, metric, position.step)
+                        checkpoint.write_best(parts, metric, position.step)
         if checkpoint:
             checkpoint.write(position, parts)
     return record.steps
@@ -208,7 +215,7 @@ def _optimizer(
     learnt = [p for p in objective.modules.parameters() if p.requires_grad]
     if optimizer is None:
         mine = [p for p in student.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW([*mine, *learnt], lr=lr)
+        optimizer = torch.optim.AdamW([{"params": mine}], lr=lr)
     here = {p for group in optimizer.param_groups for p in group["params"]}
     if missing := [p for p in learnt if p not in here]:
         optimizer.add_param_group({"params": missing})
@@ -216,45 +223,6 @@ def _optimizer(
     if shared := len(here & frozen):
         raise ValueError(f"optimizer: got {shared} parameters of the teacher, expected none")
     return optimizer
-
-
-def _share(
-    group: Sequence[Batch], student: nn.Module, objective: Objective, device: torch.device
-) -> None:
-    """Tell every micro-batch of a step the step's tokens and samples."""
-    ranked = isinstance(student, nn.parallel.DistributedDataParallel)
-    if len(group) == 1 and not ranked:
-        if objective.plain is None:
-            group[0].tokens  # noqa: B018  counted here, on the host: later it may be a device's
-        return
-    tokens: Any = sum(batch.tokens for batch in group)
-    samples: float = sum(batch.samples for batch in group)
-    if isinstance(student, nn.parallel.DistributedDataParallel):
-        # gradients are averaged over ranks: the total of all, divided by their number
-        both = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in (tokens, samples)])
-        both = both.to(device)
-        torch.distributed.all_reduce(both, group=student.process_group)
-        tokens, samples = (both / student.process_group.size()).tolist()
-    for batch in group:
-        batch.normalizer, batch.sample_total = tokens, samples
-
-
-def _average_gradients(modules: nn.Module, student: nn.Module) -> None:
-    """What DistributedDataParallel does for the student, for what the terms learn."""
-    if isinstance(student, nn.parallel.DistributedDataParallel):
-        for p in modules.parameters():
-            if p.requires_grad:
-                # a rank without a label has none, and the others wait for it
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                torch.distributed.all_reduce(p.grad, group=student.process_group)
-                p.grad /= student.process_group.size()
-
-
-def _no_sync(student: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """Gradients of ranks are averaged once a step, after its last micro-batch."""
-    if isinstance(student, nn.parallel.DistributedDataParallel) and not last:
-        return student.no_sync()
-    return nullcontext()
 
 
 def _steps(loader: Any, epochs: int, accumulate: int) -> int | None:
