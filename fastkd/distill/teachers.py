@@ -123,6 +123,7 @@ class Average(Live):
     @torch.no_grad()
     def step(self, student: nn.Module) -> None:
         bare = unwrap(student)
+        reshard(self.model)  # who has called it may have left it whole
         pairs = list(zip(self.model.parameters(), bare.parameters(), strict=True))
         mine, theirs = zip(*(alike(a, b) for a, b in pairs), strict=True) if pairs else ((), ())
         torch._foreach_lerp_(mine, theirs, 1 - self.decay)

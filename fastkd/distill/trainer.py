@@ -3,6 +3,11 @@
 A loader is anything that, once per epoch, gives batches: (inputs, labels), inputs alone,
 (inputs, labels, what the teacher said), or a `Batch`. A model is any module that turns inputs into
 logits [..., V]. Only safetensors and JSON are read or written.
+
+Under torchrun a student in DistributedDataParallel, or one that `fully_shard` has put in shards, is
+trained by all ranks together, each with batches of its own (as many as the others): the weights are
+those of one process with all of them. A teacher may lie in shards too. `fastkd.distill.ranks` is
+what they tell each other.
 """
 
 from __future__ import annotations
@@ -79,9 +84,10 @@ def train(
         transform: changes each micro-batch, on the device, before the models see it.
         weight_noise: as a share of each weight tensor's own deviation; 0 for none.
         validate: student -> metric, the higher the better, after each epoch; logged, and with
-            `checkpoint` the best student is kept.
+            `checkpoint` the best student is kept. On several ranks the metric is their mean.
         checkpoint: a `Checkpoints`, or a folder for one with its defaults.
-        log: called as ({"loss", "lr", "samples_per_s", "term/NAME"}, step); one or several.
+        log: called as ({"loss", "lr", "samples_per_s", "term/NAME"}, step); one or several;
+            of several ranks by the first alone, as with `progress`, with the values of all.
         progress: show a tqdm bar.
         on_step: called as (epoch, step, detached loss) after each step.
 
