@@ -1,8 +1,8 @@
 """The losses of responses against their definitions in plain torch: forward and backward.
 
 Both sides run on the same logits, in turns, the one that goes first changing from round to round; a
-loss must agree with its definition before it is timed. The first line is the yardstick: `kl_div`,
-one trip in the kernels.
+loss must agree with its definition before it is timed. Memory is what a call adds at its peak, its
+gradient included. The first line is the yardstick: `kl_div`, one trip in the kernels.
 
     python -m bench.responses --shape 256x32000 --json responses.json
 
@@ -23,11 +23,13 @@ from torch import Tensor
 
 import fastkd
 from bench.cli import Progress, device, listed, output, positive
+from bench.memory import peak_extra
 from bench.timing import Clock, no_collection, summarise
 from fastkd import distill
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 T = 4.0
+RANKS = 64
 WARM_UP = 1
 ROUNDS = 1000
 LEAST = 5
@@ -89,6 +91,18 @@ def _zscore(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
     return T * T * _kl(s, t)
 
 
+def _uld(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    q, p = (x.softmax(-1).sort(-1, descending=True).values for x in (s, t))
+    return (q - p).abs().sum(-1).mean()
+
+
+def _uld_64(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """The paper's sum, its ranks from 64 on as one."""
+    q, p = (x.softmax(-1).sort(-1, descending=True).values for x in (s, t))
+    rest = (q[:, RANKS:].sum(-1) - p[:, RANKS:].sum(-1)).abs()
+    return ((q[:, :RANKS] - p[:, :RANKS]).abs().sum(-1) + rest).mean()
+
+
 CASES = [
     Case("kl", lambda s, t, y: fastkd.kl_div(s, t, temperature=T), lambda s, t, y: _kl(s, t)),
     Case("logit_mse", distill.logit_mse, _mse),
@@ -96,12 +110,14 @@ CASES = [
     Case("nkd", lambda s, t, y: distill.nkd(s, t, y, temperature=T), _nkd),
     Case("dist", lambda s, t, y: distill.dist(s, t, temperature=T), _dist),
     Case("zscore", lambda s, t, y: distill.zscore(s, t, temperature=T), _zscore),
+    Case("uld", distill.uld_loss, _uld),
+    Case("uld top 64", lambda s, t, y: distill.uld_loss(s, t, top=RANKS), _uld_64),
     Case("cosine", distill.cosine, lambda s, t, y: (1 - F.cosine_similarity(s, t, -1)).mean()),
 ]
 
 
 def measure(case: Case, operands: Sequence[Tensor], seconds: float, say: Any) -> dict[str, Any]:
-    """Median milliseconds of both sides, and how far they are from each other."""
+    """Median milliseconds and peak bytes of both sides, and how far they are from each other."""
     student, teacher, labels = operands
 
     def step(call: Call) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -132,11 +148,16 @@ def measure(case: Case, operands: Sequence[Tensor], seconds: float, say: Any) ->
                     times[side].append(elapsed)
                     spent += elapsed
     ours, plain = (summarise(side) for side in times)
+    say("measuring memory")
+    block = student.numel() * student.element_size()
+    peaks = [peak_extra(step(side), student.device, block) for side in sides]
     return {
         "loss": case.name,
         "ours_ms": ours.median,
         "plain_ms": plain.median,
         "speedup": plain.median / ours.median,
+        "ours_peak": peaks[0],
+        "plain_peak": peaks[1],
         "rounds": ours.runs,
         "apart": apart,
     }
@@ -144,10 +165,13 @@ def measure(case: Case, operands: Sequence[Tensor], seconds: float, say: Any) ->
 
 def as_text(rows: Sequence[dict[str, Any]]) -> str:
     """The table for a terminal."""
-    lines = [f"{'loss':12}{'ours ms':>10}{'torch ms':>10}{'speedup':>10}{'apart':>10}{'rounds':>8}"]
+    head = f"{'loss':12}{'ours ms':>10}{'torch ms':>10}{'speedup':>10}"
+    lines = [head + f"{'ours MiB':>10}{'torch MiB':>10}{'apart':>10}{'rounds':>8}"]
     for row in rows:
         line = f"{row['loss']:12}{row['ours_ms']:10.2f}{row['plain_ms']:10.2f}"
-        lines.append(line + f"{row['speedup']:9.1f}x{row['apart']:10.1e}{row['rounds']:8}")
+        line += f"{row['speedup']:9.1f}x"
+        line += f"{row['ours_peak'] / 2**20:10.1f}{row['plain_peak'] / 2**20:10.1f}"
+        lines.append(line + f"{row['apart']:10.1e}{row['rounds']:8}")
     return "\n".join(lines)
 
 

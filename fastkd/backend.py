@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastkd.operands import Operand, Teacher
 
@@ -358,13 +359,50 @@ def pick_name(device: torch.device) -> str:
     return name
 
 
+def transformed(upstream: Tensor | None = None) -> bool:
+    """Whether a transform of torch.func or forward-mode AD is at work here.
+
+    Both follow torch's own operations and nothing else: a kernel reads the numbers beneath what it
+    is given, and the derivative or the further dimension that they carry would be lost.
+
+    upstream: of a backward, where `torch.autograd.grad(is_grads_batched=True)` shows in it alone.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return upstream is not None and torch._C._functorch.is_legacy_batchedtensor(upstream)
+
+
+def _recorded() -> bool:
+    """Whether torch.jit.trace or make_fx writes down what is done here."""
+    if torch._C._get_tracing_state() is not None:
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    key = torch._C._TorchDispatchModeKey.PROXY
+    return torch._C._get_dispatch_mode(key) is not None
+
+
 def pick(device: torch.device) -> Passes:
-    """The passes for tensors on a device.
+    """The passes for tensors on a device; the reference where a transform is at work.
 
     Raises:
         RuntimeError: a backend was chosen by hand that cannot run there or is not built.
     """
     name = pick_name(device)
+    if name != "reference" and _recorded():
+        raise RuntimeError(
+            "torch.jit.trace and make_fx write down torch's own operations, of which a kernel is "
+            "none; torch.compile and torch.export trace the losses, or use "
+            'fastkd.use_backend("reference")'
+        )
+    if name != "reference" and transformed():
+        if forced() == name:
+            raise RuntimeError(
+                f"backend {name!r} was asked for, but torch.func and forward-mode AD follow plain "
+                'torch only; use fastkd.use_backend("reference") inside them, or leave the '
+                "backend open"
+            )
+        name = "reference"
     passes = _load(name)
     if passes is None:
         if forced() == name:

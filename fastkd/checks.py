@@ -13,7 +13,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastkd.backend import forced
-from fastkd.operands import DTYPES, LinearLogits, Operand, Teacher, TopK, kind
+from fastkd.operands import (
+    DTYPES,
+    LinearLogits,
+    Operand,
+    Teacher,
+    TopK,
+    answers_itself,
+    kind,
+    layout,
+)
 
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
 _PLAIN = (Tensor, Parameter)
@@ -58,6 +67,8 @@ def _alike(student: Operand, teacher: Teacher) -> bool:
     if type(student) not in _PLAIN or type(teacher) not in _PLAIN:
         return False
     assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
+    if student.is_nested or teacher.is_nested:  # some of which have no shape
+        return False
     shape, dtype = student.shape, student.dtype
     if shape != teacher.shape or not shape or not shape[-1]:
         return False
@@ -113,14 +124,11 @@ def _vocab_size(vocab_size: int) -> None:
 
 def _sides(student: Operand, teacher: Teacher, least: int) -> None:
     for name, x in (("student", student), ("teacher", teacher)):
-        parts = x.tensors if isinstance(x, (LinearLogits, TopK)) else (x,)
-        fake = hasattr(parts[0], "fake_mode") and not torch.compiler.is_compiling()
-        if fake and forced() != "reference":  # which reads no memory by its address
-            raise TypeError(
-                f"{name}: got a {type(parts[0]).__name__}, whose values do not exist, expected a "
-                "tensor; torch.compile and torch.export trace the losses, and "
-                "use_backend('reference') needs no values"
-            )
+        if isinstance(x, (LinearLogits, TopK)):
+            for part in (*x.tensors, x.indices) if isinstance(x, TopK) else x.tensors:
+                _readable(name, part)
+        else:
+            _readable(name, x)
         if isinstance(x, LinearLogits) or (isinstance(x, TopK) and x is teacher):
             if isinstance(x, LinearLogits) and x.size(-1) < least:
                 raise ValueError(f"{name}.weight: got {list(x.weight.shape)}, expected V >= 1")
@@ -134,8 +142,8 @@ def _sides(student: Operand, teacher: Teacher, least: int) -> None:
             raise TypeError(
                 f"{name}: got {kind(x)}, expected logits in float32, bfloat16, float16 or float64"
             )
-        if x.layout is not torch.strided or (type(x) not in _PLAIN and hasattr(x, "placements")):
-            raise TypeError(f"{name}: got {type(x).__name__} ({x.layout}), expected a dense tensor")
+        if x.layout is not torch.strided or x.is_nested:
+            raise TypeError(f"{name}: got {layout(x)}, expected a dense tensor")
         if x.dim() == 0 or x.size(-1) < least:
             raise ValueError(f"{name}: got shape {list(x.shape)}, expected [..., V] with V >= 1")
         if x.stride(-1) != 1 and x.size(-1) > 1:
@@ -154,6 +162,29 @@ def _sides(student: Operand, teacher: Teacher, least: int) -> None:
         )
 
 
+def _readable(name: str, x: object) -> None:
+    """Refuse what has no memory of its own, where a kernel would read it by its address."""
+    if type(x) in _PLAIN or not isinstance(x, Tensor) or not answers_itself(x):
+        return
+    if hasattr(x, "placements"):
+        raise TypeError(
+            f"{name}: got a {type(x).__name__} placed as {x.placements}, expected a plain tensor: "
+            "give this rank's part with .to_local() and group=, or the whole with .full_tensor()"
+        )
+    if x.layout is not torch.strided or torch.compiler.is_compiling() or forced() == "reference":
+        return
+    if hasattr(x, "fake_mode"):
+        raise TypeError(
+            f"{name}: got a {type(x).__name__}, whose values do not exist, expected a tensor; "
+            "torch.compile and torch.export trace the losses, and use_backend('reference') needs "
+            "no values"
+        )
+    raise TypeError(
+        f"{name}: got a {type(x).__name__}, a subclass that does torch's operations its own way, "
+        "expected a plain tensor: give what is within it, or try use_backend('reference')"
+    )
+
+
 def rows(student: Operand, labels: Tensor | None, ignore_index: int, weight: Tensor | None) -> None:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: got {kind(ignore_index)}, expected an integer")
@@ -169,8 +200,10 @@ def _per_row(name: str, x: Tensor, what: str, student: Operand) -> None:
     leading = student.shape[:-1]
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {kind(x)}, expected a tensor {list(leading)} of {what}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name}: got layout {x.layout}, expected a dense tensor of {what}")
+    if x.layout is not torch.strided or x.is_nested:
+        got = layout(x) if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name}: got {got}, expected a dense tensor of {what}")
+    _readable(name, x)
     fits = x.dtype in INT_DTYPES if what == "integers" else x.dtype.is_floating_point
     if not fits:
         raise TypeError(f"{name}: got {kind(x)}, expected {what}")
@@ -194,6 +227,7 @@ def normalizer(normalizer: float | Tensor | None, reduction: str, student: Opera
             "denominator of reduction='mean'"
         )
     if isinstance(normalizer, Tensor):
+        _readable("normalizer", normalizer)
         if normalizer.dtype.is_complex or normalizer.dtype == torch.bool:
             raise TypeError(f"normalizer: got {kind(normalizer)}, expected a real number")
         if normalizer.dim() != 0:

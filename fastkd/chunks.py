@@ -100,6 +100,9 @@ class Linear:
         shape, device = (step, -(-self.vocab // ALIGN) * ALIGN), self.device
         dtype, once = self.dtype, step >= n
         self.buffers = [buffer(self.passes, shape, dtype, device) for _ in range(self.count)]
+        for memory in self.buffers:
+            # torch 2.13's bfloat16 product on a CPU with AMX reads on behind a row's end, times 0
+            memory[:, self.vocab :].zero_()
         self.wait = wait and once and dtype != torch.float16
         for at, x in enumerate(self.given[1:]):
             if self.wants[at + 1] and x is not None:

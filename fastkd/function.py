@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd.backend import Plan, Sparse, Trips, acc_dtype, host_passes, rows, trip
+from fastkd.backend import Plan, Sparse, Trips, acc_dtype, host_passes, rows, transformed, trip
 from fastkd.reduction import Folded
 
 
@@ -77,8 +77,8 @@ def whole(passes: Trips) -> None:
     """Refuse a gradient of a gradient over a split vocabulary."""
     if hasattr(passes, "group"):
         raise NotImplementedError(
-            "group: create_graph=True (double backward) over a split vocabulary is not supported; "
-            "gather the logits and leave group out"
+            "group: create_graph=True (double backward) and batched gradients over a split "
+            "vocabulary are not supported; gather the logits and leave group out"
         )
 
 
@@ -172,7 +172,7 @@ class _FusedTotal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transformed(upstream):  # a vmap over upstream, say
             grads = _FusedTotal._graph(ctx, upstream)
         elif ctx.first is None:
             grads = _FusedTotal._first(ctx, upstream)
@@ -240,7 +240,7 @@ class _FusedTotal(torch.autograd.Function):
         if inplace and need_s:
             raise RuntimeError(
                 "inplace=True has overwritten the student's logits, which create_graph=True "
-                "(double backward) needs; use inplace=False"
+                "(double backward) and batched gradients need; use inplace=False"
             )
         student, teacher = _saved_sides(ctx)
         by = upstream * folded.factor
@@ -293,7 +293,7 @@ class _RowLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, keep, label = _saved_sides(ctx)
         needs, (passes, plan) = ctx.needs_input_grad[:2], ctx.call
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transformed(upstream):
             whole(passes)
             by = upstream.reshape(-1)
             grads = differentiable(student, teacher, plan, flat(keep), flat(label), by, needs)

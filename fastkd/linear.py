@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference, topk, trips
-from fastkd.backend import Plan, Sparse, Trips, acc_dtype, pick
+from fastkd.backend import Plan, Sparse, Trips, acc_dtype, pick, transformed
 from fastkd.function import flat
 from fastkd.operands import Head, LinearLogits, Operand, Teacher, TopK
 from fastkd.reduction import Folded, fold, mask, reduce, wants_grad
@@ -48,7 +48,7 @@ def loss(
         passes = split
     teacher_grad = nothing is None and teacher.requires_grad and torch.is_grad_enabled()
     no_dual = isinstance(teacher, TopK) or reference.entry(plan).exchanged() is None
-    plain = (teacher_grad and no_dual) or (not compiling and passes is reference)
+    plain = (teacher_grad and no_dual) or (transformed() if compiling else passes is reference)
     if plain and split is not None:
         raise no_teacher_gradient()
 

@@ -23,6 +23,11 @@ takes the place of `group`, and the loss is that of the whole: "mean" divides by
 count (see `fastkd.dtensors`). Where rows are split without DTensors (data, sequence or context
 parallel), each rank's loss is of its own rows, and `normalizer=fastkd.token_count(labels, group)`,
 the tokens of all ranks, makes their sum the loss of the whole.
+
+Under torch.compile and torch.export a loss is one registered operator, without a graph break.
+Inside transforms of torch.func, forward-mode AD and batched gradients it runs on the reference, in
+plain torch: the same values, every derivative, the memory of plain torch; labels out of range then
+make their rows NaN. Under autocast, logits are read in the dtype they come in and sums are float32.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkd import checks, dtensors, function, linear, operators, reference, shards, split, topk
-from fastkd.backend import Plan, Sparse, Trips, acc_dtype, pick
+from fastkd.backend import Plan, Sparse, Trips, acc_dtype, pick, transformed
 from fastkd.divergence import Divergence, divergences
 from fastkd.operands import LinearLogits, Operand, Teacher, TopK, kind
 from fastkd.reduction import fold, mask, reduce, wants_grad
@@ -383,6 +388,11 @@ def _loss(
 
         named = dict(zip(_OPTIONS_IN_ORDER, rows, strict=True))
         return call(_loss, name, student, teacher, divergence, *given, **named)
+    if group is not None and transformed():
+        raise NotImplementedError(
+            "group: torch.func and forward-mode AD over a split vocabulary are not supported; "
+            "gather the logits and leave group out"
+        )
     if group is None:
         vocab = classes = checks.operands(student, teacher, vocab_size)
     else:
@@ -405,7 +415,7 @@ def _loss(
         return linear.loss(
             student, teacher, plan, labels, ignore_index, weight, reduction, normalizer, ranks
         )
-    if inplace and not torch.compiler.is_compiling():  # where it is ignored
+    if inplace and not torch.compiler.is_compiling() and not transformed():  # where it is ignored
         checks.inplace(student, teacher)
     # kernels read memory as it is, and a view may be one whose numbers are to be negated
     student = student.resolve_neg()
@@ -422,7 +432,7 @@ def _loss(
     # torch's own autograd: what is chosen by hand, or has no kernel, or no dual for the teacher
     no_dual = isinstance(other, TopK) or divergence.dual is None
     teacher_grad = other.requires_grad and torch.is_grad_enabled()
-    plain = (teacher_grad and no_dual) or (not compiling and passes is reference)
+    plain = (teacher_grad and no_dual) or (transformed() if compiling else passes is reference)
     if plain and ranks is not None:
         raise shards.no_teacher_gradient()
 

@@ -12,11 +12,24 @@ DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = frozenset((torch.int32, torch.int64))
 
 
+def layout(x: Tensor) -> str:
+    """What a tensor that is not dense is, for a message."""
+    return "a nested tensor" if x.is_nested else f"{type(x).__name__} ({x.layout})"
+
+
 def kind(x: object) -> str:
     """What an argument is, for a message."""
-    if isinstance(x, Tensor):
+    if isinstance(x, Tensor) and not x.is_nested:
         return f"a tensor {list(x.shape)} of {x.dtype} on {x.device}"
     return f"{type(x).__name__} {x!r}"
+
+
+def answers_itself(x: Tensor) -> bool:
+    """Whether it is of a subclass that does torch's operations its own way, over other tensors.
+
+    It has no memory that a kernel could read.
+    """
+    return type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 class Head(NamedTuple):
@@ -286,8 +299,8 @@ def _tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: got {kind(x)}, expected a tensor {shape}")
-        if x.layout is not torch.strided:
-            raise TypeError(f"{name}: got {type(x).__name__} ({x.layout}), expected a dense tensor")
+        if x.layout is not torch.strided or x.is_nested:
+            raise TypeError(f"{name}: got {layout(x)}, expected a dense tensor")
         if x.dtype not in DTYPES:
             raise TypeError(
                 f"{name}: got {kind(x)}, expected float32, bfloat16, float16 or float64"
@@ -324,8 +337,8 @@ def _stored(logprobs: Tensor, indices: Tensor, tail_logprob: Tensor | None) -> N
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: got {kind(x)}, expected a tensor {sizes} of {what}")
-        if x.layout is not torch.strided or hasattr(x, "placements"):
-            raise TypeError(f"{name}: got {type(x).__name__} ({x.layout}), expected a dense tensor")
+        if x.layout is not torch.strided or x.is_nested or hasattr(x, "placements"):
+            raise TypeError(f"{name}: got {layout(x)}, expected a dense tensor")
         if x.dtype not in dtypes:
             raise TypeError(f"{name}: got {kind(x)}, expected {what}")
         if x.device != logprobs.device:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.backend import Trips, host_passes, on_host
+from fastkd.backend import Trips, host_passes, on_host, transformed
 from fastkd.operands import Operand
 
 _checked: ContextVar[bool] = ContextVar(
@@ -41,7 +41,9 @@ def checked() -> Iterator[None]:
 
 def reads_values(device: torch.device) -> bool:
     """Whether checks that must read values run: it costs nothing there, or was asked for."""
-    return not torch.compiler.is_compiling() and (on_host(device) or _checked.get())
+    if torch.compiler.is_compiling() or transformed():  # vmap has no one value to look at
+        return False
+    return on_host(device) or _checked.get()
 
 
 class Folded(NamedTuple):

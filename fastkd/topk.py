@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastkd import checks
+from fastkd import checks, reference
 from fastkd.backend import Passes, Sparse, Trips, chunks, host_passes, pick, without_autocast
 from fastkd.operands import LinearLogits, Operand, Tail, TopK, build, kind
 from fastkd.reduction import reads_values
@@ -208,18 +208,15 @@ def topk_from_logits(
         upper = f" <= {vocab}" if method == "top" else ""
         raise ValueError(f"k: got {k}, expected 1 <= k{upper}")
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    lead, n = logits.shape[:-1], logits.numel() // logits.size(-1)
-    device = logits.device
-    logprobs = torch.empty((n, k), dtype=acc, device=device)
-    indices = torch.empty((n, k), dtype=torch.int32, device=device)
-    rest = torch.empty(n, dtype=acc, device=device)
-    passes = pick(device)
-    for at, x in _blocks(logits, vocab):
+    lead = logits.shape[:-1]
+    passes: Passes = reference if torch.compiler.is_compiling() else pick(logits.device)
+    parts = []
+    for x in _blocks(logits, vocab):
         if method == "top":
-            logprobs[at], indices[at], rest[at] = _top(passes, x, k, temperature, acc)
+            parts.append(_top(passes, x, k, temperature, acc))
         else:
-            logprobs[at], indices[at] = _sample(x, k, temperature, acc, generator)
-            rest[at] = -INF
+            parts.append(_sample(x, k, temperature, acc, generator))
+    logprobs, indices, rest = (torch.cat(column) for column in zip(*parts, strict=True))
     return TopK(
         logprobs.view(*lead, k),
         indices.view(*lead, k),
@@ -229,24 +226,25 @@ def topk_from_logits(
     )
 
 
-def _blocks(logits: Operand, vocab: int) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(logits: Operand, vocab: int) -> Iterator[Tensor]:
     """A few rows of logits at a time, [rows, vocab]."""
-    n = logits.numel() // logits.size(-1)
     step = max(1, BLOCK // vocab)
-    if not isinstance(logits, LinearLogits):
-        flat = logits.resolve_neg().reshape(-1, logits.size(-1))
-        for start in range(0, n, step):
-            at = slice(start, start + step)
-            yield at, flat[at, :vocab]
-        return
-    hidden, weight, bias = logits.tensors
-    flat = hidden.reshape(-1, hidden.size(-1))
-    # products of few rows read the whole weight for little
-    step = max(step, min(chunks(logits.device).budget // (8 * vocab), 512))
-    for start in range(0, n, step):
-        at = slice(start, start + step)
-        with without_autocast(logits.device):
-            yield at, build(flat[at], weight, bias, logits.head, vocab)
+    whole = logits.hidden if isinstance(logits, LinearLogits) else logits
+    flat = whole.resolve_neg().reshape(-1, whole.size(-1))
+    if isinstance(logits, LinearLogits):
+        # products of few rows read the whole weight for little
+        step = max(step, min(chunks(logits.device).budget // (8 * vocab), 512))
+
+    if torch.compiler.is_compiling():  # a loop would be written out, for one number of rows
+        blocks = (flat,)
+    else:
+        blocks = flat.split(step)
+    for x in blocks:
+        if isinstance(logits, LinearLogits):
+            with without_autocast(logits.device):
+                yield build(x, logits.weight, logits.bias, logits.head, vocab)
+        else:
+            yield x[:, :vocab]
 
 
 def _top(
@@ -266,7 +264,7 @@ def _top(
 
 def _sample(
     x: Tensor, k: int, temperature: float, acc: torch.dtype, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = x.double()
     below = ((wide - wide.amax(-1, keepdim=True)) / temperature).exp().cumsum(-1)
     total = below[:, -1:]
@@ -282,4 +280,5 @@ def _sample(
     indices = torch.full_like(drawn, -1).scatter_(-1, place, drawn)
     logprobs = torch.where(counts > 0, (counts / k).log(), -INF)
     logprobs = torch.where(total.isfinite(), logprobs, math.nan)  # of a row with a NaN
-    return logprobs, indices.to(torch.int32)
+    rest = torch.full_like(logprobs[:, 0], -INF)
+    return logprobs, indices.to(torch.int32), rest

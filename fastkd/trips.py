@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd.backend import Plan, Sparse, Trips, pick, without_autocast
+from fastkd.backend import Plan, Sparse, Trips, pick, transformed, without_autocast
 from fastkd.chunks import Dense, Linear, Side, Stored, Tensors, Wants, run
 from fastkd.function import dual, flat, save_operands, saved_operands, whole
 from fastkd.operands import Head, build
@@ -152,7 +152,7 @@ class Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         call, wants = ctx.call, ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transformed(upstream):
             return (None, *_graph(call, saved_operands(ctx), wants, None, upstream))
         work, ctx.work = ctx.work, None
         if work is None:  # given away by an earlier backward
@@ -189,7 +189,7 @@ class RowLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         tensors, wants = saved_operands(ctx), ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transformed(upstream):
             by = upstream.reshape(-1)
             return (None, None, *_graph(ctx.call, tensors, wants, by, upstream))
         return (None, None, *_row_gradients(ctx.call, tensors, wants, upstream))

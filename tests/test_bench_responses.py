@@ -20,6 +20,7 @@ def test_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [row["loss"] for row in rows] == [case.name for case in responses.CASES]
     text = capsys.readouterr().out
     for row in rows:
+        assert 0 < row["ours_peak"] and 0 < row["plain_peak"]
         assert row["rounds"] >= 5 and row["apart"] <= responses.AGREE
         assert f"{row['ours_ms']:10.2f}{row['plain_ms']:10.2f}" in text
 

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "gpu": {"backend", "gpu"},
     "function": {"backend", "reference", "reduction"},
     "operators": {"backend", "function"},
-    "topk": {"backend", "checks", "reduction"},
+    "topk": {"backend", "checks", "reference", "reduction"},
     "sums": {"backend"},
     "chunks": {"backend", "reduction", "sums"},
     "trips": {"chunks", "function", "operators", "backend", "reference", "reduction"},

@@ -105,17 +105,14 @@ def test_another_default_device_than_the_logits(options: dict[str, Any]) -> None
     assert torch.equal(here, there) and grad.device.type == "cpu" and grad.any()
 
 
-def test_transforms_of_torch_func_are_refused_and_leave_usable_tensors() -> None:
-    if not fastkd.info()["cpu"]:
-        pytest.skip("the reference takes transforms")
+def test_transforms_of_torch_func_leave_usable_tensors() -> None:
     teacher, kept = torch.randn(4, 9), []
 
     def loss(student: torch.Tensor) -> torch.Tensor:
         kept.append(student * 2)
         return fastkd.kl_div(kept[-1], teacher)
 
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(loss)(torch.randn(4, 9))
+    torch.func.grad(loss)(torch.randn(4, 9))
     outlived = kept[0]
     student = torch.randn(4, 9, requires_grad=True)
     fastkd.kl_div(student, outlived).backward()
@@ -138,3 +135,17 @@ def test_labels_where_all_some_or_no_rows_are_kept(ignored: int, dtype: torch.dt
         torch.testing.assert_close(loss, same)
         torch.testing.assert_close(grad, same_grad)
         assert not grad.reshape(4, 9)[:ignored].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_what_lies_behind_a_row_reaches_no_gradient(
+    softcap: float | None, dtype: torch.dtype
+) -> None:
+    """torch's own bfloat16 product, with AMX, reads behind the rows of a chunk of logits."""
+    hidden = torch.randn(64, 64, dtype=dtype, requires_grad=True)
+    weight = torch.randn(99, 64, dtype=dtype, requires_grad=True)
+    student = fastkd.LinearLogits(hidden, weight, softcap=softcap)
+    fastkd.kl_div(student, torch.randn(64, 99)).backward()
+    assert hidden.grad is not None and hidden.grad.isfinite().all()
+    assert weight.grad is not None and weight.grad.isfinite().all()

@@ -32,10 +32,10 @@ class Budget(NamedTuple):
 BUDGETS = {
     "kl": Budget(5.2, 41),
     "reverse_kl": Budget(5.2, 41),
-    "js": Budget(8.0, 140),
-    "skew_kl": Budget(10.0, 130),
-    "skew_reverse_kl": Budget(9.0, 145),
-    "tv": Budget(7.0, 66),
+    "js": Budget(9.5, 78),
+    "skew_kl": Budget(10.4, 82),
+    "skew_reverse_kl": Budget(10.4, 83),
+    "tv": Budget(6.5, 59),
 }
 # what hard labels at T != 1 add, and smoothing on top of it
 HARD, SMOOTH = Budget(2.3, 14), Budget(0, 6)

@@ -2,6 +2,7 @@
 
 from . import attention, cache, features, relations
 from .adversarial import adversarial
+from .align import Alignment, align, align_labelled
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
 from .cohort import Peer, Several
@@ -30,8 +31,10 @@ from .teachers import Average, Called, Live, Stored, Teacher
 from .terms import Term, feature, hard, soft
 from .trainer import train
 from .tuning import Range, Search, search
+from .uld import uld, uld_loss
 
 __all__ = [
+    "Alignment",
     "Average",
     "Batch",
     "CSVLogger",
@@ -57,6 +60,8 @@ __all__ = [
     "Term",
     "adversarial",
     "agreement",
+    "align",
+    "align_labelled",
     "assistant_chain",
     "at_head",
     "attention",
@@ -106,6 +111,8 @@ __all__ = [
     "successive_halving",
     "train",
     "train_generator",
+    "uld",
+    "uld_loss",
     "weight_noise",
     "without_forgetting",
     "zscore",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import sharded
 from .batch import Batch, batches, unwrap
 from .files import read, same_shapes, save_state, write
-from .ranks import Ranks, local, whole
+from .processes import Ranks, local, whole
 from .teachers import Teacher
 from .terms import Objective
 

@@ -24,6 +24,7 @@ def dist(
     gamma: float = 1.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """One minus the correlation of the probabilities, over the classes and over the batch.
 
@@ -42,6 +43,7 @@ def dist(
         beta, gamma: weights of the two parts, >= 0.
         temperature: T > 0, finite.
         ignore_index: label of the rows that are left out: not read, gradient exactly 0.
+        vocab_size: use the first n columns of both sides only; the rest has gradient 0.
 
     Returns:
         0-d float32 (float64 where an operand is); 0 where no row counts.
@@ -54,7 +56,7 @@ def dist(
     positive("temperature", temperature)
     coefficient("beta", beta)
     coefficient("gamma", gamma)
-    student, teacher = operands(student, teacher)
+    student, teacher = operands(student, teacher, vocab_size)
     T = float(temperature)
 
     s, t = (x.reshape(-1, x.size(-1)) for x in (student, teacher))

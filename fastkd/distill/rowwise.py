@@ -27,13 +27,18 @@ REDUCTIONS = ("mean", "batchmean", "sum", "none")
 HOST_ELEMENTS, DEVICE_ELEMENTS = 2**18, 2**26
 
 
-class Rows(TypedDict, total=False):
-    """The options that all losses of rows share, as in `fastkd.losses`."""
+class Counted(TypedDict, total=False):
+    """Which rows count, and how much, as in `fastkd.losses`."""
 
     ignore_index: int
     weight: Tensor | None
     reduction: str
     normalizer: float | Tensor | None
+
+
+class Rows(Counted, total=False):
+    """The options that all losses of rows share, as in `fastkd.losses`."""
+
     vocab_size: int | None
 
 
@@ -45,16 +50,16 @@ def row_loss(
     **rows: Unpack[Rows],
 ) -> Tensor:
     """The formula's loss of each row that counts, reduced; its gradient in the operands' dtypes."""
-    if unknown := rows.keys() - Rows.__annotations__.keys():
-        raise TypeError(f"got unexpected options {sorted(unknown)}, has {sorted(_OPTIONS)}")
-    weight, normalizer = rows.get("weight"), rows.get("normalizer")
-    reduction = rows.get("reduction", "mean")
+    known_options(rows)
+    weight, reduction = rows.get("weight"), rows.get("reduction", "mean")
     student, teacher = operands(student, teacher, rows.get("vocab_size"))
-    _check(student, weight, reduction, normalizer)
+    check_options(rows, list(student.shape[:-1]))
     vocab, leading = student.size(-1), student.shape[:-1]
     keep, label, bad = counted(student, labels, rows.get("ignore_index", IGNORED))
     acc = wide(student, teacher)
-    factor = _factor(student, keep, bad, weight, reduction, normalizer, acc)
+    factor = torch.ones(student.numel() // vocab, dtype=acc, device=student.device)
+    factor = factor if weight is None else weight.reshape(-1).to(acc)
+    factor = row_factors(factor, keep, bad, student.size(0), rows)
     s, t = student.reshape(-1, vocab), teacher.reshape(-1, vocab)
     # a gradient of the factor needs the loss of each row
     single = reduction == "none" or factor.requires_grad
@@ -70,23 +75,19 @@ def row_loss(
     return loss.view(leading) if reduction == "none" else loss.sum()
 
 
-_OPTIONS = ("labels", *Rows.__annotations__)
+def known_options(rows: Counted) -> None:
+    """TypeError for an option that no loss of rows has."""
+    if unknown := rows.keys() - Rows.__annotations__.keys():
+        known = sorted(("labels", *Rows.__annotations__))
+        raise TypeError(f"got unexpected options {sorted(unknown)}, has {known}")
 
 
 def operands(
     student: Tensor, teacher: Tensor, vocab_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Both sides over the columns in use; TypeError, ValueError where they do not go together."""
-    for name, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, Tensor):
-            got = type(x).__name__
-            raise TypeError(f"{name}: got {got}, expected a tensor of logits [..., V]")
-        if x.dtype not in DTYPES:
-            raise TypeError(
-                f"{name}: got {x.dtype}, expected logits in float32, bfloat16, float16 or float64"
-            )
-        if x.dim() == 0 or x.size(-1) == 0:
-            raise ValueError(f"{name}: got shape {list(x.shape)}, expected [..., V] with V >= 1")
+    logits("student", student)
+    logits("teacher", teacher)
     if student.device != teacher.device:
         raise ValueError(
             f"teacher: got a tensor on {teacher.device}, expected the student's {student.device}"
@@ -99,11 +100,27 @@ def operands(
             raise ValueError(f"vocab_size: got {vocab_size}, expected 1 <= vocab_size <= {most}")
         student, teacher = student[..., :vocab_size], teacher[..., :vocab_size]
     if student.shape != teacher.shape:
+        padded = student.shape[:-1] == teacher.shape[:-1] and vocab_size is None
+        hint = "; where padded differently, vocab_size=the number of columns in use"
+        hint = hint if padded else ""
         raise ValueError(
             f"teacher: got shape {list(teacher.shape)}, expected the student's "
-            f"{list(student.shape)}"
+            f"{list(student.shape)}{hint}"
         )
     return student, teacher
+
+
+def logits(name: str, x: Tensor) -> None:
+    """TypeError, ValueError for what is no tensor of logits."""
+    if not isinstance(x, Tensor):
+        got = type(x).__name__
+        raise TypeError(f"{name}: got {got}, expected a tensor of logits [..., V]")
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"{name}: got {x.dtype}, expected logits in float32, bfloat16, float16 or float64"
+        )
+    if x.dim() == 0 or x.size(-1) == 0:
+        raise ValueError(f"{name}: got shape {list(x.shape)}, expected [..., V] with V >= 1")
 
 
 def positive(name: str, value: float) -> None:
@@ -155,8 +172,10 @@ def counted(
     return keep, torch.where(keep & ~bad, labels, 0), bad
 
 
-def _check(student: Tensor, weight: Any, reduction: Any, normalizer: Any) -> None:
-    leading = list(student.shape[:-1])
+def check_options(rows: Counted, leading: list[int]) -> None:
+    """TypeError, ValueError for a weight, reduction or normalizer of rows that is none."""
+    weight, normalizer = rows.get("weight"), rows.get("normalizer")
+    reduction = rows.get("reduction", "mean")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
     if weight is not None:
@@ -179,24 +198,17 @@ def _check(student: Tensor, weight: Any, reduction: Any, normalizer: Any) -> Non
         coefficient("normalizer", normalizer)
 
 
-def _factor(
-    student: Tensor,
-    keep: Tensor | None,
-    bad: Tensor | None,
-    weight: Tensor | None,
-    reduction: str,
-    normalizer: float | Tensor | None,
-    acc: torch.dtype,
+def row_factors(
+    weight: Tensor, keep: Tensor | None, bad: Tensor | None, batch: int, rows: Counted
 ) -> Tensor:
-    """[N]: every reduction is a sum of factor * loss, or that product."""
-    n = student.numel() // student.size(-1)
-    factor = torch.ones(n, dtype=acc, device=student.device)
-    if weight is not None:
-        factor = weight.reshape(-1).to(acc)
-    if keep is not None:
-        factor = torch.where(keep, factor, 0.0)
+    """[n], of the weights [n]: every reduction is a sum of factor * loss, or that product.
+
+    keep, bad: [n] bool or None, as from `counted`. batch: what "batchmean" divides by.
+    """
+    reduction, normalizer = rows.get("reduction", "mean"), rows.get("normalizer")
+    factor = weight if keep is None else torch.where(keep, weight, 0.0)
     if reduction == "batchmean":
-        factor = factor / max(student.size(0), 1)
+        factor = factor / max(batch, 1)
     elif reduction == "mean":
         by = factor.sum() if normalizer is None else torch.as_tensor(normalizer)
         by = by.to(factor)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ranks import Ranks, is_placed
+from .processes import Ranks, is_placed
 
 TREE = "tree.json"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Batch, Outputs, forward, mapped, tensors, to, unwrap
-from .ranks import alike, class_name, is_placed, reshard, whole
+from .processes import alike, class_name, is_placed, reshard, whole
 from .taps import Taps
 
 

@@ -6,7 +6,7 @@ logits [..., V]. Only safetensors and JSON are read or written.
 
 Under torchrun a student in DistributedDataParallel, or one that `fully_shard` has put in shards, is
 trained by all ranks together, each with batches of its own (as many as the others): the weights are
-those of one process with all of them. A teacher may lie in shards too. `fastkd.distill.ranks` is
+those of one process with all of them. A teacher may lie in shards too; `processes` is
 what they tell each other.
 """
 
@@ -24,8 +24,9 @@ from .batch import Batch, Outputs, device_of, forward, moved, restored_modes
 from .checkpoint import Checkpoints, Parts, Position, epoch_batches
 from .cohort import source
 from .noise import weight_noise as disturbed
+from .processes import Ranks
 from .progress import Log, Record, Step
-from .ranks import Ranks
+from .stepping import stepping
 from .taps import Taps
 from .teachers import Average, Teacher, on_device
 from .terms import Objective, Term
@@ -45,10 +46,11 @@ def train(
     epochs: int = 1,
     lr: float = 1e-3,
     device: torch.device | str | None = None,
-    accumulate: int = 1,
+    accumulate: int | None = None,
     clip_norm: float | None = None,
     schedule: Callable[[int], float] | None = None,
     amp: torch.dtype | None = None,
+    accelerator: Any = None,
     ema: Average | None = None,
     transform: Callable[[Batch], Batch] | None = None,
     weight_noise: float = 0.0,
@@ -75,11 +77,15 @@ def train(
             learn are added as a group where they are missing.
         epochs: passes over `loader`, at least 1.
         lr: learning rate of the AdamW made here; not used when an optimizer is given.
-        device: where to run; None means where the student is.
-        accumulate: batches to one optimizer step; the last step of an epoch may have fewer.
+        device: where to run; None means where the student is, or where `accelerator` runs.
+        accumulate: batches to one optimizer step; the last step of an epoch may have fewer. None:
+            what `accelerator` says, else 1.
         clip_norm: upper bound of the gradient's 2-norm, above 0; None leaves it as it is.
         schedule: step (from 0) -> factor on each group's learning rate; undone on return.
         amp: dtype of autocast for models and loss, bfloat16 or float16 (with a gradient scaler).
+        accelerator: an `accelerate.Accelerator` that has prepared the student, the optimizer and
+            the loader: its device, precision, gradient scaler and processes. The loss stays
+            normalised by the whole step's tokens, over micro-batches and processes.
         ema: an `Average` of the student, kept up to date.
         transform: changes each micro-batch, on the device, before the models see it.
         weight_noise: as a share of each weight tensor's own deviation; 0 for none.
@@ -106,14 +112,16 @@ def train(
     """
     if epochs < 1:
         raise ValueError(f"epochs: got {epochs!r}, expected an integer >= 1")
+    where = device_of(student) if device is None else torch.device(device)
+    if amp not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"amp: got {amp!r}, expected torch.bfloat16, torch.float16 or None")
+    ranks = Ranks(student)
+    take = stepping(accelerator, where, amp, ranks)
+    where, accumulate = take.device, take.accumulate if accumulate is None else accumulate
     if accumulate < 1:
         raise ValueError(f"accumulate: got {accumulate!r}, expected an integer >= 1")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm: got {clip_norm!r}, expected > 0 or None")
-    if amp not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"amp: got {amp!r}, expected torch.bfloat16, torch.float16 or None")
-    where = device_of(student) if device is None else torch.device(device)
-    ranks = Ranks(student)
     if weight_noise and ranks.sharded:
         raise ValueError("weight_noise: got a student of shards, expected one whole on every rank")
     objective, soft = Objective(loss), source(teacher)
@@ -121,12 +129,11 @@ def train(
     for model in (student, objective.modules, *(m for f in followers for m in f.models)):
         model.to(where)
     ranks.share(objective.modules)
-    optimizer = _optimizer(optimizer, student, objective, followers, lr)
+    optimizer = take.prepared(student, _optimizer(optimizer, student, objective, followers, lr))
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    scaler = torch.amp.GradScaler(where.type, enabled=amp is torch.float16)
     rates = [group["lr"] for group in optimizer.param_groups]
     parts = Parts(
-        *(student, objective, optimizer, rates, soft, ema, scaler, loader, where),
+        *(student, objective, optimizer, rates, soft, ema, take.scaler, loader, where),
         *(ranks, accumulate),
     )
     if checkpoint is not None and not isinstance(checkpoint, Checkpoints):
@@ -136,14 +143,13 @@ def train(
     record = Record(objective.names, position.step, every, log if ranks.first else None)
 
     plainly = nullcontext()
-    mixed = torch.autocast(where.type, amp) if amp else plainly
     with ExitStack() as stack:
         stack.enter_context(restored_modes(student, *(m for f in followers for m in f.models)))
         stack.enter_context(_restored_rates(optimizer, rates))
         taps = stack.enter_context(Taps(student, (*objective.student_taps, *soft.student_taps)))
         stack.enter_context(soft.tapped(objective.teacher_taps))
         stack.enter_context(record)
-        if progress and ranks.first:
+        if progress and take.speaks and ranks.first:
             record.draw(_steps(loader, epochs, accumulate))
 
         for epoch in range(position.epoch, epochs):
@@ -165,12 +171,12 @@ def train(
                         if transform is not None:
                             batch = transform(batch)
                         with ranks.no_sync(last=at + 1 == len(group)):
-                            with mixed:
+                            with take.autocast():
                                 theirs = on_device(soft(batch), where)
                                 ours = Outputs(forward(student, batch.inputs), taps.take())
                                 value, terms = objective(ours, theirs, batch)
-                            scaler.scale(value).backward()
-                        with mixed:
+                            take.backward(value)
+                        with take.autocast():
                             soft.follow(ours, batch)
                         found = [value.detach(), *terms]
                         values = list(map(torch.add, values, found)) if at else found
@@ -182,11 +188,7 @@ def train(
                 now = optimizer.param_groups[0]["lr"]
                 record.add(epoch, first, position.used - 1, now, seen, values)
                 ranks.average_gradients(objective.modules)
-                if clip_norm is not None:
-                    scaler.unscale_(optimizer)
-                    ranks.clip_(weights, clip_norm)
-                scaler.step(optimizer)
-                scaler.update()
+                take.step(optimizer, weights, clip_norm)
                 for follower in followers:
                     follower.step(student)
                 position.step += 1

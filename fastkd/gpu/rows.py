@@ -57,7 +57,7 @@ def expected(
     # under the row's, and only the pair, with the row's maximum in hand, knows
     if value * 0.0 != 0.0:
         value, _ = pair_sweep(
-            student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, inverse, param,
+            student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, param,
             DIVERGENCE, "evict_last", SHIFTED, ACC, LANES, GROUP,
         )  # fmt: skip
     return value
@@ -126,7 +126,7 @@ def fused_kernel(
     d_s, d_t = norms(raw_s, raw_t)
     if EXPECTATION == "none":
         value, slopes = pair_sweep(
-            student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, inverse, param,
+            student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, param,
             DIVERGENCE, "evict_last", SHIFTED, ACC, LANES, GROUP,
         )  # fmt: skip
     else:
@@ -152,7 +152,7 @@ def fused_kernel(
             by = by * tl.load(scale + row)
         gradient_sweep(
             grad, student, teacher, start, stop, m_s, d_s, m_t, d_t, slopes, unit,
-            column, exponent, inverse, param, soft * inverse * by, hard * by, sure + spread, spread,
+            column, exponent, param, soft * inverse * by, hard * by, sure + spread, spread,
             DIVERGENCE, EXPECTATION == "teacher", label is not None, UNIT,
             EXPECTATION != "none", SHIFTED, ACC, LANES, GROUP,
         )  # fmt: skip
@@ -224,7 +224,7 @@ def loss_kernel(
         row_at(student, row, per_s, outer_s, inner_s),
         row_at(teacher, row, per_t, outer_t, inner_t),
         0, vocab, m_s, d_s, m_t, d_t,
-        scalar(exponent, ACC), scalar(inverse, ACC), scalar(param, ACC),
+        scalar(exponent, ACC), scalar(param, ACC),
         DIVERGENCE, "evict_first", False, ACC, LANES, GROUP,
     )  # fmt: skip
     tl.store(loss, value)
@@ -266,7 +266,7 @@ def grad_kernel(
         row_at(student, row, per_s, outer_s, inner_s),
         row_at(teacher, row, per_t, outer_t, inner_t),
         0, vocab, m_s, d_s, m_t, d_t, tl.load(slope + row).to(ACC), unit,
-        column, scalar(exponent, ACC), inverse, scalar(param, ACC),
+        column, scalar(exponent, ACC), scalar(param, ACC),
         scalar(soft, ACC) * inverse * by, scalar(hard, ACC) * by,
         scalar(sure, ACC) + spread, spread,
         DIVERGENCE, False, label is not None, UNIT, False, False, ACC, LANES, GROUP,

@@ -86,14 +86,13 @@ def named_logits(x, indices, start, count, ACC: tl.constexpr, POINTS: tl.constex
 
 @triton.jit
 def points(
-    logit, top, total, log_total, exponent, inverse, logp, param, centre,
+    logit, top, log_total, exponent, logp, param, centre,
     DIVERGENCE: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """Value and slope at named columns, and q; without a tail the slope itself, not centred."""
-    x = logit - top
-    q = tl.exp2(x * exponent) / total
-    logq = tl.fma(x, inverse, -log_total)
-    p = tl.exp2(logp * LOG2E)
+    logp = logp * LOG2E
+    logq = tl.fma(logit - top, exponent, -log_total)
+    p, q = tl.exp2(logp), tl.exp2(logq)
     value, slope = DIVERGENCE(logp, logq, p, q, q - p, param)
     if ALONE:
         slope = slope + centre * q
@@ -153,7 +152,7 @@ def sparse_kernel(
     base = row.to(tl.int64) * count
     logprobs, indices = logprobs + base, indices + base
     order = order + row.to(tl.int64) * (count + 1)
-    exponent, inverse = scalar(exponent, ACC), scalar(inverse, ACC)
+    exponent = scalar(exponent, ACC)
     param, soft, hard = scalar(param, ACC), scalar(soft, ACC), scalar(hard, ACC)
     sure, spread, centre = scalar(sure, ACC), scalar(spread, ACC), scalar(centre, ACC)
     nothing: tl.constexpr = -float("inf")
@@ -185,11 +184,12 @@ def sparse_kernel(
         if label is not None:
             units += tl.exp2((logit - m_row) * LOG2E)
     total = tl.sum(sums, 0)
-    share = scalar(0.0, ACC)  # what a unit of d_rest is of the row's sum
+    share = scalar(0.0, ACC)  # of the row's sum, a unit of d_rest
     if not RESTRICT:
         share = tl.exp2((m_rest - m_soft) * exponent)
         total += d_rest * share
-    log_total = tl.log(total)
+    log_total = tl.log2(total)
+    share = share / total
 
     values, slopes = tl.zeros([POINTS], ACC), tl.zeros([POINTS], ACC)
     wrong = tl.zeros([POINTS], ACC)
@@ -197,7 +197,7 @@ def sparse_kernel(
         place, _, there, logit = named_logits(student, indices, start, count, ACC, POINTS)
         logp = tl.load(logprobs + place, mask=place < count, other=nothing)
         value, slope, _ = points(
-            logit, m_soft, total, log_total, exponent, inverse, logp, param, centre,
+            logit, m_soft, log_total, exponent, logp, param, centre,
             DIVERGENCE, tail is None and not RESTRICT,
         )  # fmt: skip
         # of a bad index, in padding: a weight of 0 must not hide it
@@ -209,17 +209,17 @@ def sparse_kernel(
     of_rest = scalar(0.0, ACC)
     spoilt = tl.sum(wrong, 0)
     if tail is not None:
-        tail_p = tl.load(tail + row).to(ACC)
+        tail_p = tl.load(tail + row).to(ACC) * LOG2E
         spoilt += tl.where(tail_p != tail_p, 1.0, 0.0)
-        tail_q = (m_rest - m_soft) * inverse + (tl.log(d_rest) - log_total)
-        p_tail, q_tail = tl.exp2(tail_p * LOG2E), d_rest * share / total
+        tail_q = (m_rest - m_soft) * exponent + (tl.log2(d_rest) - log_total)
+        p_tail, q_tail = tl.exp2(tail_p), d_rest * share
         at_tail, tail_slope = DIVERGENCE(tail_p, tail_q, p_tail, q_tail, q_tail - p_tail, param)
         none = (d_rest == 0) & (tail_p == nothing)
         value += tl.where(none, 0.0, at_tail)
         tail_slope = tl.where(none, 0.0, tail_slope)
         slope_sum += tail_slope
         of_rest = tl.where(d_rest == 0, 0.0, tail_slope / d_rest)
-    value = tl.where((total == 0) | (spoilt > 0), float("nan"), soft * value)
+    value = tl.where((log_total == nothing) | (spoilt > 0), float("nan"), soft * value)
     slope_sum = tl.where(spoilt > 0, float("nan"), slope_sum)
 
     unit = scalar(1.0, ACC)
@@ -239,7 +239,7 @@ def sparse_kernel(
         by = scalar(factor, ACC)
         if scale is not None:
             by = by * tl.load(scale + row)
-        soft = soft * inverse * by
+        soft = soft * scalar(inverse, ACC) * by
         hard = hard * by
         target, spread = hard * (sure + spread), hard * spread
         hard = tl.where(unit == 0, float("nan"), hard / unit)
@@ -248,7 +248,7 @@ def sparse_kernel(
             place, index, there, logit = named_logits(student, indices, start, count, ACC, POINTS)
             logp = tl.load(logprobs + place, mask=place < count, other=nothing)
             _, slope, q = points(
-                logit, m_soft, total, log_total, exponent, inverse, logp, param, centre,
+                logit, m_soft, log_total, exponent, logp, param, centre,
                 DIVERGENCE, tail is None and not RESTRICT,
             )  # fmt: skip
             slope = tl.where((logp == nothing) & (logit == nothing), 0.0, slope)
@@ -257,8 +257,8 @@ def sparse_kernel(
                 out += hard * tl.exp2((logit - m_row) * LOG2E)
                 out -= tl.where(index == column, target, spread)
             tl.store(named + place, out, mask=there)
-        # q of a column is share / total times its exponential under the rest's own maximum
-        by_rest = soft * (of_rest - share / total * slope_sum)
+        # q of a column is share times its exponential under the rest's own maximum
+        by_rest = soft * (of_rest - share * slope_sum)
         by_rest = tl.where(value != value, float("nan"), by_rest)
         full = vocab // (LANES * GROUP) * (LANES * GROUP)
         for step in range(0, full, LANES * GROUP):

@@ -174,7 +174,7 @@ def pairs_kernel(
     value, slopes = pair_sweep(
         row_at(student, row, per_s, outer_s, inner_s, skew, GROUP),
         row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP),
-        begin, end, m_s, d_s, m_t, d_t, exponent, scalar(inverse, ACC), scalar(param, ACC),
+        begin, end, m_s, d_s, m_t, d_t, exponent, scalar(param, ACC),
         DIVERGENCE, "evict_last", SHIFTED, ACC, LANES, GROUP,
     )  # fmt: skip
     tl.store(sums + row * 2 * parts + part, value)
@@ -274,7 +274,7 @@ def grad_part_kernel(
         row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP),
         begin, end, tl.load(constants), tl.load(constants + 1), tl.load(constants + 2),
         tl.load(constants + 3), tl.load(constants + 4), tl.load(constants + 5),
-        column, scalar(exponent, ACC), inverse, scalar(param, ACC),
+        column, scalar(exponent, ACC), scalar(param, ACC),
         scalar(soft, ACC) * inverse * by, scalar(hard, ACC) * by,
         scalar(sure, ACC) + spread, spread,
         DIVERGENCE, EXPECTATION == "teacher", label is not None, UNIT,

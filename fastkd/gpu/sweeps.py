@@ -289,34 +289,28 @@ def quotient(a, b):
 
 
 @triton.jit
-def pair(
-    s, t, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, exponent, inverse, param,
-    DIVERGENCE: tl.constexpr,
-):  # fmt: skip
-    """Value and centred slope at a tile of logits, and q; (max, 1 / sum, log sum) of each side.
+def pair(s, t, m_s, log_s, m_t, log_t, exponent, param, DIVERGENCE: tl.constexpr):
+    """Value and centred slope at a tile of logits, and q; (max, log2 sum) of each side.
 
-    ratio is d_s / d_t. Identical sides must cancel to exactly 0 also where a product is contracted
-    with the sum it goes into: ptxas 12.9 does so to packed pairs (sm_100), whatever it is told.
-    Hence q - p as (e_s - e_t * ratio) / d_s, with ratio 1, and a plain tl.fma in the logarithms.
+    Identical sides must cancel to exactly 0 also where a product is contracted with the sum it goes
+    into: ptxas 12.9 does so to packed pairs (sm_100), whatever it is told. Hence the plain tl.fma,
+    and probabilities that are exponentials, with no product of their own.
     """
-    s, t = s - m_s, t - m_t
-    e_s, e_t = tl.exp2(s * exponent), tl.exp2(t * exponent)
-    logp, logq = tl.fma(t, inverse, -log_t), tl.fma(s, inverse, -log_s)
-    gap = tl.fma(-e_t, ratio, e_s) * inv_s
-    q = e_s * inv_s
-    value, slope = DIVERGENCE(logp, logq, e_t * inv_t, q, gap, param)
+    logp = tl.fma(t - m_t, exponent, -log_t)
+    logq = tl.fma(s - m_s, exponent, -log_s)
+    p, q = tl.exp2(logp), tl.exp2(logq)
+    value, slope = DIVERGENCE(logp, logq, p, q, q - p, param)
     return value, slope, q
 
 
 @triton.jit
 def pair_sweep(
-    student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, inverse, param,
+    student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, param,
     DIVERGENCE: tl.constexpr, POLICY: tl.constexpr, SHIFTED: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Sums of value and centred slope, from the last column to the first."""
-    inv_s, log_s, inv_t, log_t = 1.0 / d_s, tl.log(d_s), 1.0 / d_t, tl.log(d_t)
-    ratio = quotient(d_s, d_t)
+    log_s, log_t = tl.log2(d_s), tl.log2(d_t)
     values = tl.zeros([LANES], ACC)
     slopes = tl.zeros([LANES], ACC)
     first, full, head = unmasked(start, stop, SHIFTED, LANES, GROUP)
@@ -324,18 +318,14 @@ def pair_sweep(
         # columns past the end are -inf on both sides, which is worth 0 to every divergence
         s = load(student, full, stop, True, POLICY, ACC, LANES, GROUP, start, SHIFTED)
         t = load(teacher, full, stop, True, POLICY, ACC, LANES, GROUP, start, SHIFTED)
-        value, slope, _ = pair(
-            s, t, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, exponent, inverse, param, DIVERGENCE
-        )
+        value, slope, _ = pair(s, t, m_s, log_s, m_t, log_t, exponent, param, DIVERGENCE)
         values += tl.sum(value, 1)
         slopes += tl.sum(slope, 1)
     for back in range(0, full - first, LANES * GROUP):
         at = full - LANES * GROUP - back
         s = load(student, at, stop, False, POLICY, ACC, LANES, GROUP)
         t = load(teacher, at, stop, False, POLICY, ACC, LANES, GROUP)
-        value, slope, _ = pair(
-            s, t, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, exponent, inverse, param, DIVERGENCE
-        )
+        value, slope, _ = pair(s, t, m_s, log_s, m_t, log_t, exponent, param, DIVERGENCE)
         values += tl.sum(value, 1)
         slopes += tl.sum(slope, 1)
     if SHIFTED:
@@ -344,8 +334,7 @@ def pair_sweep(
             s = load(student, at, stop, True, POLICY, ACC, LANES, GROUP, start, True)
             t = load(teacher, at, stop, True, POLICY, ACC, LANES, GROUP, start, True)
             value, slope, _ = pair(
-                s, t, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, exponent, inverse, param,
-                DIVERGENCE,
+                s, t, m_s, log_s, m_t, log_t, exponent, param, DIVERGENCE,
             )  # fmt: skip
             values += tl.sum(value, 1)
             slopes += tl.sum(slope, 1)
@@ -354,25 +343,23 @@ def pair_sweep(
 
 @triton.jit
 def gradient_tile(
-    grad, student, teacher, at, start, stop, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
-    slopes, inv_unit, column, exponent, inverse, param, soft, hard, target, spread,
+    grad, student, teacher, at, start, stop, m_s, log_s, m_t, log_t,
+    slopes, column, exponent, param, soft, hard, target, spread,
     DIVERGENCE: tl.constexpr, CENTRED: tl.constexpr, HARD: tl.constexpr, UNIT: tl.constexpr,
     MASKED: tl.constexpr, SHIFTED: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     s = load(student, at, stop, MASKED, "evict_first", ACC, LANES, GROUP, start, SHIFTED)
     t = load(teacher, at, stop, MASKED, "evict_first", ACC, LANES, GROUP, start, SHIFTED)
-    _, out, q = pair(
-        s, t, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, exponent, inverse, param, DIVERGENCE
-    )
+    _, out, q = pair(s, t, m_s, log_s, m_t, log_t, exponent, param, DIVERGENCE)
     if not CENTRED:
         out = out - q * slopes
     out = out * soft
     if HARD:
         if UNIT:
-            q = tl.exp2((s - m_s) * LOG2E) * inv_unit
+            q = tl.exp2((s - m_s) * LOG2E)
         here = columns(at, LANES, GROUP)
-        out += hard * (q - tl.where(here == column, target, spread))
+        out += hard * q - tl.where(here == column, target, spread)
     out = out.to(grad.dtype.element_ty)
     store(grad, out, at, start, stop, MASKED, SHIFTED, LANES, GROUP)
 
@@ -380,7 +367,7 @@ def gradient_tile(
 @triton.jit
 def gradient_sweep(
     grad, student, teacher, start, stop, m_s, d_s, m_t, d_t, slopes, unit,
-    column, exponent, inverse, param, soft, hard, target, spread,
+    column, exponent, param, soft, hard, target, spread,
     DIVERGENCE: tl.constexpr, CENTRED: tl.constexpr, HARD: tl.constexpr, UNIT: tl.constexpr,
     REVERSE: tl.constexpr, SHIFTED: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
@@ -390,30 +377,31 @@ def gradient_sweep(
     CENTRED: the slopes are known to sum to 0. UNIT: T is not 1, and q at T = 1 takes another
     exponential. A tile is written after it is read: `grad` may be the student's memory.
     """
-    inv_s, log_s, inv_t, log_t = 1.0 / d_s, tl.log(d_s), 1.0 / d_t, tl.log(d_t)
-    ratio = quotient(d_s, d_t)
-    inv_unit = 1.0 / unit
+    log_s, log_t = tl.log2(d_s), tl.log2(d_t)
+    target, spread = hard * target, hard * spread
+    if UNIT:
+        hard = hard / unit
     # q of a student that is impossible everywhere is 0 by `norms`, but has no cross-entropy
     hard = tl.where(unit == 0, float("nan"), hard)
     first, full, head = unmasked(start, stop, SHIFTED, LANES, GROUP)
     for step in range(0, full - first, LANES * GROUP):
         at = full - LANES * GROUP - step if REVERSE else first + step
         gradient_tile(
-            grad, student, teacher, at, start, stop, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
-            slopes, inv_unit, column, exponent, inverse, param, soft, hard, target, spread,
+            grad, student, teacher, at, start, stop, m_s, log_s, m_t, log_t,
+            slopes, column, exponent, param, soft, hard, target, spread,
             DIVERGENCE, CENTRED, HARD, UNIT, False, SHIFTED, ACC, LANES, GROUP,
         )  # fmt: skip
     if stop % (LANES * GROUP) != 0:  # asked again: cheaper than kept through the loop
         gradient_tile(
-            grad, student, teacher, full, start, stop, m_s, inv_s, log_s, m_t, inv_t, log_t, ratio,
-            slopes, inv_unit, column, exponent, inverse, param, soft, hard, target, spread,
+            grad, student, teacher, full, start, stop, m_s, log_s, m_t, log_t,
+            slopes, column, exponent, param, soft, hard, target, spread,
             DIVERGENCE, CENTRED, HARD, UNIT, True, SHIFTED, ACC, LANES, GROUP,
         )  # fmt: skip
     if SHIFTED:
         if head:
             gradient_tile(
                 grad, student, teacher, first - LANES * GROUP, start, stop,
-                m_s, inv_s, log_s, m_t, inv_t, log_t, ratio, slopes, inv_unit, column,
-                exponent, inverse, param, soft, hard, target, spread,
+                m_s, log_s, m_t, log_t, slopes, column,
+                exponent, param, soft, hard, target, spread,
                 DIVERGENCE, CENTRED, HARD, UNIT, True, True, ACC, LANES, GROUP,
             )  # fmt: skip

@@ -1,1 +1,1 @@
-"""fastkd inside the frameworks that people train with: one small file for each."""
+"""fastkd inside other frameworks: one small file each, imported by name."""

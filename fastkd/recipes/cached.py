@@ -58,8 +58,8 @@ class Model(nn.Sequential):
 
 
 @cache
-def tokens(task: Task) -> tuple[Tensor, Tensor]:
-    """Numbers of the tokens in training files and in held-out ones; the rarest are all 0."""
+def sources() -> tuple[list[str], list[str]]:
+    """Training files and held-out ones of the Python standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [*sorted(root.glob("*.py")), *sorted(root.glob("[a-z]*/*.py"))]
     texts: list[str] = []
@@ -69,9 +69,15 @@ def tokens(task: Task) -> tuple[Tensor, Tensor]:
         if sum(map(len, texts)) > CHARACTERS:
             break
     # every tenth file is held out, whole
-    sides = [[x for i, x in enumerate(texts) if (i % 10 == 0) == held] for held in (False, True)]
+    train, held_out = ([x for i, x in enumerate(texts) if (i % 10 == 0) == h] for h in (0, 1))
+    return train, held_out
+
+
+@cache
+def tokens(task: Task) -> tuple[Tensor, Tensor]:
+    """Numbers of the tokens in training files and in held-out ones; the rarest are all 0."""
     split = re.compile(task.pattern)
-    words = [[word for text in side for word in split.findall(text)] for side in sides]
+    words = [[word for text in side for word in split.findall(text)] for side in sources()]
     known = [word for word, _ in Counter(words[0]).most_common(task.vocab - 1)]
     number = {word: i + 1 for i, word in enumerate(known)}
     train, held_out = (torch.tensor([number.get(word, 0) for word in side]) for side in words)

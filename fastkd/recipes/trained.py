@@ -42,7 +42,7 @@ def seen_labels(data: Digits) -> Tensor:
 
 
 def fit(
-    model: nn.Module, batches: Sequence[Row], loss: Any, lr: float = 1e-2, **options: Any
+    model: nn.Module, batches: Sequence[Any], loss: Any, lr: float = 1e-2, **options: Any
 ) -> Any:
     """The model, trained."""
     distill.train(model, batches, loss, lr=lr, progress=False, **options)

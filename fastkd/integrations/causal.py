@@ -1,0 +1,248 @@
+"""The loss of a causal language model's distillation, as a Trainer calls it.
+
+A Trainer hands its loss function the student's outputs, the labels and a count of tokens. What else
+the loss needs, it sees by hooks on the student: the inputs, for the teacher, and the hidden states
+at the head, from which the logits are never built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastkd
+
+from .heads import Head, head_of, linear_logits, uncached, vocabulary
+
+IGNORED = -100  # torch's own label for a row that does not count
+# of the student's inputs, what says how it is to answer and not what is asked
+NOT_ASKED = {"labels", "num_items_in_batch", "past_key_values", "use_cache", "logits_to_keep"}
+NOT_ASKED |= {"return_dict", "output_hidden_states", "output_attentions", "return_loss"}
+
+
+class DistillationLoss:
+    """What `DistillationTrainer` and `compute_loss_func` call: a Trainer's loss function.
+
+        alpha CE(labels, q) + (1 - alpha) T^2 D(p, q),   summed over the kept tokens of a
+        micro-batch, over `num_items_in_batch`
+
+    While it watches a student, it sees the inputs of its forward and, with linear=True, the hidden
+    states at its head. In training the student's own logits are then [B, 0, V], of no position;
+    without gradient (`generate`) and in eval mode they are whole.
+
+    Args:
+        teacher: a `PreTrainedModel`, which is frozen; None where each batch holds `teacher`: logits
+            [B, L, V] or a `TopK` [B, L, K], row i for the token behind position i.
+        linear: logits of both models by `LinearLogits`; False: those that they build themselves.
+        pack: leave ignored tokens out of the head's products, see `LinearLogits`.
+        **options: of `fastkd.distillation_loss`: temperature, alpha, divergence, t_squared,
+            label_smoothing, vocab_size.
+
+    Raises:
+        TypeError, ValueError: an option that the loss refuses or that is the Trainer's.
+    """
+
+    def __init__(
+        self, teacher: Any = None, *, linear: bool = True, pack: bool = False, **options: Any
+    ) -> None:
+        for name in ("labels", "ignore_index", "weight", "reduction", "normalizer", "group"):
+            if name in options:
+                raise TypeError(
+                    f"{name}: got {options[name]!r}, expected no such option: it is set here"
+                )
+        nothing = torch.zeros(1, 2)
+        trial = {k: v for k, v in options.items() if k != "vocab_size"}
+        fastkd.distillation_loss(nothing, nothing, torch.zeros(1, dtype=torch.long), **trial)
+        self.teacher, self.linear, self.pack, self.options = teacher, bool(linear), pack, options
+        self.trims = False  # also in eval mode: nobody wants these logits
+        self.detach: Callable[[], None] = lambda: None
+        self._student: Any = None
+        self._heads: tuple[Head | None, Head | None] = (None, None)
+        self._seen = _Seen()
+        self._checked = False
+        self._uncached: dict[str, Any] = {}
+        if teacher is not None:
+            self._uncached = uncached(teacher)
+            teacher.requires_grad_(False)
+            teacher.eval()
+
+    def prepare(self, student: Any) -> None:
+        """Read and compare the heads of student and teacher; the errors before the first step."""
+        if student is self._student:
+            return
+        teacher, asked = self.teacher, self.options.get("vocab_size")
+        if teacher is student:
+            raise ValueError("teacher: got the student itself, expected a model of its own")
+        sizes = [vocabulary(model) for model in (student, teacher) if model is not None]
+        if asked is None and None not in sizes and len(set(sizes)) > 1:
+            raise ValueError(
+                f"teacher: got a vocabulary of {sizes[1]}, expected the student's {sizes[0]}; "
+                "where both begin with the same tokens and the rest is padding, say how many: "
+                "vocab_size="
+            )
+        if asked is not None and any(size is not None and size < asked for size in sizes):
+            raise ValueError(
+                f"vocab_size: got {asked}, expected at most {min(filter(None, sizes))}, the "
+                "smaller of the models' vocabularies"
+            )
+        if self.linear:
+            self._heads = (head_of(student), None if teacher is None else head_of(teacher))
+        self._student, self._checked = student, False
+
+    @contextmanager
+    def watching(self, student: Any) -> Iterator[None]:
+        """Hooks on `student` for one call of its forward and of this loss."""
+        remove = self.attach(student)
+        try:
+            yield
+        finally:
+            remove()
+
+    def attach(self, student: Any) -> Callable[[], None]:
+        """Put hooks on `student`; returns what removes them."""
+        self.prepare(student)
+        seen, head, pack = self._seen, self._heads[0], self.pack
+
+        # plain functions, which a deep copy of the student shares: no teacher is copied with it
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if module is not student:
+                return None
+            seen.clear()
+            kwargs = dict(kwargs)
+            seen.stored, seen.shifted = (
+                kwargs.pop("teacher", None),
+                kwargs.pop("shift_labels", None),
+            )
+            named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+            seen.inputs = {k: v for k, v in named.items() if k not in NOT_ASKED}
+            return args, kwargs
+
+        def inside(module: nn.Module, args: tuple[Any, ...]) -> None:
+            kind = args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"
+            seen.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+        def at_head(hidden: Tensor) -> None:
+            # made here, where the logits would be made: accelerate's autocast ends with the forward
+            assert head is not None
+            seen.logits = head.logits(hidden, pack=pack)
+
+        def trim() -> bool:
+            return self.trims or (student.training and torch.is_grad_enabled())
+
+        hooks = [student.register_forward_pre_hook(before, with_kwargs=True)]
+        hooks.append(student.get_input_embeddings().register_forward_pre_hook(inside))
+        if head is not None:
+            hooks.append(head.watch(at_head, trim=trim))
+
+        def remove() -> None:
+            for hook in hooks:
+                hook.remove()
+            seen.clear()
+
+        return remove
+
+    def __call__(
+        self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | float | None = None
+    ) -> Tensor:
+        """The loss of the forward that the student has just run."""
+        seen = self._seen
+        inputs, stored, shifted = seen.inputs, seen.stored, seen.shifted
+        student, autocast = seen.logits, seen.autocast
+        seen.clear()
+        if inputs is None:
+            raise RuntimeError(
+                "student: got outputs of a forward that was not seen; is it the model given to the "
+                "Trainer, in one process per device?"
+            )
+        if not self.linear:
+            student = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        labels = self._targets(labels, shifted, inputs)
+        if student is None or student.shape[:-1] != labels.shape:
+            got = None if student is None else list(student.shape)
+            raise ValueError(
+                f"labels: got {list(labels.shape)} for logits {got}, expected one label for each "
+                "position"
+            )
+        teacher = self._said(inputs, stored, autocast, student.device)
+        loss = fastkd.distillation_loss(
+            student, teacher, labels, normalizer=num_items_in_batch, **self.options
+        )
+        aux = getattr(outputs, "aux_loss", None)
+        if aux is not None:  # a mixture of experts' load balance, as its own forward adds it
+            loss = loss + self._student.config.router_aux_loss_coef * aux.to(loss.device)
+        return loss
+
+    def _targets(
+        self, labels: Tensor | None, shifted: Tensor | None, inputs: dict[str, Any]
+    ) -> Tensor:
+        """Labels [B, L] of the token behind each position, -100 where there is none to count."""
+        if labels is None:
+            raise ValueError(
+                "labels: got none in the batch, expected input_ids with -100 where a token does "
+                "not count, as DataCollatorForLanguageModeling(mlm=False) gives them"
+            )
+        if shifted is not None:
+            return shifted
+        if not self._checked:
+            _check_unshifted(labels, inputs.get("input_ids"))
+            self._checked = True
+        return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+
+    def _said(
+        self,
+        inputs: dict[str, Any],
+        stored: Any,
+        autocast: tuple[str, torch.dtype, bool] | None,
+        device: torch.device,
+    ) -> Any:
+        teacher = self.teacher
+        if (teacher is None) == (stored is None):
+            given = "neither a model nor" if teacher is None else "a model and also"
+            raise ValueError(
+                f"teacher: got {given} a batch with what it said, expected one of them: teacher=, "
+                "or the batch's key 'teacher' (logits [B, L, V] or a TopK)"
+            )
+        if teacher is None:
+            return stored.to(device, non_blocking=True)
+        if getattr(teacher, "hf_device_map", None) is None and teacher.device != device:
+            teacher.to(device)
+        teacher.eval()  # whatever was done to it since
+        as_student: Any = nullcontext()
+        if autocast is not None:
+            as_student = torch.autocast(autocast[0], dtype=autocast[1], enabled=autocast[2])
+        with torch.no_grad(), as_student:
+            inputs = inputs | self._uncached
+            if self.linear:
+                return linear_logits(teacher, inputs, self._heads[1])[0]
+            return teacher(**inputs).logits
+
+
+class _Seen:
+    """What the hooks saw of the student's last forward."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.inputs: dict[str, Any] | None = None
+        self.stored: Any = None
+        self.shifted: Tensor | None = None
+        self.logits: fastkd.LinearLogits | None = None
+        self.autocast: tuple[str, torch.dtype, bool] | None = None
+
+
+def _check_unshifted(labels: Tensor, tokens: Tensor | None) -> None:
+    if tokens is None or tokens.shape != labels.shape:
+        return
+    kept, own = labels != IGNORED, labels == tokens
+    ahead = (labels[..., :-1] == tokens[..., 1:]) | ~kept[..., :-1]
+    if bool(ahead.all() & (kept[..., :-1] & ~own[..., :-1]).any()):
+        raise ValueError(
+            "labels: got input_ids shifted by one already, expected input_ids themselves (-100 "
+            "where a token does not count): they are shifted here, once"
+        )

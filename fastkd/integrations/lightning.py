@@ -1,0 +1,153 @@
+"""A frozen teacher beside any LightningModule, or in a loop of Lightning Fabric.
+
+A teacher that is an attribute of a LightningModule is a part of it: its weights go into every
+checkpoint and, from `self.parameters()`, into the optimizer, and `fit` puts it into train mode. A
+callback holds it instead.
+
+    >>> import torch, lightning
+    >>> from fastkd.integrations.lightning import Distillation
+    >>> class Student(lightning.LightningModule):
+    ...     def __init__(self, distillation):
+    ...         super().__init__()
+    ...         self.net, self.distillation = torch.nn.Linear(5, 3), distillation
+    ...
+    ...     def training_step(self, batch, _):
+    ...         inputs, labels = batch
+    ...         return self.distillation.distillation_step(self.net(inputs), inputs, labels)
+    ...
+    ...     def configure_optimizers(self):
+    ...         return torch.optim.AdamW(self.parameters())
+    >>> distillation = Distillation(torch.nn.Linear(5, 3), temperature=2.0, alpha=0.5)
+    >>> student = Student(distillation)
+    >>> data = torch.utils.data.TensorDataset(torch.randn(8, 5), torch.randint(3, (8,)))
+    >>> trainer = lightning.Trainer(
+    ...     max_epochs=1, callbacks=[distillation], accelerator="cpu", logger=False,
+    ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    ... )
+    >>> trainer.fit(student, torch.utils.data.DataLoader(data, 4))
+    >>> sorted(student.state_dict())
+    ['net.bias', 'net.weight']
+
+In a loop of Fabric `distillation_step` is the same line; `check` does what `fit` would:
+
+    >>> fabric = lightning.Fabric(accelerator="cpu")
+    >>> net = torch.nn.Linear(5, 3)
+    >>> model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters()))
+    >>> distillation.check(model, [optimizer])
+    >>> for inputs, labels in fabric.setup_dataloaders(torch.utils.data.DataLoader(data, 4)):
+    ...     loss = distillation.distillation_step(model(inputs), inputs, labels)
+    ...     fabric.backward(loss)
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastkd
+from fastkd.distill.batch import Outputs, forward, tensors
+
+VERSIONS = (2, 3)  # of Lightning: from the first, below the second
+
+try:
+    _lightning: Any = importlib.import_module("lightning")
+    _callbacks: Any = importlib.import_module("lightning.pytorch")
+except ImportError:  # the same under its older name
+    _lightning = _callbacks = importlib.import_module("pytorch_lightning")
+
+
+class Distillation(_callbacks.Callback):  # type: ignore[misc]
+    """Freezes a teacher, keeps it in eval mode and out of the student, and gives the loss.
+
+        alpha CE(labels, softmax(student)) + (1 - alpha) T^2 D(p, q)
+
+    Give it to `Trainer(callbacks=[...])` and to the LightningModule, which calls
+    `distillation_step`. A mean runs over the batch at hand: with `accumulate_grad_batches` or
+    several processes, give `normalizer` for one over all labels of a step.
+
+    Args:
+        teacher: a module, inputs -> logits [..., V] or an output with `logits`. Frozen here: eval
+            mode, no parameter requires grad.
+        **options: of `fastkd.distillation_loss` (temperature, alpha, divergence, ...); those of
+            `distillation_step` come on top.
+
+    Raises:
+        TypeError: a teacher that is no module.
+        RuntimeError: a version of Lightning that is not known.
+        ValueError: when training starts: a teacher that is a part of the student, is in train mode
+            or requires grad again, or whose parameters are in an optimizer.
+
+    Hinton et al. 2015, arXiv 1503.02531.
+    """
+
+    def __init__(self, teacher: nn.Module, **options: Any) -> None:
+        super().__init__()
+        _check_version(_lightning.__version__)
+        if not isinstance(teacher, nn.Module):
+            raise TypeError(f"teacher: got {type(teacher).__name__}, expected a module")
+        self.teacher, self.options = teacher.requires_grad_(False).eval(), options
+
+    def distillation_step(
+        self, student: Any, inputs: Any, labels: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            student: the student's logits [..., V], an output with `logits`, or a
+                `fastkd.LinearLogits`.
+            inputs: what the teacher sees: a tensor, or a dict of its keyword arguments.
+            labels: [...] integers; may be None with alpha=0.
+            **options: of `fastkd.distillation_loss`, before those of the constructor.
+        """
+        if self.teacher.training:  # whoever else holds it may have switched it
+            self.teacher.eval()
+        first = next(tensors(inputs), None)
+        if first is not None:
+            self.teacher.to(first.device)
+        with torch.no_grad():
+            said = Outputs(forward(self.teacher, inputs)).logits
+        mine = student if isinstance(student, fastkd.LinearLogits) else Outputs(student).logits
+        return fastkd.distillation_loss(mine, said, labels, **{**self.options, **options})
+
+    def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        self.check(pl_module, ())
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        self.check(pl_module, trainer.optimizers)
+
+    def check(self, student: nn.Module, optimizers: Iterable[Any]) -> None:
+        """Raise ValueError for a teacher that would be trained or saved with the student."""
+        inside = {id(part): name for name, part in student.named_modules()}
+        if id(self.teacher) in inside:
+            raise ValueError(
+                f"teacher: got {inside[id(self.teacher)]!r}, a part of the student, which would "
+                "train and save it; keep it in this callback alone"
+            )
+        for name, part in self.teacher.named_modules():
+            if part.training:
+                where = f"{name!r} of it" if name else "it"
+                raise ValueError(f"teacher: got {where} in train mode, expected eval mode")
+        own = list(self.teacher.named_parameters())
+        for name, weight in own:
+            if weight.requires_grad:
+                raise ValueError(f"teacher: got {name!r} that requires grad, expected it frozen")
+        known = {id(weight) for _, weight in own}
+        for optimizer in optimizers:
+            shared = sum(id(p) in known for g in optimizer.param_groups for p in g["params"])
+            if shared:
+                raise ValueError(
+                    f"optimizer: got {shared} parameters of the teacher, expected none"
+                )
+
+
+def _check_version(version: str) -> None:
+    found, (least, below) = re.match(r"\d+", version), VERSIONS
+    if found is None or not least <= int(found.group()) < below:
+        raise RuntimeError(f"lightning: got version {version}, expected {least}.x")

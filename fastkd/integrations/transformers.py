@@ -1,0 +1,187 @@
+"""Distillation in transformers' Trainer.
+
+`DistillationTrainer` is the Trainer with a teacher; `compute_loss_func` puts the same loss into the
+plain one, or into a subclass of one's own. Both leave the Trainer's conventions as they are: labels
+are input_ids with -100 where a token does not count, and are shifted here, once; the loss is summed
+over the kept tokens and divided by `num_items_in_batch`, those of all micro-batches of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .causal import DistillationLoss
+from .heads import head_of, linear_logits
+
+try:
+    import transformers
+    from transformers.integrations import is_deepspeed_zero3_enabled
+except ImportError as error:
+    raise ImportError(
+        "transformers: not installed, expected 5.0 or newer; pip install 'fastkd[hf]'"
+    ) from error
+
+__all__ = ["DistillationLoss", "DistillationTrainer", "compute_loss_func", "head_of"]
+__all__ += ["linear_logits"]
+
+# from 5.0 on a loss function's result is never divided by the accumulation steps again, and tokens
+# are counted for it whatever the model's forward accepts
+OLDEST = (5, 0)
+
+
+def _check_version(version: str = transformers.__version__) -> None:
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        raise ImportError(
+            f"transformers: got version {version}, expected {'.'.join(map(str, OLDEST))} or newer: "
+            "earlier ones divide a loss by the accumulation steps in ways of their own"
+        )
+
+
+_check_version()
+
+
+def compute_loss_func(
+    student: Any, teacher: Any = None, *, linear: bool = True, pack: bool = False, **loss: Any
+) -> DistillationLoss:
+    """The distillation loss as `compute_loss_func` of a plain transformers Trainer.
+
+    The Trainer hands a loss function only outputs, labels and the count of tokens, so hooks stay on
+    the student: they keep what its forward got, for the teacher. In training the student's own
+    logits are then [B, 0, V], of no position, except without gradient (`generate`). A batch with a
+    stored `teacher` needs remove_unused_columns=False. `label_smoothing_factor` is not read by the
+    Trainer beside a loss function: give label_smoothing here.
+
+    Args:
+        student: the model that is given to the Trainer.
+        teacher, linear, pack, **loss: as in `DistillationLoss`.
+
+    Returns:
+        A callable (outputs, labels, num_items_in_batch) -> 0-d loss; `.detach()` takes the hooks
+        off the student.
+
+    Raises:
+        TypeError, ValueError: a head that cannot be read, another vocabulary, a refused option.
+
+    >>> import torch, tempfile
+    >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+    >>> from fastkd.integrations.transformers import compute_loss_func
+    >>> size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    >>> heads = dict(num_attention_heads=2, num_key_value_heads=2)
+    >>> config = LlamaConfig(vocab_size=99, **size, **heads)
+    >>> teacher, student = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    >>> tokens = torch.randint(99, (8, 12))
+    >>> data = [{"input_ids": row, "labels": row} for row in tokens]
+    >>> folder = tempfile.mkdtemp()
+    >>> args = TrainingArguments(folder, max_steps=2, report_to=[], disable_tqdm=True, use_cpu=True)
+    >>> loss = compute_loss_func(student, teacher, temperature=2.0, alpha=0.1)
+    >>> trainer = Trainer(student, args, train_dataset=data, compute_loss_func=loss)
+    >>> output = trainer.train()  # doctest: +ELLIPSIS
+    {'train_runtime': ...}
+    >>> output.global_step
+    2
+    """
+    function = DistillationLoss(teacher, linear=linear, pack=pack, **loss)
+    function.detach = function.attach(student)
+    return function
+
+
+class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
+    """transformers' Trainer whose loss is that of distillation; everything else is the Trainer's.
+
+        alpha CE(labels, q) + (1 - alpha) T^2 D(p, q),   p = softmax(teacher / T), q of the student
+
+    Labels are shifted once, -100 is left out, and the sum over tokens is divided by those of all
+    micro-batches of the step (`num_items_in_batch`). Evaluation gives the same loss as eval_loss,
+    and `compute_metrics` whole logits. The teacher is frozen, in eval mode, on the student's
+    device, and not a part of the checkpoints. `label_smoothing_factor` smooths the hard labels.
+
+    Args:
+        *args, **kwargs: the Trainer's own.
+        teacher: a `PreTrainedModel`; None where batches hold `teacher`, see `DistillationLoss`.
+        loss: options of `fastkd.distillation_loss`, as {"temperature": 2.0, "alpha": 0.1}:
+            temperature, alpha, divergence, t_squared, label_smoothing, vocab_size.
+        linear: logits of both models by `LinearLogits`, never built; False: dense ones.
+        pack: leave ignored tokens out of the head's products, see `LinearLogits`.
+
+    Raises:
+        TypeError, ValueError: before the first step: a head that cannot be read, another
+            vocabulary without vocab_size, a refused option, several GPUs in one process, weights
+            that are sharded with linear=True; on the first batch: labels that are shifted already.
+
+    >>> import torch, tempfile
+    >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+    >>> from fastkd.integrations.transformers import DistillationTrainer
+    >>> size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    >>> heads = dict(num_attention_heads=2, num_key_value_heads=2)
+    >>> config = LlamaConfig(vocab_size=99, **size, **heads)
+    >>> teacher, student = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    >>> tokens = torch.randint(99, (8, 12))
+    >>> data = [{"input_ids": row, "labels": row} for row in tokens]
+    >>> folder = tempfile.mkdtemp()
+    >>> args = TrainingArguments(folder, max_steps=2, report_to=[], disable_tqdm=True, use_cpu=True)
+    >>> trainer = DistillationTrainer(
+    ...     student,
+    ...     args,
+    ...     train_dataset=data,
+    ...     teacher=teacher,
+    ...     loss={"temperature": 2.0, "alpha": 0.1},
+    ... )
+    >>> output = trainer.train()  # doctest: +ELLIPSIS
+    {'train_runtime': ...}
+    >>> output.global_step
+    2
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: Any = None,
+        loss: Mapping[str, Any] | None = None,
+        linear: bool = True,
+        pack: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("compute_loss_func") is not None:
+            raise TypeError("compute_loss_func: got one, expected none: the loss is set by loss=")
+        options = dict(loss or {})
+        function = DistillationLoss(teacher, linear=linear, pack=pack, **options)
+        super().__init__(*args, **{**kwargs, "compute_loss_func": function})
+        self.distillation = function
+        if self.args.label_smoothing_factor:
+            if "label_smoothing" in options:
+                raise ValueError(
+                    f"label_smoothing: got {options['label_smoothing']!r} in loss beside "
+                    f"label_smoothing_factor={self.args.label_smoothing_factor}, expected one"
+                )
+            function.options["label_smoothing"] = self.args.label_smoothing_factor
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"args: got {self.args.n_gpu} GPUs in one process, expected one process for each: "
+                "start with torchrun or accelerate launch"
+            )
+        if linear and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "linear: got True with weights that are sharded outside of a model's forward "
+                "(FSDP, ZeRO-3), expected linear=False (dense logits)"
+            )
+        function.prepare(self.model)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        # hooks for this call alone: whoever else calls the student finds it as it was
+        with self.distillation.watching(self.model):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        self.distillation.trims = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        finally:
+            self.distillation.trims = False
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "teacher" not in self._signature_columns:
+            self._signature_columns.append("teacher")
