@@ -61,20 +61,32 @@ def shard(model: nn.Module) -> None:
         fully_shard(part, mesh=mesh)
 
 
+def split(model: nn.Module) -> None:
+    """Two by two: the head's columns over one dimension, and all of it in shards over the other."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    parallelize_module(model, mesh["tp"], {"2": ColwiseParallel(use_local_output=False)})
+    fully_shard(model, mesh=mesh["dp"])
+
+
 def run(kind: str, *, micro: int = 1, rank: int = 0, world: int = 1, **more: Any) -> dict[str, Any]:
     """Three epochs of the student in one process (""), in "ddp" or in "fsdp" with its teacher."""
     student, teacher = net(0), net(1)
     torch.manual_seed(2 + rank)  # the terms' own weights begin as rank 0 has them
-    projector = nn.Linear(V, V)
+    projector = nn.Linear(7, 7)
     average = distill.Average(student, 0.9)
-    if kind == "fsdp":
-        for model in (student, teacher.requires_grad_(False), average.model):
-            shard(model)
+    sharded = {"fsdp": shard, "2d": split}.get(kind)
+    if sharded:
+        shard(teacher.requires_grad_(False))
+        for model in (student, average.model):
+            sharded(model)
     trained = nn.parallel.DistributedDataParallel(student) if kind == "ddp" else student
     terms = [
         distill.hard(),
         distill.soft(0.5),
-        distill.feature("2", "2", nn.functional.mse_loss, projector=projector),
+        distill.feature("1", "1", nn.functional.mse_loss, projector=projector),
     ]
     adam = more.pop("adam", True)
     sgd = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
@@ -90,12 +102,12 @@ def run(kind: str, *, micro: int = 1, rank: int = 0, world: int = 1, **more: Any
         accumulate=micro,
         **(options | more),
     )
-    if kind == "fsdp":  # the teacher lies in shards between its calls, the outermost part as well
+    if sharded:  # the teacher lies in shards between its calls, the outermost part as well
         assert all(type(p).__name__ == "DTensor" for p in teacher.parameters())
     state = nn.ModuleDict({"s": student, "e": average.model, "p": projector}).state_dict()
     found: dict[str, Any] = {}
     for name, x in state.items():
-        if kind == "fsdp" and not name.startswith("p"):
+        if sharded and not name.startswith("p"):
             assert type(x).__name__ == "DTensor"
         found[name] = getattr(x, "full_tensor", lambda x=x: x)().detach().clone()
     return {"state": found, "steps": steps}
@@ -214,6 +226,16 @@ def four(folder: str) -> None:
         found = here("fsdp", checkpoint=kept)
         assert len(found["steps"]) == 6
         assert_same(found, expected, f"{kind} on four ranks")
+    rank = dist.get_rank() // 2
+    kept = distill.Checkpoints(Path(folder) / "2d", every=5)
+    assert_same(run("2d", rank=rank, world=2, checkpoint=kept), expected, "two by two")
+    told: list[int] = []
+    kept = distill.Checkpoints(Path(folder) / "fsdp-0", resume=True)
+    loader = Rows(rank, 2)
+    found = run("2d", loader=loader, rank=rank, checkpoint=kept, log=lambda _, at: told.append(at))
+    assert len(found["steps"]) == 0 and not told  # of a run that was over
+    for name, value in expected["state"].items():
+        assert (found["state"][name] - value).abs().max() <= 1e-6, name
 
 
 def test_two_ranks_and_their_checkpoints(tmp_path: Path) -> None:

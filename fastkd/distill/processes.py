@@ -77,12 +77,13 @@ class Ranks:
     def __init__(self, student: nn.Module) -> None:
         self.student = student
         self._groups: list[Any] = []
-        placed: Any = next((p for p in student.parameters() if is_placed(p)), None)
-        self.sharded = placed is not None
+        placed: list[Any] = [p for p in student.parameters() if is_placed(p)]
+        meshes = [p.device_mesh for p in placed]
+        self.sharded = bool(meshes)
         if isinstance(student, nn.parallel.DistributedDataParallel):
             self._groups = [student.process_group]
-        elif placed is not None:
-            self._groups = list(placed.device_mesh.get_all_groups())
+        elif meshes:  # the widest: of tensor parallel within fully_shard some weights have but one
+            self._groups = list(max(meshes, key=lambda mesh: mesh.size()).get_all_groups())
         self.size = 1
         for group in self._groups:
             self.size *= dist.get_world_size(group)
