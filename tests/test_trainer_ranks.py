@@ -130,6 +130,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], what: str) -> N
 
 def two(folder: str) -> None:
     steps_of_one_process()
+    peers_of_one_process()
     what_is_told(Path(folder))
     what_stops_all()
     checkpoints(Path(folder))
@@ -142,6 +143,26 @@ def steps_of_one_process() -> None:
             for micro in (1, 2):
                 found = here(kind, micro=micro, adam=adam)
                 assert_same(found, expected, f"{kind}, {micro} micro-batches, adam={adam}")
+
+
+def peers_of_one_process() -> None:
+    """A peer that learns, whole on every rank."""
+    states = []
+    for rank, world in ((0, 1), (dist.get_rank(), dist.get_world_size())):
+        student, other = net(0), net(1)
+        wrapped = nn.parallel.DistributedDataParallel(student) if world > 1 else student
+        terms = [distill.hard(), distill.soft()]
+        distill.train(
+            wrapped,
+            Rows(rank, world),
+            terms,
+            teacher=distill.Peer(other, terms, lr=0.02),
+            lr=0.02,
+            progress=False,
+        )
+        states.append(nn.ModuleList([student, other]).state_dict())
+    for name, value in states[0].items():
+        assert (states[1][name] - value).abs().max() <= 1e-6, name
 
 
 def what_is_told(folder: Path) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import random
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +18,7 @@ from . import sharded
 from .batch import Batch, batches, unwrap
 from .files import read, same_shapes, save_state, write
 from .processes import Ranks, local, whole
+from .randomness import generators, random_state, set_random_state
 from .teachers import Teacher
 from .terms import Objective
 
@@ -209,7 +208,7 @@ class Checkpoints:
             there = "no average" if tree["average"] is None else "an average"
             raise ValueError(f"{got} {there} of the student, expected the other (ema=)")
 
-        drawn, ready = len(tree["position"]["now"]["loader"]), len(_generators(parts.loader))
+        drawn, ready = len(tree["position"]["now"]["loader"]), len(generators(parts.loader))
         if drawn != ready:
             raise ValueError(f"{got} a loader of {drawn} random generators, expected {ready}")
 
@@ -249,33 +248,6 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def random_state(loader: Any, device: torch.device) -> dict[str, Any]:
-    """State of all sources of random numbers: python, numpy, torch, the loader's generators."""
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    state["loader"] = [generator.get_state() for generator in _generators(loader)]
-    if "numpy" in sys.modules:
-        name, keys, *rest = sys.modules["numpy"].random.get_state()
-        state["numpy"] = (name, torch.from_numpy(keys.astype("int64")), *rest)
-    if device.type != "cpu":
-        state["device"] = torch.get_device_module(device).get_rng_state(device)
-    return state
-
-
-def set_random_state(state: dict[str, Any], loader: Any, device: torch.device) -> None:
-    """Put `random_state` back."""
-    for generator, value in zip(_generators(loader), state["loader"], strict=True):
-        generator.set_state(value)
-    random.setstate(state["python"])
-    torch.set_rng_state(state["torch"])
-    if "numpy" in state:
-        import numpy
-
-        name, keys, *rest = state["numpy"]
-        numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
-    if "device" in state and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state["device"], device)
-
-
 def epoch_batches(
     loader: Any, position: Position, device: torch.device, *, exact: bool
 ) -> Iterator[Batch]:
@@ -295,23 +267,6 @@ def epoch_batches(
     else:  # the order is drawn once more, what was used is left out, then time goes on
         set_random_state(position.epoch_start, loader, device)
     return batches(loader, when, position.used, catch_up)
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    found: dict[int, torch.Generator] = {}
-    seen: set[int] = set()
-    waiting = [loader]
-    while waiting:
-        owner = waiting.pop(0)
-        if id(owner) in seen:
-            continue
-        seen.add(id(owner))
-        for value in (getattr(owner, "__dict__", None) or {}).values():
-            if isinstance(value, torch.Generator):
-                found.setdefault(id(value), value)
-        inner = (getattr(owner, n, None) for n in ("batch_sampler", "sampler", "dataset", "loader"))
-        waiting += [part for part in inner if part is not None]
-    return list(found.values())
 
 
 def _state(model: nn.Module) -> dict[str, Any]:
