@@ -15,6 +15,7 @@ from fastkd.losses import (
 )
 from fastkd.operands import LinearLogits, TopK
 from fastkd.reduction import checked
+from fastkd.shards import token_count
 from fastkd.topk import topk_from_logits
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "reverse_kl_div",
     "skew_kl_div",
     "skew_reverse_kl_div",
+    "token_count",
     "topk_from_logits",
     "tv_distance",
     "use_backend",

@@ -18,6 +18,12 @@ The options that all of them share (`**rows`, keyword-only):
                       may be whole on every rank instead); labels, vocab_size and the indices of a
                       TopK are of the whole vocabulary. Loss and gradient are those of the whole
 
+Operands, labels and weight may be DTensors, split on the vocabulary, on rows or on both; their mesh
+takes the place of `group`, and the loss is that of the whole: "mean" divides by what all ranks
+count (see `fastkd.dtensors`). Where rows are split without DTensors (data, sequence or context
+parallel), each rank's loss is of its own rows, and `normalizer=fastkd.token_count(labels, group)`,
+the tokens of all ranks, makes their sum the loss of the whole.
+
 Under torch.compile and torch.export a loss is one registered operator, without a graph break.
 Inside transforms of torch.func, forward-mode AD and batched gradients it runs on the reference, in
 plain torch: the same values, every derivative, the memory of plain torch; labels out of range then
@@ -27,13 +33,13 @@ make their rows NaN. Under autocast, logits are read in the dtype they come in a
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastkd import checks, function, linear, operators, reference, shards, split, topk
+from fastkd import checks, dtensors, function, linear, operators, reference, shards, split, topk
 from fastkd.backend import Plan, Sparse, Trips, acc_dtype, pick, transformed
 from fastkd.divergence import Divergence, divergences
 from fastkd.operands import LinearLogits, Operand, Teacher, TopK, kind
@@ -61,6 +67,7 @@ class RowOptions(MixedOptions, total=False):
 
 
 _OPTIONS = RowOptions.__annotations__
+_ROWS = (Tensor, type(None))
 _OPTIONS_IN_ORDER = (
     *("labels", "ignore_index", "weight", "reduction"),
     *("normalizer", "vocab_size", "inplace", "group"),
@@ -320,6 +327,19 @@ def distillation_loss(
     )
 
 
+def _placed(given: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+    """`_loss` where something is a DTensor: of this rank's part, made whole."""
+    if torch.compiler.is_compiling():
+        from fastkd.eagerly import call
+
+        return call(_placed, given, options)
+    name, student, teacher, *rest = given
+    known = {k: v for k, v in options.items() if k != "vocab_size"}
+    part = dtensors.local(student, teacher, **known)
+    mine = {k: v for k, v in part._asdict().items() if k in options}
+    return part.whole(_loss(name, part.student, part.teacher, *rest, **{**options, **mine}))
+
+
 def _entry(divergence: str | Divergence) -> Divergence:
     if isinstance(divergence, str):
         return divergences[divergence]
@@ -354,6 +374,13 @@ def _loss(
 ) -> Tensor:
     for option in unknown:
         checks.refuse_option(name, option, _OPTIONS)
+    tensors = type(student) is Tensor and type(teacher) is Tensor  # as a rule: asked no further
+    if not (tensors and type(labels) in _ROWS and type(weight) in _ROWS):
+        if dtensors.any_placed(student, teacher, labels, weight, normalizer):
+            rows = (labels, ignore_index, weight, reduction, normalizer, vocab_size, inplace, group)
+            numbers = (temperature, param, soft, hard, smoothing)
+            placed = (name, student, teacher, divergence, *numbers)
+            return _placed(placed, dict(zip(_OPTIONS_IN_ORDER, rows, strict=True)))
     if group is not None and torch.compiler.is_compiling():  # an exchange is no part of a graph
         rows = (labels, ignore_index, weight, reduction, normalizer, vocab_size, inplace, group)
         given = (temperature, param, soft, hard, smoothing)

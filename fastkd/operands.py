@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 INDEX_DTYPES = frozenset((torch.int32, torch.int64))
@@ -300,11 +299,6 @@ def _tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: got {kind(x)}, expected a tensor {shape}")
-        if type(x) is not Tensor and type(x) is not Parameter and hasattr(x, "placements"):
-            raise TypeError(
-                f"{name}: got a {type(x).__name__} placed as {x.placements}, expected a plain "
-                "tensor: distributed ones are not supported, give the whole with .full_tensor()"
-            )
         if x.layout is not torch.strided or x.is_nested:
             raise TypeError(f"{name}: got {layout(x)}, expected a dense tensor")
         if x.dtype not in DTYPES:

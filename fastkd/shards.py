@@ -38,6 +38,30 @@ def replicated(x: Tensor, group: Any) -> Tensor:
     return _SummedGradient.apply(x, group)
 
 
+def token_count(labels: Tensor, group: Any = None, ignore_index: int = -100) -> Tensor:
+    """The number of labels that are not `ignore_index`, over all ranks: a loss's `normalizer`.
+
+        sum over ranks of |{i : labels_i != ignore_index}|
+
+    With it the sum of the ranks' losses, and of their gradients, is that of one process that has
+    all rows (data, sequence or context parallel). Where gradients are averaged over R ranks, as by
+    DistributedDataParallel and `fully_shard`, divide it by R.
+
+    Args:
+        labels: this rank's labels, int [...].
+        group: ProcessGroup or one-dimensional DeviceMesh whose ranks have different rows; None for
+            all ranks, or for this process alone where torch.distributed is not initialised.
+        ignore_index: label of rows that are left out.
+
+    Returns:
+        0-d float64 on the labels' device, the same on every rank.
+    """
+    count = (labels != ignore_index).sum().double()
+    if group is not None or (dist.is_available() and dist.is_initialized()):
+        dist.all_reduce(count, group=None if group is None else process_group(group))
+    return count
+
+
 def no_teacher_gradient() -> NotImplementedError:
     """What has no kernel builds on whole rows, which no rank has."""
     return NotImplementedError(

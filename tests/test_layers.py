@@ -35,8 +35,9 @@ MAY_IMPORT = {
     "linear": {"shards", "trips", "topk", "function", "backend", "reference", "reduction"},
     "split": {"backend", "reference"},
     "shards": {"backend", "split"},
+    "dtensors": {"checks", "shards"},
     "losses": {
-        *("eagerly", "shards", "split", "linear", "topk", "operators", "function"),
+        *("dtensors", "eagerly", "shards", "split", "linear", "topk", "operators", "function"),
         *("backend", "reference", "reduction", "checks"),
     },
     "nn": {"losses", "checks"},

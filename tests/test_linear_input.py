@@ -25,12 +25,6 @@ INF = float("inf")
 CPU = torch.device("cpu")
 
 
-class _Placed(Tensor):
-    """As a distributed tensor looks from outside."""
-
-    placements = ("Shard(dim=0)",)
-
-
 BAD: dict[str, tuple[type[Exception], list[str], dict[str, Any]]] = {
     "hidden-a-list": (TypeError, ["hidden", "list", r"[..., H]"], {"hidden": [1.0]}),
     "weight-a-module": (
@@ -53,11 +47,6 @@ BAD: dict[str, tuple[type[Exception], list[str], dict[str, Any]]] = {
         TypeError,
         ["weight", "sparse", "dense"],
         {"weight": torch.eye(V, H).to_sparse()},
-    ),
-    "weight-distributed": (
-        TypeError,
-        ["weight", "_Placed", "Shard(dim=0)", "full_tensor"],
-        {"weight": torch.ones(V, H).as_subclass(_Placed)},
     ),
     "hidden-0-d": (ValueError, ["hidden", "[]", "H >= 1"], {"hidden": torch.tensor(1.0)}),
     "hidden-of-no-size": (ValueError, ["hidden", "[4, 0]", "H >= 1"], {"hidden": torch.ones(N, 0)}),
@@ -158,24 +147,6 @@ def test_options_are_checked_as_ever(
 ) -> None:
     with pytest.raises(error, match=says):
         fastkd.kl_div(_made(), _made(), **options)
-
-
-def test_a_distributed_tensor_is_refused() -> None:
-    tensor = pytest.importorskip("torch.distributed.tensor")
-    if not torch.distributed.is_available():
-        pytest.skip("torch without torch.distributed")
-    script = """
-import torch, fastkd, torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard, init_device_mesh
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-mesh = init_device_mesh("cpu", (1,))
-weight = DTensor.from_local(torch.ones(9, 5), mesh, [Shard(0)])
-fastkd.LinearLogits(torch.ones(4, 5), weight)
-"""
-    assert tensor.DTensor
-    ran = run_python("-c", script)
-    said = ran.stderr.splitlines()[-1]
-    assert "TypeError: weight: got a DTensor" in said and "full_tensor" in said
 
 
 def test_repr_says_what_it_stands_for() -> None:

@@ -30,7 +30,7 @@ class Batch:
     The trainer sets the rest: `epoch` and `step` of the run from 0, `tokens` (labels that are not
     -100; samples where there are no labels) and `samples` (first dimension) of this micro-batch,
     and `normalizer` and `sample_total`, their sums over all micro-batches of the optimizer step
-    (under DistributedDataParallel: over all ranks, divided by their number).
+    (where several ranks train: the mean over ranks of these sums).
     """
 
     inputs: Any

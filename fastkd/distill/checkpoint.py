@@ -1,12 +1,11 @@
-"""Checkpoints of a run: one safetensors file each, everything that an exact resume needs."""
+"""Checkpoints of a run: safetensors and JSON, everything that an exact resume needs."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import random
 import re
-import sys
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import sharded
 from .batch import Batch, batches, unwrap
-from .files import read, same_shapes, save, write
+from .files import read, same_shapes, save_state, write
+from .processes import Ranks, local, whole
+from .randomness import generators, random_state, set_random_state
 from .teachers import Teacher
 from .terms import Objective
 
@@ -48,6 +50,8 @@ class Parts:
     scaler: Any
     loader: Any
     device: torch.device
+    ranks: Ranks
+    accumulate: int
 
 
 class Checkpoints:
@@ -59,7 +63,11 @@ class Checkpoints:
     optimizer, random numbers (python, numpy, torch, the loader's generators), place in the epoch
     (batches already used are drawn again and left out), average and best metric are all in it.
 
-    Under DistributedDataParallel each rank needs a folder of its own.
+    Several ranks share one folder, which all of them see. A model that each rank has whole is
+    written by the first; of one in shards (`fully_shard`) each rank writes its own, to
+    `step-00000120/`. Either is read on any number of ranks: the global batch of a step must stay
+    the same (by the loader's batches, or by `accumulate`), and ranks that are new take the random
+    numbers of the first.
 
     Args:
         folder: made if missing.
@@ -83,16 +91,17 @@ class Checkpoints:
 
     def files(self) -> list[Path]:
         """The checkpoints there are, oldest first."""
-        found = self.folder.glob("step-*.safetensors") if self.folder.is_dir() else ()
-        return sorted(path for path in found if re.fullmatch(r"step-\d+", path.stem))
+        found = self.folder.glob("step-*") if self.folder.is_dir() else ()
+        return sorted(p for p in found if re.fullmatch(r"step-\d+(\.safetensors)?", p.name))
 
     def start(self, parts: Parts) -> Position:
         """The position to begin at, with the parts restored where there is a checkpoint."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._identity = parts.teacher.identity()
-        for part in self.folder.glob(".*.safetensors.*.tmp"):  # of a run that was killed
-            part.unlink(missing_ok=True)
-        files = self.files()
+        if parts.ranks.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for part in self.folder.glob(".*.tmp"):  # of a run that was killed
+                _remove(part)
+        files = parts.ranks.gathered(self.files() if parts.ranks.first else None)[0]
         if not files:
             return Position()
         if not self.resume:
@@ -102,31 +111,63 @@ class Checkpoints:
             )
         for path in reversed(files):
             try:
-                tensors, tree = read(path, "resume")
+                tree = self._read(path, parts)
             except ImportError:
                 raise
             except Exception as error:  # a damaged disk, not a kill: those leave no such file
                 warnings.warn(f"checkpoint: {path} cannot be read ({error})", stacklevel=3)
                 continue
-            return self._restore(path, unpack(tree, tensors), parts)
+            return self._restore(path, tree, parts)
         raise ValueError(f"checkpoint: got {len(files)} files in {self.folder}, none can be read")
+
+    def _read(self, path: Path, parts: Parts) -> Any:
+        """The tree of a checkpoint, its tensors placed as the parts' own."""
+        ours: dict[str, Tensor] = {}
+        if parts.ranks.sharded or path.is_dir():
+            pack(self._tree(Position(), parts), ours)
+        if path.is_dir():
+            tensors, tree = sharded.read(path, ours, parts.optimizer)
+        else:
+            tensors, tree = read(path, "resume")
+            if parts.ranks.sharded:
+                tensors = {
+                    name: sharded.placed_like(x, sharded.pattern(name, x, ours, parts.optimizer))
+                    for name, x in tensors.items()
+                }
+        return unpack(tree, tensors)
 
     def write(self, position: Position, parts: Parts) -> None:
         """Write one, then remove those beyond `keep`."""
-        bare = unwrap(parts.student)
-        for name, value in bare.named_parameters():
-            if not torch.isfinite(value).all():
-                raise FloatingPointError(
-                    f"student: {name!r} is not finite after step {position.step - 1}; the "
-                    f"checkpoint before stays: {[path.name for path in self.files()][-1:]}"
-                )
-        modules = parts.objective.modules
-        tree = {
+        ranks, bare = parts.ranks, unwrap(parts.student)
+        own = {name: local(value) for name, value in bare.named_parameters()}
+        bad = [name for name, value in own.items() if not torch.isfinite(value).all()]
+        if bad := next(filter(None, ranks.gathered(bad)), []):  # one that sees it stops all
+            raise FloatingPointError(
+                f"student: {bad[0]!r} is not finite after step {position.step - 1}; the "
+                f"checkpoint before stays: {[path.name for path in self.files()][-1:]}"
+            )
+        tree = self._tree(position, parts)
+        tensors: dict[str, Tensor] = {}
+        path = self.folder / f"step-{position.step:08d}"
+        packed = pack(tree, tensors)
+        if ranks.sharded:
+            sharded.write(path, tensors, packed, ranks)
+        elif ranks.first:
+            write(path.with_suffix(".safetensors"), tensors, packed, "checkpoint")
+        if ranks.first:
+            for old in self.files()[: -self.keep]:
+                _remove(old)
+
+    def _tree(self, position: Position, parts: Parts) -> dict[str, Any]:
+        now = random_state(parts.loader, parts.device)
+        drawn = parts.ranks.gathered({"now": now, "epoch_start": position.epoch_start})
+        return {
             "format": FORMAT,
-            "position": vars(position) | {"now": random_state(parts.loader, parts.device)},
-            "student": _state(bare),
+            "position": vars(position) | drawn[0],  # of all ranks the same: one of them writes it
+            "ranks": {"others": drawn[1:], "accumulate": parts.accumulate},
+            "student": _state(unwrap(parts.student)),
             "terms": parts.objective.names,
-            "modules": _state(modules),
+            "modules": _state(parts.objective.modules),
             "optimizer": type(parts.optimizer).__name__,
             "optimizer_state": parts.optimizer.state_dict(),
             "rates": parts.rates,
@@ -135,14 +176,11 @@ class Checkpoints:
             "teacher_state": parts.teacher.state_dict(),
             "average": None if parts.average is None else parts.average.state_dict(),
         }
-        tensors: dict[str, Tensor] = {}
-        packed = pack(tree, tensors)
-        write(self.folder / f"step-{position.step:08d}.safetensors", tensors, packed, "checkpoint")
-        for old in self.files()[: -self.keep]:
-            old.unlink(missing_ok=True)
 
-    def write_best(self, student: nn.Module, metric: float, step: int) -> None:
-        save(unwrap(student), self.folder / "best.safetensors", {"metric": metric, "step": step})
+    def write_best(self, parts: Parts, metric: float, step: int) -> None:
+        state = {name: whole(x) for name, x in unwrap(parts.student).state_dict().items()}
+        if parts.ranks.first:
+            save_state(state, self.folder / "best.safetensors", {"metric": metric, "step": step})
 
     def _restore(self, path: Path, tree: dict[str, Any], parts: Parts) -> Position:
         """Check everything, then load everything: an error leaves all parts as they were."""
@@ -170,7 +208,7 @@ class Checkpoints:
             there = "no average" if tree["average"] is None else "an average"
             raise ValueError(f"{got} {there} of the student, expected the other (ema=)")
 
-        drawn, ready = len(tree["position"]["now"]["loader"]), len(_generators(parts.loader))
+        drawn, ready = len(tree["position"]["now"]["loader"]), len(generators(parts.loader))
         if drawn != ready:
             raise ValueError(f"{got} a loader of {drawn} random generators, expected {ready}")
 
@@ -183,34 +221,31 @@ class Checkpoints:
         parts.teacher.load_state_dict(tree["teacher_state"])
         if parts.average is not None:
             parts.average.load_state_dict(tree["average"])
-        return Position(**tree["position"])
+        return self._position(path, tree, parts)
+
+    def _position(self, path: Path, tree: dict[str, Any], parts: Parts) -> Position:
+        """Where the run goes on, and with which random numbers: this rank's, else the first's."""
+        position = Position(**tree["position"])
+        before = tree.get("ranks", {"others": [], "accumulate": parts.accumulate})
+        others, mine = before["others"], parts.ranks.rank
+        if 1 <= mine <= len(others):
+            position = dataclasses.replace(position, **others[mine - 1])
+        if parts.ranks.size != 1 + len(others):  # the same steps, in other batches or more of them
+            steps, rest = divmod(position.used, before["accumulate"])
+            if rest:
+                raise ValueError(
+                    f"checkpoint: got {path} of {1 + len(others)} ranks at the end of an epoch's "
+                    "short step, expected one between whole steps on another number of ranks"
+                )
+            position.used = steps * parts.accumulate
+        return position
 
 
-def random_state(loader: Any, device: torch.device) -> dict[str, Any]:
-    """State of all sources of random numbers: python, numpy, torch, the loader's generators."""
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    state["loader"] = [generator.get_state() for generator in _generators(loader)]
-    if "numpy" in sys.modules:
-        name, keys, *rest = sys.modules["numpy"].random.get_state()
-        state["numpy"] = (name, torch.from_numpy(keys.astype("int64")), *rest)
-    if device.type != "cpu":
-        state["device"] = torch.get_device_module(device).get_rng_state(device)
-    return state
-
-
-def set_random_state(state: dict[str, Any], loader: Any, device: torch.device) -> None:
-    """Put `random_state` back."""
-    for generator, value in zip(_generators(loader), state["loader"], strict=True):
-        generator.set_state(value)
-    random.setstate(state["python"])
-    torch.set_rng_state(state["torch"])
-    if "numpy" in state:
-        import numpy
-
-        name, keys, *rest = state["numpy"]
-        numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
-    if "device" in state and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(state["device"], device)
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def epoch_batches(
@@ -232,23 +267,6 @@ def epoch_batches(
     else:  # the order is drawn once more, what was used is left out, then time goes on
         set_random_state(position.epoch_start, loader, device)
     return batches(loader, when, position.used, catch_up)
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    found: dict[int, torch.Generator] = {}
-    seen: set[int] = set()
-    waiting = [loader]
-    while waiting:
-        owner = waiting.pop(0)
-        if id(owner) in seen:
-            continue
-        seen.add(id(owner))
-        for value in (getattr(owner, "__dict__", None) or {}).values():
-            if isinstance(value, torch.Generator):
-                found.setdefault(id(value), value)
-        inner = (getattr(owner, n, None) for n in ("batch_sampler", "sampler", "dataset", "loader"))
-        waiting += [part for part in inner if part is not None]
-    return list(found.values())
 
 
 def _state(model: nn.Module) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from .batch import Batch, Outputs, forward, unwrap
+from .processes import Ranks
 from .taps import Taps
 from .teachers import Called, FromBatch, Live, Stored, Teacher
 from .terms import Objective
@@ -20,7 +21,8 @@ from .terms import Objective
 class Peer(Teacher):
     """A model that learns while it teaches: its loss has the student as its teacher.
 
-    Its gradients are not scaled: with amp, bfloat16 suits it and float16 does not.
+    Its gradients are not scaled: with amp, bfloat16 suits it and float16 does not. Where several
+    ranks train the student, they train the peer too, which must begin alike on all of them.
 
     Args:
         model: module; trains in train mode.
@@ -70,6 +72,10 @@ class Peer(Teacher):
         self._mine = None
 
     def step(self, student: nn.Module) -> None:
+        ranks = Ranks(student)
+        for model in self.models:
+            if Ranks(model).size == 1:  # else its own wrapper has done it
+                ranks.average_gradients(model)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

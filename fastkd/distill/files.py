@@ -26,7 +26,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Any = None) -
     Raises:
         TypeError, ValueError: metadata or a state that the format cannot hold.
     """
-    state = model.state_dict()
+    save_state(model.state_dict(), path, metadata)
+
+
+def save_state(state: Mapping[str, Any], path: str | os.PathLike[str], metadata: Any) -> None:
+    """`save` of a state dict."""
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"model: got {type(value).__name__} as {name!r}, expected a tensor")

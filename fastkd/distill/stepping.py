@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .processes import Ranks
+
 VERSIONS = (1, 2)  # of accelerate: from the first, below the second
 KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU")  # a whole model in every process
 
@@ -20,13 +22,14 @@ class Stepping:
     Args:
         device: where the models are.
         amp: dtype of autocast, or None; float16 comes with a gradient scaler.
+        ranks: those that train together, whose shards of gradients are clipped as one.
     """
 
     speaks = True  # whether this process shows progress
     accumulate = 1  # micro-batches of a step, where the trainer's caller does not say
 
-    def __init__(self, device: torch.device, amp: torch.dtype | None) -> None:
-        self.device, self._amp = device, amp
+    def __init__(self, device: torch.device, amp: torch.dtype | None, ranks: Ranks) -> None:
+        self.device, self._amp, self._ranks = device, amp, ranks
         self.scaler: Any = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -42,7 +45,7 @@ class Stepping:
     def step(self, optimizer: Any, weights: Sequence[Tensor], clip_norm: float | None) -> None:
         if clip_norm is not None:
             self.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(weights, clip_norm)
+            self._ranks.clip_(weights, clip_norm)
         self.scaler.step(optimizer)
         self.scaler.update()
 
@@ -117,10 +120,12 @@ class Accelerated(Stepping):
         optimizer.step()
 
 
-def stepping(accelerator: Any, device: torch.device, amp: torch.dtype | None) -> Stepping:
+def stepping(
+    accelerator: Any, device: torch.device, amp: torch.dtype | None, ranks: Ranks
+) -> Stepping:
     """What takes the steps of a run on `device`."""
     if accelerator is None:
-        return Stepping(device, amp)
+        return Stepping(device, amp, ranks)
     if amp is not None:
         raise ValueError(
             f"amp: got {amp} with an accelerator, expected None: Accelerator(mixed_precision=...) "

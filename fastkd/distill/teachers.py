@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Batch, Outputs, forward, mapped, tensors, to, unwrap
+from .processes import alike, class_name, is_placed, reshard, whole
 from .taps import Taps
 
 
@@ -82,6 +83,7 @@ class Live(Teacher):
         inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
         with torch.no_grad():
             raw = forward(self.model, inputs)
+        reshard(self.model)
         return Outputs(raw, self._taps.take())
 
     @contextmanager
@@ -91,7 +93,7 @@ class Live(Teacher):
         self._taps = Taps(self.model, ())
 
     def identity(self) -> Any:
-        return [type(unwrap(self.model)).__name__, fingerprint(self.model)]
+        return [class_name(unwrap(self.model)), fingerprint(self.model)]
 
 
 class Average(Live):
@@ -110,13 +112,20 @@ class Average(Live):
     def __init__(self, student: nn.Module, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay: got {decay!r}, expected a number in [0, 1)")
+        if any(is_placed(p) for p in student.parameters()):
+            raise ValueError(
+                "student: got one in shards, which cannot be copied; make the Average before "
+                "fully_shard(student), and fully_shard(average.model) too, or leave it whole"
+            )
         super().__init__(copy.deepcopy(unwrap(student)).requires_grad_(False))
         self.decay = decay
 
     @torch.no_grad()
     def step(self, student: nn.Module) -> None:
         bare = unwrap(student)
-        mine, theirs = tuple(self.model.parameters()), tuple(bare.parameters())
+        reshard(self.model)  # who has called it may have left it whole
+        pairs = list(zip(self.model.parameters(), bare.parameters(), strict=True))
+        mine, theirs = zip(*(alike(a, b) for a, b in pairs), strict=True) if pairs else ((), ())
         torch._foreach_lerp_(mine, theirs, 1 - self.decay)
         for a, b in zip(self.model.buffers(), bare.buffers(), strict=True):
             a.copy_(b)
@@ -218,7 +227,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, value in sorted(unwrap(model).state_dict().items()):
         digest.update(json.dumps([name, str(getattr(value, "dtype", "")), None]).encode())
         if isinstance(value, Tensor):
-            flat = value.detach().cpu().contiguous().view(-1)
+            flat = whole(value.detach()).cpu().contiguous().view(-1)
             digest.update(json.dumps(list(value.shape)).encode())
             digest.update(bytes(flat.view(torch.uint8).numpy()))
     return digest.hexdigest()

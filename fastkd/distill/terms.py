@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastkd
 
 from .batch import IGNORED, Batch, Outputs, tensors
+from .processes import is_placed
 
 Weight = float | Callable[[int], float]
 MEANS = ("tokens", "samples", "step")
@@ -66,6 +67,15 @@ def hard(weight: Weight = 1.0, *, label_smoothing: float = 0.0, name: str = "har
         if batch.labels is None:
             raise ValueError(
                 f"term {name!r}: got a batch without labels, expected (inputs, labels)"
+            )
+        if is_placed(student.logits):
+            return fastkd.distillation_loss(
+                student.logits,
+                student.logits.detach(),
+                batch.labels,
+                alpha=1.0,
+                ignore_index=IGNORED,
+                label_smoothing=label_smoothing,
             )
         return F.cross_entropy(
             student.logits.flatten(0, -2),

@@ -3,14 +3,18 @@
 A loader is anything that, once per epoch, gives batches: (inputs, labels), inputs alone,
 (inputs, labels, what the teacher said), or a `Batch`. A model is any module that turns inputs into
 logits [..., V]. Only safetensors and JSON are read or written.
+
+Under torchrun a student in DistributedDataParallel, or one that `fully_shard` has put in shards, is
+trained by all ranks together, each with batches of its own (as many as the others): the weights are
+those of one process with all of them. A teacher may lie in shards too; `processes` is
+what they tell each other.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from itertools import islice
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +24,7 @@ from .batch import Batch, Outputs, device_of, forward, moved, restored_modes
 from .checkpoint import Checkpoints, Parts, Position, epoch_batches
 from .cohort import source
 from .noise import weight_noise as disturbed
+from .processes import Ranks
 from .progress import Log, Record, Step
 from .stepping import stepping
 from .taps import Taps
@@ -85,9 +90,10 @@ def train(
         transform: changes each micro-batch, on the device, before the models see it.
         weight_noise: as a share of each weight tensor's own deviation; 0 for none.
         validate: student -> metric, the higher the better, after each epoch; logged, and with
-            `checkpoint` the best student is kept.
+            `checkpoint` the best student is kept. On several ranks the metric is their mean.
         checkpoint: a `Checkpoints`, or a folder for one with its defaults.
-        log: called as ({"loss", "lr", "samples_per_s", "term/NAME"}, step); one or several.
+        log: called as ({"loss", "lr", "samples_per_s", "term/NAME"}, step); one or several;
+            of several ranks by the first alone, as with `progress`, with the values of all.
         progress: show a tqdm bar.
         on_step: called as (epoch, step, detached loss) after each step.
 
@@ -109,25 +115,32 @@ def train(
     where = device_of(student) if device is None else torch.device(device)
     if amp not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"amp: got {amp!r}, expected torch.bfloat16, torch.float16 or None")
-    take = stepping(accelerator, where, amp)
+    ranks = Ranks(student)
+    take = stepping(accelerator, where, amp, ranks)
     where, accumulate = take.device, take.accumulate if accumulate is None else accumulate
     if accumulate < 1:
         raise ValueError(f"accumulate: got {accumulate!r}, expected an integer >= 1")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm: got {clip_norm!r}, expected > 0 or None")
+    if weight_noise and ranks.sharded:
+        raise ValueError("weight_noise: got a student of shards, expected one whole on every rank")
     objective, soft = Objective(loss), source(teacher)
     followers = [soft] if ema is None or ema is soft else [soft, ema]
     for model in (student, objective.modules, *(m for f in followers for m in f.models)):
         model.to(where)
+    ranks.share(objective.modules)
     optimizer = take.prepared(student, _optimizer(optimizer, student, objective, followers, lr))
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
-    parts = Parts(student, objective, optimizer, rates, soft, ema, take.scaler, loader, where)
+    parts = Parts(
+        *(student, objective, optimizer, rates, soft, ema, take.scaler, loader, where),
+        *(ranks, accumulate),
+    )
     if checkpoint is not None and not isinstance(checkpoint, Checkpoints):
         checkpoint = Checkpoints(checkpoint)
     position = checkpoint.start(parts) if checkpoint else Position()
     every = CHECK_EVERY.get(where.type, 50)
-    record = Record(objective.names, position.step, every, log)
+    record = Record(objective.names, position.step, every, log if ranks.first else None)
 
     plainly = nullcontext()
     with ExitStack() as stack:
@@ -136,7 +149,7 @@ def train(
         taps = stack.enter_context(Taps(student, (*objective.student_taps, *soft.student_taps)))
         stack.enter_context(soft.tapped(objective.teacher_taps))
         stack.enter_context(record)
-        if progress and take.speaks:
+        if progress and take.speaks and ranks.first:
             record.draw(_steps(loader, epochs, accumulate))
 
         for epoch in range(position.epoch, epochs):
@@ -144,9 +157,8 @@ def train(
             objective.modules.train()
             soft.begin()
             given = epoch_batches(loader, position, where, exact=checkpoint is not None)
-            while group := list(islice(given, accumulate)):
+            for group in ranks.groups(given, accumulate, where, plain=objective.plain is not None):
                 step = position.step
-                _share(group, student, objective, where)
                 for settings, rate in zip(optimizer.param_groups, rates, strict=True):
                     settings["lr"] = rate * schedule(step) if schedule else rate
                 optimizer.zero_grad(set_to_none=True)
@@ -158,7 +170,7 @@ def train(
                         batch.epoch, batch.step = epoch, step
                         if transform is not None:
                             batch = transform(batch)
-                        with _no_sync(student, last=at + 1 == len(group)):
+                        with ranks.no_sync(last=at + 1 == len(group)):
                             with take.autocast():
                                 theirs = on_device(soft(batch), where)
                                 ours = Outputs(forward(student, batch.inputs), taps.take())
@@ -171,10 +183,11 @@ def train(
                         del value, terms, theirs, ours  # the graph goes before the next is made
 
                 first, position.used = position.used, position.used + len(group)
-                seen = sum(batch.samples for batch in group)
+                seen = sum(batch.samples for batch in group) * ranks.size
+                values = ranks.means(values)
                 now = optimizer.param_groups[0]["lr"]
                 record.add(epoch, first, position.used - 1, now, seen, values)
-                _average_gradients(objective.modules, student)
+                ranks.average_gradients(objective.modules)
                 take.step(optimizer, weights, clip_norm)
                 for follower in followers:
                     follower.step(student)
@@ -188,12 +201,12 @@ def train(
             record.read()
             position.epoch, position.used = epoch + 1, 0
             if validate is not None:
-                metric = float(validate(student))
+                metric = ranks.number(float(validate(student)), where)
                 record.tell({"metric": metric})
                 if position.best is None or metric > position.best:
                     position.best = metric
                     if checkpoint:
-                        checkpoint.write_best(student, metric, position.step)
+                        checkpoint.write_best(parts, metric, position.step)
         if checkpoint:
             checkpoint.write(position, parts)
     return record.steps
@@ -210,7 +223,7 @@ def _optimizer(
     learnt = [p for p in objective.modules.parameters() if p.requires_grad]
     if optimizer is None:
         mine = [p for p in student.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW([*mine, *learnt], lr=lr)
+        optimizer = torch.optim.AdamW([{"params": mine}], lr=lr)
     here = {p for group in optimizer.param_groups for p in group["params"]}
     if missing := [p for p in learnt if p not in here]:
         optimizer.add_param_group({"params": missing})
@@ -218,45 +231,6 @@ def _optimizer(
     if shared := len(here & frozen):
         raise ValueError(f"optimizer: got {shared} parameters of the teacher, expected none")
     return optimizer
-
-
-def _share(
-    group: Sequence[Batch], student: nn.Module, objective: Objective, device: torch.device
-) -> None:
-    """Tell every micro-batch of a step the step's tokens and samples."""
-    ranked = isinstance(student, nn.parallel.DistributedDataParallel)
-    if len(group) == 1 and not ranked:
-        if objective.plain is None:
-            group[0].tokens  # noqa: B018  counted here, on the host: later it may be a device's
-        return
-    tokens: Any = sum(batch.tokens for batch in group)
-    samples: float = sum(batch.samples for batch in group)
-    if isinstance(student, nn.parallel.DistributedDataParallel):
-        # gradients are averaged over ranks: the total of all, divided by their number
-        both = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in (tokens, samples)])
-        both = both.to(device)
-        torch.distributed.all_reduce(both, group=student.process_group)
-        tokens, samples = (both / student.process_group.size()).tolist()
-    for batch in group:
-        batch.normalizer, batch.sample_total = tokens, samples
-
-
-def _average_gradients(modules: nn.Module, student: nn.Module) -> None:
-    """What DistributedDataParallel does for the student, for what the terms learn."""
-    if isinstance(student, nn.parallel.DistributedDataParallel):
-        for p in modules.parameters():
-            if p.requires_grad:
-                # a rank without a label has none, and the others wait for it
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                torch.distributed.all_reduce(p.grad, group=student.process_group)
-                p.grad /= student.process_group.size()
-
-
-def _no_sync(student: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-    """Gradients of ranks are averaged once a step, after its last micro-batch."""
-    if isinstance(student, nn.parallel.DistributedDataParallel) and not last:
-        return student.no_sync()
-    return nullcontext()
 
 
 def _steps(loader: Any, epochs: int, accumulate: int) -> int | None:
