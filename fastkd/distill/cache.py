@@ -21,7 +21,21 @@ from .cache_capture import capture
 from .cache_codec import logprob_bound
 from .cache_format import CacheError
 from .cache_loader import Paired, collate
+from .cache_merge import merge
 from .cache_reader import Reader
+from .cache_sampler import ShardSampler
+from .cache_share import share
 from .cache_writer import Writer
 
-__all__ = ["CacheError", "Paired", "Reader", "Writer", "capture", "collate", "logprob_bound"]
+__all__ = [
+    "CacheError",
+    "Paired",
+    "Reader",
+    "ShardSampler",
+    "Writer",
+    "capture",
+    "collate",
+    "logprob_bound",
+    "merge",
+    "share",
+]

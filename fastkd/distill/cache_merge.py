@@ -97,8 +97,8 @@ def contents(folder: Path) -> Contents:
     old = {source.rank: source for source in merged.sources} if merged else {}
     sources, tables = [], []
     for rank in sorted(new.keys() | old.keys()):
-        part = new.get(rank)
-        if part is not None:
+        if rank in new:
+            part = new[rank]
             sources.append(Source(rank, part.complete, part.size, part.sha256))
             tables.append(Table.of(part))
         elif merged is not None:
@@ -142,12 +142,13 @@ def merge(path: str | os.PathLike[str]) -> bool:
     from .cache_reader import Reader  # which reads what is merged
 
     folder = Path(path)
-    found = contents(folder)
+    reader = Reader(folder)
+    found = reader.contents
     for source in found.sources:
         probe(folder.resolve() / lock_name(source.rank))
     if found.checked:
         return False
-    Reader(folder).check()
+    reader.check()
     write_whole(folder / MERGED, _bytes(found))
     return True
 
@@ -168,7 +169,7 @@ def _digest(facts: str, columns: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(facts.encode())
     for name in sorted(columns):
         digest.update(name.encode())
-        digest.update(memoryview(columns[name].numpy()).cast("B") if len(columns[name]) else b"")
+        digest.update(columns[name].numpy().data)  # type: ignore[arg-type]
     return digest.hexdigest()
 
 

@@ -63,7 +63,7 @@ class Reader(Dataset[Any]):
         for key, wanted in asked.items():
             if wanted is not None and wanted != (got := getattr(plan, key)):
                 raise CacheError(f"{self.path}: made for {key}={got!r}, expected {wanted!r}")
-        self.plan, self._contents, self.table = plan, found, found.table
+        self.plan, self.contents, self.table = plan, found, found.table
         self._open: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
         self._places: Places | None = None
 
@@ -81,7 +81,7 @@ class Reader(Dataset[Any]):
     @property
     def complete(self) -> bool:
         """Every rank has written all it had, or all ranks what they share."""
-        return self._contents.complete
+        return self.contents.complete
 
     @property
     def numbers(self) -> Tensor:
@@ -133,7 +133,7 @@ class Reader(Dataset[Any]):
 
     def faults(self, *, progress: bool = False) -> Iterator[str]:
         """As `verify`, a line for each file that is not as it was written."""
-        for source in self._contents.sources:
+        for source in self.contents.sources:
             file = self.path / index_name(source.rank)
             try:  # it may have grown since; what it says of the shards below is in their hashes
                 part = load_part(file)
@@ -161,7 +161,7 @@ class Reader(Dataset[Any]):
 
     def facts(self) -> dict[str, Any]:
         """What is in the cache, JSON-ready."""
-        size, sources = self._bytes, self._contents.sources
+        size, sources = self._bytes, self.contents.sources
         document = Part(self.plan, sources[0].rank, []).document()
         return {
             "path": str(self.path),
@@ -173,7 +173,7 @@ class Reader(Dataset[Any]):
             "bytes_per_token": size / self.tokens if self.tokens else None,
             "shards": len(self.table),
             "complete": self.complete,
-            "merged": self._contents.checked,
+            "merged": self.contents.checked,
             "ranks_present": len(sources),
             "ranks_complete": sum(source.complete for source in sources),
         }
@@ -184,7 +184,7 @@ class Reader(Dataset[Any]):
         """Where each sample is; CacheError where one is there twice."""
         if self._places is None:
             listed = lambda at: self._tensors(at)["samples"]  # noqa: E731
-            self._places = places(self.path, self._contents, listed)
+            self._places = places(self.path, self.contents, listed)
         return self._places
 
     def covers(self, size: int) -> bool:

@@ -138,29 +138,17 @@ class Places:
         """A number that two shards have, and both; None: each is there once."""
         for run in self._runs:
             same = run.first[1:] % run.step == run.first[:-1] % run.step
-            again = (same & (run.first[1:] <= run.last[:-1])).nonzero()
-            if len(again):
-                i = int(again[0, 0])
-                return int(run.first[i + 1]), *sorted((int(run.at[i]), int(run.at[i + 1])))
-        again = (self._numbers[1:] == self._numbers[:-1]).nonzero()
-        if len(again):
-            i = int(again[0, 0])
-            return int(self._numbers[i]), int(self._of[i]), int(self._of[i + 1])
+            both = same & (run.first[1:] <= run.last[:-1])
+            if again := _first(both, run.first[1:], run.at[:-1], run.at[1:]):
+                return again
+        of, numbers = self._of, self._numbers
+        if again := _first(numbers[1:] == numbers[:-1], numbers[1:], of[:-1], of[1:]):
+            return again
         for i, run in enumerate(self._runs):  # of other steps: the fewer looked up in the more
-            for numbers, at in self._pieces(run) if i else ():
-                found = torch.full_like(numbers, -1)
-                for other in self._runs[:i]:
-                    _look(other, numbers, found)
-                if len(again := (found >= 0).nonzero()):
-                    j = int(again[0, 0])
-                    return int(numbers[j]), *sorted((int(found[j]), int(at[j])))
-        found = torch.full_like(self._numbers, -1)
-        for run in self._runs:
-            _look(run, self._numbers, found)
-        if len(again := (found >= 0).nonzero()):
-            j = int(again[0, 0])
-            return int(self._numbers[j]), *sorted((int(found[j]), int(self._of[j])))
-        return None
+            for some, at in self._pieces(run) if i else ():
+                if again := _within(self._runs[:i], some, at):
+                    return again
+        return _within(self._runs, numbers, of)
 
     def _pieces(self, run: _Run) -> Iterator[tuple[Tensor, Tensor]]:
         """The numbers of a run and their shards, some at a time."""
@@ -216,3 +204,22 @@ def _look(run: _Run, asked: Tensor, found: Tensor) -> None:
     first = run.first[place]
     there = (asked >= first) & (asked <= run.last[place]) & (first % run.step == residue)
     torch.where(there, run.at[place], found, out=found)
+
+
+def _first(
+    both: Tensor, numbers: Tensor, one: Tensor, other: Tensor
+) -> tuple[int, int, int] | None:
+    """The number and the two shards at the first place that is set."""
+    if not bool(both.any()):
+        return None
+    i = int(both.nonzero()[0, 0])
+    low, high = sorted((int(one[i]), int(other[i])))
+    return int(numbers[i]), low, high
+
+
+def _within(runs: list[_Run], numbers: Tensor, of: Tensor) -> tuple[int, int, int] | None:
+    """A number of shards `of` that one of the runs has too."""
+    found = torch.full_like(numbers, -1)
+    for run in runs:
+        _look(run, numbers, found)
+    return _first(found >= 0, numbers, found, of)
