@@ -61,8 +61,8 @@ def capture(
         rank, world_size: this rank among how many that share the loader's samples.
         samples: the numbers this rank has, in place of an equal share.
         group: a process group, all ranks of which are here: its rank and size.
-        options: of `Writer`: model, tokenizer, data, encoding, ranks, shard_bytes; `ranks` says that
-            each rank has a loader of its own.
+        options: of `Writer`: model, tokenizer, data, encoding, ranks (each rank has a loader of its
+            own samples), shard_bytes.
 
     Returns:
         Number of samples in this rank's part of the cache.

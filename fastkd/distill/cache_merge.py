@@ -169,7 +169,7 @@ def _digest(facts: str, columns: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(facts.encode())
     for name in sorted(columns):
         digest.update(name.encode())
-        digest.update(columns[name].numpy().data)  # type: ignore[arg-type]
+        digest.update(columns[name].numpy().data)
     return digest.hexdigest()
 
 

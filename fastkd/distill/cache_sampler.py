@@ -12,7 +12,7 @@ from .cache_reader import Reader
 
 
 class ShardSampler(Sampler[int]):
-    """A DataLoader's `sampler` that gives each rank samples of a few shards: all others stay closed.
+    """A DataLoader's `sampler` that gives each rank samples of a few shards: it opens no others.
 
     Each epoch puts the shards in a new order, lays their samples end to end and cuts that into
     equal parts, one for each rank; what is left over, fewer than `world_size` samples, waits for

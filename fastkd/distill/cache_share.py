@@ -113,7 +113,7 @@ def only(loader: DataLoader[Any], ranges: list[range]) -> tuple[DataLoader[Any],
         }
     made: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=numbers,  # type: ignore[arg-type]
+        batch_sampler=numbers,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
