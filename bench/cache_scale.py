@@ -106,9 +106,12 @@ def _opened(folder: str, end: Any) -> None:
 
 def opened(folder: Path) -> tuple[float, int, float]:
     """Seconds and bytes of a reader opened by a fresh process, seconds to find a batch."""
-    spawn = multiprocessing.get_context("spawn")
-    end, other = spawn.Pipe(duplex=False)
-    child = spawn.Process(target=_opened, args=(str(folder), other))
+    known = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if "fork" in known else "spawn")
+    end, other = context.Pipe(duplex=False)
+    child = context.Process(  # type: ignore[attr-defined]
+        target=_opened, args=(str(folder), other)
+    )
     child.start()
     other.close()
     try:

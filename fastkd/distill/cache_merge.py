@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,12 +162,13 @@ def _bytes(of: Contents) -> bytes:
         "sources": [asdict(source) for source in of.sources],
     }
     columns = {name: x.contiguous() for name, x in of.table.columns().items()}
-    made = {"facts": json.dumps(facts), "sha256": _digest(json.dumps(facts), columns)}
+    digest = _digest(facts, columns)
+    made = {"index": json.dumps({**facts, "sha256": digest})}  # one: several have no order
     return bytes(needed("safetensors.torch").save(columns, metadata=made))
 
 
-def _digest(facts: str, columns: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(facts.encode())
+def _digest(facts: dict[str, Any], columns: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(facts).encode())
     for name in sorted(columns):
         digest.update(name.encode())
         digest.update(columns[name].numpy().data)
@@ -184,16 +186,16 @@ def load_merged(folder: Path) -> Contents | None:
         return None
     try:
         with needed("safetensors").safe_open(file, framework="pt") as opened:
-            made = opened.metadata() or {}
+            facts = json.loads(opened.metadata()["index"])
             columns = {name: opened.get_tensor(name) for name in opened.keys()}
-        facts = json.loads(made["facts"])
-        digest = _digest(made["facts"], columns)
+        digest = facts.pop("sha256")
+        sound = digest == _digest(facts, columns)
         version = facts["version"] if facts["format"] == FORMAT else None
     except (OSError, ImportError):
         raise
     except Exception as error:  # safetensors has an error of its own, which is no other's
         raise CacheError(f"{file}: altered: got no merged index ({error})") from None
-    if made.get("sha256") != digest:
+    if not sound:
         raise CacheError(f"{file}: altered after it was written (its hash differs); merge again")
     if version != VERSION:
         raise CacheError(f"{file}: got a cache of version {version!r}, expected {VERSION}")
