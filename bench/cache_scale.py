@@ -107,11 +107,12 @@ def _opened(folder: str, end: Any) -> None:
 def opened(folder: Path) -> tuple[float, int, float]:
     """Seconds and bytes of a reader opened by a fresh process, seconds to find a batch."""
     known = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("fork" if "fork" in known else "spawn")
+    # not a fork of this process, whose freed memory it would take first
+    kind = "forkserver" if "forkserver" in known else "spawn"
+    context: Any = multiprocessing.get_context(kind)
+    context.set_forkserver_preload(["bench.cache_scale"])
     end, other = context.Pipe(duplex=False)
-    child = context.Process(  # type: ignore[attr-defined]
-        target=_opened, args=(str(folder), other)
-    )
+    child = context.Process(target=_opened, args=(str(folder), other))
     child.start()
     other.close()
     try:
