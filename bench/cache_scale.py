@@ -110,7 +110,7 @@ def opened(folder: Path) -> tuple[float, int, float]:
     # not a fork of this process, whose freed memory it would take first
     kind = "forkserver" if "forkserver" in known else "spawn"
     context: Any = multiprocessing.get_context(kind)
-    context.set_forkserver_preload(["bench.cache_scale"])
+    context.set_forkserver_preload(["fastkd.distill"])
     end, other = context.Pipe(duplex=False)
     child = context.Process(target=_opened, args=(str(folder), other))
     child.start()

@@ -126,8 +126,9 @@ def only(loader: DataLoader[Any], ranges: list[range]) -> tuple[DataLoader[Any],
 
 
 def together(group: Any, path: str | os.PathLike[str]) -> None:
-    """Merge on the group's first rank, all others waiting; what it raises is raised on all."""
+    """Merge on the group's first rank when all are here; what it raises is raised on all."""
     failed: list[Any] = [None]
+    dist.barrier(group)  # no writer is at work
     if dist.get_rank(group) == 0 and next(Path(path).glob(INDEXES), None) is not None:
         try:
             merge(path)
