@@ -55,8 +55,8 @@ class Writer:
             of logits: "float32", "bfloat16", "float16". None: "uint8", "counts" for at most 255
             draws, "float32". The error of each stands in the index, and in `fastkd.distill.cache`.
         rank, ranks: this writer among how many.
-        total: samples of a cache that any number of ranks share, each with numbers it is given by
-            `share`, `ranks` not among what makes it this cache: None: `ranks` stays as it is.
+        total: samples of a cache that any number of ranks share, one job after another: numbers are
+            given to `add`, as `share` deals them, and `ranks` is not. None: as above.
         shard_bytes: a shard is put away when it has this many bytes.
 
     Raises:
