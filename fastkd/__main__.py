@@ -28,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("path", type=Path, help="the cache's folder")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_cache_info)
+    command = actions.add_parser("merge", help="one index of all ranks' indexes")
+    command.add_argument("path", type=Path, help="the cache's folder; nobody is writing to it")
+    command.set_defaults(run=_cache_merge)
     command = actions.add_parser("verify", help="read every byte and compare the hashes")
     command.add_argument("path", type=Path, help="the cache's folder")
     command.set_defaults(run=_cache_verify)
@@ -62,6 +65,22 @@ def _cache_info(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
     if not arguments.json:
         facts = {**facts.pop("teacher"), **facts, **facts.pop("bound")}
     _print(facts, arguments.json)
+    return 0
+
+
+def _cache_merge(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    from fastkd.distill import cache
+
+    try:
+        changed = cache.merge(arguments.path)
+        reader = cache.Reader(arguments.path)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    of = reader.plan.total
+    samples = f"{len(reader)} samples" + ("" if of is None else f" of {of}")
+    facts = f"{samples} in {len(reader.table)} shards of {len(reader.contents.sources)} ranks"
+    print(f"{arguments.path}: {facts}, {'merged' if changed else 'merged before'}")
     return 0
 
 

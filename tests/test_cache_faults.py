@@ -123,15 +123,15 @@ def rewritten(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"version": 2}, "got a cache of version 2, expected 1"),
-        ({"version": "1"}, "got a cache of version '1', expected 1"),
+        ({"version": 3}, "got a cache of version 3, expected 2"),
+        ({"version": "1"}, "got a cache of version '1', expected 2"),
         ({"format": "something"}, "got format 'something'"),
         ({"teacher__k": 5}, "altered: got tensors"),
-        ({"teacher__colour": "red"}, "fields that version 1 has not"),
-        ({"shards": [{}]}, "fields that version 1 has not"),
+        ({"teacher__colour": "red"}, "fields that version 2 has not"),
+        ({"shards": [{}]}, "fields that version 2 has not"),
         (
             {"shards": [{"file": "../x.safetensors", "samples": 1, "tokens": 1, "bytes": 1}]},
-            "fields that version 1 has not",
+            "fields that version 2 has not",
         ),
     ],
 )
@@ -352,7 +352,7 @@ def whole(folder: Path, samples: int) -> None:
     got = reader.__getitems__(range(samples))
     for i in range(samples):
         assert torch.equal(got[i].indices, topk(2, i).indices.int())
-    shards = sum(len(part.shards) for part in reader._parts)
+    shards = len(reader.table)
     assert len(list(folder.glob("*.safetensors"))) == shards
     assert not list(folder.glob(".*.tmp"))
 
@@ -371,7 +371,9 @@ def _write_for_ever(folder: str, shard_bytes: int) -> None:
 def test_fifty_kills_lose_at_most_the_shard_in_hand(tmp_path: Path) -> None:
     chance, done, size = random.Random(5), 0, 300  # bytes of a shard: some samples of 2 rows
     fork = multiprocessing.get_context("fork")
-    for _ in range(50):
+    for kill in range(500):  # fifty, and as many more as a busy machine takes to write something
+        if kill >= 50 and done > 50:
+            break
         child = fork.Process(target=_write_for_ever, args=(str(tmp_path), size))
         child.start()
         time.sleep(chance.random() ** 2 * 0.06)

@@ -4,6 +4,12 @@
     reader = cache.Reader(path, vocab_size=V, tokenizer=tokenizer)
     DataLoader(cache.Paired(dataset, reader), batch_size=8, collate_fn=cache.collate, num_workers=2)
 
+Many ranks write one cache at once, and each reads its own part:
+
+    cache.capture(teacher, loader, path, vocab_size=V, k=32, rank=r, world_size=n)
+    cache.merge(path)
+    DataLoader(pairs, sampler=cache.ShardSampler(reader, rank=r, world_size=n), ...)
+
 A folder of safetensors shards and JSON indexes (see `cache_format`), of `TopK` teachers or, for
 classifiers, of all logits. A token of k = 32 at V = 128 256 takes 106 bytes: 68 of indices of 17
 bits, 32 of log-probabilities, 4 of the row's level, 2 of log(1 - sum p). The row's mass is kept to
@@ -21,7 +27,21 @@ from .cache_capture import capture
 from .cache_codec import logprob_bound
 from .cache_format import CacheError
 from .cache_loader import Paired, collate
+from .cache_merge import merge
 from .cache_reader import Reader
+from .cache_sampler import ShardSampler
+from .cache_share import share
 from .cache_writer import Writer
 
-__all__ = ["CacheError", "Paired", "Reader", "Writer", "capture", "collate", "logprob_bound"]
+__all__ = [
+    "CacheError",
+    "Paired",
+    "Reader",
+    "ShardSampler",
+    "Writer",
+    "capture",
+    "collate",
+    "logprob_bound",
+    "merge",
+    "share",
+]

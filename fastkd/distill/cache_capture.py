@@ -6,9 +6,11 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -16,6 +18,7 @@ import fastkd
 
 from .cache_files import needed
 from .cache_loader import IGNORED
+from .cache_share import only, share, size_of, together
 from .cache_writer import Writer
 
 
@@ -31,6 +34,10 @@ def capture(
     tail: str = "bucket",
     generator: torch.Generator | None = None,
     progress: bool = True,
+    rank: int | None = None,
+    world_size: int | None = None,
+    samples: range | None = None,
+    group: Any = None,
     **options: Any,
 ) -> int:
     """Run a teacher over its data and write what it says to a cache; goes on where one ended.
@@ -39,6 +46,11 @@ def capture(
     loader must give the same samples in the same order each time. Rows whose label is -100 are not
     stored where they end a sample, and elsewhere as rows of padding.
 
+    Many ranks capture one dataset with `world_size`, `samples` or `group`: each is given the loader
+    of all of it, runs the teacher over its share alone, writes files of its own, and, where a job
+    died, the next goes on with what is missing, on any number of ranks (see `share`). `merge` then
+    makes one index of theirs; with `group` that is done here, before and after.
+
     Args:
         teacher: inputs -> logits [B, L, V] or [B, V], a `LinearLogits`, or an object with logits; a
             module runs in eval mode, on its own device, and without gradient.
@@ -46,7 +58,11 @@ def capture(
         path, vocab_size, k, method, temperature, tail: see `Writer`; k=None stores all logits.
         generator: for the draws of method="sample". A resumed capture makes new draws.
         progress: show a tqdm bar with tokens per second and bytes per token.
-        options: of `Writer`: model, tokenizer, data, encoding, rank, ranks, shard_bytes.
+        rank, world_size: this rank among how many that share the loader's samples.
+        samples: the numbers this rank has, in place of an equal share.
+        group: a process group, all ranks of which are here: its rank and size.
+        options: of `Writer`: model, tokenizer, data, encoding, ranks (each rank has a loader of its
+            own samples), shard_bytes.
 
     Returns:
         Number of samples in this rank's part of the cache.
@@ -59,13 +75,23 @@ def capture(
     if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
         raise ValueError("loader: got one with shuffle=True, expected the same order each time")
     chosen: dict[str, Any] = {"method": method, "temperature": temperature, "tail": tail}
+    numbers: Iterable[list[int] | None] = repeat(None)
+    if group is not None:
+        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        together(group, path)
+    if shared := world_size is not None or samples is not None:
+        total = size_of(loader)
+        mine = {"rank": rank or 0, "world_size": world_size or (rank or 0) + 1}
+        left = share(path, total, samples=samples, **mine)
+        loader, numbers = only(loader, left)  # type: ignore[arg-type]
+        options["total"] = total
     with (
-        Writer(path, vocab_size=vocab_size, k=k, **chosen, **options) as writer,
+        Writer(path, vocab_size=vocab_size, k=k, rank=rank or 0, **chosen, **options) as writer,
         needed("tqdm.auto").tqdm(desc="capture", unit="sample", disable=not progress) as bar,
         _asked(teacher) as device,
     ):
-        start, seen, tokens, begun = writer.done, 0, 0, time.monotonic()
-        for batch in loader:
+        start, seen, tokens, begun = 0 if shared else writer.done, 0, 0, time.monotonic()
+        for batch, named in zip(loader, numbers, strict=False):
             inputs, labels = _parts(batch)
             size = len(inputs)
             known, seen = min(max(start - seen, 0), size), seen + size
@@ -86,7 +112,7 @@ def capture(
                 if labels is not None:
                     output = _without(output, labels == IGNORED)
                     lengths = _lengths(labels != IGNORED) if labels.dim() == 2 else None
-                writer.add_batch(output, lengths=lengths)
+                writer.add_batch(output, lengths=lengths, samples=named)
                 tokens += output.shape[:-1].numel() if lengths is None else int(lengths.sum())
                 rate = tokens / max(time.monotonic() - begun, 1e-9)
                 text = f"{rate:.0f} tokens/s, {writer.bytes_per_token:.0f} bytes/token"
@@ -94,6 +120,8 @@ def capture(
             bar.update(size)
         if seen < start:
             raise ValueError(f"loader: got {seen} samples, expected the {start} stored, and more")
+    if group is not None:
+        together(group, path)
     return writer.done
 
 

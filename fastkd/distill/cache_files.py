@@ -82,18 +82,10 @@ class Lock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: int | None = None
-        busy = f"{path}: another writer of this rank is at work; each rank has one writer"
         if path in _held:
-            raise BlockingIOError(busy)
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            if fcntl is not None:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(file)
-            raise BlockingIOError(busy) from None
+            raise BlockingIOError(_busy(path))
+        self._file = _locked(path, os.O_RDWR | os.O_CREAT)
         _held.add(path)
-        self._file = file
 
     @property
     def held(self) -> bool:
@@ -104,3 +96,26 @@ class Lock:
             os.close(self._file)
             self._file = None
             _held.discard(self._path)
+
+
+def probe(path: Path) -> None:
+    """BlockingIOError where a lock is held; where there is no such file, nobody holds it."""
+    if path in _held:  # closing the file would give back what this process holds
+        raise BlockingIOError(_busy(path))
+    if path.exists():
+        os.close(_locked(path, os.O_RDWR))
+
+
+def _locked(path: Path, how: int) -> int:
+    file = os.open(path, how, 0o666)
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        raise BlockingIOError(_busy(path)) from None
+    return file
+
+
+def _busy(path: Path) -> str:
+    return f"{path}: another writer of this rank is at work; each rank has one writer"

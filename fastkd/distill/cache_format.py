@@ -1,10 +1,12 @@
 """A cache's folder: its files, their names, and how each appears whole or not at all.
 
     index-RRRRR.json                what rank R has written: the teacher, its shards, their hashes
-    teacher-RRRRR-NNNNNN.safetensors  shard N of rank R
+    teacher-RRRRR/NNNNNN.safetensors  shard N of rank R; a cache of one rank has no such folders:
+    teacher-RRRRR-NNNNNN.safetensors  shard N of rank R there, and in version 1
+    index.safetensors               all indexes in columns, where they were merged (`cache_merge`)
     .lock-RRRRR                     empty; locked while a writer of rank R lives
 
-No rank reads or writes another's files: a cache is the union of its indexes.
+No rank writes another's files: a cache is the union of its indexes, merged or not.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from typing import Any
 from .cache_codec import LOGITS, MOST_DRAWS, bound_facts, index_bits
 from .cache_files import write_whole
 
-FORMAT, VERSION = "fastkd teacher cache", 1
+FORMAT, VERSION = "fastkd teacher cache", 2
+READABLE = (1, VERSION)
 INDEXES = "index-*.json"
 METHODS, TAILS = ("top", "sample"), ("bucket", "renormalize", "restrict", "drop")
 Spelled = dict[str, tuple[str, tuple[int, ...]]]  # of tensors: dtype in safetensors' words, shape
@@ -41,9 +44,10 @@ class Plan:
     temperature: float
     tail: str | None
     encoding: str
-    ranks: int
+    ranks: int | None  # None: any number, each sample of `total` by whoever has it to do
     sequences: bool | None = None  # a sample has rows [L, ...], not one; None before the first
     measured: bool | None = None  # with tail_logprob
+    total: int | None = None  # samples of all ranks, where they share them
 
     def other(self, plan: Plan) -> str | None:
         """The first difference, as "name: got this, expected that"; what is None is not known."""
@@ -97,6 +101,8 @@ class Part:
     rank: int
     shards: list[Shard]
     complete: bool = False
+    size: int = 0  # bytes of its file, as it was read; they grow with each shard
+    sha256: str = ""  # the same of its hash
 
     @property
     def samples(self) -> int:
@@ -151,20 +157,29 @@ def index_name(rank: int) -> str:
     return f"index-{rank:05d}.json"
 
 
-def shard_name(rank: int, number: int | str) -> str:
+def lock_name(rank: int) -> str:
+    return f".lock-{rank:05d}"
+
+
+def shard_name(rank: int, number: int | str, *, folder: bool) -> str:
+    """A shard's file; in a folder of its rank, or beside those of all."""
     name = number if isinstance(number, str) else f"{number:06d}"
-    return f"teacher-{rank:05d}-{name}.safetensors"
+    return f"teacher-{rank:05d}{'/' if folder else '-'}{name}.safetensors"
 
 
 def _text(document: dict[str, Any]) -> bytes:
     return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
 
 
+def _signed(plain: bytes) -> tuple[bytes, str]:
+    """An index's text with its own hash as the last entry, and the hash."""
+    digest = hashlib.sha256(plain).hexdigest()
+    return plain.removesuffix(b"\n}\n") + f',\n "sha256": "{digest}"\n}}\n'.encode(), digest
+
+
 def save_part(folder: Path, part: Part) -> None:
     """Replace a rank's index by one with its own hash in it."""
-    document = part.document()
-    document["sha256"] = hashlib.sha256(_text(document)).hexdigest()
-    write_whole(folder / index_name(part.rank), _text(document))
+    write_whole(folder / index_name(part.rank), _signed(_text(part.document()))[0])
 
 
 def load_part(path: Path) -> Part:
@@ -181,21 +196,24 @@ def load_part(path: Path) -> Part:
         raise CacheError(f"{path}: got no index of a teacher cache ({error})") from None
     if version is None:
         raise CacheError(f"{path}: got format {document['format']!r}, expected {FORMAT!r}")
-    if version != VERSION:
+    if version not in READABLE:
         raise CacheError(f"{path}: got a cache of version {version!r}, expected {VERSION}")
-    digest = document.pop("sha256", None)
-    plain = hashlib.sha256(_text(document)).hexdigest()
-    if digest != plain or _text({**document, "sha256": digest}) != data:
+    # its own bytes, not its fields written once more: of many ranks that took most of the time
+    signed, digest = _signed(data[: data.rfind(b",\n")] + b"\n}\n")
+    if signed != data:
         raise CacheError(f"{path}: the index was altered after it was written (its hash differs)")
     try:
         shards = [Shard(**shard) for shard in document["shards"]]
-        part = Part(Plan(**document["teacher"]), document["rank"], shards, document["complete"])
+        plan, rank = Plan(**document["teacher"]), document["rank"]
+        part = Part(plan, rank, shards, document["complete"], len(data), digest)
     except (KeyError, TypeError) as error:
-        raise CacheError(f"{path}: got fields that version {VERSION} has not ({error})") from None
-    for number, shard in enumerate(part.shards):
-        if shard.file != shard_name(part.rank, number):  # a name leads nowhere else
-            expected = shard_name(part.rank, number)
-            raise CacheError(f"{path}: got a shard {shard.file!r}, expected {expected!r}")
+        raise CacheError(f"{path}: got fields that version {version} has not ({error})") from None
+    if path.name != index_name(rank):
+        raise CacheError(f"{path}: got the index of rank {rank}, expected {index_name(rank)!r}")
+    for number, shard in enumerate(part.shards):  # a name leads nowhere else
+        expected = [shard_name(rank, number, folder=folder) for folder in (False, True)]
+        if shard.file not in expected:
+            raise CacheError(f"{path}: got a shard {shard.file!r}, expected {expected[0]!r}")
     return part
 
 

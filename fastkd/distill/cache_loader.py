@@ -26,11 +26,11 @@ class Paired(Dataset[Any]):
     """
 
     def __init__(self, dataset: Any, reader: Reader) -> None:
-        numbers, size = reader.numbers, len(dataset)
-        if len(numbers) != size or (size and int(numbers[-1]) != size - 1):
-            most = int(numbers[-1]) if len(numbers) else None
+        size = len(dataset)
+        if not reader.covers(size):
+            most = int(reader.table.last.max()) if len(reader) else None
             raise ValueError(
-                f"reader: got {len(numbers)} samples, the last number {most}, in {reader.path}, "
+                f"reader: got {len(reader)} samples, the last number {most}, in {reader.path}, "
                 f"expected 0 to {size - 1}, the dataset's"
             )
         self._dataset, self._reader = dataset, reader

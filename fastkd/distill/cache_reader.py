@@ -19,8 +19,10 @@ import fastkd
 
 from .cache_codec import decode, unpack
 from .cache_files import file_hash, needed
-from .cache_format import INDEXES, CacheError, Shard, Spelled, load_part, tokenizer_name
+from .cache_format import CacheError, Part, Shard, Spelled, index_name, load_part, tokenizer_name
+from .cache_merge import contents, places
 from .cache_padding import teachers
+from .cache_table import Places
 
 OPEN_SHARDS = 64  # mapped at a time by a process
 
@@ -54,45 +56,37 @@ class Reader(Dataset[Any]):
         data: str | None = None,
     ) -> None:
         self.path = Path(path)
-        files = sorted(self.path.glob(INDEXES))
-        if not files:
-            raise FileNotFoundError(f"{self.path}: no teacher cache there: no {INDEXES}")
-        parts = [load_part(file) for file in files]
-        # what is not known before a first sample is known to a rank that has one
-        plan = next((part.plan for part in parts if part.shards), parts[0].plan)
-        for file, part in zip(files, parts, strict=True):
-            if difference := plan.other(part.plan):
-                raise CacheError(f"{file}: not of one cache with its neighbours; {difference}")
+        found = contents(self.path)
+        plan = found.plan
         name = None if tokenizer is None else tokenizer_name(tokenizer)
         asked = {"vocab_size": vocab_size, "tokenizer": name, "model": model, "data": data}
         for key, wanted in asked.items():
             if wanted is not None and wanted != (got := getattr(plan, key)):
                 raise CacheError(f"{self.path}: made for {key}={got!r}, expected {wanted!r}")
-        self.plan, self._parts = plan, parts
-        self._shards = [shard for part in parts for shard in part.shards]
+        self.plan, self.contents, self.table = plan, found, found.table
         self._open: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
-        self._table: tuple[Tensor, Tensor] | None = None
+        self._places: Places | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict(), "_table": None}
+        return {**self.__dict__, "_open": OrderedDict(), "_places": None}
 
     def __len__(self) -> int:
-        return sum(shard.samples for shard in self._shards)
+        return int(self.table.samples.sum())
 
     @property
     def tokens(self) -> int:
         """Rows of all samples."""
-        return sum(shard.tokens for shard in self._shards)
+        return int(self.table.tokens.sum())
 
     @property
     def complete(self) -> bool:
-        """Every rank has written all it had."""
-        return len(self._parts) == self.plan.ranks and all(part.complete for part in self._parts)
+        """Every rank has written all it had, or all ranks what they share."""
+        return self.contents.complete
 
     @property
     def numbers(self) -> Tensor:
         """The samples' numbers, rising, [len(self)] int64; 0 to len - 1 in a complete cache."""
-        return self._find()[0]
+        return self.check().numbers()
 
     def __iter__(self) -> Iterator[Any]:
         for number in self.numbers.tolist():
@@ -122,7 +116,8 @@ class Reader(Dataset[Any]):
 
     def identity(self) -> dict[str, Any]:
         """Which cache this is, in a checkpoint: what it is of, and a hash of its shards' hashes."""
-        shards = json.dumps([shard.sha256 for shard in self._shards])
+        digests = bytes(self.table.sha256.flatten().numpy())
+        shards = json.dumps([digests[i : i + 32].hex() for i in range(0, len(digests), 32)])
         made = {key: getattr(self.plan, key) for key in ("model", "tokenizer", "data")}
         return {**made, "shards": hashlib.sha256(shards.encode()).hexdigest()}
 
@@ -137,13 +132,20 @@ class Reader(Dataset[Any]):
             raise CacheError("; ".join(faults))
 
     def faults(self, *, progress: bool = False) -> Iterator[str]:
-        """As `verify`, a line for each shard that is not as it was written."""
-        total = sum(shard.bytes for shard in self._shards)
+        """As `verify`, a line for each file that is not as it was written."""
+        for source in self.contents.sources:
+            file = self.path / index_name(source.rank)
+            try:  # it may have grown since; what it says of the shards below is in their hashes
+                part = load_part(file)
+                if part.size == source.size and part.sha256 != source.sha256:
+                    yield f"{file}: altered after it was merged (its hash differs)"
+            except (OSError, CacheError) as error:
+                yield str(error)
         bar = needed("tqdm.auto").tqdm(
-            total=total, unit="B", unit_scale=True, desc="verify", disable=not progress
+            total=self._bytes, unit="B", unit_scale=True, desc="verify", disable=not progress
         )
         with bar:
-            for shard in self._shards:
+            for shard in map(self.table.shard, range(len(self.table))):
                 file = self.path / shard.file
                 try:
                     digest = file_hash(file, bar.update)
@@ -153,10 +155,14 @@ class Reader(Dataset[Any]):
                 if digest != shard.sha256:
                     yield f"{file}: altered after it was written (its hash differs)"
 
+    @property
+    def _bytes(self) -> int:
+        return int(self.table.bytes.sum())
+
     def facts(self) -> dict[str, Any]:
         """What is in the cache, JSON-ready."""
-        size = sum(shard.bytes for shard in self._shards)
-        document = self._parts[0].document()
+        size, sources = self._bytes, self.contents.sources
+        document = Part(self.plan, sources[0].rank, []).document()
         return {
             "path": str(self.path),
             **{name: document[name] for name in ("format", "version", "bound")},
@@ -165,34 +171,33 @@ class Reader(Dataset[Any]):
             "tokens": self.tokens,
             "bytes": size,
             "bytes_per_token": size / self.tokens if self.tokens else None,
-            "shards": len(self._shards),
+            "shards": len(self.table),
             "complete": self.complete,
-            "ranks_present": len(self._parts),
-            "ranks_complete": sum(part.complete for part in self._parts),
+            "merged": self.contents.checked,
+            "ranks_present": len(sources),
+            "ranks_complete": sum(source.complete for source in sources),
         }
 
     # ---- where a sample is
 
-    def _find(self) -> tuple[Tensor, Tensor]:
-        """Numbers of all samples, rising, and the shard of each."""
-        if self._table is None:
-            numbers = [self._numbers(at) for at in range(len(self._shards))]
-            shards = [torch.full_like(x, at) for at, x in enumerate(numbers)]
-            none = torch.empty(0, dtype=torch.int64)
-            rising, order = torch.cat([none, *numbers]).sort()
-            of = torch.cat([none, *shards])[order].to(torch.int32)
-            again = (rising[1:] == rising[:-1]).nonzero()
-            if len(again):
-                at = int(again[0, 0])
-                files = " and ".join(self._shards[int(of[i])].file for i in (at, at + 1))
-                raise CacheError(f"{self.path}: sample {int(rising[at])} is in {files}")
-            self._table = rising, of
-        return self._table
+    def check(self) -> Places:
+        """Where each sample is; CacheError where one is there twice."""
+        if self._places is None:
+            listed = lambda at: self._tensors(at)["samples"]  # noqa: E731
+            self._places = places(self.path, self.contents, listed)
+        return self._places
 
-    def _numbers(self, at: int) -> Tensor:
-        shard = self._shards[at]
-        if shard.step:
-            return shard.first + shard.step * torch.arange(shard.samples)
+    def covers(self, size: int) -> bool:
+        """The samples are 0 to size - 1, each once."""
+        self.check()
+        whole = len(self) == size and (not size or int(self.table.last.max()) == size - 1)
+        return whole and (not size or int(self.table.first.min()) == 0)
+
+    def of_shard(self, at: int) -> Tensor:
+        """The numbers of a shard's samples, rising."""
+        table = self.table
+        if step := int(table.step[at]):
+            return int(table.first[at]) + step * torch.arange(int(table.samples[at]))
         return self._tensors(at)["samples"]
 
     def _tensors(self, at: int) -> dict[str, Tensor]:
@@ -200,7 +205,7 @@ class Reader(Dataset[Any]):
         if at in self._open:
             self._open.move_to_end(at)
             return self._open[at]
-        shard = self._shards[at]
+        shard = self.table.shard(at)
         tensors = _map(self.path / shard.file, shard, self.plan.shapes)
         self._open[at] = tensors
         while len(self._open) > OPEN_SHARDS:
@@ -211,19 +216,23 @@ class Reader(Dataset[Any]):
 
     def _rows(self, asked: Tensor) -> tuple[Any, Tensor]:
         """The rows of the samples asked for, one after the other, and how many each has."""
-        numbers, shards = self._find()
-        place = torch.searchsorted(numbers, asked).clamp_max_(max(len(numbers) - 1, 0))
-        absent = numbers[place] != asked if len(numbers) else torch.ones_like(asked).bool()
-        if bool(absent.any()):
-            number, most = int(asked[absent][0]), int(numbers[-1]) if len(numbers) else -1
-            there = f"{len(numbers)} samples with numbers up to {most}"
+        of = self.check().find(asked)
+        if bool((of < 0).any()):
+            number = int(asked[of < 0][0])
+            most = int(self.table.last.max()) if len(self.table) else -1
+            there = f"{len(self)} samples with numbers up to {most}"
             raise IndexError(f"{self.path}: sample {number} is not in the cache of {there}")
-        of = shards[place]
         start, length = torch.empty_like(asked), torch.empty_like(asked)
         used = of.unique().tolist()
         for at in used:
             mine, tensors = of == at, self._tensors(at)
-            position = torch.searchsorted(self._numbers(at), asked[mine])
+            step, first = int(self.table.step[at]), int(self.table.first[at])
+            numbers = asked[mine]
+            position = (
+                (numbers - first) // step
+                if step
+                else torch.searchsorted(tensors["samples"], numbers)
+            )
             ends = tensors["ends"]
             begins = torch.where(position > 0, ends[(position - 1).clamp_min_(0)], 0)
             start[mine], length[mine] = begins, ends[position] - begins
@@ -244,7 +253,7 @@ class Reader(Dataset[Any]):
                 if name not in stored:
                     stored[name] = x.new_zeros((total, *x.shape[1:]))
                 stored[name].index_copy_(0, target_rows, rows)
-        return self._decoded(stored, [self._shards[at] for at in used]), length
+        return self._decoded(stored, [self.table.shard(at) for at in used]), length
 
     def _decoded(self, stored: dict[str, Tensor], shards: list[Shard]) -> Any:
         plan = self.plan

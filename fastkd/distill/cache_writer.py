@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from .cache_format import (
     Shard,
     index_name,
     load_part,
+    lock_name,
     save_part,
     settled,
     shard_name,
@@ -52,6 +55,8 @@ class Writer:
             of logits: "float32", "bfloat16", "float16". None: "uint8", "counts" for at most 255
             draws, "float32". The error of each stands in the index, and in `fastkd.distill.cache`.
         rank, ranks: this writer among how many.
+        total: samples of a cache that any number of ranks share, one job after another: numbers are
+            given to `add`, as `share` deals them, and `ranks` is not. None: as above.
         shard_bytes: a shard is put away when it has this many bytes.
 
     Raises:
@@ -76,6 +81,7 @@ class Writer:
         encoding: str | None = None,
         rank: int = 0,
         ranks: int = 1,
+        total: int | None = None,
         shard_bytes: int = 2**25,
     ) -> None:
         for name, number, low in (
@@ -83,13 +89,16 @@ class Writer:
             ("k", 1 if k is None else k, 1),
             ("rank", rank, 0),
             ("ranks", ranks, 1),
+            ("total", 0 if total is None else total, 0),
             ("shard_bytes", shard_bytes, 1),
         ):
             if isinstance(number, bool) or not isinstance(number, int):
                 raise TypeError(f"{name}: got {number!r}, expected an integer")
             if number < low:
                 raise ValueError(f"{name}: got {number}, expected at least {low}")
-        if rank >= ranks:
+        if total is not None and ranks != 1:
+            raise ValueError(f"ranks: got {ranks} with total={total}, expected none: they vary")
+        if total is None and rank >= ranks:
             raise ValueError(f"rank: got {rank} of {ranks} ranks, expected 0 to {ranks - 1}")
         if vocab_size >= 2**31:
             raise ValueError(f"vocab_size: got {vocab_size}, expected less than 2**31")
@@ -100,13 +109,14 @@ class Writer:
             data=data,
             vocab_size=vocab_size,
             k=k,
-            ranks=ranks,
+            ranks=ranks if total is None else None,
+            total=total,
             **made,
         )
         self._folder, self._shard_bytes = Path(path), shard_bytes
         self._folder.mkdir(parents=True, exist_ok=True)
         self._process = os.getpid()
-        self._lock = Lock(self._folder.resolve() / f".lock-{rank:05d}")
+        self._lock = Lock(self._folder.resolve() / lock_name(rank))
         try:
             self._part = self._resume(rank)
         except BaseException:
@@ -133,13 +143,16 @@ class Writer:
             if size != shard.bytes:
                 got = "no such file" if size is None else f"{size} bytes"
                 raise CacheError(f"{file}: got {got}, expected the {shard.bytes} bytes written")
-        kept = {shard.file for shard in part.shards}
-        for file in self._folder.glob(shard_name(rank, "*")):
-            if file.name not in kept:  # written, but its index was not
+        kept = {self._folder / shard.file for shard in part.shards}
+        shards = [shard_name(rank, "*", folder=folder) for folder in (True, False)]
+        for name in (*shards, index_name(rank)):
+            where, _, last = name.rpartition("/")
+            for file in (self._folder / where).glob(f".{last}.tmp"):
                 file.unlink()
-        for name in (shard_name(rank, "*"), index_name(rank)):
-            for file in self._folder.glob(f".{name}.tmp"):
-                file.unlink()
+            for file in (self._folder / where).glob(last) if name in shards else ():
+                if file not in kept:  # written, but its index was not
+                    file.unlink()
+        self._taken = sorted((shard.first, shard.last) for shard in part.shards)
         return part
 
     def _clear(self) -> None:
@@ -222,6 +235,9 @@ class Writer:
             got, wanted = shapes[sequences], shapes[not sequences]
             raise ValueError(f"outputs: got a sample of shape {got}, expected {wanted} as before")
         numbers = self._numbers(samples, size)
+        if self._plan.total is not None and self._samples and numbers:
+            if numbers[0] != self._samples[-1] + 1:
+                self.flush()  # what others have lies between: a shard's samples are a range
         counts = row_counts(lengths, size, outputs.size(1))
         keep = torch.arange(outputs.size(1)) < counts[:, None]
         where = Where(numbers, keep)
@@ -236,25 +252,46 @@ class Writer:
             self.flush()
 
     def _numbers(self, samples: list[int] | None, size: int) -> list[int]:
+        shared = self._plan.total is not None
+        if shared and samples is None:
+            raise ValueError("samples: got None in a shared cache, expected numbers of `share`")
         last = self._samples[-1] if self._samples else None
-        if last is None:
+        if last is None and not shared:
             last = self._part.shards[-1].last if self._part.shards else -1
         if samples is None:
             at = self.done + len(self._samples)
-            step = self._plan.ranks
+            step = self._plan.ranks or 1
             numbers = [self._part.rank + step * i for i in range(at, at + size)]
         else:
             numbers = [int(sample) for sample in samples]
             if len(numbers) != size:
                 raise ValueError(f"samples: got {len(numbers)} numbers, expected {size}")
+        if shared and numbers:
+            last = self._free(numbers[0], numbers[-1])
         for number in numbers:
-            if number <= last:
+            if last is not None and number <= last:
                 raise ValueError(
                     f"samples: got {number} after {last}, expected a greater one: a rank's "
                     "samples rise, and none is there twice"
                 )
             last = number
         return numbers
+
+    def _free(self, first: int, last: int) -> int:
+        """What lies before `first` in a shared cache, all of first .. last not yet written here."""
+        total = self._plan.total or 0
+        if not 0 <= first <= last < total:
+            raise ValueError(f"samples: got {first} to {last}, expected rising ones below {total}")
+        taken = [*self._taken]
+        if self._samples:
+            bisect.insort(taken, (self._samples[0], self._samples[-1]))
+        at = bisect.bisect(taken, (last, math.inf)) - 1
+        if at >= 0 and taken[at][1] >= first:
+            raise ValueError(
+                f"samples: got {first} to {last}, expected none of {taken[at][0]} to "
+                f"{taken[at][1]}, which this rank has"
+            )
+        return first - 1
 
     def flush(self) -> None:
         """Put away what was added as a shard, however small; nothing if there is nothing.
@@ -275,7 +312,7 @@ class Writer:
         ends = torch.tensor(self._lengths).cumsum(0)
         data = shard_bytes({**tensors, "ends": ends, "samples": samples})
         shard = Shard(
-            file=shard_name(self._part.rank, len(self._part.shards)),
+            file=shard_name(self._part.rank, len(self._part.shards), folder=self._plan.ranks != 1),
             samples=len(samples),
             tokens=int(ends[-1]),
             bytes=len(data),
@@ -284,11 +321,14 @@ class Writer:
             last=self._samples[-1],
             step=step if bool((steps == step).all()) else 0,
         )
-        write_whole(self._folder / shard.file, data)
+        file = self._folder / shard.file
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, data)
         part = replace(self._part, plan=self._plan, shards=[*self._part.shards, shard])
         part.complete = False
         save_part(self._folder, part)
         self._part = part
+        bisect.insort(self._taken, (shard.first, shard.last))
         self._clear()
 
     def close(self) -> None:
