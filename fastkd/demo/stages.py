@@ -137,7 +137,7 @@ class Stages:
             collate = distill.cache.collate
         loader = DataLoader(samples, batch_size=self.preset.batch, collate_fn=collate)
         log = distill.CSVLogger(self.folder / f"{_file(name)}.csv")
-        every = max(1, steps // LOOKS)
+        every = max(1, net.steps // LOOKS)
 
         def look(_: int, step: int, __: Tensor) -> None:
             if step % every == every - 1 or step == steps - 1:
