@@ -157,10 +157,10 @@ def _make(
     for side in sides:
         encoded = tokenizer.encode_batch(side)
         tokens.append(torch.tensor([x for part in encoded for x in (*part.ids, end)]).int())
-    for name, side in zip(("training", "held-out"), tokens, strict=True):
-        if len(side) < least:
+    for name, made in zip(("training", "held-out"), tokens, strict=True):
+        if len(made) < least:
             raise ValueError(
-                f"path: got {len(side)} {name} tokens, expected {least} or more: a larger text, "
+                f"path: got {len(made)} {name} tokens, expected {least} or more: a larger text, "
                 "or a smaller --preset"
             )
     facts = {

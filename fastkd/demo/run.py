@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import sys
@@ -189,11 +188,14 @@ def _write(file: Path, value: Any) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the advice and the bars that transformers logs for models made from scratch."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without what transformers says of models made from scratch, and its bars."""
+    said = needed("transformers", USER, corpus.EXTRA).utils.logging
+    level, bars = said.get_verbosity(), said.is_progress_bar_enabled()
+    said.set_verbosity_error()
+    said.disable_progress_bar()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        said.set_verbosity(level)
+        if bars:
+            said.enable_progress_bar()

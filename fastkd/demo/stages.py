@@ -126,7 +126,7 @@ class Stages:
 
     def _train(self, name: str, model: Any, net: Net, way: Way, steps: int, teacher: Any) -> None:
         student = Language(model, way.linear)
-        samples = self.batches(name, steps)
+        samples: Any = self.batches(name, steps)
         source: Any = None
         if way.teacher == "live":
             source = Language(teacher, way.linear)
