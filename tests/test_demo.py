@@ -25,9 +25,8 @@ WORDS = "the model of a loss reads each row once and keeps nothing but its gradi
 SIZES = demo.PRESETS["tiny"]._replace(
     vocab=300,
     context=16,
-    batch=4,
-    teacher=demo.PRESETS["tiny"].teacher._replace(steps=8),
-    student=demo.PRESETS["tiny"].student._replace(steps=8),
+    teacher=demo.PRESETS["tiny"].teacher._replace(steps=8, batch=4),
+    student=demo.PRESETS["tiny"].student._replace(steps=8, batch=4),
     held_out=256,
     repeats=1,
 )

@@ -27,7 +27,7 @@ def judged(stages: Stages, models: dict[str, Any]) -> dict[str, dict[str, float]
     languages = {name: Language(model, linear=True).eval() for name, model in models.items()}
     totals = {name: [0.0, 0.0] for name in models}
     count = 0
-    loader = DataLoader(samples, batch_size=preset.batch)
+    loader = DataLoader(samples, batch_size=preset.student.batch)
     for batch in needed("tqdm.auto", USER).tqdm(loader, unit="batch", disable=not stages.progress):
         tokens, labels = (x.to(stages.device) for x in batch)
         count += labels.numel()

@@ -109,7 +109,7 @@ def _autocast(stages: Stages) -> Any:
 
 def _batch(stages: Stages) -> tuple[Tensor, Tensor]:
     samples = stages.batches(EAGER)
-    rows = [samples[i] for i in range(stages.preset.batch)]
+    rows = [samples[i] for i in range(stages.preset.student.batch)]
     tokens, labels = (torch.stack(column) for column in zip(*rows, strict=True))
     return tokens.to(stages.device), labels.to(stages.device)
 

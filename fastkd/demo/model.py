@@ -41,7 +41,7 @@ def build(net: Net, vocab: int, context: int, seed: int) -> Any:
         num_hidden_layers=net.layers,
         num_attention_heads=net.heads,
         max_position_embeddings=context,
-        tie_word_embeddings=net.tied,
+        tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=0,
         attn_implementation="sdpa",

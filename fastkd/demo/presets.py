@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 
 class Net(NamedTuple):
-    """A Llama: hidden size, layers, attention heads, steps of training and their learning rate."""
+    """A Llama and its training: sizes, steps, samples of a step, AdamW's rate."""
 
     hidden: int
     layers: int
     heads: int
     steps: int
+    batch: int
     lr: float
-    tied: bool
 
 
 class Preset(NamedTuple):
@@ -21,7 +21,7 @@ class Preset(NamedTuple):
 
     Args:
         vocab: of the BPE, at most; a small text has fewer.
-        context, batch: tokens of a sample, samples of a step.
+        context: tokens of a sample.
         teacher, student: the two models.
         eager_share: how much of the student's steps the eager variant takes.
         k: draws of the teacher that the cache keeps of a token.
@@ -33,7 +33,6 @@ class Preset(NamedTuple):
 
     vocab: int
     context: int
-    batch: int
     teacher: Net
     student: Net
     eager_share: float
@@ -52,9 +51,8 @@ PRESETS = {
     "tiny": Preset(
         vocab=512,
         context=32,
-        batch=8,
-        teacher=Net(32, 2, 2, 40, 1e-2, False),
-        student=Net(16, 1, 2, 12, 1e-2, False),
+        teacher=Net(32, 2, 2, steps=40, batch=8, lr=1e-2),
+        student=Net(16, 1, 2, steps=12, batch=8, lr=1e-2),
         eager_share=0.5,
         k=16,
         characters=10**6,
@@ -64,9 +62,8 @@ PRESETS = {
     "small": Preset(
         vocab=32_768,
         context=128,
-        batch=8,
-        teacher=Net(192, 3, 3, 400, 3e-3, False),
-        student=Net(64, 2, 2, 150, 5e-3, False),
+        teacher=Net(192, 3, 3, steps=1000, batch=4, lr=2e-3),
+        student=Net(64, 2, 2, steps=80, batch=8, lr=5e-3),
         eager_share=0.2,
         k=64,
         characters=20 * 10**6,
@@ -77,9 +74,8 @@ PRESETS = {
     "gpu": Preset(
         vocab=32_768,
         context=512,
-        batch=32,
-        teacher=Net(1024, 12, 16, 3000, 6e-4, False),
-        student=Net(512, 6, 8, 1000, 1e-3, False),
+        teacher=Net(1024, 12, 16, steps=3000, batch=32, lr=6e-4),
+        student=Net(512, 6, 8, steps=1000, batch=32, lr=1e-3),
         eager_share=0.2,
         k=64,
         characters=200 * 10**6,

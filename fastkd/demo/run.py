@@ -102,7 +102,7 @@ def run(
             TEACHER: parameters(models[TEACHER]),
             "student": parameters(models[LINEAR]),
         },
-        "cache": {**cache, "tokens": net.steps * sizes.batch * sizes.context},
+        "cache": {**cache, "tokens": net.steps * net.batch * sizes.context},
         "seconds": clock.total,
         "stages": clock.seconds,
         "samples": samples,

@@ -92,16 +92,19 @@ class Stages:
         self.amp = getattr(torch, preset.amp) if preset.amp else None
         self.look = in_order(corpus.held_out, preset.context, min(preset.held_out, 4096))
 
+    def _net(self, name: str) -> Net:
+        return self.preset.teacher if name == TEACHER else self.preset.student
+
     def model(self, name: str) -> Any:
         """As it is at the start: all students are the same."""
-        net = self.preset.teacher if name == TEACHER else self.preset.student
+        net = self._net(name)
         seed = 2 * self.seed + (name == TEACHER)
         return build(net, self.corpus.vocab, self.preset.context, seed).to(self.device)
 
     def batches(self, name: str, steps: int | None = None) -> Windows:
         """A training's samples: those of all students are the same, in one order."""
-        net = self.preset.teacher if name == TEACHER else self.preset.student
-        size, seed = self.preset.batch, 2 * self.seed + (name == TEACHER)
+        net = self._net(name)
+        size, seed = net.batch, 2 * self.seed + (name == TEACHER)
         samples = drawn(self.corpus.train, self.preset.context, net.steps * size, seed)
         samples.starts = samples.starts[: (steps or net.steps) * size]
         return samples
@@ -113,7 +116,7 @@ class Stages:
         if file.exists():
             distill.load(model, file)
             return model
-        net = self.preset.teacher if name == TEACHER else self.preset.student
+        net = self._net(name)
         way = WAYS[HARD if name == TEACHER else name]
         steps = max(1, round(net.steps * share))
         self._train(name, model, net, way, steps, teacher)
@@ -135,7 +138,7 @@ class Stages:
             source = self.reader(teacher)
             samples = distill.cache.Paired(self.batches(name), source)
             collate = distill.cache.collate
-        loader = DataLoader(samples, batch_size=self.preset.batch, collate_fn=collate)
+        loader = DataLoader(samples, batch_size=net.batch, collate_fn=collate)
         log = distill.CSVLogger(self.folder / f"{_file(name)}.csv")
         every = max(1, net.steps // LOOKS)
 
@@ -172,7 +175,7 @@ class Stages:
         facts = self.folder / "cache.json"
         if not facts.exists():
             begun = time.monotonic()
-            loader = DataLoader(self.batches(CACHED), batch_size=self.preset.batch)
+            loader = DataLoader(self.batches(CACHED), batch_size=self.preset.student.batch)
             distill.cache.capture(
                 Language(teacher, linear=True),
                 loader,
