@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ def measured(stages: Stages, student: Any, teacher: Any) -> Figures:
     from round to round. A step is the teacher's forward (or the reading from disk), the student's,
     loss, backward, clipping and AdamW.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler prints two lines a use
     tokens, labels = _batch(stages)
     steps = {name: Step(stages, name, student, teacher, tokens, labels) for name in WAYS}
     losses = _losses(stages, student, teacher, tokens)
