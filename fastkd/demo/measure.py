@@ -97,8 +97,9 @@ def _losses(
 
     def run(name: str) -> Callable[[], object]:
         def loss() -> None:
-            leaf = s.detach().requires_grad_()
-            WAYS[name].loss(leaf, t, None).backward()
+            with _autocast(stages):
+                value = WAYS[name].loss(s.detach().requires_grad_(), t, None)
+            value.backward()
 
         return loss
 
