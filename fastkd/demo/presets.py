@@ -62,7 +62,7 @@ PRESETS = {
     "small": Preset(
         vocab=32_768,
         context=128,
-        teacher=Net(192, 3, 3, steps=1000, batch=4, lr=2e-3),
+        teacher=Net(192, 3, 3, steps=800, batch=4, lr=2e-3),
         student=Net(64, 2, 2, steps=150, batch=8, lr=5e-3),
         eager_share=0.2,
         k=64,
