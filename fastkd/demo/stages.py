@@ -24,7 +24,7 @@ from .presets import Net, Preset
 
 TEACHER = "teacher"
 HARD, EAGER, DENSE, LINEAR, CACHED = "hard labels", "eager", "dense", "linear", "cached"
-CHECKPOINTS = 5  # of a training, at most so many are written
+CHECKPOINTS = 10  # of a training, at most so many are written
 LOOKS = 10  # at held-out text, during a training
 
 
