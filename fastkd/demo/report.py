@@ -64,7 +64,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "fastkd": fastkd.__version__,
-        "isa": info.get("isa"),
+        "isa": (info["cpu"] or {}).get("isa"),
     }
 
 
@@ -174,16 +174,24 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure = needed("matplotlib.figure", "plot").Figure(figsize=(14, 3.8), layout="constrained")
     axes = figure.subplots(1, 4, width_ratios=[2, 1, 1, 1])
     by = {row["name"]: row for row in found["rows"]}
-    axes[0].axhline(by[TEACHER]["nats"], color=COLOURS[TEACHER], linestyle="--", label=TEACHER)
+    taught = by[TEACHER]["curve"][-1][1]  # on the part of the held-out text that the curves see
+    axes[0].axhline(taught, color=COLOURS[TEACHER], linestyle="--", label=TEACHER)
     for name in WAYS:
         steps, nats = zip(*by[name]["curve"], strict=True)
-        axes[0].plot(steps, nats, color=COLOURS[name], label=name, marker=".", linewidth=1.4)
+        axes[0].plot(
+            steps,
+            nats,
+            color=COLOURS[name],
+            label=name,
+            marker=".",
+            linewidth=3.0 if name == DENSE else 1.4,
+        )
     axes[0].set(title="held-out text", xlabel="step", ylabel="nats a token")
     axes[0].legend(frameon=False, fontsize="small")
     for axis, key, factor, title in (
         (axes[1], "loss_s", 1e3, "loss alone, ms"),
         (axes[2], "step_s", 1e3, "whole step, ms"),
-        (axes[3], "peak_bytes", 2.0**-20, "peak memory of a step, MiB"),
+        (axes[3], "peak_bytes", 2.0**-20, "peak memory, MiB"),
     ):
         names = [name for name in WAYS if key in by[name]][::-1]
         values = [by[name][key] * factor for name in names]
