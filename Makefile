@@ -1,8 +1,9 @@
-# make demo   a first distillation on real data, then fastkd timed against eager and compiled torch
+# make demo   a language model distilled on real text, each way beside torch's own loss
 # make test   everything that is checked: lint, types, sdist, tests on every backend, toy benchmark
 # make kernels, sanitize, aarch64: the C++ kernels alone, see below
 # make gpu    on a machine with a GPU and its own torch and triton: build, test, measure
 #
+# An interrupted demo goes on where it was; `rm -r demo` begins anew.
 # demo and test make their own environment in .venv; PYTHON and TORCH choose what goes into it.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -12,12 +13,15 @@ RESULTS ?= bench/results
 # of the property tests; SEED= draws another one for every run
 SEED ?= 1
 
+# of the demonstration: a text file or a folder of them (none: Python's own sources), and its sizes
+TEXT ?=
+PRESET ?= small
+
 .PHONY: demo test lint sdist kernels sanitize aarch64 gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
-	$(RUN) -m fastkd.recipes.digits --out demo
-	$(RUN) -m bench --demo --json demo/bench.json --plot demo/bench.png
+	$(RUN) -m fastkd demo $(TEXT) --preset $(PRESET) --out demo
 
 test: $(VENV)/ready lint sdist
 	FASTKD_REQUIRE_CPU=1 FASTKD_TEST_SEED=$(SEED) $(RUN) -m pytest -n auto --maxprocesses 8

@@ -29,7 +29,7 @@ import transformers
 from torch import Tensor
 
 import fastkd
-from bench.memory import peak_extra
+from fastkd.distill.memory import peak_extra
 from bench.timing import no_collection, percentile, summarise
 from fastkd.integrations.transformers import DistillationTrainer
 

@@ -24,10 +24,10 @@ import fastkd
 from bench import cli, gate, report
 from bench.cases import DENSE, DTYPES, Case
 from bench.measure import MAX_ROUNDS, MIN_ROUNDS, out_of_memory
-from bench.memory import peak_extra
 from bench.providers import Unavailable, first_line
 from bench.providers import eager as dense_eager
 from bench.timing import Clock, Summary, no_collection, summarise
+from fastkd.distill.memory import peak_extra
 
 SPREAD = 3.0  # standard deviation of the logits, as in the cases of dense logits
 PRODUCTS = "products"

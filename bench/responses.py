@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fastkd
 from bench.cli import Progress, device, listed, output, positive
-from bench.memory import peak_extra
+from fastkd.distill.memory import peak_extra
 from bench.timing import Clock, no_collection, summarise
 from fastkd import distill
 

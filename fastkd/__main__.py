@@ -1,4 +1,4 @@
-"""python -m fastkd info | scan | cache | recipes"""
+"""python -m fastkd demo | info | scan | cache | recipes"""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 1 for a cache at fault or a claim missed."""
     parser = argparse.ArgumentParser(prog="python -m fastkd", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("demo", help="distil a language model on real text, every way")
+    command.add_argument("path", nargs="?", type=Path, help="(default: Python's own sources)")
+    command.add_argument("--preset", default="small", help="tiny, small (default) or gpu")
+    command.add_argument("--out", type=Path, default=Path("demo"), help="(default demo)")
+    command.add_argument("--seed", type=int, default=0, help="(default 0)")
+    command.add_argument("--device", help="(default: a GPU if there is one)")
+    command.add_argument("--fresh", action="store_true", help="forget what --out holds")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_demo)
     command = commands.add_parser("info", help="versions, backend, instruction set, threads, GPU")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_info)
@@ -48,6 +57,32 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(run=_recipes)
     arguments = parser.parse_args(argv)
     return arguments.run(parser, arguments) or 0
+
+
+def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    from fastkd.demo import PRESETS, report, run
+
+    if arguments.preset not in PRESETS:
+        parser.error(f"--preset: got {arguments.preset!r}, expected one of {list(PRESETS)}")
+    try:
+        found = run(
+            arguments.path,
+            preset=arguments.preset,
+            out=arguments.out,
+            seed=arguments.seed,
+            fresh=arguments.fresh,
+            device=arguments.device,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    print(report.text(found, arguments.out))
+    return 0
 
 
 def _info(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "eagerly": set(),
 }
 # users of the public face: the package itself, and their own folder
-USERS = {"distill", "recipes", "integrations"}
+USERS = {"demo", "distill", "recipes", "integrations"}
 PUBLIC = {"__init__", "__main__"}
 DEVICE_QUESTIONS = {"is_cuda", "is_cpu", "is_xpu", "is_meta", "is_mps"}
 
@@ -80,7 +80,8 @@ def test_imports(path: Path) -> None:
     if module in PUBLIC:
         assert "_C" not in imported
     elif module in USERS:
-        assert imported <= {"", "nn", "distill", module}
+        more = {"demo": {"recipes"}, "distill": {"arena"} if path.name == "memory.py" else set()}
+        assert imported <= {"", "nn", "distill", module, *more.get(module, ())}
     else:
         assert imported <= MAY_IMPORT[module] | BENEATH
 

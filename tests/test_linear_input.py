@@ -12,10 +12,10 @@ from common import run_python
 from torch import Tensor
 
 import fastkd
-from bench.memory import allocated_peak
 from fastkd import LinearLogits
 from fastkd.backend import chunks
 from fastkd.chunks import ALIGN, chunk_rows
+from fastkd.distill.memory import allocated_peak
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is no part of the installed package
 

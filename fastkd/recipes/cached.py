@@ -9,11 +9,9 @@ students that see 128 000 positions once; held-out files judge them, in nats a t
 from __future__ import annotations
 
 import re
-import sysconfig
 import tempfile
 from collections import Counter
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastkd import distill
 
-from .data import LABELLED, POOL, digits
+from .data import LABELLED, POOL, digits, split_whole, standard_library
 from .recipe import Figures, Gain, Recipe
 
 BATCH, STEPS, TEACHER_STEPS = 512, 250, 1200
@@ -60,17 +58,12 @@ class Model(nn.Sequential):
 @cache
 def sources() -> tuple[list[str], list[str]]:
     """Training files and held-out ones of the Python standard library."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [*sorted(root.glob("*.py")), *sorted(root.glob("[a-z]*/*.py"))]
     texts: list[str] = []
-    for file in files:
-        if "test" not in str(file) and "site-packages" not in str(file):
-            texts.append(file.read_text("utf-8", errors="ignore"))
+    for file in standard_library():
+        texts.append(file.read_text("utf-8", errors="ignore"))
         if sum(map(len, texts)) > CHARACTERS:
             break
-    # every tenth file is held out, whole
-    train, held_out = ([x for i, x in enumerate(texts) if (i % 10 == 0) == h] for h in (0, 1))
-    return train, held_out
+    return split_whole(texts)
 
 
 @cache

@@ -1,7 +1,10 @@
-"""scikit-learn's digits, split by seed: what most recipes are run on."""
+"""What recipes are run on: scikit-learn's digits, split by seed, and Python's own sources."""
 
 from __future__ import annotations
 
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -38,3 +41,19 @@ def digits(seed: int) -> Digits:
     images = torch.tensor(data.data, dtype=torch.float32)[order] / 16
     labels = torch.tensor(data.target)[order]
     return Digits(images[:POOL], labels[:POOL], images[POOL:], labels[POOL:])
+
+
+def standard_library() -> Iterator[Path]:
+    """Python's own sources but their tests: real text that every machine has."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for file in (*sorted(root.glob("*.py")), *sorted(root.glob("[a-z]*/*.py"))):
+        if "test" not in str(file) and "site-packages" not in str(file):
+            yield file
+
+
+def split_whole(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Training texts and held-out ones: every tenth file is held out, whole."""
+    train, held_out = (
+        [x for i, x in enumerate(texts) if (i % 10 == 0) == b] for b in (False, True)
+    )
+    return train, held_out

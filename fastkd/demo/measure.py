@@ -1,0 +1,130 @@
+"""Time and peak memory of a student's step in each way, taken in turns on one machine."""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.distill.files import needed
+from fastkd.distill.memory import peak_extra
+
+from .model import USER, Language
+from .stages import DENSE, EAGER, WAYS, Stages
+
+Figures = dict[str, dict[str, float]]
+
+
+def measured(stages: Stages, student: Any, teacher: Any) -> Figures:
+    """way -> "step_s", "peak_bytes" and, where the loss is given logits, "loss_s".
+
+    Medians of `repeats` rounds; in each round every way is timed once, and the first one changes
+    from round to round. A step is the teacher's forward (or the reading from disk), the student's,
+    loss, backward, clipping and AdamW.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler prints two lines a use
+    tokens, labels = _batch(stages)
+    steps = {name: Step(stages, name, student, teacher, tokens, labels) for name in WAYS}
+    losses = _losses(stages, student, teacher, tokens)
+    figures: Figures = {name: {} for name in WAYS}
+    block = 4 * tokens.numel() * stages.corpus.vocab
+    tqdm = needed("tqdm.auto", USER).tqdm
+    rounds = stages.preset.repeats
+    with tqdm(total=len(WAYS) * (2 + rounds), unit="step", disable=not stages.progress) as bar:
+        for name, step in steps.items():
+            step()  # the optimizer's state is there from now on
+            step.optimizer.zero_grad(set_to_none=True)
+            figures[name]["peak_bytes"] = peak_extra(step, stages.device, block)
+            bar.update(2)
+        runs: dict[tuple[str, str], Callable[[], object]] = {
+            **{(name, "step_s"): step for name, step in steps.items()},
+            **{(name, "loss_s"): loss for name, loss in losses.items()},
+        }
+        seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+        for run in losses.values():
+            run()
+        order = list(runs)
+        for _ in range(rounds):
+            for key in order:
+                seconds[key].append(_seconds(runs[key], stages.device))
+            order = [*order[1:], order[0]]
+            bar.update(len(WAYS))
+    for (name, what), found in seconds.items():
+        figures[name][what] = statistics.median(found)
+    return figures
+
+
+class Step:
+    """One way's whole training step, on a copy of the student."""
+
+    def __init__(
+        self, stages: Stages, name: str, student: Any, teacher: Any, tokens: Tensor, labels: Tensor
+    ) -> None:
+        self.way, self.stages, self.tokens, self.labels = WAYS[name], stages, tokens, labels
+        self.student = Language(copy.deepcopy(student), self.way.linear).train()
+        self.teacher = Language(teacher, self.way.linear).eval()
+        self.weights = list(self.student.parameters())
+        self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4)
+        self.reader = stages.reader(teacher) if self.way.teacher == "stored" else None
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        said: Any = None
+        with _autocast(self.stages):
+            if self.reader is not None:
+                said = self.reader.batch(range(len(self.tokens))).to(self.tokens.device)
+            elif self.way.teacher:
+                with torch.no_grad():
+                    said = self.teacher(self.tokens)
+            loss = self.way.loss(self.student(self.tokens), said, self.labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+
+
+def _losses(
+    stages: Stages, student: Any, teacher: Any, tokens: Tensor
+) -> dict[str, Callable[[], object]]:
+    """Forward and backward of the loss alone, from logits that are there."""
+    with torch.no_grad(), _autocast(stages):
+        s, t = (Language(model, linear=False)(tokens) for model in (student, teacher))
+
+    def run(name: str) -> Callable[[], object]:
+        def loss() -> None:
+            with _autocast(stages):
+                value = WAYS[name].loss(s.detach().requires_grad_(), t, None)
+            value.backward()
+
+        return loss
+
+    return {name: run(name) for name in (EAGER, DENSE)}
+
+
+def _autocast(stages: Stages) -> Any:
+    return torch.autocast(stages.device.type, stages.amp, enabled=stages.amp is not None)
+
+
+def _batch(stages: Stages) -> tuple[Tensor, Tensor]:
+    samples = stages.batches(EAGER)
+    rows = [samples[i] for i in range(stages.preset.student.batch)]
+    tokens, labels = (torch.stack(column) for column in zip(*rows, strict=True))
+    return tokens.to(stages.device), labels.to(stages.device)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    begun = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - begun
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
