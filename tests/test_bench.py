@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 import fastkd
+from fastkd.distill import memory
 
 # bench is no part of the installed package; last, so that an installed fastkd stays the one tested
 sys.path.append(str(Path(__file__).parents[1]))
 
-from bench import gate, memory, report
+from bench import gate, report
 from bench.__main__ import main
 from bench.cases import CASES, FUNCTIONS, SHAPE_SETS, TOY_SHAPE, Case, Shape, bare
 from bench.measure import AT_ONCE_BYTES, MOST_AT_ONCE, Bench, Plan, calls_at_once, measure
