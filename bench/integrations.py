@@ -29,8 +29,8 @@ import transformers
 from torch import Tensor
 
 import fastkd
-from fastkd.distill.memory import peak_extra
 from bench.timing import no_collection, percentile, summarise
+from fastkd.distill.memory import peak_extra
 from fastkd.integrations.transformers import DistillationTrainer
 
 LIMIT = 0.02  # of the hand-written step's time

@@ -23,9 +23,9 @@ from torch import Tensor
 
 import fastkd
 from bench.cli import Progress, device, listed, output, positive
-from fastkd.distill.memory import peak_extra
 from bench.timing import Clock, no_collection, summarise
 from fastkd import distill
+from fastkd.distill.memory import peak_extra
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 T = 4.0
