@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from .batch import Batch
 
+PLAINLY = contextlib.nullcontext()  # one for all: it is entered in every micro-batch
+
 
 def is_placed(x: Any) -> bool:
     """Whether it is a DTensor, which nobody has without the import that is looked for here."""
@@ -75,13 +77,14 @@ class Ranks:
     """
 
     def __init__(self, student: nn.Module) -> None:
-        self.student = student
+        self.student: Any = student
+        self._wrapped = isinstance(student, nn.parallel.DistributedDataParallel)
         self._groups: list[Any] = []
         placed: list[Any] = [p for p in student.parameters() if is_placed(p)]
         meshes = [p.device_mesh for p in placed]
         self.sharded = bool(meshes)
-        if isinstance(student, nn.parallel.DistributedDataParallel):
-            self._groups = [student.process_group]
+        if self._wrapped:
+            self._groups = [self.student.process_group]
         elif meshes:  # the widest: of tensor parallel within fully_shard some weights have but one
             self._groups = list(max(meshes, key=lambda mesh: mesh.size()).get_all_groups())
         self.size = 1
@@ -95,10 +98,10 @@ class Ranks:
             dist.all_reduce(x, group=group)
         return x.div_(self.size) if self.size > 1 else x
 
-    def means(self, values: Sequence[Tensor]) -> list[Tensor]:
+    def means(self, values: list[Tensor]) -> list[Tensor]:
         """The means over ranks of 0-d tensors."""
         if self.size == 1:
-            return list(values)
+            return values
         return list(self.mean_(torch.stack([x.float() for x in values])).unbind())
 
     def number(self, value: float, device: torch.device) -> float:
@@ -159,9 +162,9 @@ class Ranks:
 
         `fully_shard` sums its shards of each micro-batch: it has no room for whole gradients.
         """
-        if isinstance(self.student, nn.parallel.DistributedDataParallel) and not last:
-            return self.student.no_sync()
-        return contextlib.nullcontext()
+        if last or not self._wrapped:
+            return PLAINLY
+        return self.student.no_sync()
 
     def share(self, modules: nn.Module) -> None:
         """What the terms learn begins as the first rank has it, as the student does."""

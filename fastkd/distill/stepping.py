@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .processes import Ranks
+from .processes import PLAINLY, Ranks
 
 VERSIONS = (1, 2)  # of accelerate: from the first, below the second
 KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU")  # a whole model in every process
@@ -33,7 +33,7 @@ class Stepping:
         self.scaler: Any = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, self._amp) if self._amp else nullcontext()
+        return torch.autocast(self.device.type, self._amp) if self._amp else PLAINLY
 
     def prepared(self, student: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
         """The optimizer to step with."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,16 +24,15 @@ from .batch import Batch, Outputs, device_of, forward, moved, restored_modes
 from .checkpoint import Checkpoints, Parts, Position, epoch_batches
 from .cohort import source
 from .noise import weight_noise as disturbed
-from .processes import Ranks
+from .processes import PLAINLY, Ranks
 from .progress import Log, Record, Step
 from .stepping import stepping
 from .taps import Taps
 from .teachers import Average, Teacher, on_device
 from .terms import Objective, Term
 
-CHECK_EVERY = {
-    "cpu": 1
-}  # steps between looks at the loss; elsewhere 50: a look makes the host wait
+# steps between looks at the loss; elsewhere 50: a look makes the host wait
+CHECK_EVERY = {"cpu": 1}
 
 
 def train(
@@ -142,7 +141,6 @@ def train(
     every = CHECK_EVERY.get(where.type, 50)
     record = Record(objective.names, position.step, every, log if ranks.first else None)
 
-    plainly = nullcontext()
     with ExitStack() as stack:
         stack.enter_context(restored_modes(student, *(m for f in followers for m in f.models)))
         stack.enter_context(_restored_rates(optimizer, rates))
@@ -164,7 +162,7 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
 
                 values: list[Tensor] = []  # the loss of the step, then its terms
-                with disturbed(student, weight_noise) if weight_noise else plainly:
+                with disturbed(student, weight_noise) if weight_noise else PLAINLY:
                     for at, batch in enumerate(group):
                         batch = moved(batch, where)
                         batch.epoch, batch.step = epoch, step
