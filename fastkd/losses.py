@@ -26,6 +26,7 @@ make their rows NaN. Under autocast, logits are read in the dtype they come in a
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Literal, TypedDict
 
@@ -353,7 +354,9 @@ def _loss(
     **unknown: object,
 ) -> Tensor:
     for option in unknown:
-        checks.refuse_option(name, option, _OPTIONS)
+        public = inspect.signature(globals()[name]).parameters.values()
+        named_here = [p.name for p in public if p.kind is p.KEYWORD_ONLY]
+        checks.refuse_option(name, option, dict.fromkeys([*named_here, *_OPTIONS]))
     if group is not None and torch.compiler.is_compiling():  # an exchange is no part of a graph
         rows = (labels, ignore_index, weight, reduction, normalizer, vocab_size, inplace, group)
         given = (temperature, param, soft, hard, smoothing)
