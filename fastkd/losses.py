@@ -32,6 +32,7 @@ make their rows NaN. Under autocast, logits are read in the dtype they come in a
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any, Literal, TypedDict
 
@@ -373,7 +374,9 @@ def _loss(
     **unknown: object,
 ) -> Tensor:
     for option in unknown:
-        checks.refuse_option(name, option, _OPTIONS)
+        public = inspect.signature(globals()[name]).parameters.values()
+        named_here = [p.name for p in public if p.kind is p.KEYWORD_ONLY]
+        checks.refuse_option(name, option, dict.fromkeys([*named_here, *_OPTIONS]))
     tensors = type(student) is Tensor and type(teacher) is Tensor  # as a rule: asked no further
     if not (tensors and type(labels) in _ROWS and type(weight) in _ROWS):
         if dtensors.any_placed(student, teacher, labels, weight, normalizer):

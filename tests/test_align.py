@@ -55,6 +55,13 @@ def test_the_last_of_several_tokens_of_one_character() -> None:
     assert pairs(distill.align([mine], [its])) == [(0, 0), (3, 1), (4, 2)]
 
 
+def test_a_token_of_bytes_that_ends_within_a_character() -> None:
+    """Bytes 1 2 | 3 1 | 2 3 of two signs: nothing but the last position has read a whole sign."""
+    mine, its = [(0, 1), (0, 2), (1, 2), (2, 3)], spans("日", "本", "!")
+    assert pairs(distill.align([mine], [its])) == [(2, 1), (3, 2)]
+    assert pairs(distill.align([its], [mine])) == [(1, 2), (2, 3)]
+
+
 def test_cut_at_the_left_and_at_the_right() -> None:
     whole, late = spans("ab", "c", "de", "f"), spans("c", "d", "ef", start=2)
     assert pairs(distill.align([whole], [late])) == [(1, 0), (3, 2)]

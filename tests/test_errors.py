@@ -343,3 +343,12 @@ def test_torch_export_traces_the_losses() -> None:
     x, y = torch.randn(3, 4), torch.randn(3, 4)
     exported = torch.export.export(Loss(), (x, y), strict=False)
     assert exported.module()(x, y) == Loss()(x, y)
+
+
+@pytest.mark.parametrize("wrong, right", [("temprature", "temperature"), ("alhpa", "alpha")])
+def test_an_unknown_option_is_compared_with_the_losss_own_too(wrong: str, right: str) -> None:
+    s, t = torch.randn(2, 3, 5)
+    with pytest.raises(TypeError, match=f"did you mean '{right}'"):
+        fastkd.distillation_loss(s, t, torch.zeros(3).long(), **{wrong: 0.5})
+    with pytest.raises(TypeError, match=f"did you mean '{right}'"):
+        fastkd.skew_kl_div(s, t, **{wrong: 0.5})

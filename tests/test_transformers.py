@@ -548,6 +548,92 @@ def test_what_the_trainer_refuses(tmp_path: Path) -> None:
         trainer_of(tmp_path, llama(1), llama(9), train_dataset=data).train()
 
 
+BERT = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
+
+
+def bert(kind: str) -> Any:
+    return getattr(hf, f"BertFor{kind}")(hf.BertConfig(**BERT))
+
+
+def t5() -> Any:
+    return hf.T5ForConditionalGeneration(
+        hf.T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    )
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: bert("MaskedLM"), "BertForMaskedLM.*whose loss is 'ForMaskedLM'"),
+        (lambda: bert("TokenClassification"), ".*whose loss is 'ForTokenClassification'"),
+        (lambda: bert("SequenceClassification"), ".*whose loss is 'ForSequenceClassification'"),
+        (t5, "T5ForConditionalGeneration.*an encoder-decoder"),
+    ],
+)
+def test_models_whose_labels_are_not_shifted(
+    model: Callable[[], Any], words: str, linear: bool, tmp_path: Path
+) -> None:
+    for name, pair in (("student", (model(), llama(9))), ("teacher", (llama(1), model()))):
+        with pytest.raises(ValueError, match=f"{name}: got {words}"):
+            trainer_of(tmp_path, *pair, linear=linear)
+
+
+@pytest.mark.parametrize("teacher", ["gpt2", [1]])
+def test_a_teacher_that_is_no_model(teacher: Any) -> None:
+    with pytest.raises(TypeError, match=r"teacher: got .*expected a causal language model"):
+        ours.DistillationLoss(teacher)
+
+
+def test_a_teacher_that_shares_the_students_weights(tmp_path: Path) -> None:
+    student, teacher = llama(1), llama(9)
+    teacher.set_input_embeddings(student.get_input_embeddings())
+    with pytest.raises(ValueError, match=r"got 1 parameters of the student \('model.embed_tokens"):
+        trainer_of(tmp_path, student, teacher)
+    frozen = llama(1)
+    teacher = copy.copy(frozen)  # one set of weights, none of which learns
+    for p in frozen.parameters():
+        p.requires_grad_(False)
+    trainer_of(tmp_path, frozen, teacher)
+
+
+def test_a_head_that_was_replaced(tmp_path: Path) -> None:
+    """resize_token_embeddings makes a new head, behind the back of what read the first."""
+    data = ragged()[:4]
+    trainer = trainer_of(tmp_path, llama(1), llama(9, vocab_size=110), loss={"vocab_size": VOCAB})
+    trainer.model.resize_token_embeddings(110)
+    loss = trainer.compute_loss(trainer.model, together(data))
+    twin = trainer_of(tmp_path, trainer.model, llama(9, vocab_size=110), loss={"vocab_size": VOCAB})
+    torch.testing.assert_close(loss, twin.compute_loss(twin.model, together(data)), rtol=0, atol=0)
+
+    student = llama(1)
+    function = ours.compute_loss_func(student, llama(9), vocab_size=VOCAB)
+    student.resize_token_embeddings(110)
+    batch = together(data)
+    with pytest.raises(RuntimeError, match=r"student: .*was it replaced since"):
+        function(student(input_ids=batch["input_ids"]), batch["labels"])
+
+
+def test_labels_of_another_form() -> None:
+    student = llama(1)
+    function = ours.compute_loss_func(student, llama(9))
+    outputs = student(input_ids=torch.arange(6).view(2, 3))
+    with pytest.raises(ValueError, match=r"labels: got \[2\] for logits \[2, 3, 99\]"):
+        function(outputs, torch.tensor([1, 2]))
+
+
+def test_tokens_are_counted_as_the_labels_are_shifted(tmp_path: Path) -> None:
+    """For a class whose loss the Trainer does not know, it would count each row's first label."""
+    data = [row | {"labels": row["input_ids"]} for row in ragged()[:4]]
+    args = {"max_steps": 1, "save_strategy": "no"}
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    student, teacher = make("GPT2", 1, **still), make("GPT2", 9)
+    expected = float(loss_of(student, teacher, together(data), **LOSS).detach())
+    trainer = trainer_of(tmp_path, student, teacher, train_dataset=data, args=args)
+    trainer.train()
+    assert curve(trainer) == pytest.approx([expected], rel=1e-5)
+
+
 def test_several_gpus_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf.TrainingArguments, "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match="args: got 2 GPUs in one process"):

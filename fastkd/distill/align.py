@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,8 +46,9 @@ def align(
 
     There both have read the same, so that what they say of what follows can be compared; positions
     that end within a token of the other have no counterpart. Of several tokens that end at one
-    character (the bytes of one, say) the last counts. Positions of no width are padding or special
-    tokens and are left out. A text that was cut at the left is compared where both have it.
+    character (the bytes of one, say) the last counts, and none where a later one begins before.
+    Positions of no width are padding or special tokens and are left out. A text that was cut at the
+    left is compared where both have it.
 
     Args:
         student, teacher: of each sequence, all padded to one length, (start, end) of each token in
@@ -150,6 +152,8 @@ def _spans(row: int, sides: list[list[Any]], text: str | None, whole: bool) -> l
     apart = min(b, d) <= max(a, c)
     if apart or (whole and b != d and not _blank(text, min(b, d), max(b, d))):
         hint = "" if apart else "; whole=False where a text was cut off at the right"
+        if text is None and not apart:
+            hint += ", text= where white space has no token"
         raise ValueError(
             f"teacher: got offsets that cover characters {c} to {d} of sequence {row}, expected "
             f"the student's {a} to {b}{hint}{_shown(text, min(b, d), ' after')}"
@@ -214,5 +218,16 @@ def _of_bytes(row: int, sides: list[list[bytes]], whole: bool) -> list[list[Span
 
 
 def _ends(side: list[Span]) -> dict[int, int]:
-    """The last position that ends at each character."""
-    return {end: at for at, (start, end) in enumerate(side) if end > start}
+    """The last position that ends at each character, and before which all is read.
+
+    A token of bytes may end within a character and begin within one: where a later token begins
+    before an end, what ends there has not been read in full.
+    """
+    found: dict[int, int] = {}
+    unread = math.inf  # where the tokens behind begin
+    for at, (start, end) in reversed(list(enumerate(side))):
+        if end > start:
+            if end <= unread:
+                found[end] = at
+            unread = min(unread, start)
+    return dict(reversed(found.items()))

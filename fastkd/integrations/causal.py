@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 import fastkd
 
-from .heads import Head, head_of, linear_logits, uncached, vocabulary
+from .heads import (
+    Head,
+    check_causal,
+    head_of,
+    linear_logits,
+    output_embeddings,
+    uncached,
+    vocabulary,
+)
 
 IGNORED = -100  # torch's own label for a row that does not count
 # of the student's inputs, what says how it is to answer and not what is asked
@@ -66,18 +74,28 @@ class DistillationLoss:
         self._seen = _Seen()
         self._checked = False
         self._uncached: dict[str, Any] = {}
+        self._frozen: set[int] = set()  # parameters of the teacher that were not, by id
         if teacher is not None:
+            check_causal(teacher, "teacher")
             self._uncached = uncached(teacher)
+            self._frozen = {id(p) for p in teacher.parameters() if p.requires_grad}
             teacher.requires_grad_(False)
             teacher.eval()
 
     def prepare(self, student: Any) -> None:
         """Read and compare the heads of student and teacher; the errors before the first step."""
-        if student is self._student:
+        if student is self._student and not self._replaced():
             return
         teacher, asked = self.teacher, self.options.get("vocab_size")
+        check_causal(student, "student")
         if teacher is student:
             raise ValueError("teacher: got the student itself, expected a model of its own")
+        shared = [name for name, p in student.named_parameters() if id(p) in self._frozen]
+        if shared:
+            raise ValueError(
+                f"teacher: got {len(shared)} parameters of the student ({shared[0]!r} is one), "
+                "which would be frozen with it, expected a model of its own (copy.deepcopy)"
+            )
         sizes = [vocabulary(model) for model in (student, teacher) if model is not None]
         if asked is None and None not in sizes and len(set(sizes)) > 1:
             raise ValueError(
@@ -93,6 +111,14 @@ class DistillationLoss:
         if self.linear:
             self._heads = (head_of(student), None if teacher is None else head_of(teacher))
         self._student, self._checked = student, False
+
+    def _replaced(self) -> bool:
+        """Whether a head is not the one that was read (resize_token_embeddings makes a new one)."""
+        models = (self._student, self.teacher)
+        return any(
+            head is not None and head.module is not output_embeddings(model)
+            for head, model in zip(self._heads, models, strict=True)
+        )
 
     @contextmanager
     def watching(self, student: Any) -> Iterator[None]:
@@ -162,11 +188,15 @@ class DistillationLoss:
         if not self.linear:
             student = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
         labels = self._targets(labels, shifted, inputs)
-        if student is None or student.shape[:-1] != labels.shape:
-            got = None if student is None else list(student.shape)
+        if student is None:
+            raise RuntimeError(
+                "student: got a forward in which the head that was read was not called; was it "
+                "replaced since (resize_token_embeddings)? Make the loss function after that"
+            )
+        if labels.dim() < 2 or student.shape[:-1] != labels.shape:
             raise ValueError(
-                f"labels: got {list(labels.shape)} for logits {got}, expected one label for each "
-                "position"
+                f"labels: got {list(labels.shape)} for logits {list(student.shape)}, expected "
+                "[B, L], one label for each position"
             )
         teacher = self._said(inputs, stored, autocast, student.device)
         loss = fastkd.distillation_loss(

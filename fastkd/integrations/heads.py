@@ -22,6 +22,7 @@ import fastkd
 
 # fields that multiply logits, or divide them; which of the two, the model's forward says
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+SHIFTED = ("ForCausalLM", "ForConditionalGeneration")  # losses that shift their labels
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
 # sizes of the logits shown to the model: small ones tell scales, large ones tell caps, and a cap
 # bends what lies between
@@ -85,11 +86,8 @@ def head_of(model: Any) -> Head:
         ValueError, TypeError: a head that is not there, not a plain `nn.Linear`, or whose output
             is made into logits in another way; the message names the model.
     """
-    name = _name(model)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(f"model: got {name}, an encoder-decoder, expected a causal language model")
-    find = getattr(model, "get_output_embeddings", None)
-    module = find() if callable(find) else None
+    check_causal(model)
+    name, module = _name(model), output_embeddings(model)
     if module is None:
         raise ValueError(
             f"model: got {name}, whose get_output_embeddings() gives no head, expected a causal "
@@ -167,11 +165,31 @@ def linear_logits(model: Any, inputs: Mapping[str, Any], head: Head | None = Non
     return seen[-1], output
 
 
+def check_causal(model: Any, name: str = "model") -> None:
+    """Raise for what is not a causal language model: its labels would be shifted all the same."""
+    if not callable(getattr(model, "forward", None)):
+        raise TypeError(f"{name}: got {model!r:.80}, expected a causal language model")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name}: got {_name(model)}, an encoder-decoder, expected a causal language model"
+        )
+    kind = getattr(model, "loss_type", None)  # from the class's name; None for GPT2LMHeadModel
+    if isinstance(kind, str) and not kind.endswith(SHIFTED):
+        raise ValueError(
+            f"{name}: got {_name(model)}, whose loss is {kind!r}, expected a causal language "
+            "model: labels are shifted here"
+        )
+
+
+def output_embeddings(model: Any) -> Any:
+    """The model's head as it is now, or None."""
+    find = getattr(model, "get_output_embeddings", None)
+    return find() if callable(find) else None
+
+
 def vocabulary(model: Any) -> int | None:
     """Columns of a model's logits; None where neither head nor config says."""
-    find = getattr(model, "get_output_embeddings", None)
-    module = find() if callable(find) else None
-    rows = getattr(module, "out_features", None)
+    rows = getattr(output_embeddings(model), "out_features", None)
     return rows if rows is not None else getattr(_config(model), "vocab_size", None)
 
 

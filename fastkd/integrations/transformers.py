@@ -148,6 +148,9 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         function = DistillationLoss(teacher, linear=linear, pack=pack, **options)
         super().__init__(*args, **{**kwargs, "compute_loss_func": function})
         self.distillation = function
+        # labels are shifted whatever the model; the Trainer would count the first of each row too
+        # where it knows no loss of the model's class (GPT2LMHeadModel)
+        self._loss_shifts_labels = True
         if self.args.label_smoothing_factor:
             if "label_smoothing" in options:
                 raise ValueError(
