@@ -16,7 +16,6 @@ namespace fastkd {
 namespace FASTKD_ISA {
 namespace {
 
-constexpr int64_t kMostColumns = int64_t{1} << 18;  // with a scratch: 2 MB of floats
 constexpr int64_t kPeek = 256;                      // columns whose maximum is the first shift
 // Of a block. Not near overflow: a score's rounding grows with it, and this one is at most 12.
 constexpr double kMostSum = 2 * kBlock;
@@ -116,16 +115,28 @@ struct Scratch {
 
   explicit Scratch(int64_t vocab) {
     if (vocab > kMostColumns) return;
-    const int64_t columns = (vocab + kBlock - 1) / kBlock * kBlock;
-    const int64_t chunks = (vocab + kChunk - 1) / kChunk;
-    const int64_t floats = 2 * columns * int64_t{sizeof(T)};
-    const int64_t states = columns / kBlock * int64_t{sizeof(Block)};
-    char* memory = scratch(floats + states + chunks * int64_t{sizeof(Part)});
-    if (memory == nullptr) return;
+    char* memory = scratch(bytes(vocab, true));
+    if (memory != nullptr) *this = Scratch(memory, vocab, true);
+  }
+  Scratch(char* memory, int64_t vocab, bool exponentials) {
+    const int64_t floats = exponentials ? bytes_kept(vocab) : 0;
     kept = reinterpret_cast<T*>(memory);
     blocks = reinterpret_cast<Block*>(memory + floats);
-    parts = reinterpret_cast<Part*>(memory + floats + states);
+    parts = reinterpret_cast<Part*>(memory + floats + bytes_blocks(vocab));
   }
+
+  static int64_t bytes(int64_t vocab, bool exponentials) {
+    const int64_t chunks = (vocab + kChunk - 1) / kChunk;
+    return (exponentials ? bytes_kept(vocab) : 0) + bytes_blocks(vocab) +
+           chunks * int64_t{sizeof(Part)};
+  }
+
+ private:
+  static int64_t count(int64_t vocab) { return (vocab + kBlock - 1) / kBlock; }
+  static int64_t bytes_kept(int64_t vocab) {
+    return 2 * count(vocab) * kBlock * int64_t{sizeof(T)};
+  }
+  static int64_t bytes_blocks(int64_t vocab) { return count(vocab) * int64_t{sizeof(Block)}; }
 };
 
 // As the loops will have it, so that what is worked out in double agrees with them.

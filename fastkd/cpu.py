@@ -7,6 +7,7 @@ int64 labels, one keep byte per row) is made so here or by the callers in losses
 from __future__ import annotations
 
 import os
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -273,6 +274,64 @@ def grad(
         _operand(grad),
         grad.size(-1),
     )
+
+
+_SUMS, _RATES = 8, 4  # float64 of a row in the first and in the second exchange: see csrc/kernels.h
+# Bytes of exponentials between two stages. An exchange costs as much as tens of rows do, and the
+# caches hold less the more of them wait for one.
+_WAITING = int(os.environ.get("FASTKD_WAITING", 1 << 24))
+
+
+def staged(
+    student: Tensor,
+    teacher: Tensor,
+    plan: Plan,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor | None,
+    ranks: int,
+    rank: int,
+    widest: int,
+) -> tuple[Tensor, Tensor, Iterator[Generator[Tensor, Tensor, None]], int] | None:
+    expectation = divergences[plan.divergence].expectation
+    kept = grad is not None or expectation is None
+    n = student.shape[0] * student.shape[1]
+    if acc_dtype(student, teacher) is not torch.float32 or widest > _C.most_columns:
+        return None
+    together = max(1, min(n, _WAITING // _C.slot(widest, kept)))
+    flying = 2 if expectation else 3
+    out, redo = student.new_empty(n, dtype=torch.float32), student.new_empty(n, dtype=torch.bool)
+    slot = _C.slot(plan.vocab, kept)
+    memory = _C.scratch(flying * together * slot)
+    if memory == 0:
+        raise MemoryError(f"group: no memory for {flying * together * slot} bytes")
+    operands = (
+        *(_operand(student), _operand(teacher), _plan(plan), _address(keep), _address(label)),
+        *(_address(scale), factor, _NONE if grad is None else _operand(grad)),
+        0 if grad is None else grad.shape[-1],
+    )
+
+    def rows(start: int) -> Generator[Tensor, Tensor, None]:
+        held = (keep, label, scale)  # named until the last stage is over
+        size = min(together, n - start)
+        place = (start, size, ranks, rank, _threads(size * plan.vocab), n)
+        own = memory + start // together % flying * together * slot
+        sent = out.new_empty(size, _SUMS, dtype=torch.float64)
+        _C.stage(0, place, *operands, own, sent.data_ptr(), 0, 0, 0, 0)
+        sums, rates = (yield sent), None
+        if expectation is None:
+            sent = out.new_empty(size, _RATES, dtype=torch.float64)
+            _C.stage(1, place, *operands, own, sent.data_ptr(), sums.data_ptr(), 0, 0, 0)
+            rates = yield sent
+        _C.stage(
+            *(2, place, *operands, own, 0, sums.data_ptr(), _address(rates)),
+            *(out.data_ptr(), redo.data_ptr()),
+        )
+        del held
+
+    return out, redo, (rows(start) for start in range(0, n, together)), flying
 
 
 def count(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor | None, Tensor, int, int]:

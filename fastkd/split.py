@@ -18,44 +18,27 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import reference
+from fastkd import exchange, reference
 from fastkd.backend import Passes, Plan, Sparse, acc_dtype
 
 INF = float("inf")
 BLOCK = 2**22  # elements of a copy of some rows, for a stored teacher
 
 
-# torch 2.13 has a new name for it
-_all_gather = getattr(dist, "all_gather_single", None) or getattr(
-    dist, "all_gather_into_tensor", None
-)
-
-
-def gathered(x: Tensor, group: Any) -> Tensor:
-    """[R, ...]: what every rank has, in the order of the ranks."""
-    size = dist.get_world_size(group)
-    if size == 1:
-        return x.unsqueeze(0)
-    out = x.new_empty(size * x.numel())
-    assert _all_gather is not None
-    _all_gather(out, x.reshape(-1), group=group)
-    return out.view(size, *x.shape)
-
-
 class Columns(NamedTuple):
     """What a rank holds of a vocabulary of `whole` columns: [start, start + own), own >= 0.
 
-    widest: the most that any rank holds.
+    widest: the most that any rank holds. staged: every rank's backend has `StagedPasses`.
     """
 
     start: int
     own: int
     whole: int
     widest: int
+    staged: bool
 
 
 class Split:
@@ -69,7 +52,7 @@ class Split:
 
     def gathered(self, x: Tensor) -> Tensor:
         """[R, ...]: what every rank has, in the order of the ranks."""
-        return gathered(x, self.group)
+        return exchange.gathered(x, self.group)
 
     def fused(
         self,
@@ -82,6 +65,43 @@ class Split:
         factor: float,
         grad: Tensor | None,
     ) -> Tensor:
+        if not self.columns.staged:
+            return self._in_passes(student, teacher, plan, keep, label, scale, factor, grad)
+        label = label if plan.hard != 0.0 else None
+        trips = self.passes.staged(
+            *(student, teacher, plan, keep, self._label(label, plan), scale, factor, grad),
+            *(exchange.size(self.group), exchange.rank(self.group), self.widest),
+        )
+        if trips is None:
+            return self._in_passes(student, teacher, plan, keep, label, scale, factor, grad)
+        loss, redo, rows, flying = trips
+        exchange.pipelined(rows, flying, self.group)
+        again = redo.nonzero().squeeze(-1)
+        if again.numel():
+            at = again // student.size(1), again % student.size(1)
+            own = None if grad is None else grad[at].unsqueeze(0)
+            loss[again] = self._in_passes(
+                *(student[at].unsqueeze(0), teacher[at].unsqueeze(0), plan, None),
+                None if label is None else label[again],
+                None if scale is None else scale[again],
+                *(factor, own),
+            )
+            if grad is not None and own is not None:
+                grad[at] = own[0]
+        return loss
+
+    def _in_passes(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        plan: Plan,
+        keep: Tensor | None,
+        label: Tensor | None,
+        scale: Tensor | None,
+        factor: float,
+        grad: Tensor | None,
+    ) -> Tensor:
+        """The general form: any backend, dtype and row."""
         acc = acc_dtype(student, teacher)
         label = label if plan.hard != 0.0 else None
         mine = self._label(label, plan)
