@@ -282,6 +282,9 @@ _SUMS, _RATES = 8, 4  # float64 of a row in the first and in the second exchange
 _WAITING = int(os.environ.get("FASTKD_WAITING", 1 << 24))
 
 
+_NOWHERE = (0, 0, 0, 0, 0)
+
+
 def staged(
     student: Tensor,
     teacher: Tensor,
@@ -308,27 +311,35 @@ def staged(
     if memory == 0:
         raise MemoryError(f"group: no memory for {flying * together * slot} bytes")
     operands = (
+        (ranks, rank, _threads(min(together, n) * plan.vocab), n),
         *(_operand(student), _operand(teacher), _plan(plan), _address(keep), _address(label)),
         *(_address(scale), factor, _NONE if grad is None else _operand(grad)),
-        0 if grad is None else grad.shape[-1],
+        *(0 if grad is None else grad.shape[-1], out.data_ptr(), redo.data_ptr()),
     )
+    begun: dict[int, Tensor] = {}
+
+    def begin(start: int) -> tuple[int, ...]:
+        if start >= n:
+            return _NOWHERE
+        size = min(together, n - start)
+        begun[start] = out.new_empty(size, _SUMS, dtype=torch.float64)
+        return start, size, begun[start].data_ptr(), 0, 0
 
     def rows(start: int) -> Generator[Tensor, Tensor, None]:
         held = (keep, label, scale)  # named until the last stage is over
-        size = min(together, n - start)
-        place = (start, size, ranks, rank, _threads(size * plan.vocab), n)
         own = memory + start // together % flying * together * slot
-        sent = out.new_empty(size, _SUMS, dtype=torch.float64)
-        _C.stage(0, place, *operands, own, sent.data_ptr(), 0, 0, 0, 0)
+        if start not in begun:
+            _C.stage(0, *operands, own, begin(start), _NOWHERE)
+        sent = begun.pop(start)
+        size = sent.shape[0]
         sums, rates = (yield sent), None
         if expectation is None:
             sent = out.new_empty(size, _RATES, dtype=torch.float64)
-            _C.stage(1, place, *operands, own, sent.data_ptr(), sums.data_ptr(), 0, 0, 0)
+            some = start, size, sent.data_ptr(), sums.data_ptr(), 0
+            _C.stage(1, *operands, own, some, _NOWHERE)
             rates = yield sent
-        _C.stage(
-            *(2, place, *operands, own, 0, sums.data_ptr(), _address(rates)),
-            *(out.data_ptr(), redo.data_ptr()),
-        )
+        some = start, size, 0, sums.data_ptr(), _address(rates)
+        _C.stage(2, *operands, own, some, begin(start + flying * together))
         del held
 
     return out, redo, (rows(start) for start in range(0, n, together)), flying

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Iterable
 from typing import Any
 
@@ -49,27 +48,26 @@ class _Gathering:
         return self.out
 
 
-def pipelined(
-    trips: Iterable[Generator[Tensor, Tensor, None]], most: int, group: Any
-) -> None:
+def pipelined(trips: Iterable[Generator[Tensor, Tensor, None]], most: int, group: Any) -> None:
     """Runs trips that stop for exchanges, each at its next stage while the others' are under way.
 
-    A trip yields what is to be gathered and is sent what came of it. All trips have as many stages;
-    at most `most` of them are begun and not finished. The order of the exchanges is a function of
-    the trips' number alone, as it must be the same on every rank.
+    A trip yields what is to be gathered and is sent what came of it. `most` are under way at a time,
+    one more than a trip has exchanges: what a round waits for was sent off a round ago. The order
+    of the exchanges follows from the number of trips alone, as it must on every rank.
     """
-    begun: deque[tuple[Generator[Tensor, Tensor, None], _Gathering]] = deque()
-    waiting = iter(trips)
+    waiting, begun = iter(trips), list[tuple[Generator[Tensor, Tensor, None], _Gathering]]()
+    fresh = 0  # begun in the last round
     while True:
-        new = next(waiting, None)
-        if new is None and not begun:
-            return
-        going, begun = begun, deque()
+        old = begun[: len(begun) - fresh]
+        for at in reversed(range(len(old))):
+            trip, exchange = old[at]
+            try:
+                begun[at] = trip, _Gathering(trip.send(exchange.result()), group, aside=True)
+            except StopIteration:
+                del begun[at]  # the oldest
+        new = next(waiting, None) if len(begun) < most else None
+        fresh = int(new is not None)
         if new is not None:
             begun.append((new, _Gathering(next(new), group, aside=True)))
-        for trip, exchange in going:
-            try:
-                sent = trip.send(exchange.result())
-            except StopIteration:
-                continue
-            begun.append((trip, _Gathering(sent, group, aside=True)))
+        elif not begun:
+            return
