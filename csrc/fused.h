@@ -332,6 +332,7 @@ __attribute__((noinline)) void rate_sweep(const Args& a, int64_t chunk, const Sc
       storeu(kept + 2 * lanes, rate);
     };
     for (int64_t i = 0; i < n; i += kGroup<T>) {
+      ahead(scratch.kept + 2 * (at + i), 2 * kGroup<T>);
       half(scratch.kept + 2 * (at + i), values.a, slopes.a);
       half(scratch.kept + 2 * (at + i) + lanes, values.b, slopes.b);
     }
@@ -369,8 +370,9 @@ inline Soft<T> soft_of(const Scratch<T>& scratch, int64_t at, const Part& row, d
   if (E == Expectation::none) return {static_cast<T>(k * to.q), static_cast<T>(-row.slope), T(0)};
   if (E == Expectation::teacher) {
     double q = to.q, ratio = to.p / q;
-    if (!(ratio < 0x1p80)) {
-      // the student has next to nothing in the block, in units of which the teacher's would overflow
+    if (!(ratio < 0x1p80) || (q < 0x1p-100 && ratio > 1.0)) {
+      // the student has next to nothing in the block, in units of which the teacher's would overflow,
+      // or which itself would be 0
       const Vec<T> less = splat(static_cast<T>(to.p == 0.0 ? 0.0 : to.q / to.p));
       T* kept = scratch.kept + 2 * at;
       for (int64_t i = 0; i < 2 * kBlock; i += 2 * kGroup<T>) {
@@ -421,6 +423,9 @@ __attribute__((noinline)) void last_sweep(const Args& a, int64_t r, int64_t chun
     const Soft<T> soft = soft_of<T, E>(scratch, at, row, f.k);
     const auto group = [&](int64_t i) FASTKD_LAMBDA {
       const T* kept = scratch.kept + 2 * (at + i);
+      // the same place of the next block
+      ask_for(reinterpret_cast<uintptr_t>(kept) - 2 * kBlock * sizeof(T),
+              2 * kGroup<T> * int64_t{sizeof(T)});
       Two<V> out{soft.template at<shape>(kept), soft.template at<shape>(kept + lanes)};
       if constexpr (Hard) {
         const Two<V> logits = Kind<K>::load(x + i);

@@ -48,10 +48,17 @@ void sum_stage(const Args& a, int64_t begin, int64_t end, const Team& team) {
       if (a.hard != 0.0) label = label_logit(a, r);
     }
     const auto to_float = [](double x) { return static_cast<float>(x); };
-    static_cast<RowSums*>(a.sent)[r - a.first] = {
-        row.s.sum,           row.t.sum,           row.hard.sum,           row.cross,
-        row.scores,          to_float(row.s.base), to_float(row.t.base), to_float(row.hard.base),
-        to_float(label), to_float(row.columns), row.strange};
+    static_cast<RowSums*>(a.sent)[r - a.first] = {row.s.sum,
+                                                  row.t.sum,
+                                                  row.hard.sum,
+                                                  row.cross,
+                                                  row.scores,
+                                                  to_float(row.s.base),
+                                                  to_float(row.t.base),
+                                                  to_float(row.hard.base),
+                                                  to_float(label),
+                                                  to_float(row.columns),
+                                                  row.strange};
   }
 }
 

@@ -38,7 +38,8 @@ bool openmp() {
 #endif
 }
 
-// Kept by the thread (2 MB at most, see fused.h): fresh memory costs page faults in every call.
+// Kept by the thread (2 MB at most for a row, 24 for the stages of several, see fused.h and
+// fastkd/cpu.py): fresh memory costs page faults in every call.
 char* scratch(int64_t bytes) {
   static thread_local Block block;
   if (block.bytes < bytes) {
@@ -50,7 +51,8 @@ char* scratch(int64_t bytes) {
       memory = nullptr;
 #if defined(MADV_HUGEPAGE)
     // a row's exponentials are on 128 small pages, and some rows' on more than a processor remembers
-    if (memory != nullptr && page == kHuge) madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+    if (memory != nullptr && page == kHuge)
+      madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);
 #endif
     block.memory = static_cast<char*>(memory);
     block.bytes = memory == nullptr ? 0 : bytes;

@@ -277,11 +277,9 @@ def grad(
 
 
 _SUMS, _RATES = 8, 4  # float64 of a row in the first and in the second exchange: see csrc/kernels.h
-# Bytes of exponentials between two stages. An exchange costs as much as tens of rows do, and the
-# caches hold less the more of them wait for one.
-_WAITING = int(os.environ.get("FASTKD_WAITING", 1 << 24))
-
-
+# Bytes of exponentials that wait for exchanges, kept by the thread. An exchange costs as much as ten
+# rows of 64 128 columns do, and what the caches do not hold costs half as much again.
+WAITING = 24 << 20
 _NOWHERE = (0, 0, 0, 0, 0)
 
 
@@ -303,8 +301,9 @@ def staged(
     n = student.shape[0] * student.shape[1]
     if acc_dtype(student, teacher) is not torch.float32 or widest > _C.most_columns:
         return None
-    together = max(1, min(n, _WAITING // _C.slot(widest, kept)))
     flying = 2 if expectation else 3
+    # the same on every rank, also on one that wants no gradient
+    together = max(1, min(n, WAITING // (flying * _C.slot(widest, True))))
     out, redo = student.new_empty(n, dtype=torch.float32), student.new_empty(n, dtype=torch.bool)
     slot = _C.slot(plan.vocab, kept)
     memory = _C.scratch(flying * together * slot)
