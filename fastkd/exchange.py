@@ -51,9 +51,9 @@ class _Gathering:
 def pipelined(trips: Iterable[Generator[Tensor, Tensor, None]], most: int, group: Any) -> None:
     """Runs trips that stop for exchanges, each at its next stage while the others' are under way.
 
-    A trip yields what is to be gathered and is sent what came of it. `most` are under way at a time,
-    one more than a trip has exchanges: what a round waits for was sent off a round ago. The order
-    of the exchanges follows from the number of trips alone, as it must on every rank.
+    A trip yields what is to be gathered and is sent what came of it. `most` are under way at a
+    time, one more than a trip has exchanges: what a round waits for was sent off a round ago. The
+    order of the exchanges follows from the number of trips alone, as it must on every rank.
     """
     waiting, begun = iter(trips), list[tuple[Generator[Tensor, Tensor, None], _Gathering]]()
     fresh = 0  # begun in the last round

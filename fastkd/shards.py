@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.backend import Passes, on_host
-from fastkd.operands import LinearLogits, Operand, Teacher, TopK, kind
 from fastkd.exchange import gathered
+from fastkd.operands import LinearLogits, Operand, Teacher, TopK, kind
 from fastkd.split import Columns, Split
 
 

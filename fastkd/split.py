@@ -7,6 +7,9 @@ the same ones or all. Two exchanges make a row whole, a few numbers a row and ne
     loss over the own columns  ->  (sum of values, sum of centred slopes)       ->  the row's loss
     grad of the own columns
 
+That is the general form. A backend with stages (`fastkd.backend.StagedPasses`) sends the sums of
+both sides and of the value at once, some rows at a time while the next ones are under way.
+
 An exchange is an all-gather whose parts every rank merges in the order of the ranks, so that all of
 them hold the same bits by construction. `Split` is `fastkd.backend.Trips` like any other: the
 drivers run on it as they are. A stored teacher names columns of the whole vocabulary and is the
@@ -22,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd import exchange, reference
-from fastkd.backend import Passes, Plan, Sparse, acc_dtype
+from fastkd.backend import Passes, Plan, Sparse, acc_dtype, staged_passes
 
 INF = float("inf")
 BLOCK = 2**22  # elements of a copy of some rows, for a stored teacher
@@ -47,6 +50,7 @@ class Split:
     def __init__(self, passes: Passes, group: Any, columns: Columns) -> None:
         self.passes, self.group, self.columns = passes, group, columns
         self.widest = columns.widest
+        self.stages = staged_passes(passes) if columns.staged else None
         self.total, self.multiply = passes.total, passes.multiply
         self.empty_gradient = passes.empty_gradient
 
@@ -65,17 +69,15 @@ class Split:
         factor: float,
         grad: Tensor | None,
     ) -> Tensor:
-        if not self.columns.staged:
-            return self._in_passes(student, teacher, plan, keep, label, scale, factor, grad)
         label = label if plan.hard != 0.0 else None
-        trips = self.passes.staged(
+        staged = self.stages and self.stages.staged(
             *(student, teacher, plan, keep, self._label(label, plan), scale, factor, grad),
             *(exchange.size(self.group), exchange.rank(self.group), self.widest),
         )
-        if trips is None:
+        if not staged:
             return self._in_passes(student, teacher, plan, keep, label, scale, factor, grad)
-        loss, redo, rows, flying = trips
-        exchange.pipelined(rows, flying, self.group)
+        loss, redo, trips, waiting = staged
+        exchange.pipelined(trips, waiting, self.group)
         again = redo.nonzero().squeeze(-1)
         if again.numel():
             at = again // student.size(1), again % student.size(1)
