@@ -282,12 +282,14 @@ inline bool can_stream(const void* to) {
   return reinterpret_cast<uintptr_t>(to) % sizeof(V) == 0;
 }
 
-template <class Element>
-FASTKD_INLINE void ahead(const Element* x, int64_t columns) {
-  const uintptr_t from = reinterpret_cast<uintptr_t>(x) + kAhead;
-  const int64_t bytes = columns * int64_t{sizeof(Element)};
+// Asks for some bytes, for the L2 cache.
+FASTKD_INLINE void ask_for(uintptr_t from, int64_t bytes) {
   for (int64_t i = 0; i < (bytes < kLine ? kLine : bytes); i += kLine)
     __builtin_prefetch(reinterpret_cast<const void*>(from + static_cast<uintptr_t>(i)), 0, 2);
+}
+template <class Element>
+FASTKD_INLINE void ahead(const Element* x, int64_t columns) {
+  ask_for(reinterpret_cast<uintptr_t>(x) + kAhead, columns * int64_t{sizeof(Element)});
 }
 
 }  // namespace

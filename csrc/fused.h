@@ -16,7 +16,6 @@ namespace fastkd {
 namespace FASTKD_ISA {
 namespace {
 
-constexpr int64_t kMostColumns = int64_t{1} << 18;  // with a scratch: 2 MB of floats
 constexpr int64_t kPeek = 256;                      // columns whose maximum is the first shift
 // Of a block. Not near overflow: a score's rounding grows with it, and this one is at most 12.
 constexpr double kMostSum = 2 * kBlock;
@@ -116,16 +115,28 @@ struct Scratch {
 
   explicit Scratch(int64_t vocab) {
     if (vocab > kMostColumns) return;
-    const int64_t columns = (vocab + kBlock - 1) / kBlock * kBlock;
-    const int64_t chunks = (vocab + kChunk - 1) / kChunk;
-    const int64_t floats = 2 * columns * int64_t{sizeof(T)};
-    const int64_t states = columns / kBlock * int64_t{sizeof(Block)};
-    char* memory = scratch(floats + states + chunks * int64_t{sizeof(Part)});
-    if (memory == nullptr) return;
+    char* memory = scratch(bytes(vocab, true));
+    if (memory != nullptr) *this = Scratch(memory, vocab, true);
+  }
+  Scratch(char* memory, int64_t vocab, bool exponentials) {
+    const int64_t floats = exponentials ? bytes_kept(vocab) : 0;
     kept = reinterpret_cast<T*>(memory);
     blocks = reinterpret_cast<Block*>(memory + floats);
-    parts = reinterpret_cast<Part*>(memory + floats + states);
+    parts = reinterpret_cast<Part*>(memory + floats + bytes_blocks(vocab));
   }
+
+  static int64_t bytes(int64_t vocab, bool exponentials) {
+    const int64_t chunks = (vocab + kChunk - 1) / kChunk;
+    return (exponentials ? bytes_kept(vocab) : 0) + bytes_blocks(vocab) +
+           chunks * int64_t{sizeof(Part)};
+  }
+
+ private:
+  static int64_t count(int64_t vocab) { return (vocab + kBlock - 1) / kBlock; }
+  static int64_t bytes_kept(int64_t vocab) {
+    return 2 * count(vocab) * kBlock * int64_t{sizeof(T)};
+  }
+  static int64_t bytes_blocks(int64_t vocab) { return count(vocab) * int64_t{sizeof(Block)}; }
 };
 
 // As the loops will have it, so that what is worked out in double agrees with them.
@@ -321,6 +332,7 @@ __attribute__((noinline)) void rate_sweep(const Args& a, int64_t chunk, const Sc
       storeu(kept + 2 * lanes, rate);
     };
     for (int64_t i = 0; i < n; i += kGroup<T>) {
+      ahead(scratch.kept + 2 * (at + i), 2 * kGroup<T>);
       half(scratch.kept + 2 * (at + i), values.a, slopes.a);
       half(scratch.kept + 2 * (at + i) + lanes, values.b, slopes.b);
     }
@@ -358,8 +370,9 @@ inline Soft<T> soft_of(const Scratch<T>& scratch, int64_t at, const Part& row, d
   if (E == Expectation::none) return {static_cast<T>(k * to.q), static_cast<T>(-row.slope), T(0)};
   if (E == Expectation::teacher) {
     double q = to.q, ratio = to.p / q;
-    if (!(ratio < 0x1p80)) {
-      // the student has next to nothing in the block, in units of which the teacher's would overflow
+    if (!(ratio < 0x1p80) || (q < 0x1p-100 && ratio > 1.0)) {
+      // the student has next to nothing in the block, in units of which the teacher's would overflow,
+      // or which itself would be 0
       const Vec<T> less = splat(static_cast<T>(to.p == 0.0 ? 0.0 : to.q / to.p));
       T* kept = scratch.kept + 2 * at;
       for (int64_t i = 0; i < 2 * kBlock; i += 2 * kGroup<T>) {
@@ -410,6 +423,9 @@ __attribute__((noinline)) void last_sweep(const Args& a, int64_t r, int64_t chun
     const Soft<T> soft = soft_of<T, E>(scratch, at, row, f.k);
     const auto group = [&](int64_t i) FASTKD_LAMBDA {
       const T* kept = scratch.kept + 2 * (at + i);
+      // the same place of the next block
+      ask_for(reinterpret_cast<uintptr_t>(kept) - 2 * kBlock * sizeof(T),
+              2 * kGroup<T> * int64_t{sizeof(T)});
       Two<V> out{soft.template at<shape>(kept), soft.template at<shape>(kept + lanes)};
       if constexpr (Hard) {
         const Two<V> logits = Kind<K>::load(x + i);

@@ -77,6 +77,31 @@ struct Args {
   double centre = 0.0;
   void (*points)(Points&) = nullptr;
   void* out = nullptr;  // loss [N] of fused, [N, 2] of loss, [N, 3] of stats
+  // of the stages (see stages.h), for the rows from `first` on, `rows` of them
+  int64_t first = 0;
+  int64_t rows = 0;
+  int64_t ranks = 1;
+  int64_t rank = 0;
+  char* memory = nullptr;        // [rows, slot(vocab)]
+  void* sent = nullptr;          // RowSums or Rates [rows]
+  const void* sums = nullptr;    // RowSums [ranks, rows]
+  const void* rates = nullptr;   // Rates [ranks, rows]
+  uint8_t* redo = nullptr;       // [N]: 1 where the row takes the split passes
+};
+
+// What a rank tells the others about its columns of a row: sums under bases of its own (see
+// fused.h), the student's logit at the label (0 on every other rank), whether they are of any use.
+struct RowSums {
+  double s, t, hard, cross, scores;
+  float s_base, t_base, hard_base, label, columns;
+  uint32_t strange;
+};
+static_assert(sizeof(RowSums) == 64, "the most that an exchange sends for a row");
+
+// And, of a divergence that is no expectation, in a second exchange: the sum of values, the sum of q
+// times the rates above `from`, and that of q.
+struct Rates {
+  double value, slope, from, mass;
 };
 
 // Threads for the tasks of one call: task(argument, i) for each i < tasks, in any order.
@@ -89,6 +114,9 @@ struct Team {
 // Columns that a thread takes at a time where a row is shared; sums start afresh with each.
 constexpr int64_t kChunk = 8192;
 
+// Of a row with a scratch: 2 MB of floats.
+constexpr int64_t kMostColumns = int64_t{1} << 18;
+
 // Memory of this thread, the caller's until it asks again; null if there is none. See threads.cpp.
 char* scratch(int64_t bytes);
 
@@ -99,6 +127,7 @@ using TeamRows = void (*)(const Args&, int64_t begin, int64_t end, const Team&);
 // an operand is) that blocks are converted to; of the others, float and double.
 struct Passes {
   TeamRows fused[4];
+  TeamRows stages[3][4];  // a null pointer: no such stage
   Rows loss[2];
   Rows grad[2];
   void (*points)(Points&);  // of `sparse`; the baseline's only
@@ -110,6 +139,7 @@ struct Kernels {
   const Passes* passes;  // by divergence, in the order of kDivergences
   const Rows* stats;     // [2]
   TeamRows sparse[4];    // by dtype, as fused
+  int64_t (*slot)(int64_t vocab, bool kept);  // bytes of the stages' memory of a row
   void (*multiply)(char* data, DType dtype, int64_t n, double by);
   void (*exp2)(const float*, float*, int64_t);
   void (*log)(const float*, float*, int64_t);

@@ -1,5 +1,6 @@
 // Fills the table for the instruction set that the including file is compiled for.
 #include "sparse.h"
+#include "stages.h"
 
 namespace fastkd {
 namespace FASTKD_ISA {
@@ -9,6 +10,8 @@ namespace {
 #define FASTKD_ALL_OF(Struct)                                                             \
   {{fused<DType::f32, Struct>, fused<DType::bf16, Struct>, fused<DType::f16, Struct>,     \
     FASTKD_WIDE((fused<DType::f64, Struct>))},                                            \
+   {FASTKD_STAGE(sum_stage, Struct), FASTKD_RATE_STAGE(Struct),                           \
+    FASTKD_STAGE(close_stage, Struct)},                                                   \
    {loss<float, Struct>, FASTKD_WIDE((loss<double, Struct>))},                            \
    {grad<float, Struct>, FASTKD_WIDE((grad<double, Struct>))},                            \
    FASTKD_WIDE(points_of<Struct>)},
@@ -17,6 +20,17 @@ namespace {
 #else
 #define FASTKD_WIDE(x) nullptr
 #endif
+// of floats alone: float64 takes the split passes
+#define FASTKD_STAGE(stage, Struct) \
+  {stage<DType::f32, Struct>, stage<DType::bf16, Struct>, stage<DType::f16, Struct>, nullptr}
+#define FASTKD_RATE_STAGE(Struct) \
+  {rates_of<DType::f32, Struct>(), rates_of<DType::bf16, Struct>(), \
+   rates_of<DType::f16, Struct>(), nullptr}
+template <DType K, class D>
+constexpr TeamRows rates_of() {
+  if constexpr (D::expectation == Expectation::none) return rate_stage<K, D>;
+  return nullptr;
+}
 #define FASTKD_ROW(name, Struct) FASTKD_ALL_OF(Struct)
 const Passes kPasses[] = {FASTKD_DIVERGENCES(FASTKD_ROW)};
 
@@ -58,6 +72,7 @@ const Kernels kTable = {
     kPasses,
     kStats,
     {sparse<DType::f32>, sparse<DType::bf16>, sparse<DType::f16>, FASTKD_WIDE(sparse<DType::f64>)},
+    slot,
     multiply,
     exp2_array,
     log_array};

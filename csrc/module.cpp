@@ -119,6 +119,11 @@ int64_t take(Args& a, const Plan8& plan) {
 // matrix product that comes next.
 constexpr int64_t kStreamFrom = int64_t{1} << 24;
 
+bool streams(const Args& a, int64_t rows) {
+  return a.grad.data != nullptr && a.grad.data != a.student.data &&
+         rows * a.width * size_of(a.grad.dtype) >= kStreamFrom;
+}
+
 void fused(int wide, int64_t rows, int threads, const Rows5& student, const Rows5& teacher,
            const Plan8& plan, Address keep, Address label, Address scale, double factor,
            const Rows5& grad, int64_t width, Address out) {
@@ -133,8 +138,7 @@ void fused(int wide, int64_t rows, int threads, const Rows5& student, const Rows
   a.scale = at<const void>(scale);
   a.factor = factor;
   a.out = at<void>(out);
-  a.stream = a.grad.data != nullptr && a.grad.data != a.student.data &&
-             rows * width * size_of(a.grad.dtype) >= kStreamFrom;
+  a.stream = streams(a, rows);
   const bool same = a.student.dtype == a.teacher.dtype &&
                     (a.grad.data == nullptr || a.grad.dtype == a.student.dtype);
   const DType kind = same ? a.student.dtype : wide ? DType::f64 : DType::f32;
@@ -165,8 +169,7 @@ void sparse(int wide, int64_t rows, int threads, const Rows5& student, const py:
   a.scale = at<const void>(scale);
   a.factor = factor;
   a.out = at<void>(out);
-  a.stream = a.grad.data != nullptr && a.grad.data != a.student.data &&
-             rows * width * size_of(a.grad.dtype) >= kStreamFrom;
+  a.stream = streams(a, rows);
   // sums and what the teacher gives are doubles where `wide`, whatever the student is
   const bool native = (a.student.dtype == DType::f64) == (wide != 0) &&
                       (a.grad.data == nullptr || a.grad.dtype == a.student.dtype);
@@ -267,6 +270,71 @@ void grad(int wide, int64_t rows, int threads, const Rows5& student, const Rows5
   const auto run = passes.grad[wide];
   py::gil_scoped_release release;
   share(rows, 1, threads, [&](int64_t begin, int64_t end, const Team&) { run(a, begin, end); });
+}
+
+// The rows of a stage, and what it reads and writes of theirs alone.
+struct Turn {
+  explicit Turn(const py::tuple& tuple) {
+    Items next(tuple, 5);
+    first = next.whole();
+    count = next.whole();
+    sent = at<void>(static_cast<Address>(next.whole()));
+    sums = at<const void>(static_cast<Address>(next.whole()));
+    rates = at<const void>(static_cast<Address>(next.whole()));
+  }
+  void into(Args& a) const {
+    a.first = first;
+    a.rows = count;
+    a.sent = sent;
+    a.sums = sums;
+    a.rates = rates;
+  }
+  int64_t first, count;
+  void* sent;
+  const void* sums;
+  const void* rates;
+};
+
+// Stages of a call over ranks (see stages.h): number 0 or 1 of the rows `some`; or 2 of `some`, and
+// after each row 0 of one of `others`, which takes over its memory while the cache has it.
+// place: (ranks, rank, threads, rows of the whole call).
+void stage(int number, const py::tuple& place, const Rows5& student, const Rows5& teacher,
+           const Plan8& plan, Address keep, Address label, Address scale, double factor,
+           const Rows5& grad, int64_t width, Address out, Address redo, Address memory,
+           const py::tuple& some, const py::tuple& others) {
+  Args a;
+  a.student = operand(student);
+  a.teacher = operand(teacher);
+  a.grad = operand(grad);
+  const Passes& passes = running->passes[take(a, plan)];
+  a.width = width;
+  Items next(place, 4);
+  a.ranks = next.whole();
+  a.rank = next.whole();
+  const int threads = static_cast<int>(next.whole());
+  a.stream = streams(a, next.whole());
+  a.keep = at<const uint8_t>(keep);
+  a.label = at<const int64_t>(label);
+  a.scale = at<const void>(scale);
+  a.factor = factor;
+  a.memory = at<char>(memory);
+  a.out = at<void>(out);
+  a.redo = at<uint8_t>(redo);
+  const bool same = a.student.dtype == a.teacher.dtype &&
+                    (a.grad.data == nullptr || a.grad.dtype == a.student.dtype);
+  const int kind = static_cast<int>(same ? a.student.dtype : DType::f32);
+  Args b = a;
+  Turn(some).into(a);
+  Turn(others).into(b);
+  const auto run = passes.stages[number][kind], begin_one = passes.stages[0][kind];
+  py::gil_scoped_release release;
+  share(a.rows > b.rows ? a.rows : b.rows, a.vocab, threads,
+        [&](int64_t begin, int64_t end, const Team& team) {
+          for (int64_t i = begin; i < end; ++i) {
+            if (i < a.rows) run(a, a.first + i, a.first + i + 1, team);
+            if (i < b.rows) begin_one(b, b.first + i, b.first + i + 1, team);
+          }
+        });
 }
 
 // keep = label is not ignored. Returns the first row whose label is out of range, or -1, and the
@@ -374,6 +442,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("stats", &stats);
   m.def("loss", &loss);
   m.def("grad", &grad);
+  m.def("stage", &stage);
+  m.def("slot", [](int64_t vocab, bool kept) { return running->slot(vocab, kept); });
+  m.attr("most_columns") = kMostColumns;
+  m.def("scratch", [](int64_t bytes) { return reinterpret_cast<Address>(scratch(bytes)); });
   m.def("fused_total", &fused_total);
   m.def("count", &count);
   m.def("weigh", &weigh);

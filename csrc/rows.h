@@ -125,63 +125,89 @@ inline void last_trip(const Args& a, int64_t r, const Team& team,
   fill(a, r, a.vocab, 0.0);
 }
 
+// Values and slopes from the exponentials, of a divergence that is no expectation; `from` is what the
+// rates are taken relative to.
+template <class T, class D>
+inline void rates_trip(const Args& a, const Team& team, const Scratch<T>& scratch, Part& row,
+                       T from) {
+  each_chunk(team, a.vocab, false, [&](int64_t chunk) {
+    rate_sweep<T, D>(a, chunk, scratch, row, from, scratch.parts[chunk]);
+  });
+  for (int64_t i = 0; i * kChunk < a.vocab; ++i) {
+    row.value += scratch.parts[i].value;
+    row.slope += scratch.parts[i].slope;
+  }
+}
+
+// The value of an expectation, and its slope, by a row's sums. False where it is infinite or NaN: an
+// impossible column weighed under an early base may yet have no weight under the row's, which only
+// the pair, with exact maxima in hand, knows.
+template <Expectation E>
+inline bool expected(Part& row) {
+  if constexpr (E != Expectation::none) {
+    constexpr bool of_t = E == Expectation::teacher;
+    const Side& w = of_t ? row.t : row.s;
+    const Side& other = of_t ? row.s : row.t;
+    row.value = kLn2 * (row.cross / w.sum + (__builtin_log2(other.sum) - __builtin_log2(w.sum)));
+    if (row.value - row.value != 0.0) return false;
+    row.slope = of_t ? 0.0 : row.value;  // sum of q - p, or of the value itself
+  }
+  return true;
+}
+
+// T of 1e-18 and far logits: factors beyond float would make NaN of columns that have no weight.
+template <class T>
+inline bool steep(const Args& a, int64_t r, const Part& row) {
+  const double k = __builtin_fabs(scale_of<T>(a, r) * a.soft / a.temperature);
+  return k > kMostShift || k * __builtin_fabs(row.slope) > kMostShift;
+}
+
+template <class T>
+inline double loss_of(const Args& a, const Part& row, double at_label) {
+  double loss = a.soft * row.value;
+  if (a.hard != 0.0) {
+    const double log_sum = __builtin_log2(row.hard.sum);
+    const double label = row.hard.scale<T>().of(at_label);
+    loss += a.hard * kLn2 * (1.0 - a.smoothing) * (log_sum - label);
+    if (a.smoothing != 0.0)
+      loss += a.hard * kLn2 * a.smoothing *
+              (log_sum - row.scores / static_cast<double>(a.classes));
+  }
+  return loss;
+}
+
+template <DType K, Expectation E>
+inline void gradient_of(const Args& a, int64_t r, const Team& team,
+                        const Scratch<typename Kind<K>::Acc>& scratch, const Part& row) {
+  const double scale = scale_of<typename Kind<K>::Acc>(a, r);
+  if (scale != scale) {
+    finish(a, r, kNaN);
+  } else {
+    last_trip<K, E>(a, r, team, scratch, row, scale);
+  }
+}
+
 template <DType K, class D>
 inline double row_by_trip(const Args& a, int64_t r, const Team& team,
                           const Scratch<typename Kind<K>::Acc>& scratch) {
   using T = typename Kind<K>::Acc;
   constexpr Expectation E = D::expectation;
   const double c = kLog2E / a.temperature;
-  const bool keep = E == Expectation::none || a.grad.data != nullptr;
-  Part row = keep ? first_trip<K, E, true>(a, r, c, team, scratch)
-                  : first_trip<K, E, E == Expectation::none>(a, r, c, team, scratch);
+  const bool grad = a.grad.data != nullptr;
+  Part row = E == Expectation::none || grad
+                 ? first_trip<K, E, true>(a, r, c, team, scratch)
+                 : first_trip<K, E, E == Expectation::none>(a, r, c, team, scratch);
   if (row.strange) return row_by_sweeps<T, D>(a, r);
   double result;
   if (degenerate(a, row.s.sum, row.t.sum, result)) {
     finish(a, r, result);
     return result;
   }
-  if constexpr (E == Expectation::none) {
-    const T from = a.grad.data == nullptr ? T(0) : top_rate<T, D>(a, scratch, row);
-    each_chunk(team, a.vocab, false, [&](int64_t chunk) {
-      rate_sweep<T, D>(a, chunk, scratch, row, from, scratch.parts[chunk]);
-    });
-    for (int64_t i = 0; i * kChunk < a.vocab; ++i) {
-      row.value += scratch.parts[i].value;
-      row.slope += scratch.parts[i].slope;
-    }
-  } else {
-    constexpr bool of_t = E == Expectation::teacher;
-    const Side& w = of_t ? row.t : row.s;
-    const Side& other = of_t ? row.s : row.t;
-    row.value = kLn2 * (row.cross / w.sum + (__builtin_log2(other.sum) - __builtin_log2(w.sum)));
-    // infinite or NaN: an impossible column weighed under an early base may yet have no weight
-    // under the row's, which only the pair, with exact maxima in hand, knows
-    if (row.value - row.value != 0.0) return row_by_sweeps<T, D>(a, r);
-    row.slope = of_t ? 0.0 : row.value;  // sum of q - p, or of the value itself
-  }
-  // T of 1e-18 and far logits: factors beyond float would make NaN of columns that have no weight
-  if (a.grad.data != nullptr) {
-    const double k = __builtin_fabs(scale_of<T>(a, r) * a.soft / a.temperature);
-    if (k > kMostShift || k * __builtin_fabs(row.slope) > kMostShift)
-      return row_by_sweeps<T, D>(a, r);
-  }
-  double loss = a.soft * row.value;
-  if (a.hard != 0.0) {
-    const double log_sum = __builtin_log2(row.hard.sum);
-    const double label = row.hard.scale<T>().of(label_logit(a, r));
-    loss += a.hard * kLn2 * (1.0 - a.smoothing) * (log_sum - label);
-    if (a.smoothing != 0.0)
-      loss += a.hard * kLn2 * a.smoothing *
-              (log_sum - row.scores / static_cast<double>(a.classes));
-  }
-  if (a.grad.data != nullptr) {
-    const double scale = scale_of<T>(a, r);
-    if (scale != scale) {
-      finish(a, r, kNaN);
-    } else {
-      last_trip<K, E>(a, r, team, scratch, row, scale);
-    }
-  }
+  if constexpr (E == Expectation::none)
+    rates_trip<T, D>(a, team, scratch, row, grad ? top_rate<T, D>(a, scratch, row) : T(0));
+  if (!expected<E>(row) || (grad && steep<T>(a, r, row))) return row_by_sweeps<T, D>(a, r);
+  const double loss = loss_of<T>(a, row, a.hard != 0.0 ? label_logit(a, r) : 0.0);
+  if (grad) gradient_of<K, E>(a, r, team, scratch, row);
   return loss;
 }
 

@@ -66,6 +66,23 @@ struct Score {  // log2 probability of x is (x - top) * c - log_sum
   FASTKD_INLINE Vec<T> operator()(Vec<T> x) const { return fma(x - top, c, -log_sum); }
 };
 
+// Sum of x - top over n columns, not over the padding.
+template <class T>
+inline double sum_above(const T* x, int64_t n, T top) {
+  using V = Vec<T>;
+  const V shift = splat(top);
+  V a{}, b{};
+  int64_t i = 0;
+  for (; i + kGroup<T> <= n; i += kGroup<T>) {
+    const Two<V> group = Kind<kNative<T>>::load(x + i);
+    a += group.a - shift;
+    b += group.b - shift;
+  }
+  double sum = static_cast<double>(total(a)) + static_cast<double>(total(b));
+  for (; i < n; ++i) sum += static_cast<double>(x[i] - top);
+  return sum;
+}
+
 template <class T>
 inline void stats_sweep(const Plain<T>& read, int64_t vocab, double scale, Stats& side) {
   using V = Vec<T>;
@@ -87,10 +104,7 @@ inline void stats_sweep(const Plain<T>& read, int64_t vocab, double scale, Stats
       b += exp2((y.b - top) * c);
     }
     side.sum += static_cast<double>(total(a)) + static_cast<double>(total(b));
-    double below = 0.0;
-    for (int64_t i = 0; i < n; ++i)
-      below += static_cast<double>(x[i] - static_cast<T>(side.shift()));
-    side.below += below;
+    side.below += sum_above<T>(x, n, static_cast<T>(side.shift()));
   }
 }
 

@@ -2,6 +2,10 @@
 
 #include <cstdlib>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -15,6 +19,8 @@ void run_team(int threads, int64_t tasks, void (*task)(void*, int64_t), void* ar
   for (int64_t i = 0; i < tasks; ++i) task(argument, i);
 }
 #endif
+
+constexpr int64_t kHuge = int64_t{1} << 21;
 
 struct Block {
   char* memory = nullptr;
@@ -32,13 +38,22 @@ bool openmp() {
 #endif
 }
 
-// Kept by the thread (2 MB at most, see fused.h): fresh memory costs page faults in every call.
+// Kept by the thread (2 MB at most for a row, 24 for the stages of several, see fused.h and
+// fastkd/cpu.py): fresh memory costs page faults in every call.
 char* scratch(int64_t bytes) {
   static thread_local Block block;
   if (block.bytes < bytes) {
     std::free(block.memory);
     void* memory = nullptr;
-    if (posix_memalign(&memory, 64, static_cast<size_t>(bytes)) != 0) memory = nullptr;
+    const int64_t page = bytes < kHuge ? 64 : kHuge;
+    bytes = (bytes + page - 1) / page * page;
+    if (posix_memalign(&memory, static_cast<size_t>(page), static_cast<size_t>(bytes)) != 0)
+      memory = nullptr;
+#if defined(MADV_HUGEPAGE)
+    // a row's exponentials are on 128 small pages, and some rows' on more than a processor remembers
+    if (memory != nullptr && page == kHuge)
+      madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);
+#endif
     block.memory = static_cast<char*>(memory);
     block.bytes = memory == nullptr ? 0 : bytes;
   }

@@ -99,6 +99,32 @@ def grad(
     width: int,
     /,
 ) -> None: ...
+
+_Turn = tuple[int, int, int, int, int]  # first row, rows, what is sent, sums, rates
+
+most_columns: int
+
+def slot(vocab: int, kept: bool, /) -> int: ...
+def scratch(bytes: int, /) -> int: ...
+def stage(
+    number: int,
+    place: tuple[int, int, int, int],  # ranks, rank, threads, rows of the whole call
+    student: _Rows,
+    teacher: _Rows,
+    plan: _Plan,
+    keep: int,
+    label: int,
+    scale: int,
+    factor: float,
+    grad: _Rows,
+    width: int,
+    out: int,
+    redo: int,
+    memory: int,
+    some: _Turn,
+    others: _Turn,
+    /,
+) -> None: ...
 def fused_total(
     wide: int,
     rows: int,

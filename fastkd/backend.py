@@ -11,7 +11,8 @@ column of the hard label and a scale per row. It never sees a reduction or a pro
     grad    the gradient, given both sides' stats and the sum of slopes
 
 `stats`, `loss`, `grad` are the split form of `fused`: what a split vocabulary needs, with an
-all-reduce between each two. Accumulation is float32, float64 where either operand is float64.
+all-reduce between each two. A backend may have `staged` beside them, the fused trip cut at the
+exchanges (see `StagedPasses`). Accumulation is float32, float64 where either operand is float64.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -191,6 +192,50 @@ class HostPasses(Passes, Protocol):
 
     def weigh(self, keep: Tensor | None, weight: Tensor, mean: bool, acc: torch.dtype) -> Tensor:
         """scale [N] acc: weight where kept, else 0; for the mean divided by its sum, if not 0."""
+
+
+class Staged(NamedTuple):
+    """`fused` of some columns of each row, cut where the ranks exchange sums.
+
+    loss: [N] acc, and redo: [N] bool, once all trips are over. Rows with redo set have no loss and
+    an untouched gradient: they take the general form, on every rank alike.
+    trips: over some rows each; yields what every rank must have, is sent [R, ...] in their order.
+    waiting: how many trips may be under way at a time, one more than each has exchanges.
+    """
+
+    loss: Tensor
+    redo: Tensor
+    trips: Iterator[Generator[Tensor, Tensor, None]]
+    waiting: int
+
+
+class StagedPasses(Passes, Protocol):
+    """What a backend on the host adds: the stages of `fused` over a split vocabulary."""
+
+    def staged(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        plan: Plan,
+        keep: Tensor | None,
+        label: Tensor | None,
+        scale: Tensor | None,
+        factor: float,
+        grad: Tensor | None,
+        ranks: int,
+        rank: int,
+        widest: int,
+    ) -> Staged | None:
+        """As `fused` with plan.vocab >= 0 own columns of at most `widest` on any rank.
+
+        None, on every rank alike, where operands of such a dtype or width take the general form.
+        The bits depend on neither the rows of a trip nor the number of threads.
+        """
+
+
+def staged_passes(passes: Trips) -> StagedPasses | None:
+    """The same passes, if they have the stages."""
+    return cast(StagedPasses, passes) if hasattr(passes, "staged") else None
 
 
 def host_passes(passes: Trips) -> HostPasses | None:

@@ -7,13 +7,14 @@ int64 labels, one keep byte per row) is made so here or by the callers in losses
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import arena
-from fastkd.backend import Plan, Sparse, acc_dtype, rows
+from fastkd.backend import Plan, Sparse, Staged, acc_dtype, rows
 from fastkd.divergence import divergences
 
 try:
@@ -273,6 +274,74 @@ def grad(
         _operand(grad),
         grad.size(-1),
     )
+
+
+_SUMS, _RATES = 8, 4  # float64s of a row in the first and the second exchange: csrc/kernels.h
+# Bytes of exponentials that wait for exchanges, kept by the thread. An exchange costs as much as
+# some rows of 64 128 columns do, and what the caches do not hold costs half as much again.
+WAITING = 24 << 20
+_NOWHERE = (0, 0, 0, 0, 0)
+
+
+def staged(
+    student: Tensor,
+    teacher: Tensor,
+    plan: Plan,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor | None,
+    ranks: int,
+    rank: int,
+    widest: int,
+) -> Staged | None:
+    expectation = divergences[plan.divergence].expectation
+    kept = grad is not None or expectation is None
+    n = student.shape[0] * student.shape[1]
+    if acc_dtype(student, teacher) is not torch.float32 or widest > _C.most_columns:
+        return None
+    waiting = 2 if expectation else 3
+    # the same on every rank, also on one that wants no gradient
+    together = max(1, min(n, WAITING // (waiting * _C.slot(widest, True))))
+    out, redo = student.new_empty(n, dtype=torch.float32), student.new_empty(n, dtype=torch.bool)
+    slot = _C.slot(plan.vocab, kept)
+    memory = _C.scratch(waiting * together * slot)
+    if memory == 0:
+        raise MemoryError(f"group: no memory for {waiting * together * slot} bytes")
+    operands = (
+        (ranks, rank, _threads(min(together, n) * plan.vocab), n),
+        *(_operand(student), _operand(teacher), _plan(plan), _address(keep), _address(label)),
+        *(_address(scale), factor, _NONE if grad is None else _operand(grad)),
+        *(0 if grad is None else grad.shape[-1], out.data_ptr(), redo.data_ptr()),
+    )
+    begun: dict[int, Tensor] = {}
+
+    def begin(start: int) -> tuple[int, int, int, int, int]:
+        if start >= n:
+            return _NOWHERE
+        size = min(together, n - start)
+        begun[start] = out.new_empty(size, _SUMS, dtype=torch.float64)
+        return start, size, begun[start].data_ptr(), 0, 0
+
+    def trip(start: int) -> Generator[Tensor, Tensor, None]:
+        held = (keep, label, scale)  # named until the last stage is over
+        own = memory + start // together % waiting * together * slot
+        if start not in begun:
+            _C.stage(0, *operands, own, begin(start), _NOWHERE)
+        sent = begun.pop(start)
+        size = sent.shape[0]
+        sums, rates = (yield sent), None
+        if expectation is None:
+            sent = out.new_empty(size, _RATES, dtype=torch.float64)
+            some = start, size, sent.data_ptr(), sums.data_ptr(), 0
+            _C.stage(1, *operands, own, some, _NOWHERE)
+            rates = yield sent
+        some = start, size, 0, sums.data_ptr(), _address(rates)
+        _C.stage(2, *operands, own, some, begin(start + waiting * together))
+        del held
+
+    return Staged(out, redo, (trip(start) for start in range(0, n, together)), waiting)
 
 
 def count(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor | None, Tensor, int, int]:

@@ -412,7 +412,7 @@ def _loss(
         call += f", {smoothing:g}, {reduction}" + ("" if labels is None else ", labels")
         own = pick(student.device)
         ranks, student, teacher = shards.prepare(own, group, student, teacher, vocab_size, call)
-        _, vocab, classes, _ = ranks.columns
+        vocab, classes = ranks.columns.own, ranks.columns.whole
     plan = Plan(divergence.name, param, float(temperature), soft, hard, smoothing, vocab, classes)
     if isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits):
         return linear.loss(

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.backend import Passes, on_host
+from fastkd.exchange import gathered
 from fastkd.operands import LinearLogits, Operand, Teacher, TopK, kind
-from fastkd.split import Columns, Split, gathered
+from fastkd.split import Columns, Split
 
 
 class _SummedGradient(torch.autograd.Function):
@@ -102,9 +103,9 @@ _known: dict[tuple[Any, ...], list[list[int]]] = {}
 
 
 def _layout(
-    group: Any, student: Operand, teacher: Teacher, vocab_size: int | None, call: str
+    group: Any, student: Operand, teacher: Teacher, vocab_size: int | None, call: str, staged: bool
 ) -> list[list[int]]:
-    """[student's columns, teacher's, rows, vocab_size, hash of the call] of every rank.
+    """[student's columns, teacher's, rows, vocab_size, hash of the call, staged] of every rank.
 
     On the host it is exchanged in every call. Elsewhere that would wait for the device: there once
     for each group and own layout, so that all ranks must change theirs together.
@@ -115,6 +116,7 @@ def _layout(
         student.shape[:-1].numel(),
         -1 if vocab_size is None else vocab_size,
         zlib.crc32(call.encode()),
+        staged,
     ]
     key = (group, student.device, *own)
     if key in _known and not on_host(student.device):
@@ -144,7 +146,7 @@ def prepare(
         ValueError: ranks that differ in more than their columns, or columns of the teacher that are
             neither the student's nor all of them.
     """
-    layout = _layout(group, student, teacher, vocab_size, call)
+    layout = _layout(group, student, teacher, vocab_size, call, hasattr(passes, "staged"))
     rank = dist.get_rank(group)
     for other, said in enumerate(layout):
         for name, mine, theirs in (
@@ -171,7 +173,8 @@ def prepare(
         raise ValueError("student: got no column on any rank, expected one at least")
     starts = [sum(widths[:at]) for at in range(len(widths))]
     used = [max(0, min(width, whole - start)) for width, start in zip(widths, starts, strict=True)]
-    columns = Columns(starts[rank], used[rank], whole, max(used))
+    staged = all(said[5] for said in layout)
+    columns = Columns(starts[rank], used[rank], whole, max(used), staged)
     if not isinstance(teacher, TopK):
         same = [max(0, min(b, whole - sum(others[:at]))) for at, b in enumerate(others)]
         if others != widths and min(others) >= whole:

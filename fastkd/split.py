@@ -7,6 +7,9 @@ the same ones or all. Two exchanges make a row whole, a few numbers a row and ne
     loss over the own columns  ->  (sum of values, sum of centred slopes)       ->  the row's loss
     grad of the own columns
 
+That is the general form. A backend with stages (`fastkd.backend.StagedPasses`) sends the sums of
+both sides and of the value at once, some rows at a time while the next ones are under way.
+
 An exchange is an all-gather whose parts every rank merges in the order of the ranks, so that all of
 them hold the same bits by construction. `Split` is `fastkd.backend.Trips` like any other: the
 drivers run on it as they are. A stored teacher names columns of the whole vocabulary and is the
@@ -18,44 +21,27 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd import reference
-from fastkd.backend import Passes, Plan, Sparse, acc_dtype
+from fastkd import exchange, reference
+from fastkd.backend import Passes, Plan, Sparse, acc_dtype, staged_passes
 
 INF = float("inf")
 BLOCK = 2**22  # elements of a copy of some rows, for a stored teacher
 
 
-# torch 2.13 has a new name for it
-_all_gather = getattr(dist, "all_gather_single", None) or getattr(
-    dist, "all_gather_into_tensor", None
-)
-
-
-def gathered(x: Tensor, group: Any) -> Tensor:
-    """[R, ...]: what every rank has, in the order of the ranks."""
-    size = dist.get_world_size(group)
-    if size == 1:
-        return x.unsqueeze(0)
-    out = x.new_empty(size * x.numel())
-    assert _all_gather is not None
-    _all_gather(out, x.reshape(-1), group=group)
-    return out.view(size, *x.shape)
-
-
 class Columns(NamedTuple):
     """What a rank holds of a vocabulary of `whole` columns: [start, start + own), own >= 0.
 
-    widest: the most that any rank holds.
+    widest: the most that any rank holds. staged: every rank's backend has `StagedPasses`.
     """
 
     start: int
     own: int
     whole: int
     widest: int
+    staged: bool
 
 
 class Split:
@@ -64,12 +50,13 @@ class Split:
     def __init__(self, passes: Passes, group: Any, columns: Columns) -> None:
         self.passes, self.group, self.columns = passes, group, columns
         self.widest = columns.widest
+        self.stages = staged_passes(passes) if columns.staged else None
         self.total, self.multiply = passes.total, passes.multiply
         self.empty_gradient = passes.empty_gradient
 
     def gathered(self, x: Tensor) -> Tensor:
         """[R, ...]: what every rank has, in the order of the ranks."""
-        return gathered(x, self.group)
+        return exchange.gathered(x, self.group)
 
     def fused(
         self,
@@ -82,6 +69,41 @@ class Split:
         factor: float,
         grad: Tensor | None,
     ) -> Tensor:
+        label = label if plan.hard != 0.0 else None
+        staged = self.stages and self.stages.staged(
+            *(student, teacher, plan, keep, self._label(label, plan), scale, factor, grad),
+            *(exchange.size(self.group), exchange.rank(self.group), self.widest),
+        )
+        if not staged:
+            return self._in_passes(student, teacher, plan, keep, label, scale, factor, grad)
+        loss, redo, trips, waiting = staged
+        exchange.pipelined(trips, waiting, self.group)
+        again = redo.nonzero().squeeze(-1)
+        if again.numel():
+            at = again // student.size(1), again % student.size(1)
+            own = None if grad is None else grad[at].unsqueeze(0)
+            loss[again] = self._in_passes(
+                *(student[at].unsqueeze(0), teacher[at].unsqueeze(0), plan, None),
+                None if label is None else label[again],
+                None if scale is None else scale[again],
+                *(factor, own),
+            )
+            if grad is not None and own is not None:
+                grad[at] = own[0]
+        return loss
+
+    def _in_passes(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        plan: Plan,
+        keep: Tensor | None,
+        label: Tensor | None,
+        scale: Tensor | None,
+        factor: float,
+        grad: Tensor | None,
+    ) -> Tensor:
+        """The general form: any backend, dtype and row."""
         acc = acc_dtype(student, teacher)
         label = label if plan.hard != 0.0 else None
         mine = self._label(label, plan)

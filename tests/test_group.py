@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastkd
-from fastkd import shards
+from fastkd import cpu, shards, split
 from fastkd.divergence import divergences
 
 N, H = 7, 6
@@ -338,8 +338,64 @@ def weights_and_compile() -> None:
     near(step(s[:, mine], t[:, mine]), fastkd.kl_div(s * 2, t), torch.float32, "compiled")
 
 
+def in_stages() -> None:
+    """The same bits whatever rows go together and however many threads; strange rows are redone."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    vocab = 3000 * world
+    generator = torch.Generator().manual_seed(3)
+    s, t = (3 * torch.randn(N, vocab, generator=generator) for _ in range(2))
+    labels = torch.randint(vocab, (N,), generator=generator)
+    labels[3] = -100
+    mine = slice(3000 * rank, 3000 * (rank + 1))
+    redone: list[int] = []
+    general = split.Split._in_passes
+
+    def counted(self: split.Split, student: Tensor, *args: Any) -> Tensor:
+        redone.append(student.size(0) * student.size(1))
+        return general(self, student, *args)
+
+    def run(name: str, s: Tensor, t: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+        x = s.clone().requires_grad_()
+        loss = fastkd.distillation_loss(
+            *(x, t, labels),
+            divergence=name,
+            label_smoothing=0.1,
+            reduction="none",
+            **more,
+        )
+        loss.sum().backward()
+        assert x.grad is not None
+        return loss.detach(), x.grad
+
+    with pytest.MonkeyPatch.context() as patch, fastkd.use_backend("cpu"):
+        patch.setattr(split.Split, "_in_passes", counted)
+        for name in divergences:
+            got = []
+            for waiting, threads in ((cpu.WAITING, 1), (1, 1), (1, 2), (300_000, 2)):
+                patch.setattr(cpu, "WAITING", waiting)
+                torch.set_num_threads(threads)
+                got.append(run(name, s[:, mine], t[:, mine], group=dist.group.WORLD))
+                torch.set_num_threads(1)
+            assert not redone, name
+            for loss, grad in got[1:]:
+                assert torch.equal(loss, got[0][0]) and torch.equal(grad, got[0][1]), name
+            loss, grad = run(name, s, t)
+            near(got[0][0], loss, torch.float32, name, 1.0)
+            near(got[0][1], grad[:, mine], torch.float32, name)
+            far_s, far_t = s.clone(), t.clone()
+            far_s[1] *= 1e30  # scores beyond a float's sums
+            far_t[5, 7] = INF  # NaN
+            got[0] = run(name, far_s[:, mine], far_t[:, mine], group=dist.group.WORLD)
+            assert redone == [2, 2], name  # once for the loss, once for the gradient
+            redone.clear()
+            loss, grad = run(name, far_s, far_t)
+            near(got[0][0], loss, torch.float32, name, 1.0)
+            near(got[0][1], grad[:, mine], torch.float32, name)
+
+
 def everything() -> list[str]:
     dense()
+    in_stages()
     inplace_and_exact_zeros()
     linear()
     stored()

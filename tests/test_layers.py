@@ -33,8 +33,9 @@ MAY_IMPORT = {
     "chunks": {"backend", "reduction", "sums"},
     "trips": {"chunks", "function", "operators", "backend", "reference", "reduction"},
     "linear": {"shards", "trips", "topk", "function", "backend", "reference", "reduction"},
-    "split": {"backend", "reference"},
-    "shards": {"backend", "split"},
+    "exchange": set(),
+    "split": {"exchange", "backend", "reference"},
+    "shards": {"exchange", "backend", "split"},
     "dtensors": {"checks", "shards"},
     "losses": {
         *("dtensors", "eagerly", "shards", "split", "linear", "topk", "operators", "function"),

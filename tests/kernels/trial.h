@@ -30,6 +30,7 @@ class Trial final : public Trip<T> {
       this->in_place("in place, the teacher in the same memory", fresh, loss, true);
     multiply(fresh);
     split();
+    if constexpr (!kWide) staged(fresh, loss);
   }
 
   // The sums are then others, so against the definitions.
@@ -108,6 +109,94 @@ class Trial final : public Trip<T> {
     call(isa_.kernels()->stats[kWide], a, 0, n_, c.flush);
     out.read_only();
     report_.expect(out.intact(), "bytes beside the stats were written");
+  }
+
+  // ---- the stages, the columns split over ranks
+
+  void staged(const Table& fresh, const Guarded& first) {
+    this->start("stages over ranks");
+    const int64_t ranks = p.random.between(1, 3), half = n_ / 2;
+    const auto* stages = passes().stages;
+    const int kind = int(c.same() ? c.student : DType::f32);
+    const bool rates_too = stages[1][kind] != nullptr;
+    const bool inside = c.grad == c.student && p.random.chance(0.5);
+    Table grad(c.grad, c.a, c.b, c.width, this->layout());
+    Guarded loss(n_ * size(), true), redo(n_, true);
+    if (inside) {
+      p.unseal();
+      for (int64_t r = 0; r < n_; ++r)
+        std::memcpy(grad.row(r), p.student.row(r),
+                    static_cast<size_t>(c.vocab * size_of(c.student)));
+      p.seal();
+    }
+    std::vector<int64_t> cuts{0, c.vocab};
+    while (int64_t(cuts.size()) <= ranks) cuts.push_back(p.random.between(0, c.vocab));
+    std::sort(cuts.begin(), cuts.end());
+    grad.seal(c.width, p.keep(), true);
+    // some rows, then the others in the same memory
+    for (const auto& [begin, end] : {std::pair{int64_t{0}, half}, std::pair{half, n_}}) {
+      const int64_t rows = end - begin;
+      const Guarded sums(ranks * rows * int64_t{sizeof(fastkd::RowSums)}, true);
+      const Guarded rates(ranks * rows * int64_t{sizeof(fastkd::Rates)}, true);
+      std::vector<std::unique_ptr<Guarded>> memories;
+      std::vector<std::vector<int64_t>> labels(static_cast<size_t>(ranks));
+      std::vector<fastkd::Args> own;
+      for (int64_t rank = 0; rank < ranks; ++rank) {
+        const int64_t start = cuts[size_t(rank)], stop = cuts[size_t(rank) + 1];
+        fastkd::Args a = p.args();
+        a.grad = grad.operand();
+        if (inside) a.student = a.grad;
+        for (fastkd::Operand* x : {&a.student, &a.teacher, &a.grad})
+          x->data += start * fastkd::size_of(x->dtype);
+        a.vocab = stop - start;
+        a.width = (rank + 1 == ranks ? c.width : stop) - start;
+        a.stream = p.random.chance(0.5);
+        a.first = begin;
+        a.rows = rows;
+        a.ranks = ranks;
+        a.rank = rank;
+        auto& label = labels[size_t(rank)];
+        for (int64_t r = 0; a.label != nullptr && r < n_; ++r)
+          label.push_back(a.label[r] >= start && a.label[r] < stop ? a.label[r] - start : -1);
+        if (a.label != nullptr) a.label = label.data();
+        memories.emplace_back(new Guarded(rows * isa_.kernels()->slot(a.vocab, true), true));
+        a.memory = memories.back()->data();
+        a.sums = sums.data();
+        a.rates = rates_too ? rates.data() : nullptr;
+        a.out = loss.data();
+        a.redo = reinterpret_cast<uint8_t*>(redo.data());
+        own.push_back(a);
+      }
+      for (int stage = 0; stage < 3; ++stage) {
+        if (stage == 1 && !rates_too) continue;
+        const Guarded& into = stage == 0 ? sums : rates;
+        const int64_t bytes = int64_t(stage == 0 ? sizeof(fastkd::RowSums) : sizeof(fastkd::Rates));
+        for (int64_t rank = ranks - 1; rank >= 0; --rank) {
+          fastkd::Args& a = own[size_t(rank)];
+          a.sent = into.data() + rank * rows * bytes;
+          const fastkd::Team team = c.threads ? Backwards::team(2) : fastkd::Team{};
+          call(stages[stage][kind], a, begin, end, c.flush, team);
+        }
+        if (stage == 0) sums.read_only();
+        if (stage == 1) rates.read_only();
+      }
+      for (const auto& memory : memories)
+        report_.expect(memory->intact(), "bytes beside the memory were written");
+    }
+    grad.unseal();
+    report_.expect(redo.intact(), "bytes beside the marks were written");
+    this->finish(grad, loss);
+    for (int64_t r = 0; r < n_; ++r) {  // what is left to the split passes is as they found it
+      if (redo.template as<uint8_t>()[r] == 0) continue;
+      if (inside)
+        report_.expect(std::memcmp(grad.row(r), p.student.row(r),
+                                   size_t(c.vocab * fastkd::size_of(c.student))) == 0,
+                       "a row was touched that is not finished");
+      loss.template as<T>()[r] = first.template as<T>()[r];
+      std::memcpy(grad.row(r), fresh.row(r), size_t(c.width * fastkd::size_of(c.grad)));
+    }
+    truth_.losses(loss);
+    truth_.gradients(grad, c.vocab);
   }
 
   Problem<T>& p;
