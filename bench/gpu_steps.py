@@ -24,6 +24,8 @@ FIT = {  # what fits: name -> (cases, shapes, dtypes, providers, seconds each, l
     "wide": ("kl_div", "512x50257,8192x151936,8192x256000", "bfloat16", f"eager,{OWN}", 0.4, 40),
     "fp32": ("kl_div", "64x32000,4096x128256", "float32", f"eager,compile,{OWN}", 0.4, 40),
 }
+# Programs that share a row (`fastkd/gpu/team.py`): none, and about as many as it would take itself.
+TEAMS = ("0", "4", "8", "16")
 TILE_SHAPES = "8192x32000,8192x128256,8192x256000"
 FITTING = "fit"
 
@@ -229,19 +231,22 @@ def _card(arch: str) -> str | None:
 
 
 def _tiles(results: Path, arch: str, limited: bool) -> list[Step]:
-    """Wide rows under other tiles and, where Triton and the card have them, clusters of blocks."""
+    """Wide rows under other tiles and teams and, where Triton and the card have them, clusters."""
     try:
         from fastkd.gpu.tune import clusters
     except ImportError as error:
         return [Step("tiles", ["-m", "bench"], skip=f"fastkd.gpu does not import: {error}")]
-    out = []
+    ways: list[tuple[str, dict[str, str], str]] = []  # name, environment, why not
     for text in TILES:
-        name = f"tile-{text.replace(':', '-')}"
         refused = clusters(arch) if text.rpartition(":")[2] != "1" else None
+        env = {"FASTKD_GPU_TILE": text, "FASTKD_GPU_TEAM": "0"}
+        ways.append((f"tile-{text.replace(':', '-')}", env, refused or ""))
+    ways += [(f"team-{number}", {"FASTKD_GPU_TEAM": number}, "") for number in TEAMS]
+    out = []
+    for name, env, skip in ways:
         command = _bench(
             results, name, "kl_div js_div", TILE_SHAPES, "bfloat16", "fastkd-inplace", 0.2
         )
         limit = 25 if limited else None
-        env = {"FASTKD_GPU_TILE": text}
-        out.append(Step(name, command, limit, env=env, out="md", skip=refused or ""))
+        out.append(Step(name, command, limit, env=env, out="md", skip=skip))
     return out

@@ -7,8 +7,10 @@ bandwidth is an estimate), from registers and instruction counts of ahead-of-tim
 A kernel is a list of sweeps over its row. What a sweep reads for the first time comes from memory.
 A sweep that follows another runs in the opposite order and finds what was read last, as much as
 the cache holds of it: `KEPT` of the cache, shared among the rows in flight (one for each resident
-program). The gradient is written once. Time is the longer of these bytes at the copy's bandwidth
-and the arithmetic at the card's rates; a last, partial wave of rows is not modelled.
+program, or for each team of them: fastkd/gpu/team.py). The gradient is written once. Time is the
+longer of these bytes at the copy's bandwidth and the arithmetic at the card's rates; a last,
+partial wave of rows is not modelled, nor is waiting: "waits" says what share of a program's time
+the others must fill while it merges what its lanes or its team have found.
 """
 
 from __future__ import annotations
@@ -28,8 +30,12 @@ ALIGNED = 16  # columns: what makes every row start where a wide load may
 _OF_EACH = {True: 128_256, False: 50_257}
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 # Share of the cache that holds the rows in flight: the gradient's stores pass through it, too, and
-# a Hopper's two halves each keep a copy of what the other half's multiprocessors read. A guess.
+# a Hopper's two halves each keep a copy of what the other half's multiprocessors read. A guess, and
+# `fastkd.gpu.team` has the same, by which it divides rows.
 KEPT = 0.75
+# Seconds that a program spends between two sweeps of its own: sums across its lanes, and where it
+# is one of a team a number's way through the cache and back. Guesses.
+MERGE, EXCHANGE = 0.5e-6, 1.5e-6
 
 
 class Scheme(NamedTuple):
@@ -68,6 +74,7 @@ class Program(NamedTuple):
     special: float  # operations per column
     instructions: float  # per column
     ctas: int = 1
+    parts: int = 1  # of a row, each a program's
 
 
 @dataclass
@@ -85,6 +92,8 @@ class Prediction:
     ms: float
     bound: str  # "memory", "special functions" or "instructions"
     share: float  # of the floor
+    parts: int
+    waits: float  # share of a program's time
     measured: bool = False
 
 
@@ -105,7 +114,8 @@ def predict(
     """The model's figures of one kernel."""
     scheme, itemsize = SCHEMES[name], ITEMSIZE[dtype]
     resident = card.resident(program.registers, program.threads)
-    in_flight = min(rows, max(1, resident * card.multiprocessors // program.ctas))
+    at_work = resident * card.multiprocessors // program.ctas
+    in_flight = min(rows, max(1, at_work // program.parts))
     found = hits(card, in_flight, scheme.sweeps[0][0] * vocab * itemsize)
     moved, floor = traffic(scheme, found, itemsize), itemsize * scheme.floor
     seconds = {
@@ -114,6 +124,8 @@ def predict(
         "instructions": program.instructions * card.per_instruction,
     }
     bound = max(seconds, key=lambda limit: seconds[limit])
+    merges = sum(len(launch) for launch in scheme.sweeps) - 1
+    pause = merges * (MERGE + (EXCHANGE if program.parts > 1 else 0.0))
     return Prediction(
         card=card.name,
         scheme=name,
@@ -126,6 +138,8 @@ def predict(
         ms=1e3 * rows * vocab * seconds[bound],
         bound=bound,
         share=floor / card.copy / seconds[bound],
+        parts=program.parts,
+        waits=min(1.0, pause / (in_flight * vocab * seconds[bound])),
     )
 
 
@@ -153,7 +167,7 @@ def programs(card: Card, dtype: str, vocab: int) -> dict[str, Program]:
         )
 
     kl = of("kl", "fused")
-    return {
+    found = {
         "kl": kl,
         "kl, linear": kl,
         "js": of("js", "fused"),
@@ -162,6 +176,21 @@ def programs(card: Card, dtype: str, vocab: int) -> dict[str, Program]:
         # the report sees the loop of its gradient only: the other one has loops inside
         "top-k": of("kl", "sparse", "stats"),
     }
+    if card.warp == 32:  # as `fastkd.gpu.team.capacity` has it
+        found |= {"kl, team": of("kl", "team"), "js, team": of("js", "team")}
+        found["kl, linear, team"] = found["kl, team"]
+    return found
+
+
+def shared(card: Card, vocab: int, dtype: str, threads: int, rows: int = ROWS) -> int:
+    """How many programs share a row where teams are to be had."""
+    from fastkd.gpu import team
+    from fastkd.gpu.tune import tile
+
+    size = tile(vocab, ITEMSIZE[dtype], card.arch)
+    holds = team.Capacity(card.multiprocessors, card.cache)
+    row_bytes = 2 * vocab * ITEMSIZE[dtype]
+    return team.parts(rows, vocab, row_bytes, size.lanes * size.group, threads, holds)
 
 
 def predictions(cards: Sequence[str], dtypes: Sequence[str]) -> list[Prediction]:
@@ -172,7 +201,11 @@ def predictions(cards: Sequence[str], dtypes: Sequence[str]) -> list[Prediction]
             compiled = {aligned: programs(card, dtype, v) for aligned, v in _OF_EACH.items()}
             for scheme in SCHEMES:
                 for vocab in VOCABS:
-                    program = compiled[vocab % ALIGNED == 0][scheme]
+                    found = compiled[vocab % ALIGNED == 0]
+                    program = found[scheme]
+                    if together := found.get(f"{scheme}, team"):
+                        parts = shared(card, vocab, dtype, together.threads)
+                        program = together._replace(parts=parts) if parts > 1 else program
                     out.append(predict(card, scheme, program, vocab, dtype))
     return out
 
@@ -191,11 +224,13 @@ def markdown(found: Sequence[Prediction]) -> str:
             "kernel": p.scheme,
             "dtype": p.dtype,
             "V": str(p.vocab),
+            "programs a row": str(p.parts),
             "rows in flight": str(p.rows_in_flight),
             "cache hits": f"{100 * p.hits:.0f} %",
             "bytes/element": f"{p.bytes:.1f}",
             "floor": f"{p.floor_bytes:.0f}",
             "predicted ms": f"{p.ms:.2f}",
+            "waits": f"{100 * p.waits:.0f} %",
             "bound by": p.bound,
             "predicted share of floor": f"{100 * p.share:.0f} %",
         }

@@ -102,6 +102,13 @@ def test_clusters_are_measured_where_they_work(
     assert not any(skip for tile, skip in tiles().items() if tile.endswith(":1"))
 
 
+def test_teams_are_measured_beside_none(tmp_path: Path) -> None:
+    found = [s.env for s in steps(tmp_path, "fit", "sm_90") if s.name.startswith("team-")]
+    assert {env["FASTKD_GPU_TEAM"] for env in found} > {"0", "8"}
+    alone = [s.env for s in steps(tmp_path, "fit", "sm_90") if s.name.startswith("tile-")]
+    assert all(env["FASTKD_GPU_TEAM"] == "0" for env in alone)
+
+
 def test_memcheck_is_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def memcheck() -> Step:
         return next(step for step in steps(tmp_path, "fit", "sm_90") if step.name == "memcheck")

@@ -349,7 +349,9 @@ def test_a_failed_launch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_gpu
-def test_offsets_past_two_to_the_31() -> None:
+@pytest.mark.parametrize("team", ["", "0"])
+def test_offsets_past_two_to_the_31(team: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTKD_GPU_TEAM", team)
     n, vocab = 16_500, 131_072
     student = torch.empty(n, vocab, dtype=torch.bfloat16, device=DEVICE)
     teacher = torch.randn(1, vocab, device=DEVICE).bfloat16().expand(n, vocab)
@@ -361,7 +363,9 @@ def test_offsets_past_two_to_the_31() -> None:
     loss = gpu.fused(rows(student), rows(teacher), plan, keep, None, None, 1.0, rows(student))
     small = torch.empty_like(last)
     alone = gpu.fused(rows(last), rows(teacher[:1]), plan, None, None, None, 1.0, rows(small))
-    assert torch.equal(loss[-1:], alone) and torch.equal(student[-1:], small)
+    # one row alone is shared by more programs than each of many
+    torch.testing.assert_close(loss[-1:], alone, rtol=1e-5, atol=0)
+    torch.testing.assert_close(student[-1:], small, rtol=1e-2, atol=1e-9)
     assert not loss[:-1].any() and not student[: n // 2].any()
 
 

@@ -13,8 +13,10 @@ import pytest
 
 from bench.cards import BY_ARCH, CARDS, MIB
 from bench.traffic import (
+    EXCHANGE,
     ITEMSIZE,
     KEPT,
+    MERGE,
     SCHEMES,
     VOCABS,
     Program,
@@ -88,6 +90,22 @@ def test_fewer_rows_in_flight_hit_more() -> None:
     few = predict(card, "kl", LIGHT, vocab, "bf16", rows=8)
     assert cluster.rows_in_flight * 4 == large.rows_in_flight * 4 == alone.rows_in_flight
     assert alone.bytes > cluster.bytes == large.bytes > few.bytes == 6
+
+
+def test_a_team_divides_the_rows_in_flight_and_waits() -> None:
+    card, vocab = CARDS["H200"], 128_256
+    alone = predict(card, "kl", LIGHT, vocab, "bf16")
+    team = predict(card, "kl", LIGHT._replace(parts=8), vocab, "bf16")
+    assert team.rows_in_flight == alone.rows_in_flight // 8 and team.bytes == 6 < alone.bytes
+    # by hand: 66 rows of 128 256 columns at 6 bytes are 11.8 us, of which a merge takes 2
+    assert team.waits == pytest.approx((MERGE + EXCHANGE) / (66 * vocab * 6 / card.copy))
+    assert 0 < alone.waits < team.waits < 0.25
+    assert predict(card, "js", LIGHT._replace(parts=8), vocab, "bf16").waits > team.waits
+
+
+def test_the_package_shares_rows_by_the_same_share_of_the_cache() -> None:
+    team = pytest.importorskip("fastkd.gpu.team")
+    assert team.KEPT == KEPT
 
 
 def test_arithmetic_bounds_the_time() -> None:

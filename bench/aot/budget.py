@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bench.aot.cases import DTYPES, ODD
+from bench.aot.cases import DTYPES, ODD, WHOLE
 from bench.aot.read import Report, Sweep
 from bench.cards import BY_ARCH
 
@@ -28,7 +28,7 @@ class Budget(NamedTuple):
     instructions: float
 
 
-# of a divergence alone, by the main kernel
+# of a divergence alone, by the kernels of a whole row
 BUDGETS = {
     "kl": Budget(5.2, 41),
     "reverse_kl": Budget(5.2, 41),
@@ -52,7 +52,7 @@ def budget(report: Report) -> Budget | None:
     """The budget of a report; None where nothing is promised."""
     known = BUDGETS.get(report.divergence)
     cuda = report.target.startswith("sm_")
-    if report.kernel != "fused" or known is None or report.dtype not in DTYPES or not cuda:
+    if report.kernel not in WHOLE or known is None or report.dtype not in DTYPES or not cuda:
         return None
     if report.vocab == ODD:
         return None  # narrow loads are counted, too
@@ -71,7 +71,7 @@ def usual(report: Report) -> list[Sweep]:
     from fastkd.divergence import divergences
 
     entry = divergences[report.divergence] if report.divergence != "-" else None
-    if report.kernel != "fused" or entry is None or not entry.expectation:
+    if report.kernel not in WHOLE or entry is None or not entry.expectation:
         return report.sweeps
     return report.sweeps[:1] + [sweep for sweep in report.sweeps[1:] if sweep.writes]
 
@@ -86,7 +86,7 @@ def total(report: Report) -> Budget:
 def share(report: Report) -> float | None:
     """The most of the floor's speed that the counts allow the main kernel on its target's card."""
     card, itemsize = BY_ARCH.get(report.target), ITEMSIZE[report.dtype]
-    if report.kernel != "fused" or card is None or itemsize > 4:
+    if report.kernel not in WHOLE or card is None or itemsize > 4:
         return None
     floor = STREAMS * itemsize / card.copy
     spent = total(report)

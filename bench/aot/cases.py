@@ -7,6 +7,7 @@ arguments of the pass that launches it; one that no pass launches has no case, a
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,11 +18,12 @@ from unittest import mock
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("bf16", "fp32")
-PROCESSORS = 132  # of the card whose launches are compiled
+PROCESSORS, CACHE = 132, 50 << 20  # of the card whose launches are compiled
 ROWS, FEW = 8192, 64  # one program to a row, and several
 VOCAB, SHORT, ODD = 128256, (512, 2048), 50257  # ODD: divisible by no vector width
 NAMED = 64  # columns of a stored teacher
 SUFFIX = "_kernel"
+WHOLE = ("fused", "team")  # the kernels that are a loss and its gradient
 
 
 @dataclass
@@ -74,7 +76,7 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
 
     from fastkd.backend import Plan, Sparse
     from fastkd.divergence import divergences
-    from fastkd.gpu import launch
+    from fastkd.gpu import launch, team
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(case.dtype)
     dtype = dtype or torch.float64
@@ -93,6 +95,7 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
     rest = plan, keep, label, scale, 1.0
     passes: dict[str, Callable[[], Any]] = {
         "fused": lambda: launch.fused(x, x, *rest, x),
+        "team": lambda: in_teams(lambda: launch.fused(x, x, *rest, x)),
         "sparse": lambda: launch.sparse(x, Sparse(*named, False), *rest, x),
         "loss": lambda: launch.loss(x, x, stats, stats, plan, keep),
         "grad": lambda: launch.grad(x, x, stats, stats, stats, scale, *rest, x),
@@ -100,6 +103,13 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
         "total": lambda: launch.total(scale, scale, 1.0),
         "multiply": lambda: launch.multiply(x, tensor()),
     }
+
+    def in_teams(run: Callable[[], Any]) -> None:
+        holds = mock.patch.object(team, "HOST", team.Capacity(PROCESSORS, CACHE))
+        # what is set for measurements is not what is compiled
+        with holds, mock.patch.dict(os.environ, {team.VARIABLE: ""}):
+            run()
+
     seen: list[tuple[str, Launch]] = []
     card = launch.Card(case.target, 32 if case.target.startswith("sm_") else 64)
     with ExitStack() as stack:
@@ -159,20 +169,29 @@ def cases(quick: bool, targets: list[str], divergences: list[str], dtypes: list[
     ]
     # what a bare divergence and an ordinary distillation cost is what the budgets are about
     variants: list[dict[str, Any]] = [{"hard": False}, {"hard": True}]
-    fused = [("fused", d, v) for d in divergences for v in variants]
-    rest: list[tuple[str, str, dict[str, Any]]] = [(k, d, {}) for k, d in bare if k != "fused"]
+    fused = [(k, d, v) for k in WHOLE for d in divergences for v in variants]
+    rest: list[tuple[str, str, dict[str, Any]]] = [(k, d, {}) for k, d in bare if k not in WHOLE]
     smooth = [("fused", divergences[0], {"smooth": True})]
-    odd = [("fused", d, {"vocab": ODD}) for d in divergences]
-    odd += [(k, d, {"vocab": ODD}) for k, d in bare if k != "fused" and d in ("-", divergences[0])]
+    odd = [(k, d, {"vocab": ODD, **v}) for k, d, v in fused]
+    odd += [(k, d, {"vocab": ODD}) for k, d, _ in rest if d in ("-", divergences[0])]
     short = [("fused", divergences[0], {"vocab": v}) for v in SHORT]
     first = rest[:0] + [("fused", divergences[0], {}) for _ in targets]
+    # `team.capacity` knows no other devices
+    of = {"team": [name for name in targets if name.startswith("sm_")]}
     if quick:
         picked = [*fused, *rest, *smooth, odd[0], short[0], *first]
         todo = [
-            Case(k, d, dtypes[i // len(targets) % len(dtypes)], targets[i % len(targets)], **v)
+            Case(k, d, dtypes[i // len(targets) % len(dtypes)], own[i % len(own)], **v)
             for i, (k, d, v) in enumerate(picked)
+            if (own := of.get(k, targets))
         ]
     else:
         picked = [*fused, *rest, *smooth, *odd, *short]
-        todo = [Case(k, d, t, a, **v) for a in targets for t in dtypes for k, d, v in picked]
+        todo = [
+            Case(k, d, t, a, **v)
+            for a in targets
+            for t in dtypes
+            for k, d, v in picked
+            if a in of.get(k, targets)
+        ]
     return [case for case in todo if recorded(case) is not None]

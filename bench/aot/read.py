@@ -94,7 +94,8 @@ def compile_one(case: Case) -> Report:
         target = GPUTarget("hip", case.target, 64)
     ctas = args.get("num_ctas", 1)
     warps = max(1, launch.threads // target.warp_size)
-    options = {"num_warps": warps, "num_ctas": ctas, **PINNED}
+    given = {name: args[name] for name in args.keys() & {"num_ctas", "maxnreg"}}
+    options = {"num_warps": warps, **given, **PINNED}
     source = ASTSource(launch.kernel, signature, constants, attrs)
     out = triton.compile(source, target=target, options=options)
     report = Report(
@@ -141,12 +142,12 @@ def count(
 
 def gathers(report: Report) -> bool:
     """Whether only its wide loads are of whole rows; where no load is wide nobody can tell."""
-    return report.kernel == "sparse" and report.vocab != ODD
+    return report.kernel == "team" or (report.kernel == "sparse" and report.vocab != ODD)
 
 
 def widths(report: Report, found: Loops, access: str, width: Any) -> None:
     loops = [[width(m) for x in body if (m := re.search(access, x))] for body in found.inside]
-    if gathers(report):  # whose named columns are gathered, one by one
+    if gathers(report):  # named columns, or numbers that are waited for
         loops = [sizes for sizes in loops if max(sizes, default=0) >= 16]
     inside = [size for sizes in loops for size in sizes]
     outside = [width(m) for line in found.outside if (m := re.search(access, line))]

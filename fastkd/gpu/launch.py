@@ -17,7 +17,7 @@ from fastkd.divergence import divergences
 from fastkd.gpu import divergence as pairs
 from fastkd.gpu import rows as kernels
 from fastkd.gpu import sparse as stored
-from fastkd.gpu import split
+from fastkd.gpu import split, team
 from fastkd.gpu.tune import BYTES_PER_LOAD, Tile, tile
 
 LOG2E = 1.0 / math.log(2.0)
@@ -35,6 +35,12 @@ if interpreted():
     from fastkd.gpu.interpreted import repair
 
     repair()
+
+# Registers of a thread, at most, of the kernels that read a row several times; on CUDA, whose
+# assembler otherwise settles for a spill or for half as many resident programs. Rows that do not
+# start on 16 bytes need the second number.
+REGISTERS, SHIFTED_REGISTERS = 80, 96
+_REGISTERS = 65_536  # of a multiprocessor, which a program of 1024 threads may not exceed
 
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -60,7 +66,8 @@ def launch(
 ) -> None:
     """Runs a kernel on a device; the only place that does.
 
-    args: by name, `num_ctas` among them where a program is a cluster of blocks (`_tile`).
+    args: by name, and options of Triton: `num_ctas` where a program is a cluster of blocks
+        (`_tile`), `maxnreg` (`_registers`).
 
     Raises:
         RuntimeError: Triton could not compile or start it. Nothing falls back in silence.
@@ -202,12 +209,48 @@ def fused(
         "ACC": _ACC[acc],
         **lanes,
     }
-    parts = split.parts(n, plan.vocab, size.lanes * size.group, split.processors(student.device))
+    row_bytes = plan.vocab * (student.element_size() + teacher.element_size())
+    columns = size.lanes * size.group
+    # a cluster is another way to the same end; the pattern of MISSING is that of a float32
+    none = size.ctas > 1 or acc == torch.float64
+    holds = None if none else team.capacity(student.device)
+    parts = team.parts(n, plan.vocab, row_bytes, columns, size.threads, holds)
+    if parts > 1 and _in_teams(args, n, parts, size.threads):
+        return loss
+    parts = split.parts(n, plan.vocab, columns, split.processors(student.device))
     if parts > 1:
         _in_parts(args, n, parts, size.threads)
     else:
+        most = REGISTERS if skew is None else SHIFTED_REGISTERS
+        args |= _registers(student.device, size.threads, most)
         launch(kernels.fused_kernel, n, args, size.threads, student.device)
     return loss
+
+
+def _registers(device: torch.device, threads: int, most: int) -> dict[str, int]:
+    """Triton's option of that name, where its backend has it."""
+    cuda = card(device).arch.startswith("sm_")
+    return {"maxnreg": min(most, _REGISTERS // threads)} if cuda else {}
+
+
+def _in_teams(args: dict[str, Any], n: int, parts: int, threads: int) -> bool:
+    """`fused` by teams of programs; False where the device has refused."""
+    loss = args["loss"]
+    counts = 1, n * parts * split.LEFT.value, n * parts * team.SUMS.value
+    unknown = torch.full((sum(counts),), team.MISSING.value, dtype=torch.int32, device=loss.device)
+    ticket, partial, sums = unknown.split(counts)
+    args = {
+        **args,
+        **dict(ticket=ticket, partial=partial.view(loss.dtype), sums=sums.view(loss.dtype)),
+        **dict(parts=parts, PARTS=team.MOST, SPAN=max(threads, split.LEFT.value * team.MOST)),
+        **_registers(loss.device, threads, REGISTERS),
+    }
+    try:
+        launch(team.team_kernel, n * parts, args, threads, loss.device)
+    except RuntimeError as error:
+        team.refuse(loss.device, error)
+        return False
+    return True
 
 
 def _in_parts(args: dict[str, Any], n: int, parts: int, threads: int) -> None:
@@ -216,8 +259,7 @@ def _in_parts(args: dict[str, Any], n: int, parts: int, threads: int) -> None:
     args = {
         **args,
         **dict(parts=parts, PARTS=split.MOST),
-        "partial": loss.new_empty(n, 7, parts),
-        "known": loss.new_empty(n),
+        "partial": loss.new_empty(n, split.LEFT.value, parts),
         "sums": loss.new_empty(n, 2, parts) if by_pairs else None,
         "constants": None if grad is None else loss.new_empty(n, 6),
     }

@@ -43,18 +43,26 @@ def zero_columns(
 
 
 @triton.jit
+def expectation(d_s, d_t, cross, inverse, EXPECTATION: tl.constexpr):
+    """The divergence of a row that is an expectation, from the sums of its first sweep.
+
+    Infinite or NaN: an impossible column under a lane's early maximum may yet underflow under the
+    row's, and only the pair, with the row's maximum in hand, knows.
+    """
+    weigher = d_t if EXPECTATION == "teacher" else d_s
+    other = d_s if EXPECTATION == "teacher" else d_t
+    # one logarithm of the ratio: 0 exactly where both sides are the same
+    return cross / weigher * inverse + tl.log(quotient(other, weigher))
+
+
+@triton.jit
 def expected(
     student, teacher, start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
     DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, SHIFTED: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The divergence of a row that is an expectation, from the sums of its first sweep."""
-    weigher = d_t if EXPECTATION == "teacher" else d_s
-    other = d_s if EXPECTATION == "teacher" else d_t
-    # one logarithm of the ratio: 0 exactly where both sides are the same
-    value = cross / weigher * inverse + tl.log(quotient(other, weigher))
-    # infinite or NaN: an impossible column under a lane's early maximum may yet underflow
-    # under the row's, and only the pair, with the row's maximum in hand, knows
+    """`expectation`, and the pairs' own sum where that is not finite."""
+    value = expectation(d_s, d_t, cross, inverse, EXPECTATION)
     if value * 0.0 != 0.0:
         value, _ = pair_sweep(
             student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, param,

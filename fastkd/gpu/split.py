@@ -35,6 +35,8 @@ from fastkd.gpu.sweeps import (
 
 # programs wanted for each multiprocessor, fewest tiles of a part, most parts of a row
 PROGRAMS, TILES, MOST = 2, 2, 64
+# numbers that a part leaves behind: those of `first_sweep`, and the logit at the label
+LEFT = tl.constexpr(8)
 # of tensors that no device holds: 0 splits nothing under the interpreter
 HOST_PROCESSORS = 0
 
@@ -77,48 +79,76 @@ def bounds(
 
 
 @triton.jit
-def gathered(x, row, parts, n, COUNT: tl.constexpr, other, PARTS: tl.constexpr):
-    """Number n of the COUNT that each part of a row has left behind."""
+def numbers(x, row, parts, COUNT: tl.constexpr):
+    """A row of x [rows, COUNT, parts]: COUNT numbers of each of its parts."""
+    return x + row.to(tl.int64) * COUNT * parts
+
+
+@triton.jit
+def gathered(x, parts, n, other, PARTS: tl.constexpr):
+    """Number n of all parts of the row whose numbers are at x.
+
+    volatile: a program of this very launch may have written it (`team.py`), and not into the cache
+    of this multiprocessor.
+    """
     part = tl.arange(0, PARTS)
-    return tl.load(x + (row * COUNT + n) * parts + part, mask=part < parts, other=other)
+    return tl.load(x + n * parts + part, mask=part < parts, other=other, volatile=True)
+
+
+@triton.jit
+def left(m_s, d_s, m_t, d_t, cross, unit, drift, at_label):
+    """[LEFT]: what a part leaves behind, in the order that `merged` wants."""
+    n = tl.arange(0, LEFT)
+    x = tl.where(n == 0, m_s, tl.where(n == 1, d_s, tl.where(n == 2, m_t, d_t)))
+    y = tl.where(n == 4, cross, tl.where(n == 5, unit, tl.where(n == 6, drift, at_label)))
+    return tl.where(n < 4, x, y)
 
 
 @triton.jit
 def merged(
-    partial, row, parts, start, stop, exponent,
+    partial, parts, start, stop, exponent,
     EXPECTATION: tl.constexpr, UNIT: tl.constexpr, DRIFT: tl.constexpr, SHIFTED: tl.constexpr,
     PARTS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """What `first_sweep` would return for the whole row."""
     lowest: tl.constexpr = LOWEST64 if ACC == tl.float64 else LOWEST32
-    m_s = gathered(partial, row, parts, 0, 7, lowest, PARTS)
-    d_s = gathered(partial, row, parts, 1, 7, 0.0, PARTS)
-    m_t = gathered(partial, row, parts, 2, 7, lowest, PARTS)
-    d_t = gathered(partial, row, parts, 3, 7, 0.0, PARTS)
-    cross = gathered(partial, row, parts, 4, 7, 0.0, PARTS)
-    unit = gathered(partial, row, parts, 5, 7, 0.0, PARTS)
+    m_s = gathered(partial, parts, 0, lowest, PARTS)
+    d_s = gathered(partial, parts, 1, 0.0, PARTS)
+    m_t = gathered(partial, parts, 2, lowest, PARTS)
+    d_t = gathered(partial, parts, 3, 0.0, PARTS)
+    cross = gathered(partial, parts, 4, 0.0, PARTS)
+    unit = gathered(partial, parts, 5, 0.0, PARTS)
     top_s, sum_s, top_t, sum_t, all_cross, all_unit = merge_sides(
         m_s, d_s, m_t, d_t, cross, unit, exponent, EXPECTATION, UNIT
     )
     all_drift = scalar(0.0, ACC)
     if DRIFT:
         begin, end = bounds(tl.arange(0, PARTS), parts, start, stop, SHIFTED, LANES, GROUP)
-        drift = gathered(partial, row, parts, 6, 7, 0.0, PARTS)
+        drift = gathered(partial, parts, 6, 0.0, PARTS)
         drift += tl.maximum(end - begin, 0).to(ACC) * (m_s - top_s)
         all_drift = tl.sum(tl.where(tl.arange(0, PARTS) < parts, drift, 0.0), 0)
     return top_s, sum_s, top_t, sum_t, all_cross, all_unit, all_drift
 
 
+@triton.jit
+def label_logit(student, label, row, part, start, vocab, ACC: tl.constexpr):
+    """The logit at a row's label for part 0, 0 for the others, which the row's sum leaves alone."""
+    wanted = tl.load(label + row)
+    here = (wanted >= 0) & (wanted < vocab) & (part == 0)
+    column = tl.where(here, wanted + start, -1).to(tl.int32)
+    return tl.load(student + column, mask=here, other=0.0).to(ACC)
+
+
 @triton.jit(do_not_specialize=_PARTS)
 def part_kernel(
-    student, teacher, partial, known, keep, label,
+    student, teacher, partial, keep, label,
     vocab, parts, skew,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64,
     EXPECTATION: tl.constexpr, UNIT: tl.constexpr, SMOOTH: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """partial[row, :, part] = sums of the first sweep; known = the logit at the label."""
+    """partial[row, :, part] = sums of the first sweep, and part 0's logit at the label."""
     SHIFTED: tl.constexpr = skew is not None
     row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     start, stop = row_span(row, per_s, outer_s, inner_s, skew, vocab, GROUP)
@@ -128,24 +158,15 @@ def part_kernel(
             return
     student = row_at(student, row, per_s, outer_s, inner_s, skew, GROUP)
     teacher = row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP)
-    if label is not None:
-        if part == 0:  # here, where no part of an in-place gradient is written yet
-            wanted = tl.load(label + row)
-            here = (wanted >= 0) & (wanted < vocab)
-            column = tl.where(here, wanted + start, -1).to(tl.int32)
-            tl.store(known + row, tl.load(student + column, mask=here, other=0.0).to(ACC))
+    at_label = scalar(0.0, ACC)
+    if label is not None:  # here, where no part of an in-place gradient is written yet
+        at_label = label_logit(student, label, row, part, start, vocab, ACC)
     m_s, d_s, m_t, d_t, cross, unit, drift = first_sweep(
         student, teacher, begin, end, scalar(exponent, ACC),
         EXPECTATION, UNIT, SMOOTH, SHIFTED, ACC, LANES, GROUP,
     )  # fmt: skip
-    partial = partial + row * 7 * parts + part
-    tl.store(partial, m_s)
-    tl.store(partial + parts, d_s)
-    tl.store(partial + 2 * parts, m_t)
-    tl.store(partial + 3 * parts, d_t)
-    tl.store(partial + 4 * parts, cross)
-    tl.store(partial + 5 * parts, unit)
-    tl.store(partial + 6 * parts, drift)
+    found = left(m_s, d_s, m_t, d_t, cross, unit, drift, at_label)
+    tl.store(numbers(partial, row, parts, LEFT) + tl.arange(0, LEFT) * parts + part, found)
 
 
 @triton.jit(do_not_specialize=_PARTS)
@@ -167,7 +188,7 @@ def pairs_kernel(
             return
     exponent = scalar(exponent, ACC)
     m_s, d_s, m_t, d_t, _, _, _ = merged(
-        partial, row, parts, start, stop, exponent,
+        numbers(partial, row, parts, LEFT), parts, start, stop, exponent,
         "none", False, False, SHIFTED, PARTS, ACC, LANES, GROUP,
     )  # fmt: skip
     d_s, d_t = norms(d_s, d_t)
@@ -177,13 +198,14 @@ def pairs_kernel(
         begin, end, m_s, d_s, m_t, d_t, exponent, scalar(param, ACC),
         DIVERGENCE, "evict_last", SHIFTED, ACC, LANES, GROUP,
     )  # fmt: skip
-    tl.store(sums + row * 2 * parts + part, value)
-    tl.store(sums + (row * 2 + 1) * parts + part, slopes)
+    sums = numbers(sums, row, parts, 2) + part
+    tl.store(sums, value)
+    tl.store(sums + parts, slopes)
 
 
 @triton.jit(do_not_specialize=_PARTS)
 def finish_kernel(
-    student, teacher, partial, known, sums, constants, loss, keep, label,
+    student, teacher, partial, sums, constants, loss, keep, label,
     vocab, classes, parts, skew,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
@@ -201,14 +223,16 @@ def finish_kernel(
             return
     exponent, inverse = scalar(exponent, ACC), scalar(inverse, ACC)
     sure, spread = scalar(sure, ACC), scalar(spread, ACC)
+    partial = numbers(partial, row, parts, LEFT)
     m_s, raw_s, m_t, raw_t, cross, unit, drift = merged(
-        partial, row, parts, start, stop, exponent,
+        partial, parts, start, stop, exponent,
         EXPECTATION, UNIT, SMOOTH, SHIFTED, PARTS, ACC, LANES, GROUP,
     )  # fmt: skip
     d_s, d_t = norms(raw_s, raw_t)
     if EXPECTATION == "none":
-        value = tl.sum(gathered(sums, row, parts, 0, 2, 0.0, PARTS), 0)
-        slopes = tl.sum(gathered(sums, row, parts, 1, 2, 0.0, PARTS), 0)
+        sums = numbers(sums, row, parts, 2)
+        value = tl.sum(gathered(sums, parts, 0, 0.0, PARTS), 0)
+        slopes = tl.sum(gathered(sums, parts, 1, 0.0, PARTS), 0)
     else:
         value = expected(
             row_at(student, row, per_s, outer_s, inner_s, skew, GROUP),
@@ -223,8 +247,9 @@ def finish_kernel(
     if label is not None:
         wanted = tl.load(label + row)
         here = (wanted >= 0) & (wanted < vocab)
+        at_label = tl.sum(gathered(partial, parts, 7, 0.0, PARTS), 0)
         value += scalar(hard, ACC) * entropy(
-            m_s, unit, drift, tl.load(known + row), here, vocab, classes, sure, spread, SMOOTH, ACC
+            m_s, unit, drift, at_label, here, vocab, classes, sure, spread, SMOOTH, ACC
         )
     tl.store(loss + row, value)
     if constants is not None:

@@ -1,0 +1,249 @@
+"""Programs that share a row in one launch: the tests of `test_gpu_split`, and of their waiting.
+
+Without a GPU the interpreter's programs take turns, in an order that comes from a seed.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
+
+from common import assert_as_good_as_torch, differentiate
+
+import fastkd
+
+pytest.importorskip("triton")
+from test_gpu_split import (  # noqa: F401  the same tests under this file's fixtures
+    Launches,
+    each,
+    make,
+    test_a_row_of_nothing_and_a_row_of_nan,
+    test_columns_past_the_vocabulary,
+    test_hard_labels,
+    test_identical_logits_give_exactly_nothing,
+    test_impossible_columns,
+    test_in_place,
+    test_kl_of_a_probability_that_underflows_is_nothing,
+    test_rows_left_out_are_not_read,
+    test_the_bits_are_the_same_from_run_to_run,
+    test_values_and_gradients,
+)
+from together import together  # noqa: F401
+
+from fastkd.gpu import launch, split, team
+from fastkd.gpu.tune import Tile
+
+ON_CARD = torch.cuda.is_available()
+HOLDS = team.Capacity(132, 50 << 20)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("error:.*wide rows go on"),
+]
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
+    """The backend in force, with tiles of 128 columns and programs that run together."""
+    seen = Launches()
+    real = launch.launch
+
+    def note(kernel: Any, *rest: Any) -> None:
+        seen.append(kernel.__name__)
+        real(kernel, *rest)
+
+    monkeypatch.setattr(launch, "launch", note)
+    monkeypatch.setattr(launch, "tile", lambda vocab, size, *_: Tile(8 * size, 16 // size, 32))
+    if not ON_CARD:
+        monkeypatch.setattr(team, "HOST", HOLDS)
+        request.getfixturevalue("together")(team.team_kernel, resident=8)
+    with fastkd.use_backend("gpu"):
+        yield seen
+
+
+@pytest.fixture
+def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """So many programs to a row, whatever its size: some of them may be left without a column."""
+    number = int(getattr(request, "param", 3))
+    monkeypatch.setattr(team, "parts", lambda *shape: number)
+    return number
+
+
+@pytest.fixture
+def steps() -> Any:
+    return lambda divergence: ["team_kernel"]
+
+
+# ---- how many
+
+
+def shared(rows: int, vocab: int, itemsize: int = 2, holds: team.Capacity = HOLDS) -> int:
+    columns = 8192 // itemsize
+    return team.parts(rows, vocab, 2 * itemsize * vocab, columns, 256, holds)
+
+
+def test_the_rows_in_flight_fit_the_cache() -> None:
+    for vocab in (32_000, 50_257, 128_256, 151_936, 256_000):
+        for itemsize in (2, 4):
+            number = shared(8192, vocab, itemsize)
+            rows = team.programs(HOLDS, 256) / number
+            assert rows * 2 * itemsize * vocab <= team.KEPT * HOLDS.cache
+            assert vocab // number >= split.TILES * 8192 // itemsize
+
+
+def test_rows_that_fit_by_themselves_are_not_shared() -> None:
+    assert shared(8192, 10_000) == shared(8192, 16_000) == 1
+    assert shared(8192, 128_256, holds=team.Capacity(132, 1 << 30)) == 1
+
+
+def test_a_few_rows_fill_the_device() -> None:
+    assert shared(64, 32_000) == 3 and shared(8192, 32_000) == 2
+    assert shared(1, 128_256) == 15 and shared(1, 10**7) == team.MOST
+
+
+def test_the_parts_share_the_tiles_evenly() -> None:
+    for vocab in (32_000, 50_257, 128_256, 151_936, 256_000):
+        number, tiles = shared(8192, vocab), -(-vocab // 4096)
+        assert -(-tiles // number) * number <= 1.2 * tiles
+
+
+def test_only_where_it_can_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert team.parts(8192, 10**6, 10**7, 4096, 256, None) == 1
+    monkeypatch.setattr(team, "HOST", None)
+    assert team.capacity(torch.device("cpu")) is None
+    # few places: a team must never fill them
+    assert shared(1, 128_256, holds=team.Capacity(3, 1 << 20)) == 1
+
+
+def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, number in (("0", 1), ("1", 1), ("5", 5), ("99", team.MOST)):
+        monkeypatch.setenv(team.VARIABLE, given)
+        assert shared(8192, 128_256) == number
+    monkeypatch.setenv(team.VARIABLE, "many")
+    with pytest.raises(ValueError, match=r"FASTKD_GPU_TEAM.*'many'"):
+        shared(8192, 128_256)
+
+
+# ---- waiting
+
+
+@pytest.mark.skipif(ON_CARD, reason="the order of a GPU's programs is its own")
+@pytest.mark.interpreted(6)
+@pytest.mark.parametrize("name", ["kl", "js"])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_any_order_gives_the_same_bits(
+    name: str,
+    seed: int,
+    parts: int,
+    together: Any,  # noqa: F811
+) -> None:
+    """Also of an in-place gradient, and with hardly more room than a team takes."""
+    student, teacher, labels = make(3, 500)
+    labels[1] = -100
+    call = dict(divergence=name, alpha=0.4, temperature=2.0)
+    with fastkd.use_backend("gpu"):
+        expected = differentiate(fastkd.distillation_loss, student, teacher, labels, **call)
+        turns = together(team.team_kernel, seed=seed, resident=parts + seed % 2)
+        memory = student.clone().requires_grad_()
+        loss = fastkd.distillation_loss(memory * 1.0, teacher, labels, inplace=True, **call)
+        loss.backward()
+    assert turns.switches > 2 * parts and torch.equal(loss, expected.value)
+    assert torch.equal(memory.grad, expected.student)
+
+
+@pytest.mark.skipif(ON_CARD, reason="takes seconds of a GPU's polls")
+def test_a_number_that_never_comes_is_nan(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(team, "PATIENCE", team.tl.constexpr(3))
+    student, teacher, _ = make(2, 500)
+    # the last part of the last row draws no ticket
+    real_launch = launch.launch
+
+    def one_less(kernel: Any, programs: int, *rest: Any) -> None:
+        real_launch(kernel, programs - 1, *rest)
+
+    monkeypatch.setattr(launch, "launch", one_less)
+    out = differentiate(fastkd.kl_div, student, teacher, reduction="none")
+    assert out.value[0].isfinite() and out.value[1].isnan()
+    assert out.student[0].isfinite().all() and out.student[1, :256].isnan().all()
+
+
+@pytest.mark.skipif(ON_CARD, reason="a GPU stays as it is")
+def test_a_launch_that_fails_is_said_once(
+    parts: int, launched: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the row kernel does the work from there on."""
+    monkeypatch.setattr(team, "_refused", {})
+    real = launch.launch
+
+    def fail(kernel: Any, *rest: Any) -> None:
+        if kernel is team.team_kernel:
+            raise RuntimeError("fastkd: team_kernel could not be launched")
+        real(kernel, *rest)
+
+    monkeypatch.setattr(launch, "launch", fail)
+    student, teacher, labels = make(2, 500)
+    with pytest.warns(RuntimeWarning, match="could not be launched; wide rows go on"):
+        assert_as_good_as_torch(student, teacher, labels, divergence=fastkd.divergences["kl"])
+    assert list(team._refused) == [student.device]
+
+
+# ---- a card's own
+
+
+@pytest.fixture
+def real(monkeypatch: pytest.MonkeyPatch, launched: Launches) -> Launches:
+    """The tiles and teams of the card, whose launches are still noted."""
+    note = launch.launch
+    monkeypatch.undo()
+    monkeypatch.setattr(launch, "launch", note)
+    return launched
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_CARD, reason="needs a GPU")
+@pytest.mark.parametrize(("rows", "vocab"), [(64, 128_256), (600, 128_256), (300, 50_257)])
+@pytest.mark.parametrize("name", ["kl", "js"])
+def test_wide_rows_on_a_card(name: str, rows: int, vocab: int, real: Launches) -> None:
+    """As one program to a row has them, again and again, in a graph and beside another stream."""
+    if team.capacity(torch.device("cuda", torch.cuda.current_device())) is None:
+        pytest.skip("teams do not work on this card")
+    student, teacher, labels = make(rows, vocab, torch.bfloat16)
+    call = dict(divergence=name, alpha=0.4, temperature=2.0, reduction="none")
+
+    def step() -> Any:
+        with fastkd.use_backend("gpu"):
+            return differentiate(fastkd.distillation_loss, student, teacher, labels, **call)
+
+    first = step()
+    assert "team_kernel" in real and first.student is not None
+    with pytest.MonkeyPatch.context() as alone:
+        alone.setenv(team.VARIABLE, "0")
+        alone.setattr(split, "parts", lambda *shape: 1)
+        other = step()
+    assert real[-1] == "fused_kernel"
+    torch.testing.assert_close(first.value, other.value, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(first.student, other.student, rtol=1e-2, atol=1e-6)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    found = []
+    for turn in range(20):
+        with torch.cuda.stream(side if turn % 2 else torch.cuda.current_stream()):
+            found.append(step())
+    torch.cuda.synchronize()
+    for again in found:
+        assert torch.equal(again.value, first.value) and torch.equal(again.student, first.student)
+
+    out = torch.empty_like(first.value)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), fastkd.use_backend("gpu"):
+        out.copy_(fastkd.distillation_loss(student, teacher, labels, **call))
+    for _ in range(3):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, first.value)
