@@ -278,9 +278,9 @@ def grad(
 
 # float64s of a row in its first exchange, of an expectation or not, and its second: csrc/kernels.h
 _WEIGHED_SUMS, _SUMS, _RATES = 7, 6, 2
-# Bytes of exponentials that wait for exchanges, kept by the thread. They are beyond the L2 cache from
-# a few rows on and cost the same however many they are; what an exchange costs, half a millisecond
-# of a core with gloo, is shared by all of its rows.
+# Bytes of exponentials that wait for exchanges, kept by the thread. They are beyond the L2 cache
+# from a few rows on and cost the same however many they are; what an exchange costs, half a
+# millisecond of a core with gloo, is shared by all of its rows.
 WAITING = 48 << 20
 _NOWHERE = (0, 0, 0, 0, 0)
 
