@@ -39,22 +39,28 @@ ROWS, K, HIDDEN = 64, 16, 32  # of the counted run
 
 
 class Loss(NamedTuple):
-    """floats: numbers per row that a rank hands over; hidden: whether gradients of [N, H] too."""
+    """floats: numbers per row that a rank hands over; hidden: whether gradients of [N, H] too.
+
+    A float64 counts as two.
+    """
 
     floats: int
     labels: bool = False
     stored: bool = False
     hidden: bool = False
+    divergence: str = "kl"
 
 
-# Of the C++ backend's stages, for kl: 8 of float64, labels or not; a divergence that is no
-# expectation sends 4 more. The general passes send 6 of float32, 10 with labels: (max, sum) of both
-# sides, then the sums of values and slopes.
-STAGE = 16
+# Of the C++ backend's stages, labels or not: 4 float64 and 6 float32 for kl, and for a divergence
+# that is no expectation 3 and 6, then 1 and 2 in a second exchange. The general passes send 6 of
+# float32, 10 with labels: (max, sum) of both sides, then the sums of values and slopes.
+STAGE = 4 * 2 + 6
+RATED = 3 * 2 + 6 + 2 + 2
 LABEL = 4  # its logit; sum, drift and width at T = 1
 LOSSES = {
     "dense": Loss(STAGE),
     "dense, labels": Loss(STAGE, labels=True),
+    "js, labels": Loss(RATED, labels=True, divergence="js"),
     f"top-{K}": Loss(2 + K + 2, stored=True),  # its own (max, sum), the points, the rest's
     f"top-{K}, labels": Loss(2 + LABEL + K + 2, labels=True, stored=True),
     "linear, labels": Loss(STAGE, labels=True, hidden=True),
@@ -62,14 +68,15 @@ LOSSES = {
 
 
 class Count(TorchDispatchMode):
-    """Bytes of the tensors that this process hands to collectives."""
+    """Collectives, and bytes of the tensors that this process hands to them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes = self.calls = 0
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if op.namespace == "c10d":
+            self.calls += 1
             name = op._schema.name.removeprefix("c10d::")
             if name == "_allgather_base_":
                 self.bytes += args[1].nbytes
@@ -98,7 +105,9 @@ def counted(loss: Loss, vocab: int) -> int:
         student = fastkd.LinearLogits(torch.randn(ROWS, HIDDEN, requires_grad=True), weight)
     hard = {"labels": labels, "alpha": 0.5} if loss.labels else {"alpha": 0.0}
     with Count() as count:
-        fastkd.distillation_loss(student, teacher, **hard, group=dist.group.WORLD).backward()
+        fastkd.distillation_loss(
+            *(student, teacher), **hard, divergence=loss.divergence, group=dist.group.WORLD
+        ).backward()
     return count.bytes
 
 

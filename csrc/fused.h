@@ -277,7 +277,6 @@ struct ToProbability {
       : q(factor(row.s, scratch.blocks[at / kBlock].s_base)),
         p(factor(row.t, scratch.blocks[at / kBlock].t_base)) {}
 
- private:
   static double factor(const Side& row, double base) {
     return base == kInfinity ? 0.0 : exp2((row.shift() - base) * row.c) / row.sum;  // inf: all were 0
   }

@@ -83,26 +83,32 @@ struct Args {
   int64_t ranks = 1;
   int64_t rank = 0;
   char* memory = nullptr;        // [rows, slot(vocab)]
-  void* sent = nullptr;          // RowSums or Rates [rows]
-  const void* sums = nullptr;    // RowSums [ranks, rows]
+  void* sent = nullptr;          // sums or Rates [rows]
+  const void* sums = nullptr;    // RowSums, or WeighedSums of an expectation, [ranks, rows]
   const void* rates = nullptr;   // Rates [ranks, rows]
   uint8_t* redo = nullptr;       // [N]: 1 where the row takes the split passes
 };
 
 // What a rank tells the others about its columns of a row: sums under bases of its own (see
-// fused.h), the student's logit at the label (0 on every other rank), whether they are of any use.
+// fused.h), the student's logit at the label (0 on every other rank), and of how many columns the
+// scores are; fewer than 0 where the sums are of no use.
 struct RowSums {
-  double s, t, hard, cross, scores;
-  float s_base, t_base, hard_base, label, columns;
-  uint32_t strange;
+  double s, t, hard;
+  float s_base, t_base, hard_base, label, scores, columns;
 };
-static_assert(sizeof(RowSums) == 64, "the most that an exchange sends for a row");
+struct WeighedSums {  // of an expectation
+  RowSums row;
+  double cross;
+};
 
-// And, of a divergence that is no expectation, in a second exchange: the sum of values, the sum of q
-// times the rates above `from`, and that of q.
+// And, of a divergence that is no expectation, in a second exchange: the sum of values, and that of
+// q times the rates above `from`.
 struct Rates {
-  double value, slope, from, mass;
+  double value;
+  float slope, from;
 };
+static_assert(sizeof(WeighedSums) == 56 && sizeof(RowSums) + sizeof(Rates) == 64,
+              "64 bytes at most for a row; fastkd/cpu.py has the sizes too");
 
 // Threads for the tasks of one call: task(argument, i) for each i < tasks, in any order.
 struct Team {

@@ -1,7 +1,7 @@
 // The fused trip where a row's columns are split over ranks: the same sweeps, in stages, with an
 // exchange of a few numbers a row between each two (see fastkd/split.py, which sends them).
 //
-//   sum      the sums of the own columns                  -> RowSums, to every rank
+//   sum      the sums of the own columns                  -> RowSums or WeighedSums, to every rank
 //   rate     values and rates under the whole row's sums  -> Rates, to every rank
 //   close    the row's loss, and the gradient of the own columns
 //
@@ -30,7 +30,17 @@ inline Scratch<float> slot_of(const Args& a, int64_t r) {
   return {a.memory + (r - a.first) * slot(a.vocab, kept), a.vocab, kept};
 }
 
-inline double base_of(float base) { return static_cast<double>(base); }
+template <Expectation E>
+using SumsOf = std::conditional_t<E == Expectation::none, RowSums, WeighedSums>;
+inline RowSums& shared(RowSums& x) { return x; }
+inline const RowSums& shared(const RowSums& x) { return x; }
+inline RowSums& shared(WeighedSums& x) { return x.row; }
+inline const RowSums& shared(const WeighedSums& x) { return x.row; }
+
+template <Expectation E>
+inline const SumsOf<E>& sums_of(const Args& a, int64_t rank, int64_t r) {
+  return static_cast<const SumsOf<E>*>(a.sums)[rank * a.rows + (r - a.first)];
+}
 
 template <DType K, class D>
 void sum_stage(const Args& a, int64_t begin, int64_t end, const Team& team) {
@@ -48,17 +58,17 @@ void sum_stage(const Args& a, int64_t begin, int64_t end, const Team& team) {
       if (a.hard != 0.0) label = label_logit(a, r);
     }
     const auto to_float = [](double x) { return static_cast<float>(x); };
-    static_cast<RowSums*>(a.sent)[r - a.first] = {row.s.sum,
-                                                  row.t.sum,
-                                                  row.hard.sum,
-                                                  row.cross,
-                                                  row.scores,
-                                                  to_float(row.s.base),
-                                                  to_float(row.t.base),
-                                                  to_float(row.hard.base),
-                                                  to_float(label),
-                                                  to_float(row.columns),
-                                                  row.strange};
+    SumsOf<E>& out = static_cast<SumsOf<E>*>(a.sent)[r - a.first];
+    shared(out) = {row.s.sum,
+                   row.t.sum,
+                   row.hard.sum,
+                   to_float(row.s.base),
+                   to_float(row.t.base),
+                   to_float(row.hard.base),
+                   to_float(label),
+                   to_float(row.scores),
+                   row.strange ? -1.0f : to_float(row.columns)};
+    if constexpr (E != Expectation::none) out.cross = row.cross;
   }
 }
 
@@ -69,13 +79,13 @@ inline Part merged(const Args& a, int64_t r, double& label) {
   Part row{{c}, {c}, {unit}};
   label = 0.0;
   for (int64_t rank = 0; rank < a.ranks; ++rank) {
-    const RowSums& x = static_cast<const RowSums*>(a.sums)[rank * a.rows + (r - a.first)];
-    Part part{{c, base_of(x.s_base), x.s}, {c, base_of(x.t_base), x.t},
-              {unit, base_of(x.hard_base), x.hard}};
-    part.cross = x.cross;
-    part.scores = x.scores;
-    part.columns = static_cast<double>(x.columns);
-    part.strange = x.strange != 0;
+    const RowSums& x = shared(sums_of<E>(a, rank, r));
+    const auto wide = [](float base) { return static_cast<double>(base); };
+    Part part{{c, wide(x.s_base), x.s}, {c, wide(x.t_base), x.t}, {unit, wide(x.hard_base), x.hard}};
+    if constexpr (E != Expectation::none) part.cross = sums_of<E>(a, rank, r).cross;
+    part.scores = wide(x.scores);
+    part.columns = wide(x.columns);
+    part.strange = x.columns < 0.0f;
     row.add<E>(part);
     label += static_cast<double>(x.label);
   }
@@ -95,28 +105,30 @@ void rate_stage(const Args& a, int64_t begin, int64_t end, const Team& team) {
     const Scratch<float> scratch = slot_of<D>(a, r);
     const float from = a.grad.data == nullptr ? 0.0f : top_rate<float, D>(a, scratch, row);
     rates_trip<float, D>(a, team, scratch, row, from);
-    out.value = row.value;
-    out.slope = row.slope;
-    out.from = static_cast<double>(from);
-    for (int64_t at = 0; at < a.vocab; at += kBlock)
-      out.mass += scratch.blocks[at / kBlock].s_sum * ToProbability(scratch, at, row).q;
+    out = {row.value, static_cast<float>(row.slope), from};
   }
 }
 
 // Puts a row's value and slope together, the slope relative to the own `from`; returns that.
 inline double add_rates(const Args& a, int64_t r, Part& row) {
-  const auto* rates = static_cast<const Rates*>(a.rates) + (r - a.first);
-  const Rates* heaviest = rates;
+  const auto rates = [&](int64_t rank) {
+    return static_cast<const Rates*>(a.rates)[rank * a.rows + (r - a.first)];
+  };
+  const auto from = [&](int64_t rank) { return static_cast<double>(rates(rank).from); };
+  const auto mass = [&](int64_t rank) {  // of the student's probability
+    const RowSums& x = sums_of<Expectation::none>(a, rank, r);
+    return x.s * ToProbability::factor(row.s, static_cast<double>(x.s_base));
+  };
+  int64_t heaviest = 0;
   for (int64_t rank = 1; rank < a.ranks; ++rank)
-    if (rates[rank * a.rows].mass > heaviest->mass) heaviest = rates + rank * a.rows;
+    if (mass(rank) > mass(heaviest)) heaviest = rank;
   for (int64_t rank = 0; rank < a.ranks; ++rank) {
-    const Rates& x = rates[rank * a.rows];
+    const Rates x = rates(rank);
     row.value += x.value;
-    row.slope += x.slope + (x.from - heaviest->from) * x.mass;
+    row.slope += static_cast<double>(x.slope) + (from(rank) - from(heaviest)) * mass(rank);
   }
-  const double own = rates[a.rank * a.rows].from;
-  row.slope += heaviest->from - own;
-  return own;
+  row.slope += from(heaviest) - from(a.rank);
+  return from(a.rank);
 }
 
 // The gradient of a row whose factors are beyond float, by the general sweep.

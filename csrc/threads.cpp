@@ -38,7 +38,7 @@ bool openmp() {
 #endif
 }
 
-// Kept by the thread (2 MB at most for a row, 24 for the stages of several, see fused.h and
+// Kept by the thread (2 MB at most for a row, 48 for the stages of several, see fused.h and
 // fastkd/cpu.py): fresh memory costs page faults in every call.
 char* scratch(int64_t bytes) {
   static thread_local Block block;

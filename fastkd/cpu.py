@@ -276,10 +276,12 @@ def grad(
     )
 
 
-_SUMS, _RATES = 8, 4  # float64s of a row in the first and the second exchange: csrc/kernels.h
-# Bytes of exponentials that wait for exchanges, kept by the thread. An exchange costs as much as
-# some rows of 64 128 columns do, and what the caches do not hold costs half as much again.
-WAITING = 24 << 20
+# float64s of a row in its first exchange, of an expectation or not, and its second: csrc/kernels.h
+_WEIGHED_SUMS, _SUMS, _RATES = 7, 6, 2
+# Bytes of exponentials that wait for exchanges, kept by the thread. They are beyond the L2 cache
+# from a few rows on and cost the same however many they are; what an exchange costs, half a
+# millisecond of a core with gloo, is shared by all of its rows.
+WAITING = 48 << 20
 _NOWHERE = (0, 0, 0, 0, 0)
 
 
@@ -303,7 +305,9 @@ def staged(
         return None
     waiting = 2 if expectation else 3
     # the same on every rank, also on one that wants no gradient
-    together = max(1, min(n, WAITING // (waiting * _C.slot(widest, True))))
+    most = max(1, min(n, WAITING // (waiting * _C.slot(widest, True))))
+    together = -(-n // -(-n // most)) if n else 1  # in as many trips, evenly
+    floats = _WEIGHED_SUMS if expectation else _SUMS
     out, redo = student.new_empty(n, dtype=torch.float32), student.new_empty(n, dtype=torch.bool)
     slot = _C.slot(plan.vocab, kept)
     memory = _C.scratch(waiting * together * slot)
@@ -321,7 +325,7 @@ def staged(
         if start >= n:
             return _NOWHERE
         size = min(together, n - start)
-        begun[start] = out.new_empty(size, _SUMS, dtype=torch.float64)
+        begun[start] = out.new_empty(size, floats, dtype=torch.float64)
         return start, size, begun[start].data_ptr(), 0, 0
 
     def trip(start: int) -> Generator[Tensor, Tensor, None]:

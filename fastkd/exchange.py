@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -48,26 +50,51 @@ class _Gathering:
         return self.out
 
 
-def pipelined(trips: Iterable[Generator[Tensor, Tensor, None]], most: int, group: Any) -> None:
-    """Runs trips that stop for exchanges, each at its next stage while the others' are under way.
+Trip = Generator[Tensor, Tensor, None]
 
-    A trip yields what is to be gathered and is sent what came of it. `most` are under way at a
-    time, one more than a trip has exchanges: what a round waits for was sent off a round ago. The
-    order of the exchanges follows from the number of trips alone, as it must on every rank.
+
+def _together(parts: list[Tensor], group: Any) -> _Gathering:
+    """What several trips have to say, as one exchange: one costs more than what it moves."""
+    x = parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
+    return _Gathering(x, group, aside=True)
+
+
+def _apart(got: Tensor, parts: list[Tensor]) -> list[Tensor]:
+    """[R, ...] of each part, contiguous."""
+    if len(parts) == 1:
+        return [got]
+    split = got.split([part.numel() for part in parts], dim=1)
+    return [x.contiguous().view(-1, *part.shape) for x, part in zip(split, parts, strict=True)]
+
+
+def pipelined(trips: Iterable[Trip], most: int, group: Any) -> None:
+    """Runs trips that stop for exchanges, some of them at work while an exchange is under way.
+
+    A trip yields what is to be gathered and is sent what came of it, most - 1 times; at most `most`
+    are begun and not over. A round sends off, as one exchange, what the trips in their middle and
+    the one begun last have to say, and goes on with the oldest one's last stage and a new one's
+    first. The order of the exchanges follows from the number of trips alone, as it must on every
+    rank.
     """
-    waiting, begun = iter(trips), list[tuple[Generator[Tensor, Tensor, None], _Gathering]]()
-    fresh = 0  # begun in the last round
+    waiting = iter(trips)
+    begun: list[tuple[Trip, int, Tensor]] = []  # with the exchanges to come and what is to be sent
+    under_way: list[tuple[Trip, int, Tensor]] = []
+    exchange: _Gathering | None = None
     while True:
-        old = begun[: len(begun) - fresh]
-        for at in reversed(range(len(old))):
-            trip, exchange = old[at]
-            try:
-                begun[at] = trip, _Gathering(trip.send(exchange.result()), group, aside=True)
-            except StopIteration:
-                del begun[at]  # the oldest
-        new = next(waiting, None) if len(begun) < most else None
-        fresh = int(new is not None)
-        if new is not None:
-            begun.append((new, _Gathering(next(new), group, aside=True)))
-        elif not begun:
+        going_on, ending = list[tuple[Trip, int, Tensor]](), list[tuple[Trip, Tensor]]()
+        if exchange is not None:
+            got = _apart(exchange.result(), [sent for _, _, sent in under_way])
+            for (trip, left, _), part in zip(under_way, got, strict=True):
+                if left:
+                    going_on.append((trip, left - 1, trip.send(part)))
+                else:
+                    ending.append((trip, part))
+        under_way = going_on + begun
+        exchange = _together([sent for _, _, sent in under_way], group) if under_way else None
+        for trip, part in ending:
+            with contextlib.suppress(StopIteration):
+                trip.send(part)
+        new = next(waiting, None)
+        begun = [] if new is None else [(new, most - 2, next(new))]
+        if not (under_way or begun):
             return

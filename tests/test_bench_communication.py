@@ -34,4 +34,4 @@ def test_more_than_the_limit_fails(
     assert communication.main(["--limit", "30"]) == 1
     as_said["dense"] += 1
     assert communication.main([]) == 1
-    assert "dense   64: WRONG" in capsys.readouterr().out
+    assert "dense   56: WRONG" in capsys.readouterr().out

@@ -136,7 +136,8 @@ class Trial final : public Trip<T> {
     // some rows, then the others in the same memory
     for (const auto& [begin, end] : {std::pair{int64_t{0}, half}, std::pair{half, n_}}) {
       const int64_t rows = end - begin;
-      const Guarded sums(ranks * rows * int64_t{sizeof(fastkd::RowSums)}, true);
+      const int64_t of_sums = rates_too ? sizeof(fastkd::RowSums) : sizeof(fastkd::WeighedSums);
+      const Guarded sums(ranks * rows * of_sums, true);
       const Guarded rates(ranks * rows * int64_t{sizeof(fastkd::Rates)}, true);
       std::vector<std::unique_ptr<Guarded>> memories;
       std::vector<std::vector<int64_t>> labels(static_cast<size_t>(ranks));
@@ -170,7 +171,7 @@ class Trial final : public Trip<T> {
       for (int stage = 0; stage < 3; ++stage) {
         if (stage == 1 && !rates_too) continue;
         const Guarded& into = stage == 0 ? sums : rates;
-        const int64_t bytes = int64_t(stage == 0 ? sizeof(fastkd::RowSums) : sizeof(fastkd::Rates));
+        const int64_t bytes = stage == 0 ? of_sums : int64_t{sizeof(fastkd::Rates)};
         for (int64_t rank = ranks - 1; rank >= 0; --rank) {
           fastkd::Args& a = own[size_t(rank)];
           a.sent = into.data() + rank * rows * bytes;
