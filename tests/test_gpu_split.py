@@ -45,7 +45,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
         real(kernel, *rest)
 
     monkeypatch.setattr(launch, "launch", note)
-    monkeypatch.setattr(team, "capacity", lambda device: None)  # which a card would rather use
+    monkeypatch.setattr(team, "capacity", lambda *device: None)  # which a card would rather use
     monkeypatch.setattr(launch, "tile", lambda vocab, size, *_: Tile(8 * size, 16 // size, 32))
     with fastkd.use_backend("gpu"):
         yield seen

@@ -115,7 +115,8 @@ def test_the_parts_share_the_tiles_evenly() -> None:
 def test_only_where_it_can_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert team.parts(8192, 10**6, 10**7, 4096, 256, None) == 1
     monkeypatch.setattr(team, "HOST", None)
-    assert team.capacity(torch.device("cpu")) is None
+    assert team.capacity(torch.device("cpu"), "default") is None
+    assert team.capacity(torch.device("cuda", 0), "gfx942") is None
     # few places: a team must never fill them
     assert shared(1, 128_256, holds=team.Capacity(3, 1 << 20)) == 1
 
@@ -210,7 +211,8 @@ def real(monkeypatch: pytest.MonkeyPatch, launched: Launches) -> Launches:
 @pytest.mark.parametrize("name", ["kl", "js"])
 def test_wide_rows_on_a_card(name: str, rows: int, vocab: int, real: Launches) -> None:
     """As one program to a row has them, again and again, in a graph and beside another stream."""
-    if team.capacity(torch.device("cuda", torch.cuda.current_device())) is None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    if team.capacity(device, launch.card(device).arch) is None:
         pytest.skip("teams do not work on this card")
     student, teacher, labels = make(rows, vocab, torch.bfloat16)
     call = dict(divergence=name, alpha=0.4, temperature=2.0, reduction="none")

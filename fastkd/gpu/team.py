@@ -74,15 +74,14 @@ def _capacity(device: torch.device) -> Capacity | None:
     return Capacity(int(known.multi_processor_count), cache_bytes) if cache_bytes else None
 
 
-def capacity(device: torch.device) -> Capacity | None:
-    """What a device can hold; None where teams do not work, or are of no use.
+def capacity(device: torch.device, arch: str) -> Capacity | None:
+    """What a device of the architecture can hold; None where teams do not work, or are of no use.
 
     gfx942 and its like have a cache for each part of the chip, which teams would reach across.
     """
     if on_host(device) or device.index is None:
         return HOST
-    other = device.type != "cuda" or torch.version.hip or device in _refused
-    return None if other else _capacity(device)
+    return _capacity(device) if arch.startswith("sm_") and device not in _refused else None
 
 
 def refuse(device: torch.device, error: Exception) -> None:
