@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 @pytest.fixture
 def skews(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
-    """What each launch of `fused` was told of its rows, in turn; tiles have 128 columns.
+    """What each pass was told of its rows, in turn; tiles have 128 columns.
 
     Rows of any width are shifted, within a tile too.
     """
@@ -124,6 +124,35 @@ def test_nothing_beside_a_row_is_used_or_written(
         unit = 2.0**-8 if dtype == torch.bfloat16 else 2e-6
         largest = float(true_grad[:, :vocab].abs().max())
         torch.testing.assert_close(out, true_grad[:, :vocab], rtol=unit, atol=2e-6 * largest)
+
+
+@each_dtype
+@pytest.mark.interpreted(4)
+@pytest.mark.parametrize("vocab", [5, 130, 257, 1001])
+def test_the_passes_one_by_one(dtype: torch.dtype, vocab: int, skews: list[int | None]) -> None:
+    """stats, loss and grad, as of the rows' aligned copies, and nothing beside the rows."""
+    keep = torch.tensor([True, False, True]).to(DEVICE)
+    label = torch.tensor([vocab - 1, 1, -100]).to(DEVICE)
+    plan = Plan("js", 0.4, 2.0, 0.7, 0.3, 0.1, vocab, vocab)
+    shifted = [odd(3, vocab, dtype, 3, 4) for _ in range(3)]
+    aligned = [x.new_empty(3, -(-vocab // 16) * 16)[:, :vocab].copy_(x) for x in shifted]
+    found = []
+    for student, teacher, grad in (shifted, aligned):
+        s, t = rows(student), rows(teacher)
+        stats_s, stats_t = (gpu.stats(x, 2.0, vocab, keep) for x in (s, t))
+        hard = gpu.stats(s, 1.0, vocab, keep)
+        loss = gpu.loss(s, t, stats_s, stats_t, plan, keep)
+        slope = loss[:, 1].contiguous()
+        gpu.grad(
+            s, t, stats_s, stats_t, hard, slope, plan, keep, label, None, 0.5, rows(grad)
+        )  # fmt: skip
+        found.append((stats_s, stats_t, hard, loss, grad))
+    assert skews == [3] * 5 + [None] * 5
+    assert all(untouched(x) for x in shifted) and not shifted[2][1].any()
+    for mine, true in zip(*found, strict=True):
+        unit = 2.0**-8 if mine.dtype == torch.bfloat16 else 2e-6
+        largest = float(true.abs().max())
+        torch.testing.assert_close(mine, true, rtol=unit, atol=2e-6 * largest)
 
 
 @each_dtype

@@ -129,6 +129,12 @@ def _steps(x: Tensor, group: int) -> tuple[int, int, int]:
     return b, outer % group, inner % group
 
 
+def _shift(vocab: int, size: Tile, *operands: Tensor) -> int | None:
+    """`_skew` of rows that are wide enough for it to pay."""
+    wide = vocab >= SHIFTED_TILES * size.lanes * size.group
+    return _skew(size.group, *operands) if wide else None
+
+
 def _skew(group: int, *operands: Tensor) -> int | None:
     """Columns from a 16-byte boundary to the first row, for `sweeps.row_at`.
 
@@ -188,9 +194,7 @@ def fused(
         return loss
     label = label if plan.hard != 0.0 else None
     size, lanes = _tile(plan.vocab, student, teacher, grad)
-    skew = None
-    if plan.vocab >= SHIFTED_TILES * size.lanes * size.group:
-        skew = _skew(size.group, student, teacher, student if grad is None else grad)
+    skew = _shift(plan.vocab, size, student, teacher, student if grad is None else grad)
     args = {
         **dict(student=_back(student, skew), teacher=_back(teacher, skew)),
         **dict(grad=None if grad is None else _back(grad, skew), skew=skew, loss=loss),
@@ -213,7 +217,7 @@ def fused(
     columns = size.lanes * size.group
     # a cluster is another way to the same end; the pattern of MISSING is that of a float32
     none = size.ctas > 1 or acc == torch.float64
-    holds = None if none else team.capacity(student.device)
+    holds = None if none else team.capacity(student.device, card(student.device).arch)
     parts = team.parts(n, plan.vocab, row_bytes, columns, size.threads, holds)
     if parts > 1 and _in_teams(args, n, parts, size.threads):
         return loss
@@ -327,8 +331,9 @@ def stats(x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Ten
     if n == 0:
         return out
     size, lanes = _tile(vocab, x)
+    skew = _shift(vocab, size, x)
     args = {
-        **dict(x=x, stats=out, keep=_vector(keep), vocab=vocab),
+        **dict(x=_back(x, skew), stats=out, keep=_vector(keep), vocab=vocab, skew=skew),
         **dict(per=x.size(1), outer=x.stride(0), inner=x.stride(1)),
         "exponent": LOG2E / temperature,
         "ACC": _ACC[acc],
@@ -352,8 +357,9 @@ def loss(
     if n == 0:
         return out
     size, lanes = _tile(plan.vocab, student, teacher)
+    skew = _shift(plan.vocab, size, student, teacher)
     args = {
-        **dict(student=student, teacher=teacher),
+        **dict(student=_back(student, skew), teacher=_back(teacher, skew), skew=skew),
         **dict(stats_s=stats_s.contiguous(), stats_t=stats_t.contiguous()),
         **dict(loss=out, keep=_vector(keep), vocab=plan.vocab),
         **_place("s", student),
@@ -387,8 +393,10 @@ def grad(
     if plan.hard == 0.0:
         label = stats_hard = None
     size, lanes = _tile(plan.vocab, student, teacher, grad)
+    skew = _shift(plan.vocab, size, student, teacher, grad)
     args = {
-        **dict(student=student, teacher=teacher, grad=grad),
+        **dict(student=_back(student, skew), teacher=_back(teacher, skew)),
+        **dict(grad=_back(grad, skew), skew=skew),
         **dict(stats_s=stats_s.contiguous(), stats_t=stats_t.contiguous()),
         **dict(stats_hard=_vector(stats_hard), slope=slope.contiguous()),
         **dict(keep=_vector(keep), label=_vector(label), scale=_vector(scale)),

@@ -8,18 +8,15 @@ import triton.language as tl
 
 from fastkd.gpu.sweeps import (
     columns,
-    drift_merge,
-    empty,
     first_sweep,
     gradient_sweep,
-    merge,
     norms,
     pair_sweep,
     quotient,
     row_at,
     row_span,
     scalar,
-    stats_tile,
+    stats_sweep,
     store,
 )
 
@@ -167,10 +164,10 @@ def fused_kernel(
         zero_columns(grad, stop, start + width, LANES, GROUP, SHIFTED)
 
 
-@triton.jit(do_not_specialize=["per"])
+@triton.jit(do_not_specialize=["skew", "per"])
 def stats_kernel(
     x, stats, keep,
-    vocab, per, outer, inner,
+    vocab, skew, per, outer, inner,
     exponent: tl.float64,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -181,21 +178,11 @@ def stats_kernel(
         if tl.load(keep + row) == 0:
             tl.store(stats + tl.arange(0, 4), tl.zeros([4], ACC), mask=tl.arange(0, 4) < 3)
             return
-    x = row_at(x, row, per, outer, inner)
-    exponent = scalar(exponent, ACC)
-    top, total = empty(ACC, LANES)
-    drift = total
-    full = vocab // (LANES * GROUP) * (LANES * GROUP)
-    for start in range(0, full, LANES * GROUP):
-        top, total, drift = stats_tile(
-            x, start, 0, vocab, top, total, drift, exponent, False, ACC, LANES, GROUP
-        )
-    if full < vocab:
-        top, total, drift = stats_tile(
-            x, full, 0, vocab, top, total, drift, exponent, True, ACC, LANES, GROUP
-        )
-    highest, total, _ = merge(top, total, exponent)
-    drift = drift_merge(drift, top, highest, 0, vocab, False, LANES, GROUP)
+    start, stop = row_span(row, per, outer, inner, skew, vocab, GROUP)
+    highest, total, drift = stats_sweep(
+        row_at(x, row, per, outer, inner, skew, GROUP), start, stop, scalar(exponent, ACC),
+        skew is not None, ACC, LANES, GROUP,
+    )  # fmt: skip
     tl.store(stats, tl.where(total == 0, -float("inf"), highest))
     tl.store(stats + 1, total)
     tl.store(stats + 2, drift)
@@ -209,10 +196,10 @@ def side(stats, row, ACC: tl.constexpr):
     return tl.where(top == -float("inf"), 0.0, top), tl.load(stats + 1).to(ACC)
 
 
-@triton.jit(do_not_specialize=_PER)
+@triton.jit(do_not_specialize=_FUSED)
 def loss_kernel(
     student, teacher, stats_s, stats_t, loss, keep,
-    vocab,
+    vocab, skew,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64,
     DIVERGENCE: tl.constexpr,
@@ -228,21 +215,22 @@ def loss_kernel(
     m_s, d_s = side(stats_s, row, ACC)
     m_t, d_t = side(stats_t, row, ACC)
     d_s, d_t = norms(d_s, d_t)
+    start, stop = row_span(row, per_s, outer_s, inner_s, skew, vocab, GROUP)
     value, slopes = pair_sweep(
-        row_at(student, row, per_s, outer_s, inner_s),
-        row_at(teacher, row, per_t, outer_t, inner_t),
-        0, vocab, m_s, d_s, m_t, d_t,
+        row_at(student, row, per_s, outer_s, inner_s, skew, GROUP),
+        row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP),
+        start, stop, m_s, d_s, m_t, d_t,
         scalar(exponent, ACC), scalar(param, ACC),
-        DIVERGENCE, "evict_first", False, ACC, LANES, GROUP,
+        DIVERGENCE, "evict_first", skew is not None, ACC, LANES, GROUP,
     )  # fmt: skip
     tl.store(loss, value)
     tl.store(loss + 1, slopes)
 
 
-@triton.jit(do_not_specialize=_PER)
+@triton.jit(do_not_specialize=_FUSED)
 def grad_kernel(
     student, teacher, grad, stats_s, stats_t, stats_hard, slope, keep, label, scale,
-    vocab, width,
+    vocab, width, skew,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
     hard: tl.float64, sure: tl.float64, spread: tl.float64, factor: tl.float64,
@@ -250,11 +238,13 @@ def grad_kernel(
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """grad = scale factor (soft (slope_v - q_v sum slope) / T + hard (q - target)). One row."""
+    SHIFTED: tl.constexpr = skew is not None
     row = tl.program_id(0)
-    grad = row_at(grad, row, per_g, outer_g, inner_g)
+    start, stop = row_span(row, per_s, outer_s, inner_s, skew, vocab, GROUP)
+    grad = row_at(grad, row, per_g, outer_g, inner_g, skew, GROUP)
     if keep is not None:
         if tl.load(keep + row) == 0:
-            zero_columns(grad, 0, width, LANES, GROUP)
+            zero_columns(grad, start, start + width, LANES, GROUP, SHIFTED)
             return
     m_s, d_s = side(stats_s, row, ACC)
     m_t, d_t = side(stats_t, row, ACC)
@@ -267,19 +257,20 @@ def grad_kernel(
     if label is not None:
         _, unit = side(stats_hard, row, ACC)
         wanted = tl.load(label + row)
-        column = tl.where((wanted >= 0) & (wanted < vocab), wanted, -1).to(tl.int32)
+        here = (wanted >= 0) & (wanted < vocab)
+        column = tl.where(here, wanted + start, -1).to(tl.int32)
     inverse, spread = scalar(inverse, ACC), scalar(spread, ACC)
     gradient_sweep(
         grad,
-        row_at(student, row, per_s, outer_s, inner_s),
-        row_at(teacher, row, per_t, outer_t, inner_t),
-        0, vocab, m_s, d_s, m_t, d_t, tl.load(slope + row).to(ACC), unit,
+        row_at(student, row, per_s, outer_s, inner_s, skew, GROUP),
+        row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP),
+        start, stop, m_s, d_s, m_t, d_t, tl.load(slope + row).to(ACC), unit,
         column, scalar(exponent, ACC), scalar(param, ACC),
         scalar(soft, ACC) * inverse * by, scalar(hard, ACC) * by,
         scalar(sure, ACC) + spread, spread,
-        DIVERGENCE, False, label is not None, UNIT, False, False, ACC, LANES, GROUP,
+        DIVERGENCE, False, label is not None, UNIT, False, SHIFTED, ACC, LANES, GROUP,
     )  # fmt: skip
-    zero_columns(grad, vocab, width, LANES, GROUP)
+    zero_columns(grad, stop, start + width, LANES, GROUP, SHIFTED)
 
 
 @triton.jit

@@ -182,12 +182,41 @@ def drift_merge(
 @triton.jit
 def stats_tile(
     x, at, start, stop, top, total, drift, exponent,
-    MASKED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    MASKED: tl.constexpr, SHIFTED: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tile = load(x, at, stop, MASKED, "evict_first", ACC, LANES, GROUP)
+    tile = load(x, at, stop, MASKED, "evict_first", ACC, LANES, GROUP, start, SHIFTED)
     new, total, tile, _, _ = fold(tile, top, total, exponent)
-    drift = drift_step(drift, tile, top, new, at, start, stop, MASKED, False, LANES, GROUP)
+    drift = drift_step(drift, tile, top, new, at, start, stop, MASKED, SHIFTED, LANES, GROUP)
     return new, total, drift
+
+
+@triton.jit
+def stats_sweep(
+    x, start, stop, exponent,
+    SHIFTED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """(max, sum, sum of (x - max)) of one side."""
+    top, total = empty(ACC, LANES)
+    drift = total
+    first, full, head = unmasked(start, stop, SHIFTED, LANES, GROUP)
+    if SHIFTED:
+        if head:
+            top, total, drift = stats_tile(
+                x, first - LANES * GROUP, start, stop, top, total, drift, exponent,
+                True, True, ACC, LANES, GROUP,
+            )  # fmt: skip
+    for at in range(first, full, LANES * GROUP):
+        top, total, drift = stats_tile(
+            x, at, start, stop, top, total, drift, exponent, False, SHIFTED, ACC, LANES, GROUP
+        )
+    if full < stop:
+        top, total, drift = stats_tile(
+            x, full, start, stop, top, total, drift, exponent, True, SHIFTED, ACC, LANES, GROUP
+        )
+    highest, total, _ = merge(top, total, exponent)
+    drift = drift_merge(drift, top, highest, start, stop, SHIFTED, LANES, GROUP)
+    return highest, total, drift
 
 
 @triton.jit
