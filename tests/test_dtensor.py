@@ -113,6 +113,28 @@ def dense() -> None:
                     near(grad.full_tensor(), rows["weight"].grad, torch.float32, what + "weight")
 
 
+def twice() -> None:
+    """A gradient of gradients, where rows are split: every rank's loss has a part in each other's.
+
+    Of a learnt weight, by what all of them divide by, and of what is done with the loss itself.
+    """
+    tensor, mesh = _tensor(), mesh_of(dist.get_world_size())
+    given = draw(11, 4)
+    found = []
+    for placed in (False, True):
+        leaves = [given[k].clone() for k in ("s", "weight")]
+        if placed:
+            leaves = [tensor.distribute_tensor(x, mesh, [tensor.Shard(1)]) for x in leaves]
+        s, weight = (x.requires_grad_() for x in leaves)
+        t = tensor.distribute_tensor(given["t"], mesh, [tensor.Shard(1)]) if placed else given["t"]
+        loss = fastkd.js_div(s, t, weight=weight)
+        grads = torch.autograd.grad(loss.square(), [s, weight], create_graph=True)
+        again = torch.autograd.grad(sum(x.square().sum() for x in grads), [s, weight])
+        found.append([getattr(x, "full_tensor", lambda x=x: x)() for x in (*grads, *again)])
+    for at, (got, expected) in enumerate(zip(found[1], found[0], strict=True)):
+        near(got, expected, torch.float32, f"gradient {at} of (s, weight, and both again)")
+
+
 def linear() -> None:
     """Weights split on the vocabulary, hidden states on rows or not at all."""
     tensor = _tensor()
@@ -284,6 +306,7 @@ EXPECTED = (
 
 def everything() -> list[str]:
     dense()
+    twice()
     linear()
     parallelized()
     rows_of_a_rank()
