@@ -226,6 +226,59 @@ def test_a_process_group_shares_and_merges(tmp_path: Path) -> None:
     whole(tmp_path, 21)
 
 
+def _one_ends(folder: str, how: str) -> tuple[str, int, int]:
+    """(error, batches) of this rank and what its part then holds; the second ends in its third."""
+    batches, rank = itertools.count(), dist.get_rank()
+
+    def of(inputs: Tensor) -> Tensor:
+        if next(batches) == 2 and rank == 1:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyError("of the second rank")
+        time.sleep(0 if rank else 0.05)
+        return teacher(inputs)
+
+    options = {**MADE, "shard_bytes": 400, "group": dist.group.WORLD, "progress": False}
+    if how == "another":
+        options["model"] = "m" if rank == 0 else "another"
+    error = "nothing"
+    try:
+        cache.capture(of, data(400), folder, **options)
+    except Exception as found:
+        error = f"{type(found).__name__}: {found}"
+    (Path(folder) / f"said-{rank}").write_text(error)
+    index = Path(folder) / f"index-{rank:05d}.json"
+    return error, next(batches), cache_format.load_part(index).samples
+
+
+def _ends(folder: str) -> list[Any]:
+    found = [_one_ends(folder, how) for how in ("raises", "another")]
+    return [*found, captured(folder, 400, group=dist.group.WORLD)]
+
+
+def test_all_ranks_end_with_the_error_of_one(tmp_path: Path) -> None:
+    """Soon, with what they had stored; the next job begins there."""
+    first, second = ranks.run(2, _ends, str(tmp_path))
+    assert second[0][0] == "KeyError: 'of the second rank'"
+    assert "group: rank 1 of 2 failed: KeyError: 'of the second rank'; this rank has" in first[0][0]
+    assert [x[0][1] for x in (first, second)] == [first[0][2] // 3, 3] and first[0][1] < 67
+    assert "CacheError" in second[1][0] and "another cache is there; model: got 'a" in second[1][0]
+    assert "RuntimeError: group: rank 1 of 2 failed: CacheError: " in first[1][0]
+    assert first[1][1] == 0  # before the first sample
+    whole(tmp_path, 400)
+    assert not list(tmp_path.glob(".job-*")) and not (tmp_path / ".failed").exists()
+
+
+def test_all_ranks_end_where_one_is_killed(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"\Arank 1: died\Z"):
+        ranks.run(2, _one_ends, str(tmp_path), "killed")
+    assert (tmp_path / ".failed").read_text() == "rank 1 of 2 died"
+    said = (tmp_path / "said-0").read_text()
+    assert said.startswith("RuntimeError: group: rank 1 of 2 died; this rank has stored what")
+    captured(tmp_path, 400, rank=0, world_size=1)
+    whole(tmp_path, 400)
+
+
 # ---- merging
 
 
