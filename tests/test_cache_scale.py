@@ -569,6 +569,71 @@ def test_the_trainer_resumes_within_a_rank_s_epoch(tmp_path: Path) -> None:
         assert torch.equal(got.weight, expected.weight)
 
 
+def _taught(folder: str) -> tuple[list[tuple[list[int], set[str], set[str]]], Any]:
+    """Of each epoch of a student in DistributedDataParallel: the samples, the shards that have them
+    and those that were opened; and its weights."""
+    torch.manual_seed(0)
+    student = nn.parallel.DistributedDataParallel(nn.Embedding(500, V))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mapped, opened, seen = cache_reader._map, list[str](), list[int]()
+    epochs: list[tuple[list[int], set[str], set[str]]] = []
+    reader = cache.Reader(folder)
+    table = range(len(reader.table))
+    files = [str(reader.path / reader.table.shard(at).file) for at in table]
+    shards = {n: files[at] for at in table for n in reader.of_shard(at).tolist()}
+
+    def end() -> None:
+        if seen:
+            epochs.append((seen[:], {shards[number] for number in seen}, set(opened)))
+        seen.clear()
+        opened.clear()
+        reader._open.clear()  # the epoch before has left some open
+
+    class Watched(cache.ShardSampler):
+        def __iter__(self) -> Any:
+            end()
+            for number in super().__iter__():
+                seen.append(number)
+                yield number
+
+    def counted(file: Path, *rest: Any) -> Any:
+        opened.append(str(file))
+        return mapped(file, *rest)
+
+    loader = DataLoader(
+        cache.Paired(data(203).dataset, reader),
+        batch_size=4,
+        sampler=Watched(reader, rank=rank, world_size=world, seed=1),
+        collate_fn=cache.collate,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_reader, "_map", counted)
+        distill.train(
+            student,
+            loader,
+            distill.soft(temperature=1.0),
+            teacher=reader,
+            epochs=2,
+            lr=0.1,
+            progress=False,
+        )
+        end()
+    return epochs, student.module.weight.tolist()
+
+
+def test_ranks_are_taught_each_by_its_own_shards(tmp_path: Path) -> None:
+    write_all(tmp_path, 203, 3)
+    cache.merge(tmp_path)
+    (first, mine), (second, its) = ranks.run(2, _taught, str(tmp_path))
+    assert mine == its
+    assert len(first) == len(second) == 2
+    for (one, own, opened), (other, theirs, there) in zip(first, second, strict=True):
+        assert len(one) == len(other) == 101 and len({*one, *other}) == 202  # each once, one waits
+        assert opened == own and there == theirs
+        assert len(own & theirs) <= 1 < len(own)  # the one that is cut between them
+    assert first[0][0] != first[1][0]
+
+
 # ---- the benchmark
 
 
