@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -62,22 +61,8 @@ class Local(NamedTuple):
         """The loss of all rows; reduction="none" keeps this rank's."""
         if self.reduction != "none":
             for group in self.rows:
-                loss = _Summed.apply(loss, group)
+                loss = shards.Summed.apply(loss, group)
         return loss
-
-
-class _Summed(torch.autograd.Function):
-    """The sum over ranks. All of them go on with it alike, so each part has the sum's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x, group=group)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 def local(
@@ -144,7 +129,7 @@ def _denominator(
         wide = weight.double()
         total = (wide if keep is None else torch.where(keep, wide, 0.0)).sum()
     for group in groups:  # each rank's loss has a part in the gradient of the sum
-        total = shards.replicated(_Summed.apply(total, group), group)
+        total = shards.replicated(shards.Summed.apply(total, group), group)
     return total
 
 

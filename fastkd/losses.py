@@ -410,6 +410,8 @@ def _loss(
     if group is not None:
         call = f"{name}, {divergence.name} {param:g}, T={temperature:g}, {soft:g}, {hard:g}"
         call += f", {smoothing:g}, {reduction}" + ("" if labels is None else ", labels")
+        if teacher.requires_grad and torch.is_grad_enabled():
+            call += ", a gradient of the teacher"
         own = pick(student.device)
         ranks, student, teacher = shards.prepare(own, group, student, teacher, vocab_size, call)
         vocab, classes = ranks.columns.own, ranks.columns.whole

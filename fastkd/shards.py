@@ -17,6 +17,21 @@ from fastkd.operands import LinearLogits, Operand, Teacher, TopK, kind
 from fastkd.split import Columns, Split
 
 
+class Summed(torch.autograd.Function):
+    """The sum over ranks. All of them go on with it alike, so each part has the sum's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return replicated(grad, ctx.group), None  # for a gradient of the gradient
+
+
 class _SummedGradient(torch.autograd.Function):
     """x, which is the same on every rank; its gradient is the sum of what the ranks have."""
 
@@ -27,9 +42,8 @@ class _SummedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        wide = grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad.clone()
-        dist.all_reduce(wide, group=ctx.group)
-        return wide.to(grad.dtype), None
+        wide = grad.float() if grad.dtype in (torch.bfloat16, torch.float16) else grad
+        return Summed.apply(wide, ctx.group).to(grad.dtype), None
 
 
 def replicated(x: Tensor, group: Any) -> Tensor:

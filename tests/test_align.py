@@ -73,6 +73,19 @@ def test_cut_at_the_left_and_at_the_right() -> None:
     assert pairs(distill.align([whole], [early], whole=False)) == [(1, 1)]
 
 
+def test_a_cut_within_a_character_of_offsets() -> None:
+    """Its first byte has the offsets of the whole character, which the other has read."""
+    text = "abécd"
+    cut, other = [(0, 1), (1, 2), (2, 3)], [(0, 2), (2, 3), (3, 5)]
+    found = distill.align([cut], [other], text=[text], whole=False)
+    assert pairs(found) == [(1, 0)]
+    assert pairs(distill.align([other], [cut], text=[text], whole=False)) == [(0, 1)]
+    # a character of one byte, and a text read to its end: nothing to doubt
+    plain = distill.align([cut], [other], text=["abecd"], whole=False)
+    assert pairs(plain) == [(1, 0), (2, 1)]
+    assert pairs(distill.align([cut], [other[:2]], text=["abé"], whole=False)) == [(1, 0), (2, 1)]
+
+
 def test_white_space_that_no_token_has() -> None:
     text = "ab  cd \n"
     mine, its = [(0, 2), (4, 6)], spans("ab", "  c", "d", " \n")

@@ -226,6 +226,59 @@ def test_a_process_group_shares_and_merges(tmp_path: Path) -> None:
     whole(tmp_path, 21)
 
 
+def _one_ends(folder: str, how: str) -> tuple[str, int, int]:
+    """(error, batches) of this rank and what its part then holds; the second ends in its third."""
+    batches, rank = itertools.count(), dist.get_rank()
+
+    def of(inputs: Tensor) -> Tensor:
+        if next(batches) == 2 and rank == 1:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyError("of the second rank")
+        time.sleep(0 if rank else 0.05)
+        return teacher(inputs)
+
+    options = {**MADE, "shard_bytes": 400, "group": dist.group.WORLD, "progress": False}
+    if how == "another":
+        options["model"] = "m" if rank == 0 else "another"
+    error = "nothing"
+    try:
+        cache.capture(of, data(400), folder, **options)
+    except Exception as found:
+        error = f"{type(found).__name__}: {found}"
+    (Path(folder) / f"said-{rank}").write_text(error)
+    index = Path(folder) / f"index-{rank:05d}.json"
+    return error, next(batches), cache_format.load_part(index).samples
+
+
+def _ends(folder: str) -> list[Any]:
+    found = [_one_ends(folder, how) for how in ("raises", "another")]
+    return [*found, captured(folder, 400, group=dist.group.WORLD)]
+
+
+def test_all_ranks_end_with_the_error_of_one(tmp_path: Path) -> None:
+    """Soon, with what they had stored; the next job begins there."""
+    first, second = ranks.run(2, _ends, str(tmp_path))
+    assert second[0][0] == "KeyError: 'of the second rank'"
+    assert "group: rank 1 of 2 failed: KeyError: 'of the second rank'; this rank has" in first[0][0]
+    assert [x[0][1] for x in (first, second)] == [first[0][2] // 3, 3] and first[0][1] < 67
+    assert "CacheError" in second[1][0] and "another cache is there; model: got 'a" in second[1][0]
+    assert "RuntimeError: group: rank 1 of 2 failed: CacheError: " in first[1][0]
+    assert first[1][1] == 0  # before the first sample
+    whole(tmp_path, 400)
+    assert not list(tmp_path.glob(".job-*")) and not (tmp_path / ".failed").exists()
+
+
+def test_all_ranks_end_where_one_is_killed(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"\Arank 1: died\Z"):
+        ranks.run(2, _one_ends, str(tmp_path), "killed")
+    assert (tmp_path / ".failed").read_text() == "rank 1 of 2 died"
+    said = (tmp_path / "said-0").read_text()
+    assert said.startswith("RuntimeError: group: rank 1 of 2 died; this rank has stored what")
+    captured(tmp_path, 400, rank=0, world_size=1)
+    whole(tmp_path, 400)
+
+
 # ---- merging
 
 
@@ -514,6 +567,71 @@ def test_the_trainer_resumes_within_a_rank_s_epoch(tmp_path: Path) -> None:
                 run_of(tmp_path / "c", rank, stop, folder)
         got = run_of(tmp_path / "c", rank, None, folder)
         assert torch.equal(got.weight, expected.weight)
+
+
+def _taught(folder: str) -> tuple[list[tuple[list[int], set[str], set[str]]], Any]:
+    """Of each epoch of a student in DistributedDataParallel: the samples, the shards that have them
+    and those that were opened; and its weights."""
+    torch.manual_seed(0)
+    student = nn.parallel.DistributedDataParallel(nn.Embedding(500, V))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mapped, opened, seen = cache_reader._map, list[str](), list[int]()
+    epochs: list[tuple[list[int], set[str], set[str]]] = []
+    reader = cache.Reader(folder)
+    table = range(len(reader.table))
+    files = [str(reader.path / reader.table.shard(at).file) for at in table]
+    shards = {n: files[at] for at in table for n in reader.of_shard(at).tolist()}
+
+    def end() -> None:
+        if seen:
+            epochs.append((seen[:], {shards[number] for number in seen}, set(opened)))
+        seen.clear()
+        opened.clear()
+        reader._open.clear()  # the epoch before has left some open
+
+    class Watched(cache.ShardSampler):
+        def __iter__(self) -> Any:
+            end()
+            for number in super().__iter__():
+                seen.append(number)
+                yield number
+
+    def counted(file: Path, *rest: Any) -> Any:
+        opened.append(str(file))
+        return mapped(file, *rest)
+
+    loader = DataLoader(
+        cache.Paired(data(203).dataset, reader),
+        batch_size=4,
+        sampler=Watched(reader, rank=rank, world_size=world, seed=1),
+        collate_fn=cache.collate,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_reader, "_map", counted)
+        distill.train(
+            student,
+            loader,
+            distill.soft(temperature=1.0),
+            teacher=reader,
+            epochs=2,
+            lr=0.1,
+            progress=False,
+        )
+        end()
+    return epochs, student.module.weight.tolist()
+
+
+def test_ranks_are_taught_each_by_its_own_shards(tmp_path: Path) -> None:
+    write_all(tmp_path, 203, 3)
+    cache.merge(tmp_path)
+    (first, mine), (second, its) = ranks.run(2, _taught, str(tmp_path))
+    assert mine == its
+    assert len(first) == len(second) == 2
+    for (one, own, opened), (other, theirs, there) in zip(first, second, strict=True):
+        assert len(one) == len(other) == 101 and len({*one, *other}) == 202  # each once, one waits
+        assert opened == own and there == theirs
+        assert len(own & theirs) <= 1 < len(own)  # the one that is cut between them
+    assert first[0][0] != first[1][0]
 
 
 # ---- the benchmark

@@ -70,6 +70,15 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+def placed_like(grad: Any, x: Any) -> bool:
+    """As the operand, or where torch itself puts such a gradient (2.6 gathers some shards')."""
+    if grad.placements == x.placements:
+        return True
+    other = x.detach().requires_grad_()
+    other.to_local().square().sum().backward()
+    return grad.placements == other.grad.placements
+
+
 def dense() -> None:
     """Each layout with a sharded or replicated teacher, DTensors or plain rows of labels."""
     distribute = _tensor().distribute_tensor
@@ -106,11 +115,38 @@ def dense() -> None:
                 same_on_all(loss, what)
                 for name, x in (("s", leaf), ("t", other)):
                     grad: Any = x.grad
-                    assert grad.placements == x.placements, what
+                    assert placed_like(grad, x), what
                     near(grad.full_tensor(), whole[name].grad, torch.float32, what + name)
                 if "weight" in rows and rows["weight"].requires_grad and number % 4 != 1:
                     grad = placed["weight"].grad
                     near(grad.full_tensor(), rows["weight"].grad, torch.float32, what + "weight")
+
+
+def twice() -> None:
+    """A gradient of gradients, where rows are split: every rank's loss has a part in each other's.
+
+    Of a learnt weight, by what all of them divide by, and of what is done with the loss itself.
+    """
+    tensor, mesh = _tensor(), mesh_of(dist.get_world_size())
+    given = draw(11, 4)
+    leaf = tensor.distribute_tensor(given["weight"], mesh, [tensor.Shard(1)]).requires_grad_()
+    (own,) = torch.autograd.grad(leaf.to_local().square().sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(own.square().sum(), leaf, allow_unused=True)
+    if second is None:
+        return  # torch 2.6: a DTensor has no second gradient, whatever is done with it
+    found = []
+    for placed in (False, True):
+        leaves = [given[k].clone() for k in ("s", "weight")]
+        if placed:
+            leaves = [tensor.distribute_tensor(x, mesh, [tensor.Shard(1)]) for x in leaves]
+        s, weight = (x.requires_grad_() for x in leaves)
+        t = tensor.distribute_tensor(given["t"], mesh, [tensor.Shard(1)]) if placed else given["t"]
+        loss = fastkd.js_div(s, t, weight=weight)
+        grads = torch.autograd.grad(loss.square(), [s, weight], create_graph=True)
+        again = torch.autograd.grad(sum(x.square().sum() for x in grads), [s, weight])
+        found.append([getattr(x, "full_tensor", lambda x=x: x)() for x in (*grads, *again)])
+    for at, (got, expected) in enumerate(zip(found[1], found[0], strict=True)):
+        near(got, expected, torch.float32, f"gradient {at} of (s, weight, and both again)")
 
 
 def linear() -> None:
@@ -147,7 +183,7 @@ def linear() -> None:
             near(loss, expected, torch.float32, f"{mesh} {of_hidden}")
             for x, leaf in zip(mine, leaves, strict=True):
                 grad: Any = x.grad
-                assert grad.placements == x.placements
+                assert placed_like(grad, x)
                 near(grad.full_tensor() / 4, leaf.grad / 4, torch.float32, f"{mesh} {of_hidden}")
 
 
@@ -284,6 +320,7 @@ EXPECTED = (
 
 def everything() -> list[str]:
     dense()
+    twice()
     linear()
     parallelized()
     rows_of_a_rank()

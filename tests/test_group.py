@@ -313,6 +313,9 @@ def refused() -> list[str]:
         raised(twice),
         raised(lambda: fastkd.kl_div(x, learnt, group=group)),
         raised(lambda: fastkd.kl_div(head, learnt, group=group)),
+        # of one rank alone: the others would wait for it until the group's timeout
+        raised(lambda: fastkd.kl_div(x, learnt if rank else kept, group=group)),
+        raised(lambda: fastkd.kl_div(x, x.requires_grad_(rank == 0), group=group)),
         raised(lambda: fastkd.kl_div(x, x, group=alone))
         if rank
         else "ValueError: group: not in it",
@@ -415,6 +418,7 @@ EXPECTED = (
     "NotImplementedError: group: create_graph=True",
     "NotImplementedError: group: a gradient of this teacher",
     "NotImplementedError: group: a gradient of this teacher",
+    *(r"ValueError: group: ranks . and . differ in call \(kl_div, kl 0, T=1",) * 2,
     "ValueError: group: .*not in it",
 )
 

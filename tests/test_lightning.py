@@ -119,6 +119,26 @@ def test_precision_and_options_of_a_step() -> None:
     assert low.dtype == torch.float32 and not teacher.training
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+def test_the_teacher_keeps_its_dtype_under_the_trainers_precision(
+    precision: Any, tmp_path: Path
+) -> None:
+    said: list[torch.dtype] = []
+    distillation = integration.Distillation(_teacher(), alpha=0.5)
+    distillation.teacher.register_forward_hook(lambda *given: said.append(given[-1].dtype))
+    student = Student(distillation)
+    before = student.net.weight.detach().double().clone()
+    _fit(student, tmp_path, precision=precision)
+    weight = student.net.weight.detach()
+    assert weight.dtype == getattr(
+        torch, {"bf16-true": "bfloat16", "64-true": "float64"}.get(precision, "float32")
+    )
+    assert all(p.dtype == torch.float32 for p in distillation.teacher.parameters())
+    expected = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+    assert said == [expected] * 4
+    assert weight.isfinite().all() and not torch.equal(weight.double(), before)
+
+
 # ---- bad input: before the first step
 
 

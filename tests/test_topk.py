@@ -635,6 +635,68 @@ def test_samples_are_unbiased() -> None:
     assert bool(((grad[0] - exact).abs() < 5 * error + 1e-6).all())
 
 
+@pytest.mark.parametrize(("vocab", "k"), [(7, 3), (64, 2), (101, 3), (1000, 4), (1000, 900)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_draws_have_the_probabilities_of_the_columns(
+    vocab: int, k: int, dtype: torch.dtype
+) -> None:
+    """chi^2 over the columns, in pieces of a row that do and do not divide it, and without them."""
+    generator = torch.Generator().manual_seed(vocab + k)
+    logits = (2 * torch.randn(vocab, generator=generator)).to(dtype)
+    logits[::5] = -INF
+    rows = 60_000 // k
+    kept = fastkd.topk_from_logits(
+        logits.expand(rows, vocab), k, method="sample", temperature=1.5, generator=generator
+    )
+    assert torch.equal(
+        (kept.logprobs.double().exp() * k).round().sum(-1), torch.full((rows,), float(k)).double()
+    )
+    columns = kept.indices.long()
+    counts = torch.zeros(vocab + 1, dtype=torch.float64)
+    shares = kept.logprobs.double().exp() * k
+    counts.index_add_(0, columns.where(columns >= 0, vocab).flatten(), shares.flatten())
+    p = (logits.double() / 1.5).softmax(-1)
+    assert not counts[:vocab][p == 0].any() and not counts[vocab]
+    expected = p * rows * k
+    often = expected > 5  # and what is rarer as one
+    found, wanted = (
+        torch.cat([x[often], x[~often].sum().view(1)]) for x in (counts[:vocab], expected)
+    )
+    degrees = int(often.sum()) - int(p[~often].sum() == 0)
+    chi = float(((found - wanted).square() / wanted.clamp_min(1e-30)).sum())
+    # Wilson and Hilferty's normal approximation; 4.5 of it is 3e-6
+    normal = ((chi / degrees) ** (1 / 3) - 1 + 2 / (9 * degrees)) / math.sqrt(2 / (9 * degrees))
+    assert abs(normal) < 4.5, f"chi^2 {chi:.1f} of {degrees} degrees"
+
+
+def test_draws_are_those_of_the_generator_alone() -> None:
+    """Not of the threads, nor of the other rows; pieces or not, they invert one function."""
+    x = torch.randn(40, 999, generator=torch.Generator().manual_seed(1))
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        draw = torch.Generator().manual_seed(7)
+        found.append(fastkd.topk_from_logits(x, 5, method="sample", generator=draw))
+    torch.set_num_threads(threads)
+    assert torch.equal(found[0].indices, found[1].indices)
+    assert torch.equal(found[0].logprobs, found[1].logprobs)
+    uniform = torch.rand(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    below = x.double().softmax(-1).cumsum(-1)
+    for row, drawn in enumerate(torch.searchsorted(below, uniform, right=True)):
+        assert found[0].indices[row][found[0].indices[row] >= 0].tolist() == sorted(
+            {*drawn.tolist()}
+        )
+
+
+def test_a_row_without_probabilities_is_nan_when_sampled() -> None:
+    for vocab in (5, 100):
+        x = torch.zeros(3, vocab)
+        x[0, 2], x[1] = math.nan, -INF
+        kept = fastkd.topk_from_logits(x, 2, method="sample")
+        assert kept.logprobs.isnan().all(-1).tolist() == [True, True, False]
+        assert int(kept.indices.max()) < vocab
+
+
 def test_samples_of_a_certain_teacher() -> None:
     logits = torch.full((2, 5), -INF)
     logits[:, 3] = 1.0

@@ -632,6 +632,26 @@ def test_tokens_are_counted_as_the_labels_are_shifted(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, student, teacher, train_dataset=data, args=args)
     trainer.train()
     assert curve(trainer) == pytest.approx([expected], rel=1e-5)
+    student = make("GPT2", 1, **still)
+    loss = ours.compute_loss_func(student, teacher, **LOSS)
+    plain = hf.Trainer(
+        student, arguments(tmp_path, **args), train_dataset=data, compute_loss_func=loss
+    )
+    plain.train()
+    assert curve(plain) == pytest.approx([expected], rel=1e-5)
+    loss.detach()
+    assert student.loss_type is None
+
+
+def test_embeddings_of_another_width_than_the_teachers() -> None:
+    student, teacher = llama(1), llama(9, hidden_size=SIZES["hidden_size"] * 2)
+    function = ours.compute_loss_func(student, teacher, **LOSS)
+    tokens = torch.arange(6).view(2, 3)
+    vectors = student.get_input_embeddings()(tokens)
+    width = vectors.size(-1)
+    outputs = student(inputs_embeds=vectors)
+    with pytest.raises(ValueError, match=f"inputs_embeds: got vectors of {width} for a teacher of"):
+        function(outputs, tokens)
 
 
 def test_several_gpus_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

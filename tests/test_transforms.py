@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fastkd
+from fastkd import distill
+from fastkd.distill import rowwise
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -164,6 +167,68 @@ def test_vmap_over_rows_labels_and_stored_teachers() -> None:
         vmap(of_parts)(s, kept.logprobs, kept.indices),
         fastkd.kl_div(s, whole, reduction="none"),
     )
+
+
+def _responses() -> dict[str, Callable[..., Tensor]]:
+    """Of rowwise formulas with gradients made by hand: (student, teacher, labels) -> loss."""
+    return {
+        "dkd": distill.dkd,
+        "nkd": distill.nkd,
+        "zscore": distill.zscore,
+        "cosine": distill.cosine,
+        "dist": distill.dist,
+        "uld": distill.uld_loss,
+        "uld of the top": partial(distill.uld_loss, top=3),
+        "uld of pairs": partial(distill.uld_loss, alignment="truncate"),
+    }
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
+@pytest.mark.parametrize("name", _responses())
+def test_losses_of_responses_inside_transforms(
+    name: str, chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradients that they make by hand, a few rows at a time, give way to torch's own."""
+    if chunked:
+        monkeypatch.setattr(rowwise, "HOST_ELEMENTS", 8)
+    draw = torch.Generator().manual_seed(6)
+    s, t, direction = (torch.randn(2, 3, 7, generator=draw).double() for _ in range(3))
+    labels = torch.tensor([[1, -100, 0], [6, 3, 3]])
+    t[0, 1] = torch.nan  # of a row that does not count
+    function = _responses()[name]
+
+    def loss(s: Tensor) -> Tensor:
+        return function(s, t, labels)
+
+    expected = _gradient(loss, s)
+    along = (direction * expected).sum()
+    assert expected.any()
+    for way in (grad, jacrev, jacfwd):
+        torch.testing.assert_close(way(loss)(s), expected)
+    torch.testing.assert_close(jvp(loss, (s,), (direction,))[1], along)
+    with forward_ad.dual_level():
+        out = loss(forward_ad.make_dual(s, direction))
+        torch.testing.assert_close(forward_ad.unpack_dual(out).tangent, along)
+    both = torch.stack([s, s.flip(-1)])
+    torch.testing.assert_close(vmap(loss)(both), torch.stack([loss(x) for x in both]))
+    torch.testing.assert_close(
+        vmap(grad(loss))(both), torch.stack([_gradient(loss, x) for x in both])
+    )
+    torch.testing.assert_close(hessian(loss)(s), torch.autograd.functional.hessian(loss, s))
+
+
+def test_labels_of_responses_under_vmap() -> None:
+    draw = torch.Generator().manual_seed(6)
+    s, t = (torch.randn(4, 1, 7, generator=draw).double() for _ in range(2))
+    labels = torch.tensor([[1], [9], [-100], [6]])
+    found = vmap(distill.dkd)(s, t, labels)
+    assert found.isnan().tolist() == [False, True, False, False]
+    for at in (0, 2, 3):
+        torch.testing.assert_close(found[at], distill.dkd(s[at], t[at], labels[at]))
+    found = vmap(distill.uld_loss)(s, t, labels.clamp(max=6))
+    for at in range(4):
+        expected = distill.uld_loss(s[at], t[at], labels[at].clamp(max=6))
+        torch.testing.assert_close(found[at], expected)
 
 
 def test_a_bad_label_under_vmap_is_nan() -> None:

@@ -56,7 +56,8 @@ def align(
             [N, L, 2]); or the bytes of each token, b"" for padding and special tokens.
         text: of each sequence, of offsets: then gaps between tokens must be white space.
         whole: both must reach the same end. False where a tokenizer cut a text off at the right
-            (truncation=True).
+            (truncation=True). Of offsets it may have cut within a character's bytes: with `text`
+            an end behind a character of several bytes is then left out.
 
     Raises:
         TypeError: neither offsets nor bytes.
@@ -76,6 +77,8 @@ def align(
             row, [side[row] for side in sides], None if text is None else text[row], whole
         )
         ends = [_ends(side) for side in spans]
+        if text is not None and not whole:
+            ends = [_sure(side, text[row]) for side in ends]
         first = [min((a for a, b in side if b > a), default=0) for side in spans]
         for end, at in ends[0].items():
             if end > max(first) and end in ends[1]:
@@ -215,6 +218,14 @@ def _of_bytes(row: int, sides: list[list[bytes]], whole: bool) -> list[list[Span
     for side, end in zip(sides, shifts, strict=True):
         spans.append([(end, end := end + len(token)) for token in side])
     return spans
+
+
+def _sure(ends: dict[int, int], text: str) -> dict[int, int]:
+    """Without the last where the text goes on and a part of its character may be what was read."""
+    last = max(ends, default=len(text))
+    if last < len(text) and not text[last - 1].isascii():
+        ends = {end: at for end, at in ends.items() if end != last}
+    return ends
 
 
 def _ends(side: list[Span]) -> dict[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import repeat
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, RandomSampler
 import fastkd
 
 from .cache_files import needed
+from .cache_job import Job
 from .cache_loader import IGNORED
-from .cache_share import only, share, size_of, together
+from .cache_share import only, share, size_of
 from .cache_writer import Writer
 
 
@@ -60,7 +61,8 @@ def capture(
         progress: show a tqdm bar with tokens per second and bytes per token.
         rank, world_size: this rank among how many that share the loader's samples.
         samples: the numbers this rank has, in place of an equal share.
-        group: a process group, all ranks of which are here: its rank and size.
+        group: a process group, all ranks of which are here: its rank and size. Where one of them
+            fails or dies, the others stop, with what they captured stored.
         options: of `Writer`: model, tokenizer, data, encoding, ranks (each rank has a loader of its
             own samples), shard_bytes.
 
@@ -71,58 +73,69 @@ def capture(
         TypeError, ValueError: a shuffled loader, outputs of other sizes than the batch, or an
             argument of `Writer` or `fastkd.topk_from_logits` out of range.
         CacheError, OSError: see `Writer`.
+        RuntimeError: another rank of `group` failed or died; names it, and its error.
     """
     if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
         raise ValueError("loader: got one with shuffle=True, expected the same order each time")
     chosen: dict[str, Any] = {"method": method, "temperature": temperature, "tail": tail}
     numbers: Iterable[list[int] | None] = repeat(None)
+    job: Job | None = None
     if group is not None:
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-        together(group, path)
-    if shared := world_size is not None or samples is not None:
-        total = size_of(loader)
-        mine = {"rank": rank or 0, "world_size": world_size or (rank or 0) + 1}
-        left = share(path, total, samples=samples, **mine)
-        loader, numbers = only(loader, left)  # type: ignore[arg-type]
-        options["total"] = total
-    with (
-        Writer(path, vocab_size=vocab_size, k=k, rank=rank or 0, **chosen, **options) as writer,
-        needed("tqdm.auto").tqdm(desc="capture", unit="sample", disable=not progress) as bar,
-        _asked(teacher) as device,
-    ):
-        start, seen, tokens, begun = 0 if shared else writer.done, 0, 0, time.monotonic()
-        for batch, named in zip(loader, numbers, strict=False):
-            inputs, labels = _parts(batch)
-            size = len(inputs)
-            known, seen = min(max(start - seen, 0), size), seen + size
-            if known < size:
-                inputs = inputs[known:]
-                labels = None if labels is None else labels[known:]
-                logits = teacher(inputs if device is None else inputs.to(device))
-                logits = getattr(logits, "logits", logits)
-                _of_batch(logits, inputs, labels, k)
-                output: Any
-                if k is None:
-                    output = logits[..., :vocab_size]
-                else:
-                    output = fastkd.topk_from_logits(
-                        logits, k, vocab_size=vocab_size, generator=generator, **chosen
-                    )
-                lengths = None
-                if labels is not None:
-                    output = _without(output, labels == IGNORED)
-                    lengths = _lengths(labels != IGNORED) if labels.dim() == 2 else None
-                writer.add_batch(output, lengths=lengths, samples=named)
-                tokens += output.shape[:-1].numel() if lengths is None else int(lengths.sum())
-                rate = tokens / max(time.monotonic() - begun, 1e-9)
-                text = f"{rate:.0f} tokens/s, {writer.bytes_per_token:.0f} bytes/token"
-                bar.set_postfix_str(text, refresh=False)
-            bar.update(size)
-        if seen < start:
-            raise ValueError(f"loader: got {seen} samples, expected the {start} stored, and more")
-    if group is not None:
-        together(group, path)
+        job = Job(group, path)
+    with job or nullcontext():
+        if shared := world_size is not None or samples is not None:
+            total = size_of(loader)
+            mine = {"rank": rank or 0, "world_size": world_size or (rank or 0) + 1}
+            left = share(path, total, samples=samples, **mine)
+            loader, numbers = only(loader, left)  # type: ignore[arg-type]
+            options["total"] = total
+        with (
+            Writer(path, vocab_size=vocab_size, k=k, rank=rank or 0, **chosen, **options) as writer,
+            needed("tqdm.auto").tqdm(desc="capture", unit="sample", disable=not progress) as bar,
+            _asked(teacher) as device,
+        ):
+            if job:
+                job.begin()
+            start, seen, tokens, begun = 0 if shared else writer.done, 0, 0, time.monotonic()
+            for batch, named in zip(loader, numbers, strict=False):
+                if job:
+                    job.look()
+                inputs, labels = _parts(batch)
+                size = len(inputs)
+                known, seen = min(max(start - seen, 0), size), seen + size
+                if known < size:
+                    inputs = inputs[known:]
+                    labels = None if labels is None else labels[known:]
+                    logits = teacher(inputs if device is None else inputs.to(device))
+                    logits = getattr(logits, "logits", logits)
+                    _of_batch(logits, inputs, labels, k)
+                    output: Any
+                    if k is None:
+                        output = logits[..., :vocab_size]
+                    else:
+                        output = fastkd.topk_from_logits(
+                            logits, k, vocab_size=vocab_size, generator=generator, **chosen
+                        )
+                    tokens += _add(writer, output, labels, named)
+                    rate = tokens / max(time.monotonic() - begun, 1e-9)
+                    text = f"{rate:.0f} tokens/s, {writer.bytes_per_token:.0f} bytes/token"
+                    bar.set_postfix_str(text, refresh=False)
+                bar.update(size)
+            if seen < start:
+                got = f"got {seen} samples, expected the {start} stored, and more"
+                raise ValueError(f"loader: {got}")
     return writer.done
+
+
+def _add(writer: Writer, output: Any, labels: Tensor | None, samples: list[int] | None) -> int:
+    """Rows added, those that have a label."""
+    lengths = None
+    if labels is not None:
+        output = _without(output, labels == IGNORED)
+        lengths = _lengths(labels != IGNORED) if labels.dim() == 2 else None
+    writer.add_batch(output, lengths=lengths, samples=samples)
+    return output.shape[:-1].numel() if lengths is None else int(lengths.sum())
 
 
 @contextmanager

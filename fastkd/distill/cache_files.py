@@ -97,6 +97,13 @@ class Lock:
             self._file = None
             _held.discard(self._path)
 
+    def remove(self) -> None:
+        """`release`, and no such file is left; nobody sees it there and not held."""
+        if fcntl is not None:
+            self._path.unlink()
+        self.release()
+        self._path.unlink(missing_ok=True)  # an open file cannot be removed everywhere
+
 
 def probe(path: Path) -> None:
     """BlockingIOError where a lock is held; where there is no such file, nobody holds it."""
@@ -104,6 +111,17 @@ def probe(path: Path) -> None:
         raise BlockingIOError(_busy(path))
     if path.exists():
         os.close(_locked(path, os.O_RDWR))
+
+
+def died(path: Path) -> bool:
+    """Whether a lock's file was left by a process that is no more; False where nobody can tell."""
+    if fcntl is None:
+        return False
+    try:
+        os.close(_locked(path, os.O_RDWR))
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    return True
 
 
 def _locked(path: Path, how: int) -> int:

@@ -5,6 +5,7 @@
     teacher-RRRRR-NNNNNN.safetensors  shard N of rank R there, and in version 1
     index.safetensors               all indexes in columns, where they were merged (`cache_merge`)
     .lock-RRRRR                     empty; locked while a writer of rank R lives
+    .job-RRRRR, .failed             of ranks that capture as a group (`cache_job`)
 
 No rank writes another's files: a cache is the union of its indexes, merged or not.
 """

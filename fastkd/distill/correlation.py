@@ -9,7 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rowwise import coefficient, counted, elements, operands, positive, row_loss, wide
+from .rowwise import (
+    coefficient,
+    counted,
+    elements,
+    operands,
+    plainly,
+    positive,
+    row_loss,
+    transformed,
+    wide,
+)
 
 INF = math.inf
 ZERO = 1e-30  # squared norm up to which a vector is taken for 0: it has no direction
@@ -70,7 +80,7 @@ def dist(
         return angle(x, y, -1, centred=True)
 
     loss = beta * row_loss(inter, student, teacher, labels, ignore_index=ignore_index)
-    if torch.compiler.is_compiling() or s.numel() <= elements(s):
+    if plainly() or s.numel() <= elements(s):
         return loss + gamma * _intra(s, t, keep, T)
     return loss + gamma * _Intra.apply(s, t, keep, T)
 
@@ -83,6 +93,8 @@ def top(x: Tensor, dim: int) -> Tensor:
 
 def angle(x: Tensor, y: Tensor, dim: int, *, centred: bool = False) -> Tensor:
     """1 - cosine; `centred`: 1 - correlation. 0 between two vectors of zeros, 1 beside one."""
+    if transformed():
+        return _directions(x, y, dim, centred)[0].squeeze(dim)
     return _Angle.apply(x, y, dim, centred)
 
 

@@ -21,7 +21,7 @@ import fastkd
 
 from .batch import Batch, Outputs
 from .correlation import ZERO, angle, top
-from .rowwise import Rows, coefficient, positive, row_loss
+from .rowwise import Rows, coefficient, positive, row_loss, transformed
 from .terms import Term, Weight
 
 INF = math.inf
@@ -314,7 +314,11 @@ class _Apart(torch.autograd.Function):
         return others.scatter(-1, at, one.unsqueeze(-1)), None
 
 
-_apart = _Apart.apply
+def _apart(x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    if transformed():
+        at = label.unsqueeze(-1)
+        return x.gather(-1, at).squeeze(-1), x.scatter(-1, at, -INF)
+    return _Apart.apply(x, label)
 
 
 def _odds(x_y: Tensor, others: Tensor, T: float) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypedDict
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -65,7 +66,7 @@ def row_loss(
     single = reduction == "none" or factor.requires_grad
     if s.numel() == 0:
         loss = (s.to(acc) + t.to(acc)).sum(-1)
-    elif torch.compiler.is_compiling() or s.numel() <= elements(s):
+    elif plainly() or s.numel() <= elements(s):
         loss = _masked(formula, s, t, keep, label, acc)
     elif single:
         loss = _Trip.apply(s, t, (formula, keep, label, acc), None)
@@ -73,6 +74,17 @@ def row_loss(
         return _Trip.apply(s, t, (formula, keep, label, acc), factor)
     loss = loss * factor
     return loss.view(leading) if reduction == "none" else loss.sum()
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode AD is at work, which follows torch's own
+    operations and no gradient made by hand."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def plainly() -> bool:
+    """Whether torch's own operations are wanted in one piece: there, and while a graph is made."""
+    return torch.compiler.is_compiling() or transformed()
 
 
 def known_options(rows: Counted) -> None:
@@ -145,7 +157,7 @@ def counted(
     """keep [N] bool, label [N] (0 where it is none) and bad [N]: labels that nobody may read.
 
     A label out of range is an error on the host; elsewhere reading it would wait for the device,
-    and its row becomes NaN.
+    or it is many at once (vmap), and its row becomes NaN.
     """
     if labels is None:
         return None, None, None
@@ -162,7 +174,7 @@ def counted(
     labels = labels.reshape(-1).to(torch.int64)
     keep = labels != ignore_index
     bad = keep & ((labels < 0) | (labels >= vocab))
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if labels.device.type == "cpu" and not plainly():
         if bool(bad.any()):
             row = int(bad.nonzero()[0, 0])
             raise ValueError(

@@ -14,7 +14,16 @@ import fastkd
 from .align import Alignment, first_positions
 from .batch import IGNORED, Batch, Outputs
 from .ranks import Call, Distance, Told, formula
-from .rowwise import Counted, check_options, counted, known_options, logits, positive, row_factors
+from .rowwise import (
+    Counted,
+    check_options,
+    counted,
+    known_options,
+    logits,
+    plainly,
+    positive,
+    row_factors,
+)
 from .terms import Term, Weight
 
 INF = math.inf
@@ -100,7 +109,7 @@ def uld_loss(
     factor = s.new_ones(s.size(0), dtype=acc) if weight is None else weight.reshape(-1)
     acc = torch.promote_types(acc, teacher.dtype)
     # on the host only the pairs that count are taken; on a device counting them would be a wait
-    if keep is not None and keep.device.type == "cpu" and not torch.compiler.is_compiling():
+    if keep is not None and keep.device.type == "cpu" and not plainly():
         if pairs is None:
             kept = keep.nonzero().squeeze(-1)
             pairs = (kept, kept) if kept.size(0) < keep.size(0) else None
@@ -120,7 +129,7 @@ def uld_loss(
     factor = row_factors(factor.to(acc), keep, bad, student.size(0), rows)
     call = Call(float(temperature), top, acc, pairs, keep)
     single = rows.get("reduction", "mean") == "none"
-    if torch.compiler.is_compiling():
+    if plainly():
         loss = formula(s, *told, call) * factor
     elif single or factor.requires_grad:  # whose gradient needs the loss of each row
         loss = Distance.apply(s, told, call, None) * factor
@@ -237,7 +246,7 @@ def _stored(
 
 def _admit(p: Tensor, used: Tensor | None) -> None:
     """On the host; elsewhere it would wait for the device."""
-    if p.device.type != "cpu" or torch.compiler.is_compiling():
+    if p.device.type != "cpu" or plainly():
         return
     mass = p.detach().sum(-1)
     wrong = mass > MOST_MASS

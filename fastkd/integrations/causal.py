@@ -241,6 +241,7 @@ class DistillationLoss:
             return stored.to(device, non_blocking=True)
         if getattr(teacher, "hf_device_map", None) is None and teacher.device != device:
             teacher.to(device)
+        _check_embeddings(inputs.get("inputs_embeds"), teacher)
         teacher.eval()  # whatever was done to it since
         as_student: Any = nullcontext()
         if autocast is not None:
@@ -264,6 +265,17 @@ class _Seen:
         self.shifted: Tensor | None = None
         self.logits: fastkd.LinearLogits | None = None
         self.autocast: tuple[str, torch.dtype, bool] | None = None
+
+
+def _check_embeddings(given: Any, teacher: Any) -> None:
+    table = getattr(teacher.get_input_embeddings(), "weight", None)
+    if given is None or table is None or given.size(-1) == table.size(-1):
+        return
+    raise ValueError(
+        f"inputs_embeds: got vectors of {given.size(-1)} for a teacher of {table.size(-1)}, "
+        "expected input_ids, of which each model makes its own, or a batch with what the teacher "
+        "said (key 'teacher')"
+    )
 
 
 def _check_unshifted(labels: Tensor, tokens: Tensor | None) -> None:

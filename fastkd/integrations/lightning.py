@@ -52,7 +52,7 @@ import torch
 from torch import Tensor, nn
 
 import fastkd
-from fastkd.distill.batch import Outputs, forward, tensors
+from fastkd.distill.batch import Outputs, forward, mapped, tensors
 
 VERSIONS = (2, 3)  # of Lightning: from the first, below the second
 
@@ -71,6 +71,9 @@ class Distillation(_callbacks.Callback):  # type: ignore[misc]
     Give it to `Trainer(callbacks=[...])` and to the LightningModule, which calls
     `distillation_step`. A mean runs over the batch at hand: with `accumulate_grad_batches` or
     several processes, give `normalizer` for one over all labels of a step.
+
+    The teacher keeps the dtype it came in, whatever the Trainer's precision ("bf16-true" is of the
+    student): inputs of floats are cast to it. `teacher.bfloat16()` makes it as cheap.
 
     Args:
         teacher: a module, inputs -> logits [..., V] or an output with `logits`. Frozen here: eval
@@ -112,9 +115,18 @@ class Distillation(_callbacks.Callback):  # type: ignore[misc]
         if first is not None:
             self.teacher.to(first.device)
         with torch.no_grad():
-            said = Outputs(forward(self.teacher, inputs)).logits
+            said = Outputs(forward(self.teacher, self._as_teacher(inputs))).logits
         mine = student if isinstance(student, fastkd.LinearLogits) else Outputs(student).logits
         return fastkd.distillation_loss(mine, said, labels, **{**self.options, **options})
+
+    def _as_teacher(self, inputs: Any) -> Any:
+        """Floats in the dtype of the teacher's weights, where they have one and autocast is off."""
+        kinds = {p.dtype for p in self.teacher.parameters() if p.is_floating_point()}
+        first = next(tensors(inputs), None)
+        if len(kinds) != 1 or first is None or torch.is_autocast_enabled(first.device.type):
+            return inputs
+        (kind,) = kinds
+        return mapped(inputs, lambda x: x.to(kind) if x.is_floating_point() else x)
 
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
         self.check(pl_module, ())

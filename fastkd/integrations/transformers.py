@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .causal import DistillationLoss
-from .heads import head_of, linear_logits
+from .heads import SHIFTED, head_of, linear_logits
 
 try:
     import transformers
@@ -58,7 +58,7 @@ def compute_loss_func(
 
     Returns:
         A callable (outputs, labels, num_items_in_batch) -> 0-d loss; `.detach()` takes the hooks
-        off the student.
+        off the student. To be made before the Trainer, which reads how the student's labels count.
 
     Raises:
         TypeError, ValueError: a head that cannot be read, another vocabulary, a refused option.
@@ -82,7 +82,20 @@ def compute_loss_func(
     2
     """
     function = DistillationLoss(teacher, linear=linear, pack=pack, **loss)
-    function.detach = function.attach(student)
+    remove = function.attach(student)
+    base = student.get_base_model() if hasattr(student, "get_base_model") else student
+    unnamed = getattr(base, "loss_type", "") is None  # GPT2LMHeadModel, by its class's name
+    if unnamed:
+        # the loss that transformers takes for want of a name; without it the Trainer would count
+        # the first label of each row, which nothing predicts
+        base.loss_type = SHIFTED[0]
+
+    def detach() -> None:
+        remove()
+        if unnamed:
+            base.loss_type = None
+
+    function.detach = detach
     return function
 
 
