@@ -41,6 +41,7 @@ from bench.communication import CALL, LIMIT, Count
 from bench.gate import FLOORS
 
 T = 2.0
+CLOSE = 1e-4  # logarithms of probabilities of which nobody knows which is larger
 WAYS = ("unsplit", "floor", "split")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,12 +68,31 @@ def _step(student: Tensor, teacher: Tensor, divergence: str, **more: Any) -> tup
     return loss.detach(), x.grad
 
 
-def _error(got: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor]) -> float:
+def _error(got: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor], ties: Tensor | None) -> float:
     """Of the loss relative to max(1, |loss|), or of the gradient relative to its largest."""
     loss = (got[0].double() - whole[0].double()).abs() / whole[0].double().abs().clamp_min(1.0)
     top = whole[1].abs().max().double().clamp_min(torch.finfo(torch.float64).tiny)
-    grad = (got[1].double() - whole[1].double()).abs().max() / top if got[1].numel() else loss
-    return float(torch.maximum(loss, grad))
+    apart = (got[1].double() - whole[1].double()).abs()
+    if ties is not None:
+        apart.masked_fill_(ties, 0.0)
+    return float(torch.maximum(loss, apart.max() / top if apart.numel() else loss))
+
+
+def _allowed(name: str, dtype: str) -> float:
+    """An error; tv's row takes another mean where a column's sign falls the other way."""
+    return CLOSE if name == "tv" else FLOORS[DTYPES[dtype]]
+
+
+def _ties(student: Tensor, teacher: Tensor, mine: slice) -> Tensor:
+    """Where the probabilities are so close that their difference may round to either sign.
+
+    The gradient of tv jumps there, by as much as it is: not a matter of precision.
+    """
+    found = []
+    for s, t in zip(student.split(32), teacher.split(32), strict=True):
+        logq, logp = (torch.log_softmax(x.double() / T, -1)[:, mine] for x in (s, t))
+        found.append((logp - logq).abs() < CLOSE)
+    return torch.cat(found)
 
 
 def _measured(
@@ -84,8 +104,9 @@ def _measured(
     loss, grad = _step(student, teacher, name)
     with Count() as count:
         got = _step(own_s, own_t, name, group=group)
-    error = _error(got, (loss, grad[:, mine]))
-    del loss, grad, got
+    ties = _ties(student, teacher, mine) if name == "tv" else None
+    error = _error(got, (loss, grad[:, mine]), ties)
+    del loss, grad, got, ties
     runs: dict[str, Callable[[], object]] = {
         "unsplit": lambda: _step(student, teacher, name) if rank == 0 else None,
         "floor": lambda: _step(own_s, own_t, name),
@@ -214,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = 0
     for row in rows:
         name = row["divergence"]
-        if not row["error"] <= FLOORS[DTYPES[sizes.dtype]]:
+        if not row["error"] <= _allowed(name, sizes.dtype):
             print(f"{name}: WRONG, {row['error']:.1e} off the unsplit result", file=sys.stderr)
             status = 1
         if row["bytes_per_row"] > LIMIT:
@@ -223,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.limit is not None and row["ratio"] > options.limit:
             print(f"{name}: ratio {row['ratio']:.2f}, above {options.limit:g}", file=sys.stderr)
             status = 1
-    right = [row for row in rows if row["error"] <= FLOORS[DTYPES[sizes.dtype]]]
+    right = [row for row in rows if row["error"] <= _allowed(row["divergence"], sizes.dtype)]
     text = as_text(right, sizes, facts)
     print(text, end="")
     if options.markdown is not None:
