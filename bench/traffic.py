@@ -182,15 +182,18 @@ def programs(card: Card, dtype: str, vocab: int) -> dict[str, Program]:
     return found
 
 
-def shared(card: Card, vocab: int, dtype: str, threads: int, rows: int = ROWS) -> int:
+def shared(card: Card, vocab: int, dtype: str, rows: int = ROWS) -> int:
     """How many programs share a row where teams are to be had."""
     from fastkd.gpu import team
-    from fastkd.gpu.tune import tile
+    from fastkd.gpu.tune import OF_PROCESSOR, registers, tile
 
     size = tile(vocab, ITEMSIZE[dtype], card.arch)
+    most = registers(card.arch, size.threads, vocab % ALIGNED == 0)
+    assert most is not None, f"{card.arch} has no teams"
+    resident = OF_PROCESSOR // (most * size.threads)
     holds = team.Capacity(card.multiprocessors, card.cache)
     row_bytes = 2 * vocab * ITEMSIZE[dtype]
-    return team.parts(rows, vocab, row_bytes, size.lanes * size.group, threads, holds)
+    return team.parts(rows, vocab, row_bytes, size.lanes * size.group, resident, holds)
 
 
 def predictions(cards: Sequence[str], dtypes: Sequence[str]) -> list[Prediction]:
@@ -204,7 +207,7 @@ def predictions(cards: Sequence[str], dtypes: Sequence[str]) -> list[Prediction]
                     found = compiled[vocab % ALIGNED == 0]
                     program = found[scheme]
                     if together := found.get(f"{scheme}, team"):
-                        parts = shared(card, vocab, dtype, together.threads)
+                        parts = shared(card, vocab, dtype)
                         program = together._replace(parts=parts) if parts > 1 else program
                     out.append(predict(card, scheme, program, vocab, dtype))
     return out

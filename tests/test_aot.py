@@ -16,7 +16,7 @@ import fastkd
 
 pytest.importorskip("triton")
 from bench.aot.budget import BUDGETS, MERGES, Budget, budget, judge, share, total, usual
-from bench.aot.cases import DTYPES, ODD, TARGETS, WHOLE, Case, cases, kernels, places
+from bench.aot.cases import DTYPES, ODD, TARGETS, WHOLE, Case, cases, kernels, places, recorded
 from bench.aot.read import Report, Sweep, loops
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +45,20 @@ def test_every_kernel_of_the_package_is_launched_by_a_pass() -> None:
     """A kernel in a new file of fastkd.gpu that no pass of launch.py starts has no case."""
     assert kernels() == set(places())
     assert {"fused", "sparse", "stats", "loss", "grad", "total", "multiply"} <= kernels()
+
+
+def test_a_launch_hands_over_what_its_kernel_takes() -> None:
+    """And options that Triton's backend for the card knows: it refuses any other name."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    for target in ("sm_90", "gfx942"):
+        for case in cases(False, [target], list(fastkd.divergences), ["bf16"]):
+            launch = recorded(case)
+            assert launch is not None
+            rest = launch.args.keys() - set(launch.kernel.arg_names)
+            assert launch.args.keys() >= set(launch.kernel.arg_names)
+            assert rest <= {"maxnreg"} & CUDAOptions.__dataclass_fields__.keys()
+            assert target == "sm_90" or not rest
 
 
 def test_every_kernel_and_divergence_has_a_case() -> None:

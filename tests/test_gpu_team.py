@@ -40,7 +40,7 @@ from fastkd.gpu import launch, split, team
 from fastkd.gpu.tune import Tile
 
 ON_CARD = torch.cuda.is_available()
-HOLDS = team.Capacity(132, 50 << 20)
+HOLDS, RESIDENT = team.Capacity(132, 50 << 20), 3
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.filterwarnings("error:.*wide rows go on"),
@@ -84,14 +84,14 @@ def steps() -> Any:
 
 def shared(rows: int, vocab: int, itemsize: int = 2, holds: team.Capacity = HOLDS) -> int:
     columns = 8192 // itemsize
-    return team.parts(rows, vocab, 2 * itemsize * vocab, columns, 256, holds)
+    return team.parts(rows, vocab, 2 * itemsize * vocab, columns, RESIDENT, holds)
 
 
 def test_the_rows_in_flight_fit_the_cache() -> None:
     for vocab in (32_000, 50_257, 128_256, 151_936, 256_000):
         for itemsize in (2, 4):
             number = shared(8192, vocab, itemsize)
-            rows = team.programs(HOLDS, 256) / number
+            rows = RESIDENT * HOLDS.processors / number
             assert rows * 2 * itemsize * vocab <= team.KEPT * HOLDS.cache
             assert vocab // number >= split.TILES * 8192 // itemsize
 
@@ -113,7 +113,7 @@ def test_the_parts_share_the_tiles_evenly() -> None:
 
 
 def test_only_where_it_can_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert team.parts(8192, 10**6, 10**7, 4096, 256, None) == 1
+    assert team.parts(8192, 10**6, 10**7, 4096, RESIDENT, None) == 1
     monkeypatch.setattr(team, "HOST", None)
     assert team.capacity(torch.device("cpu"), "default") is None
     assert team.capacity(torch.device("cuda", 0), "gfx942") is None

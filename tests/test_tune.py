@@ -144,3 +144,10 @@ def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert asked == [device]
     finally:
         launch.card.cache_clear()
+
+
+def test_registers_by_card_and_rows() -> None:
+    assert tune.registers("sm_90", 256, True) == 80 < tune.registers("sm_90", 256, False)
+    assert tune.registers("sm_100", 256, True) == tune.registers("sm_120", 256, False) == 128
+    assert tune.registers("sm_90", 1024, False) == 64  # all that there are
+    assert tune.registers("gfx942", 256, True) is None

@@ -18,7 +18,7 @@ from fastkd.gpu import divergence as pairs
 from fastkd.gpu import rows as kernels
 from fastkd.gpu import sparse as stored
 from fastkd.gpu import split, team
-from fastkd.gpu.tune import BYTES_PER_LOAD, Tile, tile
+from fastkd.gpu.tune import BYTES_PER_LOAD, OF_PROCESSOR, Tile, registers, tile
 
 LOG2E = 1.0 / math.log(2.0)
 TOTAL_BLOCK = 1024
@@ -35,12 +35,6 @@ if interpreted():
     from fastkd.gpu.interpreted import repair
 
     repair()
-
-# Registers of a thread, at most, of the kernels that read a row several times; on CUDA, whose
-# assembler otherwise settles for a spill or for half as many resident programs. Rows that do not
-# start on 16 bytes need the second number.
-REGISTERS, SHIFTED_REGISTERS = 80, 96
-_REGISTERS = 65_536  # of a multiprocessor, which a program of 1024 threads may not exceed
 
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -216,28 +210,28 @@ def fused(
     row_bytes = plan.vocab * (student.element_size() + teacher.element_size())
     columns = size.lanes * size.group
     # a cluster is another way to the same end; the pattern of MISSING is that of a float32
-    none = size.ctas > 1 or acc == torch.float64
-    holds = None if none else team.capacity(student.device, card(student.device).arch)
-    parts = team.parts(n, plan.vocab, row_bytes, columns, size.threads, holds)
-    if parts > 1 and _in_teams(args, n, parts, size.threads):
+    none, arch = size.ctas > 1 or acc == torch.float64, card(student.device).arch
+    most = registers(arch, size.threads, skew is None)
+    holds = None if none else team.capacity(student.device, arch)
+    resident = OF_PROCESSOR // ((most or 64) * size.threads)
+    parts = team.parts(n, plan.vocab, row_bytes, columns, resident, holds)
+    if parts > 1 and _in_teams(args, n, parts, size.threads, most):
         return loss
     parts = split.parts(n, plan.vocab, columns, split.processors(student.device))
     if parts > 1:
         _in_parts(args, n, parts, size.threads)
     else:
-        most = REGISTERS if skew is None else SHIFTED_REGISTERS
-        args |= _registers(student.device, size.threads, most)
+        args |= _registers(most)
         launch(kernels.fused_kernel, n, args, size.threads, student.device)
     return loss
 
 
-def _registers(device: torch.device, threads: int, most: int) -> dict[str, int]:
-    """Triton's option of that name, where its backend has it."""
-    cuda = card(device).arch.startswith("sm_")
-    return {"maxnreg": min(most, _REGISTERS // threads)} if cuda else {}
+def _registers(most: int | None) -> dict[str, int]:
+    """Triton's option of `tune.registers`."""
+    return {} if most is None else {"maxnreg": most}
 
 
-def _in_teams(args: dict[str, Any], n: int, parts: int, threads: int) -> bool:
+def _in_teams(args: dict[str, Any], n: int, parts: int, threads: int, most: int | None) -> bool:
     """`fused` by teams of programs; False where the device has refused."""
     loss = args["loss"]
     counts = 1, n * parts * split.LEFT.value, n * parts * team.SUMS.value
@@ -247,7 +241,7 @@ def _in_teams(args: dict[str, Any], n: int, parts: int, threads: int) -> bool:
         **args,
         **dict(ticket=ticket, partial=partial.view(loss.dtype), sums=sums.view(loss.dtype)),
         **dict(parts=parts, PARTS=team.MOST, SPAN=max(threads, split.LEFT.value * team.MOST)),
-        **_registers(loss.device, threads, REGISTERS),
+        **_registers(most),
     }
     try:
         launch(team.team_kernel, n * parts, args, threads, loss.device)

@@ -39,8 +39,6 @@ from fastkd.gpu.sweeps import (
     scalar,
 )
 
-# threads that are resident on a multiprocessor, for a kernel of up to 80 registers
-RESIDENT = 768
 # the programs of a team, at most, and how many teams a device must have room for, several launches
 # at a time included; and the share of the L2 cache that the rows in flight may fill,
 # beside the gradient's stores and what a cache of two halves keeps twice
@@ -94,13 +92,8 @@ def refuse(device: torch.device, error: Exception) -> None:
     )
 
 
-def programs(holds: Capacity, threads: int) -> int:
-    """How many programs of so many threads are resident at the same time."""
-    return holds.processors * max(1, RESIDENT // threads)
-
-
 def parts(
-    rows: int, vocab: int, row_bytes: int, tile_columns: int, threads: int, holds: Capacity | None
+    rows: int, vocab: int, row_bytes: int, tile_columns: int, resident: int, holds: Capacity | None
 ) -> int:
     """How many programs share a row: 1 where neither the cache nor idle processors ask for more.
 
@@ -109,12 +102,13 @@ def parts(
     Args:
         rows, vocab: of the operands.
         row_bytes: of a row of both of them.
-        tile_columns, threads: of a program.
+        tile_columns: of a program.
+        resident: programs of a multiprocessor.
         holds: the device's.
     """
-    if holds is None or not threads <= RESIDENT:
+    if holds is None or resident < 1:
         return 1
-    places = programs(holds, threads)
+    places = resident * holds.processors
     most = min(MOST, vocab // (split.TILES * tile_columns), places // TEAMS)
     given = os.environ.get(VARIABLE, "")
     if given and not given.isdecimal():
