@@ -24,8 +24,9 @@ FIT = {  # what fits: name -> (cases, shapes, dtypes, providers, seconds each, l
     "wide": ("kl_div", "512x50257,8192x151936,8192x256000", "bfloat16", f"eager,{OWN}", 0.4, 40),
     "fp32": ("kl_div", "64x32000,4096x128256", "float32", f"eager,compile,{OWN}", 0.4, 40),
 }
-# Programs that share a row (`fastkd/gpu/team.py`): none, and about as many as it would take itself.
-TEAMS = ("0", "4", "8", "16")
+# Programs that share a row (`fastkd/gpu/team.py`): about as many as it would take itself. The tiles
+# are those of one program.
+TEAMS = ("4", "8", "16")
 TILE_SHAPES = "8192x32000,8192x128256,8192x256000"
 FITTING = "fit"
 
@@ -231,17 +232,17 @@ def _card(arch: str) -> str | None:
 
 
 def _tiles(results: Path, arch: str, limited: bool) -> list[Step]:
-    """Wide rows under other tiles and teams and, where Triton and the card have them, clusters."""
+    """Wide rows under other teams and tiles and, where Triton and the card have them, clusters."""
     try:
         from fastkd.gpu.tune import clusters
     except ImportError as error:
         return [Step("tiles", ["-m", "bench"], skip=f"fastkd.gpu does not import: {error}")]
-    ways: list[tuple[str, dict[str, str], str]] = []  # name, environment, why not
+    # name, environment, why not
+    ways = [(f"team-{number}", {"FASTKD_GPU_TEAM": number}, "") for number in TEAMS]
     for text in TILES:
         refused = clusters(arch) if text.rpartition(":")[2] != "1" else None
         env = {"FASTKD_GPU_TILE": text, "FASTKD_GPU_TEAM": "0"}
         ways.append((f"tile-{text.replace(':', '-')}", env, refused or ""))
-    ways += [(f"team-{number}", {"FASTKD_GPU_TEAM": number}, "") for number in TEAMS]
     out = []
     for name, env, skip in ways:
         command = _bench(
