@@ -370,13 +370,16 @@ def _write_for_ever(folder: str, shard_bytes: int) -> None:
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
 def test_fifty_kills_lose_at_most_the_shard_in_hand(tmp_path: Path) -> None:
     chance, done, size = random.Random(5), 0, 300  # bytes of a shard: some samples of 2 rows
+    most = 0.06  # seconds of a life
     fork = multiprocessing.get_context("fork")
     for kill in range(500):  # fifty, and as many more as a busy machine takes to write something
         if kill >= 50 and done > 50:
             break
+        if kill >= 50:  # longer lives, too
+            most = min(1.1 * most, 2.0)
         child = fork.Process(target=_write_for_ever, args=(str(tmp_path), size))
         child.start()
-        time.sleep(chance.random() ** 2 * 0.06)
+        time.sleep(chance.random() ** 2 * most)
         assert child.pid is not None and child.exitcode is None
         os.kill(child.pid, signal.SIGKILL)
         child.join()

@@ -211,7 +211,8 @@ def fused(
     columns = size.lanes * size.group
     # a cluster is another way to the same end; the pattern of MISSING is that of a float32
     none, arch = size.ctas > 1 or acc == torch.float64, card(student.device).arch
-    most = registers(arch, size.threads, skew is None)
+    light = skew is None and (label is None or args["EXPECTATION"] != "none")
+    most = registers(arch, size.threads, light)
     holds = None if none else team.capacity(student.device, arch)
     resident = OF_PROCESSOR // ((most or 64) * size.threads)
     parts = team.parts(n, plan.vocab, row_bytes, columns, resident, holds)
@@ -221,7 +222,8 @@ def fused(
     if parts > 1:
         _in_parts(args, n, parts, size.threads)
     else:
-        args |= _registers(most)
+        # of aligned rows ptxas takes no more than lets three or four programs be resident
+        args |= {} if skew is None else _registers(most)
         launch(kernels.fused_kernel, n, args, size.threads, student.device)
     return loss
 

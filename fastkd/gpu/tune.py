@@ -52,11 +52,11 @@ TABLE: dict[str, dict[int, tuple[Entry, ...]]] = {
     "gfx942": {2: _WIDE, 4: _WIDE, 8: _WIDE},
 }
 
-# Registers of a thread, at most, of the kernels that read a row several times: of rows that start
-# on 16 bytes, and of others. ptxas otherwise settles for some spills, or for half as many resident
-# programs; what spills nothing is found by compiling (`python -m bench.aot`). Other architectures
-# than CUDA's have no such limit.
-REGISTERS = (80, 96)
+# Registers of a thread, at most, of the kernels that read a row several times: as they come, and
+# where rows do not start on 16 bytes or labels come on top of a divergence's own sweep. ptxas
+# otherwise settles for some spills, or for half as many resident programs; what spills nothing is
+# found by compiling (`python -m bench.aot`). Other architectures than CUDA's have no such limit.
+REGISTERS = (80, 128)
 PAIRS, PAIRED_REGISTERS = 100, (128, 128)  # from sm_100 on, which computes in packed pairs
 OF_PROCESSOR = 65_536  # on every CUDA card since sm_70
 
@@ -88,12 +88,12 @@ def override(text: str) -> Entry | None:
 OVERRIDE = override(os.environ.get(VARIABLE, ""))
 
 
-def registers(arch: str, threads: int, aligned: bool) -> int | None:
+def registers(arch: str, threads: int, light: bool) -> int | None:
     """The most registers of a thread, by the card and a program's threads; None for no limit."""
     if not arch.startswith("sm_"):
         return None
     limits = PAIRED_REGISTERS if int(arch[3:]) >= PAIRS else REGISTERS
-    return min(limits[0 if aligned else 1], OF_PROCESSOR // threads)
+    return min(limits[0 if light else 1], OF_PROCESSOR // threads)
 
 
 def clusters(arch: str, version: str = triton.__version__) -> str | None:
