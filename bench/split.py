@@ -230,6 +230,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         *(options.ranks, options.rows, options.vocab, options.repeats, options.dtype),
         tuple(options.divergences),
     )
+    # read by the processes that are about to start: a new gradient of this size for every call would
+    # be the kernel's pages, and their time that of the machine's other tenants
+    os.environ.setdefault("FASTKD_ARENA_MB", "2048")
     facts = report.machine(torch.device("cpu")) | {"threads": 1, "load": os.getloadavg()[0]}
     rows = run(sizes)
     status = 0
