@@ -230,8 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         *(options.ranks, options.rows, options.vocab, options.repeats, options.dtype),
         tuple(options.divergences),
     )
-    # read by the processes that are about to start: a new gradient of this size for every call would
-    # be the kernel's pages, and their time that of the machine's other tenants
+    # read by the processes that are about to start: with a new gradient of this size for every call
+    # the time would be that of the system's new pages
     os.environ.setdefault("FASTKD_ARENA_MB", "2048")
     facts = report.machine(torch.device("cpu")) | {"threads": 1, "load": os.getloadavg()[0]}
     rows = run(sizes)
