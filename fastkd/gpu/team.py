@@ -77,9 +77,11 @@ def capacity(device: torch.device, arch: str) -> Capacity | None:
 
     gfx942 and its like have a cache for each part of the chip, which teams would reach across.
     """
+    if device in _refused:
+        return None
     if on_host(device) or device.index is None:
         return HOST
-    return _capacity(device) if arch.startswith("sm_") and device not in _refused else None
+    return _capacity(device) if arch.startswith("sm_") else None
 
 
 def refuse(device: torch.device, error: Exception) -> None:
