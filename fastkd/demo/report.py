@@ -196,7 +196,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         names = [name for name in WAYS if key in by[name]][::-1]
         values = [by[name][key] * factor for name in names]
         bars = axis.barh(names, values, color=[COLOURS[name] for name in names])
-        axis.bar_label(bars, fmt="%.0f", padding=3, fontsize="small")
+        axis.bar_label(bars, fmt="%.3g", padding=3, fontsize="small")
         axis.set(title=title, xlim=(0, 1.18 * max(values)))
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
