@@ -1,11 +1,16 @@
 """The C++ extension: one pybind11 module, the same kernel source compiled per instruction set.
 
-Everything else about the package is in pyproject.toml. Without a compiler the build goes on and
-fastkd runs on its plain torch reference; torch is not needed to build.
+Everything else about the package is in pyproject.toml. Without a compiler the build says so, goes
+on, and fastkd runs on its plain torch reference; with FASTKD_REQUIRE_CPU=1 it fails instead. torch
+is not needed to build.
 """
 
+import os
 import platform
 import sys
+from contextlib import suppress
+from glob import glob
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
@@ -21,11 +26,14 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
-HEADERS = [
-    *("isas.h", "kernels.h", "threads.h", "vec.h", "dtype.h", "divergence.h"),
-    *("sweeps.h", "fused.h", "rows.h", "sparse.h", "kernels.inl"),
-]
 SOURCES = ["module", "threads", "isa_baseline", *(ISA_FLAGS if X86 else ())]
+
+
+def tell(text):
+    """On stderr, and on the terminal, if there is one: pip shows a build's stderr with -v only."""
+    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError), open("/dev/tty", "w") as terminal:
+        print(f"\n{text}", file=terminal)
 
 
 class BuildExt(build_ext):
@@ -45,9 +53,26 @@ class BuildExt(build_ext):
         self.compiler._compile = compile_for_isa
         super().build_extensions()
 
+    def build_extension(self, ext):
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            # neither may an earlier build, of other sources, stand in for the one that failed
+            name = self.get_ext_filename(self.get_ext_fullname(ext.name))
+            Path(self.build_lib, name).unlink(missing_ok=True)
+            if self.editable_mode:
+                Path(name).unlink(missing_ok=True)
+            if ext.optional:
+                tell(
+                    f"fastkd: WITHOUT ITS C++ KERNELS ({' '.join(str(error).split())[:200]}). The "
+                    "losses will run on the reference, in plain torch: the same values, slower. "
+                    "Install a C++17 compiler and reinstall; FASTKD_REQUIRE_CPU=1 makes this an "
+                    "error."
+                )
+            raise  # setuptools goes on where the extension is optional
+
     def _openmp(self):
         import tempfile
-        from pathlib import Path
 
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "openmp.cpp"
@@ -71,13 +96,16 @@ class BuildExt(build_ext):
 extension = Pybind11Extension(
     "fastkd._C",
     [f"csrc/{name}.cpp" for name in SOURCES],
-    depends=[f"csrc/{name}" for name in HEADERS],
+    # all of the folder: what is not named here is not in the sdist, and its edits rebuild nothing;
+    # sources of another machine's instruction sets are in the sdist so that it builds there
+    depends=sorted(glob("csrc/*")),
     extra_compile_args=[*FLAGS],  # pybind11 adds to it
     define_macros=[("FASTKD_X86", "1")] if X86 else [],
     cxx_std=17,
 )
-# a failing compiler must not fail the installation: the reference runs instead, and says so
-extension.optional = True
+# A failing compiler must not fail a user's installation: the reference runs instead, and says so.
+# This project's own builds and tests set the variable: they must not pass on the reference.
+extension.optional = os.environ.get("FASTKD_REQUIRE_CPU") != "1"
 
 if __name__ == "__main__":  # tests/kernels/binary.py reads the flags
     setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})

@@ -123,7 +123,12 @@ def steps(results: Path, shapes: str, arch: str, linear: str = "gpu") -> list[St
     pytest = ["-m", "pytest", *xdist, "--continue-on-collection-errors", "-p", "no:cacheprovider"]
     limited = shapes == FITTING
     out = [
-        Step("build", ["setup.py", "build_ext", "--inplace"], 120),
+        Step(
+            "build",
+            ["setup.py", "build_ext", "--inplace"],
+            120,
+            env={"FASTKD_REQUIRE_CPU": "1"},
+        ),
         Step(
             "driver",
             ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv"],

@@ -6,6 +6,10 @@
 #include <sys/mman.h>
 #endif
 
+#if defined(_WIN32)
+#include <malloc.h>
+#endif
+
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -22,10 +26,30 @@ void run_team(int threads, int64_t tasks, void (*task)(void*, int64_t), void* ar
 
 constexpr int64_t kHuge = int64_t{1} << 21;
 
+// Windows has no posix_memalign, and what it has in its place is freed by a function of its own.
+void* aligned(int64_t alignment, int64_t bytes) {
+#if defined(_WIN32)
+  return _aligned_malloc(static_cast<size_t>(bytes), static_cast<size_t>(alignment));
+#else
+  void* memory = nullptr;
+  const int failed =
+      posix_memalign(&memory, static_cast<size_t>(alignment), static_cast<size_t>(bytes));
+  return failed ? nullptr : memory;
+#endif
+}
+
+void release(void* memory) {
+#if defined(_WIN32)
+  _aligned_free(memory);
+#else
+  std::free(memory);
+#endif
+}
+
 struct Block {
   char* memory = nullptr;
   int64_t bytes = 0;
-  ~Block() { std::free(memory); }
+  ~Block() { release(memory); }
 };
 
 }  // namespace
@@ -43,12 +67,10 @@ bool openmp() {
 char* scratch(int64_t bytes) {
   static thread_local Block block;
   if (block.bytes < bytes) {
-    std::free(block.memory);
-    void* memory = nullptr;
+    release(block.memory);
     const int64_t page = bytes < kHuge ? 64 : kHuge;
     bytes = (bytes + page - 1) / page * page;
-    if (posix_memalign(&memory, static_cast<size_t>(page), static_cast<size_t>(bytes)) != 0)
-      memory = nullptr;
+    void* memory = aligned(page, bytes);
 #if defined(MADV_HUGEPAGE)
     // a row's exponentials are on 128 small pages, and some rows' on more than a processor remembers
     if (memory != nullptr && page == kHuge)
