@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd.messages import kind as kind
+
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 INDEX_DTYPES = frozenset((torch.int32, torch.int64))
 
@@ -15,13 +17,6 @@ INDEX_DTYPES = frozenset((torch.int32, torch.int64))
 def layout(x: Tensor) -> str:
     """What a tensor that is not dense is, for a message."""
     return "a nested tensor" if x.is_nested else f"{type(x).__name__} ({x.layout})"
-
-
-def kind(x: object) -> str:
-    """What an argument is, for a message."""
-    if isinstance(x, Tensor) and not x.is_nested:
-        return f"a tensor {list(x.shape)} of {x.dtype} on {x.device}"
-    return f"{type(x).__name__} {x!r}"
 
 
 def answers_itself(x: Tensor) -> bool:
