@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import forward, restored_modes, unwrap
+from .batch import forward, mapped, restored_modes, unwrap
 
 
 class Taps:
     """A context in which the outputs of the named modules are kept; hooks go with its end.
+
+    What is kept is a copy, as the module gave it: what comes behind it may work in place
+    (`nn.ReLU(inplace=True)`, `x += y`).
 
     Args:
         model: hooks sit on what it wraps (torch.compile, DistributedDataParallel), so names are
@@ -54,7 +57,8 @@ class Taps:
 
     def _hook(self, name: str) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            self._kept[name] = output
+            # copied at once: that something writes into it later shows too late to undo
+            self._kept[name] = mapped(output, Tensor.clone)
 
         return keep
 
