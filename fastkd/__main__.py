@@ -28,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_info)
     command = commands.add_parser("scan", help="find the distillation losses of Python sources")
-    command.add_argument("path", type=Path, help="a file or a folder; nothing is changed")
+    text = "files (.py, .ipynb) or folders; nothing is changed"
+    command.add_argument("paths", nargs="+", metavar="path", type=Path, help=text)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_scan)
     group = commands.add_parser("cache", help="a teacher's outputs on disk")
@@ -181,20 +182,23 @@ def _scan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     from fastkd.scan import scan
 
     try:
-        found: list[Any] = list(scan(arguments.path))
+        found: list[Any] = list(scan(*arguments.paths))
     except FileNotFoundError as error:
         parser.error(str(error))
     if arguments.json:
         print(json.dumps([loss._asdict() for loss in found], indent=2))
         return
     for loss in found:
-        print(f"{loss.file}:{loss.line}")
+        cell = "" if loss.cell is None else f"cell {loss.cell}:"
+        print(f"{loss.file}:{cell}{loss.line}")
         print(f"  - {loss.code}" if loss.code else "  ?")
         if loss.replacement:
             print(f"  + {loss.replacement}")
         if loss.note:
             print(f"    ({loss.note})")
-    print(f"{len(found)} found, nothing changed")
+    losses = sum(bool(loss.code) for loss in found)
+    unread = "" if losses == len(found) else f", {len(found) - losses} not read"
+    print(f"{losses} found{unread}, nothing changed")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,10 @@ MAY_IMPORT = {
     },
     "nn": {"losses", "checks"},
     "about": {"backend", "cpu"},
-    "scan": set(),
+    "scan": {"scan_files", "scan_names", "scan_softmax"},
+    "scan_files": set(),
+    "scan_names": set(),
+    "scan_softmax": {"scan_names"},
     "eagerly": set(),
 }
 # users of the public face: the package itself, and their own folder

@@ -45,11 +45,14 @@ LINES = {
 }
 # the same up to the teacher's entropy, which has no gradient
 CROSS_ENTROPIES = {
-    "F.cross_entropy(s, F.softmax(t, -1))": 'fastkd.kl_div(s, t, reduction="batchmean")',
+    "F.cross_entropy(s, F.softmax(t, -1))": "fastkd.kl_div(s, t)",
     "-(F.softmax(t / T, -1) * F.log_softmax(s / T, -1)).sum(-1).mean()": (
         "fastkd.kl_div(s, t, temperature=T)"
     ),
 }
+
+
+FILES = ("code.py", "latin.py")
 
 
 def found(text: str, folder: Path, head: str = HEAD) -> list[Found]:
@@ -82,8 +85,8 @@ class Distiller(nn.Module):
         self.divergence = nn.KLDivLoss(reduction="batchmean")
 
     def forward(self, y_s, y_t):
-        log_q = F.log_softmax(y_s / self.T, dim=1)
-        p = F.softmax(y_t / self.T, dim=1)
+        log_q = F.log_softmax(y_s / self.T, dim=-1)
+        p = F.softmax(y_t / self.T, dim=-1)
         return self.divergence(log_q, p) * (self.T ** 2)
 """
     (only,) = found(text, tmp_path)
@@ -129,12 +132,15 @@ def test_what_cannot_be_said_is_said(tmp_path: Path) -> None:
 
 def test_folders_and_files_that_are_no_python(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "one.py").write_text(HEAD + "F.kl_div(F.log_softmax(a), F.softmax(b))\n")
+    (tmp_path / "a" / "one.py").write_text(
+        HEAD + "F.kl_div(F.log_softmax(a, -1), F.softmax(b, -1))\n"
+    )
     (tmp_path / "two.py").write_text("def broken(:\n")
     (tmp_path / "three.txt").write_text("F.kl_div(a, b)")
     one, two = scan(tmp_path)
     assert one.file.endswith("one.py") and one.replacement
     assert two.file.endswith("two.py") and two.note.startswith("not read")
+    assert len(list(scan(tmp_path, tmp_path / "a"))) == 2  # a file counts once
     with pytest.raises(FileNotFoundError, match="expected a Python file or a folder"):
         list(scan(tmp_path / "nowhere"))
 
@@ -148,5 +154,32 @@ def test_command(tmp_path: Path) -> None:
     assert "code.py:5" in shown.stdout and "fastkd.kl_div(a, b" in shown.stdout
     document = json.loads(run_python("-m", "fastkd", "scan", str(tmp_path), "--json").stdout)
     assert document[0]["line"] == 5 and document[0]["replacement"].startswith("fastkd.kl_div")
+    (tmp_path / "latin.py").write_bytes(b"x = '\xe9'\n")
+    several = run_python("-m", "fastkd", "scan", *(str(tmp_path / x) for x in FILES))
+    assert several.returncode == 0 and "latin.py:1" in several.stdout, several.stderr
+    assert "not read: " in several.stdout and "1 found, 1 not read" in several.stdout
     missing = run_python("-m", "fastkd", "scan", str(tmp_path / "nowhere"))
     assert missing.returncode != 0 and "expected a Python file or a folder" in missing.stderr
+
+
+def test_notebook(tmp_path: Path) -> None:
+    """Cells are read as one source, each named by its number; one that is no Python by itself."""
+    sources = [
+        ("markdown", ["# F.kl_div(a, b)"]),
+        ("code", ["%matplotlib inline\n", "!pip list\n", *HEAD.splitlines(keepends=True)]),
+        ("code", ["files = !ls\n", "T = 4\n", "p = F.softmax(t / T, dim=-1)"]),
+        ("code", "%%bash\nls F.kl_div(\n"),
+        ("code", ["def broken(:\n"]),
+        ("code", ["%%time\n", "q = lsm(s / T, -1)\n", "F.kl_div(q, p, size_average=False)"]),
+    ]
+    cells = [{"cell_type": kind, "source": source} for kind, source in sources]
+    (tmp_path / "book.ipynb").write_text(json.dumps({"cells": cells, "nbformat": 4}))
+    (tmp_path / "torn.ipynb").write_text('{"cells": [')
+    (tmp_path / "old.ipynb").write_text("[1]")
+    broken, loss, old, torn = scan(tmp_path)
+    assert broken.cell == 5 and broken.note.startswith("not read")
+    assert (loss.cell, loss.line) == (6, 3)
+    assert loss.replacement == 'fastkd.kl_div(s, t, temperature=T, reduction="sum")'
+    assert old.note.startswith("not read") and torn.note.startswith("not read")
+    shown = run_python("-m", "fastkd", "scan", str(tmp_path)).stdout
+    assert "book.ipynb:cell 6:3" in shown and "1 found, 3 not read" in shown
