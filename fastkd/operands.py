@@ -134,6 +134,24 @@ class LinearLogits:
         return text + (f", softcap={cap:g})" if cap is not None else ")")
 
 
+# What a log-probability may be above its true value: 0.01 where it was written with two decimals
+# and cut, and 2^-8 of its size where it was rounded to bfloat16; a little more for what is squared.
+CUT = 0.0101
+ROUNDED = 2.0**-8 / (1 - 2.0**-8)
+
+
+def most_mass(logprobs: Tensor) -> Tensor:
+    """[...] the most that rounding makes of the mass 1 of rows of log-probabilities [..., K].
+
+    Of stored l = log p + e with sum p <= 1: sum exp(l) - 1 <= sum exp(l) (1 - exp(-e)), and so at
+    most sum exp(l) e. It is a row's entropy that counts and not its dtype, which tells nothing once
+    rows have been cast back. Not to be read but where it is passed; a NaN passes nothing.
+    """
+    p = logprobs.exp()
+    sizes = torch.where(p > 0, p * -logprobs, 0.0)
+    return 1.0 + CUT + ROUNDED * sizes.sum(-1)
+
+
 Tail = Literal["bucket", "renormalize", "restrict", "drop"]
 TAILS = ("bucket", "renormalize", "restrict", "drop")
 
@@ -152,24 +170,32 @@ class TopK:
         "restrict"     D(p / sum p, q / sum q over S); columns off S have gradient exactly 0.
         "drop"         the terms of S alone, of p and q as they are: may fall below 0.
 
-    A stored temperature is a part of p: the loss must be called with the same one. Only
-    "renormalize" knows p at another temperature, as softmax(logprobs * stored / asked).
+    A stored temperature is a part of p, and the loss is called with the same one. At another, p is
+    known as softmax(logprobs * stored / asked) where it is needed up to its sum only: with
+    "renormalize" and "restrict", and of rows that name all columns.
+
+    A column is absent, whatever else its place holds, where its index is -1 or its logprob -inf:
+    servers that have no candidate for a place send either. A row that has no column at all is no
+    row of a teacher.
 
     Args:
         logprobs: [..., K] floats, log p at `temperature`, at most 0. One that requires grad gets
             its gradient through the reference, in plain torch.
-        indices: [..., K] int32 or int64, the columns, in any order; -1 is padding, whose logprobs
-            are not used. A row names each column at most once.
+        indices: [..., K] int32 or int64, the columns, in any order. A row names each column at most
+            once, absent ones apart.
         tail_logprob: [...] floats, log(1 - sum p) as it was measured when p was, used by "bucket";
-            None: worked out from logprobs, in float64.
+            None: worked out from logprobs, in float64; 0 probability where rounding takes sum p
+            above 1.
         temperature: T > 0 of the softmax that gave p.
         tail: one of the four names above.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, or sizes that do not match. Values are
             looked at by the loss, on the CPU always and on a GPU inside `fastkd.checked()`: an
-            index out of range or named twice, a logprob that is NaN or above 0, a row with a mass
-            above 1.001. Elsewhere a bad index makes its row NaN.
+            index out of range or named twice, a logprob that is NaN or above 0, a row without a
+            column, and, with "bucket" and "drop", a mass above 1 by more than log-probabilities
+            rounded to bfloat16 or two decimals explain. Elsewhere a bad index, or no column, makes
+            its row NaN.
     """
 
     def __init__(
@@ -251,6 +277,14 @@ class TopK:
             temperature=self.temperature,
             tail=self.tail,
         )
+
+    @staticmethod
+    def most_mass(logprobs: Tensor) -> Tensor:
+        """[...] what sum p of rows of log-probabilities [..., K] may be: 1, and what rounding adds.
+
+        The bound of "bucket" and "drop".
+        """
+        return most_mass(logprobs)
 
     def __repr__(self) -> str:
         text = f"TopK({list(self.shape)} of {self.dtype}, temperature={self.temperature:g}, "
