@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fastkd import checks, reference
 from fastkd.backend import Passes, Sparse, Trips, chunks, host_passes, pick, without_autocast
-from fastkd.operands import LinearLogits, Operand, Tail, TopK, build, kind, most_mass
+from fastkd.messages import kind, shown
+from fastkd.operands import LinearLogits, Operand, Tail, TopK, build, most_mass
+from fastkd.reals import whole
 from fastkd.reduction import reads_values
 
 INF = math.inf
@@ -53,14 +55,14 @@ def sparse(
         # a row without a column says nothing: it is no row of a teacher, either
         bad = bad | absent.all(-1, keepdim=True)
         logprobs, indices = logprobs.masked_fill(bad, math.nan), indices.masked_fill(bad, -1)
-    whole = (indices >= 0).sum(-1) == vocab if count >= vocab else None  # rows of all columns
+    full = (indices >= 0).sum(-1) == vocab if count >= vocab else None  # rows of all columns
     if ratio != 1.0:
         logprobs = logprobs * ratio
         if not renormalized:  # known of a row of all columns, which needs p up to its sum only
-            assert whole is not None
-            if look and _first(~whole, keep) >= 0:
+            assert full is not None
+            if look and _first(~full, keep) >= 0:
                 raise ValueError(_temperatures(teacher, temperature))
-            logprobs = torch.where(whole.unsqueeze(-1), logprobs.log_softmax(-1), math.nan)
+            logprobs = torch.where(full.unsqueeze(-1), logprobs.log_softmax(-1), math.nan)
     if renormalized:
         logprobs = logprobs.log_softmax(-1)
     if teacher.tail == "restrict" or teacher.tail == "drop":
@@ -73,9 +75,9 @@ def sparse(
         mass = logprobs.double().exp().sum(-1)
         tail = torch.where(mass < 1.0, torch.log1p(-mass.clamp(max=1.0 - 2**-53)), -INF).to(acc)
         tail = torch.where(mass.isnan(), math.nan, tail)
-    if tail is not None and whole is not None:
+    if tail is not None and full is not None:
         # nothing is left of a row that names every column, whatever rounding says of 1 - sum p
-        tail = torch.where(whole, -INF, tail)
+        tail = torch.where(full, -INF, tail)
     indices = indices.clone(memory_format=torch.contiguous_format)
     return Sparse(logprobs.contiguous(), indices, tail, teacher.tail == "restrict")
 
@@ -221,15 +223,17 @@ def topk_from_logits(
     Anshumann et al. 2025 (random sampling distillation), arXiv 2503.16870.
     """
     vocab = checks.operands(logits, logits, vocab_size)
-    checks.temperature(temperature)
-    if method not in ("top", "sample"):
-        raise ValueError(f"method: got {method!r}, expected 'top' or 'sample'")
-    if isinstance(k, bool) or not isinstance(k, int):
+    temperature = checks.temperature(temperature)
+    if not isinstance(method, str) or method not in ("top", "sample"):
+        raise ValueError(f"method: got {shown(method)}, expected 'top' or 'sample'")
+    draws = whole(k)
+    if draws is None:
         raise TypeError(f"k: got {kind(k)}, expected an integer")
+    k = draws
     most = vocab if method == "top" else 2**31
     if not 1 <= k <= most:
         upper = f" <= {vocab}" if method == "top" else ""
-        raise ValueError(f"k: got {k}, expected 1 <= k{upper}")
+        raise ValueError(f"k: got {shown(k)}, expected 1 <= k{upper}")
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     lead = logits.shape[:-1]
     passes: Passes = reference if torch.compiler.is_compiling() else pick(logits.device)
