@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastkd.backend import forced
+from fastkd.messages import kind, shown, sizes, warn_once
 from fastkd.operands import (
     DTYPES,
     LinearLogits,
@@ -20,9 +21,9 @@ from fastkd.operands import (
     Teacher,
     TopK,
     answers_itself,
-    kind,
     layout,
 )
+from fastkd.reals import WAITS, real, whole
 
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
 _PLAIN = (Tensor, Parameter)
@@ -31,31 +32,39 @@ INT_DTYPES = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch
 
 def refuse_option(name: str, option: str, options: Iterable[str]) -> None:
     known = list(options)
-    near = difflib.get_close_matches(option, known, 1)
+    near = difflib.get_close_matches(option[:80], known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise TypeError(f"{name}() got an unexpected option {option!r}, has {', '.join(known)}{hint}")
+    raise TypeError(
+        f"{name}() got an unexpected option {shown(option)}, has {', '.join(known)}{hint}"
+    )
 
 
-def share(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {kind(value)}, expected a number from 0 to 1")
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}: got {value!r}, expected a number from 0 to 1")
+def share(name: str, value: float) -> float:
+    number = real(value)
+    if number is None:
+        raise TypeError(f"{name}: got {kind(value)}, expected a number from 0 to 1{WAITS}")
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name}: got {shown(value)}, expected a number from 0 to 1")
+    return number
 
 
 def reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
-
-
-def temperature(temperature: float) -> None:
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature: got {kind(temperature)}, expected a positive number")
-    if not 1e-18 <= temperature <= 1e18:  # T^2 and 1 / T are float32 numbers
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(
-            f"temperature: got {temperature!r}, expected a positive finite number "
+            f"reduction: got {shown(reduction)}, expected one of {', '.join(REDUCTIONS)}"
+        )
+
+
+def temperature(temperature: float) -> float:
+    number = real(temperature)
+    if number is None:
+        raise TypeError(f"temperature: got {kind(temperature)}, expected a positive number{WAITS}")
+    if not 1e-18 <= number <= 1e18:  # T^2 and 1 / T are float32 numbers
+        raise ValueError(
+            f"temperature: got {shown(temperature)}, expected a positive finite number "
             "(from 1e-18 to 1e18)"
         )
+    return number
 
 
 def _alike(student: Operand, teacher: Teacher) -> bool:
@@ -92,13 +101,14 @@ def operands(student: Operand, teacher: Teacher, vocab_size: int | None) -> int:
         if v_s != v_t:
             raise ValueError(
                 f"teacher: got {v_t} columns, expected the student's {v_s}; where the vocabularies "
-                "are padded differently, give vocab_size=the number of columns in use"
+                "are padded differently, slice both to the n columns in use, logits[..., :n], or "
+                "give vocab_size=n where the function takes it"
             )
         return v_s
-    _vocab_size(vocab_size)
+    vocab_size = _vocab_size(vocab_size)
     if not 1 <= vocab_size <= min(v_s, v_t):
         raise ValueError(
-            f"vocab_size: got {vocab_size}, expected 1 <= vocab_size <= {min(v_s, v_t)} "
+            f"vocab_size: got {shown(vocab_size)}, expected 1 <= vocab_size <= {min(v_s, v_t)} "
             + (
                 f"(student has {v_s} columns)"
                 if isinstance(teacher, TopK)
@@ -108,18 +118,21 @@ def operands(student: Operand, teacher: Teacher, vocab_size: int | None) -> int:
     return vocab_size
 
 
-def shards(student: Operand, teacher: Teacher, vocab_size: int | None) -> None:
+def shards(student: Operand, teacher: Teacher, vocab_size: int | None) -> int | None:
     """As `operands`, for columns of a vocabulary that is split over ranks: there may be none."""
     _sides(student, teacher, least=0)
     if vocab_size is not None:
-        _vocab_size(vocab_size)
+        vocab_size = _vocab_size(vocab_size)
         if vocab_size < 1:
-            raise ValueError(f"vocab_size: got {vocab_size}, expected at least 1")
+            raise ValueError(f"vocab_size: got {shown(vocab_size)}, expected at least 1")
+    return vocab_size
 
 
-def _vocab_size(vocab_size: int) -> None:
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+def _vocab_size(vocab_size: int) -> int:
+    number = whole(vocab_size)
+    if number is None:
         raise TypeError(f"vocab_size: got {kind(vocab_size)}, expected an integer")
+    return number
 
 
 def _sides(student: Operand, teacher: Teacher, least: int) -> None:
@@ -145,11 +158,11 @@ def _sides(student: Operand, teacher: Teacher, least: int) -> None:
         if x.layout is not torch.strided or x.is_nested:
             raise TypeError(f"{name}: got {layout(x)}, expected a dense tensor")
         if x.dim() == 0 or x.size(-1) < least:
-            raise ValueError(f"{name}: got shape {list(x.shape)}, expected [..., V] with V >= 1")
+            raise ValueError(f"{name}: got shape {sizes(x.shape)}, expected [..., V] with V >= 1")
         if x.stride(-1) != 1 and x.size(-1) > 1:
             raise ValueError(
                 f"{name}: got stride {x.stride(-1)} in the vocabulary (last) dimension of shape "
-                f"{list(x.shape)}, expected 1; call .contiguous() first"
+                f"{sizes(x.shape)}, expected 1; call .contiguous() first"
             )
     if student.device != teacher.device:
         raise ValueError(
@@ -157,8 +170,8 @@ def _sides(student: Operand, teacher: Teacher, least: int) -> None:
         )
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
-            f"teacher: got shape {list(teacher.shape)}, expected the leading dimensions of the "
-            f"student's {list(student.shape)}"
+            f"teacher: got shape {sizes(teacher.shape)}, expected the leading dimensions of the "
+            f"student's {sizes(student.shape)}"
         )
 
 
@@ -185,32 +198,58 @@ def _readable(name: str, x: object) -> None:
     )
 
 
-def rows(student: Operand, labels: Tensor | None, ignore_index: int, weight: Tensor | None) -> None:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+def rows(student: Operand, labels: Tensor | None, ignore_index: int, weight: Tensor | None) -> int:
+    """ignore_index as an int."""
+    number = whole(ignore_index)
+    if number is None:
         raise TypeError(f"ignore_index: got {kind(ignore_index)}, expected an integer")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index: got {ignore_index}, expected a 64-bit integer")
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"ignore_index: got {shown(ignore_index)}, expected a 64-bit integer")
     if labels is not None:
         _per_row("labels", labels, "integers", student)
     if weight is not None:
         _per_row("weight", weight, "floats", student)
+    return number
+
+
+def _other_labels(labels: Tensor, student: Operand) -> str:
+    """What to write instead, for labels that are not one column of each row."""
+    if labels.shape == student.shape and labels.dtype.is_floating_point:
+        return (
+            "; for soft labels give none here (alpha=0) and add F.cross_entropy(student.flatten(0, "
+            "-2), labels.flatten(0, -2)), for multi-label targets "
+            "F.binary_cross_entropy_with_logits(student, labels)"
+        )
+    if labels.shape == student.shape:
+        return (
+            "; one-hot labels are labels.int().argmax(-1), for multi-label targets give none here "
+            "(alpha=0) and add F.binary_cross_entropy_with_logits(student, labels.float())"
+        )
+    if student.dim() > 2 and labels.shape == (student.shape[0], *student.shape[2:]):
+        return (
+            "; if the classes are dimension 1, give student.movedim(1, -1).contiguous() and the "
+            "teacher's logits likewise"
+        )
+    return ""
 
 
 def _per_row(name: str, x: Tensor, what: str, student: Operand) -> None:
     leading = student.shape[:-1]
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {kind(x)}, expected a tensor {list(leading)} of {what}")
+        raise TypeError(f"{name}: got {kind(x)}, expected a tensor {sizes(leading)} of {what}")
     if x.layout is not torch.strided or x.is_nested:
         got = layout(x) if x.is_nested else f"layout {x.layout}"
         raise TypeError(f"{name}: got {got}, expected a dense tensor of {what}")
     _readable(name, x)
     fits = x.dtype in INT_DTYPES if what == "integers" else x.dtype.is_floating_point
     if not fits:
-        raise TypeError(f"{name}: got {kind(x)}, expected {what}")
+        instead = _other_labels(x, student) if name == "labels" else ""
+        raise TypeError(f"{name}: got {kind(x)}, expected {what} {sizes(leading)}{instead}")
     if x.shape != leading:
+        instead = _other_labels(x, student) if name == "labels" else ""
         raise ValueError(
-            f"{name}: got shape {list(x.shape)}, expected {list(leading)}, the leading dimensions "
-            f"of the student's {list(student.shape)}"
+            f"{name}: got shape {sizes(x.shape)}, expected {sizes(leading)}, the leading "
+            f"dimensions of the student's {sizes(student.shape)}{instead}"
         )
     if x.device != student.device:
         raise ValueError(
@@ -218,9 +257,11 @@ def _per_row(name: str, x: Tensor, what: str, student: Operand) -> None:
         )
 
 
-def normalizer(normalizer: float | Tensor | None, reduction: str, student: Operand) -> None:
+def normalizer(
+    normalizer: float | Tensor | None, reduction: str, student: Operand
+) -> float | Tensor | None:
     if normalizer is None:
-        return
+        return None
     if reduction != "mean":
         raise ValueError(
             f"normalizer: got {kind(normalizer)} with reduction={reduction!r}; it replaces the "
@@ -236,11 +277,28 @@ def normalizer(normalizer: float | Tensor | None, reduction: str, student: Opera
             raise ValueError(
                 f"normalizer: got a tensor on {normalizer.device}, expected {student.device}"
             )
-        return
-    if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+        return normalizer
+    number = real(normalizer)
+    if number is None:
         raise TypeError(f"normalizer: got {kind(normalizer)}, expected a number or a 0-d tensor")
-    if not 0 <= normalizer <= 1e38:
-        raise ValueError(f"normalizer: got {normalizer!r}, expected a finite number >= 0")
+    if not 0 <= number <= 1e38:
+        raise ValueError(f"normalizer: got {shown(normalizer)}, expected a finite number >= 0")
+    return number
+
+
+def silence(name: str, student: Operand, teacher: Teacher, columns: int) -> None:
+    """Warn of a loss that is 0 whatever the model says."""
+    if columns == 1:
+        warn_once(
+            f"{name}: a softmax over one column is constant, so that the loss is 0 and nothing is "
+            "learnt; for one logit use a sigmoid with F.binary_cross_entropy_with_logits, for a "
+            "number a regression loss"
+        )
+    elif student is teacher:
+        warn_once(
+            f"{name}: student and teacher are the same tensor, so that the loss is 0 and nothing "
+            "is learnt"
+        )
 
 
 def inplace(student: Tensor, teacher: Tensor | TopK) -> None:
@@ -257,7 +315,7 @@ def inplace(student: Tensor, teacher: Tensor | TopK) -> None:
     ]
     if any(stride < student.size(-1) for _, stride in rows):
         raise ValueError(
-            f"inplace: the student's rows share memory (shape {list(student.shape)}, strides "
+            f"inplace: the student's rows share memory (shape {sizes(student.shape)}, strides "
             f"{list(student.stride())}); expected rows of their own"
         )
     if isinstance(teacher, TopK):

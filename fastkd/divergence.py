@@ -21,6 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastkd.messages import kind, shown
+from fastkd.reals import WAITS, real
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -61,22 +64,20 @@ class Divergence:
             if name != self.parameter:
                 expected = f"{self.parameter!r}" if self.parameter else "none"
                 raise TypeError(
-                    f"divergence {self.name!r} got parameter {name!r}, takes {expected}"
+                    f"divergence {self.name!r} got parameter {shown(name)}, takes {expected}"
                 )
             return replace(self, given=self.admit(value))
         return self
 
     def admit(self, value: float) -> float:
         """The value as this divergence's parameter; raises as a call does."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(
-                f"{self.parameter}: got {value!r}, expected a number strictly between 0 and 1"
-            )
-        if not 0.0 < value < 1.0:
-            raise ValueError(
-                f"{self.parameter}: got {value!r}, expected a number strictly between 0 and 1"
-            )
-        return float(value)
+        expected = "expected a number strictly between 0 and 1"
+        number = real(value)
+        if number is None:
+            raise TypeError(f"{self.parameter}: got {kind(value)}, {expected}{WAITS}")
+        if not 0.0 < number < 1.0:
+            raise ValueError(f"{self.parameter}: got {shown(value)}, {expected}")
+        return float(number)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """By name: the table's functions do not pickle, and a copy is the same entry."""
@@ -107,14 +108,14 @@ class Divergences:
             return self._entries[name]
         except KeyError:
             raise ValueError(
-                f"divergence: got {name!r}, expected one of {', '.join(self._entries)}"
+                f"divergence: got {shown(name)}, expected one of {', '.join(self._entries)}"
             ) from None
 
     def __getattr__(self, name: str) -> Divergence:
         if name.startswith("_"):  # asked by copy and pickle before there are entries
             raise AttributeError(name)
         if name not in self._entries:
-            raise AttributeError(f"no divergence {name!r}; there are {', '.join(self)}")
+            raise AttributeError(f"no divergence {shown(name)}; there are {', '.join(self)}")
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:

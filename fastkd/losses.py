@@ -98,7 +98,6 @@ def kl_div(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value; nothing has been written.
-        NotImplementedError: group.
 
     Hinton et al. 2015, arXiv 1503.02531.
     """
@@ -125,7 +124,6 @@ def reverse_kl_div(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value; nothing has been written.
-        NotImplementedError: group.
 
     Gu et al. 2023 (MiniLLM), arXiv 2306.08543.
     """
@@ -159,7 +157,6 @@ def js_div(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value; nothing has been written.
-        NotImplementedError: group.
 
     Agarwal et al. 2023 (GKD), arXiv 2306.13649.
     """
@@ -193,7 +190,6 @@ def skew_kl_div(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value; nothing has been written.
-        NotImplementedError: group.
 
     Ko et al. 2024 (DistiLLM), arXiv 2402.03898.
     """
@@ -227,7 +223,6 @@ def skew_reverse_kl_div(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value; nothing has been written.
-        NotImplementedError: group.
 
     Ko et al. 2024 (DistiLLM), arXiv 2402.03898.
     """
@@ -255,7 +250,6 @@ def tv_distance(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value; nothing has been written.
-        NotImplementedError: group.
 
     Wen et al. 2023 (f-DISTILL), arXiv 2307.15190.
     """
@@ -299,19 +293,18 @@ def distillation_loss(
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value; nothing has been written.
-        NotImplementedError: group.
 
     Hinton et al. 2015, arXiv 1503.02531.
     """
     divergence = _entry(divergence)
-    checks.share("alpha", alpha)
-    checks.share("label_smoothing", label_smoothing)
+    alpha = checks.share("alpha", alpha)
+    label_smoothing = checks.share("label_smoothing", label_smoothing)
     if labels is None and alpha != 0:
         raise ValueError(
             f"labels: got None with alpha={alpha}; alpha weighs the hard labels, so give labels "
             "or set alpha=0 for the soft divergence alone"
         )
-    checks.temperature(temperature)
+    temperature = checks.temperature(temperature)
     soft = (1.0 - alpha) * (temperature * temperature if t_squared else 1.0)
     return _loss(
         "distillation_loss",
@@ -399,12 +392,12 @@ def _loss(
     if group is None:
         vocab = classes = checks.operands(student, teacher, vocab_size)
     else:
-        checks.shards(student, teacher, vocab_size)
+        vocab_size = checks.shards(student, teacher, vocab_size)
         group = shards.process_group(group)
-    checks.temperature(temperature)
+    temperature = checks.temperature(temperature)
     checks.reduction(reduction)
-    checks.rows(student, labels, ignore_index, weight)
-    checks.normalizer(normalizer, reduction, student)
+    ignore_index = checks.rows(student, labels, ignore_index, weight)
+    normalizer = checks.normalizer(normalizer, reduction, student)
     param = divergence.param if param is None else param
     ranks: split.Split | None = None
     if group is not None:
@@ -415,6 +408,9 @@ def _loss(
         own = pick(student.device)
         ranks, student, teacher = shards.prepare(own, group, student, teacher, vocab_size, call)
         vocab, classes = ranks.columns.own, ranks.columns.whole
+    same = student is teacher and soft != 0.0
+    if (same or classes == 1) and not torch.compiler.is_compiling():
+        checks.silence(name, student, teacher, classes)
     plan = Plan(divergence.name, param, float(temperature), soft, hard, smoothing, vocab, classes)
     if isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits):
         return linear.loss(

@@ -6,6 +6,8 @@ that helps. Nothing here waits for a device, and nothing raises, whatever it is 
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -104,3 +106,23 @@ def _container(x: Any, depth: int, size: int | None = None) -> str:
     if size > few:
         return f"{left}{text}, ...{right} ({size} long)"
     return f"{left}{text}{',' if isinstance(x, tuple) and size == 1 else ''}{right}"
+
+
+_said: set[str] = set()
+_said_under: object = None  # the filters then in force
+
+
+def warn_once(text: str) -> None:
+    """A UserWarning, once; again where the caller has set up other filters, as each test does."""
+    global _said_under
+    if _said_under is not warnings.filters:
+        _said.clear()
+        _said_under = warnings.filters
+    if text in _said:
+        return
+    _said.add(text)
+    frame, level = sys._getframe(1), 2
+    inside = ("fastkd.", "torch.")  # a module's call goes through torch
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(inside):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, UserWarning, stacklevel=level)

@@ -36,9 +36,8 @@ class _Loss(torch.nn.Module):
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        checks.temperature(temperature)
         checks.reduction(reduction)
-        self.temperature = temperature
+        self.temperature = checks.temperature(temperature)
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
         self.vocab_size = vocab_size
@@ -176,11 +175,9 @@ class DistillationLoss(_Loss):
         inplace: bool = False,
     ) -> None:
         super().__init__(temperature, ignore_index, reduction, vocab_size, inplace)
-        checks.share("alpha", alpha)
-        checks.share("label_smoothing", label_smoothing)
-        self.alpha = alpha
+        self.alpha = checks.share("alpha", alpha)
         self.divergence = losses._entry(divergence)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = checks.share("label_smoothing", label_smoothing)
         self.t_squared = t_squared
 
     def forward(

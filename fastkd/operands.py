@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd.messages import kind as kind
+from fastkd.messages import shown, sizes
+from fastkd.reals import WAITS, real, whole
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 INDEX_DTYPES = frozenset((torch.int32, torch.int64))
@@ -85,14 +86,13 @@ class LinearLogits:
         pack: bool = False,
     ) -> None:
         _tensors(hidden, weight, bias)
-        _numbers(scale, softcap, chunk_size)
+        scale, cap, rows = _numbers(scale, softcap, chunk_size)
         if not torch.is_grad_enabled():
             hidden, weight = hidden.detach(), weight.detach()
             bias = None if bias is None else bias.detach()
         self.hidden, self.weight, self.bias = hidden, weight, bias
-        cap = None if softcap is None else float(softcap)
-        self.head = Head(float(scale), cap, _product_dtype(hidden, weight))
-        self.chunk_size, self.pack = chunk_size, bool(pack)
+        self.head = Head(scale, cap, _product_dtype(hidden, weight))
+        self.chunk_size, self.pack = rows, bool(pack)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -127,11 +127,29 @@ class LinearLogits:
         return self.shape[dim]
 
     def __repr__(self) -> str:
-        text = f"LinearLogits({list(self.shape)} of {self.dtype}, H={self.hidden.size(-1)}"
+        text = f"LinearLogits({sizes(self.shape)} of {self.dtype}, H={self.hidden.size(-1)}"
         text += ", bias" if self.bias is not None else ""
         scale, cap, _ = self.head
         text += f", scale={scale:g}" if scale != 1.0 else ""
         return text + (f", softcap={cap:g})" if cap is not None else ")")
+
+
+# What a log-probability may be above its true value: 0.01 where it was written with two decimals
+# and cut, and 2^-8 of its size where it was rounded to bfloat16; a little more for what is squared.
+CUT = 0.0101
+ROUNDED = 2.0**-8 / (1 - 2.0**-8)
+
+
+def most_mass(logprobs: Tensor) -> Tensor:
+    """[...] the most that rounding makes of the mass 1 of rows of log-probabilities [..., K].
+
+    Of stored l = log p + e with sum p <= 1: sum exp(l) - 1 <= sum exp(l) (1 - exp(-e)), and so at
+    most sum exp(l) e. It is a row's entropy that counts and not its dtype, which tells nothing once
+    rows have been cast back. Not to be read but where it is passed; a NaN passes nothing.
+    """
+    p = logprobs.exp()
+    sizes = torch.where(p > 0, p * -logprobs, 0.0)
+    return 1.0 + CUT + ROUNDED * sizes.sum(-1)
 
 
 Tail = Literal["bucket", "renormalize", "restrict", "drop"]
@@ -152,24 +170,32 @@ class TopK:
         "restrict"     D(p / sum p, q / sum q over S); columns off S have gradient exactly 0.
         "drop"         the terms of S alone, of p and q as they are: may fall below 0.
 
-    A stored temperature is a part of p: the loss must be called with the same one. Only
-    "renormalize" knows p at another temperature, as softmax(logprobs * stored / asked).
+    A stored temperature is a part of p, and the loss is called with the same one. At another, p is
+    known as softmax(logprobs * stored / asked) where it is needed up to its sum only: with
+    "renormalize" and "restrict", and of rows that name all columns.
+
+    A column is absent, whatever else its place holds, where its index is -1 or its logprob -inf:
+    servers that have no candidate for a place send either. A row that has no column at all is no
+    row of a teacher.
 
     Args:
         logprobs: [..., K] floats, log p at `temperature`, at most 0. One that requires grad gets
             its gradient through the reference, in plain torch.
-        indices: [..., K] int32 or int64, the columns, in any order; -1 is padding, whose logprobs
-            are not used. A row names each column at most once.
+        indices: [..., K] int32 or int64, the columns, in any order. A row names each column at most
+            once, absent ones apart.
         tail_logprob: [...] floats, log(1 - sum p) as it was measured when p was, used by "bucket";
-            None: worked out from logprobs, in float64.
+            None: worked out from logprobs, in float64; 0 probability where rounding takes sum p
+            above 1.
         temperature: T > 0 of the softmax that gave p.
         tail: one of the four names above.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, or sizes that do not match. Values are
             looked at by the loss, on the CPU always and on a GPU inside `fastkd.checked()`: an
-            index out of range or named twice, a logprob that is NaN or above 0, a row with a mass
-            above 1.001. Elsewhere a bad index makes its row NaN.
+            index out of range or named twice, a logprob that is NaN or above 0, a row without a
+            column, and, with "bucket" and "drop", a mass above 1 by more than log-probabilities
+            rounded to bfloat16 or two decimals explain. Elsewhere a bad index, or no column, makes
+            its row NaN.
     """
 
     def __init__(
@@ -182,17 +208,22 @@ class TopK:
         tail: Tail = "bucket",
     ) -> None:
         _stored(logprobs, indices, tail_logprob)
-        if tail not in TAILS:
-            raise ValueError(f"tail: got {tail!r}, expected one of {', '.join(TAILS)}")
-        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-            raise TypeError(f"temperature: got {kind(temperature)}, expected a positive number")
-        if not 1e-18 <= temperature <= 1e18:
-            raise ValueError(f"temperature: got {temperature!r}, expected a positive finite number")
+        if not isinstance(tail, str) or tail not in TAILS:
+            raise ValueError(f"tail: got {shown(tail)}, expected one of {', '.join(TAILS)}")
+        number = real(temperature)
+        if number is None:
+            raise TypeError(
+                f"temperature: got {kind(temperature)}, expected a positive number{WAITS}"
+            )
+        if not 1e-18 <= number <= 1e18:
+            raise ValueError(
+                f"temperature: got {shown(temperature)}, expected a positive finite number"
+            )
         if not torch.is_grad_enabled():
             logprobs = logprobs.detach()
             tail_logprob = None if tail_logprob is None else tail_logprob.detach()
         self.logprobs, self.indices, self.tail_logprob = logprobs, indices, tail_logprob
-        self.temperature, self.tail = float(temperature), tail
+        self.temperature, self.tail = float(number), tail
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor | None]:
@@ -239,7 +270,7 @@ class TopK:
         """The rows logprobs[at], indices[at] and tail_logprob[at]; K stays as it is."""
         taken = self._with(lambda x: x[at])
         if taken.size(-1) != self.size(-1) or taken.dim() == 0:
-            raise IndexError(f"got {at!r}, expected an index of rows {list(self.shape[:-1])}")
+            raise IndexError(f"got {shown(at)}, expected an index of rows {sizes(self.shape[:-1])}")
         return taken
 
     def _with(self, change: Any) -> TopK:
@@ -252,8 +283,16 @@ class TopK:
             tail=self.tail,
         )
 
+    @staticmethod
+    def most_mass(logprobs: Tensor) -> Tensor:
+        """[...] what sum p of rows of log-probabilities [..., K] may be: 1, and what rounding adds.
+
+        The bound of "bucket" and "drop".
+        """
+        return most_mass(logprobs)
+
     def __repr__(self) -> str:
-        text = f"TopK({list(self.shape)} of {self.dtype}, temperature={self.temperature:g}, "
+        text = f"TopK({sizes(self.shape)} of {self.dtype}, temperature={self.temperature:g}, "
         measured = ", tail_logprob" if self.tail_logprob is not None else ""
         return text + f"tail={self.tail!r}{measured})"
 
@@ -301,18 +340,18 @@ def _tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
                 f"{name}: got {kind(x)}, expected float32, bfloat16, float16 or float64"
             )
     if hidden.dim() == 0 or hidden.size(-1) == 0:
-        raise ValueError(f"hidden: got shape {list(hidden.shape)}, expected [..., H] with H >= 1")
+        raise ValueError(f"hidden: got shape {sizes(hidden.shape)}, expected [..., H] with H >= 1")
     if weight.dim() != 2:
-        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [V, H]")
+        raise ValueError(f"weight: got shape {sizes(weight.shape)}, expected [V, H]")
     if weight.size(1) != hidden.size(-1):
         raise ValueError(
-            f"weight: got shape {list(weight.shape)}, expected [V, {hidden.size(-1)}] for hidden "
-            f"states {list(hidden.shape)}"
+            f"weight: got shape {sizes(weight.shape)}, expected [V, {hidden.size(-1)}] for hidden "
+            f"states {sizes(hidden.shape)}"
         )
     if bias is not None and tuple(bias.shape) != (weight.size(0),):
         raise ValueError(
-            f"bias: got shape {list(bias.shape)}, expected [{weight.size(0)}] for a weight "
-            f"{list(weight.shape)}"
+            f"bias: got shape {sizes(bias.shape)}, expected [{weight.size(0)}] for a weight "
+            f"{sizes(weight.shape)}"
         )
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.device != hidden.device:
@@ -323,7 +362,7 @@ def _tensors(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def _stored(logprobs: Tensor, indices: Tensor, tail_logprob: Tensor | None) -> None:
     floats = "float32, bfloat16, float16 or float64"
-    for name, x, sizes, dtypes, what in (
+    for name, x, form, dtypes, what in (
         ("logprobs", logprobs, "[..., K]", DTYPES, floats),
         ("indices", indices, "[..., K]", INDEX_DTYPES, "int32 or int64"),
         ("tail_logprob", tail_logprob, "[...]", DTYPES, floats),
@@ -331,7 +370,7 @@ def _stored(logprobs: Tensor, indices: Tensor, tail_logprob: Tensor | None) -> N
         if x is None and name == "tail_logprob":
             continue
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: got {kind(x)}, expected a tensor {sizes} of {what}")
+            raise TypeError(f"{name}: got {kind(x)}, expected a tensor {form} of {what}")
         if x.layout is not torch.strided or x.is_nested or hasattr(x, "placements"):
             raise TypeError(f"{name}: got {layout(x)}, expected a dense tensor")
         if x.dtype not in dtypes:
@@ -342,35 +381,45 @@ def _stored(logprobs: Tensor, indices: Tensor, tail_logprob: Tensor | None) -> N
             )
     shape = logprobs.shape
     if not shape or not shape[-1]:
-        raise ValueError(f"logprobs: got shape {list(shape)}, expected [..., K] with K >= 1")
+        raise ValueError(f"logprobs: got shape {sizes(shape)}, expected [..., K] with K >= 1")
     if indices.shape != shape:
         raise ValueError(
-            f"indices: got shape {list(indices.shape)}, expected the logprobs' {list(shape)}"
+            f"indices: got shape {sizes(indices.shape)}, expected the logprobs' {sizes(shape)}"
         )
     if tail_logprob is not None and tail_logprob.shape != shape[:-1]:
         raise ValueError(
-            f"tail_logprob: got shape {list(tail_logprob.shape)}, expected {list(shape[:-1])}, the "
-            f"leading dimensions of the logprobs' {list(shape)}"
+            f"tail_logprob: got shape {sizes(tail_logprob.shape)}, expected {sizes(shape[:-1])}, "
+            f"the leading dimensions of the logprobs' {sizes(shape)}"
         )
 
 
-def _numbers(scale: float, softcap: float | None, chunk_size: int | None) -> None:
+def _numbers(
+    scale: float, softcap: float | None, chunk_size: int | None
+) -> tuple[float, float | None, int | None]:
+    """The three as Python's own numbers."""
+    found: list[float | None] = []
     for name, x in (("scale", scale), ("softcap", softcap)):
         if x is None and name == "softcap":
+            found.append(None)
             continue
-        if isinstance(x, bool) or not isinstance(x, (int, float)):
+        number = real(x)
+        if number is None:
             hint = "; multiply hidden by a scale that is a tensor" if name == "scale" else ""
             raise TypeError(f"{name}: got {kind(x)}, expected a number{hint}")
-        low = x > 0 if name == "softcap" else x != 0
-        if not (low and math.isfinite(x) and 1e-18 <= abs(x) <= 1e18):
+        low = number > 0 if name == "softcap" else number != 0
+        if not (low and 1e-18 <= abs(number) <= 1e18):
             what = "positive number" if name == "softcap" else "number other than 0"
-            raise ValueError(f"{name}: got {x!r}, expected a {what} (of size 1e-18 to 1e18)")
+            raise ValueError(f"{name}: got {shown(x)}, expected a {what} (of size 1e-18 to 1e18)")
+        found.append(float(number))
+    scale, softcap = float(found[0] or 0.0), found[1]
     if chunk_size is None:
-        return
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+        return scale, softcap, None
+    rows = whole(chunk_size)
+    if rows is None:
         raise TypeError(f"chunk_size: got {kind(chunk_size)}, expected a number of rows")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1 row")
+    if rows < 1:
+        raise ValueError(f"chunk_size: got {shown(chunk_size)}, expected at least 1 row")
+    return scale, softcap, rows
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fastkd import checks, reference
 from fastkd.backend import Passes, Sparse, Trips, chunks, host_passes, pick, without_autocast
-from fastkd.operands import LinearLogits, Operand, Tail, TopK, build, kind
+from fastkd.messages import kind, shown
+from fastkd.operands import LinearLogits, Operand, Tail, TopK, build, most_mass
+from fastkd.reals import whole
 from fastkd.reduction import reads_values
 
-MOST_MASS = 1.001  # of a row's probabilities: what storage in 16 or 8 bits may add to 1
 INF = math.inf
 
 
@@ -31,34 +32,39 @@ def sparse(
     keep: [...] or [N] bool: rows that are not kept are not looked at.
 
     Raises:
-        ValueError: the loss's temperature is another than the teacher's, or values that no teacher
-            has (on the CPU and inside `fastkd.checked()`).
+        ValueError: the loss's temperature is one at which the teacher is not known, or values that
+            no teacher has (on the CPU and inside `fastkd.checked()`).
     """
     renormalized = teacher.tail in ("renormalize", "restrict")
     ratio = teacher.temperature / temperature
-    if ratio != 1.0 and teacher.tail != "renormalize":
-        raise ValueError(
-            f"temperature: got {temperature:g} with a teacher stored at {teacher.temperature:g} "
-            f"and tail={teacher.tail!r}; its probabilities at another temperature are not known: "
-            f"use temperature={teacher.temperature:g}, store the teacher again, or give it "
-            "tail='renormalize', which needs them up to their sum only"
-        )
     count = teacher.size(-1)
+    if ratio != 1.0 and not renormalized and count < vocab:
+        raise ValueError(_temperatures(teacher, temperature))
     logprobs = teacher.logprobs.resolve_neg().reshape(-1, count).to(acc)
     indices = teacher.indices.reshape(-1, count).to(torch.int64)
     keep = None if keep is None else keep.reshape(-1)
-    logprobs = logprobs.masked_fill(indices < 0, -INF)
+    # whoever has no candidate for a place writes -1 there, or a column at -inf: both are absent
+    absent = (indices == -1) | (logprobs == -INF)
+    logprobs, indices = logprobs.masked_fill(absent, -INF), indices.masked_fill(absent, -1)
     tail = teacher.tail_logprob
     look = reads_values(teacher.device)
     if look:
-        _admit(passes, logprobs.detach(), indices, tail, keep, vocab)
+        _admit(passes, teacher, logprobs.detach(), indices, tail, keep, vocab)
     else:
         bad = (indices >= vocab) | (indices < -1)
+        # a row without a column says nothing: it is no row of a teacher, either
+        bad = bad | absent.all(-1, keepdim=True)
         logprobs, indices = logprobs.masked_fill(bad, math.nan), indices.masked_fill(bad, -1)
+    full = (indices >= 0).sum(-1) == vocab if count >= vocab else None  # rows of all columns
+    if ratio != 1.0:
+        logprobs = logprobs * ratio
+        if not renormalized:  # known of a row of all columns, which needs p up to its sum only
+            assert full is not None
+            if look and _first(~full, keep) >= 0:
+                raise ValueError(_temperatures(teacher, temperature))
+            logprobs = torch.where(full.unsqueeze(-1), logprobs.log_softmax(-1), math.nan)
     if renormalized:
-        logprobs = (logprobs * ratio if ratio != 1.0 else logprobs).log_softmax(-1)
-        if look:
-            _some_mass(logprobs.detach(), teacher.tail, keep)
+        logprobs = logprobs.log_softmax(-1)
     if teacher.tail == "restrict" or teacher.tail == "drop":
         tail = None
     elif teacher.tail == "renormalize":
@@ -69,15 +75,25 @@ def sparse(
         mass = logprobs.double().exp().sum(-1)
         tail = torch.where(mass < 1.0, torch.log1p(-mass.clamp(max=1.0 - 2**-53)), -INF).to(acc)
         tail = torch.where(mass.isnan(), math.nan, tail)
-    if tail is not None and count >= vocab:
+    if tail is not None and full is not None:
         # nothing is left of a row that names every column, whatever rounding says of 1 - sum p
-        tail = torch.where((indices >= 0).sum(-1) == vocab, -INF, tail)
+        tail = torch.where(full, -INF, tail)
     indices = indices.clone(memory_format=torch.contiguous_format)
     return Sparse(logprobs.contiguous(), indices, tail, teacher.tail == "restrict")
 
 
+def _temperatures(teacher: TopK, temperature: float) -> str:
+    return (
+        f"temperature: got {temperature:g} with a teacher stored at {teacher.temperature:g} "
+        f"and tail={teacher.tail!r}; its probabilities at another temperature are not known: "
+        f"use temperature={teacher.temperature:g}, store the teacher again, or give it "
+        "tail='renormalize' or 'restrict', which need them up to their sum only"
+    )
+
+
 def _admit(
     passes: Trips,
+    teacher: TopK,
     logprobs: Tensor,
     indices: Tensor,
     tail: Tensor | None,
@@ -90,12 +106,20 @@ def _admit(
         fault, row, place = _first_fault(logprobs, indices, keep, vocab)
     if fault:
         raise ValueError(_fault(fault, row, place, logprobs, indices, vocab))
-    mass = logprobs.exp().sum(-1)
-    if (row := _first(mass > MOST_MASS, keep)) >= 0:
+    if (row := _first((indices < 0).all(-1), keep)) >= 0:
         raise ValueError(
-            f"teacher.logprobs: got a mass of {float(mass[row]):g} in row {row}, expected at most "
-            f"{MOST_MASS}"
+            f"teacher.logprobs: got no column with a probability above 0 in row {row} (each is -1 "
+            "or at -inf), expected one at least; leave rows out that the teacher did not see, by "
+            "labels at ignore_index"
         )
+    if teacher.tail in ("bucket", "drop"):  # the others divide by the mass, whatever it is
+        mass = logprobs.exp().sum(-1)
+        if (row := _first(mass > most_mass(logprobs), keep)) >= 0:
+            raise ValueError(
+                f"teacher.logprobs: got a mass of {float(mass[row]):g} in row {row}, expected at "
+                "most 1 but for rounding; are these probabilities, logits, or log-probabilities at "
+                "another temperature? tail='renormalize' and 'restrict' divide by the mass"
+            )
     if tail is not None:
         row = _first(~(tail.detach().reshape(-1) <= 0.0), keep)
         if row >= 0:
@@ -103,15 +127,6 @@ def _admit(
                 f"teacher.tail_logprob: got {float(tail.reshape(-1)[row])} in row {row}, expected "
                 "a log-probability, at most 0"
             )
-
-
-def _some_mass(normalized: Tensor, tail: str, keep: Tensor | None) -> None:
-    row = _first(normalized[:, 0].isnan(), keep)
-    if row >= 0:
-        raise ValueError(
-            f"teacher.logprobs: got no column with a probability above 0 in row {row}, expected "
-            f"one at least, which tail={tail!r} can make a distribution of"
-        )
 
 
 def _first(wrong: Tensor, keep: Tensor | None) -> int:
@@ -147,8 +162,18 @@ def _fault(fault: str, row: int, place: int, logprobs: Tensor, indices: Tensor, 
         return f"teacher.logprobs: got {value} {at}, expected a log-probability, at most 0"
     index = int(indices[row, place])
     if fault == "twice":
-        return f"teacher.indices: got {index} {at} for the second time, expected each column once"
-    return f"teacher.indices: got {index} {at}, expected 0 to {vocab - 1}, or -1 for padding"
+        return (
+            f"teacher.indices: got {index} {at} for the second time, expected each column once; "
+            "padding is -1, or any column with a logprob of -inf. Of a column that came up more "
+            "than once, add the probabilities up in one place and set the others to -1"
+        )
+    expected = f"teacher.indices: got {index} {at}, expected 0 to {vocab - 1}, or -1 for padding"
+    if index < 0:
+        return f"{expected}: indices.clamp(min=-1) makes it so"
+    return (
+        f"{expected}; columns that the student does not have are left out by "
+        f"indices.masked_fill(indices >= {vocab}, -1), or are there with a larger vocab_size"
+    )
 
 
 # ---- from logits
@@ -198,15 +223,17 @@ def topk_from_logits(
     Anshumann et al. 2025 (random sampling distillation), arXiv 2503.16870.
     """
     vocab = checks.operands(logits, logits, vocab_size)
-    checks.temperature(temperature)
-    if method not in ("top", "sample"):
-        raise ValueError(f"method: got {method!r}, expected 'top' or 'sample'")
-    if isinstance(k, bool) or not isinstance(k, int):
+    temperature = checks.temperature(temperature)
+    if not isinstance(method, str) or method not in ("top", "sample"):
+        raise ValueError(f"method: got {shown(method)}, expected 'top' or 'sample'")
+    draws = whole(k)
+    if draws is None:
         raise TypeError(f"k: got {kind(k)}, expected an integer")
+    k = draws
     most = vocab if method == "top" else 2**31
     if not 1 <= k <= most:
         upper = f" <= {vocab}" if method == "top" else ""
-        raise ValueError(f"k: got {k}, expected 1 <= k{upper}")
+        raise ValueError(f"k: got {shown(k)}, expected 1 <= k{upper}")
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     lead = logits.shape[:-1]
     passes: Passes = reference if torch.compiler.is_compiling() else pick(logits.device)

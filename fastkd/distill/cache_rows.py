@@ -12,8 +12,6 @@ import fastkd
 from .cache_codec import LOGITS, encode, encode_tail, pack
 from .cache_format import Plan
 
-MOST_MASS = 1.001  # of a row's probabilities, tail included: what rounding may add to 1
-
 
 class Where:
     """Names a row among those that are kept, for a message."""
@@ -62,24 +60,28 @@ def topk_rows(outputs: Any, keep: Tensor, plan: Plan, where: Where) -> dict[str,
         raise ValueError(f"outputs: got one {kinds[not plan.measured]}, expected one as before")
     indices = outputs.indices.detach().cpu()[keep].long()
     logprobs = outputs.logprobs.detach().cpu()[keep].double()
+    indices = indices.masked_fill(logprobs == -torch.inf, -1)  # absent, as for the losses
     named = indices >= 0
     wrong = (indices < -1) | (indices >= vocab)
     _raise_first(wrong, indices, where, "indices", f"0 to {vocab - 1}, or -1 for padding")
     order = indices.sort(-1).values
     again = (order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)
-    _raise_first(again, order, where, "indices", "each column once; it is there twice")
+    _raise_first(again, order, where, "indices", "each column once, -1 for padding")
     wrong = named & ~(logprobs <= 0.0)
     _raise_first(wrong, logprobs, where, "logprobs", "a log-probability, at most 0")
     logprobs = torch.where(named, logprobs, -torch.inf)
-    mass = logprobs.exp().sum(-1)
+    stored = logprobs
     tensors = {"indices": pack(indices, vocab), **encode(logprobs, plan.encoding)}
     if outputs.tail_logprob is not None:
         tail = outputs.tail_logprob.detach().cpu()[keep].double()
         wrong = ~(tail <= 0.0)
         _raise_first(wrong, tail, where, "tail_logprob", "a log-probability, at most 0")
         tensors["tail_logprob"] = encode_tail(tail)
-        mass = mass + tail.exp() if plan.tail == "bucket" else mass
-    _raise_first(mass > MOST_MASS, mass, where, "mass", f"at most {MOST_MASS}")
+        stored = torch.cat((logprobs, tail.unsqueeze(-1)), -1) if plan.tail == "bucket" else stored
+    if plan.tail in ("bucket", "drop"):  # the others divide by the mass, whatever it is
+        mass = stored.exp().sum(-1)
+        wrong = mass > fastkd.TopK.most_mass(stored)
+        _raise_first(wrong, mass, where, "mass", "at most 1 but for rounding")
     return tensors
 
 

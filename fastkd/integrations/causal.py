@@ -65,7 +65,7 @@ class DistillationLoss:
                 )
         nothing = torch.zeros(1, 2)
         trial = {k: v for k, v in options.items() if k != "vocab_size"}
-        fastkd.distillation_loss(nothing, nothing, torch.zeros(1, dtype=torch.long), **trial)
+        fastkd.distillation_loss(nothing, nothing + 1, torch.zeros(1, dtype=torch.long), **trial)
         self.teacher, self.linear, self.pack, self.options = teacher, bool(linear), pack, options
         self.trims = False  # also in eval mode: nobody wants these logits
         self.detach: Callable[[], None] = lambda: None
