@@ -29,7 +29,7 @@ from .progress import Log, Record, Step
 from .rates import Rates, applied
 from .stepping import stepping
 from .taps import Taps
-from .teachers import Average, Teacher, on_device
+from .teachers import Average, Teacher, on_device, sole
 from .terms import Objective, Term
 
 # steps between looks at the loss; elsewhere 50: a look makes the host wait
@@ -130,6 +130,8 @@ def train(
     followers = [soft] if ema is None or ema is soft else [soft, ema]
     for model in (student, objective.modules, *(m for f in followers for m in f.models)):
         model.to(where)
+    soft.beside(student)
+    objective.connects = ranks.wrapped
     ranks.share(objective.modules)
     optimizer = take.prepared(student, _optimizer(optimizer, student, objective, followers, lr))
     weights = [p for group in optimizer.param_groups for p in group["params"]]
@@ -154,9 +156,9 @@ def train(
             record.draw(_steps(loader, epochs, accumulate))
 
         for epoch in range(position.epoch, epochs):
-            student.train()
-            objective.modules.train()
             soft.begin()
+            student.train()  # after it: what the two share is in the student's mode
+            objective.modules.train()
             given = epoch_batches(loader, position, where, exact=checkpoint is not None)
             for group in ranks.groups(given, accumulate, where, plain=objective.plain is not None):
                 step = position.step
@@ -170,6 +172,7 @@ def train(
                         batch.epoch, batch.step = epoch, step
                         if transform is not None:
                             batch = transform(batch)
+                        sole(soft, batch)
                         with ranks.no_sync(last=at + 1 == len(group)):
                             with take.autocast():
                                 theirs = on_device(soft(batch), where)
@@ -229,7 +232,12 @@ def _optimizer(
         _join(optimizer, missing)
     frozen = {p for follower in followers for m in follower.models for p in m.parameters()}
     if shared := len(here & frozen):
-        raise ValueError(f"optimizer: got {shared} parameters of the teacher, expected none")
+        inside = frozen <= set(student.parameters())
+        which = ", which is the student or a part of it (give a copy)" if inside else ""
+        raise ValueError(
+            f"optimizer: got {shared} parameters of the teacher{which}, expected none: what both "
+            "models use has requires_grad False and is not in the optimizer"
+        )
     return optimizer
 
 
