@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -143,9 +143,30 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 def forward(model: nn.Module, inputs: Any) -> Any:
     """`model` on `inputs`, by name where they are a dict."""
-    if isinstance(inputs, Tensor) or not isinstance(inputs, Mapping):
-        return model(inputs)
-    return model(**inputs)
+    try:
+        if isinstance(inputs, Tensor) or not isinstance(inputs, Mapping):
+            return model(inputs)
+        return model(**inputs)
+    except IndexError as error:
+        if (named := _beyond(model, inputs)) is None:
+            raise
+        raise IndexError(named) from error
+
+
+def _beyond(model: nn.Module, inputs: Any) -> str | None:
+    """What to say of ids that an embedding of the model does not have."""
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
+        return None
+    least, most = (int(x) for x in ids.aminmax())
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Embedding) and not 0 <= least <= most < part.num_embeddings:
+            return (
+                f"inputs: got ids from {least} to {most}, expected 0 to {part.num_embeddings - 1}, "
+                f"the rows of {type(model).__name__}'s embedding {name!r}: are they another "
+                "tokenizer's?"
+            )
+    return None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -169,6 +190,23 @@ def restored_modes(*models: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+@contextmanager
+def in_eval(model: nn.Module | Sequence[nn.Module]) -> Iterator[None]:
+    """A context in which a model, or a list of all its modules, is in eval mode.
+
+    Modes are put back one by one: a module that two models share keeps what the other one needs.
+    """
+    parts = model.modules() if isinstance(model, nn.Module) else model
+    training = [part for part in parts if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -19,6 +19,7 @@ from .batch import Batch, batches, unwrap
 from .files import read, same_shapes, save_state, write
 from .processes import Ranks, local, whole
 from .randomness import generators, random_state, set_random_state
+from .rates import Rates
 from .teachers import Teacher
 from .terms import Objective
 
@@ -44,7 +45,7 @@ class Parts:
     student: nn.Module
     objective: Objective
     optimizer: torch.optim.Optimizer
-    rates: list[float]  # of the optimizer's groups, before the schedule's factor
+    rates: Rates
     teacher: Teacher
     average: Teacher | None
     scaler: Any
@@ -170,7 +171,7 @@ class Checkpoints:
             "modules": _state(parts.objective.modules),
             "optimizer": type(parts.optimizer).__name__,
             "optimizer_state": parts.optimizer.state_dict(),
-            "rates": parts.rates,
+            "rates": parts.rates.base(),
             "scaler": parts.scaler.state_dict(),
             "teacher": self._identity,
             "teacher_state": parts.teacher.state_dict(),
@@ -215,8 +216,7 @@ class Checkpoints:
         bare.load_state_dict(tree["student"])
         modules.load_state_dict(tree["modules"])
         parts.optimizer.load_state_dict(tree["optimizer_state"])
-        for at, rate in enumerate(tree["rates"]):
-            parts.rates[at] = rate
+        parts.rates.restore(tree["rates"])
         parts.scaler.load_state_dict(tree["scaler"])
         parts.teacher.load_state_dict(tree["teacher_state"])
         if parts.average is not None:

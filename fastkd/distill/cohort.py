@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .batch import Batch, Outputs, forward, unwrap
@@ -32,6 +32,8 @@ class Peer(Teacher):
 
     Paper: Zhang et al. 2018, deep mutual learning, arXiv 1706.00384.
     """
+
+    reads_batch = False
 
     def __init__(
         self,
@@ -131,10 +133,16 @@ class Several(Teacher):
         self.temperature = temperature
         self.models = [model for member in self.members for model in member.models]
         self.student_taps = tuple(tap for member in self.members for tap in member.student_taps)
+        self.reads_batch = any(member.reads_batch for member in self.members)
         self._said: list[Outputs] = []
 
-    def begin(self) -> None:
+    def beside(self, student: nn.Module) -> None:
+        peers = [m for member in self.members if isinstance(member, Peer) for m in member.models]
         for member in self.members:
+            member.beside(nn.ModuleList([student, *peers]))
+
+    def begin(self) -> None:  # what a frozen one shares with a peer is in the peer's mode
+        for member in sorted(self.members, key=lambda member: isinstance(member, Peer)):
             member.begin()
 
     @contextmanager
@@ -179,6 +187,12 @@ class Several(Teacher):
 
     def _mean(self, said: list[Outputs], weights: list[float]) -> Outputs:
         T, logits = self.temperature, [outputs.logits for outputs in said]
+        shapes = [list(x.shape) for x in logits if isinstance(x, Tensor)]
+        if any(shape != shapes[0] for shape in shapes):
+            raise ValueError(
+                f"teachers: got logits {shapes}, expected equal shapes: the same classes in "
+                "the same order"
+            )
         if T is None:
             mean = sum(w * x for w, x in zip(weights, logits, strict=True))
         else:

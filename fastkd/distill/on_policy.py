@@ -29,7 +29,7 @@ def on_policy(
     generate: Generate,
     student_share: float = 0.5,
     teacher_share: float = 0.0,
-    end: int | None = None,
+    end: int | Sequence[int] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> list[Step]:
@@ -57,7 +57,8 @@ def on_policy(
         generate: (module in eval mode, prompts on its device) -> ids [B, P + A], prompts first.
         student_share: lambda in GKD's paper (`lmbda` in TRL), in [0, 1].
         teacher_share: in [0, 1 - student_share]; sequence-level distillation as it goes.
-        end: token that ends an answer, itself counted; None: all of it counts.
+        end: token that ends an answer, or several of which each does, itself counted; None: all of
+            the answer counts.
         seed: of the draws; `generate` has torch's own random state.
         options: of `train`.
 
@@ -85,9 +86,12 @@ def on_policy(
     if loss is None:
         js = fastkd.divergences.js(beta=0.5)
         loss = soft(temperature=1.0, divergence=js, rows="labelled")
+    ends = torch.as_tensor([] if end is None else end).flatten()
+    if end is not None and (ends.is_floating_point() or ends.dtype == torch.bool):
+        raise TypeError(f"end: got {ends.dtype} or none, expected an id or several")
     writers = {"student": (student, student_share), "teacher": (teacher, teacher_share)}
     kind = _Sized if hasattr(loader, "__len__") else _Written
-    written = kind(loader, partial(_text, generate=generate, end=end), writers, seed)
+    written = kind(loader, partial(_text, generate=generate, end=ends), writers, seed)
     return train(student, written, loss, teacher=soft_teacher, **options)
 
 
@@ -130,7 +134,7 @@ class _Sized(_Written):
 
 
 @torch.no_grad()
-def _text(model: nn.Module, prompts: Any, generate: Generate, end: int | None) -> Batch:
+def _text(model: nn.Module, prompts: Any, generate: Generate, end: Tensor) -> Batch:
     """What the model writes behind the prompts, as a batch whose labels are the answers."""
     model = unwrap(model)  # what writes is a method of the model's own class
     prompts = to(prompts, device_of(model))
@@ -145,8 +149,8 @@ def _text(model: nn.Module, prompts: Any, generate: Generate, end: int | None) -
         )
     answer = ids[:, first.size(1) :]
     counts = torch.ones_like(answer, dtype=torch.bool)
-    if end is not None:
-        is_end = answer == end
+    if end.numel():
+        is_end = torch.isin(answer, end.to(answer.device))
         counts = is_end.cumsum(1) - is_end.long() == 0  # none before it
     labels = torch.cat((torch.full_like(first, IGNORED), answer.where(counts, IGNORED)), 1)[:, 1:]
     if not isinstance(prompts, Mapping):

@@ -74,16 +74,19 @@ class Ranks:
         size: their number.
         first: whether this one speaks and writes for all.
         sharded: whether parameters are DTensors.
+        wrapped: whether the student is in DistributedDataParallel.
     """
 
     def __init__(self, student: nn.Module) -> None:
         self.student: Any = student
-        self._wrapped = isinstance(student, nn.parallel.DistributedDataParallel)
+        while isinstance(getattr(self.student, "_orig_mod", None), nn.Module):  # torch.compile's
+            self.student = self.student._orig_mod
+        self.wrapped = isinstance(self.student, nn.parallel.DistributedDataParallel)
         self._groups: list[Any] = []
         placed: list[Any] = [p for p in student.parameters() if is_placed(p)]
         meshes = [p.device_mesh for p in placed]
         self.sharded = bool(meshes)
-        if self._wrapped:
+        if self.wrapped:
             self._groups = [self.student.process_group]
         elif meshes:  # the widest: of tensor parallel within fully_shard some weights have but one
             self._groups = list(max(meshes, key=lambda mesh: mesh.size()).get_all_groups())
@@ -162,7 +165,7 @@ class Ranks:
 
         `fully_shard` sums its shards of each micro-batch: it has no room for whole gradients.
         """
-        if last or not self._wrapped:
+        if last or not self.wrapped:
             return PLAINLY
         return self.student.no_sync()
 

@@ -33,7 +33,7 @@ class _Unread(NamedTuple):
     epoch: int
     first: int  # of the micro-batches, within the epoch
     last: int
-    lr: float
+    lr: Any  # a number, or a tensor of one
     samples: int
     values: list[Tensor]
 
@@ -88,7 +88,7 @@ class Record:
             terms = dict(zip(self.names, values, strict=True)) if values else {}
             if not (math.isfinite(loss) and all(map(math.isfinite, values))):
                 self._stop(entry, loss, terms)
-            self.steps.append(Step(entry.epoch, self._read_to, loss, entry.lr, terms))
+            self.steps.append(Step(entry.epoch, self._read_to, loss, float(entry.lr), terms))
             self._read_to += 1
         if self._logs or self._bar is not None:
             self._show()

@@ -12,6 +12,7 @@ from torch import nn
 from .checkpoint import Checkpoints
 from .cohort import Peer, Several, source
 from .progress import Step
+from .rates import Rates
 from .terms import Objective, Term, Weight, hard, soft
 from .trainer import train
 
@@ -64,18 +65,15 @@ def mutual(
     optimizers = [make(model) for model in models]
     pairs = list(zip(models, optimizers, strict=True))
     peers = [Peer(model, terms, optimizer=own) for model, own in pairs[1:]]
-    groups = [group for own in optimizers[1:] for group in own.param_groups]
-    rates = [group["lr"] for group in groups]
+    rates = Rates(optimizers[1:], schedule)
 
     def everywhere(step: int) -> float:
         assert schedule is not None
-        factor = schedule(step)
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate * factor
-        return factor
+        rates.at(step)
+        return schedule(step)
 
     teacher = peers[0] if len(peers) == 1 else Several(peers, temperature=temperature)
-    try:
+    with rates:
         return train(
             models[0],
             loader,
@@ -85,9 +83,6 @@ def mutual(
             schedule=everywhere if schedule else None,
             **options,
         )
-    finally:
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
 
 
 def assistant_chain(

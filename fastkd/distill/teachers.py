@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch, Outputs, forward, mapped, tensors, to, unwrap
+from .batch import Batch, Outputs, forward, in_eval, mapped, tensors, to, unwrap
 from .processes import alike, class_name, is_placed, reshard, whole
 from .taps import Taps
 
@@ -24,10 +24,12 @@ class Teacher:
         models: modules moved to the device, given their modes back, and kept out of the student's
             optimizer.
         student_taps: names of student modules whose outputs `follow` needs.
+        reads_batch: whether `Batch.teacher` reaches it; where not, a batch with one is refused.
     """
 
     models: Sequence[nn.Module] = ()
     student_taps: tuple[str, ...] = ()
+    reads_batch: bool = True
 
     def __call__(self, batch: Batch) -> Outputs:
         """What the teacher says of a micro-batch, without gradient; called once for each."""
@@ -41,6 +43,9 @@ class Teacher:
                 f"tap: got {list(names)} of {type(self).__name__}, which has no modules"
             )
         yield
+
+    def beside(self, student: nn.Module) -> None:
+        """At the start of a run: whom it teaches, maybe with modules that are its own, too."""
 
     def begin(self) -> None:
         """At the start of an epoch."""
@@ -64,27 +69,54 @@ class Teacher:
 
 
 class Live(Teacher):
-    """A frozen model: eval mode (asserted again and again), no gradient."""
+    """A frozen model: eval mode in each of its forwards, in every module, and no gradient.
+
+    Modules that it shares with the student have the student's mode in the student's forward.
+    Floating-point inputs are cast to float16 or bfloat16 where all its weights are of that.
+    """
+
+    reads_batch = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.models = [model]
         self._taps = Taps(model, ())
+        self._theirs: set[int] = set()  # modules of the student, by id
+        self._learn()
+
+    def _learn(self) -> None:
+        parts = list(self.model.modules())
+        self._own = [part for part in parts if id(part) not in self._theirs]
+        self._shared = [part for part in parts if id(part) in self._theirs]
+        kinds = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        half = len(kinds) == 1 and kinds <= {torch.float16, torch.bfloat16}
+        self._half = kinds.pop() if half else None
+
+    def beside(self, student: nn.Module) -> None:
+        self._theirs = {id(part) for part in student.modules()}
 
     def begin(self) -> None:
         self.model.eval()
         for name, part in self.model.named_modules():
             if part.training:
                 raise ValueError(f"teacher: got {name or 'a model'} in train mode after eval()")
+        self._learn()
 
     def __call__(self, batch: Batch) -> Outputs:
-        if self.model.training:  # whoever else holds it may have switched it
-            self.model.eval()
         inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
-        with torch.no_grad():
-            raw = forward(self.model, inputs)
+        for part in self._own:
+            if part.training:  # whoever else holds it may have switched it
+                part.training = False
+        with torch.no_grad(), in_eval(self._shared):
+            raw = forward(self.model, self._cast(inputs))
         reshard(self.model)
         return Outputs(raw, self._taps.take())
+
+    def _cast(self, inputs: Any) -> Any:
+        kind, first = self._half, next(tensors(inputs), None)
+        if kind is None or first is None or torch.is_autocast_enabled(first.device.type):
+            return inputs
+        return mapped(inputs, lambda x: x.to(kind) if x.is_floating_point() else x)
 
     @contextmanager
     def tapped(self, names: tuple[str, ...]) -> Iterator[None]:
@@ -142,6 +174,8 @@ class Average(Live):
 
 class Called(Teacher):
     """Any function of the inputs, run without gradient: a server's client, a formula."""
+
+    reads_batch = False
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.function = function
@@ -212,6 +246,17 @@ def on_device(said: Outputs, device: torch.device) -> Outputs:
     if there != device and (there.type != device.type or device.index is not None):
         raise ValueError(f"teacher: got outputs on {there}, expected {device}")
     return said
+
+
+def sole(teacher: Teacher, batch: Batch) -> None:
+    """ValueError where a batch brings outputs that `teacher` would drop."""
+    if batch.teacher is not None and not teacher.reads_batch:
+        got = type(teacher).__name__
+        raise ValueError(
+            f"teacher: got a model or a function ({got}) and also a batch with what it said, "
+            "expected one of them: leave out train(teacher=...), or the batch's third entry (key "
+            "'teacher'); sample weights go into a dict, under a key of their own"
+        )
 
 
 def stacked(rows: Sequence[Any]) -> Any:

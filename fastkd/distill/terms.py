@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -210,6 +211,9 @@ class Objective:
                 self.modules[str(at)] = term.module
         self.student_taps = _union(term.student_taps for term in self.terms)
         self.teacher_taps = _union(term.teacher_taps for term in self.terms)
+        self.connects = False  # all outputs to the loss, as DistributedDataParallel wants them
+        self._loose: list[int] | None = None  # those that no term leads back to
+        self._ungraded: set[str] = set()
 
     def __call__(
         self, student: Outputs, teacher: Outputs, batch: Batch
@@ -224,13 +228,33 @@ class Objective:
             for term in self.terms:
                 value = _value(term, student, teacher, batch)
                 weight = term.weight(batch.step) if callable(term.weight) else term.weight
+                if not value.requires_grad and weight and term.name not in self._ungraded:
+                    self._ungraded.add(term.name)
+                    warnings.warn(
+                        f"loss: got a value of term {term.name!r} that does not require grad: "
+                        "nothing is learnt from it (a frozen student part, detach() or no_grad?)",
+                        stacklevel=3,
+                    )
                 values.append(value.detach())
                 parts.append(value if weight == 1.0 else weight * value)
             total = functools.reduce(torch.add, parts)
         if not total.requires_grad:
             got = "a value that does not require grad"
             raise ValueError(f"loss: got {got}, expected a 0-d tensor that requires grad")
-        return total, values
+        return (self._connected(total, student, batch) if self.connects else total), values
+
+    def _connected(self, total: Tensor, student: Outputs, batch: Batch) -> Tensor:
+        """`total` + 0 * the outputs that it does not depend on; they are found once."""
+        found = [x for x in tensors(student.raw) if x.requires_grad]
+        loose = self._loose
+        if loose is None:
+            reached = _reached(total)
+            loose = [at for at, x in enumerate(found) if x.grad_fn not in reached]
+            if not _is_zero(batch.tokens):  # else terms were left out
+                self._loose = loose
+        for at in loose:
+            total = total + found[at].flatten()[:0].sum()
+        return total
 
 
 def _value(term: Term, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
@@ -279,6 +303,17 @@ def nothing(outputs: Outputs) -> Tensor:
             "loss: got student outputs without gradient, expected some that require it"
         )
     return found[0].flatten()[:0].sum()
+
+
+def _reached(value: Tensor) -> set[Any]:
+    """Every node of autograd's graph below it."""
+    found, waiting = set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting.extend(below for below, _ in node.next_functions)
+    return found
 
 
 def _is_zero(count: Any) -> bool:

@@ -13,8 +13,8 @@ what they tell each other.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -26,9 +26,10 @@ from .cohort import source
 from .noise import weight_noise as disturbed
 from .processes import PLAINLY, Ranks
 from .progress import Log, Record, Step
+from .rates import Rates, applied
 from .stepping import stepping
 from .taps import Taps
-from .teachers import Average, Teacher, on_device
+from .teachers import Average, Teacher, on_device, sole
 from .terms import Objective, Term
 
 # steps between looks at the loss; elsewhere 50: a look makes the host wait
@@ -73,14 +74,16 @@ def train(
             a function of the inputs, a cache's `Reader`, or a `Teacher`. None: outputs that come
             with the batches.
         optimizer: over the student's parameters; None makes AdamW at `lr`. Parameters that terms
-            learn are added as a group where they are missing.
+            learn join the optimizer's first group where they are missing. A torch scheduler is
+            stepped by `on_step`, `validate` or `log`: without `schedule` no rate is written here.
         epochs: passes over `loader`, at least 1.
         lr: learning rate of the AdamW made here; not used when an optimizer is given.
         device: where to run; None means where the student is, or where `accelerator` runs.
         accumulate: batches to one optimizer step; the last step of an epoch may have fewer. None:
             what `accelerator` says, else 1.
         clip_norm: upper bound of the gradient's 2-norm, above 0; None leaves it as it is.
-        schedule: step (from 0) -> factor on each group's learning rate; undone on return.
+        schedule: step (from 0) -> factor on each group's learning rate; undone on return. Beside a
+            torch scheduler it is refused at the first rate that has been changed under it.
         amp: dtype of autocast for models and loss, bfloat16 or float16 (with a gradient scaler).
         accelerator: an `accelerate.Accelerator` that has prepared the student, the optimizer and
             the loader: its device, precision, gradient scaler and processes. The loss stays
@@ -127,10 +130,12 @@ def train(
     followers = [soft] if ema is None or ema is soft else [soft, ema]
     for model in (student, objective.modules, *(m for f in followers for m in f.models)):
         model.to(where)
+    soft.beside(student)
+    objective.connects = ranks.wrapped
     ranks.share(objective.modules)
     optimizer = take.prepared(student, _optimizer(optimizer, student, objective, followers, lr))
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = Rates([optimizer], schedule)
     parts = Parts(
         *(student, objective, optimizer, rates, soft, ema, take.scaler, loader, where),
         *(ranks, accumulate),
@@ -143,7 +148,7 @@ def train(
 
     with ExitStack() as stack:
         stack.enter_context(restored_modes(student, *(m for f in followers for m in f.models)))
-        stack.enter_context(_restored_rates(optimizer, rates))
+        stack.enter_context(rates)
         taps = stack.enter_context(Taps(student, (*objective.student_taps, *soft.student_taps)))
         stack.enter_context(soft.tapped(objective.teacher_taps))
         stack.enter_context(record)
@@ -151,14 +156,13 @@ def train(
             record.draw(_steps(loader, epochs, accumulate))
 
         for epoch in range(position.epoch, epochs):
-            student.train()
-            objective.modules.train()
             soft.begin()
+            student.train()  # after it: what the two share is in the student's mode
+            objective.modules.train()
             given = epoch_batches(loader, position, where, exact=checkpoint is not None)
             for group in ranks.groups(given, accumulate, where, plain=objective.plain is not None):
                 step = position.step
-                for settings, rate in zip(optimizer.param_groups, rates, strict=True):
-                    settings["lr"] = rate * schedule(step) if schedule else rate
+                rates.at(step)
                 optimizer.zero_grad(set_to_none=True)
 
                 values: list[Tensor] = []  # the loss of the step, then its terms
@@ -168,6 +172,7 @@ def train(
                         batch.epoch, batch.step = epoch, step
                         if transform is not None:
                             batch = transform(batch)
+                        sole(soft, batch)
                         with ranks.no_sync(last=at + 1 == len(group)):
                             with take.autocast():
                                 theirs = on_device(soft(batch), where)
@@ -183,7 +188,7 @@ def train(
                 first, position.used = position.used, position.used + len(group)
                 seen = sum(batch.samples for batch in group) * ranks.size
                 values = ranks.means(values)
-                now = optimizer.param_groups[0]["lr"]
+                now = applied(optimizer)
                 record.add(epoch, first, position.used - 1, now, seen, values)
                 ranks.average_gradients(objective.modules)
                 take.step(optimizer, weights, clip_norm)
@@ -218,27 +223,35 @@ def _optimizer(
     lr: float,
 ) -> torch.optim.Optimizer:
     """One over the student and what the terms learn, and over no teacher."""
-    learnt = [p for p in objective.modules.parameters() if p.requires_grad]
+    learnt = {p for p in objective.modules.parameters() if p.requires_grad}
     if optimizer is None:
         mine = [p for p in student.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW([{"params": mine}], lr=lr)
     here = {p for group in optimizer.param_groups for p in group["params"]}
-    if missing := [p for p in learnt if p not in here]:
-        optimizer.add_param_group({"params": missing})
+    if missing := {n: p for n, p in objective.modules.named_parameters() if p in learnt - here}:
+        _join(optimizer, missing)
     frozen = {p for follower in followers for m in follower.models for p in m.parameters()}
     if shared := len(here & frozen):
-        raise ValueError(f"optimizer: got {shared} parameters of the teacher, expected none")
+        inside = frozen <= set(student.parameters())
+        which = ", which is the student or a part of it (give a copy)" if inside else ""
+        raise ValueError(
+            f"optimizer: got {shared} parameters of the teacher{which}, expected none: what both "
+            "models use has requires_grad False and is not in the optimizer"
+        )
     return optimizer
+
+
+def _join(optimizer: Any, missing: dict[str, Tensor]) -> None:
+    """Add parameters to the first group: a new one would break a scheduler made before."""
+    bare = getattr(optimizer, "optimizer", optimizer)  # within accelerate's wrapper
+    if type(bare).add_param_group is not torch.optim.Optimizer.add_param_group:
+        bare.add_param_group({"params": list(missing.values())})  # it keeps books of its own
+        return
+    first = bare.param_groups[0]
+    first["params"].extend(missing.values())
+    if "param_names" in first:
+        first["param_names"].extend(f"terms.{name}" for name in missing)
 
 
 def _steps(loader: Any, epochs: int, accumulate: int) -> int | None:
     return epochs * -(-len(loader) // accumulate) if hasattr(loader, "__len__") else None
-
-
-@contextmanager
-def _restored_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
