@@ -179,14 +179,33 @@ def forward(model: nn.Module, inputs: Any) -> Any:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module within torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    while (inner := within(model)) is not None:
+        model = inner
+    return model
+
+
+def bare_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Each name within `model` -> the same without its wrappers', and those of its parts."""
+    found = {}
+    for name in names:
+        at: Any = model
+        kept = []
+        for part in name.split("."):
+            inner = at._modules.get(part) if isinstance(at, nn.Module) else None
+            wrapper = inner is not None and isinstance(at, nn.Module) and within(at) is inner
+            if not wrapper:
+                kept.append(part)
+            at = inner
+        found[name] = ".".join(kept)
+    return found
+
+
+def within(model: nn.Module) -> nn.Module | None:
+    """What one wrapper wraps; None for a module that is none."""
+    if isinstance(found := getattr(model, "_orig_mod", None), nn.Module):
+        return found
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, parallel):
-            model = model.module
-        else:
-            return model
+    return model.module if isinstance(model, parallel) else None
 
 
 @contextmanager
