@@ -507,7 +507,7 @@ def test_several_taps_of_one_term(loader: Any) -> None:
         return mse(a1.T @ a2 / len(a1), b1.T @ b2 / len(b1))
 
     term = distill.feature(("1", "3"), ("1", "3"), fsp)
-    assert term.name == "feature:1+3-1+3"
+    assert term.name == "fsp:1+3-1+3"
     steps = quiet(mlp(), loader, term, teacher=mlp(), epochs=20, lr=1e-2)
     assert steps[-1].loss < 0.5 * steps[0].loss
 

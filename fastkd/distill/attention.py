@@ -3,15 +3,9 @@
     distill.feature("layer1", "layer3", attention.at, 1000.0)
 
 Functions are (student features, teacher features) -> 0-d tensor, in float32 at least, also under
-autocast. Padding is in the batch, so a term with a mask is written out:
+autocast. What is padding stands in the batch, whose mask a term hands over:
 
-    Term(
-        "attention",
-        lambda s, t, batch: attention.attention_kl(
-            s.features["scores"], t.features["scores"], mask=batch.inputs["attention_mask"]
-        ),
-        mean="samples", student_taps=("scores",), teacher_taps=("scores",),
-    )
+    distill.feature("scores", "scores", attention.attention_kl, mask="attention_mask")
 
 `mask` is [N, L], not 0 where a token counts (a key that is padding has probability 0, a query that
 is padding is left out of the mean), or [N, queries, keys], not 0 where a query may look at a key

@@ -70,20 +70,25 @@ class Outputs:
     """What a model said: `logits`, tapped `features` by module name, and `raw`, all of it.
 
     `logits` is `raw`, or its attribute or entry of that name. `members` are the outputs of each
-    teacher where there are several.
+    teacher where there are several. `role` is who has said it, such as "student" or "teacher":
+    reading `logits` of an answer that has none is then an error that names it; of nobody they are
+    None.
     """
 
     raw: Any
     features: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     members: tuple[Outputs, ...] = ()
+    role: str = ""
 
     @property
     def logits(self) -> Any:
-        if isinstance(self.raw, (Tensor, type(None))):
+        if isinstance(self.raw, Tensor):
             return self.raw
-        if isinstance(self.raw, Mapping):
-            return self.raw.get("logits")
-        return getattr(self.raw, "logits", self.raw)
+        named = isinstance(self.raw, Mapping)
+        found = self.raw.get("logits") if named else getattr(self.raw, "logits", self.raw)
+        if self.role and (found is None or isinstance(found, (tuple, list, Mapping, str))):
+            raise _without_logits(self.raw, found, self.role)
+        return found
 
     def detach(self) -> Outputs:
         """The same without gradient."""
@@ -91,7 +96,31 @@ class Outputs:
             mapped(self.raw, Tensor.detach),
             {name: mapped(value, Tensor.detach) for name, value in self.features.items()},
             tuple(member.detach() for member in self.members),
+            self.role,
         )
+
+
+def _without_logits(raw: Any, found: Any, role: str) -> Exception:
+    """What to raise for an answer in which nobody can tell the logits."""
+    wanted = "logits [..., V] or an output with `logits`"
+    if isinstance(raw, Mapping) and "logits" not in raw:
+        entries = [str(key)[:40] for key in list(raw)[:8]]
+        got = f"a {type(raw).__name__} with the entries {entries}"
+        return ValueError(f"{role}: got {got}, expected 'logits' among them; wrap the model")
+    if found is None:
+        whole = "None" if raw is None else f"{type(raw).__name__} with `logits` None"
+        return TypeError(f"{role}: got {whole}, expected {wanted}; does its forward return them?")
+    what = f"a {type(found).__name__} of {len(found)}"
+    if isinstance(found, (tuple, list)):
+        parts = [
+            f"tensor {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            for x in found[:4]
+        ]
+        what += f" ({', '.join(parts)}{', ...' if len(found) > 4 else ''})"
+    return TypeError(
+        f"{role}: got {what}, expected {wanted}; wrap it in a module that returns its logits, "
+        "or read `raw` in a Term"
+    )
 
 
 def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -171,14 +200,33 @@ def _beyond(model: nn.Module, inputs: Any) -> str | None:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module within torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    while (inner := within(model)) is not None:
+        model = inner
+    return model
+
+
+def bare_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Each name within `model` -> the same without its wrappers', and those of its parts."""
+    found = {}
+    for name in names:
+        at: Any = model
+        kept = []
+        for part in name.split("."):
+            inner = at._modules.get(part) if isinstance(at, nn.Module) else None
+            wrapper = inner is not None and isinstance(at, nn.Module) and within(at) is inner
+            if not wrapper:
+                kept.append(part)
+            at = inner
+        found[name] = ".".join(kept)
+    return found
+
+
+def within(model: nn.Module) -> nn.Module | None:
+    """What one wrapper wraps; None for a module that is none."""
+    if isinstance(found := getattr(model, "_orig_mod", None), nn.Module):
+        return found
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, parallel):
-            model = model.module
-        else:
-            return model
+    return model.module if isinstance(model, parallel) else None
 
 
 @contextmanager

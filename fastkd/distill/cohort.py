@@ -63,7 +63,7 @@ class Peer(Teacher):
 
     def __call__(self, batch: Batch) -> Outputs:
         inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
-        self._mine = Outputs(forward(self.model, inputs), self._taps.take())
+        self._mine = Outputs(forward(self.model, inputs), self._taps.take(), role="teacher")
         return self._mine.detach()
 
     def follow(self, student: Outputs, batch: Batch) -> None:

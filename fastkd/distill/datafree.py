@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch import device_of, forward, restored_modes
+from .batch import Outputs, device_of, forward, restored_modes
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -178,9 +178,10 @@ def _descent(
             x = inputs()
             if prior:
                 with batch_norm_prior(teacher) as distance:
-                    value = loss(forward(teacher, x)) + prior * distance()
+                    said = Outputs(forward(teacher, x), role="teacher")
+                    value = loss(said.logits) + prior * distance()
             else:
-                value = loss(forward(teacher, x))
+                value = loss(Outputs(forward(teacher, x), role="teacher").logits)
             for p, slope in zip(weights, torch.autograd.grad(value, weights), strict=True):
                 p.grad = slope
             optimizer.step()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batch import IGNORED, Outputs, batches, device_of, forward, moved, restored_modes
+from .targets import class_numbers, classes_last
 
 
 class Evaluation(NamedTuple):
@@ -35,6 +36,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
     def count(labels: Tensor | None, logits: Tensor) -> list[Tensor]:
         if labels is None:
             raise ValueError("loader: got inputs alone, expected (inputs, labels)")
+        labels = class_numbers("own", logits, labels)
         flat = logits.flatten(0, -2).float()
         nats = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")
         return [(logits.argmax(-1) == labels).sum(), nats]
@@ -72,7 +74,10 @@ def _totals(
         for given in batches(loader, "to evaluate"):
             batch = moved(given, device)
             labels = batch.labels
-            logits = [Outputs(forward(model.eval(), batch.inputs)).logits for model in models]
+            said = [forward(model.eval(), batch.inputs) for model in models]
+            logits = [Outputs(raw, role="model").logits for raw in said]
+            for x in logits:
+                classes_last("", x, labels, batch.inputs)
             shape = logits[0].shape[:-1]
             rows = torch.tensor(shape.numel()) if labels is None else (labels != IGNORED).sum()
             parts.append(torch.stack([rows.to(logits[0].device), *count(labels, *logits)]))

@@ -12,11 +12,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .batch import bare_names
+from .processes import whole
+from .sharded import placed_like
+
+WRAPPER = "module."  # DataParallel's and DistributedDataParallel's, in front of every name
+
 
 def save(model: nn.Module, path: str | os.PathLike[str], metadata: Any = None) -> None:
     """Write a model's state as safetensors, with `metadata` as JSON in its header.
 
-    The file appears complete or not at all; one that was there stays until then.
+    The file appears complete or not at all; one that was there stays until then. Names are those of
+    the bare model, whatever wraps it or a part of it (torch.compile, DataParallel,
+    DistributedDataParallel). Of one in shards (`fully_shard`) whole tensors are written, for which
+    all ranks have to call.
 
     Args:
         model: module whose state dict holds tensors only; tied weights are written once per name.
@@ -26,7 +35,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Any = None) -
     Raises:
         TypeError, ValueError: metadata or a state that the format cannot hold.
     """
-    save_state(model.state_dict(), path, metadata)
+    state = model.state_dict()
+    names = bare_names(model, state)
+    save_state({names[name]: whole(x) for name, x in state.items()}, path, metadata)
 
 
 def save_state(state: Mapping[str, Any], path: str | os.PathLike[str], metadata: Any) -> None:
@@ -34,6 +45,8 @@ def save_state(state: Mapping[str, Any], path: str | os.PathLike[str], metadata:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"model: got {type(value).__name__} as {name!r}, expected a tensor")
+        if value.is_quantized:
+            raise TypeError(f"model: got {value.dtype} as {name!r}, which safetensors cannot hold")
     write(path, state, metadata, "save")
 
 
@@ -41,16 +54,54 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Any:
     """Read a safetensors file into `model` and return its metadata (None in a file not by `save`).
 
     Args:
-        model: module with exactly the names and shapes of the file; keeps its dtypes and device.
+        model: module with exactly the names and shapes of the file, wrapped or not, as the one that
+            was saved may have been; keeps its dtypes, its device and its shards.
         path: file to read.
 
     Raises:
-        ValueError: names or shapes differ; the model is untouched then.
+        ValueError: names or shapes differ (a prefix of all names is named); the model is untouched
+            then.
     """
     state, metadata = read(path, "load")
-    same_shapes(state, model.state_dict(), f"path: got {path} with")
-    model.load_state_dict(state)
+    ours = model.state_dict()
+    names = bare_names(model, ours)
+    wanted = {names[name]: x for name, x in ours.items()}
+    if state.keys() != wanted.keys():  # of a model some parts of which were compiled
+        state = {name.replace("_orig_mod.", ""): x for name, x in state.items()}
+    while state and not state.keys() & wanted.keys():
+        if not all(name.startswith(WRAPPER) for name in state):
+            break
+        state = {name.removeprefix(WRAPPER): x for name, x in state.items()}
+    _same_prefix(state, wanted, path)
+    same_shapes(state, wanted, f"path: got {path} with")
+    model.load_state_dict({name: placed_like(state[names[name]], x) for name, x in ours.items()})
     return metadata
+
+
+def _same_prefix(
+    theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], path: str | os.PathLike[str]
+) -> None:
+    """ValueError where all names of one side are those of the other behind a prefix."""
+    for longer, shorter, mine in ((theirs, ours, False), (ours, theirs, True)):
+        one = next(iter(shorter), None)
+        if one is None or len(longer) != len(shorter):
+            return
+        for name in longer:
+            prefix = name.removesuffix(one)
+            if prefix == name or not prefix or {prefix + x for x in shorter} != longer.keys():
+                continue
+            got, wanted = (one, name) if mine else (name, one)
+            part = prefix.removesuffix(".")
+            hint = (
+                f"load into its part {part!r}"
+                if mine
+                else f"load into a module with it as {part!r}"
+            )
+            where = "the model's" if mine else "the file's"
+            raise ValueError(
+                f"path: got {path} with {got!r}, expected {wanted!r}: all of {where} names begin "
+                f"with {prefix!r}; load into {hint}"
+            )
 
 
 def same_shapes(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], got: str) -> None:

@@ -43,7 +43,7 @@ def at_head(term: Term, head: Choice) -> Term:
 
     def function(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         mine, theirs = (
-            Outputs(None if x.raw is None else chosen(x.raw, head), x.features, x.members)
+            Outputs(None if x.raw is None else chosen(x.raw, head), x.features, x.members, x.role)
             for x in (student, teacher)
         )
         return term.function(mine, theirs, batch)

@@ -19,6 +19,7 @@ import fastkd
 
 from .batch import IGNORED, Outputs, batches, device_of, forward, moved, restored_modes
 from .files import needed, save
+from .targets import class_numbers, classes_last
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 RUNS = 20  # of the latency
@@ -105,7 +106,7 @@ def report(
     Papers: Guo et al. 2017, arXiv 1706.04599 (calibration error).
     """
     models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
-    said = {name: _collect(model, loader) for name, model in models.items()}
+    said = {name: _collect(model, loader, name) for name, model in models.items()}
     logits, labels, _ = said["student"]
     figures, curves = {}, {}
     for name, model in models.items():
@@ -152,7 +153,7 @@ def _bins(probabilities: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Ten
     return count / len(labels), sure / count, good / count
 
 
-def _collect(model: nn.Module, loader: Iterable[Any]) -> tuple[Tensor, Tensor, Any]:
+def _collect(model: nn.Module, loader: Iterable[Any], role: str) -> tuple[Tensor, Tensor, Any]:
     """Logits float64 [N, V] and labels [N] of the rows that count, and the first batch's inputs."""
     device = device_of(model)
     logits, labels, first = [], [], None
@@ -162,10 +163,15 @@ def _collect(model: nn.Module, loader: Iterable[Any]) -> tuple[Tensor, Tensor, A
                 raise ValueError("loader: got inputs alone, expected (inputs, labels)")
             batch = moved(given, device)
             first = batch.inputs if first is None else first
-            said = Outputs(forward(model.eval(), batch.inputs)).logits
-            keep = batch.labels != IGNORED
+            said = Outputs(forward(model.eval(), batch.inputs), role=role).logits
+            if said.size(-1) < 2:
+                got = f"a single logit {list(said.shape)}"
+                raise ValueError(f"{role}: got {got}, expected logits [..., V] with V >= 2")
+            classes_last("", said, batch.labels, batch.inputs)
+            truth = class_numbers("own", said, batch.labels)
+            keep = truth != IGNORED
             logits.append(said[keep].double().cpu())
-            labels.append(batch.labels[keep].cpu())
+            labels.append(truth[keep].cpu())
     if not sum(map(len, labels)):
         raise ValueError(f"loader: got only rows labelled {IGNORED}, expected others too")
     return torch.cat(logits), torch.cat(labels), first

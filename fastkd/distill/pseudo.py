@@ -54,7 +54,9 @@ def pseudo_labels(
     with torch.no_grad(), restored_modes(teacher):
         for given in batches(loader, "to label"):
             raw = forward(teacher.eval(), moved(given, device).inputs)
-            said.append((Outputs(raw).logits.float() / temperature).softmax(-1).cpu())
+            said.append(
+                (Outputs(raw, role="teacher").logits.float() / temperature).softmax(-1).cpu()
+            )
     soft = torch.cat(said)
     if not 1 <= clusters <= len(soft):
         raise ValueError(f"clusters: got {clusters!r}, expected 1 to {len(soft)} (the samples)")

@@ -294,6 +294,10 @@ class CRD(nn.Module):
         return f"-log h(s, t) - sum log(1 - h(s, t_n)), h = {h}"
 
 
+# they compare whole samples, in which padding has to be 0 on both sides
+OF_SAMPLES = (rkd_distance, rkd_angle, sp, cc, pkt, CRD)
+
+
 @full_precision
 def _log_z(
     s: Tensor, t: Tensor, teachers: Tensor, students: Tensor, *, temperature: float

@@ -22,6 +22,7 @@ import fastkd
 from .batch import Batch, Outputs
 from .correlation import ZERO, angle, top
 from .rowwise import Rows, coefficient, positive, row_loss, transformed
+from .targets import Classes, is_ours, labels_of, taught
 from .terms import Term, Weight
 
 INF = math.inf
@@ -253,8 +254,9 @@ def response(
     Args:
         function: `logit_mse`, `dkd`, `nkd`, `zscore`, `cosine`, `dist`, or one of your own.
         weight: factor, or step -> factor.
-        rows: "labelled": rows whose label is -100 are left out; "all": the function gets no
-            labels. None: "labelled" where the function cannot do without, "all" otherwise.
+        rows: "labelled": rows whose label is -100 are left out, and every batch needs labels;
+            "all": the function gets no labels. None: "labelled" where the function cannot do
+            without, "all" otherwise.
         name: None for the function's own.
         **options: of the function; `temperature` may be step -> T.
 
@@ -273,14 +275,19 @@ def response(
     if unknown := options.keys() - known:
         raise TypeError(f"{name}: got unexpected options {sorted(unknown)}")
 
+    look = Classes(name)
+    # one of your own may lay out classes otherwise; plain differences see one logit, too
+    softmax = is_ours(function) and not (function is logit_mse and options.get("centred") is False)
+
     def call(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        if teacher.logits is None:
-            raise ValueError(f"term {name!r}: got no teacher, expected train(..., teacher=...)")
+        theirs = taught(name, teacher)
+        if softmax:
+            look(student.logits, batch)
         given = dict(options)
         if callable(given.get("temperature")):
             given["temperature"] = given["temperature"](batch.step)
-        labels = batch.labels if rows == "labelled" else None
-        return function(student.logits, teacher.logits, labels, **given)
+        labels = labels_of(name, batch) if rows == "labelled" else None
+        return function(student.logits, theirs, labels, **given)
 
     return Term(name, call, weight, mean="tokens" if rows == "labelled" else "samples")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batch import bare_names, unwrap, within
 from .files import same_shapes
 from .taps import resolve
 
@@ -36,9 +37,13 @@ def copy_layers(student: nn.Module, teacher: nn.Module, layers: Mapping[str, str
     pairs = []
     for mine, theirs in layers.items():
         target, origin = resolve(student, mine), resolve(teacher, theirs)
-        state = origin.state_dict()
-        same_shapes(state, target.state_dict(), f"layers: got {theirs!r} for {mine!r} with")
-        pairs.append((target, state))
+        state, ours = origin.state_dict(), target.state_dict()
+        bare = bare_names(origin, state)
+        state = {bare[name]: x for name, x in state.items()}
+        names = bare_names(target, ours)
+        wanted = {names[name]: x for name, x in ours.items()}
+        same_shapes(state, wanted, f"layers: got {theirs!r} for {mine!r} with")
+        pairs.append((target, {name: state[names[name]] for name in ours}))
     for target, state in pairs:
         target.load_state_dict(state)
 
@@ -68,7 +73,8 @@ def prune(model: nn.Sequential, keep: float | Mapping[str, float]) -> nn.Sequent
 
     Args:
         model: nn.Sequential, nested or not, of Linear and Conv layers (one group), batch norms,
-            Flatten, and modules without parameters that keep the order of channels.
+            Flatten, and modules without parameters that keep the order of channels; no other model.
+            The copy is of what torch.compile or a parallel wrapper has within.
         keep: share of units that stay in (0, 1], rounded, at least one; or name -> share, 1 for
             layers without an entry.
 
@@ -77,7 +83,7 @@ def prune(model: nn.Sequential, keep: float | Mapping[str, float]) -> nn.Sequent
 
     Paper: Li et al. 2017, arXiv 1608.08710.
     """
-    narrow = copy.deepcopy(model)
+    narrow = copy.deepcopy(unwrap(model))
     leaves = list(_leaves(narrow))
     layers = [(name, leaf) for name, leaf in leaves if isinstance(leaf, PRUNABLE)]
     shares = dict.fromkeys((name for name, _ in layers[:-1]), 1.0)
@@ -120,8 +126,20 @@ def replace_head(model: nn.Module, name: str, outputs: int) -> nn.Module:
         model: changed in place and returned.
         name: of a Linear or Conv layer within it.
         outputs: units of the new layer, at least 1.
+
+    Raises:
+        ValueError: another kind of layer, a model in DistributedDataParallel, which would not see
+            the new layer.
     """
-    old = resolve(model, name)
+    at: Any = model
+    while at is not None:
+        if isinstance(at, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "model: got DistributedDataParallel, which averages gradients of the layers that "
+                "it was made with; expected the bare module, to be wrapped afterwards"
+            )
+        at = within(at)
+    old = unwrap(resolve(model, name))
     if not isinstance(old, PRUNABLE) or not name:
         raise ValueError(f"name: got {name!r}, a {type(old).__name__}, expected a Linear or Conv")
     if outputs < 1:
@@ -134,7 +152,7 @@ def replace_head(model: nn.Module, name: str, outputs: int) -> nn.Module:
     _rename(new, outputs)
     new.reset_parameters()
     parent, _, last = name.rpartition(".")
-    setattr(resolve(model, parent), last, new)
+    setattr(unwrap(resolve(model, parent)), last, new)
     return model
 
 
@@ -170,6 +188,7 @@ def _leaves(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
     if not isinstance(model, nn.Sequential):
         raise ValueError(f"model: got {type(model).__name__}, expected nn.Sequential")
     for name, child in model.named_children():
+        child = unwrap(child)
         if isinstance(child, nn.Sequential):
             yield from _leaves(child, f"{prefix}{name}.")
             continue

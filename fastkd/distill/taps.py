@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import forward, mapped, restored_modes, unwrap
+from .batch import bare_names, forward, mapped, restored_modes, unwrap
 
 
 class Taps:
@@ -65,7 +65,10 @@ class Taps:
 
 def resolve(model: nn.Module, name: str) -> nn.Module:
     """The submodule of that name; ValueError with near names where there is none."""
-    modules = dict(model.named_modules())
+    model = unwrap(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if name not in modules:  # by the names without those of wrapped parts
+        modules = {bare: modules[full] for full, bare in bare_names(model, modules).items()}
     if name in modules:
         return modules[name]
     names = [known for known in modules if known]

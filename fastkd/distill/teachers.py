@@ -110,7 +110,7 @@ class Live(Teacher):
         with torch.no_grad(), in_eval(self._shared):
             raw = forward(self.model, self._cast(inputs))
         reshard(self.model)
-        return Outputs(raw, self._taps.take())
+        return Outputs(raw, self._taps.take(), role="teacher")
 
     def _cast(self, inputs: Any) -> Any:
         kind, first = self._half, next(tensors(inputs), None)
@@ -183,7 +183,7 @@ class Called(Teacher):
     def __call__(self, batch: Batch) -> Outputs:
         inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
         with torch.no_grad():
-            return Outputs(self.function(inputs)).detach()
+            return Outputs(self.function(inputs), role="teacher").detach()
 
     def identity(self) -> Any:
         function = self.function
@@ -208,7 +208,7 @@ class Stored(Teacher):
 
     def __call__(self, batch: Batch) -> Outputs:
         if batch.teacher is not None:
-            return Outputs(batch.teacher)
+            return Outputs(batch.teacher, role="teacher")
         if self.reader is None or "index" not in batch.extra:
             raise ValueError(
                 "teacher: got a batch without 'teacher' and without 'index', expected one of them "
@@ -217,7 +217,7 @@ class Stored(Teacher):
         numbers = batch.extra["index"].tolist()
         many = getattr(self.reader, "batch", None)
         said = many(numbers) if many else stacked([self.reader[i] for i in numbers])
-        return Outputs(to(said, next(tensors(batch.inputs)).device))
+        return Outputs(to(said, next(tensors(batch.inputs)).device), role="teacher")
 
     def identity(self) -> Any:
         value = getattr(self.reader, "identity", None)
@@ -242,7 +242,9 @@ class FromBatch(Teacher):
 
 def on_device(said: Outputs, device: torch.device) -> Outputs:
     """`said`, or ValueError where its logits are on another device than the student."""
-    there = getattr(said.logits, "device", device)
+    if said.raw is not None:
+        said.role = said.role or "teacher"
+    there = getattr(Outputs(said.raw).logits, "device", device)  # terms may do without logits
     if there != device and (there.type != device.type or device.index is not None):
         raise ValueError(f"teacher: got outputs on {there}, expected {device}")
     return said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +15,20 @@ from torch import Tensor, nn
 
 import fastkd
 
-from .batch import IGNORED, Batch, Outputs, tensors
+from .batch import IGNORED, Batch, Outputs, mapped, tensors
+from .features import nst
 from .processes import is_placed
+from .relations import OF_SAMPLES, fsp
+from .targets import (
+    Classes,
+    bare_function,
+    class_numbers,
+    kept_rows,
+    labels_of,
+    only,
+    taught,
+    without,
+)
 
 Weight = float | Callable[[int], float]
 MEANS = ("tokens", "samples", "step")
@@ -54,6 +67,13 @@ class Term:
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise TypeError(f"function: got {self.function!r}, expected a callable")
+        number = isinstance(self.weight, (int, float)) or getattr(self.weight, "ndim", 1) == 0
+        if not callable(self.weight) and not number:
+            got = f"{type(self.weight).__name__} {list(getattr(self.weight, 'shape', []))}"
+            raise TypeError(
+                f"weight: got {got}, expected a number or step -> number; class weights go into a "
+                "Term with F.cross_entropy(s.logits, b.labels, weight=...)"
+            )
         if self.mean not in MEANS:
             raise ValueError(f"mean: got {self.mean!r}, expected one of {MEANS}")
         for taps in (self.student_taps, self.teacher_taps):
@@ -62,25 +82,36 @@ class Term:
 
 
 def hard(weight: Weight = 1.0, *, label_smoothing: float = 0.0, name: str = "hard") -> Term:
-    """Cross-entropy with the labels, mean over the labelled rows of the step: CE(labels, s)."""
+    """Cross-entropy with the labels, mean over the labelled rows of the step: CE(labels, s).
+
+    Args:
+        weight: factor, or step -> factor.
+        label_smoothing: in [0, 1].
+        name: of the term.
+
+    Raises:
+        TypeError, ValueError: in training: no labels, labels that are no class numbers
+            (probabilities, several of a sample), classes that are not along the last dimension.
+    """
+    look = Classes(name)
 
     def function(student: Outputs, _: Outputs, batch: Batch) -> Tensor:
-        if batch.labels is None:
-            raise ValueError(
-                f"term {name!r}: got a batch without labels, expected (inputs, labels)"
-            )
-        if is_placed(student.logits):
+        labels, logits = labels_of(name, batch), student.logits
+        look(logits, batch)
+        if is_placed(logits):
             return fastkd.distillation_loss(
-                student.logits,
-                student.logits.detach(),
-                batch.labels,
+                logits,
+                logits.detach(),
+                labels,
                 alpha=1.0,
                 ignore_index=IGNORED,
                 label_smoothing=label_smoothing,
             )
+        if isinstance(logits, Tensor):
+            labels = class_numbers(name, logits, labels, f"term {name!r}: ")
         return F.cross_entropy(
-            student.logits.flatten(0, -2),
-            batch.labels.flatten(),
+            logits.flatten(0, -2),
+            labels.flatten(),
             ignore_index=IGNORED,
             label_smoothing=label_smoothing,
         )
@@ -103,22 +134,24 @@ def soft(
         temperature: T, or step -> T.
         divergence: as in `fastkd.distillation_loss`.
         rows: "all" (a transfer set whose labels may be missing), or "labelled": rows whose label
-            is -100 are left out (padding of a language model).
+            is -100 are left out (padding of a language model); every batch needs labels then.
 
     Paper: Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
     """
     if rows not in ("all", "labelled"):
         raise ValueError(f"rows: got {rows!r}, expected 'all' or 'labelled'")
 
+    look = Classes(name)
+
     def function(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        if teacher.logits is None:
-            raise ValueError(f"term {name!r}: got no teacher, expected train(..., teacher=...)")
+        theirs = taught(name, teacher)
+        look(student.logits, batch)
         T = temperature(batch.step) if callable(temperature) else temperature
         # at alpha=0 labels only say which rows are left out
-        labels = batch.labels if rows == "labelled" else None
+        labels = labels_of(name, batch) if rows == "labelled" else None
         return fastkd.distillation_loss(
             student.logits,
-            teacher.logits,
+            theirs,
             labels,
             temperature=T,
             alpha=0.0,
@@ -138,7 +171,9 @@ def feature(
     weight: Weight = 1.0,
     *,
     projector: nn.Module | None = None,
-    mean: str = "samples",
+    rows: str = "all",
+    mask: str | None = None,
+    mean: str | None = None,
     name: str | None = None,
 ) -> Term:
     """A feature or relation loss between two taps: function(projector(f_student), f_teacher).
@@ -150,15 +185,36 @@ def feature(
             and `attention`. One that is a module with parameters or buffers is learnt too.
         weight: factor, or step -> factor.
         projector: learnt with the student (see `fastkd.distill.projector`); None for none.
-        mean: see `Term`.
-        name: None makes "feature:STUDENT_TAP-TEACHER_TAP".
+        rows: "all", or "labelled": positions whose label is -100 (padding) are left out.
+        mask: name of the batch's mask, not 0 where a position counts, such as "attention_mask":
+            an entry of its inputs, or of what else the loader's dict holds.
+        mean: see `Term`; None: "tokens" with rows="labelled", else "samples".
+        name: None makes "FUNCTION:STUDENT_TAP-TEACHER_TAP", such as "hint:layer1-layer3".
+
+    With `rows` or `mask` a function that has an argument `mask` gets it. Another one gets the
+    vectors that count, [n, D] of [N, L, D]; one that compares whole samples gets them with 0 for
+    what does not count. So a padded batch has the value of one without padding.
+
+    Raises:
+        TypeError, ValueError: another `rows`, both `rows` and `mask`; in training: a batch without
+            what they need, features of other first dimensions.
     """
+    if rows not in ("all", "labelled"):
+        raise ValueError(f"rows: got {rows!r}, expected 'all' or 'labelled'")
+    if rows == "labelled" and mask is not None:
+        raise ValueError(f"mask: got {mask!r} beside rows='labelled', expected one of them")
+    bare = bare_function(function)
+    kind = getattr(bare, "__name__", type(bare).__name__)
+    kind = "feature" if kind == "<lambda>" else kind
+    name = name or f"{kind}:{'+'.join(_names(student_tap))}-{'+'.join(_names(teacher_tap))}"
+    mean = mean or ("tokens" if rows == "labelled" else "samples")
 
-    def call(student: Outputs, teacher: Outputs, _: Batch) -> Tensor:
+    def call(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         mine, theirs = _tapped(student, student_tap), _tapped(teacher, teacher_tap)
-        return function(mine if projector is None else projector(mine), theirs)
+        mine = mine if projector is None else projector(mine)
+        kept = kept_rows(name, batch, rows, mask)
+        return function(mine, theirs) if kept is None else _masked(function, mine, theirs, kept)
 
-    name = name or f"feature:{'+'.join(_names(student_tap))}-{'+'.join(_names(teacher_tap))}"
     return Term(
         name,
         call,
@@ -168,6 +224,29 @@ def feature(
         _names(teacher_tap),
         _owned(projector, function),
     )
+
+
+def _masked(function: Callable[..., Tensor], mine: Any, theirs: Any, kept: Tensor) -> Tensor:
+    """function(mine, theirs) over what is kept; 0, connected to the graph, where nothing is."""
+    bare = bare_function(function)
+    if "mask" in _parameters(bare):
+        return function(mine, theirs, mask=kept)
+    whole = bare is nst or bare in OF_SAMPLES or type(bare) in OF_SAMPLES
+    if bare is fsp and kept.dim() > 1:
+        raise ValueError("mask: got one of positions for fsp, which has a mean over all of them")
+    take = without if whole and kept.dim() > 1 else only
+    mine, theirs = (mapped(x, lambda part: take(part, kept)) for x in (mine, theirs))
+    found = list(tensors(mine))
+    if any(x.size(0) == 0 for x in found):  # a mean over nothing
+        return torch.stack([x.sum() for x in found]).sum()
+    return function(mine, theirs)
+
+
+def _parameters(function: Any) -> Any:
+    try:
+        return inspect.signature(getattr(function, "forward", function)).parameters
+    except (TypeError, ValueError):  # one written in C
+        return ()
 
 
 def _owned(projector: nn.Module | None, function: Callable[..., Tensor]) -> nn.Module | None:
@@ -263,7 +342,19 @@ def _value(term: Term, student: Outputs, teacher: Outputs, batch: Batch) -> Tens
     share: Any = 1.0
     if term.mean != "step" and not batch.whole:
         share = _sample_share(batch) if term.mean == "samples" else _token_share(batch)
-    return _shared(term.function(student, teacher, batch), share, f" from term {term.name!r}")
+    try:
+        value = term.function(student, teacher, batch)
+    except Exception as error:
+        _name(error, f"term {term.name!r}: ")
+        raise
+    return _shared(value, share, f" from term {term.name!r}")
+
+
+def _name(error: Exception, prefix: str) -> None:
+    """Say in an error's own message which term it comes from."""
+    first = error.args[0] if error.args else ""
+    if isinstance(first, str) and "term '" not in first[:8]:
+        error.args = (prefix + first, *error.args[1:])
 
 
 def _shared(value: Any, share: Any, where: str) -> Tensor:

@@ -176,7 +176,9 @@ def train(
                         with ranks.no_sync(last=at + 1 == len(group)):
                             with take.autocast():
                                 theirs = on_device(soft(batch), where)
-                                ours = Outputs(forward(student, batch.inputs), taps.take())
+                                ours = Outputs(
+                                    forward(student, batch.inputs), taps.take(), role="student"
+                                )
                                 value, terms = objective(ours, theirs, batch)
                             take.backward(value)
                         with take.autocast():

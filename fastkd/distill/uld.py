@@ -24,6 +24,7 @@ from .rowwise import (
     positive,
     row_factors,
 )
+from .targets import taught
 from .terms import Term, Weight
 
 INF = math.inf
@@ -152,11 +153,10 @@ def uld(weight: Weight = 1.5, *, name: str = "uld", **options: Any) -> Term:
     """
 
     def function(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        if teacher.logits is None:
-            raise ValueError(f"term {name!r}: got no teacher, expected train(..., teacher=...)")
+        theirs = taught(name, teacher)
         given = {"alignment": batch.extra.get("alignment"), **options}
         given["normalizer"] = batch.normalizer
-        return uld_loss(student.logits, teacher.logits, batch.labels, **given)
+        return uld_loss(student.logits, theirs, batch.labels, **given)
 
     return Term(name, function, weight, mean="step")
 

@@ -115,8 +115,8 @@ class Distillation(_callbacks.Callback):  # type: ignore[misc]
         if first is not None:
             self.teacher.to(first.device)
         with torch.no_grad():
-            said = Outputs(forward(self.teacher, self._as_teacher(inputs))).logits
-        mine = student if isinstance(student, fastkd.LinearLogits) else Outputs(student).logits
+            raw = forward(self.teacher, self._as_teacher(inputs))
+        said, mine = Outputs(raw, role="teacher").logits, Outputs(student, role="student").logits
         return fastkd.distillation_loss(mine, said, labels, **{**self.options, **options})
 
     def _as_teacher(self, inputs: Any) -> Any:

@@ -1,0 +1,180 @@
+"""What a term asks of logits and labels, and what to write where they are of another kind.
+
+Classes lie along the last dimension and a label is the number of one. What looks otherwise (maps
+[B, C, H, W], probabilities, several labels of a sample, numbers) would run and mean something else,
+so it is refused here.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .batch import IGNORED, Batch, Outputs, tensors
+
+WRITE = "distill.Term({name!r}, lambda s, t, b: {call}, mean='samples')"
+
+
+def labels_of(name: str, batch: Batch) -> Any:
+    """The batch's labels; ValueError that names the term where there are none."""
+    if batch.labels is None:
+        raise ValueError(
+            f"term {name!r}: got a batch without labels, expected (inputs, labels) or a dict with "
+            "'inputs' and 'labels'"
+        )
+    return batch.labels
+
+
+def taught(name: str, teacher: Outputs) -> Any:
+    """The teacher's logits; ValueError that names the term where there is no teacher."""
+    if (found := teacher.logits) is None:
+        raise ValueError(f"term {name!r}: got no teacher, expected train(..., teacher=...)")
+    return found
+
+
+class Classes:
+    """Looks at the student's logits of a term before a softmax over their last dimension."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self._told = name, False
+
+    def __call__(self, logits: Any, batch: Batch) -> None:
+        """ValueError for classes along another dimension; one warning for a single class."""
+        if not isinstance(logits, Tensor) or logits.dim() == 0:
+            return
+        classes_last(f"term {self.name!r}: ", logits, batch.labels, batch.inputs)
+        if logits.size(-1) == 1 and not self._told:
+            self._told = True
+            warnings.warn(
+                f"term {self.name!r}: got a single logit {list(logits.shape)}, whose softmax is 1 "
+                "whatever it is: nothing is learnt from it; write a Term with "
+                "F.binary_cross_entropy_with_logits or F.mse_loss instead",
+                stacklevel=2,
+            )
+
+
+def classes_last(where: str, logits: Tensor, labels: Any, inputs: Any = None) -> None:
+    """ValueError where classes lie along dimension 1, as labels or images show."""
+    shape = list(logits.shape)
+    if len(shape) < 3:
+        return
+    spatial = isinstance(labels, Tensor) and list(labels.shape) == [shape[0], *shape[2:]]
+    spatial = spatial and labels.shape != logits.shape[:-1]
+    if spatial or (len(shape) in (4, 5) and _spatial(shape, inputs)):
+        seen = f"labels {list(labels.shape)}" if spatial else "images as inputs"
+        raise ValueError(
+            f"{where}student: got logits {shape} for {seen}, expected classes last, "
+            f"{[shape[0], *shape[2:], shape[1]]}; wrap each model in a module that returns its "
+            "logits.movedim(1, -1).contiguous()"
+        )
+
+
+def _spatial(shape: list[int], inputs: Any) -> bool:
+    """Whether logits [B, C, H, W] lie as the images [B, channels, H, W] do, or a pooled copy."""
+    same = (x for x in tensors(inputs) if x.dim() == len(shape) and x.is_floating_point())
+    image = next(same, None)
+    if image is None:
+        return False
+    size = list(image.shape[2:])
+    return _pooled(size, shape[2:]) and not _pooled(size, shape[1:-1])
+
+
+def _pooled(size: list[int], to: list[int]) -> bool:
+    """Whether maps of `size` divided by one whole number (rounded up) are of size `to`."""
+    if not all(to) or any(a < b for a, b in zip(size, to, strict=True)):
+        return False
+    by = -(-size[0] // to[0])
+    return all(-(-a // by) == b for a, b in zip(size, to, strict=True))
+
+
+def class_numbers(name: str, logits: Tensor, labels: Any, where: str = "") -> Tensor:
+    """Labels as int64 in the shape of the rows of the logits.
+
+    Args:
+        name: of the term that a message proposes.
+        logits: [..., V].
+        labels: int, one for each row.
+        where: what a message begins with.
+
+    Raises:
+        TypeError, ValueError: labels of another kind or number; what to write instead.
+    """
+    rows = list(logits.shape[:-1])
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{where}labels: got {type(labels).__name__}, expected int {rows}")
+    classes_last(where, logits, labels)
+    got = f"{where}labels: got {str(labels.dtype)[6:]} {list(labels.shape)}"
+    got = f"{got} for logits {list(logits.shape)}, expected class numbers, int {rows}"
+    many = labels.shape == logits.shape and logits.size(-1) > 1
+    if labels.is_floating_point() or labels.is_complex() or many:
+        names = [("soft labels (mixup, cutmix)", "F.cross_entropy(s.logits, b.labels)")]
+        names.append(
+            (
+                "several labels of a sample",
+                "F.binary_cross_entropy_with_logits(s.logits, b.labels.float())",
+            )
+        )
+        if not many:
+            names = [("numbers", "F.mse_loss(s.logits.squeeze(-1), b.labels)")]
+        told = "; ".join(f"for {kind} {WRITE.format(name=name, call=call)}" for kind, call in names)
+        raise (ValueError if many else TypeError)(f"{got}; {told}")
+    if labels.numel() != logits[..., 0].numel():
+        raise ValueError(got)
+    return labels.long().view(rows) if labels.is_contiguous() else labels.long().reshape(rows)
+
+
+def kept_rows(name: str, batch: Batch, rows: str, mask: str | None) -> Tensor | None:
+    """Which rows of features count, bool; None for all of them.
+
+    Args:
+        name: of the term.
+        batch: whose labels ("labelled") or whose entry `mask` says so.
+        rows: "all" or "labelled".
+        mask: an entry of the batch's inputs, or of what else its loader's dict holds.
+    """
+    if rows == "labelled":
+        return labels_of(name, batch) != IGNORED
+    if mask is None:
+        return None
+    inputs = batch.inputs if hasattr(batch.inputs, "keys") else {}
+    found = inputs[mask] if mask in inputs else batch.extra.get(mask)
+    if not isinstance(found, Tensor):
+        known = [str(key)[:40] for key in (*inputs, *batch.extra)][:8]
+        got = f"no tensor {mask!r} among the entries {known} of the batch"
+        raise ValueError(f"mask: got {got}, expected one in inputs or beside them")
+    return found != 0
+
+
+def only(x: Tensor, kept: Tensor) -> Tensor:
+    """The vectors of `x` [*kept.shape, ...] that are kept, [n, ...]."""
+    return x[_fitting(x, kept)]
+
+
+def without(x: Tensor, kept: Tensor) -> Tensor:
+    """`x` with 0 where it is not kept; samples of which nothing is kept are left out."""
+    room = (1,) * (x.dim() - kept.dim())
+    x = x.masked_fill(~_fitting(x, kept).view(*kept.shape, *room), 0)
+    return x[kept.flatten(1).any(1)]
+
+
+def _fitting(x: Tensor, kept: Tensor) -> Tensor:
+    if x.shape[: kept.dim()] != kept.shape:
+        got = f"{list(kept.shape)} for features {list(x.shape)}"
+        raise ValueError(f"mask: got {got}, expected the features' first dimensions")
+    return kept
+
+
+def bare_function(function: Callable[..., Any]) -> Any:
+    """What a `functools.partial` calls; else the function itself."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def is_ours(function: Callable[..., Any]) -> bool:
+    """Whether it is a loss of this package, which takes a softmax over the last dimension."""
+    return str(getattr(bare_function(function), "__module__", "")).startswith("fastkd.")
