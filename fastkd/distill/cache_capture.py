@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
 
 import fastkd
 
@@ -21,6 +20,7 @@ from .cache_job import Job
 from .cache_loader import IGNORED
 from .cache_share import only, share, size_of
 from .cache_writer import Writer
+from .order import check_order, watched
 
 
 def capture(
@@ -39,13 +39,16 @@ def capture(
     world_size: int | None = None,
     samples: range | None = None,
     group: Any = None,
+    order: str | None = "dataset",
     **options: Any,
 ) -> int:
     """Run a teacher over its data and write what it says to a cache; goes on where one ended.
 
-    Sample i of the cache is sample i of the loader (of rank r among n: number r + n * i), so the
-    loader must give the same samples in the same order each time. Rows whose label is -100 are not
-    stored where they end a sample, and elsewhere as rows of padding.
+    Sample i of the cache is sample i of the loader (of rank r among n: number r + n * i), and that
+    must be sample i of its dataset, by which `Paired` reads it: a loader that shuffles, by whatever
+    sampler or wrapper, is refused, and so is one whose first samples are others when they are read
+    a second time (random transforms). Rows whose label is -100 are not stored where they end a
+    sample, and elsewhere as rows of padding.
 
     Many ranks capture one dataset with `world_size`, `samples` or `group`: each is given the loader
     of all of it, runs the teacher over its share alone, writes files of its own, and, where a job
@@ -55,7 +58,10 @@ def capture(
     Args:
         teacher: inputs -> logits [B, L, V] or [B, V], a `LinearLogits`, or an object with logits; a
             module runs in eval mode, on its own device, and without gradient.
-        loader: gives (inputs, labels [B, L] or [B]), or inputs alone, in an order that stays.
+        loader: gives (inputs, labels [B, L] or [B]), or inputs alone, in its dataset's order. Its
+            first samples are read twice, but of an iterator, which lasts one pass.
+        order: "dataset": as above. "loader": another order that stays (a sampler of fixed indices,
+            batches by length): read the cache by the loader's own count. None: nothing is checked.
         path, vocab_size, k, method, temperature, tail: see `Writer`; k=None stores all logits.
         generator: for the draws of method="sample". A resumed capture makes new draws.
         progress: show a tqdm bar with tokens per second and bytes per token.
@@ -70,13 +76,13 @@ def capture(
         Number of samples in this rank's part of the cache.
 
     Raises:
-        TypeError, ValueError: a shuffled loader, outputs of other sizes than the batch, or an
+        TypeError, ValueError: a shuffled loader, samples that change from one reading to the next,
+            another order than the dataset's, outputs of other sizes than the batch, or an
             argument of `Writer` or `fastkd.topk_from_logits` out of range.
         CacheError, OSError: see `Writer`.
         RuntimeError: another rank of `group` failed or died; names it, and its error.
     """
-    if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
-        raise ValueError("loader: got one with shuffle=True, expected the same order each time")
+    check_order(loader, order, rank=rank or 0, ranks=options.get("ranks", 1))
     chosen: dict[str, Any] = {"method": method, "temperature": temperature, "tail": tail}
     numbers: Iterable[list[int] | None] = repeat(None)
     job: Job | None = None
@@ -98,7 +104,7 @@ def capture(
             if job:
                 job.begin()
             start, seen, tokens, begun = 0 if shared else writer.done, 0, 0, time.monotonic()
-            for batch, named in zip(loader, numbers, strict=False):
+            for batch, named in zip(watched(loader, order), numbers, strict=False):
                 if job:
                     job.look()
                 inputs, labels = _parts(batch)
