@@ -161,11 +161,11 @@ def trimmed(output: Any, asked: Asked, labels: str | None) -> tuple[Any, Tensor 
         at = (place + front).clamp_max(lead[1] - 1)
         behind = place + front >= lead[1]
         kept = kept.gather(1, at.to(kept.device)) & ~behind.to(kept.device)
-        output = _rows(output, at)
+        output = rows_at(output, at)
     return without(output, ~kept), _lengths(kept)
 
 
-def _rows(output: Any, at: Tensor) -> Any:
+def rows_at(output: Any, at: Tensor) -> Any:
     """output[b, at[b, l]] in place of output[b, l]."""
 
     def moved(x: Tensor) -> Tensor:
