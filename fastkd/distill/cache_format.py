@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from .cache_codec import LOGITS, MOST_DRAWS, bound_facts, index_bits
 from .cache_files import write_whole
+from .cache_limits import plan_fault, shard_fault, size_faults
 
 FORMAT, VERSION = "fastkd teacher cache", 2
 READABLE = (1, VERSION)
@@ -194,11 +197,11 @@ def load_part(path: Path) -> Part:
         document = json.loads(data)
         version = document["version"] if document["format"] == FORMAT else None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CacheError(f"{path}: got no index of a teacher cache ({error})") from None
+        raise CacheError(f"{path}: got no index of a teacher cache ({str(error)[:100]})") from None
     if version is None:
-        raise CacheError(f"{path}: got format {document['format']!r}, expected {FORMAT!r}")
-    if version not in READABLE:
-        raise CacheError(f"{path}: got a cache of version {version!r}, expected {VERSION}")
+        raise CacheError(f"{path}: got format {document['format']!r:.60}, expected {FORMAT!r}")
+    if type(version) is not int or version not in READABLE:
+        raise CacheError(f"{path}: got a cache of version {version!r:.60}, expected {VERSION}")
     # its own bytes, not its fields written once more: of many ranks that took most of the time
     signed, digest = _signed(data[: data.rfind(b",\n")] + b"\n}\n")
     if signed != data:
@@ -208,14 +211,42 @@ def load_part(path: Path) -> Part:
         plan, rank = Plan(**document["teacher"]), document["rank"]
         part = Part(plan, rank, shards, document["complete"], len(data), digest)
     except (KeyError, TypeError) as error:
-        raise CacheError(f"{path}: got fields that version {version} has not ({error})") from None
+        why = str(error)[:100]
+        raise CacheError(f"{path}: got fields that version {version} has not ({why})") from None
+    if type(rank) is not int or not 0 <= rank < 2**31 or type(part.complete) is not bool:
+        got = f"{type(rank).__name__} and {type(part.complete).__name__}"
+        raise CacheError(
+            f"{path}: rank, complete: got {got}, expected an integer and true or false"
+        )
     if path.name != index_name(rank):
         raise CacheError(f"{path}: got the index of rank {rank}, expected {index_name(rank)!r}")
     for number, shard in enumerate(part.shards):  # a name leads nowhere else
         expected = [shard_name(rank, number, folder=folder) for folder in (False, True)]
         if shard.file not in expected:
-            raise CacheError(f"{path}: got a shard {shard.file!r}, expected {expected[0]!r}")
+            raise CacheError(f"{path}: got a shard {shard.file!r:.60}, expected {expected[0]!r}")
+    check_parts(path, plan, part.shards)
     return part
+
+
+def check_parts(path: Path, plan: Plan, shards: Iterable[Shard]) -> None:
+    """Raise CacheError for what cannot be so; nothing of the sizes named is made."""
+    if fault := plan_fault(plan):
+        raise CacheError(f"{path}: {fault}")
+    sizes = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "I64": 8}
+    row = sum(
+        sizes[kind] * math.prod(shape)
+        for name, (kind, shape) in plan.shapes.items()
+        if name not in ("ends", "samples")
+    )
+    shards = list(shards)
+    for number, shard in enumerate(shards):
+        if fault := shard_fault(shard, row):
+            raise CacheError(f"{path}: shard {number}: {fault}")
+        if not plan.sequences and shard.tokens != shard.samples:
+            got = f"{shard.tokens} tokens of {shard.samples} samples of one row each"
+            raise CacheError(f"{path}: shard {number}: sequences: got {plan.sequences!r}, {got}")
+    for fault in size_faults(path.parent, iter(shards)):
+        raise CacheError(fault)
 
 
 def tokenizer_name(tokenizer: Any) -> str:

@@ -26,10 +26,12 @@ from .cache_format import (
     VERSION,
     CacheError,
     Plan,
+    check_parts,
     index_name,
     load_part,
     lock_name,
 )
+from .cache_limits import LEAST_BYTES, LOOKED_UP
 from .cache_table import Places, Table
 
 MERGED = "index.safetensors"
@@ -206,6 +208,14 @@ def load_merged(folder: Path) -> Contents | None:
     }
     if shapes != wanted or len({len(x) for x in columns.values()}) > 1:
         raise CacheError(f"{file}: altered: got columns {shapes}, expected {wanted}")
-    sources = [Source(**source) for source in facts["sources"]]
-    plan = Plan(**facts["teacher"])
-    return Contents(plan, sources, Table(**columns), checked=True)
+    try:
+        sources = [Source(**source) for source in facts["sources"]]
+        plan = Plan(**facts["teacher"])
+    except (KeyError, TypeError) as error:
+        raise CacheError(f"{file}: altered: got other fields ({str(error)[:100]})") from None
+    table = Table(**columns)
+    low = torch.stack([table.tokens, table.first, table.last, table.step]).amin(0) < 0
+    none, much = table.samples < 1, table.samples > table.bytes // LEAST_BYTES
+    odd = low | none | much | (table.samples > LOOKED_UP)  # the others can be no trouble
+    check_parts(file, plan, map(table.shard, odd.nonzero().flatten().tolist()))
+    return Contents(plan, sources, table, checked=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .batch import Outputs, batches, device_of, forward, moved, restored_modes
 from .files import needed
+from .order import check_order, watched
 
 
 class PseudoLabels(NamedTuple):
@@ -33,6 +34,7 @@ def pseudo_labels(
     *,
     temperature: float = 1.0,
     seed: int = 0,
+    order: str | None = "dataset",
 ) -> PseudoLabels:
     """Cluster the teacher's soft labels by k-means, and give each sample its cluster's mean.
 
@@ -40,19 +42,24 @@ def pseudo_labels(
 
     Args:
         teacher: module, inputs -> logits [B, V]; runs in eval mode, its mode is restored.
-        loader: gives inputs, or (inputs, labels) whose labels are not used; in a fixed order.
+        loader: gives inputs, or (inputs, labels) whose labels are not used; in its dataset's order.
+            Its first samples are read twice, but of an iterator, which lasts one pass.
         clusters: 1 to the number of samples.
         temperature: T, above 0.
         seed: of k-means.
+        order: "dataset": sample i must be the dataset's; "loader": another order that stays; None:
+            nothing is checked.
 
     Raises:
-        ValueError: an argument out of range, no batch.
+        ValueError: an argument out of range, no batch, a shuffled loader, samples that change from
+            one reading to the next (random transforms).
     """
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature!r}, expected > 0")
+    check_order(loader, order)
     device, said = device_of(teacher), []
     with torch.no_grad(), restored_modes(teacher):
-        for given in batches(loader, "to label"):
+        for given in batches(watched(loader, order), "to label"):
             raw = forward(teacher.eval(), moved(given, device).inputs)
             said.append(
                 (Outputs(raw, role="teacher").logits.float() / temperature).softmax(-1).cpu()
