@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import fastkd
 
+from .convention import check_convention, unwrapped
 from .heads import (
     Head,
     check_causal,
@@ -26,11 +28,14 @@ from .heads import (
     uncached,
     vocabulary,
 )
+from .hooks import Hook, answering, shared
 
 IGNORED = -100  # torch's own label for a row that does not count
 # of the student's inputs, what says how it is to answer and not what is asked
 NOT_ASKED = {"labels", "num_items_in_batch", "past_key_values", "use_cache", "logits_to_keep"}
 NOT_ASKED |= {"return_dict", "output_hidden_states", "output_attentions", "return_loss"}
+# what takes the hooks off each student that has some: a second loss takes the first one's place
+_HOOKED: WeakKeyDictionary[Any, Callable[[], None]] = WeakKeyDictionary()
 
 
 class DistillationLoss:
@@ -75,11 +80,13 @@ class DistillationLoss:
         self._checked = False
         self._uncached: dict[str, Any] = {}
         self._frozen: set[int] = set()  # parameters of the teacher that were not, by id
+        self._trained: list[nn.Module] = []  # modules of it that were in train mode
         if teacher is not None:
             check_causal(teacher, "teacher")
             self._uncached = uncached(teacher)
             self._frozen = {id(p) for p in teacher.parameters() if p.requires_grad}
             teacher.requires_grad_(False)
+            self._trained = [module for module in teacher.modules() if module.training]
             teacher.eval()
 
     def prepare(self, student: Any) -> None:
@@ -90,12 +97,18 @@ class DistillationLoss:
         check_causal(student, "student")
         if teacher is student:
             raise ValueError("teacher: got the student itself, expected a model of its own")
-        shared = [name for name, p in student.named_parameters() if id(p) in self._frozen]
-        if shared:
+        mine = [name for name, p in student.named_parameters() if id(p) in self._frozen]
+        if mine:
             raise ValueError(
-                f"teacher: got {len(shared)} parameters of the student ({shared[0]!r} is one), "
+                f"teacher: got {len(mine)} parameters of the student ({mine[0]!r} is one), "
                 "which would be frozen with it, expected a model of its own (copy.deepcopy)"
             )
+        for module in shared(self._trained, student):
+            module.training = True
+        self._trained = []
+        check_convention(student, "student", loss=True)
+        if teacher is not None:
+            check_convention(teacher, "teacher", loss=False)
         sizes = [vocabulary(model) for model in (student, teacher) if model is not None]
         if asked is None and None not in sizes and len(set(sizes)) > 1:
             raise ValueError(
@@ -129,12 +142,15 @@ class DistillationLoss:
         finally:
             remove()
 
-    def attach(self, student: Any) -> Callable[[], None]:
-        """Put hooks on `student`; returns what removes them."""
+    def attach(
+        self, student: Any, undo: Callable[[Any], None] = lambda base: None
+    ) -> Callable[[], None]:
+        """Put hooks on `student`; returns what removes them and calls undo(the model within it)."""
+        base = unwrapped(student)
+        _HOOKED.pop(base, _nothing)()
         self.prepare(student)
         seen, head, pack = self._seen, self._heads[0], self.pack
 
-        # plain functions, which a deep copy of the student shares: no teacher is copied with it
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if module is not student:
                 return None
@@ -160,16 +176,20 @@ class DistillationLoss:
         def trim() -> bool:
             return self.trims or (student.training and torch.is_grad_enabled())
 
-        hooks = [student.register_forward_pre_hook(before, with_kwargs=True)]
-        hooks.append(student.get_input_embeddings().register_forward_pre_hook(inside))
+        hooks = [student.register_forward_pre_hook(Hook(before), with_kwargs=True)]
+        hooks.append(student.get_input_embeddings().register_forward_pre_hook(Hook(inside)))
         if head is not None:
             hooks.append(head.watch(at_head, trim=trim))
+
+        within = ref(base)  # no more than that: the student is this function's key in a table
 
         def remove() -> None:
             for hook in hooks:
                 hook.remove()
             seen.clear()
+            undo(within())
 
+        _HOOKED[base] = remove
         return remove
 
     def __call__(
@@ -183,7 +203,7 @@ class DistillationLoss:
         if inputs is None:
             raise RuntimeError(
                 "student: got outputs of a forward that was not seen; is it the model given to the "
-                "Trainer, in one process per device?"
+                "Trainer, in one process per device, and no newer loss function made for it?"
             )
         if not self.linear:
             student = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
@@ -242,15 +262,18 @@ class DistillationLoss:
         if getattr(teacher, "hf_device_map", None) is None and teacher.device != device:
             teacher.to(device)
         _check_embeddings(inputs.get("inputs_embeds"), teacher)
-        teacher.eval()  # whatever was done to it since
         as_student: Any = nullcontext()
         if autocast is not None:
             as_student = torch.autocast(autocast[0], dtype=autocast[1], enabled=autocast[2])
-        with torch.no_grad(), as_student:
+        with torch.no_grad(), as_student, answering(teacher, self._student):
             inputs = inputs | self._uncached
             if self.linear:
                 return linear_logits(teacher, inputs, self._heads[1])[0]
             return teacher(**inputs).logits
+
+
+def _nothing() -> None:
+    """Of a student without hooks."""
 
 
 class _Seen:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .causal import DistillationLoss
+from .convention import unwrapped
 from .heads import SHIFTED, head_of, linear_logits
 
 try:
@@ -82,21 +83,22 @@ def compute_loss_func(
     2
     """
     function = DistillationLoss(teacher, linear=linear, pack=pack, **loss)
-    remove = function.attach(student)
-    base = student.get_base_model() if hasattr(student, "get_base_model") else student
-    unnamed = getattr(base, "loss_type", "") is None  # GPT2LMHeadModel, by its class's name
-    if unnamed:
+    function.detach = function.attach(student, _unnamed)
+    base = unwrapped(student)
+    if getattr(base, "loss_type", "") is None:  # GPT2LMHeadModel, by its class's name
         # the loss that transformers takes for want of a name; without it the Trainer would count
         # the first label of each row, which nothing predicts
-        base.loss_type = SHIFTED[0]
-
-    def detach() -> None:
-        remove()
-        if unnamed:
-            base.loss_type = None
-
-    function.detach = detach
+        base.loss_type = _Named(SHIFTED[0])
     return function
+
+
+class _Named(str):
+    """A name that was given to a model without one."""
+
+
+def _unnamed(model: Any) -> None:
+    if isinstance(getattr(model, "loss_type", None), _Named):
+        model.loss_type = None
 
 
 class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
