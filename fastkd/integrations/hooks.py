@@ -44,15 +44,15 @@ def answering(teacher: nn.Module, student: nn.Module | None) -> Iterator[None]:
 
     It stays so; but what it shares with the student has a mode of its own there (dropout, and the
     same again when gradient checkpointing computes a part anew), which is put back. Where the
-    student is not known, whatever is not the teacher itself may be shared.
+    student is not known, any part of a teacher that is itself in eval mode may be shared.
     """
     training = [module for module in teacher.modules() if module.training]
     if training:
-        teacher.eval()
-        if student is None:
-            training = [module for module in training if module is not teacher]
-        else:
+        if student is not None:
             training = shared(training, student)
+        elif teacher.training:
+            training = []
+        teacher.eval()
     try:
         yield
     finally:
