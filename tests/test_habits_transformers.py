@@ -255,3 +255,112 @@ def test_a_class_of_ones_own_answers_for_itself(tmp_path: Path) -> None:
     distilled(tmp_path, Own(gpt2().config), gpt2())
     with pytest.raises(ValueError, match=r"student: got Unshifted .*does not shift its labels"):
         distilled(tmp_path, Unshifted(gpt2().config), gpt2())
+
+
+# ---- options, by habit
+
+
+@pytest.mark.parametrize(("loss", "said"), [("kl", "'kl'"), ([1, 2], "list"), (abs, "builtin")])
+def test_a_loss_that_is_no_dict(loss: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=rf"loss: got {said}.*expected a dict of options"):
+        distilled(tmp_path, llama(1), llama(2), loss=loss)
+
+
+def test_a_teacher_that_is_not_read_is_named_once(tmp_path: Path) -> None:
+    rows = [row | {"teacher": torch.randn(6, VOCAB)} for row in ROWS]
+    for teacher, data in ((llama(2), ROWS), (None, rows)):
+        trainer = distilled(tmp_path, llama(1), teacher, loss={"alpha": 1.0}, train_dataset=data)
+        with pytest.warns(UserWarning, match="teacher: given .*alpha=1") as caught:
+            trainer.train()
+        assert sum("alpha=1" in str(one.message) for one in caught) == 1
+
+
+def test_smoothing_that_the_plain_trainer_does_not_read(tmp_path: Path) -> None:
+    student = llama(1)
+    loss = ours.compute_loss_func(student, llama(2))
+    with pytest.warns(UserWarning, match=r"label_smoothing_factor: got 0\.1") as caught:
+        plain(tmp_path, student, loss, label_smoothing_factor=0.1).train()
+    assert sum("label_smoothing_factor" in str(one.message) for one in caught) == 1
+
+
+def test_schedules_of_the_step(tmp_path: Path) -> None:
+    def curve(loss: dict[str, Any], steps: int) -> list[float]:
+        args = {"logging_steps": 1, "max_steps": steps, "learning_rate": 0.0}
+        trainer = distilled(tmp_path, llama(1), llama(2), loss=loss, args=args)
+        trainer.train()
+        return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    both = {"temperature": lambda step: 2.0 + step, "alpha": lambda step: step / 2}
+    first, second = curve(both, 2)
+    assert first == pytest.approx(curve({"temperature": 2.0, "alpha": 0.0}, 1)[0])
+    assert second == pytest.approx(curve({"temperature": 3.0, "alpha": 0.5}, 2)[1])
+    with pytest.raises(TypeError, match="alpha: got a function, expected a number"):
+        ours.compute_loss_func(llama(1), llama(2), alpha=lambda step: 0.5)
+
+
+def test_a_stored_column_that_the_plain_trainer_drops(tmp_path: Path) -> None:
+    student = llama(1)
+    loss = ours.compute_loss_func(student, None)
+    trainer = plain(tmp_path, student, loss)
+    trainer.train_dataset = [row | {"teacher": torch.randn(6, VOCAB)} for row in ROWS]
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        trainer.train()
+
+
+def test_a_ragged_stored_column(tmp_path: Path) -> None:
+    rows = [row | {"teacher": torch.randn(3 + i, VOCAB)} for i, row in enumerate(ROWS)]
+    trainer = distilled(tmp_path, llama(1), None, train_dataset=rows)
+    with pytest.raises(ValueError, match=r"teacher: got a stored column .*data_collator="):
+        trainer.train()
+
+
+def test_virtual_tokens_are_named() -> None:
+    student, tokens = llama(1), torch.stack([row["labels"] for row in ROWS])
+    loss = ours.compute_loss_func(student, llama(2))
+    outputs = student(input_ids=torch.cat((tokens[:, :3], tokens), 1))
+    with pytest.raises(ValueError, match=r"\[8, 6\] for logits \[8, 9, 40\].*3 virtual tokens"):
+        loss(outputs, tokens)
+
+
+def test_weights_that_are_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "linear: got True with weights that are sharded.*linear=False"
+    tokens = torch.stack([row["labels"] for row in ROWS])
+    student = llama(1)
+    loss = ours.compute_loss_func(student, llama(2))
+    outputs = student(input_ids=tokens)
+    student.lm_head.weight.untyped_storage().resize_(0)  # as FSDP does behind a forward
+    with pytest.raises(ValueError, match=words):
+        loss(outputs, tokens)
+    student = llama(1)
+    ours.compute_loss_func(student, llama(2))
+    student.lm_head.weight.data = torch.empty(0)  # as under ZeRO-3
+    with pytest.raises(ValueError, match=words):
+        student(input_ids=tokens)
+    monkeypatch.setattr(ours, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match=words):
+        ours.compute_loss_func(llama(1), llama(2))
+    ours.compute_loss_func(llama(1), llama(2), linear=False)
+
+
+def tokenizer(*words: str) -> Any:
+    from tokenizers import Tokenizer, models
+
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="a"))
+    return hf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="a")
+
+
+def test_tokenizers_of_one_width_and_other_tokens(tmp_path: Path) -> None:
+    def trainer(*words: str, **options: Any) -> Any:
+        return distilled(
+            *(tmp_path, llama(1), llama(2)),
+            processing_class=tokenizer("a", "b", "c"),
+            teacher_tokenizer=tokenizer(*words),
+            **options,
+        )
+
+    trainer("a", "b", "c")
+    with pytest.raises(ValueError, match=r"other tokens .* 2 of 3 ids \(id 1 is 'c' .* 'b'"):
+        trainer("a", "c", "b")
+    trainer("a", "b", "d", loss={"vocab_size": 2})
+    with pytest.raises(ValueError, match="teacher_tokenizer: got one without processing_class"):
+        distilled(tmp_path, llama(1), llama(2), teacher_tokenizer=tokenizer("a"))

@@ -7,6 +7,7 @@ at the head, from which the logits are never built.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -30,6 +31,7 @@ from .heads import (
 )
 from .hooks import Hook, answering, shared
 
+SCHEDULED = ("temperature", "alpha")  # options that may be functions of the step
 IGNORED = -100  # torch's own label for a row that does not count
 # of the student's inputs, what says how it is to answer and not what is asked
 NOT_ASKED = {"labels", "num_items_in_batch", "past_key_values", "use_cache", "logits_to_keep"}
@@ -54,7 +56,8 @@ class DistillationLoss:
         linear: logits of both models by `LinearLogits`; False: those that they build themselves.
         pack: leave ignored tokens out of the head's products, see `LinearLogits`.
         **options: of `fastkd.distillation_loss`: temperature, alpha, divergence, t_squared,
-            label_smoothing, vocab_size.
+            label_smoothing, vocab_size. With `DistillationTrainer` temperature and alpha may be
+            functions of the step (global_step), as lambda step: max(1.0, 4.0 - step / 100).
 
     Raises:
         TypeError, ValueError: an option that the loss refuses or that is the Trainer's.
@@ -69,9 +72,14 @@ class DistillationLoss:
                     f"{name}: got {options[name]!r}, expected no such option: it is set here"
                 )
         nothing = torch.zeros(1, 2)
+        options = dict(options)
+        self._schedules = {k: options[k] for k in SCHEDULED if callable(options.get(k))}
+        options |= {k: at(0) for k, at in self._schedules.items()}
         trial = {k: v for k, v in options.items() if k != "vocab_size"}
         fastkd.distillation_loss(nothing, nothing, torch.zeros(1, dtype=torch.long), **trial)
         self.teacher, self.linear, self.pack, self.options = teacher, bool(linear), pack, options
+        self.step: Callable[[], int] | None = None  # the Trainer's, for a schedule
+        self._warned = False
         self.trims = False  # also in eval mode: nobody wants these logits
         self.detach: Callable[[], None] = lambda: None
         self._student: Any = None
@@ -171,6 +179,7 @@ class DistillationLoss:
         def at_head(hidden: Tensor) -> None:
             # made here, where the logits would be made: accelerate's autocast ends with the forward
             assert head is not None
+            _check_whole(head.module.weight)
             seen.logits = head.logits(hidden, pack=pack)
 
         def trim() -> bool:
@@ -207,6 +216,8 @@ class DistillationLoss:
             )
         if not self.linear:
             student = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        elif student is not None:
+            _check_whole(student.weight)
         labels = self._targets(labels, shifted, inputs)
         if student is None:
             raise RuntimeError(
@@ -214,18 +225,40 @@ class DistillationLoss:
                 "replaced since (resize_token_embeddings)? Make the loss function after that"
             )
         if labels.dim() < 2 or student.shape[:-1] != labels.shape:
+            more = student.size(-2) - labels.size(-1) if student.dim() == 3 and labels.dim() else 0
+            hint = f" ({more} virtual tokens of prompt tuning are before the batch's own?"
+            hint += " Adapters that add none, as LoRA, are taken)"
             raise ValueError(
                 f"labels: got {list(labels.shape)} for logits {list(student.shape)}, expected "
-                "[B, L], one label for each position"
+                "[B, L], one label for each position" + (hint if more > 0 else "")
             )
+        options = self._now()
         teacher = self._said(inputs, stored, autocast, student.device)
         loss = fastkd.distillation_loss(
-            student, teacher, labels, normalizer=num_items_in_batch, **self.options
+            student, teacher, labels, normalizer=num_items_in_batch, **options
         )
         aux = getattr(outputs, "aux_loss", None)
         if aux is not None:  # a mixture of experts' load balance, as its own forward adds it
             loss = loss + self._student.config.router_aux_loss_coef * aux.to(loss.device)
         return loss
+
+    def _now(self) -> dict[str, Any]:
+        """The options of this step."""
+        if self._schedules and self.step is None:
+            name, at = next(iter(self._schedules.items()))
+            raise TypeError(
+                f"{name}: got a {type(at).__name__}, expected a number: a function of the step is "
+                "taken by DistillationTrainer, which knows the step"
+            )
+        step = self.step() if self.step is not None else 0
+        if not self._warned and self.options.get("alpha") == 1 and "alpha" not in self._schedules:
+            self._warned = True
+            warnings.warn(
+                "teacher: given (teacher= or the batch's key 'teacher'), but with alpha=1 the loss "
+                "is that of the labels alone and does not read it",
+                stacklevel=3,
+            )
+        return self.options | {name: at(step) for name, at in self._schedules.items()}
 
     def _targets(
         self, labels: Tensor | None, shifted: Tensor | None, inputs: dict[str, Any]
@@ -255,7 +288,8 @@ class DistillationLoss:
             given = "neither a model nor" if teacher is None else "a model and also"
             raise ValueError(
                 f"teacher: got {given} a batch with what it said, expected one of them: teacher=, "
-                "or the batch's key 'teacher' (logits [B, L, V] or a TopK)"
+                "or the batch's key 'teacher' (logits [B, L, V] or a TopK; the plain Trainer drops "
+                "such a column unless TrainingArguments(remove_unused_columns=False))"
             )
         if teacher is None:
             return stored.to(device, non_blocking=True)
@@ -299,6 +333,15 @@ def _check_embeddings(given: Any, teacher: Any) -> None:
         "expected input_ids, of which each model makes its own, or a batch with what the teacher "
         "said (key 'teacher')"
     )
+
+
+def _check_whole(weight: Tensor) -> None:
+    sharded = hasattr(weight, "placements")
+    if sharded or not weight.numel() or not weight.untyped_storage().size():
+        raise ValueError(
+            "linear: got True with weights that are sharded outside of a model's forward (FSDP, "
+            "ZeRO-3), expected linear=False (dense logits)"
+        )
 
 
 def _check_unshifted(labels: Tensor, tokens: Tensor | None) -> None:
