@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,3 +70,29 @@ def test_a_patch_that_serves_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_vocabularies_of_two_widths(options: Any) -> None:
     with pytest.raises(ValueError, match=r"teacher_logits: got 7 columns.*logits\[\.\.\., :n\]"):
         fused.generalized_jsd_loss(torch.randn(2, 5), torch.randn(2, 7), **options)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sft_with_logits_that_are_never_built(tmp_path: Path) -> None:
+    """The installed TRL's SFTTrainer takes the loss function as it is."""
+    sft = pytest.importorskip("trl", minversion="1.15")
+    datasets = pytest.importorskip("datasets")
+    from test_trl import language_model, tokenizer
+
+    from fastkd.integrations.transformers import compute_loss_func
+
+    words = tokenizer()
+    student = language_model(len(words), 16, seed=0)
+    before = student.lm_head.weight.detach().clone()
+    loss = compute_loss_func(student, language_model(len(words), 32, seed=1), alpha=0.3)
+    options: dict[str, Any] = {"max_steps": 1, "report_to": [], "use_cpu": True, "bf16": False}
+    arguments = sft.SFTConfig(str(tmp_path), save_strategy="no", disable_tqdm=True, **options)
+    trainer = sft.SFTTrainer(
+        student,
+        arguments,
+        train_dataset=datasets.Dataset.from_list([{"text": "what is the cat"}] * 4),
+        processing_class=words,
+        compute_loss_func=loss,
+    )
+    assert trainer.train().global_step == 1
+    assert not torch.equal(student.lm_head.weight, before)
