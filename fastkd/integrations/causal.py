@@ -7,9 +7,11 @@ at the head, from which the logits are never built.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 import fastkd
 
+from .convention import check_convention, unwrapped
 from .heads import (
     Head,
     check_causal,
@@ -26,11 +29,15 @@ from .heads import (
     uncached,
     vocabulary,
 )
+from .hooks import Hook, answering, shared
 
+SCHEDULED = ("temperature", "alpha")  # options that may be functions of the step
 IGNORED = -100  # torch's own label for a row that does not count
 # of the student's inputs, what says how it is to answer and not what is asked
 NOT_ASKED = {"labels", "num_items_in_batch", "past_key_values", "use_cache", "logits_to_keep"}
 NOT_ASKED |= {"return_dict", "output_hidden_states", "output_attentions", "return_loss"}
+# what takes the hooks off each student that has some: a second loss takes the first one's place
+_HOOKED: WeakKeyDictionary[Any, Callable[[], None]] = WeakKeyDictionary()
 
 
 class DistillationLoss:
@@ -49,7 +56,8 @@ class DistillationLoss:
         linear: logits of both models by `LinearLogits`; False: those that they build themselves.
         pack: leave ignored tokens out of the head's products, see `LinearLogits`.
         **options: of `fastkd.distillation_loss`: temperature, alpha, divergence, t_squared,
-            label_smoothing, vocab_size.
+            label_smoothing, vocab_size. With `DistillationTrainer` temperature and alpha may be
+            functions of the step (global_step), as lambda step: max(1.0, 4.0 - step / 100).
 
     Raises:
         TypeError, ValueError: an option that the loss refuses or that is the Trainer's.
@@ -64,9 +72,14 @@ class DistillationLoss:
                     f"{name}: got {options[name]!r}, expected no such option: it is set here"
                 )
         nothing = torch.zeros(1, 2)
+        options = dict(options)
+        self._schedules = {k: options[k] for k in SCHEDULED if callable(options.get(k))}
+        options |= {k: at(0) for k, at in self._schedules.items()}
         trial = {k: v for k, v in options.items() if k != "vocab_size"}
         fastkd.distillation_loss(nothing, nothing + 1, torch.zeros(1, dtype=torch.long), **trial)
         self.teacher, self.linear, self.pack, self.options = teacher, bool(linear), pack, options
+        self.step: Callable[[], int] | None = None  # the Trainer's, for a schedule
+        self._warned = False
         self.trims = False  # also in eval mode: nobody wants these logits
         self.detach: Callable[[], None] = lambda: None
         self._student: Any = None
@@ -75,11 +88,13 @@ class DistillationLoss:
         self._checked = False
         self._uncached: dict[str, Any] = {}
         self._frozen: set[int] = set()  # parameters of the teacher that were not, by id
+        self._trained: list[nn.Module] = []  # modules of it that were in train mode
         if teacher is not None:
             check_causal(teacher, "teacher")
             self._uncached = uncached(teacher)
             self._frozen = {id(p) for p in teacher.parameters() if p.requires_grad}
             teacher.requires_grad_(False)
+            self._trained = [module for module in teacher.modules() if module.training]
             teacher.eval()
 
     def prepare(self, student: Any) -> None:
@@ -90,12 +105,18 @@ class DistillationLoss:
         check_causal(student, "student")
         if teacher is student:
             raise ValueError("teacher: got the student itself, expected a model of its own")
-        shared = [name for name, p in student.named_parameters() if id(p) in self._frozen]
-        if shared:
+        mine = [name for name, p in student.named_parameters() if id(p) in self._frozen]
+        if mine:
             raise ValueError(
-                f"teacher: got {len(shared)} parameters of the student ({shared[0]!r} is one), "
+                f"teacher: got {len(mine)} parameters of the student ({mine[0]!r} is one), "
                 "which would be frozen with it, expected a model of its own (copy.deepcopy)"
             )
+        for module in shared(self._trained, student):
+            module.training = True
+        self._trained = []
+        check_convention(student, "student", loss=True)
+        if teacher is not None:
+            check_convention(teacher, "teacher", loss=False)
         sizes = [vocabulary(model) for model in (student, teacher) if model is not None]
         if asked is None and None not in sizes and len(set(sizes)) > 1:
             raise ValueError(
@@ -129,12 +150,15 @@ class DistillationLoss:
         finally:
             remove()
 
-    def attach(self, student: Any) -> Callable[[], None]:
-        """Put hooks on `student`; returns what removes them."""
+    def attach(
+        self, student: Any, undo: Callable[[Any], None] = lambda base: None
+    ) -> Callable[[], None]:
+        """Put hooks on `student`; returns what removes them and calls undo(the model within it)."""
+        base = unwrapped(student)
+        _HOOKED.pop(base, _nothing)()
         self.prepare(student)
         seen, head, pack = self._seen, self._heads[0], self.pack
 
-        # plain functions, which a deep copy of the student shares: no teacher is copied with it
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if module is not student:
                 return None
@@ -155,21 +179,26 @@ class DistillationLoss:
         def at_head(hidden: Tensor) -> None:
             # made here, where the logits would be made: accelerate's autocast ends with the forward
             assert head is not None
+            _check_whole(head.module.weight)
             seen.logits = head.logits(hidden, pack=pack)
 
         def trim() -> bool:
             return self.trims or (student.training and torch.is_grad_enabled())
 
-        hooks = [student.register_forward_pre_hook(before, with_kwargs=True)]
-        hooks.append(student.get_input_embeddings().register_forward_pre_hook(inside))
+        hooks = [student.register_forward_pre_hook(Hook(before), with_kwargs=True)]
+        hooks.append(student.get_input_embeddings().register_forward_pre_hook(Hook(inside)))
         if head is not None:
             hooks.append(head.watch(at_head, trim=trim))
+
+        within = ref(base)  # no more than that: the student is this function's key in a table
 
         def remove() -> None:
             for hook in hooks:
                 hook.remove()
             seen.clear()
+            undo(within())
 
+        _HOOKED[base] = remove
         return remove
 
     def __call__(
@@ -183,10 +212,12 @@ class DistillationLoss:
         if inputs is None:
             raise RuntimeError(
                 "student: got outputs of a forward that was not seen; is it the model given to the "
-                "Trainer, in one process per device?"
+                "Trainer, in one process per device, and no newer loss function made for it?"
             )
         if not self.linear:
             student = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        elif student is not None:
+            _check_whole(student.weight)
         labels = self._targets(labels, shifted, inputs)
         if student is None:
             raise RuntimeError(
@@ -194,18 +225,40 @@ class DistillationLoss:
                 "replaced since (resize_token_embeddings)? Make the loss function after that"
             )
         if labels.dim() < 2 or student.shape[:-1] != labels.shape:
+            more = student.size(-2) - labels.size(-1) if student.dim() == 3 and labels.dim() else 0
+            hint = f" ({more} virtual tokens of prompt tuning are before the batch's own?"
+            hint += " Adapters that add none, as LoRA, are taken)"
             raise ValueError(
                 f"labels: got {list(labels.shape)} for logits {list(student.shape)}, expected "
-                "[B, L], one label for each position"
+                "[B, L], one label for each position" + (hint if more > 0 else "")
             )
+        options = self._now()
         teacher = self._said(inputs, stored, autocast, student.device)
         loss = fastkd.distillation_loss(
-            student, teacher, labels, normalizer=num_items_in_batch, **self.options
+            student, teacher, labels, normalizer=num_items_in_batch, **options
         )
         aux = getattr(outputs, "aux_loss", None)
         if aux is not None:  # a mixture of experts' load balance, as its own forward adds it
             loss = loss + self._student.config.router_aux_loss_coef * aux.to(loss.device)
         return loss
+
+    def _now(self) -> dict[str, Any]:
+        """The options of this step."""
+        if self._schedules and self.step is None:
+            name, at = next(iter(self._schedules.items()))
+            raise TypeError(
+                f"{name}: got a {type(at).__name__}, expected a number: a function of the step is "
+                "taken by DistillationTrainer, which knows the step"
+            )
+        step = self.step() if self.step is not None else 0
+        if not self._warned and self.options.get("alpha") == 1 and "alpha" not in self._schedules:
+            self._warned = True
+            warnings.warn(
+                "teacher: given (teacher= or the batch's key 'teacher'), but with alpha=1 the loss "
+                "is that of the labels alone and does not read it",
+                stacklevel=3,
+            )
+        return self.options | {name: at(step) for name, at in self._schedules.items()}
 
     def _targets(
         self, labels: Tensor | None, shifted: Tensor | None, inputs: dict[str, Any]
@@ -235,22 +288,26 @@ class DistillationLoss:
             given = "neither a model nor" if teacher is None else "a model and also"
             raise ValueError(
                 f"teacher: got {given} a batch with what it said, expected one of them: teacher=, "
-                "or the batch's key 'teacher' (logits [B, L, V] or a TopK)"
+                "or the batch's key 'teacher' (logits [B, L, V] or a TopK; the plain Trainer drops "
+                "such a column unless TrainingArguments(remove_unused_columns=False))"
             )
         if teacher is None:
             return stored.to(device, non_blocking=True)
         if getattr(teacher, "hf_device_map", None) is None and teacher.device != device:
             teacher.to(device)
         _check_embeddings(inputs.get("inputs_embeds"), teacher)
-        teacher.eval()  # whatever was done to it since
         as_student: Any = nullcontext()
         if autocast is not None:
             as_student = torch.autocast(autocast[0], dtype=autocast[1], enabled=autocast[2])
-        with torch.no_grad(), as_student:
+        with torch.no_grad(), as_student, answering(teacher, self._student):
             inputs = inputs | self._uncached
             if self.linear:
                 return linear_logits(teacher, inputs, self._heads[1])[0]
             return teacher(**inputs).logits
+
+
+def _nothing() -> None:
+    """Of a student without hooks."""
 
 
 class _Seen:
@@ -276,6 +333,15 @@ def _check_embeddings(given: Any, teacher: Any) -> None:
         "expected input_ids, of which each model makes its own, or a batch with what the teacher "
         "said (key 'teacher')"
     )
+
+
+def _check_whole(weight: Tensor) -> None:
+    sharded = hasattr(weight, "placements")
+    if sharded or not weight.numel() or not weight.untyped_storage().size():
+        raise ValueError(
+            "linear: got True with weights that are sharded outside of a model's forward (FSDP, "
+            "ZeRO-3), expected linear=False (dense logits)"
+        )
 
 
 def _check_unshifted(labels: Tensor, tokens: Tensor | None) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
+
+from .hooks import Hook, evaluating
 
 # fields that multiply logits, or divide them; which of the two, the model's forward says
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -67,7 +68,7 @@ class Head(NamedTuple):
             see(args[0])
             return (args[0][:, :0], *args[1:]) if trim() else None
 
-        return self.module.register_forward_pre_hook(hook)
+        return self.module.register_forward_pre_hook(Hook(hook))
 
 
 def head_of(model: Any) -> Head:
@@ -100,7 +101,7 @@ def head_of(model: Any) -> Head:
         or weight.shape != (module.out_features, module.in_features)
     ):
         raise TypeError(
-            f"model: got {name} with the head {module!r}, expected a plain nn.Linear; use "
+            f"model: got {name} with the head {module!r:.100}, expected a plain nn.Linear; use "
             "linear=False (dense logits)"
         )
     if weight.is_meta or hasattr(weight, "placements"):
@@ -252,7 +253,7 @@ def _forward(model: Any, module: nn.Linear, hidden: Tensor) -> tuple[Tensor, int
     except Exception as error:
         raise ValueError(
             f"model: got {_name(model)}, whose forward fails on three tokens "
-            f"({type(error).__name__}: {error}); use linear=False (dense logits)"
+            f"({type(error).__name__}: {error!s:.200}); use linear=False (dense logits)"
         ) from error
     finally:
         hook.remove()
@@ -283,15 +284,3 @@ def uncached(model: Any) -> dict[str, Any]:
     takes = inspect.signature(model.forward).parameters.values()
     named = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in takes)
     return {"use_cache": False} if named else {}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; each of its modules gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -53,6 +54,8 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd.distill.batch import Outputs, forward, mapped, tensors
+
+from .hooks import answering, shared
 
 VERSIONS = (2, 3)  # of Lightning: from the first, below the second
 
@@ -77,7 +80,8 @@ class Distillation(_callbacks.Callback):  # type: ignore[misc]
 
     Args:
         teacher: a module, inputs -> logits [..., V] or an output with `logits`. Frozen here: eval
-            mode, no parameter requires grad.
+            mode, no parameter requires grad; frozen modules that the student has, too, keep their
+            own mode there. None where each step is given what the teacher said.
         **options: of `fastkd.distillation_loss` (temperature, alpha, divergence, ...); those of
             `distillation_step` come on top.
 
@@ -85,20 +89,35 @@ class Distillation(_callbacks.Callback):  # type: ignore[misc]
         TypeError: a teacher that is no module.
         RuntimeError: a version of Lightning that is not known.
         ValueError: when training starts: a teacher that is a part of the student, is in train mode
-            or requires grad again, or whose parameters are in an optimizer.
+            or requires grad again, that shares parameters with the student which would learn, or
+            whose parameters are in an optimizer.
 
     Hinton et al. 2015, arXiv 1503.02531.
     """
 
-    def __init__(self, teacher: nn.Module, **options: Any) -> None:
+    def __init__(self, teacher: nn.Module | None, **options: Any) -> None:
         super().__init__()
         _check_version(_lightning.__version__)
-        if not isinstance(teacher, nn.Module):
+        if teacher is not None and not isinstance(teacher, nn.Module):
             raise TypeError(f"teacher: got {type(teacher).__name__}, expected a module")
-        self.teacher, self.options = teacher.requires_grad_(False).eval(), options
+        self.teacher, self.options = teacher, options
+        self._student: nn.Module | None = None
+        self._trained: list[nn.Module] = []  # what the teacher took out of train mode
+        self._frozen: set[int] = set()  # and, by id, what would learn without it
+        self._warned = False
+        if teacher is not None:
+            self._trained = [module for module in teacher.modules() if module.training]
+            self._frozen = {id(p) for p in teacher.parameters() if p.requires_grad}
+            teacher.requires_grad_(False).eval()
 
     def distillation_step(
-        self, student: Any, inputs: Any, labels: Tensor | None = None, **options: Any
+        self,
+        student: Any,
+        inputs: Any,
+        labels: Tensor | None = None,
+        *,
+        teacher: Tensor | fastkd.TopK | None = None,
+        **options: Any,
     ) -> Tensor:
         """The loss of a batch.
 
@@ -107,20 +126,42 @@ class Distillation(_callbacks.Callback):  # type: ignore[misc]
                 `fastkd.LinearLogits`.
             inputs: what the teacher sees: a tensor, or a dict of its keyword arguments.
             labels: [...] integers; may be None with alpha=0.
+            teacher: with `Distillation(None)`, what a stored teacher said: logits [..., V] or a
+                `fastkd.TopK` [..., K].
             **options: of `fastkd.distillation_loss`, before those of the constructor.
+
+        Raises:
+            ValueError: a teacher twice, as a module and stored, or none at all.
         """
-        if self.teacher.training:  # whoever else holds it may have switched it
-            self.teacher.eval()
+        if (self.teacher is None) == (teacher is None):
+            given = "neither a module nor" if teacher is None else "a module and also"
+            raise ValueError(
+                f"teacher: got {given} what a stored one said, expected one of them: "
+                "Distillation(teacher), or Distillation(None) and distillation_step(..., teacher=)"
+            )
+        options = {**self.options, **options}
+        if options.get("alpha") == 1 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "teacher: given, but with alpha=1 the loss is that of the labels alone and does "
+                "not read it",
+                stacklevel=2,
+            )
+        mine = student if isinstance(student, fastkd.LinearLogits) else Outputs(student).logits
+        said = self._said(inputs) if teacher is None else teacher.to(mine.device)
+        return fastkd.distillation_loss(mine, said, labels, **options)
+
+    def _said(self, inputs: Any) -> Any:
+        assert self.teacher is not None
         first = next(tensors(inputs), None)
         if first is not None:
             self.teacher.to(first.device)
-        with torch.no_grad():
-            raw = forward(self.teacher, self._as_teacher(inputs))
-        said, mine = Outputs(raw, role="teacher").logits, Outputs(student, role="student").logits
-        return fastkd.distillation_loss(mine, said, labels, **{**self.options, **options})
+        with torch.no_grad(), answering(self.teacher, self._student):
+            return Outputs(forward(self.teacher, self._as_teacher(inputs)), role="teacher").logits
 
     def _as_teacher(self, inputs: Any) -> Any:
         """Floats in the dtype of the teacher's weights, where they have one and autocast is off."""
+        assert self.teacher is not None
         kinds = {p.dtype for p in self.teacher.parameters() if p.is_floating_point()}
         first = next(tensors(inputs), None)
         if len(kinds) != 1 or first is None or torch.is_autocast_enabled(first.device.type):
@@ -136,27 +177,38 @@ class Distillation(_callbacks.Callback):  # type: ignore[misc]
 
     def check(self, student: nn.Module, optimizers: Iterable[Any]) -> None:
         """Raise ValueError for a teacher that would be trained or saved with the student."""
+        self._student = student
+        if self.teacher is None:
+            return
         inside = {id(part): name for name, part in student.named_modules()}
         if id(self.teacher) in inside:
             raise ValueError(
                 f"teacher: got {inside[id(self.teacher)]!r}, a part of the student, which would "
                 "train and save it; keep it in this callback alone"
             )
+        weights = {id(weight): name for name, weight in student.named_parameters()}
+        learnt = [name for one, name in weights.items() if one in self._frozen]
+        if learnt:
+            raise ValueError(
+                f"teacher: got {len(learnt)} parameters of the student ({learnt[0]!r} is one), "
+                "which would be frozen with it, expected a module of its own (copy.deepcopy)"
+            )
+        for part in shared(self._trained, student):
+            part.training = True
+        self._trained = []
         for name, part in self.teacher.named_modules():
-            if part.training:
+            if part.training and id(part) not in inside:
                 where = f"{name!r} of it" if name else "it"
                 raise ValueError(f"teacher: got {where} in train mode, expected eval mode")
         own = list(self.teacher.named_parameters())
         for name, weight in own:
             if weight.requires_grad:
                 raise ValueError(f"teacher: got {name!r} that requires grad, expected it frozen")
-        known = {id(weight) for _, weight in own}
+        known = {id(weight) for _, weight in own} - weights.keys()
         for optimizer in optimizers:
-            shared = sum(id(p) in known for g in optimizer.param_groups for p in g["params"])
-            if shared:
-                raise ValueError(
-                    f"optimizer: got {shared} parameters of the teacher, expected none"
-                )
+            taken = sum(id(p) in known for g in optimizer.param_groups for p in g["params"])
+            if taken:
+                raise ValueError(f"optimizer: got {taken} parameters of the teacher, expected none")
 
 
 def _check_version(version: str) -> None:

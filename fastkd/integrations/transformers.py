@@ -8,15 +8,18 @@ over the kept tokens and divided by `num_items_in_batch`, those of all micro-bat
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from .causal import DistillationLoss
+from .causal import SCHEDULED, DistillationLoss
+from .convention import unwrapped
 from .heads import SHIFTED, head_of, linear_logits
 
 try:
     import transformers
-    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 except ImportError as error:
     raise ImportError(
         "transformers: not installed, expected 5.0 or newer; pip install 'fastkd[hf]'"
@@ -28,6 +31,12 @@ __all__ += ["linear_logits"]
 # from 5.0 on a loss function's result is never divided by the accumulation steps again, and tokens
 # are counted for it whatever the model's forward accepts
 OLDEST = (5, 0)
+
+
+SHARDED = (
+    "linear: got True with weights that are sharded outside of a model's forward (FSDP, ZeRO-3), "
+    "expected linear=False (dense logits)"
+)
 
 
 def _check_version(version: str = transformers.__version__) -> None:
@@ -50,7 +59,8 @@ def compute_loss_func(
     the student: they keep what its forward got, for the teacher. In training the student's own
     logits are then [B, 0, V], of no position, except without gradient (`generate`). A batch with a
     stored `teacher` needs remove_unused_columns=False. `label_smoothing_factor` is not read by the
-    Trainer beside a loss function: give label_smoothing here.
+    Trainer beside a loss function (a warning says so): give label_smoothing here. Made a second
+    time for a student, the newer function takes the place of the older.
 
     Args:
         student: the model that is given to the Trainer.
@@ -81,22 +91,92 @@ def compute_loss_func(
     >>> output.global_step
     2
     """
-    function = DistillationLoss(teacher, linear=linear, pack=pack, **loss)
-    remove = function.attach(student)
-    base = student.get_base_model() if hasattr(student, "get_base_model") else student
-    unnamed = getattr(base, "loss_type", "") is None  # GPT2LMHeadModel, by its class's name
-    if unnamed:
+    function = _SmoothingUnread(teacher, linear=linear, pack=pack, **loss)
+    for name in SCHEDULED:
+        if callable(loss.get(name)):
+            raise TypeError(
+                f"{name}: got a {type(loss[name]).__name__}, expected a number: a function of the "
+                "step is taken by DistillationTrainer, which knows the step"
+            )
+    if linear and _sharded():
+        raise ValueError(SHARDED)
+    function.detach = function.attach(student, _unnamed)
+    base = unwrapped(student)
+    if getattr(base, "loss_type", "") is None:  # GPT2LMHeadModel, by its class's name
         # the loss that transformers takes for want of a name; without it the Trainer would count
         # the first label of each row, which nothing predicts
-        base.loss_type = SHIFTED[0]
-
-    def detach() -> None:
-        remove()
-        if unnamed:
-            base.loss_type = None
-
-    function.detach = detach
+        base.loss_type = _Named(SHIFTED[0])
     return function
+
+
+class _SmoothingUnread(DistillationLoss):
+    """A plain Trainer's, which reads no label_smoothing_factor beside a loss function."""
+
+    _asked = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._asked:
+            self._asked = True
+            # a loss function is told nothing of the arguments; who calls it has them
+            trainer = sys._getframe(1).f_locals.get("self")
+            factor = getattr(getattr(trainer, "args", None), "label_smoothing_factor", 0)
+            if factor and isinstance(trainer, transformers.Trainer):
+                warnings.warn(
+                    f"label_smoothing_factor: got {factor}, which the Trainer does not read beside "
+                    "a loss function; give compute_loss_func(..., label_smoothing=)",
+                    stacklevel=2,
+                )
+        return super().__call__(*args, **kwargs)
+
+
+def _sharded() -> bool:
+    return is_deepspeed_zero3_enabled() or is_fsdp_enabled()
+
+
+def _check_tokenizers(student: Any, teacher: Any, columns: int | None) -> None:
+    """Raise where an id is one token here and another there: widths that agree do not tell."""
+    mine, theirs = (
+        {i: token for token, i in getattr(x, "tokenizer", x).get_vocab().items()}
+        for x in (student, teacher)
+    )
+    common = sorted(i for i in mine.keys() & theirs.keys() if columns is None or i < columns)
+    other = [i for i in common if mine[i] != theirs[i]]
+    if other:
+        i = other[0]
+        raise ValueError(
+            f"teacher_tokenizer: got other tokens than processing_class at {len(other)} of "
+            f"{len(common)} ids (id {i} is {theirs[i]!r:.40} here and {mine[i]!r:.40} there), "
+            "expected the same; vocab_size= leaves out those behind it, distill.uld compares "
+            "models of other tokenizers"
+        )
+
+
+class _Collate:
+    """A Trainer's collator, and a word on a stored teacher that it cannot stack."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Any) -> Any:
+        try:
+            return self.collator(rows)
+        except (ValueError, TypeError, RuntimeError) as error:
+            if not (rows and isinstance(rows[0], Mapping) and "teacher" in rows[0]):
+                raise
+            raise ValueError(
+                "teacher: got a stored column that the data collator cannot stack (rows of other "
+                "lengths?), expected a data_collator= that pads it and makes batch['teacher'] "
+                f"of it, logits [B, L, V] or a TopK ({type(error).__name__}: {error!s:.120})"
+            ) from error
+
+
+class _Named(str):
+    """A name that was given to a model without one."""
+
+
+def _unnamed(model: Any) -> None:
+    if isinstance(getattr(model, "loss_type", None), _Named):
+        model.loss_type = None
 
 
 class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
@@ -113,9 +193,12 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         *args, **kwargs: the Trainer's own.
         teacher: a `PreTrainedModel`; None where batches hold `teacher`, see `DistillationLoss`.
         loss: options of `fastkd.distillation_loss`, as {"temperature": 2.0, "alpha": 0.1}:
-            temperature, alpha, divergence, t_squared, label_smoothing, vocab_size.
+            temperature, alpha, divergence, t_squared, label_smoothing, vocab_size. Temperature and
+            alpha may be functions of the step: {"alpha": lambda step: min(1.0, step / 1000)}.
         linear: logits of both models by `LinearLogits`, never built; False: dense ones.
         pack: leave ignored tokens out of the head's products, see `LinearLogits`.
+        teacher_tokenizer: its ids are compared with those of `processing_class`, the student's:
+            vocabularies of one width may hold other tokens. None: not compared.
 
     Raises:
         TypeError, ValueError: before the first step: a head that cannot be read, another
@@ -153,14 +236,30 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         loss: Mapping[str, Any] | None = None,
         linear: bool = True,
         pack: bool = False,
+        teacher_tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("compute_loss_func") is not None:
             raise TypeError("compute_loss_func: got one, expected none: the loss is set by loss=")
+        if loss is not None and not isinstance(loss, Mapping):
+            said = f"{loss!r:.40}" if isinstance(loss, str) else type(loss).__name__
+            raise TypeError(
+                f"loss: got {said}, expected a dict of options of fastkd.distillation_loss, as "
+                '{"divergence": "kl", "temperature": 2.0}; terms are of fastkd.distill.train'
+            )
         options = dict(loss or {})
         function = DistillationLoss(teacher, linear=linear, pack=pack, **options)
         super().__init__(*args, **{**kwargs, "compute_loss_func": function})
         self.distillation = function
+        function.step = lambda: self.state.global_step
+        self.data_collator = _Collate(self.data_collator)
+        if teacher_tokenizer is not None:
+            if self.processing_class is None:
+                raise ValueError(
+                    "teacher_tokenizer: got one without processing_class, expected the student's "
+                    "tokenizer beside it: their ids are compared"
+                )
+            _check_tokenizers(self.processing_class, teacher_tokenizer, options.get("vocab_size"))
         # labels are shifted whatever the model; the Trainer would count the first of each row too
         # where it knows no loss of the model's class (GPT2LMHeadModel)
         self._loss_shifts_labels = True
@@ -177,10 +276,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 "start with torchrun or accelerate launch"
             )
         if linear and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
-            raise ValueError(
-                "linear: got True with weights that are sharded outside of a model's forward "
-                "(FSDP, ZeRO-3), expected linear=False (dense logits)"
-            )
+            raise ValueError(SHARDED)
         function.prepare(self.model)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ student, and there is no factor T^2.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -85,6 +86,12 @@ def generalized_jsd_loss(
     if isinstance(num_items_in_batch, bool):
         raise TypeError(f"num_items_in_batch: got {num_items_in_batch}, expected a number or None")
     entry = _entry(beta)
+    columns = student_logits.size(-1), teacher_logits.size(-1)
+    if columns[0] != columns[1]:
+        raise ValueError(
+            f"teacher_logits: got {columns[1]} columns, expected the student's {columns[0]}; where "
+            "one vocabulary is padded further, cut both: logits[..., :n] of the columns in use"
+        )
     sparse = 0 < top_k < student_logits.size(-1)
     if logits_are_probs or (reduction == "none" and num_items_in_batch is None):
         if isinstance(student_logits, fastkd.LinearLogits):
@@ -170,6 +177,9 @@ def patch(trainer: Trainer, *, inplace: bool = False) -> Trainer:
     >>> fused.patch(GKDTrainer).generalized_jsd_loss is fused.generalized_jsd_loss
     True
 
+    IW-OPD's trainer asks for it with distillation_objective="jsd" alone, which is not its default,
+    and GOLD's not with use_uld_loss: a warning says where the trainer will not call it.
+
     Args:
         trainer: a class of TRL that has `generalized_jsd_loss` (GKD, GOLD, IW-OPD) or
             `_single_step_decomposition_loss` (MiniLLM), a class derived from one, or one trainer.
@@ -208,7 +218,24 @@ def patch(trainer: Trainer, *, inplace: bool = False) -> Trainer:
         if inplace and "inplace" in inspect.signature(loss).parameters:
             loss = partial(loss, inplace=True)
         setattr(trainer, name, staticmethod(loss) if isinstance(trainer, type) else loss)
+    unused = _unused(trainer)
+    if unused:
+        warnings.warn(f"trainer: {_name(trainer)} {unused}", stacklevel=2)
     return trainer
+
+
+def _unused(trainer: object) -> str:
+    """Why a trainer would go on without the loss that it was given, or nothing."""
+    if getattr(trainer, "use_uld_loss", False):
+        return "does not call the fused loss for use_uld_loss=True: nothing changes there"
+    kinds = {kind.__name__ for kind in _class(trainer).__mro__}
+    default = "iw_opd" if "IWOPDTrainer" in kinds else "jsd"
+    if getattr(trainer, "distillation_objective", default) != "jsd":
+        return (
+            "calls the fused loss with distillation_objective='jsd' alone, and its default is "
+            "'iw_opd', for which nothing changes"
+        )
+    return ""
 
 
 def check_version(version: str | None = None) -> None:
@@ -231,7 +258,11 @@ def check_version(version: str | None = None) -> None:
 
 
 def _name(trainer: object) -> str:
-    return (trainer if isinstance(trainer, type) else type(trainer)).__name__
+    return _class(trainer).__name__
+
+
+def _class(trainer: object) -> type:
+    return trainer if isinstance(trainer, type) else type(trainer)
 
 
 def _entry(beta: float) -> Any:
