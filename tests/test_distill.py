@@ -518,6 +518,4 @@ def test_recipe_names_the_missing_extra(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SystemExit):
         recipe.main([])
-    assert (
-        "matplotlib.figure is needed here: pip install 'fastkd[train]'" in capsys.readouterr().err
-    )
+    assert "needs matplotlib.figure: pip install '.[train]' in" in capsys.readouterr().err

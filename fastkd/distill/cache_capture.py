@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, RandomSampler
 
 import fastkd
 
-from .cache_files import needed
 from .cache_job import Job
 from .cache_loader import IGNORED
 from .cache_share import only, share, size_of
 from .cache_writer import Writer
+from .progress import progress_bar
 
 
 def capture(
@@ -92,7 +92,7 @@ def capture(
             options["total"] = total
         with (
             Writer(path, vocab_size=vocab_size, k=k, rank=rank or 0, **chosen, **options) as writer,
-            needed("tqdm.auto").tqdm(desc="capture", unit="sample", disable=not progress) as bar,
+            progress_bar(progress, desc="capture", unit="sample") as bar,
             _asked(teacher) as device,
         ):
             if job:

@@ -53,14 +53,18 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd.distill.batch import Outputs, forward, mapped, tensors
+from fastkd.distill.files import absent
 
 VERSIONS = (2, 3)  # of Lightning: from the first, below the second
 
 try:
     _lightning: Any = importlib.import_module("lightning")
     _callbacks: Any = importlib.import_module("lightning.pytorch")
-except ImportError:  # the same under its older name
-    _lightning = _callbacks = importlib.import_module("pytorch_lightning")
+except ImportError as error:  # the same under its older name
+    try:
+        _lightning = _callbacks = importlib.import_module("pytorch_lightning")
+    except ImportError:
+        raise ImportError(absent("lightning", __name__, "lightning", error)) from error
 
 
 class Distillation(_callbacks.Callback):  # type: ignore[misc]

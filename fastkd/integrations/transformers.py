@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastkd.distill.files import absent
+
 from .causal import DistillationLoss
 from .heads import SHIFTED, head_of, linear_logits
 
@@ -18,9 +20,7 @@ try:
     import transformers
     from transformers.integrations import is_deepspeed_zero3_enabled
 except ImportError as error:
-    raise ImportError(
-        "transformers: not installed, expected 5.0 or newer; pip install 'fastkd[hf]'"
-    ) from error
+    raise ImportError(absent("transformers", __name__, "hf", error)) from error
 
 __all__ = ["DistillationLoss", "DistillationTrainer", "compute_loss_func", "head_of"]
 __all__ += ["linear_logits"]
