@@ -276,11 +276,9 @@ def test_missing_extras_are_named(
 ) -> None:
     for module in ("tqdm.auto", "safetensors.torch", "safetensors"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r"progress=True needs tqdm.*fastkd\[train\]"):
-        distill.train(mlp(), loader, hard)
-    with pytest.raises(ImportError, match=r"save needs safetensors.*fastkd\[train\]"):
+    with pytest.raises(ImportError, match=r"save needs safetensors.*\.\[train\]"):
         distill.save(mlp(), tmp_path / "m.safetensors")
-    with pytest.raises(ImportError, match=r"load needs safetensors.*fastkd\[train\]"):
+    with pytest.raises(ImportError, match=r"load needs safetensors.*\.\[train\]"):
         distill.load(mlp(), tmp_path / "m.safetensors")
     quiet(mlp(), loader, hard)  # none of them is needed here
     assert list(tmp_path.iterdir()) == []

@@ -100,9 +100,10 @@ def read(path: str | os.PathLike[str], user: str) -> tuple[dict[str, Tensor], An
 def needed(module: str, user: str, extra: str = "train") -> Any:
     """An optional module, or an ImportError that names what needs it and how to get it."""
     try:
+        found = importlib.import_module(module)
         for late in LATE.get(module, ()):
             importlib.import_module(late)
-        return importlib.import_module(module)
+        return found
     except ImportError as error:
         raise ImportError(absent(module, user, extra, error)) from error
 
