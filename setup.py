@@ -63,11 +63,13 @@ class BuildExt(build_ext):
             if self.editable_mode:
                 Path(name).unlink(missing_ok=True)
             if ext.optional:
+                why = " ".join(str(error).split())
+                why = why if len(why) < 160 else f"{why[:80]} ... {why[-60:]}"
                 tell(
-                    f"fastkd: WITHOUT ITS C++ KERNELS ({' '.join(str(error).split())[:200]}). The "
-                    "losses will run on the reference, in plain torch: the same values, slower. "
-                    "Install a C++17 compiler and reinstall; FASTKD_REQUIRE_CPU=1 makes this an "
-                    "error."
+                    f"fastkd: WITHOUT ITS C++ KERNELS ({why}). The losses will run on the "
+                    "reference, in plain torch: the same values, slower. Install a C++17 compiler "
+                    "and reinstall (pip install --force-reinstall --no-deps --no-cache-dir); "
+                    "FASTKD_REQUIRE_CPU=1 makes this an error."
                 )
             raise  # setuptools goes on where the extension is optional
 

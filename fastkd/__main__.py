@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -201,5 +202,17 @@ def _scan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     print(f"{losses} found{unread}, nothing changed")
 
 
+def _command_line() -> int:
+    """`main`, which ends in silence where nobody reads what it prints (`... | head`)."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()  # here, not at exit, where the interpreter would tell of it
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as of a program that SIGPIPE has ended
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_command_line())

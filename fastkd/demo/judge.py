@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from fastkd.distill.files import needed
+from fastkd.distill.progress import progress_bar
 
 from .corpus import in_order
-from .model import USER, Language, continued
+from .model import Language, continued
 from .stages import HARD, LINEAR, TEACHER, Stages, hard_loss
 
 
@@ -28,7 +28,7 @@ def judged(stages: Stages, models: dict[str, Any]) -> dict[str, dict[str, float]
     totals = {name: [0.0, 0.0] for name in models}
     count = 0
     loader = DataLoader(samples, batch_size=preset.student.batch)
-    for batch in needed("tqdm.auto", USER).tqdm(loader, unit="batch", disable=not stages.progress):
+    for batch in progress_bar(stages.progress, loader, unit="batch"):
         tokens, labels = (x.to(stages.device) for x in batch)
         count += labels.numel()
         best = {}

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.distill.files import needed
 from fastkd.distill.memory import peak_extra
+from fastkd.distill.progress import progress_bar
 
-from .model import USER, Language
+from .model import Language
 from .stages import DENSE, EAGER, WAYS, Stages
 
 Figures = dict[str, dict[str, float]]
@@ -34,9 +34,8 @@ def measured(stages: Stages, student: Any, teacher: Any) -> Figures:
     losses = _losses(stages, student, teacher, tokens)
     figures: Figures = {name: {} for name in WAYS}
     block = 4 * tokens.numel() * stages.corpus.vocab
-    tqdm = needed("tqdm.auto", USER).tqdm
     rounds = stages.preset.repeats
-    with tqdm(total=len(WAYS) * (2 + rounds), unit="step", disable=not stages.progress) as bar:
+    with progress_bar(stages.progress, total=len(WAYS) * (2 + rounds), unit="step") as bar:
         for name, step in steps.items():
             step()  # the optimizer's state is there from now on
             step.optimizer.zero_grad(set_to_none=True)

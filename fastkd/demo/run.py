@@ -64,11 +64,11 @@ def run(
         The result as in result.json: "rows" of teacher and students, "bars", "samples", ...
 
     Raises:
-        ImportError: transformers, tokenizers, safetensors, tqdm or matplotlib is missing.
+        ImportError: transformers, tokenizers, safetensors, numpy or matplotlib is missing.
         FileNotFoundError, ValueError: no text there, one too small, an `out` of other settings.
     """
     sizes = PRESETS[preset] if isinstance(preset, str) else preset
-    for module in ("transformers", "tokenizers", "safetensors", "tqdm", "matplotlib"):
+    for module in ("transformers", "tokenizers", "safetensors", "numpy", "matplotlib"):
         needed(module, USER, corpus.EXTRA)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = Path(out)

@@ -18,7 +18,6 @@ import fastkd
 
 from .batch import to
 from .cache_asked import LABELS, Asked, answer, asked, check_labels, trimmed
-from .cache_files import needed
 from .cache_format import INDEXES
 from .cache_job import Job
 from .cache_reader import Reader
@@ -26,6 +25,7 @@ from .cache_same import SAMPLES, check_same
 from .cache_share import only, share, size_of
 from .cache_writer import Writer
 from .order import check_order, watched
+from .progress import progress_bar
 
 
 def capture(
@@ -118,7 +118,7 @@ def capture(
             options["total"] = total
         with (
             Writer(path, vocab_size=vocab_size, k=k, rank=rank or 0, **chosen, **options) as writer,
-            needed("tqdm.auto").tqdm(desc="capture", unit="sample", disable=not progress) as bar,
+            progress_bar(progress, desc="capture", unit="sample") as bar,
             _modes(teacher) as device,
         ):
             if job:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from . import files
 
 try:
     import fcntl
@@ -70,10 +71,7 @@ def file_hash(path: Path, seen: Callable[[int], object] = lambda count: None) ->
 
 def needed(module: str) -> Any:
     """A module of the extra `train`, by name."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"a teacher cache needs {module}: pip install 'fastkd[train]'") from error
+    return files.needed(module, "a teacher cache")
 
 
 class Lock:

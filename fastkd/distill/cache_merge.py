@@ -33,6 +33,7 @@ from .cache_format import (
 )
 from .cache_limits import LEAST_BYTES, LOOKED_UP
 from .cache_table import Places, Table
+from .files import array
 
 MERGED = "index.safetensors"
 _DTYPES = {"rank": torch.int32, "number": torch.int32, "folder": torch.uint8, "sha256": torch.uint8}
@@ -173,7 +174,7 @@ def _digest(facts: dict[str, Any], columns: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(facts).encode())
     for name in sorted(columns):
         digest.update(name.encode())
-        digest.update(columns[name].numpy().data)
+        digest.update(array(columns[name], "a teacher cache").data)
     return digest.hexdigest()
 
 

@@ -23,6 +23,8 @@ from .cache_format import CacheError, Part, Shard, Spelled, index_name, load_par
 from .cache_merge import contents, places
 from .cache_padding import teachers
 from .cache_table import Places
+from .files import array
+from .progress import progress_bar
 
 OPEN_SHARDS = 64  # mapped at a time by a process
 
@@ -116,7 +118,7 @@ class Reader(Dataset[Any]):
 
     def identity(self) -> dict[str, Any]:
         """Which cache this is, in a checkpoint: what it is of, and a hash of its shards' hashes."""
-        digests = bytes(self.table.sha256.flatten().numpy())
+        digests = bytes(array(self.table.sha256.flatten(), "a teacher cache"))
         shards = json.dumps([digests[i : i + 32].hex() for i in range(0, len(digests), 32)])
         made = {key: getattr(self.plan, key) for key in ("model", "tokenizer", "data")}
         return {**made, "shards": hashlib.sha256(shards.encode()).hexdigest()}
@@ -141,10 +143,8 @@ class Reader(Dataset[Any]):
                     yield f"{file}: altered after it was merged (its hash differs)"
             except (OSError, CacheError) as error:
                 yield str(error)
-        bar = needed("tqdm.auto").tqdm(
-            total=self._bytes, unit="B", unit_scale=True, desc="verify", disable=not progress
-        )
-        with bar:
+        shown = {"total": self._bytes, "unit": "B", "unit_scale": True, "desc": "verify"}
+        with progress_bar(progress, **shown) as bar:
             for shard in map(self.table.shard, range(len(self.table))):
                 file = self.path / shard.file
                 try:

@@ -17,6 +17,10 @@ from .processes import whole
 from .sharded import placed_like
 
 WRAPPER = "module."  # DataParallel's and DistributedDataParallel's, in front of every name
+# what pip calls the module of another name
+PACKAGES = {"sklearn": "scikit-learn"}
+# what the module imports once it is called
+LATE = {"safetensors.torch": ("numpy",)}
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], metadata: Any = None) -> None:
@@ -146,6 +150,31 @@ def read(path: str | os.PathLike[str], user: str) -> tuple[dict[str, Tensor], An
 def needed(module: str, user: str, extra: str = "train") -> Any:
     """An optional module, or an ImportError that names what needs it and how to get it."""
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
+        for late in LATE.get(module, ()):
+            importlib.import_module(late)
+        return found
     except ImportError as error:
-        raise ImportError(f"{user} needs {module}: pip install 'fastkd[{extra}]'") from error
+        raise ImportError(absent(module, user, extra, error)) from error
+
+
+def absent(module: str, user: str, extra: str, error: ImportError | None = None) -> str:
+    """What is said where an optional module does not import.
+
+    fastkd is on no package index: its extras are installed from its checkout.
+    """
+    package, why = module.partition(".")[0], ""
+    if error is not None and error.name not in (module, package):
+        why = f" ({error})"  # it is there, and what it imports is not
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            package = error.name.partition(".")[0]
+    return (
+        f"{user} needs {module}{why}: pip install '.[{extra}]' in fastkd's checkout, or "
+        f"pip install {PACKAGES.get(package, package)}"
+    )
+
+
+def array(x: Tensor, user: str) -> Any:
+    """The NumPy array of a tensor's memory; without NumPy, the ImportError of `needed`."""
+    needed("numpy", user)
+    return x.numpy()

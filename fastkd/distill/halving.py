@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from .files import needed
+from .progress import progress_bar
 
 Candidate = TypeVar("Candidate")
 
@@ -55,7 +55,7 @@ def successive_halving(
     if rounds is not None and rounds < 1:
         raise ValueError(f"rounds: got {rounds!r}, expected an integer >= 1 or None")
     left, made = list(candidates), list[list[tuple[Candidate, float]]]()
-    bar: Any = needed("tqdm.auto", "progress=True").tqdm(unit="candidate") if progress else None
+    bar: Any = progress_bar(unit="candidate") if progress else None
     while True:
         scored = []
         for candidate in left:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fastkd
 
 from .batch import IGNORED, Outputs, batches, device_of, forward, moved, restored_modes
-from .files import needed, save
+from .files import array, needed, save
 from .targets import class_numbers, classes_last
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
@@ -181,7 +181,7 @@ def _quality(logits: Tensor, labels: Tensor) -> tuple[dict[str, float], dict[str
     metrics = needed("sklearn.metrics", "report")
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
-    truth, predicted = labels.numpy(), logits.argmax(-1).numpy()
+    truth, predicted = (array(x, "report") for x in (labels, logits.argmax(-1)))
     precision, recall, f1, _ = metrics.precision_recall_fscore_support(
         truth, predicted, average="macro", zero_division=0
     )

@@ -2,18 +2,63 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .files import needed
+from .files import absent
 
 Log = Callable[[dict[str, float], int], None]
 REDRAW = 0.2  # seconds between two looks of the bar
+
+
+def progress_bar(shown: bool = True, over: Iterable[Any] | None = None, **options: Any) -> Any:
+    """A tqdm bar, around what it counts if that is given, with tqdm's options.
+
+    Where it is not shown, or tqdm is not there (said once), one that counts nothing.
+    """
+    if shown:
+        try:
+            return importlib.import_module("tqdm.auto").tqdm(over, **options)
+        except ImportError as error:
+            _say_once(absent("tqdm.auto", "progress=True", "train", error))
+    return _Hidden(() if over is None else over)
+
+
+@functools.cache
+def _say_once(missing: str) -> None:
+    warnings.warn(f"no bar is shown: {missing}", UserWarning, stacklevel=4)
+
+
+class _Hidden:
+    """What is called of a tqdm bar, with no effect."""
+
+    def __init__(self, over: Iterable[Any]) -> None:
+        self._over = over
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._over)
+
+    def __enter__(self) -> _Hidden:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, *_: Any) -> None: ...
+
+    def set_postfix(self, *_: Any, **__: Any) -> None: ...
+
+    def set_postfix_str(self, *_: Any, **__: Any) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Step(NamedTuple):
@@ -55,9 +100,7 @@ class Record:
 
     def draw(self, total: int | None) -> Record:
         """Show a bar from now on, of `total` steps in all."""
-        self._bar = needed("tqdm.auto", "progress=True").tqdm(
-            total=total, initial=self.next, unit="step"
-        )
+        self._bar = progress_bar(total=total, initial=self.next, unit="step")
         return self
 
     def __enter__(self) -> Record:

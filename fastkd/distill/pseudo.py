@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Outputs, batches, device_of, forward, moved, restored_modes
-from .files import needed
+from .files import array, needed
 from .order import check_order, watched
 
 
@@ -68,7 +68,7 @@ def pseudo_labels(
     if not 1 <= clusters <= len(soft):
         raise ValueError(f"clusters: got {clusters!r}, expected 1 to {len(soft)} (the samples)")
     means = needed("sklearn.cluster", "pseudo_labels").KMeans(clusters, n_init=4, random_state=seed)
-    cluster = torch.from_numpy(means.fit_predict(soft.double().numpy())).long()
+    cluster = torch.from_numpy(means.fit_predict(array(soft.double(), "pseudo_labels"))).long()
     count = torch.bincount(cluster, minlength=clusters).clamp(min=1)
     total = torch.zeros(clusters, soft.size(1), dtype=torch.float64)
     mean = total.index_add(0, cluster, soft.double()) / count.unsqueeze(1)

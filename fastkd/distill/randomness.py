@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from .files import needed
+
 
 def random_state(loader: Any, device: torch.device) -> dict[str, Any]:
     """State of all sources of random numbers: python, numpy, torch, the loader's generators."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     state["loader"] = [generator.get_state() for generator in generators(loader)]
-    if "numpy" in sys.modules:
-        name, keys, *rest = sys.modules["numpy"].random.get_state()
+    if numpy := sys.modules.get("numpy"):
+        name, keys, *rest = numpy.random.get_state()
         state["numpy"] = (name, torch.from_numpy(keys.astype("int64")), *rest)
     if device.type != "cpu":
         state["device"] = torch.get_device_module(device).get_rng_state(device)
@@ -28,8 +30,7 @@ def set_random_state(state: dict[str, Any], loader: Any, device: torch.device) -
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if "numpy" in state:
-        import numpy
-
+        numpy = needed("numpy", "a checkpoint of a run with NumPy")
         name, keys, *rest = state["numpy"]
         numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
     if "device" in state and device.type != "cpu":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .files import needed
+from .progress import progress_bar
 
 BACKENDS = ("random", "optuna")
 
@@ -71,7 +72,7 @@ def search(
         if start is not None and not isinstance(values, Range) and start[name] not in values:
             raise ValueError(f"start: got {start[name]!r} for {name!r}, expected one of {values}")
     asked = _ask_optuna(space, seed, start) if backend == "optuna" else _ask(space, seed, start)
-    bar = needed("tqdm.auto", "progress=True").tqdm(total=trials) if progress else None
+    bar = progress_bar(total=trials) if progress else None
     made: list[tuple[dict[str, Any], float]] = []
     best, value = None, -math.inf
     for _ in range(trials):

@@ -4,7 +4,7 @@ try:
     import triton  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "Triton is not installed; it comes with torch on Linux, or by pip install 'fastkd[gpu]'"
+        "Triton is not installed; it comes with torch on Linux, or by pip install triton"
     ) from error
 
 from fastkd.gpu.launch import empty_gradient, fused, grad, loss, multiply, sparse, stats, total

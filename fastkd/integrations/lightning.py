@@ -54,6 +54,7 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd.distill.batch import Outputs, forward, mapped, tensors
+from fastkd.distill.files import absent
 
 from .hooks import answering, shared
 
@@ -62,8 +63,11 @@ VERSIONS = (2, 3)  # of Lightning: from the first, below the second
 try:
     _lightning: Any = importlib.import_module("lightning")
     _callbacks: Any = importlib.import_module("lightning.pytorch")
-except ImportError:  # the same under its older name
-    _lightning = _callbacks = importlib.import_module("pytorch_lightning")
+except ImportError as error:  # the same under its older name
+    try:
+        _lightning = _callbacks = importlib.import_module("pytorch_lightning")
+    except ImportError:
+        raise ImportError(absent("lightning", __name__, "lightning", error)) from error
 
 
 class Distillation(_callbacks.Callback):  # type: ignore[misc]
@@ -147,7 +151,11 @@ class Distillation(_callbacks.Callback):  # type: ignore[misc]
                 "not read it",
                 stacklevel=2,
             )
-        mine = student if isinstance(student, fastkd.LinearLogits) else Outputs(student).logits
+        mine = (
+            student
+            if isinstance(student, fastkd.LinearLogits)
+            else Outputs(student, role="student").logits
+        )
         said = self._said(inputs) if teacher is None else teacher.to(mine.device)
         return fastkd.distillation_loss(mine, said, labels, **options)
 

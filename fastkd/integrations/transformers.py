@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from fastkd.distill.files import absent
+
 from .causal import SCHEDULED, DistillationLoss
 from .convention import unwrapped
 from .heads import SHIFTED, head_of, linear_logits
@@ -21,9 +23,7 @@ try:
     import transformers
     from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 except ImportError as error:
-    raise ImportError(
-        "transformers: not installed, expected 5.0 or newer; pip install 'fastkd[hf]'"
-    ) from error
+    raise ImportError(absent("transformers", __name__, "hf", error)) from error
 
 __all__ = ["DistillationLoss", "DistillationTrainer", "compute_loss_func", "head_of"]
 __all__ += ["linear_logits"]

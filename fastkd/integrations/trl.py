@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import fastkd
+from fastkd.distill.files import absent
 
 VERSIONS = ((1, 0), (2, 0))  # from the first to before the second: those that have these losses
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
@@ -251,7 +252,7 @@ def check_version(version: str | None = None) -> None:
         try:
             version = metadata.version("trl")
         except metadata.PackageNotFoundError:
-            raise ImportError(f"trl: not installed, {expected}") from None
+            raise ImportError(f"{absent('trl', __name__, 'trl')}; {expected}") from None
     numbers = tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
     if not VERSIONS[0] <= numbers < VERSIONS[1]:
         raise ImportError(f"trl: got {version}, {expected}")

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd.distill.files import needed
+
 LABELLED, POOL = 100, 1000
 
 
@@ -32,11 +34,7 @@ def digits(seed: int) -> Digits:
     Raises:
         ImportError: scikit-learn is missing.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("recipes need scikit-learn: pip install 'fastkd[train]'") from error
-    data = load_digits()
+    data = needed("sklearn.datasets", "a recipe on digits").load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(seed))
     images = torch.tensor(data.data, dtype=torch.float32)[order] / 16
     labels = torch.tensor(data.target)[order]

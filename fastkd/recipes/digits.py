@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
 import itertools
 import json
 import statistics
@@ -35,6 +34,10 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd import distill
+from fastkd.distill.files import needed
+from fastkd.distill.progress import progress_bar
+
+USER = "python -m fastkd.recipes.digits"
 
 LABELLED, POOL, BATCH = 100, 1000, 100  # a batch: 10 rows with a label, then 90 without
 TEMPERATURE, ALPHA, LR = 4.0, 0.5, 1e-2  # ALPHA weighs the hard labels
@@ -101,7 +104,7 @@ def run_seed(
         width: of the teacher's two hidden layers.
         on_step: called after every step of every training.
     """
-    digits = _needed("sklearn.datasets").load_digits()
+    digits = needed("sklearn.datasets", USER).load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32) / 16
     targets = torch.tensor(digits.target)
     with torch.random.fork_rng(devices=[]):
@@ -190,7 +193,7 @@ def as_text(result: dict[str, Any]) -> str:
 
 def plot(seeds: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the two loss curves of the first seed, their difference, and accuracies per seed."""
-    figure = _needed("matplotlib.figure").Figure(figsize=(10, 4.6), layout="constrained")
+    figure = needed("matplotlib.figure", USER).Figure(figsize=(10, 4.6), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(3, 1))
     curves = figure.add_subplot(grid[0, 0])
     apart = figure.add_subplot(grid[1, 0], sharex=curves)
@@ -244,9 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="write the table as JSON too")
     options = parser.parse_args(argv)
     try:  # now, not after the training
-        tqdm = _needed("tqdm.auto").tqdm
         for module in ("sklearn.datasets", "matplotlib.figure", "safetensors.torch"):
-            _needed(module)
+            needed(module, USER)
         options.out.mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError) as error:
         parser.error(str(error))
@@ -258,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings |= {"temperature": TEMPERATURE, "alpha": ALPHA, "lr": LR, "epochs": options.epochs}
     settings |= {"teacher_epochs": options.teacher_epochs, "teacher_width": options.width}
     seeds: list[dict[str, Any]] = []
-    with tqdm(total=options.seeds * steps, unit="step", desc="digits") as bar:
+    with progress_bar(total=options.seeds * steps, unit="step", desc="digits") as bar:
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             bar.set_postfix(seed=seed)
             figures, student = run_seed(
@@ -283,13 +285,6 @@ def _mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
     for fan_in, fan_out in itertools.pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU(), nn.Dropout(dropout)]
     return nn.Sequential(*layers[:-2])
-
-
-def _needed(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{module} is needed here: pip install 'fastkd[train]'") from error
 
 
 def _count(text: str) -> int:

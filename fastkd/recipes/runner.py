@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastkd.distill.files import needed
+from fastkd.distill.progress import progress_bar
+
 from .recipe import Figures, Gain, Recipe
 
 MODULES = (  # each with its RECIPES
@@ -111,8 +114,6 @@ def run(
     Raises:
         ValueError: a name that is not known, or numbers out of range.
     """
-    from tqdm.auto import tqdm
-
     recipes = known()
     if unknown := [name for name in names if name not in recipes]:
         raise ValueError(f"recipes: got {unknown}, expected some of {', '.join(recipes)}")
@@ -129,7 +130,7 @@ def run(
     ]
     figures: dict[str, dict[int, Figures]] = {name: {} for name in names}
     seconds = dict.fromkeys(names, 0.0)
-    with tqdm(total=len(todo), unit="seed", desc="recipes", disable=not progress) as bar:
+    with progress_bar(progress, total=len(todo), unit="seed", desc="recipes") as bar:
         for name, seed, found, elapsed in _results(todo, min(jobs, len(todo))):
             figures[name][seed] = found
             seconds[name] += elapsed
@@ -260,14 +261,11 @@ def missed(result: dict[str, Any]) -> list[str]:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Draw each claim's gain over seeds, with its bar; one panel per unit."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("a plot needs matplotlib: pip install 'fastkd[train]'") from error
+    figures = needed("matplotlib.figure", "--plot")
     rows = [Row(**row) for row in result["rows"]]
     units = list(dict.fromkeys(row.unit for row in rows))
     counts = [sum(row.unit == unit for row in rows) for unit in units]
-    figure = Figure(figsize=(9, 1.2 * len(units) + 0.34 * len(rows)), layout="constrained")
+    figure = figures.Figure(figsize=(9, 1.2 * len(units) + 0.34 * len(rows)), layout="constrained")
     panels = figure.subplots(len(units), 1, squeeze=False, height_ratios=counts)
     for axes, unit in zip(panels[:, 0], units, strict=True):
         mine = [row for row in rows if row.unit == unit][::-1]

@@ -1,0 +1,288 @@
+"""Without the extras: what needs one says so, and how to get it; what does not, runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common import run_python
+
+from fastkd import distill
+from fastkd.distill import files, progress
+
+# Runs CALLS where these modules are not found, and prints what each did: "ok", what it gave, or
+# the error; "warned" is what the call has said.
+SCRIPT = """
+import json, sys, warnings
+from pathlib import Path
+
+absent, folder, names = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in absent:
+            return self.finder.find_spec(name, path, target)
+
+
+sys.meta_path[:] = [Without(x) if hasattr(x, "find_spec") else x for x in sys.meta_path]
+import torch
+
+torch.tensor([1.0]).sum()  # what torch itself says of NumPy, it says now
+with warnings.catch_warnings(record=True) as at_import:
+    warnings.simplefilter("always")
+    import fastkd
+    from fastkd import distill
+    from fastkd.distill import cache
+
+
+def net():
+    return torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+
+
+torch.manual_seed(0)
+x, y = torch.randn(8, 4), torch.arange(8) % 3
+data = [(x, y)] * 2
+steps = [distill.Step(0, 0, 1.0, 0.1)]
+
+
+def train(**options):
+    return distill.train(net(), data, [distill.hard(), distill.soft()], teacher=net(), **options)
+
+
+def imported(name):
+    def get():
+        __import__(f"fastkd.integrations.{name}")
+    return get
+
+
+def patched():
+    import fastkd.integrations.trl
+    fastkd.integrations.trl.patch(type("T", (), {"generalized_jsd_loss": print}))
+
+
+def demo():
+    from fastkd.demo import run
+    run(None, preset="tiny", out=folder / "demo")
+
+
+def recipes():
+    from fastkd.recipes import runner
+    runner.run(["distil-hinton"] if "distil-hinton" in runner.known() else list(runner.known())[:1],
+               seeds=1, size=0.01, jobs=1)
+
+
+def digits():
+    from fastkd.recipes.digits import main
+    main(["--epochs", "1", "--seeds", "1", "--out", str(folder / "digits")])
+
+
+def plotted():
+    from fastkd.recipes import runner
+    runner.plot({"rows": []}, folder / "x.png")
+
+
+CALLS = {
+    "loss": lambda: fastkd.kl_div(x.clone().requires_grad_(), x.flip(0)).backward(),
+    "train": train,
+    "train again": train,
+    "checkpoint": lambda: train(checkpoint=distill.Checkpoints(folder / "run", every=1)),
+    "save": lambda: distill.save(net(), folder / "net.safetensors"),
+    "load": lambda: distill.load(net(), folder / "net.safetensors"),
+    "capture": lambda: cache.capture(net(), data, folder / "cache", vocab_size=3, k=2),
+    "reader": lambda: cache.Reader(folder / "cache").verify(progress=True),
+    "merge": lambda: cache.merge(folder / "cache"),
+    "cached": lambda: cache.Reader(folder / "cache").identity(),
+    "evaluate": lambda: distill.evaluate(net(), data),
+    "report": lambda: distill.report(net(), data),
+    "pseudo_labels": lambda: distill.pseudo_labels(net(), data, clusters=2),
+    "search": lambda: distill.search(lambda p: p["a"], {"a": distill.Range(0.0, 1.0)}, trials=2),
+    "optuna": lambda: distill.search(
+        lambda p: p["a"], {"a": distill.Range(0.0, 1.0)}, trials=2, backend="optuna"
+    ),
+    "halving": lambda: distill.successive_halving([1, 2], lambda *_: 1.0),
+    "hand_over": lambda: distill.hand_over(net(), x, folder / "out"),
+    "onnx": lambda: distill.hand_over(net(), x, folder / "onnx", formats=("onnx",)),
+    "tensorboard": lambda: distill.TensorBoardLogger(folder / "logs"),
+    "plot_curves": lambda: distill.plot_curves(steps, folder / "curves.png"),
+    "lightning": imported("lightning"),
+    "transformers": imported("transformers"),
+    "trl": imported("trl"),
+    "demo": demo,
+    "recipes": recipes,
+    "digits": digits,
+    "plot": plotted,
+}
+
+
+if __name__ == "__main__":  # recipes start processes
+    told = {"import": {"did": "ok", "warned": [str(w.message) for w in at_import]}}
+    for name in names or CALLS:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                CALLS[name]()
+                did = "ok"
+            except BaseException as error:
+                did = f"{type(error).__name__}: {error}"
+        told[name] = {"did": did, "warned": [str(w.message) for w in said]}
+    print("TOLD" + json.dumps(told))
+"""
+
+
+GET = re.compile(
+    r"^ImportError: (?P<user>\S.*) needs (?P<module>[\w.]+)( \(No module named '[\w.]+'\))?: pip "
+    r"install '\.\[(?P<extra>\w+)\]' in fastkd's checkout, or pip install (?P<package>[\w-]+)"
+)
+EXTRAS = [
+    "sklearn",
+    "scipy",
+    "safetensors",
+    "matplotlib",
+    "transformers",
+    "accelerate",
+    "lightning",
+]
+EXTRAS += ["pytorch_lightning", "tokenizers", "optuna", "onnx", "onnxscript", "tensorboard", "tqdm"]
+# without all of these: the extra and the package that are named; None where it runs
+NEEDED: dict[str, tuple[str, str] | None] = {
+    **dict.fromkeys(("import", "loss", "train", "train again", "evaluate"), None),
+    **dict.fromkeys(("search", "halving"), None),
+    "checkpoint": ("train", "numpy"),
+    **dict.fromkeys(("save", "load", "capture", "hand_over"), ("train", "safetensors")),
+    **dict.fromkeys(("report", "pseudo_labels", "recipes"), ("train", "scikit-learn")),
+    **dict.fromkeys(("plot", "plot_curves"), ("train", "matplotlib")),
+    "optuna": ("tune", "optuna"),
+    "onnx": ("onnx", "onnx"),
+    "tensorboard": ("track", "tensorboard"),
+    "lightning": ("lightning", "lightning"),
+    "transformers": ("hf", "transformers"),
+    "demo": ("demo", "transformers"),
+}
+NO_BAR = ["no bar is shown: progress=True needs tqdm.auto: pip install '.[train]' in fastkd's"]
+NO_BAR = [f"{NO_BAR[0]} checkout, or pip install tqdm"]
+
+
+def _without(absent: list[str], tmp_path: Path, *names: str) -> dict[str, Any]:
+    """What each call did, and what it warned of, where these are not installed."""
+    file = tmp_path / "plain.py"
+    file.write_text(SCRIPT)
+    ran = run_python(str(file), json.dumps(absent), str(tmp_path), json.dumps(names))
+    assert "TOLD" in ran.stdout, ran.stderr
+    told: dict[str, Any] = json.loads(ran.stdout.partition("TOLD")[2])
+    return told
+
+
+def test_a_plain_install_runs_or_says_what_to_install(tmp_path: Path) -> None:
+    told = _without(["numpy", *EXTRAS], tmp_path, *(name for name in NEEDED if name != "import"))
+    for name, needs in NEEDED.items():
+        did = told[name]["did"]
+        if needs is None:
+            assert did == "ok", name
+            continue
+        found = GET.match(did)
+        assert found and (found["extra"], found["package"]) == needs, (name, did)
+        assert len(did) < 500
+    assert told["import"]["warned"] == [] and told["loss"]["warned"] == []
+    # the first of them all says it, once
+    assert told["train"]["warned"] == NO_BAR
+    assert told["train again"]["warned"] == told["search"]["warned"] == []
+
+
+def test_without_numpy_alone(tmp_path: Path) -> None:
+    """What is there and needs what is not names the latter; nothing is torch's "not available"."""
+    names = ("loss", "train", "checkpoint", "save", "capture", "report", "pseudo_labels")
+    told = _without(["numpy"], tmp_path, *names, "hand_over", "plot_curves")
+    assert told["loss"]["did"] == told["train"]["did"] == "ok"
+    for name in (*names[2:], "hand_over", "plot_curves"):
+        found = GET.match(told[name]["did"])
+        assert found and found["package"] == "numpy", told[name]
+
+
+def test_without_tqdm_alone(tmp_path: Path) -> None:
+    """Whatever shows a bar goes on without one."""
+    names = ("capture", "reader", "search", "halving", "train", "digits")
+    told = _without(["tqdm"], tmp_path, *names)
+    assert [told[name]["did"] for name in names] == ["ok"] * len(names)
+    assert [x for name in names for x in told[name]["warned"] if "bar" in x] == NO_BAR
+
+
+def test_recipes_go_on_without_tqdm(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    assert _without(["tqdm"], tmp_path, "recipes")["recipes"]["did"] == "ok"
+
+
+def test_a_hidden_bar_is_called_like_one() -> None:
+    with progress.progress_bar(False, [1, 2], unit="x") as bar:
+        assert list(bar) == [1, 2]
+        bar.update(2)
+        bar.set_postfix(a=1)
+        bar.set_postfix_str("a", refresh=False)
+        bar.close()
+    assert list(progress.progress_bar(False)) == []
+
+
+def test_a_module_that_is_there_and_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_module.py").write_text("from math import nonsense")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ImportError, match=r"x needs broken_module \(cannot import name 'nonsense'"):
+        files.needed("broken_module", "x")
+
+
+def test_messages_name_no_package_that_is_on_no_index() -> None:
+    """pip install fastkd[...] finds nothing: fastkd is installed from its checkout."""
+    root = Path(distill.__file__).parents[2]
+    looked = [*(root / "fastkd").rglob("*.py"), root / "README.md"]
+    for file in filter(Path.exists, looked):
+        assert not re.search(r"pip install\W+fastkd", file.read_text()), file
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["info"],
+        ["info", "--json"],
+        ["recipes"],
+        ["scan", "{file}"],
+        ["scan", "{file}", "--json"],
+        ["cache", "info", "{cache}"],
+        ["cache", "merge", "{cache}"],
+        ["cache", "verify", "{cache}"],
+        ["--help"],
+    ],
+    ids=" ".join,
+)
+def test_output_that_nobody_reads_ends_in_silence(words: list[str], tmp_path: Path) -> None:
+    """As with `python -m fastkd recipes | head`, once head has gone."""
+    file, folder = tmp_path / "loss.py", tmp_path / "cache"
+    file.write_text("import torch.nn.functional as F\nF.kl_div(F.log_softmax(a, -1), b)\n")
+    if words[0] == "cache":
+        pytest.importorskip("safetensors")
+        pairs = [(torch.randn(4, 3), torch.arange(4) % 3)]
+        net = torch.nn.Linear(3, 3)
+        distill.cache.capture(net, pairs, folder, vocab_size=3, k=2, progress=False)
+    reader, writer = os.pipe()
+    os.close(reader)
+    root = str(Path(distill.__file__).parents[2])
+    with os.fdopen(writer, "wb") as nobody:
+        ran = subprocess.run(
+            [sys.executable, "-m", "fastkd", *(x.format(file=file, cache=folder) for x in words)],
+            env={**os.environ, "PYTHONPATH": root},
+            stdout=nobody,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert "Traceback" not in ran.stderr and "Broken" not in ran.stderr
+    # argparse leaves out a help that it cannot write
+    assert ran.returncode == (0 if words == ["--help"] else 141)
