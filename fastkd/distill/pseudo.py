@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastkd.messages import shown
+
 from .batch import Outputs, batches, device_of, forward, moved, restored_modes
 from .files import needed
 
@@ -49,7 +51,7 @@ def pseudo_labels(
         ValueError: an argument out of range, no batch.
     """
     if not temperature > 0:
-        raise ValueError(f"temperature: got {temperature!r}, expected > 0")
+        raise ValueError(f"temperature: got {shown(temperature)}, expected > 0")
     device, said = device_of(teacher), []
     with torch.no_grad(), restored_modes(teacher):
         for given in batches(loader, "to label"):
@@ -57,7 +59,9 @@ def pseudo_labels(
             said.append((Outputs(raw).logits.float() / temperature).softmax(-1).cpu())
     soft = torch.cat(said)
     if not 1 <= clusters <= len(soft):
-        raise ValueError(f"clusters: got {clusters!r}, expected 1 to {len(soft)} (the samples)")
+        raise ValueError(
+            f"clusters: got {shown(clusters)}, expected 1 to {len(soft)} (the samples)"
+        )
     means = needed("sklearn.cluster", "pseudo_labels").KMeans(clusters, n_init=4, random_state=seed)
     cluster = torch.from_numpy(means.fit_predict(soft.double().numpy())).long()
     count = torch.bincount(cluster, minlength=clusters).clamp(min=1)

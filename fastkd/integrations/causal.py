@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
+from fastkd.messages import shown
 
 from .heads import (
     Head,
@@ -61,7 +62,7 @@ class DistillationLoss:
         for name in ("labels", "ignore_index", "weight", "reduction", "normalizer", "group"):
             if name in options:
                 raise TypeError(
-                    f"{name}: got {options[name]!r}, expected no such option: it is set here"
+                    f"{name}: got {shown(options[name])}, expected no such option: it is set here"
                 )
         nothing = torch.zeros(1, 2)
         trial = {k: v for k, v in options.items() if k != "vocab_size"}

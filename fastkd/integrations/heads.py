@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
+from fastkd.messages import shown
 
 # fields that multiply logits, or divide them; which of the two, the model's forward says
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -100,7 +101,7 @@ def head_of(model: Any) -> Head:
         or weight.shape != (module.out_features, module.in_features)
     ):
         raise TypeError(
-            f"model: got {name} with the head {module!r}, expected a plain nn.Linear; use "
+            f"model: got {name} with the head {shown(module)}, expected a plain nn.Linear; use "
             "linear=False (dense logits)"
         )
     if weight.is_meta or hasattr(weight, "placements"):

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastkd.messages import shown
+
 from .causal import DistillationLoss
 from .heads import SHIFTED, head_of, linear_logits
 
@@ -167,7 +169,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         if self.args.label_smoothing_factor:
             if "label_smoothing" in options:
                 raise ValueError(
-                    f"label_smoothing: got {options['label_smoothing']!r} in loss beside "
+                    f"label_smoothing: got {shown(options['label_smoothing'])} in loss beside "
                     f"label_smoothing_factor={self.args.label_smoothing_factor}, expected one"
                 )
             function.options["label_smoothing"] = self.args.label_smoothing_factor

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd import distill
+from fastkd.messages import shown
 
 LABELLED, POOL, BATCH = 100, 1000, 100  # a batch: 10 rows with a label, then 90 without
 TEMPERATURE, ALPHA, LR = 4.0, 0.5, 1e-2  # ALPHA weighs the hard labels
@@ -294,7 +295,7 @@ def _needed(module: str) -> Any:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer >= 1")
+        raise argparse.ArgumentTypeError(f"got {shown(text)}, expected an integer >= 1")
     return int(text)
 
 
