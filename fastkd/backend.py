@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastkd.messages import shown
 from fastkd.operands import Operand, Teacher
 
 NAMES = ("reference", "cpu", "gpu")
@@ -290,8 +291,8 @@ def rows(x: Tensor) -> Tensor:
 
 
 def _valid(name: str, source: str) -> str:
-    if name not in NAMES:
-        raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(NAMES)}")
+    if not isinstance(name, str) or name not in NAMES:
+        raise ValueError(f"{source}: got {shown(name)}, expected one of {', '.join(NAMES)}")
     return name
 
 

@@ -417,7 +417,7 @@ def _numbers(
     rows = whole(chunk_size)
     if rows is None:
         raise TypeError(f"chunk_size: got {kind(chunk_size)}, expected a number of rows")
-    if rows < 1:
+    if not 1 <= rows < 2**63:
         raise ValueError(f"chunk_size: got {shown(chunk_size)}, expected at least 1 row")
     return scale, softcap, rows
 

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fastkd.messages import shown
+
 from .batch import IGNORED, Batch, Outputs
 from .terms import Term, Weight
 
@@ -49,7 +51,7 @@ def adversarial(
     Paper: Xu, Hsu and Huang 2017, arXiv 1709.00513.
     """
     if classes < 2:
-        raise ValueError(f"classes: got {classes!r}, expected an integer >= 2")
+        raise ValueError(f"classes: got {shown(classes)}, expected an integer >= 2")
     outcomes = classes + 1 if conditional else 2
     if discriminator is None:
         layers = nn.Linear(classes, 64), nn.LeakyReLU(SLOPE), nn.Linear(64, outcomes)

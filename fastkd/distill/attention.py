@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
+from fastkd.messages import shown
 
 from .batch import IGNORED
 from .shapes import alike, expect, full_precision, pooled, same_batch, unit
@@ -49,7 +50,7 @@ def attention_map(features: Tensor, *, power: float = 2.0) -> Tensor:
     Paper: Zagoruyko and Komodakis 2016, arXiv 1612.03928.
     """
     if not power >= 1:
-        raise ValueError(f"power: got {power!r}, expected a number >= 1")
+        raise ValueError(f"power: got {shown(power)}, expected a number >= 1")
     if features.dim() != 4:
         raise ValueError(f"features: got {list(features.shape)}, expected [N, C, H, W]")
     return unit(features.abs().pow(power).sum(1).flatten(1))
@@ -152,7 +153,7 @@ def minilm(
     """
     wrong = [pair for pair in relations if len(pair) != 2 or not set(pair) <= set(RELATIONS)]
     if wrong or not relations:
-        raise ValueError(f"relations: got {list(relations)!r}, expected pairs of q, k and v")
+        raise ValueError(f"relations: got {shown(list(relations))}, expected pairs of q, k and v")
     sides = [
         _projections(x, heads, name) for x, name in ((student, "student"), (teacher, "teacher"))
     ]
@@ -299,8 +300,8 @@ def _projections(side: Sequence[Tensor], heads: int, name: str) -> dict[str, Ten
     if any(x.dim() != 3 or heads < 1 or x.size(2) % heads for x in side):
         shapes = [list(x.shape) for x in side]
         raise ValueError(
-            f"{name}: got queries, keys and values {shapes} and heads={heads!r}, expected three "
-            "[N, L, D] with a D that heads divides"
+            f"{name}: got queries, keys and values {shapes} and heads={shown(heads)}, expected "
+            "three [N, L, D] with a D that heads divides"
         )
     return {
         letter: x.unflatten(2, (heads, -1)).transpose(1, 2)

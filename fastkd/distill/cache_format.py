@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fastkd.messages import shown
+
 from .cache_codec import LOGITS, MOST_DRAWS, bound_facts, index_bits
 from .cache_files import write_whole
 from .cache_limits import plan_fault, shard_fault, size_faults
@@ -59,7 +61,7 @@ class Plan:
             got, wanted = getattr(plan, name), getattr(self, name)
             unknown = name in ("sequences", "measured") and None in (got, wanted)
             if got != wanted and not unknown:
-                return f"{name}: got {got!r}, expected {wanted!r}"
+                return f"{name}: got {shown(got)}, expected {wanted!r}"
         return None
 
     @property
@@ -130,14 +132,16 @@ def settled(
 ) -> dict[str, Any]:
     """The fields of a `Plan` that depend on each other, checked, defaults filled in."""
     if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
+        raise ValueError(f"method: got {shown(method)}, expected one of {', '.join(METHODS)}")
     if tail not in TAILS:
-        raise ValueError(f"tail: got {tail!r}, expected one of {', '.join(TAILS)}")
+        raise ValueError(f"tail: got {shown(tail)}, expected one of {', '.join(TAILS)}")
     if not 1e-18 <= temperature <= 1e18:
-        raise ValueError(f"temperature: got {temperature!r}, expected a positive finite number")
+        raise ValueError(
+            f"temperature: got {shown(temperature)}, expected a positive finite number"
+        )
     if k is None:
         if temperature != 1.0 or method != "top":
-            got = f"temperature={temperature:g}, method={method!r}"
+            got = f"temperature={temperature:g}, method={shown(method)}"
             raise ValueError(f"k: got None with {got}; all logits have no temperature or method")
         if encoding is None:
             encoding = "float32"
@@ -146,11 +150,13 @@ def settled(
     known = tuple(LOGITS) if k is None else ("uint8", "float16", "counts")
     if encoding not in known:
         what = "of all logits" if k is None else "of log-probabilities"
-        raise ValueError(f"encoding: got {encoding!r}, expected {what} one of {', '.join(known)}")
+        raise ValueError(
+            f"encoding: got {shown(encoding)}, expected {what} one of {', '.join(known)}"
+        )
     if encoding == "counts" and (method != "sample" or k is None or k > MOST_DRAWS):
         raise ValueError(
-            f"encoding: got 'counts' with method={method!r}, k={k}, expected method='sample' with "
-            f"k <= {MOST_DRAWS}"
+            f"encoding: got 'counts' with method={shown(method)}, k={k}, expected method='sample' "
+            f"with k <= {MOST_DRAWS}"
         )
     of_logits = {"method": "logits", "tail": None}
     made = {"method": method, "temperature": temperature, "tail": tail, "encoding": encoding}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fastkd
+from fastkd.messages import shown
 
 from .cache_codec import LOGITS, encode, encode_tail, pack
 from .cache_format import Plan
@@ -54,7 +55,7 @@ def topk_rows(outputs: Any, keep: Tensor, plan: Plan, where: Where) -> dict[str,
         raise ValueError(f"outputs: got K = {outputs.size(-1)}, expected {k}, the cache's k")
     for name in ("temperature", "tail"):
         if (got := getattr(outputs, name)) != (wanted := getattr(plan, name)):
-            raise ValueError(f"outputs: got {name}={got!r}, expected the cache's {wanted!r}")
+            raise ValueError(f"outputs: got {name}={shown(got)}, expected the cache's {wanted!r}")
     if (outputs.tail_logprob is not None) != plan.measured:
         kinds = ("without tail_logprob", "with tail_logprob")
         raise ValueError(f"outputs: got one {kinds[not plan.measured]}, expected one as before")

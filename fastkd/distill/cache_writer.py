@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import fastkd
+from fastkd.messages import shown
 
 from .cache_files import Lock, shard_bytes, write_whole
 from .cache_format import (
@@ -93,7 +94,7 @@ class Writer:
             ("shard_bytes", shard_bytes, 1),
         ):
             if isinstance(number, bool) or not isinstance(number, int):
-                raise TypeError(f"{name}: got {number!r}, expected an integer")
+                raise TypeError(f"{name}: got {shown(number)}, expected an integer")
             if number < low:
                 raise ValueError(f"{name}: got {number}, expected at least {low}")
         if total is not None and ranks != 1:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.messages import shown
+
 from . import sharded
 from .batch import Batch, batches, unwrap
 from .files import read, same_shapes, save_state, write
@@ -87,7 +89,7 @@ class Checkpoints:
     ) -> None:
         for name, value in (("every", every), ("keep", keep)):
             if value < 1:
-                raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
+                raise ValueError(f"{name}: got {shown(value)}, expected an integer >= 1")
         self.folder, self.every, self.keep, self.resume = Path(folder), every, keep, resume
 
     def files(self) -> list[Path]:
@@ -198,7 +200,7 @@ class Checkpoints:
         for name, here in ours.items():
             there = unpack(pack(tree[name], {}), {})
             if there != (here := unpack(pack(here, {}), {})):
-                raise ValueError(f"{got} {name} {there!r}, expected {here!r}")
+                raise ValueError(f"{got} {name} {shown(there)}, expected {here!r}")
         same_shapes(tree["modules"], _state(modules), got + " the terms'")
         groups = tree["optimizer_state"]["param_groups"]
         sizes = [len(group["params"]) for group in groups]
@@ -288,7 +290,9 @@ def pack(tree: Any, tensors: dict[str, Tensor], at: str = "") -> Any:
         return {"tuple": parts} if isinstance(tree, tuple) else parts
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return tree
-    raise TypeError(f"checkpoint: got {type(tree).__name__} at {at!r}, expected tensors and JSON")
+    raise TypeError(
+        f"checkpoint: got {type(tree).__name__} at {shown(at)}, expected tensors and JSON"
+    )
 
 
 def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd.messages import shown
+
 from .batch import Outputs, device_of, forward, restored_modes
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -87,11 +89,11 @@ def invert(
     Paper: Yin et al. 2020, DeepInversion, arXiv 1912.08795.
     """
     if steps < 1:
-        raise ValueError(f"steps: got {steps!r}, expected an integer >= 1")
+        raise ValueError(f"steps: got {shown(steps)}, expected an integer >= 1")
     if labels.dim() != 1:
         raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [N]")
     if bounds is not None and not bounds[0] < bounds[1]:
-        raise ValueError(f"bounds: got {bounds!r}, expected (least, greatest)")
+        raise ValueError(f"bounds: got {shown(bounds)}, expected (least, greatest)")
     where = device_of(teacher)
     x = torch.randn(len(labels), *shape, device=where)
     if bounds is not None:
@@ -145,7 +147,7 @@ def train_generator(
     Paper: Chen et al. 2019, DAFL, arXiv 1904.01186; the prior by Yin et al. 2020.
     """
     if steps < 1:
-        raise ValueError(f"steps: got {steps!r}, expected an integer >= 1")
+        raise ValueError(f"steps: got {shown(steps)}, expected an integer >= 1")
     optimizer = torch.optim.Adam(generator.parameters(), lr=lr)
 
     def loss(logits: Tensor) -> Tensor:

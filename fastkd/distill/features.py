@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkd.messages import shown
+
 from .shapes import alike, channels_last, expect, full_precision, maps, pooled, same_batch, unit
 
 HINTS = ("l2", "l1", "cosine")
@@ -46,7 +48,7 @@ def hint(student: Tensor, teacher: Tensor, *, kind: str = "l2") -> Tensor:
     Paper: Romero et al. 2014 (FitNets), arXiv 1412.6550.
     """
     if kind not in HINTS:
-        raise ValueError(f"kind: got {kind!r}, expected one of {HINTS}")
+        raise ValueError(f"kind: got {shown(kind)}, expected one of {HINTS}")
     alike(student, teacher)
     if kind == "l2":
         return F.mse_loss(student, teacher)
@@ -92,9 +94,9 @@ def nst(
     Paper: Huang and Wang 2017, arXiv 1707.01219.
     """
     if kernel not in KERNELS:
-        raise ValueError(f"kernel: got {kernel!r}, expected one of {KERNELS}")
+        raise ValueError(f"kernel: got {shown(kernel)}, expected one of {KERNELS}")
     if degree < 1 or (bandwidth is not None and not bandwidth > 0):
-        got = f"degree={degree!r}, bandwidth={bandwidth!r}"
+        got = f"degree={shown(degree)}, bandwidth={shown(bandwidth)}"
         raise ValueError(f"kernel: got {got}, expected a degree >= 1 and a bandwidth > 0")
     same_batch(student, teacher, (2, 3, 4))
     s, t = pooled(student, teacher)
@@ -181,7 +183,7 @@ class VID(nn.Module):
     ) -> None:
         super().__init__()
         if not floor > 0:
-            raise ValueError(f"floor: got {floor!r}, expected a variance > 0")
+            raise ValueError(f"floor: got {shown(floor)}, expected a variance > 0")
         self.mean = Channels(student, teacher) if mean is None else mean
         self.log_variance = nn.Parameter(torch.zeros(teacher))
         self.floor = floor
@@ -235,7 +237,7 @@ class MGD(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= ratio < 1:
-            raise ValueError(f"ratio: got {ratio!r}, expected 0 <= ratio < 1")
+            raise ValueError(f"ratio: got {shown(ratio)}, expected 0 <= ratio < 1")
         self.ratio, self.spatial = ratio, spatial
         self.align = nn.Identity() if student == teacher else Channels(student, teacher)
         layers = [

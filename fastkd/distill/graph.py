@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastkd.messages import shown
+
 CHUNK = 1 << 24  # distances held at a time
 
 
@@ -34,7 +36,7 @@ def neighbour_graph(features: Tensor, k: int) -> Tensor:
         raise ValueError(f"features: got {got}, expected floating point [N, C]")
     nodes = len(features)
     if not 1 <= k < nodes:
-        raise ValueError(f"k: got {k!r}, expected 1 to {nodes - 1} (the other nodes)")
+        raise ValueError(f"k: got {shown(k)}, expected 1 to {nodes - 1} (the other nodes)")
     x = features.detach()
     each = torch.arange(nodes, device=x.device)
     nearest = []

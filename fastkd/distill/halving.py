@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from fastkd.messages import shown
+
 from .progress import progress_bar
 
 Candidate = TypeVar("Candidate")
@@ -51,9 +53,9 @@ def successive_halving(
     if not candidates:
         raise ValueError("candidates: got none, expected one or more")
     if not 0 < keep < 1:
-        raise ValueError(f"keep: got {keep!r}, expected a number in (0, 1)")
+        raise ValueError(f"keep: got {shown(keep)}, expected a number in (0, 1)")
     if rounds is not None and rounds < 1:
-        raise ValueError(f"rounds: got {rounds!r}, expected an integer >= 1 or None")
+        raise ValueError(f"rounds: got {shown(rounds)}, expected an integer >= 1 or None")
     left, made = list(candidates), list[list[tuple[Candidate, float]]]()
     bar: Any = progress_bar(unit="candidate") if progress else None
     while True:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.messages import shown
+
 from .batch import device_of, restored_modes, unwrap
 from .files import needed, save
 from .progress import Step
@@ -103,7 +105,9 @@ def fine_tune(
         The trained copy, and its steps.
     """
     if (head is None) != (outputs is None):
-        raise ValueError(f"head: got {head!r} with outputs {outputs!r}, expected both or neither")
+        raise ValueError(
+            f"head: got {shown(head)} with outputs {shown(outputs)}, expected both or neither"
+        )
     model = copy.deepcopy(unwrap(student))
     if head is not None and outputs is not None:
         replace_head(model, head, outputs)

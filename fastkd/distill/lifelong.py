@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastkd.messages import shown
+
 from .batch import Batch, Outputs, forward
 from .progress import Step
 from .terms import Term, Weight, hard, soft
@@ -126,6 +128,6 @@ def chosen(raw: Any, head: Choice) -> Tensor:
         known = list(range(len(raw))) if several else []
         found = raw[head] if several and -len(raw) <= head < len(raw) else None
     if not isinstance(found, Tensor):
-        got = f"{head!r} of a model that returns a {type(raw).__name__}"
+        got = f"{shown(head)} of a model that returns a {type(raw).__name__}"
         raise ValueError(f"head: got {got}, expected one of {known} or a function")
     return found

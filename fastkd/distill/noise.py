@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fastkd.messages import shown
+
 from .batch import Batch, mapped
 
 
@@ -21,9 +23,9 @@ def input_noise(std: float, *, teacher: str = "clean") -> Callable[[Batch], Batc
     Paper: Xie et al. 2020, noisy student, arXiv 1911.04252.
     """
     if not std >= 0:
-        raise ValueError(f"std: got {std!r}, expected a number >= 0")
+        raise ValueError(f"std: got {shown(std)}, expected a number >= 0")
     if teacher not in ("clean", "noisy"):
-        raise ValueError(f"teacher: got {teacher!r}, expected 'clean' or 'noisy'")
+        raise ValueError(f"teacher: got {shown(teacher)}, expected 'clean' or 'noisy'")
 
     def disturb(x: Tensor) -> Tensor:
         return x + std * torch.randn_like(x) if x.is_floating_point() else x

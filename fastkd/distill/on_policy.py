@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastkd
+from fastkd.messages import shown
 
 from .batch import IGNORED, Batch, as_batch, device_of, restored_modes, to, unwrap
 from .cohort import source
@@ -73,11 +74,11 @@ def on_policy(
     """
     for name, share in (("student_share", student_share), ("teacher_share", teacher_share)):
         if not 0 <= share <= 1:
-            raise ValueError(f"{name}: got {share!r}, expected a number from 0 to 1")
+            raise ValueError(f"{name}: got {shown(share)}, expected a number from 0 to 1")
     if student_share + teacher_share > 1:
         raise ValueError(
-            f"teacher_share: got {teacher_share!r} beside a student_share of {student_share!r}, "
-            "expected a sum of at most 1"
+            f"teacher_share: got {shown(teacher_share)} beside a student_share of "
+            f"{shown(student_share)}, expected a sum of at most 1"
         )
     soft_teacher = source(teacher)
     if teacher_share and not isinstance(teacher, nn.Module):

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastkd.messages import shown
+
 from .batch import Outputs, batches, device_of, forward, moved, restored_modes
 from .files import array, needed
 from .order import check_order, watched
@@ -55,7 +57,7 @@ def pseudo_labels(
             one reading to the next (random transforms).
     """
     if not temperature > 0:
-        raise ValueError(f"temperature: got {temperature!r}, expected > 0")
+        raise ValueError(f"temperature: got {shown(temperature)}, expected > 0")
     check_order(loader, order)
     device, said = device_of(teacher), []
     with torch.no_grad(), restored_modes(teacher):
@@ -66,7 +68,9 @@ def pseudo_labels(
             )
     soft = torch.cat(said)
     if not 1 <= clusters <= len(soft):
-        raise ValueError(f"clusters: got {clusters!r}, expected 1 to {len(soft)} (the samples)")
+        raise ValueError(
+            f"clusters: got {shown(clusters)}, expected 1 to {len(soft)} (the samples)"
+        )
     means = needed("sklearn.cluster", "pseudo_labels").KMeans(clusters, n_init=4, random_state=seed)
     cluster = torch.from_numpy(means.fit_predict(array(soft.double(), "pseudo_labels"))).long()
     count = torch.bincount(cluster, minlength=clusters).clamp(min=1)

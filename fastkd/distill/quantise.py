@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastkd.messages import shown
+
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PER = ("channel", "tensor")
 TRIED = 64  # steps from which the best is taken at the start
@@ -89,11 +91,11 @@ def quantised(
     Paper: Polino, Pascanu and Alistarh 2018, arXiv 1802.05668.
     """
     if bits not in range(1, 9):
-        raise ValueError(f"bits: got {bits!r}, expected an integer from 1 to 8")
+        raise ValueError(f"bits: got {shown(bits)}, expected an integer from 1 to 8")
     if per not in PER:
-        raise ValueError(f"per: got {per!r}, expected one of {PER}")
+        raise ValueError(f"per: got {shown(per)}, expected one of {PER}")
     if isinstance(layers, str):
-        raise TypeError(f"layers: got the string {layers!r}, expected a list of names")
+        raise TypeError(f"layers: got the string {shown(layers)}, expected a list of names")
     twin = copy.deepcopy(model)
     able = {name: part for name, part in twin.named_modules() if isinstance(part, LAYERS)}
     chosen = list(able) if layers is None else list(dict.fromkeys(layers))

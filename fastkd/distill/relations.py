@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
+from fastkd.messages import shown
 
 from .shapes import expect, full_precision, maps, pooled, same_batch, unit
 
@@ -122,7 +123,7 @@ def cc(student: Tensor, teacher: Tensor, *, gamma: float = 0.4, order: int = 2) 
     Paper: Peng et al. 2019, arXiv 1904.01802.
     """
     if not gamma > 0 or order < 1:
-        got = f"gamma={gamma!r}, order={order!r}"
+        got = f"gamma={shown(gamma)}, order={shown(order)}"
         raise ValueError(f"kernel: got {got}, expected gamma > 0 and order >= 1")
     same_batch(student, teacher)
     factors = [(2 * gamma) ** p / math.factorial(p) for p in range(1, order + 1)]
@@ -255,9 +256,9 @@ class CRD(nn.Module):
         super().__init__()
         for name, value in (("negatives", negatives), ("dim", dim)):
             if value < 1:
-                raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
+                raise ValueError(f"{name}: got {shown(value)}, expected an integer >= 1")
         if not temperature > 0:
-            raise ValueError(f"temperature: got {temperature!r}, expected > 0")
+            raise ValueError(f"temperature: got {shown(temperature)}, expected > 0")
         self.negatives, self.temperature = negatives, temperature
         self.student, self.teacher = nn.Linear(student, dim), nn.Linear(teacher, dim)
         self.register_buffer("student_bank", unit(torch.randn(negatives, dim)))

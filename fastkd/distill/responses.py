@@ -18,6 +18,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 import fastkd
+from fastkd.messages import shown
 
 from .batch import Batch, Outputs
 from .correlation import ZERO, angle, top
@@ -270,7 +271,7 @@ def response(
     rows = ("labelled" if needs_labels else "all") if rows is None else rows
     if rows not in ("all", "labelled") or (rows == "all" and needs_labels):
         expected = "'labelled'" if needs_labels else "'all' or 'labelled'"
-        raise ValueError(f"rows: got {rows!r} for {name}, expected {expected}")
+        raise ValueError(f"rows: got {shown(rows)} for {name}, expected {expected}")
     known = {*parameters, *(Rows.__annotations__ if "rows" in parameters else ())}
     if unknown := options.keys() - known:
         raise TypeError(f"{name}: got unexpected options {sorted(unknown)}")

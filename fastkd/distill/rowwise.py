@@ -16,6 +16,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from typing_extensions import Unpack
 
+from fastkd.messages import shown
+
 from .batch import IGNORED
 
 # ([n, V] student, [n, V] teacher, [n] label) -> [n] loss; float32, float64 where an operand is
@@ -107,7 +109,7 @@ def operands(
     if vocab_size is not None:
         most = min(student.size(-1), teacher.size(-1))
         if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-            raise TypeError(f"vocab_size: got {vocab_size!r}, expected an integer")
+            raise TypeError(f"vocab_size: got {shown(vocab_size)}, expected an integer")
         if not 1 <= vocab_size <= most:
             raise ValueError(f"vocab_size: got {vocab_size}, expected 1 <= vocab_size <= {most}")
         student, teacher = student[..., :vocab_size], teacher[..., :vocab_size]
@@ -140,7 +142,7 @@ def positive(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a positive number")
     if not 1e-18 <= value <= 1e18:  # T^2 and 1 / T are float32 numbers
-        raise ValueError(f"{name}: got {value!r}, expected a positive finite number")
+        raise ValueError(f"{name}: got {shown(value)}, expected a positive finite number")
 
 
 def coefficient(name: str, value: float) -> None:
@@ -148,7 +150,7 @@ def coefficient(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     if not 0 <= value < math.inf:
-        raise ValueError(f"{name}: got {value!r}, expected a finite number >= 0")
+        raise ValueError(f"{name}: got {shown(value)}, expected a finite number >= 0")
 
 
 def counted(
@@ -189,7 +191,9 @@ def check_options(rows: Counted, leading: list[int]) -> None:
     weight, normalizer = rows.get("weight"), rows.get("normalizer")
     reduction = rows.get("reduction", "mean")
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+        raise ValueError(
+            f"reduction: got {shown(reduction)}, expected one of {', '.join(REDUCTIONS)}"
+        )
     if weight is not None:
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
@@ -200,8 +204,8 @@ def check_options(rows: Counted, leading: list[int]) -> None:
         return
     if reduction != "mean":
         raise ValueError(
-            f"normalizer: got one with reduction={reduction!r}; it replaces the denominator of "
-            "reduction='mean'"
+            f"normalizer: got one with reduction={shown(reduction)}; it replaces the denominator "
+            "of reduction='mean'"
         )
     if isinstance(normalizer, Tensor):
         if normalizer.dim():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from fastkd.messages import shown
+
 SHAPES: dict[str, Callable[[float], float]] = {
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
     "linear": lambda x: 1 - x,
@@ -28,11 +30,13 @@ def decay(
     Paper: Loshchilov and Hutter 2017, arXiv 1608.03983 (cosine).
     """
     if shape not in SHAPES:
-        raise ValueError(f"shape: got {shape!r}, expected one of {sorted(SHAPES)}")
+        raise ValueError(f"shape: got {shown(shape)}, expected one of {sorted(SHAPES)}")
     if not 0 <= warmup < steps:
-        raise ValueError(f"warmup: got {warmup!r} of {steps!r} steps, expected 0 <= warmup < steps")
+        raise ValueError(
+            f"warmup: got {shown(warmup)} of {shown(steps)} steps, expected 0 <= warmup < steps"
+        )
     if not 0 <= floor <= 1:
-        raise ValueError(f"floor: got {floor!r}, expected a number in [0, 1]")
+        raise ValueError(f"floor: got {shown(floor)}, expected a number in [0, 1]")
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -60,9 +64,11 @@ def curriculum(
     """
     for name, T in (("start", start), ("stop", stop)):
         if not T > 0:
-            raise ValueError(f"{name}: got {T!r}, expected a temperature > 0")
+            raise ValueError(f"{name}: got {shown(T)}, expected a temperature > 0")
     if not 0 <= warmup < steps:
-        raise ValueError(f"warmup: got {warmup!r} of {steps!r} steps, expected 0 <= warmup < steps")
+        raise ValueError(
+            f"warmup: got {shown(warmup)} of {shown(steps)} steps, expected 0 <= warmup < steps"
+        )
     share = decay(steps - warmup, shape)
 
     def temperature(step: int) -> float:

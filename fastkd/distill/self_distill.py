@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastkd.messages import shown
+
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
 from .progress import Step
@@ -56,7 +58,7 @@ def mean_teacher(
     Paper: Tarvainen and Valpola 2017, arXiv 1703.01780.
     """
     if ramp < 0:
-        raise ValueError(f"ramp: got {ramp!r}, expected a number of steps >= 0")
+        raise ValueError(f"ramp: got {shown(ramp)}, expected a number of steps >= 0")
 
     def grown(step: int) -> float:
         base = weight(step) if callable(weight) else weight
@@ -111,9 +113,9 @@ def born_again(
     Paper: Furlanello et al. 2018, arXiv 1805.04770.
     """
     if generations < 1:
-        raise ValueError(f"generations: got {generations!r}, expected an integer >= 1")
+        raise ValueError(f"generations: got {shown(generations)}, expected an integer >= 1")
     if not hard_weight >= 0:
-        raise ValueError(f"hard_weight: got {hard_weight!r}, expected a number >= 0")
+        raise ValueError(f"hard_weight: got {shown(hard_weight)}, expected a number >= 0")
     first = plain_terms(loss)
     kept = [replace(term, weight=times(hard_weight, term.weight)) for term in first]
     later = [*(kept if hard_weight else ()), soft(weight, temperature=temperature)]
@@ -166,9 +168,9 @@ def own_teacher(
     if not heads:
         raise ValueError("heads: got none, expected one or more")
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: got {alpha!r}, expected a number in [0, 1]")
+        raise ValueError(f"alpha: got {shown(alpha)}, expected a number in [0, 1]")
     if not temperature > 0:
-        raise ValueError(f"temperature: got {temperature!r}, expected > 0")
+        raise ValueError(f"temperature: got {shown(temperature)}, expected > 0")
     return [
         term for tap, head in heads.items() for term in _exit(tap, head, weight, alpha, temperature)
     ]

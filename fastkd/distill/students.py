@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.messages import shown
+
 from .batch import bare_names, unwrap, within
 from .files import same_shapes
 from .taps import resolve
@@ -42,7 +44,7 @@ def copy_layers(student: nn.Module, teacher: nn.Module, layers: Mapping[str, str
         state = {bare[name]: x for name, x in state.items()}
         names = bare_names(target, ours)
         wanted = {names[name]: x for name, x in ours.items()}
-        same_shapes(state, wanted, f"layers: got {theirs!r} for {mine!r} with")
+        same_shapes(state, wanted, f"layers: got {shown(theirs)} for {mine!r} with")
         pairs.append((target, {name: state[names[name]] for name in ours}))
     for target, state in pairs:
         target.load_state_dict(state)
@@ -90,9 +92,9 @@ def prune(model: nn.Sequential, keep: float | Mapping[str, float]) -> nn.Sequent
     wanted = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(shares, keep)
     for name, share in wanted.items():
         if name not in shares:
-            raise ValueError(f"keep: got layer {name!r}, expected one of {list(shares)}")
+            raise ValueError(f"keep: got layer {shown(name)}, expected one of {list(shares)}")
         if not 0 < share <= 1:
-            raise ValueError(f"keep: got {share!r} for {name!r}, expected a number in (0, 1]")
+            raise ValueError(f"keep: got {shown(share)} for {name!r}, expected a number in (0, 1]")
     shares |= wanted
 
     names = [name for name, _ in leaves]
@@ -141,9 +143,11 @@ def replace_head(model: nn.Module, name: str, outputs: int) -> nn.Module:
         at = within(at)
     old = unwrap(resolve(model, name))
     if not isinstance(old, PRUNABLE) or not name:
-        raise ValueError(f"name: got {name!r}, a {type(old).__name__}, expected a Linear or Conv")
+        raise ValueError(
+            f"name: got {shown(name)}, a {type(old).__name__}, expected a Linear or Conv"
+        )
     if outputs < 1:
-        raise ValueError(f"outputs: got {outputs!r}, expected an integer >= 1")
+        raise ValueError(f"outputs: got {shown(outputs)}, expected an integer >= 1")
     new = copy.deepcopy(old)
     size = (outputs, *old.weight.shape[1:])
     new.weight = nn.Parameter(old.weight.new_zeros(size))

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.messages import shown
+
 from .batch import Batch, Outputs, forward, in_eval, mapped, tensors, to, unwrap
 from .files import array
 from .processes import alike, class_name, is_placed, reshard, whole
@@ -144,7 +146,7 @@ class Average(Live):
 
     def __init__(self, student: nn.Module, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"decay: got {decay!r}, expected a number in [0, 1)")
+            raise ValueError(f"decay: got {shown(decay)}, expected a number in [0, 1)")
         if any(is_placed(p) for p in student.parameters()):
             raise ValueError(
                 "student: got one in shards, which cannot be copied; make the Average before "

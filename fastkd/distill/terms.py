@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
+from fastkd.messages import shown
 
 from .batch import IGNORED, Batch, Outputs, mapped, tensors
 from .features import nst
@@ -66,7 +67,7 @@ class Term:
 
     def __post_init__(self) -> None:
         if not callable(self.function):
-            raise TypeError(f"function: got {self.function!r}, expected a callable")
+            raise TypeError(f"function: got {shown(self.function)}, expected a callable")
         number = isinstance(self.weight, (int, float)) or getattr(self.weight, "ndim", 1) == 0
         if not callable(self.weight) and not number:
             got = f"{type(self.weight).__name__} {list(getattr(self.weight, 'shape', []))}"
@@ -75,10 +76,10 @@ class Term:
                 "Term with F.cross_entropy(s.logits, b.labels, weight=...)"
             )
         if self.mean not in MEANS:
-            raise ValueError(f"mean: got {self.mean!r}, expected one of {MEANS}")
+            raise ValueError(f"mean: got {shown(self.mean)}, expected one of {MEANS}")
         for taps in (self.student_taps, self.teacher_taps):
             if isinstance(taps, str):
-                raise TypeError(f"taps: got the string {taps!r}, expected a tuple of names")
+                raise TypeError(f"taps: got the string {shown(taps)}, expected a tuple of names")
 
 
 def hard(weight: Weight = 1.0, *, label_smoothing: float = 0.0, name: str = "hard") -> Term:
@@ -139,7 +140,7 @@ def soft(
     Paper: Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
     """
     if rows not in ("all", "labelled"):
-        raise ValueError(f"rows: got {rows!r}, expected 'all' or 'labelled'")
+        raise ValueError(f"rows: got {shown(rows)}, expected 'all' or 'labelled'")
 
     look = Classes(name)
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.messages import shown
+
 from .batch import Batch, Outputs, device_of, forward, moved, restored_modes
 from .checkpoint import Checkpoints, Parts, Position, epoch_batches
 from .cohort import source
@@ -113,17 +115,17 @@ def train(
     Paper: Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
     """
     if epochs < 1:
-        raise ValueError(f"epochs: got {epochs!r}, expected an integer >= 1")
+        raise ValueError(f"epochs: got {shown(epochs)}, expected an integer >= 1")
     where = device_of(student) if device is None else torch.device(device)
     if amp not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"amp: got {amp!r}, expected torch.bfloat16, torch.float16 or None")
+        raise ValueError(f"amp: got {shown(amp)}, expected torch.bfloat16, torch.float16 or None")
     ranks = Ranks(student)
     take = stepping(accelerator, where, amp, ranks)
     where, accumulate = take.device, take.accumulate if accumulate is None else accumulate
     if accumulate < 1:
-        raise ValueError(f"accumulate: got {accumulate!r}, expected an integer >= 1")
+        raise ValueError(f"accumulate: got {shown(accumulate)}, expected an integer >= 1")
     if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm: got {clip_norm!r}, expected > 0 or None")
+        raise ValueError(f"clip_norm: got {shown(clip_norm)}, expected > 0 or None")
     if weight_noise and ranks.sharded:
         raise ValueError("weight_noise: got a student of shards, expected one whole on every rank")
     objective, soft = Objective(loss), source(teacher)

@@ -8,6 +8,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fastkd.messages import shown
+
 from .files import needed
 from .progress import progress_bar
 
@@ -59,18 +61,20 @@ def search(
     Paper: Bergstra and Bengio 2012 (random search); Bergstra et al. 2011 (TPE).
     """
     if trials < 1:
-        raise ValueError(f"trials: got {trials!r}, expected an integer >= 1")
+        raise ValueError(f"trials: got {shown(trials)}, expected an integer >= 1")
     if backend is None:
         backend = "optuna" if importlib.util.find_spec("optuna") else "random"
     if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, expected one of {BACKENDS} or None")
+        raise ValueError(f"backend: got {shown(backend)}, expected one of {BACKENDS} or None")
     for name, values in space.items():
         _check(name, values)
     if start is not None and set(start) != set(space):
         raise ValueError(f"start: got {sorted(start)}, expected the names {sorted(space)}")
     for name, values in space.items():
         if start is not None and not isinstance(values, Range) and start[name] not in values:
-            raise ValueError(f"start: got {start[name]!r} for {name!r}, expected one of {values}")
+            raise ValueError(
+                f"start: got {shown(start[name])} for {name!r}, expected one of {values}"
+            )
     asked = _ask_optuna(space, seed, start) if backend == "optuna" else _ask(space, seed, start)
     bar = progress_bar(total=trials) if progress else None
     made: list[tuple[dict[str, Any], float]] = []
@@ -102,7 +106,9 @@ def _check(name: str, values: Any) -> None:
             wanted = "0 < low <= high" if log else "low <= high"
             raise ValueError(f"space: got {values} for {name!r}, expected {wanted}, both finite")
     elif isinstance(values, str) or not isinstance(values, Sequence) or not values:
-        raise ValueError(f"space: got {values!r} for {name!r}, expected a Range or some choices")
+        raise ValueError(
+            f"space: got {shown(values)} for {name!r}, expected a Range or some choices"
+        )
 
 
 def _ask(

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 import fastkd
+from fastkd.messages import shown
 
 from .align import Alignment, first_positions
 from .batch import IGNORED, Batch, Outputs
@@ -89,7 +90,7 @@ def uld_loss(
     positive("temperature", temperature)
     known_options(rows)
     if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
-        raise ValueError(f"top: got {top!r}, expected a number of ranks, at least 1")
+        raise ValueError(f"top: got {shown(top)}, expected a number of ranks, at least 1")
     teachers = teacher.tensors if isinstance(teacher, fastkd.TopK) else (teacher,)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in teachers):
         raise ValueError("teacher: got a tensor that requires grad, expected teacher.detach()")
@@ -166,7 +167,7 @@ def _columns(name: str, x: Tensor, used: int | None) -> Tensor:
     if used is None:
         return x
     if isinstance(used, bool) or not isinstance(used, int):
-        raise TypeError(f"vocab_size: got {used!r}, expected an integer")
+        raise TypeError(f"vocab_size: got {shown(used)}, expected an integer")
     if not 1 <= used <= x.size(-1):
         raise ValueError(
             f"vocab_size: got {used} for the {name}, expected 1 <= vocab_size <= {x.size(-1)}; "
@@ -189,7 +190,8 @@ def _pairs(
     if isinstance(alignment, str):
         if alignment != "truncate":
             raise ValueError(
-                f"alignment: got {alignment!r}, expected 'truncate', None or distill.align(...)"
+                f"alignment: got {shown(alignment)}, expected 'truncate', None or "
+                "distill.align(...)"
             )
         if len(mine) != 2 or len(its) != 2 or mine[0] != its[0]:
             raise ValueError(

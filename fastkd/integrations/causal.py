@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
+from fastkd.messages import shown
 
 from .convention import check_convention, unwrapped
 from .heads import (
@@ -69,7 +70,7 @@ class DistillationLoss:
         for name in ("labels", "ignore_index", "weight", "reduction", "normalizer", "group"):
             if name in options:
                 raise TypeError(
-                    f"{name}: got {options[name]!r}, expected no such option: it is set here"
+                    f"{name}: got {shown(options[name])}, expected no such option: it is set here"
                 )
         nothing = torch.zeros(1, 2)
         options = dict(options)

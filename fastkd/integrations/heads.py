@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
+from fastkd.messages import shown
 
 from .hooks import Hook, evaluating
 
@@ -101,7 +102,7 @@ def head_of(model: Any) -> Head:
         or weight.shape != (module.out_features, module.in_features)
     ):
         raise TypeError(
-            f"model: got {name} with the head {module!r:.100}, expected a plain nn.Linear; use "
+            f"model: got {name} with the head {shown(module)}, expected a plain nn.Linear; use "
             "linear=False (dense logits)"
         )
     if weight.is_meta or hasattr(weight, "placements"):

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastkd.distill.files import absent
+from fastkd.messages import shown
 
 from .causal import SCHEDULED, DistillationLoss
 from .convention import unwrapped
@@ -266,7 +267,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         if self.args.label_smoothing_factor:
             if "label_smoothing" in options:
                 raise ValueError(
-                    f"label_smoothing: got {options['label_smoothing']!r} in loss beside "
+                    f"label_smoothing: got {shown(options['label_smoothing'])} in loss beside "
                     f"label_smoothing_factor={self.args.label_smoothing_factor}, expected one"
                 )
             function.options["label_smoothing"] = self.args.label_smoothing_factor

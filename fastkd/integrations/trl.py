@@ -25,6 +25,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd.distill.files import absent
+from fastkd.messages import shown
 
 VERSIONS = ((1, 0), (2, 0))  # from the first to before the second: those that have these losses
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
@@ -83,7 +84,9 @@ def generalized_jsd_loss(
     Agarwal et al. 2023 (GKD), arXiv 2306.13649.
     """
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(REDUCTIONS)}")
+        raise ValueError(
+            f"reduction: got {shown(reduction)}, expected one of {', '.join(REDUCTIONS)}"
+        )
     if isinstance(num_items_in_batch, bool):
         raise TypeError(f"num_items_in_batch: got {num_items_in_batch}, expected a number or None")
     entry = _entry(beta)
@@ -268,9 +271,9 @@ def _class(trainer: object) -> type:
 
 def _entry(beta: float) -> Any:
     if isinstance(beta, bool) or not isinstance(beta, (int, float)):
-        raise TypeError(f"beta: got {beta!r}, expected a number from 0 to 1")
+        raise TypeError(f"beta: got {shown(beta)}, expected a number from 0 to 1")
     if not 0 <= beta <= 1:
-        raise ValueError(f"beta: got {beta!r}, expected a number from 0 to 1")
+        raise ValueError(f"beta: got {shown(beta)}, expected a number from 0 to 1")
     if beta in (0, 1):
         return fastkd.divergences["reverse_kl" if beta else "kl"]
     return fastkd.divergences.js(beta=float(beta))

@@ -289,7 +289,7 @@ def _mlp(*sizes: int, dropout: float = 0.0) -> nn.Sequential:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer >= 1")
+        raise argparse.ArgumentTypeError(f"got {shown(text)}, expected an integer >= 1")
     return int(text)
 
 

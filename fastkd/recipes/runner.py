@@ -18,6 +18,7 @@ import torch
 
 from fastkd.distill.files import needed
 from fastkd.distill.progress import progress_bar
+from fastkd.messages import shown
 
 from .recipe import Figures, Gain, Recipe
 
@@ -118,10 +119,10 @@ def run(
     if unknown := [name for name in names if name not in recipes]:
         raise ValueError(f"recipes: got {unknown}, expected some of {', '.join(recipes)}")
     if not 0 < size <= 1:
-        raise ValueError(f"size: got {size!r}, expected a number in (0, 1]")
+        raise ValueError(f"size: got {shown(size)}, expected a number in (0, 1]")
     for what, count in (("seeds", seeds), ("jobs", jobs)):
         if count is not None and count < 1:
-            raise ValueError(f"{what}: got {count!r}, expected at least 1")
+            raise ValueError(f"{what}: got {shown(count)}, expected at least 1")
     jobs = jobs or len(_cores())
     todo = [
         (name, seed, size)
