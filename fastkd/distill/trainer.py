@@ -29,6 +29,7 @@ from .noise import weight_noise as disturbed
 from .processes import PLAINLY, Ranks
 from .progress import Log, Record, Step
 from .rates import Rates, applied
+from .remarks import Remarks
 from .stepping import stepping
 from .taps import Taps
 from .teachers import Average, Teacher, on_device, sole
@@ -112,6 +113,9 @@ def train(
             is seen before the step is taken; elsewhere every 50 steps, at the end of an epoch and
             before a checkpoint.
 
+    Warns (UserWarning, once): a teacher or a stored column that no term reads, a term without
+    gradient, a loss of exactly 0 throughout the first epoch, labels that are the inputs' ids.
+
     Paper: Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
     """
     if epochs < 1:
@@ -146,6 +150,7 @@ def train(
         checkpoint = Checkpoints(checkpoint)
     position = checkpoint.start(parts) if checkpoint else Position()
     every = CHECK_EVERY.get(where.type, 50)
+    remarks, began = Remarks(student, soft, objective), position.epoch
     record = Record(objective.names, position.step, every, log if ranks.first else None)
 
     with ExitStack() as stack:
@@ -181,7 +186,9 @@ def train(
                                 ours = Outputs(
                                     forward(student, batch.inputs), taps.take(), role="student"
                                 )
+                                theirs = remarks.watched(ours, theirs, batch)
                                 value, terms = objective(ours, theirs, batch)
+                                remarks.read(theirs, batch)
                             take.backward(value)
                         with take.autocast():
                             soft.follow(ours, batch)
@@ -206,6 +213,8 @@ def train(
                     record.read()
                     checkpoint.write(position, parts)
             record.read()
+            if epoch == began:
+                remarks.epoch(record.steps)
             position.epoch, position.used = epoch + 1, 0
             if validate is not None:
                 metric = ranks.number(float(validate(student)), where)

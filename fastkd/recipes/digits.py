@@ -36,6 +36,7 @@ import fastkd
 from fastkd import distill
 from fastkd.distill.files import needed
 from fastkd.distill.progress import progress_bar
+from fastkd.messages import shown
 
 USER = "python -m fastkd.recipes.digits"
 
