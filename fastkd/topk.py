@@ -49,7 +49,7 @@ def sparse(
     keep = None if keep is None else keep.reshape(-1)
     logprobs = logprobs.masked_fill(indices < 0, -INF)
     tail = teacher.tail_logprob
-    look = reads_values(teacher.device)
+    look = reads_values(teacher.logprobs)
     if look:
         _admit(passes, logprobs.detach(), indices, tail, keep, vocab)
     else:
