@@ -2,9 +2,11 @@
 // fastkd/divergence.py for the table, the formulas in torch and what "centred" means.
 //
 // An expectation gives value l(log p, log q) and centred slope. Any other divergence gives value
-// and rate, of p and q: the rate is the centred slope per unit of q, 0 where p = q. (A row's
-// gradient is q times its rates, less their mean; they are taken relative to one of the row's own,
-// so that what all columns share leaves no rounding behind.)
+// and rate, of p and q: the rate is the slope per unit of q, up to a constant that all columns share
+// (a row's gradient is q times its rates, less their mean). Two constants leave the digits: where p
+// and q are near, the one that makes the rate 0 at p = q; where p is far below q, the one that makes
+// it 0 at p = 0. The second is `far` above the first, and a row takes its rates relative to one of its
+// own (see Origin), so that what all columns share leaves no rounding behind.
 //
 // Every pair is finite or rightly infinite when p or q is 0 (log -inf), and 0 when both are. No pair
 // is asked about a row with a NaN.
@@ -36,8 +38,23 @@ struct Sloped {
 
 template <class V>
 struct Rated {
+  using Where = decltype(V{} < V{});
   V value;
   V rate;
+  Where apart;  // whether the rate is 0 at p = 0, and not at p = q
+};
+
+// What is added to a rate at p near q, and to one far from it; of the second, `far` itself is the
+// centred rate's.
+template <class T>
+struct Origin {
+  T near = 0;
+  T apart = 0;
+
+  template <class V>
+  FASTKD_INLINE V operator()(const Rated<V>& point) const {
+    return point.rate + (point.apart ? V{} + apart : V{} + near);
+  }
 };
 
 // w * x with 0 * anything = 0
@@ -77,50 +94,78 @@ FASTKD_INLINE auto small(V share) {
   return share < V{} + 0.5f;
 }
 
+// The same of both sides: at beta = 1/2 exchanging them gives the same bits, and so do all the
+// operations in which they meet.
 struct JS {
   static constexpr Expectation expectation = Expectation::none;
+  template <class T>
+  static FASTKD_INLINE T far(T beta) {
+    return -(T(1) - beta) * static_cast<T>(__builtin_log(static_cast<double>(T(1) - beta)));
+  }
+  // rest times log(q / m); where p / m is small, log(q / m * rest)
+  template <class V, class T>
+  static FASTKD_INLINE V part(V share, V other, V gap, T of_share, T rest) {
+    const V above = of_share * (small(share) ? -share : gap);
+    return rest * log(small(share) ? T(1) + above : other, above);
+  }
   template <class V, class T>
   static FASTKD_INLINE Rated<V> at(V p, V q, T beta) {
     const T rest = T(1) - beta;
-    const V over_m = over_mixture(p, q, beta), gap = (q - p) * over_m, share = p * over_m;
-    const V above = beta * (small(share) ? -share : gap);
-    const V of_q = log(small(share) ? T(1) + above : q * over_m, above);
-    const V rate = rest * (small(share) ? of_q - log(splat(rest)) : of_q);
-    return {fma(beta * p, log(share, -rest * gap), q * rate), rate};
+    const V over_m = over_mixture(p, q, beta), gap = (q - p) * over_m;
+    const V of_p = p * over_m, of_q = q * over_m;
+    const auto apart = small(of_p);
+    const V rate = part(of_p, of_q, gap, beta, rest), other = part(of_q, of_p, -gap, rest, beta);
+    const V value_q = q * (rate + zero_unless<V>(apart, V{} + far(beta)));
+    const V value_p = p * (other + zero_unless<V>(small(of_q), V{} + far(rest)));
+    return {value_p + value_q, rate, apart};
   }
 };
 
 struct SkewKL {
   static constexpr Expectation expectation = Expectation::none;
+  template <class T>
+  static FASTKD_INLINE T far(T alpha) {
+    return T(1) - alpha;
+  }
   template <class V, class T>
   static FASTKD_INLINE Rated<V> at(V p, V q, T alpha) {
     const T rest = T(1) - alpha;
     const V over_m = over_mixture(p, q, alpha), gap = rest * ((p - q) * over_m), share = p * over_m;
-    // rest - rest * p / m, in the form that rounds least: exact at p = 0 and at p = q
-    const V rate = small(share) ? rest - rest * share : -rest * gap;
-    return {p * log(share, gap), rate};
+    // rest - rest * p / m
+    const auto apart = small(share);
+    return {p * log(share, gap), -rest * (apart ? share : gap), apart};
   }
 };
 
 struct SkewReverseKL {
   static constexpr Expectation expectation = Expectation::none;
+  template <class T>
+  static FASTKD_INLINE T far(T alpha) {
+    return static_cast<T>(-__builtin_log(static_cast<double>(alpha)) -
+                          (1.0 - static_cast<double>(alpha)));
+  }
   template <class V, class T>
   static FASTKD_INLINE Rated<V> at(V p, V q, T alpha) {
     const T rest = T(1) - alpha;
     const V over_m = over_mixture(q, p, alpha), gap = (q - p) * over_m, share = p * over_m;
-    const V above = rest * (small(share) ? -share : gap);
-    const V near = log(small(share) ? T(1) + above : q * over_m, above);
-    const V log_q = small(share) ? near - log(splat(alpha)) : near;  // of q / m
-    return {q * log_q, log_q - rest * (small(share) ? T(1) - share : alpha * gap)};
+    const auto apart = small(share);
+    const V above = rest * (apart ? -share : gap);
+    const V log_q = log(apart ? T(1) + above : q * over_m, above);  // of q / m, or of alpha q / m
+    const V value = q * (log_q - zero_unless<V>(apart, log(splat(alpha))));
+    return {value, log_q - (apart ? above : alpha * above), apart};
   }
 };
 
 struct TV {
   static constexpr Expectation expectation = Expectation::none;
+  template <class T>
+  static FASTKD_INLINE T far(T) {
+    return 0;
+  }
   template <class V, class T>
   static FASTKD_INLINE Rated<V> at(V p, V q, T) {
     const V gap = q - p, half = V{} + T(0.5);
-    return {half * larger(gap, -gap), gap > V{} ? half : gap < V{} ? -half : V{}};
+    return {half * larger(gap, -gap), gap > V{} ? half : gap < V{} ? -half : V{}, V{} < V{}};
   }
 };
 

@@ -284,10 +284,24 @@ struct ToProbability {
 
 // ---- between the two: values and rates from the exponentials -------------------------------------
 
-// The rate at the student's most probable column. Where one column has most of the mass, its block
+// What a row's rates are taken relative to, and its own distance from the centred one's zero.
+template <class T>
+struct Top {
+  Origin<T> origin;
+  T rate = 0;
+};
+
+template <class T, class D>
+inline Top<T> centred(const Args& a) {
+  if constexpr (D::expectation == Expectation::none)
+    return {{0, D::far(static_cast<T>(a.param))}};
+  return {};
+}
+
+// The rate at the student's most probable column, as an origin that makes it 0. Where one column has most of the mass, its block
 // has; where none has, it does not matter which is taken.
 template <class T, class D>
-__attribute__((noinline)) T top_rate(const Args& a, const Scratch<T>& scratch, const Part& row) {
+__attribute__((noinline)) Top<T> top_rate(const Args& a, const Scratch<T>& scratch, const Part& row) {
   using V = Vec<T>;
   int64_t heaviest = 0;
   double most = -1.0;
@@ -304,15 +318,20 @@ __attribute__((noinline)) T top_rate(const Args& a, const Scratch<T>& scratch, c
   const ToProbability to(scratch, heaviest, row);
   const V q = splat(top) * splat(static_cast<T>(to.q));
   const V p = splat(other) * splat(static_cast<T>(to.p));
-  T lanes[Simd<T>::lanes];
-  storeu(lanes, D::at(p, q, static_cast<T>(a.param)).rate);
-  return lanes[0];
+  const Rated<V> point = D::at(p, q, static_cast<T>(a.param));
+  T own[Simd<T>::lanes], centred_one[Simd<T>::lanes], where[Simd<T>::lanes];
+  const Origin<T> centre = centred<T, D>(a).origin;
+  storeu(own, point.rate);
+  storeu(centred_one, centre(point));
+  storeu(where, point.apart ? V{} + T(1) : V{});
+  const T rate = centred_one[0];
+  return {{-rate, where[0] != T(0) ? -own[0] : centre.apart - rate}, rate};
 }
 
-// Adds to out.value the values, and to out.slope q times the rates above `from`, which it keeps.
+// Adds to out.value the values, and to out.slope q times the rates from `origin`, which it keeps.
 template <class T, class D>
 __attribute__((noinline)) void rate_sweep(const Args& a, int64_t chunk, const Scratch<T>& scratch,
-                                          const Part& row, T from, Part& out) {
+                                          const Part& row, Origin<T> origin, Part& out) {
   using V = Vec<T>;
   constexpr int64_t lanes = Simd<T>::lanes;
   const T param = static_cast<T>(a.param);
@@ -325,7 +344,7 @@ __attribute__((noinline)) void rate_sweep(const Args& a, int64_t chunk, const Sc
     const auto half = [&](T* kept, V& value, V& slope) FASTKD_LAMBDA {
       const V q = loadu<V>(kept) * to_q, p = loadu<V>(kept + 2 * lanes) * to_p;
       const Rated<V> point = D::at(p, q, param);
-      const V rate = point.rate - from;
+      const V rate = origin(point);
       value += point.value;
       slope = fma(q, rate, slope);
       storeu(kept + 2 * lanes, rate);

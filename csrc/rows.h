@@ -125,13 +125,12 @@ inline void last_trip(const Args& a, int64_t r, const Team& team,
   fill(a, r, a.vocab, 0.0);
 }
 
-// Values and slopes from the exponentials, of a divergence that is no expectation; `from` is what the
-// rates are taken relative to.
+// Values and slopes from the exponentials, of a divergence that is no expectation.
 template <class T, class D>
 inline void rates_trip(const Args& a, const Team& team, const Scratch<T>& scratch, Part& row,
-                       T from) {
+                       Origin<T> origin) {
   each_chunk(team, a.vocab, false, [&](int64_t chunk) {
-    rate_sweep<T, D>(a, chunk, scratch, row, from, scratch.parts[chunk]);
+    rate_sweep<T, D>(a, chunk, scratch, row, origin, scratch.parts[chunk]);
   });
   for (int64_t i = 0; i * kChunk < a.vocab; ++i) {
     row.value += scratch.parts[i].value;
@@ -204,7 +203,8 @@ inline double row_by_trip(const Args& a, int64_t r, const Team& team,
     return result;
   }
   if constexpr (E == Expectation::none)
-    rates_trip<T, D>(a, team, scratch, row, grad ? top_rate<T, D>(a, scratch, row) : T(0));
+    rates_trip<T, D>(a, team, scratch, row,
+                     (grad ? top_rate<T, D>(a, scratch, row) : centred<T, D>(a)).origin);
   if (!expected<E>(row) || (grad && steep<T>(a, r, row))) return row_by_sweeps<T, D>(a, r);
   const double loss = loss_of<T>(a, row, a.hard != 0.0 ? label_logit(a, r) : 0.0);
   if (grad) gradient_of<K, E>(a, r, team, scratch, row);

@@ -103,9 +103,10 @@ void rate_stage(const Args& a, int64_t begin, int64_t end, const Team& team) {
     Part row = merged<D::expectation>(a, r, label);
     if (row.strange || degenerate(a, row.s.sum, row.t.sum, result)) continue;
     const Scratch<float> scratch = slot_of<D>(a, r);
-    const float from = a.grad.data == nullptr ? 0.0f : top_rate<float, D>(a, scratch, row);
-    rates_trip<float, D>(a, team, scratch, row, from);
-    out = {row.value, static_cast<float>(row.slope), from};
+    const Top<float> top =
+        a.grad.data == nullptr ? centred<float, D>(a) : top_rate<float, D>(a, scratch, row);
+    rates_trip<float, D>(a, team, scratch, row, top.origin);
+    out = {row.value, static_cast<float>(row.slope), top.rate};
   }
 }
 

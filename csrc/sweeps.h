@@ -132,7 +132,7 @@ FASTKD_INLINE Sloped<V> pair_at(const Column<V>& at, T param) {
     return D::at(at.logp, at.logq, at.p, at.q);
   } else {
     const Rated<V> point = D::at(at.p, at.q, param);
-    return {point.value, at.q * point.rate};
+    return {point.value, at.q * Origin<T>{0, D::far(param)}(point)};
   }
 }
 

@@ -418,14 +418,28 @@ def transformed(upstream: Tensor | None = None) -> bool:
     return upstream is not None and torch._C._functorch.is_legacy_batchedtensor(upstream)
 
 
+def _mode(key: torch._C._TorchDispatchModeKey) -> bool:
+    return bool(torch._C._len_torch_dispatch_stack()) and (
+        torch._C._get_dispatch_mode(key) is not None
+    )
+
+
 def _recorded() -> bool:
     """Whether torch.jit.trace or make_fx writes down what is done here."""
     if torch._C._get_tracing_state() is not None:
         return True
-    if not torch._C._len_torch_dispatch_stack():
-        return False
-    key = torch._C._TorchDispatchModeKey.PROXY
-    return torch._C._get_dispatch_mode(key) is not None
+    return _mode(torch._C._TorchDispatchModeKey.PROXY)
+
+
+def valueless(x: Tensor) -> bool:
+    """Whether x has no values to look at here, or other ones when this is done again.
+
+    Under torch.compile and torch.export, transforms of torch.func (vmap has no one value), make_fx,
+    torch.jit.trace and FakeTensorMode.
+    """
+    if torch.compiler.is_compiling() or transformed() or _recorded():
+        return True
+    return hasattr(x, "fake_mode") or _mode(torch._C._TorchDispatchModeKey.FAKE)
 
 
 def pick(device: torch.device) -> Passes:

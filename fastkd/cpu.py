@@ -35,6 +35,9 @@ _INDEX = {name: index for index, name in enumerate(_C.divergences())}
 _NONE = (0, 0, 1, 0, 0)
 # what a new one is made like: torch.empty, which reads a size and a dtype, takes twice as long
 _NUMBER = {x: torch.empty((), dtype=x, device="cpu") for x in (torch.float32, torch.float64)}
+# The address to read from: `data_ptr` gives one to write to, for which a copy-on-write tensor takes
+# a copy first. An older torch knows no other.
+_read = getattr(Tensor, "const_data_ptr", Tensor.data_ptr)
 # Elements below which a second thread costs more than it saves: waking one takes microseconds.
 _GRAIN = 16384
 
@@ -70,16 +73,24 @@ def _threads(elements: int) -> int:
 
 
 def _operand(x: Tensor) -> tuple[int, int, int, int, int]:
-    """Of rows [A, B, V], or [N, V]: what has two dimensions needs no view to say so."""
-    if x.dim() == 2:
-        return x.data_ptr(), _DTYPES[x.dtype], x.shape[0] or 1, 0, x.stride()[0]
+    """Of rows [A, B, V], or [N, V], that are read."""
+    return _rows_at(_read(x), x)
+
+
+def _written(x: Tensor | None) -> tuple[int, int, int, int, int]:
+    return _NONE if x is None else _rows_at(x.data_ptr(), x)
+
+
+def _rows_at(address: int, x: Tensor) -> tuple[int, int, int, int, int]:
+    if x.dim() == 2:  # what has two dimensions needs no view to say so
+        return address, _DTYPES[x.dtype], x.shape[0] or 1, 0, x.stride()[0]
     _, b, _ = x.shape
     outer, inner, _ = x.stride()
-    return x.data_ptr(), _DTYPES[x.dtype], b or 1, outer, inner
+    return address, _DTYPES[x.dtype], b or 1, outer, inner
 
 
 def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    return 0 if x is None else _read(x)
 
 
 def _plan(plan: Plan) -> tuple[int, float, float, float, float, float, int, int]:
@@ -153,7 +164,7 @@ def _fused(
         _address(label),
         _address(scale),
         factor,
-        _NONE if grad is None else _operand(grad),
+        _written(grad),
         0 if grad is None else grad.shape[-1],
         out.data_ptr(),
     )
@@ -179,14 +190,14 @@ def sparse(
         n,
         _threads(n * plan.vocab),
         _operand(student),
-        (logprobs.data_ptr(), indices.data_ptr(), _address(tail), logprobs.shape[1], restrict),
+        (_read(logprobs), _read(indices), _address(tail), logprobs.shape[1], restrict),
         divergences[plan.divergence].centre(plan.param),
         _plan(plan),
         _address(keep),
         _address(label),
         _address(scale),
         factor,
-        _NONE if grad is None else _operand(grad),
+        _written(grad),
         0 if grad is None else grad.shape[-1],
         out.data_ptr(),
     )
@@ -229,8 +240,8 @@ def loss(
         _operand(student),
         _operand(teacher),
         _plan(plan),
-        stats_s.data_ptr(),
-        stats_t.data_ptr(),
+        _read(stats_s),
+        _read(stats_t),
         _address(keep),
         out.data_ptr(),
     )
@@ -263,15 +274,15 @@ def grad(
         _operand(student),
         _operand(teacher),
         _plan(plan),
-        stats_s.data_ptr(),
-        stats_t.data_ptr(),
+        _read(stats_s),
+        _read(stats_t),
         _address(stats_hard),
-        slope.data_ptr(),
+        _read(slope),
         _address(keep),
         _address(label),
         _address(scale),
         factor,
-        _operand(grad),
+        _written(grad),
         grad.size(-1),
     )
 
@@ -316,7 +327,7 @@ def staged(
     operands = (
         (ranks, rank, _threads(min(together, n) * plan.vocab), n),
         *(_operand(student), _operand(teacher), _plan(plan), _address(keep), _address(label)),
-        *(_address(scale), factor, _NONE if grad is None else _operand(grad)),
+        *(_address(scale), factor, _written(grad)),
         *(0 if grad is None else grad.shape[-1], out.data_ptr(), redo.data_ptr()),
     )
     begun: dict[int, Tensor] = {}
@@ -338,10 +349,10 @@ def staged(
         sums, rates = (yield sent), None
         if expectation is None:
             sent = out.new_empty(size, _RATES, dtype=torch.float64)
-            some = start, size, sent.data_ptr(), sums.data_ptr(), 0
+            some = start, size, sent.data_ptr(), _read(sums), 0
             _C.stage(1, *operands, own, some, _NOWHERE)
             rates = yield sent
-        some = start, size, 0, sums.data_ptr(), _address(rates)
+        some = start, size, 0, _read(sums), _address(rates)
         _C.stage(2, *operands, own, some, begin(start + waiting * together))
         del held
 
@@ -354,10 +365,10 @@ def count(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor | None,
     if label.dtype is not torch.int64 or not label.is_contiguous():
         label = label.to(torch.int64).contiguous()
     n, keep = label.shape[0], None
-    wrong, kept = _C.count(n, label.data_ptr(), ignore_index, vocab, 0)
+    wrong, kept = _C.count(n, _read(label), ignore_index, vocab, 0)
     if kept != n and wrong < 0:
         keep = label.new_empty(n, dtype=torch.bool)
-        _C.count(n, label.data_ptr(), ignore_index, vocab, keep.data_ptr())
+        _C.count(n, _read(label), ignore_index, vocab, keep.data_ptr())
     return keep, label, kept, wrong
 
 
@@ -373,8 +384,8 @@ def admit(
         logprobs.dtype is torch.float64,
         n,
         k,
-        logprobs.data_ptr(),
-        indices.data_ptr(),
+        _read(logprobs),
+        _read(indices),
         _address(keep),
         vocab,
     )
@@ -389,7 +400,7 @@ def weigh(keep: Tensor | None, weight: Tensor, mean: bool, acc: torch.dtype) -> 
         acc == torch.float64,
         by.numel(),
         _address(keep),
-        by.data_ptr(),
+        _read(by),
         mean,
         scale.data_ptr(),
     )
@@ -399,7 +410,7 @@ def weigh(keep: Tensor | None, weight: Tensor, mean: bool, acc: torch.dtype) -> 
 def total(loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
     out = torch.empty_like(_NUMBER[loss.dtype])
     wide = loss.dtype == torch.float64
-    _C.total(wide, loss.data_ptr(), _address(scale), factor, loss.numel(), out.data_ptr())
+    _C.total(wide, _read(loss), _address(scale), factor, loss.numel(), out.data_ptr())
     return out
 
 
@@ -413,24 +424,24 @@ def multiply(grad: Tensor, by: Tensor) -> None:
     by, x = by.resolve_neg(), rows(grad)
     a, b, width = x.shape
     _C.multiply(
-        _operand(x),
+        _written(x),
         a * b,
         width,
         _threads(x.numel()),
         by.dtype == torch.float64,
-        by.data_ptr(),
+        _read(by),
     )
 
 
 def exp2(x: Tensor) -> Tensor:
     """2^x elementwise with the running instruction set; contiguous float32, x <= 1."""
     out = torch.empty_like(x)
-    _C.exp2(x.data_ptr(), out.data_ptr(), x.numel())
+    _C.exp2(_read(x), out.data_ptr(), x.numel())
     return out
 
 
 def log(x: Tensor) -> Tensor:
     """log x elementwise with the running instruction set; contiguous float32, x > 0."""
     out = torch.empty_like(x)
-    _C.log(x.data_ptr(), out.data_ptr(), x.numel())
+    _C.log(_read(x), out.data_ptr(), x.numel())
     return out

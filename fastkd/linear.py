@@ -58,7 +58,7 @@ def loss(
         return topk.sparse(teacher, plan.temperature, plan.classes, keep, acc, passes)
 
     if plain or compiling or reduction == "none" or wants_grad(weight, normalizer):
-        keep, label, bad = mask(labels, ignore_index, plan.classes, student.device)
+        keep, label, bad = mask(labels, ignore_index, plan.classes)
         run_rows = _plain_rows if plain else partial(_rows, passes)
         value = run_rows(student, other, plan, keep, label, stored(keep))
         value = reduce(value, reduction, keep, bad, weight, normalizer, student)

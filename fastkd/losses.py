@@ -443,7 +443,7 @@ def _loss(
         return topk.sparse(other, plan.temperature, classes, keep, acc, passes)
 
     if plain or compiling or reduction == "none" or wants_grad(weight, normalizer):
-        keep, label, bad = mask(labels, ignore_index, classes, student.device)
+        keep, label, bad = mask(labels, ignore_index, classes)
         run = reference.row_loss if plain else partial(function.row_loss, passes)
         run = operators.row_loss if compiling and not plain else run
         loss = run(student, side(keep), plan, keep, label if hard else None)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.backend import Trips, host_passes, on_host, transformed
+from fastkd.backend import Trips, host_passes, on_host, valueless
 from fastkd.operands import Operand
 
 _checked: ContextVar[bool] = ContextVar(
@@ -39,11 +39,9 @@ def checked() -> Iterator[None]:
         _checked.reset(token)
 
 
-def reads_values(device: torch.device) -> bool:
-    """Whether checks that must read values run: it costs nothing there, or was asked for."""
-    if torch.compiler.is_compiling() or transformed():  # vmap has no one value to look at
-        return False
-    return on_host(device) or _checked.get()
+def reads_values(x: Tensor) -> bool:
+    """Whether checks that must read values of x run: it costs nothing there, or was asked for."""
+    return (on_host(x.device) or _checked.get()) and not valueless(x)
 
 
 class Folded(NamedTuple):
@@ -98,7 +96,7 @@ def fold(
         elif mean:
             factor = 1.0 / kept if kept else 0.0
     else:
-        keep, label, bad = mask(labels, ignore_index, vocab, student.device)
+        keep, label, bad = mask(labels, ignore_index, vocab)
         scale = _row_weight(keep, bad, weight, acc)
         if mean and scale is not None:
             plain = scale if bad is None else _row_weight(keep, None, weight, acc)
@@ -111,7 +109,7 @@ def fold(
     return Folded(keep, label, None if scale is None else scale.contiguous(), factor)
 
 
-def mask(labels: Tensor | None, ignore_index: int, vocab: int, device: torch.device) -> Mask:
+def mask(labels: Tensor | None, ignore_index: int, vocab: int) -> Mask:
     """keep and label as tensors.
 
     Labels out of range raise a ValueError where reading them costs nothing (CPU) or was asked for;
@@ -122,7 +120,7 @@ def mask(labels: Tensor | None, ignore_index: int, vocab: int, device: torch.dev
     keep = labels != ignore_index
     label = labels.to(torch.int64)
     bad = keep & ((label < 0) | (label >= vocab))
-    if not reads_values(device):
+    if not reads_values(labels):
         return Mask(keep, label, bad)
     if bool(bad.any()):
         raise _label_error(label, int(bad.reshape(-1).nonzero()[0, 0]), ignore_index, vocab)

@@ -47,7 +47,7 @@ def sparse(
     absent = (indices == -1) | (logprobs == -INF)
     logprobs, indices = logprobs.masked_fill(absent, -INF), indices.masked_fill(absent, -1)
     tail = teacher.tail_logprob
-    look = reads_values(teacher.device)
+    look = reads_values(teacher.logprobs)
     if look:
         _admit(passes, teacher, logprobs.detach(), indices, tail, keep, vocab)
     else:

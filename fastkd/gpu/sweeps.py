@@ -135,8 +135,10 @@ def merge(top, total, exponent):
     """Lanes into the row: (max, sum, weight of each lane)."""
     highest = tl.max(top, 0)
     weight = tl.exp2((top - highest) * exponent)
-    # the where keeps a contraction out of the sum, see `pair`
-    return highest, tl.sum(tl.where(weight == 0, 0.0, total * weight), 0), weight
+    # The where keeps a contraction out of the sum, see `pair`. It asks for the product: a maximum
+    # passes over NaN, so that the lane of one may have weight 0, and 0 * NaN is still NaN.
+    scaled = total * weight
+    return highest, tl.sum(tl.where(scaled == 0, 0.0, scaled), 0), weight
 
 
 @triton.jit
