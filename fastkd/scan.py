@@ -150,9 +150,9 @@ class Source:
             faults.append("log_target does not fit the target: this line has a fault")
         if first.same(second) and pure(first.logits):
             faults.append("the same logits on both sides: the loss is always 0")
-        form, top, negative = reduction, node, False
-        if reduction == "none":
-            top, form, negative = self._reduced(node, first.dim)
+        if reduction != "none":
+            return self._written(node, first, second, reduction, False, faults, [])
+        top, form, negative = self._reduced(node, first.dim)
         return self._written(top, first, second, form, negative, faults, [])
 
     def _soft(
@@ -224,10 +224,11 @@ class Source:
             if logs[0] and logs[1] and logs[0].log and logs[1].log:
                 return logs[0], logs[1]
         if isinstance(node, ast.Call):
-            inner = node.args[0] if node.args else None
-            if self.names.function(node.func) != "log":
-                method = isinstance(node.func, ast.Attribute) and node.func.attr == "log"
-                inner = node.func.value if method else None  # type: ignore[union-attr]
+            inner = None
+            if self.names.function(node.func) == "log":
+                inner = node.args[0] if node.args else None
+            elif isinstance(node.func, ast.Attribute) and node.func.attr == "log":
+                inner = node.func.value
             if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Div):
                 parts = read.read(inner.left), read.read(inner.right)
                 if parts[0] and parts[1] and not (parts[0].log or parts[1].log):

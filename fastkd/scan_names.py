@@ -100,8 +100,8 @@ class Names:
             if node.value is not None:
                 self._bind(node.target, node.value, node)
         elif isinstance(node, ast.AugAssign):  # s /= T is s = s / T
-            value = ast.BinOp(node.target, node.op, node.value)
-            self._bind(node.target, ast.copy_location(value, node), node)
+            division = ast.BinOp(node.target, node.op, node.value)
+            self._bind(node.target, ast.copy_location(division, node), node)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             name = node.func.attr
             if name.endswith("_") and not name.endswith("__"):  # s.div_(T) is s = s.div(T)
@@ -179,7 +179,7 @@ class Names:
 
     def _blocks(self, node: ast.AST) -> list[tuple[ast.AST, str]]:
         """The lists of statements around a node, inmost first; `with` is none of its own."""
-        found = []
+        found: list[tuple[ast.AST, str]] = []
         if isinstance(node, LOOPS):
             found.append((node, "body"))  # a loop's target is set where its body runs
         for parent in self.above(node):

@@ -79,11 +79,11 @@ class Softmaxes:
     def _call(self, node: ast.Call, depth: int) -> Softmax | None:
         name = self.names.function(node.func)
         if name in SIGNATURES:
-            given = arguments(node, *SIGNATURES[name]) or {}
-            return self._made(given.get("input"), given.get("dim"), name, depth)
+            sides = arguments(node, *SIGNATURES[name]) or {}
+            return self._made(sides.get("input"), sides.get("dim"), name, depth)
         if name in ("log", "exp"):
-            given = arguments(node, "input") or {}
-            return self._changed(given.get("input"), name, depth)
+            sides = arguments(node, "input") or {}
+            return self._changed(sides.get("input"), name, depth)
         if name is not None:
             return None
         made = self.names.module(node.func)
@@ -203,8 +203,8 @@ class Softmaxes:
     def _number(self, node: ast.expr) -> bool:
         """Whether an expression may be a positive number, not a tensor with an axis."""
         if isinstance(node, ast.Constant):
-            value = node.value
-            return type(value) in (int, float) and value > 0
+            number = node.value
+            return type(number) in (int, float) and number > 0  # type: ignore[operator]
         if isinstance(node, (ast.Name, ast.Attribute)):
             value = self.names.follow(node, node)
             home = next((x for x in self.names.above(node) if isinstance(x, ast.ClassDef)), None)

@@ -32,7 +32,10 @@ def adversarial(
     "said by a student". Where not conditional, y is 0 in every row and the student's class 1. Both
     are one value of one backward pass: D is the term's module, in a group of the student's
     optimizer (an own one of `train(optimizer=)` gives D its own learning rate, by a group of
-    `term.module.parameters()`).
+    `term.module.parameters()`). Two learners of one loss circle each other, and a run may end far
+    from where its neighbours do: look at several seeds. The recipe `adversarial` steadies it by
+    AdamW's first beta at 0.5, D at a tenth of the student's rate, and rates that fall to a fiftieth
+    over the second half.
 
     Args:
         weight: factor of both parts, or step -> factor.
