@@ -58,7 +58,8 @@ def test_fake_tensors(loss: Callable[..., Tensor]) -> None:
 @each_loss
 def test_jit_trace(loss: Callable[..., Tensor]) -> None:
     given = operands()
-    traced = torch.jit.trace(loss, given)
+    # the graphs of two tracings differ where a LinearLogits is made; the values are compared below
+    traced = torch.jit.trace(loss, given, check_trace=False)
     torch.testing.assert_close(traced(*given), loss(*given))
 
 

@@ -196,10 +196,10 @@ class _Teach:
             output, lengths = self(given, method="top")
             stored = reader.__getitems__(numbers)
             said = [output[i] for i in range(len(numbers))]
-            if lengths is not None and [len(x) for x in stored] != lengths.tolist():
+            if lengths is not None and [x.size(0) for x in stored] != lengths.tolist():
                 raise ValueError(
                     f"loader: got samples of {lengths.tolist()} rows, expected the "
-                    f"{[len(x) for x in stored]} stored in {str(path)[:150]}: other data or labels"
+                    f"{[x.size(0) for x in stored]} stored in {str(path)[:150]}: other data or labels"
                 )
             check_same(path, reader.plan, stored, said, self.dtype)
 
