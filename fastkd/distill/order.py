@@ -209,6 +209,8 @@ def _start(batches: Iterator[Any]) -> list[list[Tensor]]:
 
 
 def _compare(first: list[list[Tensor]], again: list[list[Tensor]], what: str) -> None:
+    one: list[Tensor]
+    two: list[Tensor]
     for number, (one, two) in enumerate(zip_longest(first, again, fillvalue=[])):
         if len(one) != len(two) or not all(map(_same, one, two)):
             raise ValueError(

@@ -48,7 +48,7 @@ class Remarks:
             return teacher
         if self._first:
             self._first = False
-            shape = getattr(student.logits, "shape", ())
+            shape: tuple[int, ...] = getattr(student.logits, "shape", ())
             self._width = shape[-1] if len(shape) else 0
             _copies(student.logits, batch)
         if self.objective.plain is not None:

@@ -85,7 +85,7 @@ def prune(model: nn.Sequential, keep: float | Mapping[str, float]) -> nn.Sequent
 
     Paper: Li et al. 2017, arXiv 1608.08710.
     """
-    narrow = copy.deepcopy(unwrap(model))
+    narrow: Any = copy.deepcopy(unwrap(model))
     leaves = list(_leaves(narrow))
     layers = [(name, leaf) for name, leaf in leaves if isinstance(leaf, PRUNABLE)]
     shares = dict.fromkeys((name for name, _ in layers[:-1]), 1.0)

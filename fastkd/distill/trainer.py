@@ -254,7 +254,7 @@ def _optimizer(
     return optimizer
 
 
-def _join(optimizer: Any, missing: dict[str, Tensor]) -> None:
+def _join(optimizer: Any, missing: dict[str, nn.Parameter]) -> None:
     """Add parameters to the first group: a new one would break a scheduler made before."""
     bare = getattr(optimizer, "optimizer", optimizer)  # within accelerate's wrapper
     if type(bare).add_param_group is not torch.optim.Optimizer.add_param_group:

@@ -253,7 +253,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         super().__init__(*args, **{**kwargs, "compute_loss_func": function})
         self.distillation = function
         function.step = lambda: self.state.global_step
-        self.data_collator = _Collate(self.data_collator)
+        collator: Any = self.data_collator
+        self.data_collator: Any = _Collate(collator)
         if teacher_tokenizer is not None:
             if self.processing_class is None:
                 raise ValueError(
