@@ -199,7 +199,8 @@ class _Teach:
             if lengths is not None and [x.size(0) for x in stored] != lengths.tolist():
                 raise ValueError(
                     f"loader: got samples of {lengths.tolist()} rows, expected the "
-                    f"{[x.size(0) for x in stored]} stored in {str(path)[:150]}: other data or labels"
+                    f"{[x.size(0) for x in stored]} stored in {str(path)[:150]}: other data or "
+                    "labels"
                 )
             check_same(path, reader.plan, stored, said, self.dtype)
 

@@ -143,8 +143,13 @@ class Reader(Dataset[Any]):
                     yield f"{file}: altered after it was merged (its hash differs)"
             except (OSError, CacheError) as error:
                 yield str(error)
-        shown: dict[str, Any] = {"total": self._bytes, "unit": "B", "unit_scale": True, "desc": "verify"}
-        with progress_bar(progress, **shown) as bar:
+        shown: dict[str, Any] = {
+            "total": self._bytes,
+            "unit": "B",
+            "unit_scale": True,
+            "desc": "verify",
+        }
+        with progress_bar(progress, desc="verify", **shown) as bar:
             for shard in map(self.table.shard, range(len(self.table))):
                 file = self.path / shard.file
                 try:
