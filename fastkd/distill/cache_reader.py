@@ -147,7 +147,6 @@ class Reader(Dataset[Any]):
             "total": self._bytes,
             "unit": "B",
             "unit_scale": True,
-            "desc": "verify",
         }
         with progress_bar(progress, desc="verify", **shown) as bar:
             for shard in map(self.table.shard, range(len(self.table))):

@@ -43,18 +43,20 @@ class Remarks:
 
     def watched(self, student: Outputs, teacher: Outputs, batch: Batch) -> Outputs:
         """The teacher's outputs for the terms; ValueError for weights in a teacher's place."""
-        _no_weights(student.logits, batch.teacher)
+        # without a role: a student without logits, of several heads, is the terms' business
+        logits = Outputs(student.raw).logits
+        _no_weights(logits, batch.teacher)
         if not self._watching:
             return teacher
         if self._first:
             self._first = False
-            shape: tuple[int, ...] = getattr(student.logits, "shape", ())
+            shape: tuple[int, ...] = getattr(logits, "shape", ())
             self._width = shape[-1] if len(shape) else 0
-            _copies(student.logits, batch)
+            _copies(logits, batch)
         if self.objective.plain is not None:
             self._watching = False  # a function is given everything, whatever it reads
             return teacher
-        return _Watched(teacher.raw, teacher.features, teacher.members)
+        return _Watched(teacher.raw, teacher.features, teacher.members, teacher.role)
 
     def read(self, teacher: Outputs, batch: Batch) -> None:
         """After the terms had `teacher`."""
@@ -83,6 +85,8 @@ class Remarks:
         silent = [name for name in values[0] if all(found[name] == 0.0 for found in values)]
         if not silent:
             return
+        if self._width == 1 and self.objective.plain is None:
+            return  # its terms have said so
         if self._width == 1:
             why = (
                 "the student has a single logit, and a softmax over one logit is 1 whatever it is; "
