@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -150,16 +151,28 @@ def soft(
         T = temperature(batch.step) if callable(temperature) else temperature
         # at alpha=0 labels only say which rows are left out
         labels = labels_of(name, batch) if rows == "labelled" else None
-        return fastkd.distillation_loss(
-            student.logits,
-            theirs,
-            labels,
-            temperature=T,
-            alpha=0.0,
-            divergence=divergence,
-        )
+        with _unless_said(student.logits):
+            return fastkd.distillation_loss(
+                student.logits,
+                theirs,
+                labels,
+                temperature=T,
+                alpha=0.0,
+                divergence=divergence,
+            )
 
     return Term(name, function, weight, mean="tokens" if rows == "labelled" else "samples")
+
+
+@contextmanager
+def _unless_said(logits: Any) -> Iterator[None]:
+    """Without the loss's own warning of a single logit: the term has named it."""
+    if logits.shape[-1:] != (1,):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 Tap = str | tuple[str, ...]
