@@ -147,3 +147,28 @@ def test_the_best_columns_of_a_row_with_a_nan(dtype: torch.dtype) -> None:
         best = fastkd.topk_from_logits(logits, 4)
     assert best.logprobs.isnan().any(-1).tolist() == [False, True, True, True, False]
     assert best.logprobs[1:4].isnan().all()
+
+
+@each_name
+def test_a_restricted_teacher(name: str) -> None:
+    """A NaN off its columns reaches nothing; one in them the loss and every named column."""
+    student = spoilt(torch.randn(5, 17).to(DEVICE))
+    for named in ([1, 3, 5], [0, 1, 8, 16]):
+        logprobs = torch.full((5, len(named)), 1 / len(named), device=DEVICE).log()
+        at = torch.tensor(named, device=DEVICE).expand(5, -1).contiguous()
+        teacher = fastkd.TopK(logprobs, at, tail="restrict")
+        found = {}
+        for backend in ("gpu", "reference"):
+            s = student.clone().requires_grad_()
+            with fastkd.use_backend(backend):
+                options = {"alpha": 0.0, "temperature": 1.0, "reduction": "none"}
+                entry = fastkd.divergences[name]
+                loss = fastkd.distillation_loss(s, teacher, divergence=entry, **options)
+                loss.sum().backward()
+            found[backend] = loss.detach().isnan(), s.grad[:, named].isnan()
+            sound = ~found[backend][0]
+            assert not s.grad[sound].isnan().any()
+        for ours, theirs in zip(found["gpu"], found["reference"], strict=True):
+            torch.testing.assert_close(ours, theirs)
+        spoils = named[0] == 0  # the places of the NaNs are named
+        assert found["gpu"][0].tolist() == [False, spoils, spoils, spoils, False]
