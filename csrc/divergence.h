@@ -100,7 +100,12 @@ struct JS {
   static constexpr Expectation expectation = Expectation::none;
   template <class T>
   static FASTKD_INLINE T far(T beta) {
-    return -(T(1) - beta) * static_cast<T>(__builtin_log(static_cast<double>(T(1) - beta)));
+    return against(T(1) - beta);
+  }
+  // -share log(share), of the share itself: 1 less the other one is 0 where the other rounds to 1
+  template <class T>
+  static FASTKD_INLINE T against(T share) {
+    return share > T(0) ? -share * static_cast<T>(__builtin_log(static_cast<double>(share))) : T(0);
   }
   // rest times log(q / m); where p / m is small, log(q / m * rest)
   template <class V, class T>
@@ -115,8 +120,8 @@ struct JS {
     const V of_p = p * over_m, of_q = q * over_m;
     const auto apart = small(of_p);
     const V rate = part(of_p, of_q, gap, beta, rest), other = part(of_q, of_p, -gap, rest, beta);
-    const V value_q = q * (rate + zero_unless<V>(apart, V{} + far(beta)));
-    const V value_p = p * (other + zero_unless<V>(small(of_q), V{} + far(rest)));
+    const V value_q = q * (rate + zero_unless<V>(apart, V{} + against(rest)));
+    const V value_p = p * (other + zero_unless<V>(small(of_q), V{} + against(beta)));
     return {value_p + value_q, rate, apart};
   }
 };

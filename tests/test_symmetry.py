@@ -28,3 +28,21 @@ def test_gradients_of_disjoint_sides(loss: object) -> None:
         with fastkd.use_backend(backend):
             (grads[backend],) = torch.autograd.grad(loss(x, t.to(dtype)), x)  # type: ignore[operator]
     torch.testing.assert_close(grads["cpu"].double(), grads["reference"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("beta", [1e-12, 1e-9, 1e-4, 1 - 1e-4, 1 - 1e-9, 1 - 1e-12])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_js_of_a_share_that_rounds_to_0_or_1(beta: float, side: str) -> None:
+    """Finite beside columns that one side excludes: 0 * log 0 is 0."""
+    whole, holed = torch.randn(2, 3, 16)
+    holed[:, ::2] = -torch.inf
+    s, t = (holed, whole) if side == "student" else (whole, holed)
+    found = {}
+    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
+        x = s.to(dtype, copy=True).requires_grad_()
+        with fastkd.use_backend(backend):
+            loss = fastkd.js_div(x, t.to(dtype), beta=beta)
+        (grad,) = torch.autograd.grad(loss, x)
+        assert grad.isfinite().all()
+        found[backend] = loss.detach().double()
+    torch.testing.assert_close(found["cpu"], found["reference"], rtol=1e-4, atol=1e-7)
