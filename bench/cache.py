@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastkd
 from bench.cli import device, output, positive
 from bench.timing import Clock, no_collection, summarise
-from fastkd.distill import cache
+from fastkd.teachers import store
 
 LIMIT = 5.0
 BATCH = 4  # samples
@@ -41,7 +41,7 @@ def write(folder: str, options: argparse.Namespace) -> tuple[int, float]:
     torch.manual_seed(0)
     few = [fastkd.topk_from_logits(4 * torch.randn(length, vocab), k) for _ in range(4)]
     start = time.perf_counter()
-    with cache.Writer(folder, vocab_size=vocab, k=k, encoding=options.encoding) as writer:
+    with store.Writer(folder, vocab_size=vocab, k=k, encoding=options.encoding) as writer:
         for i in range(options.samples):
             writer.add(few[i % len(few)])
     elapsed = time.perf_counter() - start
@@ -54,17 +54,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     tokens = BATCH * options.length
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         size, written = write(folder, options)
-        reader = cache.Reader(folder, vocab_size=options.vocab)
+        reader = store.Reader(folder, vocab_size=options.vocab)
         labels = torch.zeros(options.samples, options.length, dtype=torch.int64)
         workers: dict[str, Any] = {"num_workers": options.workers}
         if options.workers:
             workers["persistent_workers"] = True
         loader = DataLoader(
-            cache.Paired(TensorDataset(labels, labels), reader),
+            store.Paired(TensorDataset(labels, labels), reader),
             batch_size=BATCH,
             shuffle=True,
             drop_last=True,
-            collate_fn=cache.collate,
+            collate_fn=store.collate,
             **workers,
         )
         dtype = getattr(torch, options.dtype)

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from bench.cli import output, positive
-from fastkd.distill import cache
-from fastkd.distill.cache_format import Part, Plan, Shard, index_name, save_part, shard_name
-from fastkd.distill.cache_merge import MERGED
+from fastkd.teachers import store
+from fastkd.teachers.store.format import Part, Plan, Shard, index_name, save_part, shard_name
+from fastkd.teachers.store.merge import MERGED
 
 SIZES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "I64": 8}
 BATCH = 8  # samples looked up at a time
@@ -91,9 +91,9 @@ def _anonymous() -> int:
 
 def _opened(folder: str, end: Any) -> None:
     torch.set_num_threads(1)
-    cache.Reader(folder)  # what it imports is not of the index
+    store.Reader(folder)  # what it imports is not of the index
     before, start = _anonymous(), time.perf_counter()
-    reader = cache.Reader(folder)
+    reader = store.Reader(folder)
     places = reader.check()
     elapsed, memory = time.perf_counter() - start, _anonymous() - before
     asked = torch.randint(len(reader), (BATCH,))
@@ -131,10 +131,10 @@ def measured(count: int, per_shard: int, options: argparse.Namespace) -> dict[st
         json_bytes = sum((folder / index_name(rank)).stat().st_size for rank in range(ranks))
         unmerged = opened(folder)
         start = time.perf_counter()
-        cache.merge(folder)
+        store.merge(folder)
         merge_s = time.perf_counter() - start
         start = time.perf_counter()
-        cache.merge(folder)
+        store.merge(folder)
         again_s = time.perf_counter() - start
         merged = opened(folder)
         return {

@@ -15,7 +15,7 @@ PROCESSES = 8  # of the tests: their time is the compiler's, on the host
 OWN = "fastkd,fastkd-inplace,fastkd-scaled"
 EVERYONE = f"eager,compile,compile-max,liger,liger-scaled,{OWN},fastkd-inplace-scaled"
 # Threads of a program and blocks of a cluster decide how many rows are in flight, and so what of
-# them the second sweep finds in the cache (`bench.traffic`). As in fastkd/gpu/tune.py.
+# them the second sweep finds in the cache (`bench.traffic`). As in fastkd/backends/gpu/tune.py.
 TILES = ("8192:256:1", "16384:512:1", "32768:1024:1", "8192:256:2", "8192:256:4")
 WITHOUT_A_CARD = "sm_90"  # what --dry-run writes where there is no card to ask
 FIT = {  # what fits: name -> (cases, shapes, dtypes, providers, seconds each, limit)
@@ -24,8 +24,8 @@ FIT = {  # what fits: name -> (cases, shapes, dtypes, providers, seconds each, l
     "wide": ("kl_div", "512x50257,8192x151936,8192x256000", "bfloat16", f"eager,{OWN}", 0.4, 40),
     "fp32": ("kl_div", "64x32000,4096x128256", "float32", f"eager,compile,{OWN}", 0.4, 40),
 }
-# Programs that share a row (`fastkd/gpu/team.py`): about as many as it would take itself. The tiles
-# are those of one program.
+# Programs that share a row (`fastkd/backends/gpu/cooperative.py`): about as many as it would take
+# itself. The tiles are those of one program.
 TEAMS = ("4", "8", "16")
 TILE_SHAPES = "8192x32000,8192x128256,8192x256000"
 FITTING = "fit"
@@ -239,9 +239,9 @@ def _card(arch: str) -> str | None:
 def _tiles(results: Path, arch: str, limited: bool) -> list[Step]:
     """Wide rows under other teams and tiles and, where Triton and the card have them, clusters."""
     try:
-        from fastkd.gpu.tune import clusters
+        from fastkd.backends.gpu.tune import clusters
     except ImportError as error:
-        return [Step("tiles", ["-m", "bench"], skip=f"fastkd.gpu does not import: {error}")]
+        return [Step("tiles", ["-m", "bench"], skip=f"the gpu backend does not import: {error}")]
     # name, environment, why not
     ways = [(f"team-{number}", {"FASTKD_GPU_TEAM": number}, "") for number in TEAMS]
     for text in TILES:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 import fastkd
 from bench.timing import no_collection, percentile, summarise
-from fastkd.distill.memory import peak_extra
+from fastkd.demo.memory import peak_extra
 from fastkd.integrations.transformers import DistillationTrainer
 
 LIMIT = 0.02  # of the hand-written step's time

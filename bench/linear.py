@@ -27,7 +27,7 @@ from bench.measure import MAX_ROUNDS, MIN_ROUNDS, out_of_memory
 from bench.providers import Unavailable, first_line
 from bench.providers import eager as dense_eager
 from bench.timing import Clock, Summary, no_collection, summarise
-from fastkd.distill.memory import peak_extra
+from fastkd.demo.memory import peak_extra
 
 SPREAD = 3.0  # standard deviation of the logits, as in the cases of dense logits
 PRODUCTS = "products"

@@ -21,7 +21,7 @@ from bench.cases import Case, Shape, logits_bytes
 from bench.providers import PROVIDERS, Call, Provider, Unavailable, eager, first_line
 from bench.result import COPY, Result
 from bench.timing import Clock, Neighbours, Summary, no_collection, summarise
-from fastkd.distill.memory import peak_extra
+from fastkd.demo.memory import peak_extra
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 1000
 # Small calls are timed many at once: to one of 10 us the clock adds its own cost, and the others'

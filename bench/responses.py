@@ -25,7 +25,7 @@ import fastkd
 from bench.cli import Progress, device, listed, output, positive
 from bench.timing import Clock, no_collection, summarise
 from fastkd import distill
-from fastkd.distill.memory import peak_extra
+from fastkd.demo.memory import peak_extra
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 T = 4.0

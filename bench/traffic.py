@@ -7,8 +7,8 @@ bandwidth is an estimate), from registers and instruction counts of ahead-of-tim
 A kernel is a list of sweeps over its row. What a sweep reads for the first time comes from memory.
 A sweep that follows another runs in the opposite order and finds what was read last, as much as
 the cache holds of it: `KEPT` of the cache, shared among the rows in flight (one for each resident
-program, or for each team of them: fastkd/gpu/team.py). The gradient is written once. Time is the
-longer of these bytes at the copy's bandwidth and the arithmetic at the card's rates; a last,
+program, or for each team of them: backends/gpu/cooperative.py). The gradient is written once. Time
+is the longer of these bytes at the copy's bandwidth and the arithmetic at the card's rates; a last,
 partial wave of rows is not modelled, nor is waiting: "waits" says what share of a program's time
 the others must fill while it merges what its lanes or its team have found.
 """
@@ -31,7 +31,7 @@ _OF_EACH = {True: 128_256, False: 50_257}
 ITEMSIZE = {"bf16": 2, "fp32": 4}
 # Share of the cache that holds the rows in flight: the gradient's stores pass through it, too, and
 # a Hopper's two halves each keep a copy of what the other half's multiprocessors read. A guess, and
-# `fastkd.gpu.team` has the same, by which it divides rows.
+# `fastkd.backends.gpu.cooperative` has the same, by which it divides rows.
 KEPT = 0.75
 # Seconds that a program spends between two sweeps of its own: sums across its lanes, and where it
 # is one of a team a number's way through the cache and back. Guesses.
@@ -174,9 +174,9 @@ def programs(card: Card, dtype: str, vocab: int) -> dict[str, Program]:
         # without its gradient the main kernel sweeps as two stats kernels do
         "kl, recomputed": of("kl", "grad", "stats", "stats"),
         # the report sees the loop of its gradient only: the other one has loops inside
-        "top-k": of("kl", "sparse", "stats"),
+        "top-k": of("kl", "topk", "stats"),
     }
-    if card.warp == 32:  # as `fastkd.gpu.team.capacity` has it
+    if card.warp == 32:  # as `fastkd.backends.gpu.cooperative.capacity` has it
         found |= {"kl, team": of("kl", "team"), "js, team": of("js", "team")}
         found["kl, linear, team"] = found["kl, team"]
     return found
@@ -184,16 +184,16 @@ def programs(card: Card, dtype: str, vocab: int) -> dict[str, Program]:
 
 def shared(card: Card, vocab: int, dtype: str, rows: int = ROWS) -> int:
     """How many programs share a row where teams are to be had."""
-    from fastkd.gpu import team
-    from fastkd.gpu.tune import OF_PROCESSOR, registers, tile
+    from fastkd.backends.gpu import cooperative
+    from fastkd.backends.gpu.tune import OF_PROCESSOR, registers, tile
 
     size = tile(vocab, ITEMSIZE[dtype], card.arch)
     most = registers(card.arch, size.threads, vocab % ALIGNED == 0)
     assert most is not None, f"{card.arch} has no teams"
     resident = OF_PROCESSOR // (most * size.threads)
-    holds = team.Capacity(card.multiprocessors, card.cache)
+    holds = cooperative.Capacity(card.multiprocessors, card.cache)
     row_bytes = 2 * vocab * ITEMSIZE[dtype]
-    return team.parts(rows, vocab, row_bytes, size.lanes * size.group, resident, holds)
+    return cooperative.parts(rows, vocab, row_bytes, size.lanes * size.group, resident, holds)
 
 
 def predictions(cards: Sequence[str], dtypes: Sequence[str]) -> list[Prediction]:

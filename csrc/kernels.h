@@ -47,7 +47,7 @@ struct Points {
 };
 
 // Arguments of the passes; `void*` is float* or double* by the kernel's accumulation type, and a
-// null pointer is an argument that is not given. See fastkd/backend.py for their meaning.
+// null pointer is an argument that is not given. See fastkd/backends/base.py for their meaning.
 struct Args {
   Operand student;
   Operand teacher;
@@ -69,7 +69,7 @@ struct Args {
   const void* stats_t = nullptr;
   const void* stats_hard = nullptr;
   const void* slope = nullptr;
-  const void* logprobs = nullptr;  // [N, k], as indices; of `sparse`
+  const void* logprobs = nullptr;  // [N, k], as indices; of `topk`
   const int64_t* indices = nullptr;
   const void* tail = nullptr;  // [N]
   int64_t k = 0;
@@ -77,7 +77,7 @@ struct Args {
   double centre = 0.0;
   void (*points)(Points&) = nullptr;
   void* out = nullptr;  // loss [N] of fused, [N, 2] of loss, [N, 3] of stats
-  // of the stages (see stages.h), for the rows from `first` on, `rows` of them
+  // of the stages (see vocab_parallel.h), for the rows from `first` on, `rows` of them
   int64_t first = 0;
   int64_t rows = 0;
   int64_t ranks = 1;
@@ -90,7 +90,7 @@ struct Args {
 };
 
 // What a rank tells the others about its columns of a row: sums under bases of its own (see
-// fused.h), the student's logit at the label (0 on every other rank), and of how many columns the
+// pass_fused.h), the student's logit at the label (0 on every other rank), and of how many columns the
 // scores are; fewer than 0 where the sums are of no use.
 struct RowSums {
   double s, t, hard;
@@ -108,7 +108,7 @@ struct Rates {
   float slope, from;
 };
 static_assert(sizeof(WeighedSums) == 56 && sizeof(RowSums) + sizeof(Rates) == 64,
-              "64 bytes at most for a row; fastkd/cpu.py has the sizes too");
+              "64 bytes at most for a row; fastkd/backends/cpu.py has the sizes too");
 
 // Threads for the tasks of one call: task(argument, i) for each i < tasks, in any order.
 struct Team {
@@ -136,7 +136,7 @@ struct Passes {
   TeamRows stages[3][4];  // a null pointer: no such stage
   Rows loss[2];
   Rows grad[2];
-  void (*points)(Points&);  // of `sparse`; the baseline's only
+  void (*points)(Points&);  // of `topk`; the baseline's only
 };
 
 // One table per instruction set; what takes float64 stands in the baseline's only.
@@ -144,7 +144,7 @@ struct Kernels {
   const char* isa;
   const Passes* passes;  // by divergence, in the order of kDivergences
   const Rows* stats;     // [2]
-  TeamRows sparse[4];    // by dtype, as fused
+  TeamRows topk[4];    // by dtype, as fused
   int64_t (*slot)(int64_t vocab, bool kept);  // bytes of the stages' memory of a row
   void (*multiply)(char* data, DType dtype, int64_t n, double by);
   void (*exp2)(const float*, float*, int64_t);

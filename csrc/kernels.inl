@@ -1,6 +1,6 @@
 // Fills the table for the instruction set that the including file is compiled for.
-#include "sparse.h"
-#include "stages.h"
+#include "topk.h"
+#include "vocab_parallel.h"
 
 namespace fastkd {
 namespace FASTKD_ISA {
@@ -71,7 +71,7 @@ const Kernels kTable = {
     FASTKD_NAME(FASTKD_ISA),
     kPasses,
     kStats,
-    {sparse<DType::f32>, sparse<DType::bf16>, sparse<DType::f16>, FASTKD_WIDE(sparse<DType::f64>)},
+    {topk<DType::f32>, topk<DType::bf16>, topk<DType::f16>, FASTKD_WIDE(topk<DType::f64>)},
     slot,
     multiply,
     exp2_array,

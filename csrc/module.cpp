@@ -1,5 +1,5 @@
 // The Python side: which instruction set this processor has, pointers in, the GIL released, rows
-// over threads. No torch here: tensors come as addresses that fastkd/cpu.py has checked.
+// over threads. No torch here: tensors come as addresses that fastkd/backends/cpu.py has checked.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -149,7 +149,7 @@ void fused(int wide, int64_t rows, int threads, const Rows5& student, const Rows
 }
 
 // The rows of a stored teacher: (logprobs, indices, tail, k, restricted).
-void sparse(int wide, int64_t rows, int threads, const Rows5& student, const py::tuple& teacher,
+void topk(int wide, int64_t rows, int threads, const Rows5& student, const py::tuple& teacher,
             double centre, const Plan8& plan, Address keep, Address label, Address scale,
             double factor, const Rows5& grad, int64_t width, Address out) {
   Args a;
@@ -174,7 +174,7 @@ void sparse(int wide, int64_t rows, int threads, const Rows5& student, const py:
   const bool native = (a.student.dtype == DType::f64) == (wide != 0) &&
                       (a.grad.data == nullptr || a.grad.dtype == a.student.dtype);
   const DType kind = native ? a.student.dtype : wide ? DType::f64 : DType::f32;
-  const auto run = table(wide).sparse[static_cast<int>(kind)];
+  const auto run = table(wide).topk[static_cast<int>(kind)];
   py::gil_scoped_release release;
   share(rows, a.vocab, threads,
         [&](int64_t begin, int64_t end, const Team& team) { run(a, begin, end, team); });
@@ -295,7 +295,7 @@ struct Turn {
   const void* rates;
 };
 
-// Stages of a call over ranks (see stages.h): number 0 or 1 of the rows `some`; or 2 of `some`, and
+// Stages of a call over ranks (see vocab_parallel.h): number 0 or 1 of the rows `some`; or 2 of `some`, and
 // after each row 0 of one of `others`, which takes over its memory while the cache has it.
 // place: (ranks, rank, threads, rows of the whole call).
 void stage(int number, const py::tuple& place, const Rows5& student, const Rows5& teacher,
@@ -423,7 +423,7 @@ void multiply(const Rows5& grad, int64_t rows, int64_t width, int threads, int w
 PYBIND11_MODULE(_C, m) {
   using namespace fastkd;
   use_isa(isas().back());
-  m.doc() = "Row passes of fastkd in C++; the caller is fastkd/cpu.py, which checks everything.";
+  m.doc() = "Row passes of fastkd in C++; the caller is fastkd/backends/cpu.py, which checks everything.";
   m.def("isas", &isas, "Instruction sets this processor can run, best last.");
   m.def("isa", [] { return running->isa; }, "The instruction set in use.");
   m.def("use_isa", &use_isa, py::arg("name"));
@@ -437,7 +437,7 @@ PYBIND11_MODULE(_C, m) {
     return bounds;
   });
   m.def("fused", &fused);
-  m.def("sparse", &sparse);
+  m.def("topk", &topk);
   m.def("admit", &admit);
   m.def("stats", &stats);
   m.def("loss", &loss);

@@ -62,8 +62,8 @@ bool openmp() {
 #endif
 }
 
-// Kept by the thread (2 MB at most for a row, 48 for the stages of several, see fused.h and
-// fastkd/cpu.py): fresh memory costs page faults in every call.
+// Kept by the thread (2 MB at most for a row, 48 for the stages of several, see pass_fused.h and
+// fastkd/backends/cpu.py): fresh memory costs page faults in every call.
 char* scratch(int64_t bytes) {
   static thread_local Block block;
   if (block.bytes < bytes) {

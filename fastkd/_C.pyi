@@ -1,8 +1,9 @@
-# What fastkd/cpu.py calls; an address is that of a contiguous array, 0 for one that is not given.
+# What fastkd/backends/cpu.py calls; an address is that of a contiguous array, 0 for one that is not
+# given.
 # wide: 1 if sums and per-row arrays are float64, else float32.
 
 _Rows = tuple[int, int, int, int, int]  # address, dtype, inner size, outer stride, inner stride
-_Plan = tuple[int, float, float, float, float, float, int, int]
+_Spec = tuple[int, float, float, float, float, float, int, int]
 
 def isas() -> list[str]: ...
 def isa() -> str: ...
@@ -19,7 +20,7 @@ def fused(
     threads: int,
     student: _Rows,
     teacher: _Rows,
-    plan: _Plan,
+    spec: _Spec,
     keep: int,
     label: int,
     scale: int,
@@ -29,14 +30,14 @@ def fused(
     out: int,
     /,
 ) -> None: ...
-def sparse(
+def topk(
     wide: int,
     rows: int,
     threads: int,
     student: _Rows,
     teacher: tuple[int, int, int, int, bool],  # logprobs, indices, tail, k, restricted
     centre: float,
-    plan: _Plan,
+    spec: _Spec,
     keep: int,
     label: int,
     scale: int,
@@ -73,7 +74,7 @@ def loss(
     threads: int,
     student: _Rows,
     teacher: _Rows,
-    plan: _Plan,
+    spec: _Spec,
     stats_s: int,
     stats_t: int,
     keep: int,
@@ -86,7 +87,7 @@ def grad(
     threads: int,
     student: _Rows,
     teacher: _Rows,
-    plan: _Plan,
+    spec: _Spec,
     stats_s: int,
     stats_t: int,
     stats_hard: int,
@@ -111,7 +112,7 @@ def stage(
     place: tuple[int, int, int, int],  # ranks, rank, threads, rows of the whole call
     student: _Rows,
     teacher: _Rows,
-    plan: _Plan,
+    spec: _Spec,
     keep: int,
     label: int,
     scale: int,
@@ -131,7 +132,7 @@ def fused_total(
     threads: int,
     student: _Rows,
     teacher: _Rows,
-    plan: _Plan,
+    spec: _Spec,
     keep: int,
     label: int,
     scale: int,

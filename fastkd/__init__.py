@@ -1,9 +1,10 @@
 """fastkd: the loss of knowledge distillation in one trip through memory."""
 
 from fastkd import nn
-from fastkd.about import __version__, info
-from fastkd.backend import use_backend
+from fastkd.backends.base import use_backend
 from fastkd.divergence import divergences
+from fastkd.engine.reduction import checked
+from fastkd.info import __version__, info
 from fastkd.losses import (
     distillation_loss,
     js_div,
@@ -14,8 +15,7 @@ from fastkd.losses import (
     tv_distance,
 )
 from fastkd.operands import LinearLogits, TopK
-from fastkd.reduction import checked
-from fastkd.shards import token_count
+from fastkd.parallel.layout import token_count
 from fastkd.topk import topk_from_logits
 
 __all__ = [

@@ -92,10 +92,10 @@ def _info(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
 
 
 def _cache_info(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    from fastkd.distill import cache
+    from fastkd.teachers import store
 
     try:
-        facts = cache.Reader(arguments.path).facts()
+        facts = store.Reader(arguments.path).facts()
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -106,11 +106,11 @@ def _cache_info(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
 
 
 def _cache_merge(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    from fastkd.distill import cache
+    from fastkd.teachers import store
 
     try:
-        changed = cache.merge(arguments.path)
-        reader = cache.Reader(arguments.path)
+        changed = store.merge(arguments.path)
+        reader = store.Reader(arguments.path)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -122,10 +122,10 @@ def _cache_merge(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
 
 
 def _cache_verify(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    from fastkd.distill import cache
+    from fastkd.teachers import store
 
     try:
-        reader = cache.Reader(arguments.path)
+        reader = store.Reader(arguments.path)
         faults = list(reader.faults(progress=True))
     except (OSError, ValueError) as error:
         faults = [str(error)]

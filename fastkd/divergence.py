@@ -3,7 +3,8 @@
 p is the teacher's distribution and q the student's, everywhere. A divergence is a sum over the
 vocabulary of a pointwise value l(log p, log q); its slope is dl / d(log q). The formulas below are
 the plain torch ones: the reference differentiates them, and the C++ (`csrc/divergence.h`) and
-Triton (`fastkd/gpu/divergence.py`) backends hold the same names with value and slope written out.
+Triton (`fastkd/backends/gpu/divergence.py`) backends hold the same names with value and slope
+written out.
 
 A kernel's slope is *centred*: slope - centre * q, where `centre` is the slope per unit of q at
 p = q. Because sum(q) = 1, the gradient ( g_j - q_j * sum g ) / T is the same for both, but the
@@ -21,8 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastkd.messages import kind, shown
-from fastkd.reals import WAITS, real
+from fastkd.arguments.messages import kind, shown
+from fastkd.arguments.numbers import WAITS, real
 
 
 @dataclass(frozen=True)

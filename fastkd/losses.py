@@ -20,9 +20,10 @@ The options that all of them share (`**rows`, keyword-only):
 
 Operands, labels and weight may be DTensors, split on the vocabulary, on rows or on both; their mesh
 takes the place of `group`, and the loss is that of the whole: "mean" divides by what all ranks
-count (see `fastkd.dtensors`). Where rows are split without DTensors (data, sequence or context
-parallel), each rank's loss is of its own rows, and `normalizer=fastkd.token_count(labels, group)`,
-the tokens of all ranks, makes their sum the loss of the whole.
+count (see `fastkd.parallel.dtensor`). Where rows are split without DTensors (data, sequence or
+context parallel), each rank's loss is of its own rows, and
+`normalizer=fastkd.token_count(labels, group)`, the tokens of all ranks, makes their sum
+the loss of the whole.
 
 Under torch.compile and torch.export a loss is one registered operator, without a graph break.
 Inside transforms of torch.func, forward-mode AD and batched gradients it runs on the reference, in
@@ -40,11 +41,15 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastkd import checks, dtensors, function, linear, operators, reference, shards, split, topk
-from fastkd.backend import Plan, Sparse, Trips, acc_dtype, pick, transformed
+from fastkd import topk
+from fastkd.arguments.messages import kind
+from fastkd.backends import reference
+from fastkd.backends.base import LossSpec, TopKRows, Trips, acc_dtype, pick, transformed
 from fastkd.divergence import Divergence, divergences
-from fastkd.operands import LinearLogits, Operand, Teacher, TopK, kind
-from fastkd.reduction import fold, mask, reduce, wants_grad
+from fastkd.engine import autograd, linear, ops, validate
+from fastkd.engine.reduction import fold, mask, reduce, wants_grad
+from fastkd.operands import LinearLogits, Operand, Teacher, TopK
+from fastkd.parallel import dtensor, layout, vocab_parallel
 
 Reduction = Literal["mean", "batchmean", "sum", "none"]
 
@@ -297,14 +302,14 @@ def distillation_loss(
     Hinton et al. 2015, arXiv 1503.02531.
     """
     divergence = _entry(divergence)
-    alpha = checks.share("alpha", alpha)
-    label_smoothing = checks.share("label_smoothing", label_smoothing)
+    alpha = validate.share("alpha", alpha)
+    label_smoothing = validate.share("label_smoothing", label_smoothing)
     if labels is None and alpha != 0:
         raise ValueError(
             f"labels: got None with alpha={alpha}; alpha weighs the hard labels, so give labels "
             "or set alpha=0 for the soft divergence alone"
         )
-    temperature = checks.temperature(temperature)
+    temperature = validate.temperature(temperature)
     soft = (1.0 - alpha) * (temperature * temperature if t_squared else 1.0)
     return _loss(
         "distillation_loss",
@@ -324,12 +329,12 @@ def distillation_loss(
 def _placed(given: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
     """`_loss` where something is a DTensor: of this rank's part, made whole."""
     if torch.compiler.is_compiling():
-        from fastkd.eagerly import call
+        from fastkd.engine.eagerly import call
 
         return call(_placed, given, options)
     name, student, teacher, *rest = given
     known = {k: v for k, v in options.items() if k != "vocab_size"}
-    part = dtensors.local(student, teacher, **known)
+    part = dtensor.local(student, teacher, **known)
     mine = {k: v for k, v in part._asdict().items() if k in options}
     return part.whole(_loss(name, part.student, part.teacher, *rest, **{**options, **mine}))
 
@@ -369,10 +374,10 @@ def _loss(
     for option in unknown:
         public = inspect.signature(globals()[name]).parameters.values()
         named_here = [p.name for p in public if p.kind is p.KEYWORD_ONLY]
-        checks.refuse_option(name, option, dict.fromkeys([*named_here, *_OPTIONS]))
+        validate.refuse_option(name, option, dict.fromkeys([*named_here, *_OPTIONS]))
     tensors = type(student) is Tensor and type(teacher) is Tensor  # as a rule: asked no further
     if not (tensors and type(labels) in _ROWS and type(weight) in _ROWS):
-        if dtensors.any_placed(student, teacher, labels, weight, normalizer):
+        if dtensor.any_placed(student, teacher, labels, weight, normalizer):
             rows = (labels, ignore_index, weight, reduction, normalizer, vocab_size, inplace, group)
             numbers = (temperature, param, soft, hard, smoothing)
             placed = (name, student, teacher, divergence, *numbers)
@@ -380,7 +385,7 @@ def _loss(
     if group is not None and torch.compiler.is_compiling():  # an exchange is no part of a graph
         rows = (labels, ignore_index, weight, reduction, normalizer, vocab_size, inplace, group)
         given = (temperature, param, soft, hard, smoothing)
-        from fastkd.eagerly import call  # and with it a compiler, which others need not load
+        from fastkd.engine.eagerly import call  # and with it a compiler, which others need not load
 
         named = dict(zip(_OPTIONS_IN_ORDER, rows, strict=True))
         return call(_loss, name, student, teacher, divergence, *given, **named)
@@ -390,34 +395,36 @@ def _loss(
             "gather the logits and leave group out"
         )
     if group is None:
-        vocab = classes = checks.operands(student, teacher, vocab_size)
+        vocab = classes = validate.operands(student, teacher, vocab_size)
     else:
-        vocab_size = checks.shards(student, teacher, vocab_size)
-        group = shards.process_group(group)
-    temperature = checks.temperature(temperature)
-    checks.reduction(reduction)
-    ignore_index = checks.rows(student, labels, ignore_index, weight)
-    normalizer = checks.normalizer(normalizer, reduction, student)
+        vocab_size = validate.shards(student, teacher, vocab_size)
+        group = layout.process_group(group)
+    temperature = validate.temperature(temperature)
+    validate.reduction(reduction)
+    ignore_index = validate.rows(student, labels, ignore_index, weight)
+    normalizer = validate.normalizer(normalizer, reduction, student)
     param = divergence.param if param is None else param
-    ranks: split.Split | None = None
+    ranks: vocab_parallel.VocabParallel | None = None
     if group is not None:
         call = f"{name}, {divergence.name} {param:g}, T={temperature:g}, {soft:g}, {hard:g}"
         call += f", {smoothing:g}, {reduction}" + ("" if labels is None else ", labels")
         if teacher.requires_grad and torch.is_grad_enabled():
             call += ", a gradient of the teacher"
         own = pick(student.device)
-        ranks, student, teacher = shards.prepare(own, group, student, teacher, vocab_size, call)
+        ranks, student, teacher = layout.prepare(own, group, student, teacher, vocab_size, call)
         vocab, classes = ranks.columns.own, ranks.columns.whole
     same = student is teacher and soft != 0.0
     if (same or classes == 1) and not torch.compiler.is_compiling():
-        checks.silence(name, student, teacher, classes)
-    plan = Plan(divergence.name, param, float(temperature), soft, hard, smoothing, vocab, classes)
+        validate.silence(name, student, teacher, classes)
+    spec = LossSpec(
+        divergence.name, param, float(temperature), soft, hard, smoothing, vocab, classes
+    )
     if isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits):
         return linear.loss(
-            student, teacher, plan, labels, ignore_index, weight, reduction, normalizer, ranks
+            student, teacher, spec, labels, ignore_index, weight, reduction, normalizer, ranks
         )
     if inplace and not torch.compiler.is_compiling() and not transformed():  # where it is ignored
-        checks.inplace(student, teacher)
+        validate.inplace(student, teacher)
     # kernels read memory as it is, and a view may be one whose numbers are to be negated
     student = student.resolve_neg()
     other: Tensor | TopK = teacher if isinstance(teacher, TopK) else teacher.resolve_neg()
@@ -435,22 +442,22 @@ def _loss(
     teacher_grad = other.requires_grad and torch.is_grad_enabled()
     plain = (teacher_grad and no_dual) or (transformed() if compiling else passes is reference)
     if plain and ranks is not None:
-        raise shards.no_teacher_gradient()
+        raise layout.no_teacher_gradient()
 
-    def side(keep: Tensor | None) -> Tensor | Sparse:
+    def side(keep: Tensor | None) -> Tensor | TopKRows:
         if not isinstance(other, TopK):
             return other
-        return topk.sparse(other, plan.temperature, classes, keep, acc, passes)
+        return topk.topk(other, spec.temperature, classes, keep, acc, passes)
 
     if plain or compiling or reduction == "none" or wants_grad(weight, normalizer):
         keep, label, bad = mask(labels, ignore_index, classes)
-        run = reference.row_loss if plain else partial(function.row_loss, passes)
-        run = operators.row_loss if compiling and not plain else run
-        loss = run(student, side(keep), plan, keep, label if hard else None)
+        run = reference.row_loss if plain else partial(autograd.row_loss, passes)
+        run = ops.row_loss if compiling and not plain else run
+        loss = run(student, side(keep), spec, keep, label if hard else None)
         loss = reduce(loss, reduction, keep, bad, weight, normalizer, student)
     else:
         folded = fold(
             passes, reduction, labels, ignore_index, classes, weight, normalizer, student, acc
         )
-        loss = function.fused_total(passes, student, side(folded.keep), plan, folded, inplace)
+        loss = autograd.fused_total(passes, student, side(folded.keep), spec, folded, inplace)
     return loss if nothing is None else loss + nothing.to(loss.dtype)

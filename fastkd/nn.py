@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastkd import checks, losses
+from fastkd import losses
 from fastkd.divergence import Divergence, divergences
+from fastkd.engine import validate
 from fastkd.losses import MixedOptions, Reduction
 from fastkd.operands import Operand, Teacher
 
@@ -36,8 +37,8 @@ class _Loss(torch.nn.Module):
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        checks.reduction(reduction)
-        self.temperature = checks.temperature(temperature)
+        validate.reduction(reduction)
+        self.temperature = validate.temperature(temperature)
         self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
         self.vocab_size = vocab_size
@@ -175,9 +176,9 @@ class DistillationLoss(_Loss):
         inplace: bool = False,
     ) -> None:
         super().__init__(temperature, ignore_index, reduction, vocab_size, inplace)
-        self.alpha = checks.share("alpha", alpha)
+        self.alpha = validate.share("alpha", alpha)
         self.divergence = losses._entry(divergence)
-        self.label_smoothing = checks.share("label_smoothing", label_smoothing)
+        self.label_smoothing = validate.share("label_smoothing", label_smoothing)
         self.t_squared = t_squared
 
     def forward(

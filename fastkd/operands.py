@@ -7,9 +7,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.messages import kind as kind
-from fastkd.messages import shown, sizes
-from fastkd.reals import WAITS, real, whole
+from fastkd.arguments.messages import kind, shown, sizes
+from fastkd.arguments.numbers import WAITS, real, whole
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 INDEX_DTYPES = frozenset((torch.int32, torch.int64))

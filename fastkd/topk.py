@@ -9,24 +9,33 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastkd import checks, reference
-from fastkd.backend import Passes, Sparse, Trips, chunks, host_passes, pick, without_autocast
-from fastkd.messages import kind, shown
+from fastkd.arguments.messages import kind, shown
+from fastkd.arguments.numbers import whole
+from fastkd.backends import reference
+from fastkd.backends.base import (
+    Passes,
+    TopKRows,
+    Trips,
+    chunks,
+    host_passes,
+    pick,
+    without_autocast,
+)
+from fastkd.engine import validate
+from fastkd.engine.reduction import reads_values
 from fastkd.operands import LinearLogits, Operand, Tail, TopK, build, most_mass
-from fastkd.reals import whole
-from fastkd.reduction import reads_values
 
 INF = math.inf
 
 
-def sparse(
+def topk(
     teacher: TopK,
     temperature: float,
     vocab: int,
     keep: Tensor | None,
     acc: torch.dtype,
     passes: Trips,
-) -> Sparse:
+) -> TopKRows:
     """The rows of a stored teacher as the passes take them: copies, which nobody else changes.
 
     keep: [...] or [N] bool: rows that are not kept are not looked at.
@@ -79,7 +88,7 @@ def sparse(
         # nothing is left of a row that names every column, whatever rounding says of 1 - sum p
         tail = torch.where(full, -INF, tail)
     indices = indices.clone(memory_format=torch.contiguous_format)
-    return Sparse(logprobs.contiguous(), indices, tail, teacher.tail == "restrict")
+    return TopKRows(logprobs.contiguous(), indices, tail, teacher.tail == "restrict")
 
 
 def _temperatures(teacher: TopK, temperature: float) -> str:
@@ -222,8 +231,8 @@ def topk_from_logits(
 
     Anshumann et al. 2025 (random sampling distillation), arXiv 2503.16870.
     """
-    vocab = checks.operands(logits, logits, vocab_size)
-    temperature = checks.temperature(temperature)
+    vocab = validate.operands(logits, logits, vocab_size)
+    temperature = validate.temperature(temperature)
     if not isinstance(method, str) or method not in ("top", "sample"):
         raise ValueError(f"method: got {shown(method)}, expected 'top' or 'sample'")
     draws = whole(k)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastkd import distill
-from fastkd.distill import stepping
+from fastkd.distill import precision
 
 accelerate = pytest.importorskip("accelerate")
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
@@ -142,7 +142,7 @@ def test_precision_is_the_accelerators() -> None:
 
 
 def test_the_example_runs() -> None:
-    found = doctest.testmod(stepping)
+    found = doctest.testmod(precision)
     assert found.attempted > 4 and not found.failed
 
 

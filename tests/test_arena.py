@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd import arena
+from fastkd.backends import buffer_pool
 
 SHAPE = (64, 20000)  # 5 MB in float32: above arena.LEAST
 
 
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> Iterator[None]:
-    arena.release()
+    buffer_pool.release()
     yield
-    arena.release()
+    buffer_pool.release()
 
 
 def _gradient() -> Tensor:
@@ -31,10 +31,10 @@ def _gradient() -> Tensor:
 
 
 def test_a_free_buffer_is_used_again() -> None:
-    first = arena.empty(torch.empty(SHAPE))
+    first = buffer_pool.empty(torch.empty(SHAPE))
     place = first.data_ptr()
     del first
-    assert arena.empty(torch.empty(SHAPE)).data_ptr() == place
+    assert buffer_pool.empty(torch.empty(SHAPE)).data_ptr() == place
 
 
 def test_a_buffer_in_use_is_left_alone() -> None:
@@ -79,26 +79,26 @@ def test_a_leaf_keeps_its_gradient_over_steps() -> None:
 
 
 def test_shape_and_dtype_are_those_asked_for() -> None:
-    held = arena.empty(torch.empty(SHAPE))
+    held = buffer_pool.empty(torch.empty(SHAPE))
     del held
     like = torch.empty(SHAPE[::-1]).t()  # as many bytes, other strides
-    got = arena.empty(like)
+    got = buffer_pool.empty(like)
     assert got.shape == like.shape and got.is_contiguous() and got.dtype == like.dtype
     del got
     half = torch.empty(128, 20000, dtype=torch.bfloat16)
-    assert arena.empty(half).dtype == torch.bfloat16
+    assert buffer_pool.empty(half).dtype == torch.bfloat16
 
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     size = 4 * SHAPE[0] * SHAPE[1]
-    monkeypatch.setattr(arena, "limit", 2 * size)
-    held = [arena.empty(torch.empty(SHAPE)) for _ in range(5)]
-    assert sum(storage.nbytes() for storage in arena._kept) <= 2 * size
+    monkeypatch.setattr(buffer_pool, "limit", 2 * size)
+    held = [buffer_pool.empty(torch.empty(SHAPE)) for _ in range(5)]
+    assert sum(storage.nbytes() for storage in buffer_pool._kept) <= 2 * size
     assert len({x.data_ptr() for x in held}) == 5
-    monkeypatch.setattr(arena, "limit", size - 1)
-    before = len(arena._kept)
-    arena.empty(torch.empty(SHAPE))
-    assert len(arena._kept) == before  # larger than the bound: torch's business
+    monkeypatch.setattr(buffer_pool, "limit", size - 1)
+    before = len(buffer_pool._kept)
+    buffer_pool.empty(torch.empty(SHAPE))
+    assert len(buffer_pool._kept) == before  # larger than the bound: torch's business
 
 
 def _run(megabytes: str) -> subprocess.CompletedProcess[str]:

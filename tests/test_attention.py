@@ -14,7 +14,7 @@ from common import FLOORS, INF, unreadable
 from torch import Tensor, nn
 
 from fastkd import distill
-from fastkd.distill import attention, features
+from fastkd.distill.losses import attention, features
 
 Side = tuple[Tensor, Tensor, Tensor]
 

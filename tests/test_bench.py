@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.distill import memory
+from fastkd.demo import memory
 
 # bench is no part of the installed package; last, so that an installed fastkd stays the one tested
 sys.path.append(str(Path(__file__).parents[1]))

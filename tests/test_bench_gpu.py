@@ -93,11 +93,11 @@ def test_clusters_are_measured_where_they_work(
         found = {s.env.get("FASTKD_GPU_TILE"): s.skip for s in steps(tmp_path, "fit", "sm_90")}
         return {tile: skip for tile, skip in found.items() if tile}
 
-    monkeypatch.setattr("fastkd.gpu.tune.clusters", lambda arch: None)
+    monkeypatch.setattr("fastkd.backends.gpu.tune.clusters", lambda arch: None)
     assert {tile.rpartition(":")[2] for tile, skip in tiles().items() if not skip} == {
         *("1", "2", "4")
     }
-    monkeypatch.setattr("fastkd.gpu.tune.clusters", lambda arch: f"{arch} has none")
+    monkeypatch.setattr("fastkd.backends.gpu.tune.clusters", lambda arch: f"{arch} has none")
     assert {skip for tile, skip in tiles().items() if not tile.endswith(":1")} == {"sm_90 has none"}
     assert not any(skip for tile, skip in tiles().items() if tile.endswith(":1"))
 

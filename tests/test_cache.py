@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastkd
 from fastkd import distill
 from fastkd.__main__ import main
-from fastkd.distill import cache
-from fastkd.distill.cache_codec import decode, encode, pack, unpack
+from fastkd.teachers import store
+from fastkd.teachers.store.codec import decode, encode, pack, unpack
 
 V, K = 300, 8
 
@@ -28,12 +28,12 @@ def rows(*shape: int, seed: int = 0, vocab: int = V) -> Tensor:
     return 3 * torch.randn(*shape, vocab, generator=torch.Generator().manual_seed(seed))
 
 
-def written(folder: Path, outputs: list[Any], **options: Any) -> cache.Reader:
+def written(folder: Path, outputs: list[Any], **options: Any) -> store.Reader:
     kind = {"k": K} if isinstance(outputs[0], fastkd.TopK) else {}
-    with cache.Writer(folder, vocab_size=V, **{**kind, **options}) as writer:
+    with store.Writer(folder, vocab_size=V, **{**kind, **options}) as writer:
         for output in outputs:
             writer.add(output)
-    return cache.Reader(folder)
+    return store.Reader(folder)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -46,13 +46,13 @@ def same(a: Any, b: Any) -> bool:
 
 
 @pytest.fixture
-def stored(tmp_path: Path) -> Iterator[tuple[list[fastkd.TopK], cache.Reader]]:
+def stored(tmp_path: Path) -> Iterator[tuple[list[fastkd.TopK], store.Reader]]:
     outputs = [fastkd.topk_from_logits(rows(n, seed=n), K) for n in (3, 1, 5, 2, 4)]
     yield outputs, written(tmp_path, outputs, shard_bytes=200)
 
 
 def test_a_sample_comes_back_within_the_bound_in_any_order(
-    stored: tuple[list[fastkd.TopK], cache.Reader],
+    stored: tuple[list[fastkd.TopK], store.Reader],
 ) -> None:
     outputs, reader = stored
     assert len(reader) == 5 and reader.tokens == 15 and reader.complete
@@ -61,7 +61,7 @@ def test_a_sample_comes_back_within_the_bound_in_any_order(
         got, given_ = reader[number], outputs[number]
         assert torch.equal(got.indices, given_.indices.int())
         error = (got.logprobs.double() - given_.logprobs.double()).abs()
-        assert (error <= cache.logprob_bound("uint8", K, given_.logprobs.double())).all()
+        assert (error <= store.logprob_bound("uint8", K, given_.logprobs.double())).all()
         torch.testing.assert_close(got.logprobs.exp().sum(-1), given_.logprobs.exp().sum(-1))
         assert got.tail_logprob is not None and given_.tail_logprob is not None
         torch.testing.assert_close(got.tail_logprob, given_.tail_logprob, rtol=2**-11, atol=1e-7)
@@ -85,7 +85,7 @@ def test_the_stated_error_bound_holds(encoding: str, data: st.DataObject) -> Non
     reach = {"uint8": 128.0, "float16": 65504.0}[encoding]
     within = given_.amax(-1, keepdim=True) - given_ <= reach
     error = (got - given_).abs()
-    assert (error <= cache.logprob_bound(encoding, k, given_))[within].all()
+    assert (error <= store.logprob_bound(encoding, k, given_))[within].all()
     assert (got <= 0).all()
     mass = torch.finfo(torch.float32).eps * (4 + given_.abs().amax(-1))
     assert ((got.exp().sum(-1) / given_.exp().sum(-1) - 1).abs() <= mass).all()
@@ -127,7 +127,7 @@ def test_samples_of_a_teacher_are_exact(tmp_path: Path) -> None:
     assert reader.plan.encoding == "counts"
     torch.testing.assert_close(reader[0].logprobs.exp(), drawn.logprobs.exp(), rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="expected whole draws"):
-        with cache.Writer(tmp_path / "b", vocab_size=V, k=k, method="sample", tail=drawn.tail) as w:
+        with store.Writer(tmp_path / "b", vocab_size=V, k=k, method="sample", tail=drawn.tail) as w:
             half = drawn.logprobs - 0.1
             w.add(fastkd.TopK(half, drawn.indices, tail=drawn.tail))
 
@@ -150,16 +150,16 @@ def test_all_logits_of_a_classifier(
 
 def test_a_token_takes_at_most_132_bytes(tmp_path: Path) -> None:
     teacher = fastkd.topk_from_logits(rows(64, vocab=128256), 32)
-    with cache.Writer(tmp_path, vocab_size=128256, k=32) as writer:
+    with store.Writer(tmp_path, vocab_size=128256, k=32) as writer:
         for _ in range(16):
             writer.add(teacher)
     files = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert files / (16 * 64) <= 132
-    assert cache.Reader(tmp_path).facts()["bytes_per_token"] <= 110
+    assert store.Reader(tmp_path).facts()["bytes_per_token"] <= 110
 
 
 def test_the_loss_of_what_was_read_is_that_of_what_was_written(
-    stored: tuple[list[fastkd.TopK], cache.Reader],
+    stored: tuple[list[fastkd.TopK], store.Reader],
 ) -> None:
     outputs, reader = stored
     student = rows(5, seed=9)
@@ -170,16 +170,16 @@ def test_the_loss_of_what_was_read_is_that_of_what_was_written(
 
 @pytest.mark.parametrize("context", [None, "fork", "spawn"])
 def test_a_dataloader_reads_it(
-    stored: tuple[list[fastkd.TopK], cache.Reader], context: str | None
+    stored: tuple[list[fastkd.TopK], store.Reader], context: str | None
 ) -> None:
     if context not in (None, *multiprocessing.get_all_start_methods()):
         pytest.skip(f"no {context} here")
     outputs, reader = stored
     inputs = [torch.arange(n) for n in (3, 1, 5, 2, 4)]
     labels = [x + 10 for x in inputs]
-    paired = cache.Paired(list(zip(inputs, labels, strict=True)), reader)
+    paired = store.Paired(list(zip(inputs, labels, strict=True)), reader)
     workers: Any = {} if context is None else {"num_workers": 2, "multiprocessing_context": context}
-    loader = DataLoader(paired, batch_size=2, collate_fn=cache.collate, **workers)
+    loader = DataLoader(paired, batch_size=2, collate_fn=store.collate, **workers)
     batches = list(loader)
     assert [len(x) for x, _, _ in batches] == [2, 2, 1]
     x, y, teacher = batches[1]
@@ -197,40 +197,40 @@ def test_a_dataloader_reads_it(
     assert student.grad is not None and student.grad[1, 2:].eq(0).all()
 
 
-def test_paired_refuses_another_dataset(stored: tuple[list[fastkd.TopK], cache.Reader]) -> None:
+def test_paired_refuses_another_dataset(stored: tuple[list[fastkd.TopK], store.Reader]) -> None:
     _, reader = stored
     with pytest.raises(ValueError, match=r"reader: got 5 samples.*expected 0 to 3"):
-        cache.Paired([0] * 4, reader)
-    paired = cache.Paired([(torch.arange(2), torch.arange(2))] * 5, reader)
+        store.Paired([0] * 4, reader)
+    paired = store.Paired([(torch.arange(2), torch.arange(2))] * 5, reader)
     with pytest.raises(ValueError, match="is it of this sample"):
-        cache.collate([paired[0]])
+        store.collate([paired[0]])
     with pytest.raises(IndexError, match="sample 5 is not in the cache of 5"):
         reader[5]
 
 
 def test_ranks_write_their_own_and_are_read_as_one(tmp_path: Path) -> None:
-    writers = [cache.Writer(tmp_path, vocab_size=V, rank=r, ranks=3) for r in range(3)]
+    writers = [store.Writer(tmp_path, vocab_size=V, rank=r, ranks=3) for r in range(3)]
     for i in range(10):
         writers[i % 3].add(rows(seed=i)[None])
-    early = cache.Reader(tmp_path) if list(tmp_path.glob("index*")) else None
+    early = store.Reader(tmp_path) if list(tmp_path.glob("index*")) else None
     assert early is None
     for writer in writers[:2]:
         writer.close()
-    assert not cache.Reader(tmp_path).complete
+    assert not store.Reader(tmp_path).complete
     writers[2].close()
-    reader = cache.Reader(tmp_path)
+    reader = store.Reader(tmp_path)
     assert reader.complete and reader.numbers.tolist() == list(range(10))
     for i in range(10):
         assert torch.equal(reader[i], rows(seed=i)[None])
 
 
 def test_samples_with_numbers_of_their_own(tmp_path: Path) -> None:
-    with cache.Writer(tmp_path, vocab_size=V) as writer:
+    with store.Writer(tmp_path, vocab_size=V) as writer:
         writer.add_batch(rows(3), samples=[2, 7, 8])
         writer.add(rows(seed=5), sample=20)
         with pytest.raises(ValueError, match="got 20 after 20, expected a greater one"):
             writer.add(rows(), sample=20)
-    reader = cache.Reader(tmp_path)
+    reader = store.Reader(tmp_path)
     assert reader.numbers.tolist() == [2, 7, 8, 20]
     assert torch.equal(reader[20], rows(seed=5))
     with pytest.raises(IndexError, match="sample 3 "):
@@ -258,7 +258,7 @@ def test_capture_stores_what_the_teacher_says(tmp_path: Path, linear: bool) -> N
     labels[0, 4:], labels[1, :2], labels[2] = -100, -100, -100
     teacher = Head(linear).train()
     loader = DataLoader(TensorDataset(inputs, labels), batch_size=3)
-    done = cache.capture(
+    done = store.capture(
         teacher,
         loader,
         tmp_path,
@@ -269,7 +269,7 @@ def test_capture_stores_what_the_teacher_says(tmp_path: Path, linear: bool) -> N
         progress=False,
     )
     assert done == 7 and teacher.training and teacher.drop.training
-    reader = cache.Reader(tmp_path)
+    reader = store.Reader(tmp_path)
     assert [x.size(0) for x in reader] == [4, 6, 0, 6, 6, 6, 6]
     assert reader[1].indices[:2].eq(-1).all() and reader.plan.temperature == 2.0
     with torch.no_grad():
@@ -294,19 +294,19 @@ def test_capture_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     loader = DataLoader(inputs, batch_size=3)
     with pytest.raises(KeyboardInterrupt):
         asked[:] = [-2]
-        cache.capture(teacher, loader, tmp_path / "a", **options)
-    kept = len(cache.Reader(tmp_path / "a"))
+        store.capture(teacher, loader, tmp_path / "a", **options)
+    kept = len(store.Reader(tmp_path / "a"))
     assert kept == 12
     asked.clear()
-    assert cache.capture(teacher, DataLoader(inputs, batch_size=5), tmp_path / "a", **options) == 20
+    assert store.capture(teacher, DataLoader(inputs, batch_size=5), tmp_path / "a", **options) == 20
     assert sum(asked) == 4 + 8  # some of those stored are compared
-    assert cache.capture(head, loader, tmp_path / "b", **options) == 20
-    a, b = cache.Reader(tmp_path / "a"), cache.Reader(tmp_path / "b")
+    assert store.capture(head, loader, tmp_path / "b", **options) == 20
+    a, b = store.Reader(tmp_path / "a"), store.Reader(tmp_path / "b")
     for i in range(20):
         assert torch.equal(a[i].indices, b[i].indices)
         torch.testing.assert_close(a[i].logprobs, b[i].logprobs, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="got 5 samples, expected the 20 stored"):
-        cache.capture(head, DataLoader(inputs[:5], batch_size=3), tmp_path / "a", **options)
+        store.capture(head, DataLoader(inputs[:5], batch_size=3), tmp_path / "a", **options)
 
 
 def test_capture_refuses_what_it_cannot_store(tmp_path: Path) -> None:
@@ -319,14 +319,14 @@ def test_capture_refuses_what_it_cannot_store(tmp_path: Path) -> None:
         (["abc"], head, K, "batch \\(str\\)"),
     ):
         with pytest.raises((TypeError, ValueError), match=match):
-            cache.capture(wrong, loader, tmp_path / "x", vocab_size=V, k=k, progress=False)
+            store.capture(wrong, loader, tmp_path / "x", vocab_size=V, k=k, progress=False)
 
 
 def test_the_trainer_learns_from_it(tmp_path: Path) -> None:
     inputs = torch.randint(50, (24, 5), generator=torch.Generator().manual_seed(0))
     data = TensorDataset(inputs, inputs)
     head = Head(False).eval()
-    cache.capture(
+    store.capture(
         head,
         DataLoader(data, batch_size=8),
         tmp_path,
@@ -335,8 +335,8 @@ def test_the_trainer_learns_from_it(tmp_path: Path) -> None:
         labels="shifted",
         progress=False,
     )
-    reader = cache.Reader(tmp_path, vocab_size=V)
-    paired = DataLoader(cache.Paired(data, reader), batch_size=8, collate_fn=cache.collate)
+    reader = store.Reader(tmp_path, vocab_size=V)
+    paired = DataLoader(store.Paired(data, reader), batch_size=8, collate_fn=store.collate)
     indexed = [{"inputs": inputs[i : i + 8], "index": torch.arange(i, i + 8)} for i in (0, 8, 16)]
     with torch.no_grad():
         said = fastkd.topk_from_logits(head(inputs), 32)
@@ -364,10 +364,10 @@ def test_a_resumed_run_must_have_the_same_cache(tmp_path: Path) -> None:
     readers = [written(tmp_path / str(i), [rows(seed=i)] * 4) for i in range(2)]
     data = TensorDataset(torch.arange(4), torch.arange(4))
 
-    def run(reader: cache.Reader, epochs: int) -> None:
+    def run(reader: store.Reader, epochs: int) -> None:
         torch.manual_seed(0)
         student = nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, V))
-        loader = DataLoader(cache.Paired(data, reader), collate_fn=cache.collate)
+        loader = DataLoader(store.Paired(data, reader), collate_fn=store.collate)
         terms = [distill.soft()]
         keep = distill.Checkpoints(tmp_path / "run", resume=True)
         distill.train(
@@ -381,7 +381,7 @@ def test_a_resumed_run_must_have_the_same_cache(tmp_path: Path) -> None:
 
 
 def test_the_command_line(
-    stored: tuple[list[fastkd.TopK], cache.Reader], capsys: pytest.CaptureFixture[str]
+    stored: tuple[list[fastkd.TopK], store.Reader], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, reader = stored
     path = str(reader.path)

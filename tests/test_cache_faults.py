@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.distill import cache, cache_files, cache_format
-from fastkd.distill.cache import CacheError
+from fastkd.teachers import store
+from fastkd.teachers.store import CacheError, atomic_io, format
 
 V, K = 40, 3
 
@@ -28,11 +28,11 @@ def topk(rows: int, seed: int) -> fastkd.TopK:
     return fastkd.topk_from_logits(x, K)
 
 
-def small(folder: Path, samples: int = 2, **options: Any) -> cache.Reader:
-    with cache.Writer(folder, vocab_size=V, k=K, tokenizer="t", **options) as writer:
+def small(folder: Path, samples: int = 2, **options: Any) -> store.Reader:
+    with store.Writer(folder, vocab_size=V, k=K, tokenizer="t", **options) as writer:
         for i in range(samples):
             writer.add(topk(2, i))
-    return cache.Reader(folder)
+    return store.Reader(folder)
 
 
 def only(folder: Path, pattern: str) -> Path:
@@ -53,9 +53,9 @@ def test_every_byte_flipped_is_detected(tmp_path: Path) -> None:
             damaged[place] ^= chance.choice((0xFF, 1 << chance.randrange(8)))
             file.write_bytes(damaged)
             with pytest.raises(CacheError, match=file.name):
-                cache.Reader(tmp_path).verify()
+                store.Reader(tmp_path).verify()
         file.write_bytes(whole)
-    cache.Reader(tmp_path).verify()
+    store.Reader(tmp_path).verify()
 
 
 def test_a_damaged_shard_never_crashes_its_reader(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_damaged_shard_never_crashes_its_reader(tmp_path: Path) -> None:
     for place in range(len(whole)):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x80]) + whole[place + 1 :])
         try:  # without `verify`: an error that names the file, or numbers in range
-            got = cache.Reader(tmp_path)[0]
+            got = store.Reader(tmp_path)[0]
         except CacheError as error:
             assert file.name in str(error)
             continue
@@ -75,7 +75,7 @@ def test_a_damaged_shard_never_crashes_its_reader(tmp_path: Path) -> None:
         assert got.indices.shape == good[0].indices.shape and got.indices.lt(V).all()
     assert read
     file.write_bytes(whole)
-    assert torch.equal(cache.Reader(tmp_path)[1].logprobs, good[1].logprobs)
+    assert torch.equal(store.Reader(tmp_path)[1].logprobs, good[1].logprobs)
 
 
 @pytest.mark.parametrize("pattern", ["index-*", "*.safetensors"])
@@ -86,13 +86,13 @@ def test_every_truncation_is_detected(tmp_path: Path, pattern: str) -> None:
     for size in range(len(whole)):
         file.write_bytes(whole[:size])
         with pytest.raises(CacheError, match=file.name):
-            cache.Reader(tmp_path)[0]
+            store.Reader(tmp_path)[0]
         with pytest.raises(CacheError, match=file.name):
-            cache.Reader(tmp_path).verify()
+            store.Reader(tmp_path).verify()
         with pytest.raises(CacheError, match=file.name):
-            cache.Writer(tmp_path, vocab_size=V, k=K, tokenizer="t")
+            store.Writer(tmp_path, vocab_size=V, k=K, tokenizer="t")
     file.write_bytes(whole)
-    cache.Reader(tmp_path).verify()
+    store.Reader(tmp_path).verify()
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -116,8 +116,8 @@ def rewritten(folder: Path, **changes: Any) -> None:
     for key, value in changes.items():
         where, _, name = key.rpartition("__")
         (document[where] if where else document)[name] = value
-    document["sha256"] = hashlib.sha256(cache_format._text(document)).hexdigest()
-    file.write_bytes(cache_format._text(document))
+    document["sha256"] = hashlib.sha256(format._text(document)).hexdigest()
+    file.write_bytes(format._text(document))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_an_index_of_something_else(tmp_path: Path, changes: dict[str, Any], mat
     small(tmp_path)
     rewritten(tmp_path, **changes)
     with pytest.raises(CacheError, match=match):
-        cache.Reader(tmp_path)[0]
+        store.Reader(tmp_path)[0]
 
 
 def test_an_index_leads_to_no_file_outside(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_an_index_leads_to_no_file_outside(tmp_path: Path) -> None:
     shards[0]["file"] = f"../b/{shards[0]['file']}"
     rewritten(tmp_path / "a", shards=shards)
     with pytest.raises(CacheError, match=r"expected 'teacher-00000-000000.safetensors'"):
-        cache.Reader(tmp_path / "a")
+        store.Reader(tmp_path / "a")
 
 
 def test_a_cache_for_something_else_is_refused(tmp_path: Path) -> None:
@@ -161,11 +161,11 @@ def test_a_cache_for_something_else_is_refused(tmp_path: Path) -> None:
         def get_vocab(self) -> dict[str, int]:
             return {word: i for i, word in enumerate(self.words)}
 
-    with cache.Writer(
+    with store.Writer(
         tmp_path, vocab_size=V, k=K, tokenizer=Tokenizer("a", "b"), model="m", data="d"
     ) as w:
         w.add(topk(1, 0))
-    cache.Reader(tmp_path, vocab_size=V, tokenizer=Tokenizer("a", "b"), model="m", data="d")
+    store.Reader(tmp_path, vocab_size=V, tokenizer=Tokenizer("a", "b"), model="m", data="d")
     for asked, match in (
         ({"vocab_size": 50}, "made for vocab_size=40, expected 50"),
         ({"tokenizer": Tokenizer("b", "a")}, "made for tokenizer='sha256:"),
@@ -174,9 +174,9 @@ def test_a_cache_for_something_else_is_refused(tmp_path: Path) -> None:
         ({"data": "e"}, "made for data='d', expected 'e'"),
     ):
         with pytest.raises(CacheError, match=match):
-            cache.Reader(tmp_path, **asked)
+            store.Reader(tmp_path, **asked)
     with pytest.raises(TypeError, match="tokenizer: got int"):
-        cache.Reader(tmp_path, tokenizer=3)
+        store.Reader(tmp_path, tokenizer=3)
     for options, match in (
         ({"vocab_size": 50}, "vocab_size: got 50, expected 40"),
         ({"k": 5}, "k: got 5, expected 3"),
@@ -187,8 +187,8 @@ def test_a_cache_for_something_else_is_refused(tmp_path: Path) -> None:
     ):
         made: dict[str, Any] = {"vocab_size": V, "k": K, "tokenizer": Tokenizer("a", "b")}
         with pytest.raises(CacheError, match=match):
-            cache.Writer(tmp_path, **{**made, "model": "m", "data": "d", **options})
-    assert len(cache.Reader(tmp_path)) == 1
+            store.Writer(tmp_path, **{**made, "model": "m", "data": "d", **options})
+    assert len(store.Reader(tmp_path)) == 1
 
 
 def test_indexes_that_do_not_belong_together(tmp_path: Path) -> None:
@@ -197,17 +197,17 @@ def test_indexes_that_do_not_belong_together(tmp_path: Path) -> None:
     index = only(tmp_path / "b", "index-*")
     index.rename(tmp_path / "a" / index.name)
     with pytest.raises(CacheError, match=f"{index.name}: not of one cache.*encoding"):
-        cache.Reader(tmp_path / "a")
+        store.Reader(tmp_path / "a")
     with pytest.raises(FileNotFoundError, match="no teacher cache there"):
-        cache.Reader(tmp_path / "b")
+        store.Reader(tmp_path / "b")
 
 
 def test_the_same_sample_twice(tmp_path: Path) -> None:
     for rank in range(2):
-        with cache.Writer(tmp_path, vocab_size=V, k=K, rank=rank, ranks=2) as writer:
+        with store.Writer(tmp_path, vocab_size=V, k=K, rank=rank, ranks=2) as writer:
             writer.add(topk(1, 0), sample=7)
     with pytest.raises(CacheError, match=r"sample 7 is in teacher-00000.* and teacher-00001"):
-        cache.Reader(tmp_path)[7]
+        store.Reader(tmp_path)[7]
 
 
 # ---- bad input
@@ -252,12 +252,12 @@ GOOD = topk(3, 1)
 def test_a_bad_row_is_named_and_nothing_is_added(
     tmp_path: Path, output: dict[str, Any], match: str
 ) -> None:
-    with cache.Writer(tmp_path, vocab_size=V, k=K) as writer:
+    with store.Writer(tmp_path, vocab_size=V, k=K) as writer:
         writer.add(GOOD)
         with pytest.raises(ValueError, match=match):
             writer.add(changed(GOOD, **output))
         writer.add(GOOD)
-    reader = cache.Reader(tmp_path)
+    reader = store.Reader(tmp_path)
     assert len(reader) == 2 and reader.tokens == 6
     reader.verify()
 
@@ -275,7 +275,7 @@ def test_a_bad_row_is_named_and_nothing_is_added(
     ],
 )
 def test_bad_logits(tmp_path: Path, output: Any, error: type[Exception], match: str) -> None:
-    with cache.Writer(tmp_path, vocab_size=V, encoding="float16") as writer:
+    with store.Writer(tmp_path, vocab_size=V, encoding="float16") as writer:
         with pytest.raises(error, match=match):
             writer.add(output)
 
@@ -296,7 +296,7 @@ def test_bad_logits(tmp_path: Path, output: Any, error: type[Exception], match: 
 )
 def test_bad_arguments(tmp_path: Path, options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        cache.Writer(tmp_path / "x", **{"vocab_size": V, "k": K, **options})
+        store.Writer(tmp_path / "x", **{"vocab_size": V, "k": K, **options})
     assert not (tmp_path / "x").exists()
 
 
@@ -323,9 +323,9 @@ def test_a_full_disk_loses_nothing(
 ) -> None:
     small(tmp_path, 2, shard_bytes=1)
     before = sorted(file.name for file in tmp_path.glob("[it]*"))
-    with cache.Writer(tmp_path, vocab_size=V, k=K, tokenizer="t", shard_bytes=1) as writer:
+    with store.Writer(tmp_path, vocab_size=V, k=K, tokenizer="t", shard_bytes=1) as writer:
         with monkeypatch.context() as patch:
-            patch.setattr(cache_files.os, "write", Full(room))
+            patch.setattr(atomic_io.os, "write", Full(room))
             with pytest.raises(
                 OSError, match=r"No space left.*files written before are whole"
             ) as e:
@@ -334,7 +334,7 @@ def test_a_full_disk_loses_nothing(
             assert e.value.errno == errno.ENOSPC and str(tmp_path) in str(e.value.filename)
             assert not list(tmp_path.glob(".*.tmp"))
             assert set(before) <= {file.name for file in tmp_path.iterdir()}
-            mid = cache.Reader(tmp_path)
+            mid = store.Reader(tmp_path)
             mid.verify()
             there = len(mid)
         writer.flush()  # room again: what was added is still here
@@ -346,7 +346,7 @@ def test_a_full_disk_loses_nothing(
 
 def whole(folder: Path, samples: int) -> None:
     """Samples 0, 1, ... each once, each as it was given, and nothing else in the folder."""
-    reader = cache.Reader(folder)
+    reader = store.Reader(folder)
     reader.verify()
     assert reader.complete and reader.numbers.tolist() == list(range(samples))
     got = reader.__getitems__(range(samples))
@@ -362,7 +362,7 @@ def whole(folder: Path, samples: int) -> None:
 
 def _write_for_ever(folder: str, shard_bytes: int) -> None:
     torch.set_num_threads(1)
-    writer = cache.Writer(folder, vocab_size=V, k=K, shard_bytes=shard_bytes)
+    writer = store.Writer(folder, vocab_size=V, k=K, shard_bytes=shard_bytes)
     while True:
         writer.add(topk(2, writer.done + len(writer._samples)))
 
@@ -385,20 +385,20 @@ def test_fifty_kills_lose_at_most_the_shard_in_hand(tmp_path: Path) -> None:
         child.join()
         if not list(tmp_path.glob("index-*")):
             continue
-        reader = cache.Reader(tmp_path)
+        reader = store.Reader(tmp_path)
         reader.verify()
         assert len(reader) >= done
         assert reader.numbers.tolist() == list(range(len(reader)))
         done = len(reader)
     assert done > 50
-    with cache.Writer(tmp_path, vocab_size=V, k=K, shard_bytes=size) as writer:
+    with store.Writer(tmp_path, vocab_size=V, k=K, shard_bytes=size) as writer:
         assert writer.done == done
         writer.add(topk(2, done))
     whole(tmp_path, done + 1)
 
 
 def _hold(folder: str, ready: Any, stop: Any) -> None:
-    with cache.Writer(folder, vocab_size=V, k=K):
+    with store.Writer(folder, vocab_size=V, k=K):
         ready.set()
         stop.wait(60)
 
@@ -412,13 +412,13 @@ def test_two_writers_of_one_rank(tmp_path: Path) -> None:
     try:
         assert ready.wait(60)
         with pytest.raises(BlockingIOError, match="another writer of this rank is at work"):
-            cache.Writer(tmp_path, vocab_size=V, k=K)
+            store.Writer(tmp_path, vocab_size=V, k=K)
     finally:
         stop.set()
         child.join()
-    with cache.Writer(tmp_path, vocab_size=V, k=K) as writer:
+    with store.Writer(tmp_path, vocab_size=V, k=K) as writer:
         with pytest.raises(BlockingIOError, match="each rank has one writer"):
-            cache.Writer(tmp_path, vocab_size=V, k=K)
+            store.Writer(tmp_path, vocab_size=V, k=K)
         writer.add(topk(1, 0))
     with pytest.raises(ValueError, match="the writer is closed"):
         writer.add(topk(1, 0))
@@ -426,12 +426,12 @@ def test_two_writers_of_one_rank(tmp_path: Path) -> None:
 
 def test_an_interrupted_writer_keeps_what_it_was_given(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        with cache.Writer(tmp_path, vocab_size=V, k=K) as writer:
+        with store.Writer(tmp_path, vocab_size=V, k=K) as writer:
             writer.add(topk(2, 0))
             raise KeyboardInterrupt
-    reader = cache.Reader(tmp_path)
+    reader = store.Reader(tmp_path)
     assert len(reader) == 1 and not reader.complete
-    with cache.Writer(tmp_path, vocab_size=V, k=K) as writer:
+    with store.Writer(tmp_path, vocab_size=V, k=K) as writer:
         assert writer.done == 1
         writer.add(topk(2, 1))
     whole(tmp_path, 2)
@@ -442,7 +442,7 @@ def test_leftovers_of_a_dead_writer_go(tmp_path: Path) -> None:
     (tmp_path / "teacher-00000-000001.safetensors").write_bytes(b"not named by the index")
     (tmp_path / ".index-00000.json.tmp").write_bytes(b"half")
     (tmp_path / "teacher-00001-000000.safetensors").write_bytes(b"another rank's")
-    with cache.Writer(tmp_path, vocab_size=V, k=K, tokenizer="t") as writer:
+    with store.Writer(tmp_path, vocab_size=V, k=K, tokenizer="t") as writer:
         writer.add(topk(2, 2))
     assert (tmp_path / "teacher-00001-000000.safetensors").read_bytes() == b"another rank's"
     (tmp_path / "teacher-00001-000000.safetensors").unlink()
@@ -454,4 +454,4 @@ def test_no_pickle_is_read(tmp_path: Path) -> None:
     file = only(tmp_path, "*.safetensors")
     torch.save({"indices": torch.zeros(1)}, file)
     with pytest.raises(CacheError, match=file.name):
-        cache.Reader(tmp_path)[0]
+        store.Reader(tmp_path)[0]

@@ -25,9 +25,10 @@ import fastkd
 from bench import cache_scale
 from fastkd import distill
 from fastkd.__main__ import main
-from fastkd.distill import cache, cache_format, cache_reader
-from fastkd.distill.cache import CacheError
-from fastkd.distill.cache_table import Places, Table
+from fastkd.teachers import store
+from fastkd.teachers.store import CacheError, format
+from fastkd.teachers.store import reader as reader_file
+from fastkd.teachers.store.index import Places, Table
 
 V, K, LENGTH = 40, 3, 2
 MADE: dict[str, Any] = {"vocab_size": V, "k": K, "tokenizer": "t", "model": "m"}
@@ -50,12 +51,12 @@ def teacher(inputs: Tensor) -> Tensor:
 
 def captured(folder: Path | str, total: int, **options: Any) -> int:
     made = {**MADE, "shard_bytes": 400, **options}
-    return cache.capture(teacher, data(total), folder, progress=False, **made)
+    return store.capture(teacher, data(total), folder, progress=False, **made)
 
 
-def whole(folder: Path, total: int) -> cache.Reader:
+def whole(folder: Path, total: int) -> store.Reader:
     """Every sample once, each as the teacher said it."""
-    reader = cache.Reader(folder, vocab_size=V, tokenizer="t", model="m")
+    reader = store.Reader(folder, vocab_size=V, tokenizer="t", model="m")
     reader.verify()
     assert reader.complete and len(reader) == total and reader.covers(total)
     assert reader.numbers.tolist() == list(range(total))
@@ -63,7 +64,7 @@ def whole(folder: Path, total: int) -> cache.Reader:
     expected = fastkd.topk_from_logits(teacher(inputs), K)
     got = reader.batch(range(total))
     assert torch.equal(got.indices, expected.indices.int())
-    within = cache.logprob_bound("uint8", K, expected.logprobs.double())
+    within = store.logprob_bound("uint8", K, expected.logprobs.double())
     assert ((got.logprobs.double() - expected.logprobs.double()).abs() <= within).all()
     return reader
 
@@ -97,13 +98,13 @@ def test_processes_write_one_cache_at_once(tmp_path: Path, world_size: int) -> N
     before = whole(tmp_path, 53).identity()
     folders = {f"teacher-{rank:05d}" for rank in range(world_size)}
     assert {file.parent.name for file in tmp_path.rglob("*.safetensors")} == folders
-    assert cache.merge(tmp_path)
+    assert store.merge(tmp_path)
     assert whole(tmp_path, 53).identity() == before  # a checkpoint still knows its cache
 
 
 def _write_for_ever(folder: str, rank: int) -> None:
     torch.set_num_threads(1)
-    writer = cache.Writer(folder, **MADE, total=10**6, rank=rank, shard_bytes=300)
+    writer = store.Writer(folder, **MADE, total=10**6, rank=rank, shard_bytes=300)
     for number in range(1000 * rank, 10**6):
         inputs = torch.arange(number, number + LENGTH) % 500
         writer.add(fastkd.topk_from_logits(teacher(inputs), K), sample=number)
@@ -119,17 +120,17 @@ def test_a_killed_rank_loses_its_unfinished_shard_alone(tmp_path: Path) -> None:
     while len(list(tmp_path.rglob("0*.safetensors"))) < 6 and time.monotonic() < limit:
         time.sleep(0.005)
     with pytest.raises(BlockingIOError, match="writer of this rank is at work"):
-        cache.merge(tmp_path)
+        store.merge(tmp_path)
     for job in jobs:
         assert job.pid is not None and job.exitcode is None
         os.kill(job.pid, signal.SIGKILL)
         job.join()
-    reader = cache.Reader(tmp_path)
+    reader = store.Reader(tmp_path)
     reader.verify()
     for rank in (0, 1):
         mine = reader.numbers[reader.numbers // 1000 == rank]
         assert torch.equal(mine, 1000 * rank + torch.arange(len(mine)))  # whole up to its last
-    assert cache.merge(tmp_path) and len(cache.Reader(tmp_path)) == len(reader)
+    assert store.merge(tmp_path) and len(store.Reader(tmp_path)) == len(reader)
 
 
 @pytest.mark.parametrize("merged", [True, False])
@@ -148,7 +149,7 @@ def test_what_is_missing_is_written_by_another_number_of_ranks(
 
     captured(tmp_path, 50, rank=0, world_size=4)
     with pytest.raises(OSError, match="gone"):  # in hand: lost
-        cache.capture(
+        store.capture(
             Dies(),
             data(50),
             tmp_path,
@@ -158,11 +159,11 @@ def test_what_is_missing_is_written_by_another_number_of_ranks(
             progress=False,
             shard_bytes=200,
         )
-    there = cache.Reader(tmp_path)
+    there = store.Reader(tmp_path)
     assert not there.complete
     if merged:
-        assert cache.merge(tmp_path)
-    shares = [cache.share(tmp_path, 50, rank=r, world_size=again) for r in range(again)]
+        assert store.merge(tmp_path)
+    shares = [store.share(tmp_path, 50, rank=r, world_size=again) for r in range(again)]
     left = sorted(number for parts in shares for part in parts for number in part)
     assert left == sorted(set(range(50)) - set(there.numbers.tolist()))
     sizes = [sum(map(len, parts)) for parts in shares]
@@ -172,7 +173,7 @@ def test_what_is_missing_is_written_by_another_number_of_ranks(
     assert all(file.stat().st_mtime_ns == at for file, at in files.items())
     reader = whole(tmp_path, 50)
     assert reader.table.step.tolist() == [1] * len(reader.table)
-    assert cache.merge(tmp_path)
+    assert store.merge(tmp_path)
     whole(tmp_path, 50)
     asked = captured(tmp_path, 50, rank=0, world_size=2)  # nothing is left
     assert asked == int(reader.table.of_rank(0).samples.sum())
@@ -188,10 +189,10 @@ def test_a_rank_may_name_its_own_range(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rank: got 3 of 3 ranks"):
         captured(tmp_path, 20, rank=3, world_size=3)
     with pytest.raises(ValueError, match="loader: got one that ranks cannot share"):
-        cache.capture(teacher, list(data(6)), tmp_path, **MADE, rank=0, world_size=2)
+        store.capture(teacher, list(data(6)), tmp_path, **MADE, rank=0, world_size=2)
     with pytest.raises(CacheError, match="total: got 21, expected 20"):
         captured(tmp_path, 21, rank=0, world_size=2)
-    with cache.Writer(tmp_path, **MADE, total=20, rank=0) as writer:
+    with store.Writer(tmp_path, **MADE, total=20, rank=0) as writer:
         one = fastkd.topk_from_logits(torch.randn(LENGTH, V), K)
         with pytest.raises(ValueError, match="which this rank has"):
             writer.add(one, sample=10)
@@ -203,7 +204,7 @@ def test_a_rank_may_name_its_own_range(tmp_path: Path) -> None:
 
 def _in_group(folder: str, total: int) -> tuple[int, bool, str]:
     done = captured(folder, total, group=dist.group.WORLD)
-    checked = cache.Reader(folder).contents.checked
+    checked = store.Reader(folder).contents.checked
     dist.barrier()
     index = Path(folder) / "index-00001.json"
     if dist.get_rank() == 0:
@@ -243,12 +244,12 @@ def _one_ends(folder: str, how: str) -> tuple[str, int, int]:
         options["model"] = "m" if rank == 0 else "another"
     error = "nothing"
     try:
-        cache.capture(of, data(400), folder, **options)
+        store.capture(of, data(400), folder, **options)
     except Exception as found:
         error = f"{type(found).__name__}: {found}"
     (Path(folder) / f"said-{rank}").write_text(error)
     index = Path(folder) / f"index-{rank:05d}.json"
-    return error, next(batches), cache_format.load_part(index).samples
+    return error, next(batches), format.load_part(index).samples
 
 
 def _ends(folder: str) -> list[Any]:
@@ -295,31 +296,31 @@ def test_a_merge_is_done_once_and_reads_what_changed(
     assert "merged before" in capsys.readouterr().out
     assert file.stat().st_mtime_ns == when
     file.unlink()
-    assert cache.merge(tmp_path) and file.read_bytes() == first  # the same, whenever it is made
+    assert store.merge(tmp_path) and file.read_bytes() == first  # the same, whenever it is made
 
     read: list[str] = []
-    load = cache_format.load_part
+    load = format.load_part
     monkeypatch.setattr(
-        "fastkd.distill.cache_merge.load_part", lambda path: read.append(path.name) or load(path)
+        "fastkd.teachers.store.merge.load_part", lambda path: read.append(path.name) or load(path)
     )
-    assert not cache.Reader(tmp_path).complete and read == []
+    assert not store.Reader(tmp_path).complete and read == []
     captured(tmp_path, 30, rank=2, samples=range(20, 30))
     read.clear()
     reader = whole(tmp_path, 30)  # a merged index that is behind hides nothing
     assert read == ["index-00002.json"] and not reader.facts()["merged"]
     for shard in tmp_path.rglob("0*.safetensors"):
         shard.unlink()  # nothing of these is read
-    assert cache.merge(tmp_path) and cache.Reader(tmp_path).facts()["merged"]
+    assert store.merge(tmp_path) and store.Reader(tmp_path).facts()["merged"]
 
 
 def test_merging_an_empty_folder_or_one_rank(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no teacher cache there"):
-        cache.merge(tmp_path / "none")
+        store.merge(tmp_path / "none")
     assert main(["cache", "merge", str(tmp_path)]) == 1
-    with cache.Writer(tmp_path, vocab_size=V):
+    with store.Writer(tmp_path, vocab_size=V):
         pass
-    assert cache.merge(tmp_path) and not cache.merge(tmp_path)
-    assert len(cache.Reader(tmp_path)) == 0
+    assert store.merge(tmp_path) and not store.merge(tmp_path)
+    assert len(store.Reader(tmp_path)) == 0
 
 
 @pytest.mark.parametrize(
@@ -339,33 +340,33 @@ def test_indexes_of_another_cache_are_refused(
     captured(tmp_path / "a", 10, rank=0, world_size=2)
     captured(tmp_path / "b", 10, rank=1, world_size=2, **options)
     if first:
-        cache.merge(tmp_path / "a")
+        store.merge(tmp_path / "a")
     (tmp_path / "b" / "index-00001.json").rename(tmp_path / "a" / "index-00001.json")
     with pytest.raises(CacheError, match=f"index-00001.json: not of one cache.*{match}"):
-        cache.merge(tmp_path / "a")
+        store.merge(tmp_path / "a")
 
 
 def test_a_sample_of_two_ranks_is_named(tmp_path: Path) -> None:
     captured(tmp_path, 20, rank=0, samples=range(12), shard_bytes=10**6)
-    with cache.Writer(tmp_path, **MADE, total=20, rank=1) as writer:
+    with store.Writer(tmp_path, **MADE, total=20, rank=1) as writer:
         for number in (11, 12):
             writer.add(fastkd.topk_from_logits(torch.randn(LENGTH, V), K), sample=number)
     with pytest.raises(CacheError, match=r"sample 11 is in teacher-00000/.* and teacher-00001/"):
-        cache.merge(tmp_path)
+        store.merge(tmp_path)
     assert not (tmp_path / "index.safetensors").exists()
 
 
 def test_damage_to_a_merged_index_is_found(tmp_path: Path) -> None:
     write_all(tmp_path, 12, 2)
-    cache.merge(tmp_path)
+    store.merge(tmp_path)
     file = tmp_path / "index.safetensors"
     good = file.read_bytes()
-    expected = cache.Reader(tmp_path)
+    expected = store.Reader(tmp_path)
     harmless = 0
     for place in range(0, len(good), 3):
         file.write_bytes(good[:place] + bytes([good[place] ^ 0x41]) + good[place + 1 :])
         try:
-            reader = cache.Reader(tmp_path)
+            reader = store.Reader(tmp_path)
         except CacheError as error:
             assert "index.safetensors" in str(error)
             continue
@@ -376,19 +377,19 @@ def test_damage_to_a_merged_index_is_found(tmp_path: Path) -> None:
     for size in range(0, len(good), 101):
         file.write_bytes(good[:size])
         with pytest.raises(CacheError, match=r"index\.safetensors"):
-            cache.Reader(tmp_path)
+            store.Reader(tmp_path)
     file.write_bytes(good)
     index = tmp_path / "index-00001.json"
     index.write_bytes(index.read_bytes().replace(b'"complete": true', b'"complete":  true'[:16]))
-    assert any("index-00001.json" in fault for fault in cache.Reader(tmp_path).faults())
+    assert any("index-00001.json" in fault for fault in store.Reader(tmp_path).faults())
     index.unlink()
     with pytest.raises(CacheError, match=r"index-00001\.json: got no such file"):
-        cache.Reader(tmp_path)
+        store.Reader(tmp_path)
 
 
 def test_a_cache_of_version_1_is_read_and_merged(tmp_path: Path) -> None:
     for rank in range(2):
-        with cache.Writer(tmp_path, **MADE, rank=rank, ranks=2, shard_bytes=80) as writer:
+        with store.Writer(tmp_path, **MADE, rank=rank, ranks=2, shard_bytes=80) as writer:
             for i in range(5):
                 inputs = torch.arange(rank + 2 * i, rank + 2 * i + LENGTH)
                 writer.add(fastkd.topk_from_logits(teacher(inputs), K))
@@ -400,14 +401,14 @@ def test_a_cache_of_version_1_is_read_and_merged(tmp_path: Path) -> None:
             flat = shard["file"].replace("/", "-")
             (tmp_path / shard["file"]).rename(tmp_path / flat)
             shard["file"] = flat
-        digest = hashlib.sha256(cache_format._text(document)).hexdigest()
-        index.write_bytes(cache_format._text({**document, "sha256": digest}))
+        digest = hashlib.sha256(format._text(document)).hexdigest()
+        index.write_bytes(format._text({**document, "sha256": digest}))
     assert len(list(tmp_path.glob("teacher-*-*.safetensors"))) > 4
     identity = whole(tmp_path, 10).identity()
-    assert cache.merge(tmp_path) and whole(tmp_path, 10).identity() == identity
-    with cache.Writer(tmp_path, **MADE, rank=1, ranks=2) as writer:
+    assert store.merge(tmp_path) and whole(tmp_path, 10).identity() == identity
+    with store.Writer(tmp_path, **MADE, rank=1, ranks=2) as writer:
         writer.add(fastkd.topk_from_logits(teacher(torch.arange(11, 13)), K))
-    assert cache.Reader(tmp_path).numbers.tolist() == [*range(10), 11]
+    assert store.Reader(tmp_path).numbers.tolist() == [*range(10), 11]
 
 
 # ---- where a sample is
@@ -419,11 +420,11 @@ def table_of(shards: list[list[int]]) -> Table:
     for at, numbers in enumerate(shards):
         steps = {b - a for a, b in itertools.pairwise(numbers)} or {1}
         step = steps.pop() if len(steps) == 1 else 0
-        name = cache_format.shard_name(0, at, folder=True)
+        name = format.shard_name(0, at, folder=True)
         made.append(
-            cache_format.Shard(name, len(numbers), 0, 0, "00" * 32, numbers[0], numbers[-1], step)
+            format.Shard(name, len(numbers), 0, 0, "00" * 32, numbers[0], numbers[-1], step)
         )
-    return Table.of(cache_format.Part(cache_scale.plan_of(OPTIONS, 0), 0, made))
+    return Table.of(format.Part(cache_scale.plan_of(OPTIONS, 0), 0, made))
 
 
 class OPTIONS:
@@ -478,13 +479,13 @@ def test_places_are_those_of_a_search_of_all(
 def opens(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the shards that are opened."""
     files: list[str] = []
-    mapped = cache_reader._map
+    mapped = reader_file._map
 
     def counted(file: Path, *rest: Any) -> Any:
         files.append(str(file))
         return mapped(file, *rest)
 
-    monkeypatch.setattr(cache_reader, "_map", counted)
+    monkeypatch.setattr(reader_file, "_map", counted)
     return files
 
 
@@ -494,14 +495,14 @@ def test_a_rank_opens_its_own_shards_alone(
 ) -> None:
     total = 203
     write_all(tmp_path, total, 3)
-    cache.merge(tmp_path)
-    shards = len(cache.Reader(tmp_path).table)
+    store.merge(tmp_path)
+    shards = len(store.Reader(tmp_path).table)
     assert shards > 15
     for epoch in range(2):
         seen: list[int] = []
         for rank in range(world_size):
-            reader = cache.Reader(tmp_path)
-            sampler = cache.ShardSampler(reader, rank=rank, world_size=world_size, seed=3)
+            reader = store.Reader(tmp_path)
+            sampler = store.ShardSampler(reader, rank=rank, world_size=world_size, seed=3)
             sampler.set_epoch(epoch)
             opens.clear()
             mine = list(sampler)
@@ -516,33 +517,33 @@ def test_a_rank_opens_its_own_shards_alone(
 
 def test_epochs_differ_and_come_back(tmp_path: Path) -> None:
     write_all(tmp_path, 60, 2)
-    reader = cache.Reader(tmp_path)
-    sampler = cache.ShardSampler(reader, rank=1, world_size=2, seed=7)
+    reader = store.Reader(tmp_path)
+    sampler = store.ShardSampler(reader, rank=1, world_size=2, seed=7)
     epochs = [list(sampler) for _ in range(3)]
     assert epochs[0] != epochs[1] != epochs[2] and sorted(epochs[0]) != sorted(epochs[1])
     for epoch in (2, 0, 1):
         sampler.set_epoch(epoch)
         assert list(sampler) == epochs[epoch]
-    assert list(cache.ShardSampler(reader, rank=1, world_size=2, seed=7)) == epochs[0]
-    assert list(cache.ShardSampler(reader, rank=1, world_size=2, seed=8)) != epochs[0]
-    plain = cache.ShardSampler(reader, rank=1, world_size=2, shuffle=False)
+    assert list(store.ShardSampler(reader, rank=1, world_size=2, seed=7)) == epochs[0]
+    assert list(store.ShardSampler(reader, rank=1, world_size=2, seed=8)) != epochs[0]
+    plain = store.ShardSampler(reader, rank=1, world_size=2, shuffle=False)
     assert list(plain) == list(plain) == list(range(30, 60))
     for wrong in ({"rank": 2, "world_size": 2}, {"window": 0}, {"rank": 60, "world_size": 61}):
         with pytest.raises(ValueError, match="got"):
-            cache.ShardSampler(reader, **wrong)
+            store.ShardSampler(reader, **wrong)
 
 
 def run_of(folder: Path, rank: int, stop: int | None, checkpoint: Path | None) -> nn.Module:
     """A student taught by a rank's part of a cache; stopped after some steps where asked."""
     torch.manual_seed(0)
     student = nn.Embedding(500, V)
-    reader = cache.Reader(folder)
+    reader = store.Reader(folder)
     inputs = data(60).dataset
     loader = DataLoader(
-        cache.Paired(inputs, reader),
+        store.Paired(inputs, reader),
         batch_size=4,
-        sampler=cache.ShardSampler(reader, rank=rank, world_size=2, seed=1),
-        collate_fn=cache.collate,
+        sampler=store.ShardSampler(reader, rank=rank, world_size=2, seed=1),
+        collate_fn=store.collate,
     )
 
     def on_step(epoch: int, step: int, loss: Any) -> None:
@@ -575,9 +576,9 @@ def _taught(folder: str) -> tuple[list[tuple[list[int], set[str], set[str]]], An
     torch.manual_seed(0)
     student = nn.parallel.DistributedDataParallel(nn.Embedding(500, V))
     rank, world = dist.get_rank(), dist.get_world_size()
-    mapped, opened, seen = cache_reader._map, list[str](), list[int]()
+    mapped, opened, seen = reader_file._map, list[str](), list[int]()
     epochs: list[tuple[list[int], set[str], set[str]]] = []
-    reader = cache.Reader(folder)
+    reader = store.Reader(folder)
     table = range(len(reader.table))
     files = [str(reader.path / reader.table.shard(at).file) for at in table]
     shards = {n: files[at] for at in table for n in reader.of_shard(at).tolist()}
@@ -589,7 +590,7 @@ def _taught(folder: str) -> tuple[list[tuple[list[int], set[str], set[str]]], An
         opened.clear()
         reader._open.clear()  # the epoch before has left some open
 
-    class Watched(cache.ShardSampler):
+    class Watched(store.ShardSampler):
         def __iter__(self) -> Any:
             end()
             for number in super().__iter__():
@@ -601,13 +602,13 @@ def _taught(folder: str) -> tuple[list[tuple[list[int], set[str], set[str]]], An
         return mapped(file, *rest)
 
     loader = DataLoader(
-        cache.Paired(data(203).dataset, reader),
+        store.Paired(data(203).dataset, reader),
         batch_size=4,
         sampler=Watched(reader, rank=rank, world_size=world, seed=1),
-        collate_fn=cache.collate,
+        collate_fn=store.collate,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_reader, "_map", counted)
+        patch.setattr(reader_file, "_map", counted)
         distill.train(
             student,
             loader,
@@ -623,7 +624,7 @@ def _taught(folder: str) -> tuple[list[tuple[list[int], set[str], set[str]]], An
 
 def test_ranks_are_taught_each_by_its_own_shards(tmp_path: Path) -> None:
     write_all(tmp_path, 203, 3)
-    cache.merge(tmp_path)
+    store.merge(tmp_path)
     (first, mine), (second, its) = ranks.run(2, _taught, str(tmp_path))
     assert mine == its
     assert len(first) == len(second) == 2
@@ -654,10 +655,10 @@ def test_the_benchmark_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_the_benchmark_s_bytes_are_those_of_files(tmp_path: Path) -> None:
     length, samples = 64, 40
     one = fastkd.topk_from_logits(torch.randn(length, V), K)
-    with cache.Writer(tmp_path, vocab_size=V, k=K, total=samples) as writer:
+    with store.Writer(tmp_path, vocab_size=V, k=K, total=samples) as writer:
         for i in range(samples):
             writer.add(one, sample=i)
-    table = cache.Reader(tmp_path).table
+    table = store.Reader(tmp_path).table
     by_format = cache_scale.row_bytes(cache_scale.plan_of(OPTIONS, samples), length)
     header = 1024
     excess = int(table.bytes.sum()) - by_format * samples * length

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastkd
-from fastkd.backend import Plan
+from fastkd.backends.base import LossSpec
 from fastkd.divergence import Divergence
 
 REDUCTIONS = ["mean", "batchmean", "sum", "none"]
@@ -25,8 +25,8 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def _plan(divergence: Divergence, vocab: int, hard: float = 0.0) -> Plan:
-    return Plan(divergence.name, divergence.param, 2.0, 0.7, hard, hard / 2, vocab, vocab)
+def _plan(divergence: Divergence, vocab: int, hard: float = 0.0) -> LossSpec:
+    return LossSpec(divergence.name, divergence.param, 2.0, 0.7, hard, hard / 2, vocab, vocab)
 
 
 def _arguments(backend: Backend, case: str) -> list[Any]:
@@ -54,18 +54,18 @@ CASES = ["plain", "labels", "strided", "leading", "mixed", "everything"]
 def test_opcheck_of_dense_loss(backend: Backend, case: str) -> None:
     student, teacher, keep, label = _arguments(backend, case)
     student, teacher = student.requires_grad_(), teacher.detach().requires_grad_()
-    plan = _plan(fastkd.divergences.js, 9, hard=0.0 if label is None else 0.3)
-    torch.library.opcheck(torch.ops.fastkd.dense_loss, (student, teacher, keep, label, *plan))
+    spec = _plan(fastkd.divergences.js, 9, hard=0.0 if label is None else 0.3)
+    torch.library.opcheck(torch.ops.fastkd.dense_loss, (student, teacher, keep, label, *spec))
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.interpreted(1)
 def test_opcheck_of_dense_grad(backend: Backend, case: str) -> None:
     student, teacher, keep, label = _arguments(backend, case)
-    plan = _plan(fastkd.divergences.kl, 9, hard=0.0 if label is None else 0.3)
+    spec = _plan(fastkd.divergences.kl, 9, hard=0.0 if label is None else 0.3)
     scale = torch.rand(student.shape[:-1], device=backend.device)
     torch.library.opcheck(
-        torch.ops.fastkd.dense_grad, (student, teacher, keep, label, scale, *plan)
+        torch.ops.fastkd.dense_grad, (student, teacher, keep, label, scale, *spec)
     )
 
 
@@ -73,10 +73,10 @@ def test_opcheck_of_dense_grad(backend: Backend, case: str) -> None:
 @pytest.mark.interpreted(1)
 def test_opcheck_of_every_divergence(backend: Backend, divergence: Divergence) -> None:
     student, teacher = (x.requires_grad_() for x in logits(backend, 2, 5))
-    plan = _plan(divergence, 5)
+    spec = _plan(divergence, 5)
     torch.library.opcheck(
         torch.ops.fastkd.dense_loss,
-        (student, teacher, None, None, *plan),
+        (student, teacher, None, None, *spec),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
@@ -84,11 +84,11 @@ def test_opcheck_of_every_divergence(backend: Backend, divergence: Divergence) -
 def test_operators_take_any_layout_of_a_compiler(backend: Backend) -> None:
     """A compiler may hand over columns that are not contiguous."""
     student, teacher = logits(backend, 4, 9)
-    plan = _plan(fastkd.divergences.kl, 9)
-    usual = torch.ops.fastkd.dense_loss(student, teacher, None, None, *plan)
+    spec = _plan(fastkd.divergences.kl, 9)
+    usual = torch.ops.fastkd.dense_loss(student, teacher, None, None, *spec)
     turned = student.t().contiguous().t()
     assert turned.stride() == (1, 4)
-    assert torch.equal(torch.ops.fastkd.dense_loss(turned, teacher, None, None, *plan), usual)
+    assert torch.equal(torch.ops.fastkd.dense_loss(turned, teacher, None, None, *spec), usual)
 
 
 def _run(loss: Callable[..., Tensor], student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:

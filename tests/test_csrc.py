@@ -156,7 +156,7 @@ LOG_RANGES = [(0.5, 2.0), (1 - 1e-4, 1 + 1e-4), (1.2e-38, 1e-30), (1.0, 1e30), (
 
 @pytest.mark.parametrize("ends", EXP2_RANGES, ids=str)
 def test_ulp_of_exp2(isa: str, extension: ModuleType, ends: tuple[float, float]) -> None:
-    from fastkd import cpu
+    from fastkd.backends import cpu
 
     x = torch.cat((torch.linspace(*ends, 400_000), torch.empty(400_000).uniform_(*ends)))
     error = _ulp(cpu.exp2(x), x.double().exp2())
@@ -165,7 +165,7 @@ def test_ulp_of_exp2(isa: str, extension: ModuleType, ends: tuple[float, float])
 
 @pytest.mark.parametrize("ends", LOG_RANGES, ids=str)
 def test_ulp_of_log(isa: str, extension: ModuleType, ends: tuple[float, float]) -> None:
-    from fastkd import cpu
+    from fastkd.backends import cpu
 
     low, high = (torch.tensor(end, dtype=torch.float64).log() for end in ends)
     even, odd = torch.linspace(*ends, 400_000), torch.empty(400_000).double().uniform_(low, high)
@@ -175,7 +175,7 @@ def test_ulp_of_log(isa: str, extension: ModuleType, ends: tuple[float, float]) 
 
 
 def test_math_at_its_ends(isa: str) -> None:
-    from fastkd import cpu
+    from fastkd.backends import cpu
 
     inf, nan = float("inf"), float("nan")
     x = torch.tensor([0.0, 1.0, -1.0, -126.0, -128.0, -1e9, -inf, nan])
@@ -196,7 +196,7 @@ def test_bounds_are_few_ulp(extension: ModuleType) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_every_half_is_read_exactly(isa: str, dtype: torch.dtype) -> None:
     """All 65536 patterns: stats of single columns are (x, 1, 0)."""
-    from fastkd import cpu
+    from fastkd.backends import cpu
 
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     every = every[every.isfinite()]
@@ -208,7 +208,7 @@ def test_every_half_is_read_exactly(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_every_half_is_written_rounded_to_nearest(isa: str, dtype: torch.dtype) -> None:
     """x * k over all patterns, as torch rounds it (ties to even, overflow to inf)."""
-    from fastkd import cpu
+    from fastkd.backends import cpu
 
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     every = every[every.isfinite()]

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 import fastkd
-from fastkd import reference
-from fastkd.backend import Plan
+from fastkd.backends import reference
+from fastkd.backends.base import LossSpec
 from fastkd.divergence import Divergence
 
 DOUBLE = {"dtype": torch.float64}
@@ -191,5 +191,5 @@ def test_call_sets_the_parameter_of_a_copy(name: str) -> None:
 
 @each_divergence
 def test_reference_finds_the_entry_of_a_plan(divergence: Divergence) -> None:
-    plan = Plan(divergence.name, divergence.param, 1.0, 1.0, 0.0, 0.0, 7, 7)
-    assert label_of(reference.entry(plan)) == label_of(divergence)
+    spec = LossSpec(divergence.name, divergence.param, 1.0, 1.0, 0.0, 0.0, 7, 7)
+    assert label_of(reference.entry(spec)) == label_of(divergence)

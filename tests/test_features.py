@@ -14,7 +14,7 @@ from common import FLOORS, unreadable
 from torch import Tensor, nn
 
 from fastkd import distill
-from fastkd.distill import features
+from fastkd.distill.losses import features
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

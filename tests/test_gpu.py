@@ -20,11 +20,11 @@ if not torch.cuda.is_available():
 from common import DTYPES, FLOORS, PAIRS
 
 import fastkd
-from fastkd import reference
-from fastkd.backend import Plan, acc_dtype, rows
+from fastkd.backends import reference
+from fastkd.backends.base import LossSpec, acc_dtype, rows
 
 pytest.importorskip("triton")
-from fastkd import gpu
+from fastkd.backends import gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INF, NAN = math.inf, math.nan
@@ -48,9 +48,9 @@ class Rows(NamedTuple):
     scale: Tensor | None
 
 
-def plan_of(name: str, vocab: int, **changes: Any) -> Plan:
+def plan_of(name: str, vocab: int, **changes: Any) -> LossSpec:
     param = 0.3 if fastkd.divergences[name].parameter else 0.0
-    return Plan(name, param, 2.0, 0.7, 0.0, 0.0, vocab, vocab)._replace(**changes)
+    return LossSpec(name, param, 2.0, 0.7, 0.0, 0.0, vocab, vocab)._replace(**changes)
 
 
 def make(a: int, b: int, vocab: int, pair: Any = (torch.float32,) * 2, spread: float = 3.0) -> Rows:
@@ -62,32 +62,34 @@ def make(a: int, b: int, vocab: int, pair: Any = (torch.float32,) * 2, spread: f
     return Rows(student, teacher, keep, label, scale)
 
 
-def fused(passes: Any, x: Rows, plan: Plan, grad: Tensor, factor: float = 0.5) -> Tensor:
-    label = x.label if plan.hard else None
-    return passes.fused(x.student, x.teacher, plan, x.keep, label, x.scale, factor, grad)
+def fused(passes: Any, x: Rows, spec: LossSpec, grad: Tensor, factor: float = 0.5) -> Tensor:
+    label = x.label if spec.hard else None
+    return passes.fused(x.student, x.teacher, spec, x.keep, label, x.scale, factor, grad)
 
 
-def assert_like_reference(x: Rows, plan: Plan, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def assert_like_reference(
+    x: Rows, spec: LossSpec, grad: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The rule of `common`: at most twice the error of plain torch, plus the floor."""
     grad = torch.full_like(x.student, NAN) if grad is None else grad
     exact = x._replace(student=x.student.double(), teacher=x.teacher.double())
     shape = (*grad.shape[:2], x.student.size(2))
     true_grad = torch.zeros(shape, dtype=torch.float64, device=DEVICE)
     torchs_grad = torch.zeros(shape, dtype=x.student.dtype, device=DEVICE)
-    torchs, true = fused(reference, x, plan, torchs_grad), fused(reference, exact, plan, true_grad)
-    ours = fused(gpu, x, plan, grad)
+    torchs, true = fused(reference, x, spec, torchs_grad), fused(reference, exact, spec, true_grad)
+    ours = fused(gpu, x, spec, grad)
     assert ours.dtype == acc_dtype(x.student, x.teacher)
     floor = FLOORS[ours.dtype]
     bound = 2 * (torchs - true).abs() + floor * true.abs().clamp_min(1.0)
     assert ((ours - true).abs() <= bound).all(), (ours - true).abs() / bound
-    wide, width = grad[..., : plan.vocab].double(), plan.vocab
+    wide, width = grad[..., : spec.vocab].double(), spec.vocab
     largest = true_grad.abs().max()
     error = (torchs_grad[..., :width].double() - true_grad[..., :width]).abs().max()
     # the accumulator's floor is relative to the slopes, whose sum it is that cancels (`common`)
     terms = (true.abs() * x.scale).max() + x.scale.max()
     stored = 2 * error + FLOORS[grad.dtype] * largest + floor * terms
     assert ((wide - true_grad[..., :width]).abs() <= stored).all()
-    assert not grad[..., plan.vocab :].any(), "columns past vocab are written 0"
+    assert not grad[..., spec.vocab :].any(), "columns past vocab are written 0"
     return ours, grad
 
 
@@ -114,10 +116,10 @@ def test_shapes(name: str, vocab: int) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_hard_labels(temperature: float, smoothing: float) -> None:
     x = make(1, 3, 300)._replace(keep=None)
-    plan = plan_of("kl", 300, temperature=temperature, hard=0.4, smoothing=smoothing)
-    assert_like_reference(x, plan)
+    spec = plan_of("kl", 300, temperature=temperature, hard=0.4, smoothing=smoothing)
+    assert_like_reference(x, spec)
     far = x._replace(student=x.student + 1e4, teacher=x.teacher - 1e4)
-    assert_like_reference(far, plan)
+    assert_like_reference(far, spec)
 
 
 @each_name
@@ -135,13 +137,13 @@ def test_strided_rows_and_padded_columns(name: str) -> None:
     student, teacher = wide_s[:, :2], wide_t[::3].transpose(0, 1)
     student[..., :vocab], teacher[..., :vocab] = torch.randn(2, 2, 2, vocab).to(DEVICE).unbind()
     x = make(2, 2, vocab)._replace(student=student, teacher=teacher)
-    plan = plan_of(name, vocab, hard=0.3, smoothing=0.1)
+    spec = plan_of(name, vocab, hard=0.3, smoothing=0.1)
     grad = torch.full((2, 3, 4, 320), NAN, device=DEVICE)[:, 1:, 1][:, :2]
-    loss, _ = assert_like_reference(x, plan, grad)
+    loss, _ = assert_like_reference(x, spec, grad)
     dense = x._replace(student=student[..., :vocab].contiguous())
     dense = dense._replace(teacher=teacher[..., :vocab].contiguous())
     again = torch.empty_like(dense.student)
-    assert torch.equal(loss, fused(gpu, dense, plan, again))
+    assert torch.equal(loss, fused(gpu, dense, spec, again))
     assert torch.equal(grad[..., :vocab], again)
 
 
@@ -156,10 +158,10 @@ def test_no_rows() -> None:
 def test_in_place(name: str) -> None:
     for vocab in (7, 600, 4500):
         x = make(1, 3, vocab)
-        plan = plan_of(name, vocab, hard=0.3)
+        spec = plan_of(name, vocab, hard=0.3)
         apart = torch.empty_like(x.student)
-        loss = fused(gpu, x, plan, apart)
-        assert torch.equal(loss, fused(gpu, x, plan, x.student))
+        loss = fused(gpu, x, spec, apart)
+        assert torch.equal(loss, fused(gpu, x, spec, x.student))
         assert torch.equal(x.student, apart)
 
 
@@ -185,7 +187,7 @@ def test_rows_left_out_are_not_read() -> None:
 # ---- the split form
 
 
-def _split(x: Rows, plan: Plan, parts: list[slice]) -> tuple[Tensor, Tensor]:
+def _split(x: Rows, spec: LossSpec, parts: list[slice]) -> tuple[Tensor, Tensor]:
     """Loss and gradient by the split passes, each part standing for a rank; merged by hand."""
 
     def merged(operand: Tensor, temperature: float) -> Tensor:
@@ -198,9 +200,9 @@ def _split(x: Rows, plan: Plan, parts: list[slice]) -> tuple[Tensor, Tensor]:
         total = (each[..., 1] * (shift / temperature).exp()).sum(0)
         return torch.stack((top, total, (each[..., 2] + columns * shift).sum(0)), -1)
 
-    stats_s, stats_t = merged(x.student, plan.temperature), merged(x.teacher, plan.temperature)
+    stats_s, stats_t = merged(x.student, spec.temperature), merged(x.teacher, spec.temperature)
     unit = merged(x.student, 1.0)
-    local = [plan._replace(vocab=p.stop - p.start) for p in parts]
+    local = [spec._replace(vocab=p.stop - p.start) for p in parts]
     sums = sum(
         gpu.loss(x.student[..., p], x.teacher[..., p], stats_s, stats_t, one, x.keep)
         for p, one in zip(parts, local, strict=True)
@@ -220,12 +222,12 @@ def test_split_passes_compose_to_the_fused(name: str, vocab: int) -> None:
     x = make(1, 3, vocab)
     assert x.label is not None
     x.label[0], cut = 0, vocab // 3
-    plan = plan_of(name, vocab, hard=0.4, smoothing=0.1)
+    spec = plan_of(name, vocab, hard=0.4, smoothing=0.1)
     grad = torch.empty_like(x.student)
-    loss = fused(gpu, x, plan._replace(soft=1.0, hard=0.0, smoothing=0.0), grad)
-    fused(gpu, x, plan, grad)
+    loss = fused(gpu, x, spec._replace(soft=1.0, hard=0.0, smoothing=0.0), grad)
+    fused(gpu, x, spec, grad)
     for parts in ([slice(0, vocab)], [slice(0, cut), slice(cut, vocab)]):
-        value, split = _split(x, plan, parts)
+        value, split = _split(x, spec, parts)
         torch.testing.assert_close(value, loss, rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(split, grad, rtol=0, atol=float(2e-6 * grad.abs().max()))
 
@@ -240,8 +242,8 @@ def test_split_passes_are_the_references(name: str) -> None:
         assert ours.dtype == true.dtype
         torch.testing.assert_close(ours, true, rtol=1e-5 if ours.dtype == torch.float32 else 1e-12,
                                    atol=1e-4 if ours.dtype == torch.float32 else 1e-12)  # fmt: skip
-    plan = plan_of(name, 200)
-    ours, true = (p.loss(*x[:2], *stats[1], plan, x.keep) for p in (gpu, reference))
+    spec = plan_of(name, 200)
+    ours, true = (p.loss(*x[:2], *stats[1], spec, x.keep) for p in (gpu, reference))
     torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-12)
 
 
@@ -340,7 +342,7 @@ def test_a_divergence_without_a_kernel_is_named() -> None:
 
 def test_a_failed_launch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     x = make(1, 2, 9)
-    monkeypatch.setattr("fastkd.gpu.launch._ACC", {torch.float32: None})
+    monkeypatch.setattr("fastkd.backends.gpu.launch._ACC", {torch.float32: None})
     with pytest.raises(RuntimeError, match="fused_kernel could not be compiled or launched"):
         fused(gpu, x, plan_of("kl", 9), torch.empty_like(x.student))
 
@@ -359,10 +361,10 @@ def test_offsets_past_two_to_the_31(team: str, monkeypatch: pytest.MonkeyPatch) 
     keep = torch.zeros(n, dtype=torch.bool, device=DEVICE)
     keep[-1] = True
     last = student[-1:].clone()
-    plan = plan_of("kl", vocab)
-    loss = gpu.fused(rows(student), rows(teacher), plan, keep, None, None, 1.0, rows(student))
+    spec = plan_of("kl", vocab)
+    loss = gpu.fused(rows(student), rows(teacher), spec, keep, None, None, 1.0, rows(student))
     small = torch.empty_like(last)
-    alone = gpu.fused(rows(last), rows(teacher[:1]), plan, None, None, None, 1.0, rows(small))
+    alone = gpu.fused(rows(last), rows(teacher[:1]), spec, None, None, None, 1.0, rows(small))
     # one row alone is shared by more programs than each of many
     torch.testing.assert_close(loss[-1:], alone, rtol=1e-5, atol=0)
     torch.testing.assert_close(student[-1:], small, rtol=1e-2, atol=1e-9)
@@ -373,17 +375,17 @@ def test_offsets_past_two_to_the_31(team: str, monkeypatch: pytest.MonkeyPatch) 
 @each_name
 @pytest.mark.parametrize(("n", "vocab"), [(64, 5000), (3, 128_256)])
 def test_capture_in_a_graph(name: str, n: int, vocab: int) -> None:
-    x, plan = make(1, n, vocab, (torch.bfloat16,) * 2), plan_of(name, vocab, hard=0.3)
+    x, spec = make(1, n, vocab, (torch.bfloat16,) * 2), plan_of(name, vocab, hard=0.3)
     grad = torch.empty_like(x.student)
-    fused(gpu, x, plan, grad)
+    fused(gpu, x, spec, grad)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = fused(gpu, x, plan, grad)
+        loss = fused(gpu, x, spec, grad)
     x.student.copy_(torch.randn_like(x.student))
     graph.replay()
     again = torch.empty_like(grad)
-    assert torch.equal(loss, fused(gpu, x, plan, again)) and torch.equal(grad, again)
+    assert torch.equal(loss, fused(gpu, x, spec, again)) and torch.equal(grad, again)
 
 
 @needs_gpu
@@ -392,26 +394,26 @@ def test_capture_in_a_graph(name: str, n: int, vocab: int) -> None:
 @pytest.mark.parametrize("vocab", [50_257, 128_256])
 def test_real_vocabularies(name: str, n: int, vocab: int) -> None:
     """From many programs to a row to one; rows on a 16-byte boundary, and odd ones."""
-    plan = plan_of(name, vocab, hard=0.3, smoothing=0.1)
+    spec = plan_of(name, vocab, hard=0.3, smoothing=0.1)
     for pair in ((torch.bfloat16,) * 2, (torch.float32,) * 2):
         x = make(1, n, vocab, pair)
-        loss, grad = assert_like_reference(x, plan)
+        loss, grad = assert_like_reference(x, spec)
         again = torch.empty_like(grad)
-        assert torch.equal(loss, fused(gpu, x, plan, again)) and torch.equal(grad, again)
-        fused(gpu, x, plan, x.student)
+        assert torch.equal(loss, fused(gpu, x, spec, again)) and torch.equal(grad, again)
+        fused(gpu, x, spec, x.student)
         assert torch.equal(x.student, grad)
 
 
 @needs_gpu
 @pytest.mark.parametrize("n", [64, 600])
 def test_second_stream(n: int) -> None:
-    x, plan = make(1, n, 50_000), plan_of("js", 50_000)
+    x, spec = make(1, n, 50_000), plan_of("js", 50_000)
     grads = [torch.empty_like(x.student) for _ in range(2)]
-    loss = fused(gpu, x, plan, grads[0])
+    loss = fused(gpu, x, spec, grads[0])
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        other = fused(gpu, x, plan, grads[1])
+        other = fused(gpu, x, spec, grads[1])
     stream.synchronize()
     torch.cuda.synchronize()
     assert torch.equal(loss, other) and torch.equal(*grads)

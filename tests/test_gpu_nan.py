@@ -20,13 +20,13 @@ if not torch.cuda.is_available():
 from common import DTYPES
 
 import fastkd
-from fastkd import reference
-from fastkd.backend import Plan, Sparse, acc_dtype
+from fastkd.backends import reference
+from fastkd.backends.base import LossSpec, TopKRows, acc_dtype
 
 pytest.importorskip("triton")
-from fastkd import gpu
-from fastkd.gpu import launch, split
-from fastkd.gpu.tune import Tile
+from fastkd.backends import gpu
+from fastkd.backends.gpu import launch, split_rows
+from fastkd.backends.gpu.tune import Tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN, INF = math.nan, math.inf
@@ -35,9 +35,9 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def plan_of(name: str, vocab: int, hard: float = 0.0) -> Plan:
+def plan_of(name: str, vocab: int, hard: float = 0.0) -> LossSpec:
     param = 0.3 if fastkd.divergences[name].parameter else 0.0
-    return Plan(name, param, 1.0, 0.7, hard, 0.0, vocab, vocab)
+    return LossSpec(name, param, 1.0, 0.7, hard, 0.0, vocab, vocab)
 
 
 def spoilt(x: Tensor) -> Tensor:
@@ -57,12 +57,12 @@ def assert_rows(loss: Tensor, grad: Tensor, true: Tensor, true_grad: Tensor) -> 
     assert grad[nan].isnan().all() and not grad[~nan].isnan().any()
 
 
-def run(passes: Any, s: Tensor, t: Tensor | Sparse, plan: Plan, label: Tensor | None) -> Any:
+def run(passes: Any, s: Tensor, t: Tensor | TopKRows, spec: LossSpec, label: Tensor | None) -> Any:
     grad = torch.zeros_like(s).unsqueeze(0)
-    dense = not isinstance(t, Sparse)
+    dense = not isinstance(t, TopKRows)
     teacher: Any = t.unsqueeze(0) if isinstance(t, Tensor) else t
-    act = passes.fused if dense else passes.sparse
-    loss = act(s.unsqueeze(0), teacher, plan, None, label, None, 1.0, grad)
+    act = passes.fused if dense else passes.topk
+    loss = act(s.unsqueeze(0), teacher, spec, None, label, None, 1.0, grad)
     return loss, grad[0]
 
 
@@ -74,8 +74,8 @@ def test_nan_stays_in_its_row(name: str, dtype: torch.dtype, vocab: int, side: i
     sides = [torch.randn(5, vocab).to(DEVICE, dtype) for _ in range(2)]
     sides[side] = spoilt(sides[side])
     label = torch.arange(5, device=DEVICE) if vocab % 2 else None
-    plan = plan_of(name, vocab, 0.0 if label is None else 0.5)
-    assert_rows(*run(gpu, *sides, plan, label), *run(reference, *sides, plan, label))
+    spec = plan_of(name, vocab, 0.0 if label is None else 0.5)
+    assert_rows(*run(gpu, *sides, spec, label), *run(reference, *sides, spec, label))
 
 
 @pytest.mark.parametrize("vocab", [4096, 5000])
@@ -84,8 +84,8 @@ def test_in_wide_rows_of_far_logits(name: str, vocab: int) -> None:
     for side in range(2):
         sides = [(1e4 * torch.randn(2, vocab)).to(DEVICE) for _ in range(2)]
         sides[side][1, vocab - 1] = NAN
-        plan = plan_of(name, vocab)
-        loss, grad = run(gpu, *sides, plan, None)
+        spec = plan_of(name, vocab)
+        loss, grad = run(gpu, *sides, spec, None)
         assert loss.isnan().tolist() == [False, True]
         assert grad[1].isnan().all() and not grad[0].isnan().any()
 
@@ -96,11 +96,11 @@ def test_where_several_programs_share_a_row(
     name: str, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "tile", lambda vocab, size, *_: Tile(8 * size, 16 // size, 32))
-    monkeypatch.setattr(split, "parts", lambda *shape: 3)
+    monkeypatch.setattr(split_rows, "parts", lambda *shape: 3)
     sides = [torch.randn(5, 300).to(DEVICE) for _ in range(2)]
     sides[side] = spoilt(sides[side])
-    plan = plan_of(name, 300)
-    assert_rows(*run(gpu, *sides, plan, None), *run(reference, *sides, plan, None))
+    spec = plan_of(name, 300)
+    assert_rows(*run(gpu, *sides, spec, None), *run(reference, *sides, spec, None))
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -110,14 +110,14 @@ def test_the_split_passes(name: str, side: int) -> None:
     vocab = 17
     sides = [torch.randn(5, vocab).to(DEVICE) for _ in range(2)]
     sides[side] = spoilt(sides[side])
-    plan = plan_of(name, vocab)
+    spec = plan_of(name, vocab)
     s, t = (x.unsqueeze(0) for x in sides)
     stats = [gpu.stats(x, 1.0, vocab, None) for x in (s, t)]
     assert stats[side][:, 1].isnan().tolist() == [False, True, True, True, False]
-    both = gpu.loss(s, t, *stats, plan, None)
+    both = gpu.loss(s, t, *stats, spec, None)
     grad = torch.zeros_like(s)
-    gpu.grad(s, t, *stats, None, both[:, 1], plan, None, None, None, 1.0, grad)
-    assert_rows(both[:, 0], grad[0], *run(reference, *sides, plan, None))
+    gpu.grad(s, t, *stats, None, both[:, 1], spec, None, None, None, 1.0, grad)
+    assert_rows(both[:, 0], grad[0], *run(reference, *sides, spec, None))
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop"])
@@ -134,7 +134,7 @@ def test_a_stored_teacher(name: str, tail: str) -> None:
             mass = mass / 0.9
         at = torch.tensor(named, device=DEVICE).expand(5, -1).contiguous()
         rest = torch.full((5,), 0.1, dtype=acc, device=DEVICE).log() if tail == "bucket" else None
-        teacher = Sparse(mass.log(), at, rest, False)
+        teacher = TopKRows(mass.log(), at, rest, False)
         ours = run(gpu, s, teacher, plan_of(name, vocab), None)
         theirs = run(reference, s, teacher, plan_of(name, vocab), None)
         assert_rows(*ours, *theirs)

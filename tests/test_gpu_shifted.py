@@ -14,13 +14,13 @@ if not torch.cuda.is_available():
 from common import TABLE, assert_as_good_as_torch
 
 import fastkd
-from fastkd.backend import Plan, rows
+from fastkd.backends.base import LossSpec, rows
 from fastkd.divergence import Divergence
 
 pytest.importorskip("triton")
-from fastkd import gpu
-from fastkd.gpu import launch, split
-from fastkd.gpu.tune import Tile
+from fastkd.backends import gpu
+from fastkd.backends.gpu import launch, split_rows
+from fastkd.backends.gpu.tune import Tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN = float("nan")
@@ -79,7 +79,7 @@ def test_an_odd_vocabulary(
     skews: list[int | None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(split, "parts", lambda *shape: parts)
+    monkeypatch.setattr(split_rows, "parts", lambda *shape: parts)
     labels = torch.tensor([0, -100, 256, 128]).to(DEVICE)
     with fastkd.use_backend("gpu"):
         assert_as_good_as_torch(
@@ -102,20 +102,20 @@ def test_nothing_beside_a_row_is_used_or_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The bits of the loss do not depend on what lies between the rows, nor does it change."""
-    monkeypatch.setattr(split, "parts", lambda *shape: parts)
+    monkeypatch.setattr(split_rows, "parts", lambda *shape: parts)
     label = torch.tensor([0, vocab - 1, vocab // 2]).to(DEVICE)
     keep = torch.tensor([True, True, False]).to(DEVICE)
     for name, at, between in (("kl", 3, 4), ("js", 1, 0)):
         student, teacher, grad = (odd(3, vocab, dtype, at, between) for _ in range(3))
-        plan = Plan(name, 0.4, 2.0, 0.7, 0.3, 0.1, vocab, vocab)
+        spec = LossSpec(name, 0.4, 2.0, 0.7, 0.3, 0.1, vocab, vocab)
         out = student if inplace else grad
         aligned, dense = (student.new_empty(3, -(-vocab // 16) * 16) for _ in range(2))
         aligned[:, :vocab], dense[:, :vocab] = student, teacher
-        loss = gpu.fused(rows(student), rows(teacher), plan, keep, label, None, 0.5, rows(out))
+        loss = gpu.fused(rows(student), rows(teacher), spec, keep, label, None, 0.5, rows(out))
         assert skews[-1] == at
         assert untouched(student) and untouched(teacher) and untouched(grad)
         true_grad = torch.empty_like(aligned)
-        operands = (rows(aligned[:, :vocab]), rows(dense[:, :vocab]), plan, keep, label, None, 0.5)
+        operands = (rows(aligned[:, :vocab]), rows(dense[:, :vocab]), spec, keep, label, None, 0.5)
         true = gpu.fused(*operands, rows(true_grad[:, :vocab]))
         assert skews[-1] is None
         assert not loss[2] and not out[2].any()
@@ -133,7 +133,7 @@ def test_the_passes_one_by_one(dtype: torch.dtype, vocab: int, skews: list[int |
     """stats, loss and grad, as of the rows' aligned copies, and nothing beside the rows."""
     keep = torch.tensor([True, False, True]).to(DEVICE)
     label = torch.tensor([vocab - 1, 1, -100]).to(DEVICE)
-    plan = Plan("js", 0.4, 2.0, 0.7, 0.3, 0.1, vocab, vocab)
+    spec = LossSpec("js", 0.4, 2.0, 0.7, 0.3, 0.1, vocab, vocab)
     shifted = [odd(3, vocab, dtype, 3, 4) for _ in range(3)]
     aligned = [x.new_empty(3, -(-vocab // 16) * 16)[:, :vocab].copy_(x) for x in shifted]
     found = []
@@ -141,10 +141,10 @@ def test_the_passes_one_by_one(dtype: torch.dtype, vocab: int, skews: list[int |
         s, t = rows(student), rows(teacher)
         stats_s, stats_t = (gpu.stats(x, 2.0, vocab, keep) for x in (s, t))
         hard = gpu.stats(s, 1.0, vocab, keep)
-        loss = gpu.loss(s, t, stats_s, stats_t, plan, keep)
+        loss = gpu.loss(s, t, stats_s, stats_t, spec, keep)
         slope = loss[:, 1].contiguous()
         gpu.grad(
-            s, t, stats_s, stats_t, hard, slope, plan, keep, label, None, 0.5, rows(grad)
+            s, t, stats_s, stats_t, hard, slope, spec, keep, label, None, 0.5, rows(grad)
         )  # fmt: skip
         found.append((stats_s, stats_t, hard, loss, grad))
     assert skews == [3] * 5 + [None] * 5
@@ -165,19 +165,19 @@ def test_identical_logits_give_exactly_nothing(
     skews: list[int | None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(split, "parts", lambda *shape: parts)
+    monkeypatch.setattr(split_rows, "parts", lambda *shape: parts)
     student = odd(3, 387, dtype, 1)
     teacher = odd(3, 387, dtype, 1).copy_(student)
-    plan = Plan(name, 0.0, 0.7, 1.0, 0.0, 0.0, 387, 387)
-    loss = gpu.fused(rows(student), rows(teacher), plan, None, None, None, 1.0, rows(student))
+    spec = LossSpec(name, 0.0, 0.7, 1.0, 0.0, 0.0, 387, 387)
+    loss = gpu.fused(rows(student), rows(teacher), spec, None, None, None, 1.0, rows(student))
     assert skews[-1] == 1 and not loss.any() and not student.any() and untouched(student)
 
 
 def test_columns_past_the_vocabulary(skews: list[int | None]) -> None:
     student, teacher, grad = (odd(3, 401, torch.bfloat16, 5) for _ in range(3))
     student[:, 300:], teacher[:, 300:] = NAN, NAN
-    plan = Plan("kl", 0.0, 2.0, 0.7, 0.0, 0.0, 300, 300)
-    loss = gpu.fused(rows(student), rows(teacher), plan, None, None, None, 1.0, rows(grad))
+    spec = LossSpec("kl", 0.0, 2.0, 0.7, 0.0, 0.0, 300, 300)
+    loss = gpu.fused(rows(student), rows(teacher), spec, None, None, None, 1.0, rows(grad))
     assert skews == [5] and loss.isfinite().all() and untouched(grad)
     assert grad.isfinite().all() and not grad[:, 300:].any() and grad[:, :300].any(1).all()
 
@@ -190,13 +190,13 @@ def test_two_strides(skews: list[int | None]) -> None:
     student, teacher, grad = (
         torch.randn(2, 3, 261).to(DEVICE)[:, :2, :257] for _ in range(3)
     )  # starts at 0, 261, 783, 1044
-    plan = Plan("kl", 0.0, 2.0, 0.7, 0.0, 0.0, 257, 257)
-    loss = gpu.fused(rows(student), rows(teacher), plan, None, None, None, 1.0, rows(grad))
+    spec = LossSpec("kl", 0.0, 2.0, 0.7, 0.0, 0.0, 257, 257)
+    loss = gpu.fused(rows(student), rows(teacher), spec, None, None, None, 1.0, rows(grad))
     assert skews == [0]
     for i in range(2):
         for j in range(2):
             one = [rows(x[i, j].clone().unsqueeze(0)) for x in (student, teacher, grad)]
-            alone = gpu.fused(one[0], one[1], plan, None, None, None, 1.0, one[2])
+            alone = gpu.fused(one[0], one[1], spec, None, None, None, 1.0, one[2])
             torch.testing.assert_close(loss[2 * i + j], alone[0], rtol=2e-6, atol=2e-6)
             torch.testing.assert_close(grad[i, j], one[2][0, 0], rtol=2e-6, atol=1e-8)
 
@@ -233,9 +233,9 @@ def test_narrow_rows_are_not_shifted() -> None:
     """The bits of a row of less than two tiles do not depend on where it starts."""
     for vocab in (39, 1001):
         student, teacher = (odd(3, vocab, torch.float32, 1) for _ in range(2))
-        plan = Plan("kl", 0.0, 2.0, 0.7, 0.0, 0.0, vocab, vocab)
+        spec = LossSpec("kl", 0.0, 2.0, 0.7, 0.0, 0.0, vocab, vocab)
         loss, copied = (
-            gpu.fused(rows(s), rows(t), plan, None, None, None, 1.0, rows(torch.empty_like(s)))
+            gpu.fused(rows(s), rows(t), spec, None, None, None, 1.0, rows(torch.empty_like(s)))
             for s, t in ((student, teacher), (student.clone(), teacher.clone()))
         )
         assert torch.equal(loss, copied)

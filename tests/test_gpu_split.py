@@ -19,8 +19,8 @@ import fastkd
 from fastkd.divergence import Divergence
 
 pytest.importorskip("triton")
-from fastkd.gpu import launch, split, team
-from fastkd.gpu.tune import Tile
+from fastkd.backends.gpu import cooperative, launch, split_rows
+from fastkd.backends.gpu.tune import Tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INF, NAN = math.inf, math.nan
@@ -45,7 +45,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
         real(kernel, *rest)
 
     monkeypatch.setattr(launch, "launch", note)
-    monkeypatch.setattr(team, "capacity", lambda *device: None)  # which a card would rather use
+    monkeypatch.setattr(
+        cooperative, "capacity", lambda *device: None
+    )  # which a card would rather use
     monkeypatch.setattr(launch, "tile", lambda vocab, size, *_: Tile(8 * size, 16 // size, 32))
     with fastkd.use_backend("gpu"):
         yield seen
@@ -55,7 +57,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
 def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """So many programs to a row, whatever its size: some of them may be left without a column."""
     number = int(getattr(request, "param", 3))
-    monkeypatch.setattr(split, "parts", lambda *shape: number)
+    monkeypatch.setattr(split_rows, "parts", lambda *shape: number)
     return number
 
 
@@ -79,38 +81,40 @@ def make(n: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor
 
 
 def test_rows_enough_for_the_device_are_not_split() -> None:
-    assert split.parts(264, 128_000, 4096, 132) == 1
-    assert split.parts(10_000, 128_000, 4096, 132) == 1
-    assert split.parts(1, 128_000, 4096, 0) == 1  # nothing known of the device
+    assert split_rows.parts(264, 128_000, 4096, 132) == 1
+    assert split_rows.parts(10_000, 128_000, 4096, 132) == 1
+    assert split_rows.parts(1, 128_000, 4096, 0) == 1  # nothing known of the device
 
 
 def test_a_part_keeps_two_tiles() -> None:
-    assert split.parts(1, 8191, 4096, 132) == 1
-    assert split.parts(1, 4 * 4096 - 1, 4096, 132) == 1
-    assert split.parts(1, 4 * 4096, 4096, 132) == 2
+    assert split_rows.parts(1, 8191, 4096, 132) == 1
+    assert split_rows.parts(1, 4 * 4096 - 1, 4096, 132) == 1
+    assert split_rows.parts(1, 4 * 4096, 4096, 132) == 2
     for vocab in (20_000, 50_257, 128_256, 256_000):
         for rows in (1, 7, 64, 200):
             tiles = -(-vocab // 4096)
-            assert tiles // split.parts(rows, vocab, 4096, 132) >= split.TILES
+            assert tiles // split_rows.parts(rows, vocab, 4096, 132) >= split_rows.TILES
 
 
 def test_a_few_rows_fill_the_device() -> None:
-    assert split.parts(64, 128_256, 4096, 132) == 5  # 320 programs for 132 multiprocessors
-    assert split.parts(200, 128_256, 4096, 132) == 2
-    assert split.parts(1, 10**7, 4096, 132) == split.MOST
+    assert split_rows.parts(64, 128_256, 4096, 132) == 5  # 320 programs for 132 multiprocessors
+    assert split_rows.parts(200, 128_256, 4096, 132) == 2
+    assert split_rows.parts(1, 10**7, 4096, 132) == split_rows.MOST
 
 
 def test_the_device_is_asked_for_its_size(
     launched: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, ...]] = []
-    real = split.parts
-    monkeypatch.setattr(split, "HOST_PROCESSORS", 3)
-    monkeypatch.setattr(split, "parts", lambda *shape: asked.append(shape) or real(*shape))
+    real = split_rows.parts
+    monkeypatch.setattr(split_rows, "HOST_PROCESSORS", 3)
+    monkeypatch.setattr(split_rows, "parts", lambda *shape: asked.append(shape) or real(*shape))
     student, teacher, _ = make(2, 600)
     fastkd.kl_div(student, teacher)
     rows, vocab, columns, processors = asked[0]
-    assert (rows, vocab, columns) == (2, 600, 128) and processors == split.processors(DEVICE) > 0
+    assert (rows, vocab, columns) == (2, 600, 128) and processors == split_rows.processors(
+        DEVICE
+    ) > 0
     assert "part_kernel" in launched and "fused_kernel" not in launched
 
 
@@ -159,7 +163,7 @@ def test_hard_labels(temperature: float, smoothing: float, parts: int) -> None:
 
 def test_real_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(split, "HOST_PROCESSORS", 1)
+    monkeypatch.setattr(split_rows, "HOST_PROCESSORS", 1)
     student, teacher, labels = make(1, 9000)
     with fastkd.use_backend("gpu"):
         for name in ("kl", "js"):

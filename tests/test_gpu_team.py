@@ -36,11 +36,11 @@ from test_gpu_split import (  # noqa: F401  the same tests under this file's fix
 )
 from together import together  # noqa: F401
 
-from fastkd.gpu import launch, split, team
-from fastkd.gpu.tune import Tile
+from fastkd.backends.gpu import cooperative, launch, split_rows
+from fastkd.backends.gpu.tune import Tile
 
 ON_CARD = torch.cuda.is_available()
-HOLDS, RESIDENT = team.Capacity(132, 50 << 20), 3
+HOLDS, RESIDENT = cooperative.Capacity(132, 50 << 20), 3
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.filterwarnings("error:.*wide rows go on"),
@@ -60,8 +60,8 @@ def launched(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     monkeypatch.setattr(launch, "launch", note)
     monkeypatch.setattr(launch, "tile", lambda vocab, size, *_: Tile(8 * size, 16 // size, 32))
     if not ON_CARD:
-        monkeypatch.setattr(team, "HOST", HOLDS)
-        request.getfixturevalue("together")(team.team_kernel, resident=8)
+        monkeypatch.setattr(cooperative, "HOST", HOLDS)
+        request.getfixturevalue("together")(cooperative.team_kernel, resident=8)
     with fastkd.use_backend("gpu"):
         yield seen
 
@@ -71,7 +71,7 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     """So many programs to a row, whatever its size: some of them may be left without a column."""
     number = int(getattr(request, "param", 3))
     # where the device has room for teams at all
-    monkeypatch.setattr(team, "parts", lambda *of: 1 if of[-1] is None else number)
+    monkeypatch.setattr(cooperative, "parts", lambda *of: 1 if of[-1] is None else number)
     return number
 
 
@@ -83,9 +83,9 @@ def steps() -> Any:
 # ---- how many
 
 
-def shared(rows: int, vocab: int, itemsize: int = 2, holds: team.Capacity = HOLDS) -> int:
+def shared(rows: int, vocab: int, itemsize: int = 2, holds: cooperative.Capacity = HOLDS) -> int:
     columns = 8192 // itemsize
-    return team.parts(rows, vocab, 2 * itemsize * vocab, columns, RESIDENT, holds)
+    return cooperative.parts(rows, vocab, 2 * itemsize * vocab, columns, RESIDENT, holds)
 
 
 def test_the_rows_in_flight_fit_the_cache() -> None:
@@ -93,18 +93,18 @@ def test_the_rows_in_flight_fit_the_cache() -> None:
         for itemsize in (2, 4):
             number = shared(8192, vocab, itemsize)
             rows = RESIDENT * HOLDS.processors / number
-            assert rows * 2 * itemsize * vocab <= team.KEPT * HOLDS.cache
-            assert vocab // number >= split.TILES * 8192 // itemsize
+            assert rows * 2 * itemsize * vocab <= cooperative.KEPT * HOLDS.cache
+            assert vocab // number >= split_rows.TILES * 8192 // itemsize
 
 
 def test_rows_that_fit_by_themselves_are_not_shared() -> None:
     assert shared(8192, 10_000) == shared(8192, 16_000) == 1
-    assert shared(8192, 128_256, holds=team.Capacity(132, 1 << 30)) == 1
+    assert shared(8192, 128_256, holds=cooperative.Capacity(132, 1 << 30)) == 1
 
 
 def test_a_few_rows_fill_the_device() -> None:
     assert shared(64, 32_000) == 3 and shared(8192, 32_000) == 2
-    assert shared(1, 128_256) == 15 and shared(1, 10**7) == team.MOST
+    assert shared(1, 128_256) == 15 and shared(1, 10**7) == cooperative.MOST
 
 
 def test_the_parts_share_the_tiles_evenly() -> None:
@@ -114,19 +114,19 @@ def test_the_parts_share_the_tiles_evenly() -> None:
 
 
 def test_only_where_it_can_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert team.parts(8192, 10**6, 10**7, 4096, RESIDENT, None) == 1
-    monkeypatch.setattr(team, "HOST", None)
-    assert team.capacity(torch.device("cpu"), "default") is None
-    assert team.capacity(torch.device("cuda", 0), "gfx942") is None
+    assert cooperative.parts(8192, 10**6, 10**7, 4096, RESIDENT, None) == 1
+    monkeypatch.setattr(cooperative, "HOST", None)
+    assert cooperative.capacity(torch.device("cpu"), "default") is None
+    assert cooperative.capacity(torch.device("cuda", 0), "gfx942") is None
     # few places: a team must never fill them
-    assert shared(1, 128_256, holds=team.Capacity(3, 1 << 20)) == 1
+    assert shared(1, 128_256, holds=cooperative.Capacity(3, 1 << 20)) == 1
 
 
 def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    for given, number in (("0", 1), ("1", 1), ("5", 5), ("99", team.MOST)):
-        monkeypatch.setenv(team.VARIABLE, given)
+    for given, number in (("0", 1), ("1", 1), ("5", 5), ("99", cooperative.MOST)):
+        monkeypatch.setenv(cooperative.VARIABLE, given)
         assert shared(8192, 128_256) == number
-    monkeypatch.setenv(team.VARIABLE, "many")
+    monkeypatch.setenv(cooperative.VARIABLE, "many")
     with pytest.raises(ValueError, match=r"FASTKD_GPU_TEAM.*'many'"):
         shared(8192, 128_256)
 
@@ -150,7 +150,7 @@ def test_any_order_gives_the_same_bits(
     call = dict(divergence=name, alpha=0.4, temperature=2.0)
     with fastkd.use_backend("gpu"):
         expected = differentiate(fastkd.distillation_loss, student, teacher, labels, **call)
-        turns = together(team.team_kernel, seed=seed, resident=parts + seed % 2)
+        turns = together(cooperative.team_kernel, seed=seed, resident=parts + seed % 2)
         memory = student.clone().requires_grad_()
         loss = fastkd.distillation_loss(memory * 1.0, teacher, labels, inplace=True, **call)
         loss.backward()
@@ -160,7 +160,7 @@ def test_any_order_gives_the_same_bits(
 
 def test_a_number_that_never_comes_is_nan(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if not ON_CARD:  # which polls for some seconds
-        monkeypatch.setattr(team, "PATIENCE", team.tl.constexpr(3))
+        monkeypatch.setattr(cooperative, "PATIENCE", cooperative.tl.constexpr(3))
     student, teacher, _ = make(2, 500)
     # the last part of the last row draws no ticket
     real_launch = launch.launch
@@ -178,11 +178,11 @@ def test_a_launch_that_fails_is_said_once(
     parts: int, launched: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the row kernel does the work from there on."""
-    monkeypatch.setattr(team, "_refused", {})
+    monkeypatch.setattr(cooperative, "_refused", {})
     real = launch.launch
 
     def fail(kernel: Any, *rest: Any) -> None:
-        if kernel is team.team_kernel:
+        if kernel is cooperative.team_kernel:
             raise RuntimeError("fastkd: team_kernel could not be launched")
         real(kernel, *rest)
 
@@ -193,7 +193,7 @@ def test_a_launch_that_fails_is_said_once(
             assert_as_good_as_torch(student, teacher, labels, divergence=fastkd.divergences["kl"])
     texts = [str(w.message) for w in said if "wide rows go on" in str(w.message)]
     assert len(texts) == 1 and "could not be launched" in texts[0]
-    assert list(team._refused) == [student.device] and launched.count("fused_kernel") == 2
+    assert list(cooperative._refused) == [student.device] and launched.count("fused_kernel") == 2
 
 
 # ---- a card's own
@@ -215,7 +215,7 @@ def real(monkeypatch: pytest.MonkeyPatch, launched: Launches) -> Launches:
 def test_wide_rows_on_a_card(name: str, rows: int, vocab: int, real: Launches) -> None:
     """As one program to a row has them, again and again, in a graph and beside another stream."""
     device = torch.device("cuda", torch.cuda.current_device())
-    if team.capacity(device, launch.card(device).arch) is None:
+    if cooperative.capacity(device, launch.card(device).arch) is None:
         pytest.skip("teams do not work on this card")
     student, teacher, labels = make(rows, vocab, torch.bfloat16)
     call = dict(divergence=name, alpha=0.4, temperature=2.0, reduction="none")
@@ -227,8 +227,8 @@ def test_wide_rows_on_a_card(name: str, rows: int, vocab: int, real: Launches) -
     first = step()
     assert "team_kernel" in real and first.student is not None
     with pytest.MonkeyPatch.context() as alone:
-        alone.setenv(team.VARIABLE, "0")
-        alone.setattr(split, "parts", lambda *shape: 1)
+        alone.setenv(cooperative.VARIABLE, "0")
+        alone.setattr(split_rows, "parts", lambda *shape: 1)
         other = step()
     assert real[-1] == "fused_kernel"
     torch.testing.assert_close(first.value, other.value, rtol=1e-5, atol=1e-5)

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fastkd
-from fastkd import cpu, shards, split
+from fastkd.backends import cpu
 from fastkd.divergence import divergences
+from fastkd.parallel import layout, vocab_parallel
 
 N, H = 7, 6
 INF = float("inf")
@@ -89,8 +90,8 @@ def over_ranks(mine: slice, replicated: bool) -> Callable[..., Tensor]:
 
     def loss(s: Tensor, t: Tensor, *labels: Any, **options: Any) -> Tensor:
         # a rank's gradient is 0 beyond its columns: the sum over ranks is the whole one
-        s = shards.replicated(s, dist.group.WORLD)
-        t = t if replicated else shards.replicated(t, dist.group.WORLD)[:, mine]
+        s = layout.replicated(s, dist.group.WORLD)
+        t = t if replicated else layout.replicated(t, dist.group.WORLD)[:, mine]
         return whole(s[:, mine], t, *labels, group=dist.group.WORLD, **options)
 
     return loss
@@ -119,8 +120,8 @@ def dense() -> None:
         start = sum(widths[:rank])
         mine = slice(start, start + widths[rank])
         with pytest.MonkeyPatch.context() as patch, fastkd.use_backend(case["backend"]):
-            split = over_ranks(mine, case["replicated"])
-            patch.setattr(fastkd, "distillation_loss", split)
+            vocab_parallel = over_ranks(mine, case["replicated"])
+            patch.setattr(fastkd, "distillation_loss", vocab_parallel)
             try:
                 got = common.assert_as_good_as_torch(
                     *(s, t, labels if case["labels"] else None),
@@ -351,9 +352,9 @@ def in_stages() -> None:
     labels[3] = -100
     mine = slice(3000 * rank, 3000 * (rank + 1))
     redone: list[int] = []
-    general = split.Split._in_passes
+    general = vocab_parallel.Split._in_passes
 
-    def counted(self: split.Split, student: Tensor, *args: Any) -> Tensor:
+    def counted(self: vocab_parallel.Split, student: Tensor, *args: Any) -> Tensor:
         redone.append(student.size(0) * student.size(1))
         return general(self, student, *args)
 
@@ -371,7 +372,7 @@ def in_stages() -> None:
         return loss.detach(), x.grad
 
     with pytest.MonkeyPatch.context() as patch, fastkd.use_backend("cpu"):
-        patch.setattr(split.Split, "_in_passes", counted)
+        patch.setattr(vocab_parallel.Split, "_in_passes", counted)
         for name in divergences:
             got = []
             for waiting, threads in ((cpu.WAITING, 1), (1, 1), (1, 2), (300_000, 2)):

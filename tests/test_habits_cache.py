@@ -26,7 +26,7 @@ from torch.utils.data import (
 )
 
 from fastkd import distill
-from fastkd.distill import cache
+from fastkd.teachers import store
 
 N = 12
 X = torch.randn(N, 6, generator=torch.Generator().manual_seed(0))
@@ -38,9 +38,9 @@ def net(seed: int = 0) -> nn.Module:
     return nn.Linear(6, 4)
 
 
-def captured(loader: Any, folder: Path, teacher: Any = None, **options: Any) -> cache.Reader:
-    cache.capture(teacher or net(), loader, folder, vocab_size=4, progress=False, **options)
-    return cache.Reader(folder)
+def captured(loader: Any, folder: Path, teacher: Any = None, **options: Any) -> store.Reader:
+    store.capture(teacher or net(), loader, folder, vocab_size=4, progress=False, **options)
+    return store.Reader(folder)
 
 
 class Own(Sampler[int]):
@@ -195,7 +195,7 @@ def test_ranks_that_have_loaders_of_their_own(tmp_path: Path) -> None:
         sampler: Any = DistributedSampler(DATA, 2, rank, shuffle=False)
         captured(_sampled(sampler), tmp_path, rank=rank, ranks=2)
     with torch.no_grad():
-        torch.testing.assert_close(torch.stack(list(cache.Reader(tmp_path))), net()(X))
+        torch.testing.assert_close(torch.stack(list(store.Reader(tmp_path))), net()(X))
 
 
 def test_augmented_samples_on_purpose(tmp_path: Path) -> None:

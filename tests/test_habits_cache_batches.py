@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
-from fastkd.distill import cache
+from fastkd.teachers import store
 
 V = 20
 
@@ -34,10 +34,10 @@ class Model(nn.Module):
         return {"logits": self.head(x.cumsum(1))}
 
 
-def captured(loader: Any, folder: Path, teacher: Any = None, **options: Any) -> cache.Reader:
+def captured(loader: Any, folder: Path, teacher: Any = None, **options: Any) -> store.Reader:
     options = {"vocab_size": V, "k": V, "progress": False, **options}
-    cache.capture(teacher or Model(), loader, folder, **options)
-    return cache.Reader(folder)
+    store.capture(teacher or Model(), loader, folder, **options)
+    return store.Reader(folder)
 
 
 def prompts() -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def test_labels_of_transformers_keep_the_first_answer_token(tmp_path: Path) -> N
     shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     student = Model(1)(ids)["logits"]
     live = fastkd.kl_div(student, Model()(ids)["logits"], labels=shifted)
-    teacher = cache.collate([(ids[i], shifted[i], reader[i]) for i in range(8)])[2]
+    teacher = store.collate([(ids[i], shifted[i], reader[i]) for i in range(8)])[2]
     assert fastkd.kl_div(student, teacher, labels=shifted).item() == pytest.approx(
         live.item(), rel=2e-3
     )
@@ -162,10 +162,10 @@ def test_another_teacher_is_refused(tmp_path: Path, form: str, options: dict[str
         captured(whole, tmp_path, **{**options, "samples": range(4), "world_size": None})
     else:
         captured(DataLoader(before, 2), tmp_path, **options)
-    count = len(cache.Reader(tmp_path))
+    count = len(store.Reader(tmp_path))
     with pytest.raises(ValueError, match=r"teacher: got outputs .* nats off .*model="):
         captured(whole, tmp_path, Model(1), **options)
-    assert len(cache.Reader(tmp_path)) == count
+    assert len(store.Reader(tmp_path)) == count
     with pytest.raises(ValueError, match="teacher: got outputs"):  # or other data
         captured(DataLoader(ids.flip(1), 2), tmp_path, **options)
     assert len(captured(whole, tmp_path, **options)) == 8

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import fastkd
 from fastkd import distill
-from fastkd.distill import cache
+from fastkd.teachers import store
 
 LENGTHS = (5, 9, 7, 4)
 
@@ -53,9 +53,9 @@ def right(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 def test_a_dataset_of_columns(tmp_path: Path, writing: Any, reading: Any, k: int | None) -> None:
     data: Any = columns()
     loader = DataLoader(data, 3, collate_fn=writing)
-    cache.capture(Model(), loader, tmp_path, vocab_size=V, k=k, labels="input_ids", progress=False)
-    pairs = cache.Paired(data, cache.Reader(tmp_path))
-    batch = cache.collate([pairs[i] for i in range(4)], collator=reading)
+    store.capture(Model(), loader, tmp_path, vocab_size=V, k=k, labels="input_ids", progress=False)
+    pairs = store.Paired(data, store.Reader(tmp_path))
+    batch = store.collate([pairs[i] for i in range(4)], collator=reading)
     assert set(batch) == {"input_ids", "attention_mask", "labels", "teacher"}
     labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     assert int((labels != -100).sum()) == sum(LENGTHS) - 2 * len(LENGTHS)
@@ -70,9 +70,9 @@ def test_a_dataset_of_columns(tmp_path: Path, writing: Any, reading: Any, k: int
 def test_the_trainer_takes_columns(tmp_path: Path) -> None:
     data: Any = columns()
     loader = DataLoader(data, 3, collate_fn=right)
-    cache.capture(Model(), loader, tmp_path, vocab_size=V, labels="input_ids", progress=False)
-    pairs = cache.Paired(data, cache.Reader(tmp_path))
-    shifted = functools.partial(cache.collate, labels="shifted")
+    store.capture(Model(), loader, tmp_path, vocab_size=V, labels="input_ids", progress=False)
+    pairs = store.Paired(data, store.Reader(tmp_path))
+    shifted = functools.partial(store.collate, labels="shifted")
     batches = DataLoader(pairs, batch_size=4, collate_fn=shifted)
     weights = []
     for teacher in (None, Model()):
@@ -98,21 +98,21 @@ def test_columns_that_are_no_numbers(tmp_path: Path) -> None:
     teacher = torch.zeros(3, V)
     rows: Any = [{"input_ids": [1, 2, 3], "text": "abc", "teacher": teacher}]
     with pytest.raises(TypeError, match=r"got str in column 'text'.*remove_columns"):
-        cache.collate(rows)
+        store.collate(rows)
     with pytest.raises(ValueError, match=r"no 'teacher' in sample 0.*remove_unused_columns=False"):
-        cache.collate([{"input_ids": [1, 2, 3]}])
+        store.collate([{"input_ids": [1, 2, 3]}])
     with pytest.raises(ValueError, match=r"teacher of 3 rows for sample 0.*which has 2 tokens"):
-        cache.collate([{"input_ids": [1, 2], "teacher": teacher}])
+        store.collate([{"input_ids": [1, 2], "teacher": teacher}])
     with pytest.raises(ValueError, match="labels: got 'input_ids', expected 'shifted' or None"):
-        cache.collate(rows, labels="input_ids")
+        store.collate(rows, labels="input_ids")
 
 
 def test_a_classifiers_columns() -> None:
     rows = [{"x": torch.ones(3), "labels": i, "teacher": torch.ones(4)} for i in range(2)]
-    batch = cache.collate(rows)
+    batch = store.collate(rows)
     assert batch["labels"].tolist() == [0, 1] and batch["teacher"].shape == (2, 4)
     pairs = [({"x": torch.ones(3)}, i, torch.ones(4)) for i in range(2)]
-    got = cache.collate(pairs, labels="shifted")
+    got = store.collate(pairs, labels="shifted")
     assert got["labels"].tolist() == [0, 1] and got["inputs"]["x"].shape == (2, 3)
 
 
@@ -128,9 +128,9 @@ def test_a_label_where_the_cache_has_nothing(many: bool) -> None:
     labels = torch.tensor([2, 3, -100])
     if many:
         with pytest.raises(ValueError, match="got label 3 in sample 1 of the batch, row 1, where"):
-            cache.collate([(ids, labels, said), (ids, labels, gone)])
+            store.collate([(ids, labels, said), (ids, labels, gone)])
         with pytest.raises(ValueError, match="got label 3 in sample 0 of the batch, row 1, where"):
-            cache.collate([(ids, labels, torch.zeros(1, V))])
+            store.collate([(ids, labels, torch.zeros(1, V))])
     else:
         with pytest.raises(ValueError, match="got label 3 in sample 1 of the batch, where"):
-            cache.collate([(ids, 2, said[0]), (ids, 3, gone[1])])
+            store.collate([(ids, 2, said[0]), (ids, 3, gone[1])])

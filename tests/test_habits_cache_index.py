@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import fastkd
-from fastkd.distill import cache, cache_format
+from fastkd.teachers import store
+from fastkd.teachers.store import format
 
 V, K = 40, 3
 ABSURD: list[Any] = [
@@ -27,7 +28,7 @@ SHARD = ["file", "samples", "tokens", "bytes", "sha256", "first", "last", "step"
 
 
 def small(folder: Path) -> dict[str, Any]:
-    with cache.Writer(folder, vocab_size=V, k=K) as writer:
+    with store.Writer(folder, vocab_size=V, k=K) as writer:
         for i in range(3):
             x = torch.randn(2, V, generator=torch.Generator().manual_seed(i))
             writer.add(fastkd.topk_from_logits(x, K))
@@ -40,19 +41,19 @@ def write(folder: Path, document: dict[str, Any]) -> None:
     text = (json.dumps(document, indent=1) + "\n").encode()
     digest = hashlib.sha256(text).hexdigest()
     signed = text.removesuffix(b"\n}\n") + f',\n "sha256": "{digest}"\n}}\n'.encode()
-    (folder / cache_format.index_name(0)).write_bytes(signed)
+    (folder / format.index_name(0)).write_bytes(signed)
 
 
 def read(folder: Path) -> None:
     """All that a user asks of a cache: an error of its own, or right rows."""
     try:
-        reader = cache.Reader(folder)
+        reader = store.Reader(folder)
         reader.check()
         assert len(reader.numbers) == len(reader)
         for output in reader:
             assert output.shape == (2, K, V) or output.indices.shape == (2, K)
         reader.verify()
-    except cache.CacheError as error:
+    except store.CacheError as error:
         assert len(str(error)) <= 500 + len(str(folder))
 
 
@@ -93,8 +94,8 @@ def test_absurd_shards(tmp_path: Path, changes: dict[str, Any]) -> None:
     document = small(tmp_path)
     document["shards"][0].update(changes)
     write(tmp_path, document)
-    with pytest.raises(cache.CacheError):
-        reader = cache.Reader(tmp_path)
+    with pytest.raises(store.CacheError):
+        reader = store.Reader(tmp_path)
         assert len(reader.numbers) and reader[int(reader.numbers[0])]
 
 
@@ -105,8 +106,8 @@ def test_shards_that_overlap(tmp_path: Path) -> None:
     other.write_bytes(file.read_bytes())
     document["shards"].append({**document["shards"][0], "file": other.name})
     write(tmp_path, document)
-    with pytest.raises(cache.CacheError, match="sample 0 is in"):
-        cache.Reader(tmp_path).check()
+    with pytest.raises(store.CacheError, match="sample 0 is in"):
+        store.Reader(tmp_path).check()
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_shards_that_overlap(tmp_path: Path) -> None:
     ],
 )
 def test_texts_that_are_no_index(tmp_path: Path, text: bytes) -> None:
-    (tmp_path / cache_format.index_name(0)).write_bytes(text)
-    with pytest.raises(cache.CacheError) as error:
-        cache.Reader(tmp_path)
+    (tmp_path / format.index_name(0)).write_bytes(text)
+    with pytest.raises(store.CacheError) as error:
+        store.Reader(tmp_path)
     assert len(str(error.value)) <= 500

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import distill
-from fastkd.distill import relations
+from fastkd.distill.losses import relations
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd import distill
-from fastkd.distill import attention, features, relations
+from fastkd.distill.losses import attention, features, relations
 
 
 def batch(classes: int = 3) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ from common import Backend
 from torch import Tensor
 
 import fastkd
-from fastkd.distill import cache
 from fastkd.operands import TAILS
+from fastkd.teachers import store
 
 INF = math.inf
 each_tail = pytest.mark.parametrize("tail", TAILS)
@@ -252,7 +252,7 @@ def test_a_cache_takes_what_the_losses_take(tmp_path: Path, tail: str) -> None:
     """The bound of the mass and the sense of -inf are the losses' own."""
     half = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).log().bfloat16()
     stored = fastkd.TopK(half, torch.tensor([[3, 1, 0, 0]]), tail=tail)
-    with cache.Writer(tmp_path, vocab_size=9, k=4, tail=tail, encoding="float16") as writer:
+    with store.Writer(tmp_path, vocab_size=9, k=4, tail=tail, encoding="float16") as writer:
         writer.add(stored)
         wrong = fastkd.TopK(torch.tensor([[-0.1, -0.1, -3.0, -4.0]]), stored.indices + 1, tail=tail)
         wrong.indices[0] = torch.arange(4)
@@ -261,6 +261,6 @@ def test_a_cache_takes_what_the_losses_take(tmp_path: Path, tail: str) -> None:
                 writer.add(wrong)
         else:
             writer.add(wrong)
-    back = cache.Reader(tmp_path)[0]
+    back = store.Reader(tmp_path)[0]
     student = torch.randn(1, 9)
     torch.testing.assert_close(fastkd.kl_div(student, back), fastkd.kl_div(student, stored))

@@ -55,22 +55,27 @@ def test_sdist_has_all_that_the_sources_include(source: Path) -> None:
         for file in (source / "csrc").iterdir()
         for name in re.findall(r'^\s*#\s*include\s+"(.+?)"', file.read_text(), re.MULTILINE)
     }
-    assert {"csrc/stages.h", "csrc/kernels.inl", "csrc/later.hpp"} <= included <= have
+    assert {"csrc/vocab_parallel.h", "csrc/kernels.inl", "csrc/later.hpp"} <= included <= have
     assert {f"csrc/{name}" for name in sdist.files(source / "csrc")} <= have
 
 
 def test_sdist_has_the_package(source: Path) -> None:
     want = sdist.files(source)
-    assert {"fastkd/py.typed", "fastkd/_C.pyi", "fastkd/gpu/rows.py", "LICENSE"} <= want
+    assert {"fastkd/py.typed", "fastkd/_C.pyi", "fastkd/backends/gpu/rows.py", "LICENSE"} <= want
     assert want <= sdist.packed(_sdist(source))
 
 
 @pytest.mark.parametrize(
     ("file", "old", "new", "lost"),
     [
-        ("setup.py", 'glob("csrc/*")', 'glob("csrc/[!s]*")', "csrc/stages.h"),
+        ("setup.py", 'glob("csrc/*")', 'glob("csrc/[!s]*")', "csrc/vocab_parallel.h"),
         ("pyproject.toml", "[tool.setuptools.package-data]", EXCLUDED, "fastkd/py.typed"),
-        ("pyproject.toml", '["fastkd*"]', '["fastkd", "fastkd.[!g]*"]', "fastkd/gpu/rows.py"),
+        (
+            "pyproject.toml",
+            '["fastkd*"]',
+            '["fastkd", "fastkd.[!g]*"]',
+            "fastkd/backends/gpu/rows.py",
+        ),
     ],
 )
 def test_the_gate_sees_what_an_sdist_lacks(

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import fastkd
 from fastkd import LinearLogits
-from fastkd.backend import chunks
-from fastkd.chunks import ALIGN, chunk_rows
-from fastkd.distill.memory import allocated_peak
+from fastkd.backends.base import chunks
+from fastkd.demo.memory import allocated_peak
+from fastkd.engine.chunks import ALIGN, chunk_rows
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is no part of the installed package
 
@@ -178,7 +178,7 @@ def test_rows_of_a_chunk() -> None:
 
 
 def test_the_smaller_chunk_of_two_sides_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastkd import linear
+    from fastkd.engine import linear
 
     made = [
         LinearLogits(torch.ones(N, H), torch.ones(V, H), chunk_size=size) for size in (3, None, 2)
@@ -192,7 +192,7 @@ def test_the_smaller_chunk_of_two_sides_is_taken(monkeypatch: pytest.MonkeyPatch
     ("text", "said"), [("3", "rows 3"), ("0", "FASTKD_CHUNK: got '0'"), ("many", "'many'")]
 )
 def test_chunk_in_the_environment(text: str, said: str) -> None:
-    script = "from fastkd.chunks import chunk_rows; import torch; print('rows', "
+    script = "from fastkd.engine.chunks import chunk_rows; import torch; print('rows', "
     script += "chunk_rows(100, 8, torch.device('cpu'), None))"
     ran = run_python("-c", script, FASTKD_CHUNK=text)
     assert said in ran.stdout + ran.stderr

@@ -28,7 +28,7 @@ from common import (
 from torch import Tensor
 
 import fastkd
-from fastkd.backend import Passes, Plan, pick
+from fastkd.backends.base import LossSpec, Passes, pick
 from fastkd.divergence import Divergence
 
 Pair = tuple[torch.dtype, torch.dtype]
@@ -173,8 +173,8 @@ def test_backends_agree(form: str, kernels: Backend, name: str) -> None:
     torch.testing.assert_close(here.student, there.student, rtol=4e-6, atol=4e-7)
 
 
-def _plan(divergence: Divergence, vocab: int, **rest: float) -> Plan:
-    return Plan(divergence.name, divergence.param, 2.0, 0.7, 0.0, 0.0, vocab, vocab)._replace(
+def _plan(divergence: Divergence, vocab: int, **rest: float) -> LossSpec:
+    return LossSpec(divergence.name, divergence.param, 2.0, 0.7, 0.0, 0.0, vocab, vocab)._replace(
         **rest
     )
 
@@ -183,17 +183,17 @@ def _gradient_of_split(
     passes: Passes,
     student: Tensor,
     teacher: Tensor,
-    plan: Plan,
+    spec: LossSpec,
     keep: Tensor | None,
     label: Tensor | None,
 ) -> Tensor:
     """stats, loss, grad: the three passes one after the other on rows [1, N, V]."""
     s, t = student.unsqueeze(0), teacher.unsqueeze(0)
-    stats = [passes.stats(x, plan.temperature, plan.vocab, keep) for x in (s, t)]
-    hard = passes.stats(s, 1.0, plan.vocab, keep) if plan.hard else None
-    slope = passes.loss(s, t, *stats, plan, keep)[:, 1].contiguous()
+    stats = [passes.stats(x, spec.temperature, spec.vocab, keep) for x in (s, t)]
+    hard = passes.stats(s, 1.0, spec.vocab, keep) if spec.hard else None
+    slope = passes.loss(s, t, *stats, spec, keep)[:, 1].contiguous()
     grad = torch.full_like(s, float("nan"))
-    passes.grad(s, t, *stats, hard, slope, plan, keep, label, None, 1.0, grad)
+    passes.grad(s, t, *stats, hard, slope, spec, keep, label, None, 1.0, grad)
     return grad[0]
 
 
@@ -207,12 +207,12 @@ def test_split_passes_make_the_fused_one(
     keep = torch.tensor([1, 1, 0, 1, 1, 1], dtype=torch.bool, device=backend.device)
     student[2] = teacher[2] = float("nan")
     label = torch.randint(37, (6,), device=backend.device)
-    plan = _plan(divergence, 37, classes=37, hard=hard, smoothing=hard / 2)
+    spec = _plan(divergence, 37, classes=37, hard=hard, smoothing=hard / 2)
     passes = pick(backend.device)
     grad = torch.full_like(student, float("nan"))
     rows = [x.unsqueeze(0) for x in (student, teacher, grad)]
-    passes.fused(rows[0], rows[1], plan, keep, label, None, 1.0, rows[2])
-    split = _gradient_of_split(passes, student, teacher, plan, keep, label)
+    passes.fused(rows[0], rows[1], spec, keep, label, None, 1.0, rows[2])
+    split = _gradient_of_split(passes, student, teacher, spec, keep, label)
     torch.testing.assert_close(split, grad, rtol=1e-5, atol=1e-6)
     assert not split[2].any() and not split[:, 37:].any()
 
@@ -230,13 +230,13 @@ def test_split_vocabulary(backend: Backend, divergence: Divergence) -> None:
         for side in (0, 1)
     ]
     sums = [
-        passes.loss(*shard, *whole, plan, None) for shard, plan in zip(shards, plans, strict=True)
+        passes.loss(*shard, *whole, spec, None) for shard, spec in zip(shards, plans, strict=True)
     ]
     value, slope = torch.stack(sums).sum(0).unbind(-1)
     grads = []
-    for shard, plan in zip(shards, plans, strict=True):
+    for shard, spec in zip(shards, plans, strict=True):
         grads.append(torch.full_like(shard[0], float("nan")))
-        args = (*shard, *whole, None, slope.contiguous(), plan, None, None, None, 1.0, grads[-1])
+        args = (*shard, *whole, None, slope.contiguous(), spec, None, None, None, 1.0, grads[-1])
         passes.grad(*args)
     exact = differentiate(
         plain, student, teacher, divergence=divergence, temperature=2.0, reduction="none"
@@ -256,12 +256,12 @@ def _together(stats: list[Tensor], temperature: float = 2.0) -> Tensor:
 def test_stats_of_impossible_rows(backend: Backend, name: str) -> None:
     """A side at -inf everywhere has max -inf and sum 0; two of them differ in nothing."""
     student = torch.full((1, 2, 5), -INF, device=backend.device)
-    passes, plan = pick(backend.device), _plan(fastkd.divergences.kl, 5)
+    passes, spec = pick(backend.device), _plan(fastkd.divergences.kl, 5)
     stats = passes.stats(student, 2.0, 5, None)
     if name == "stats":
         assert stats[:, 0].tolist() == [-INF, -INF] and stats[:, 1].tolist() == [0, 0]
     else:
-        assert not passes.loss(student, student, stats, stats, plan, None).any()
+        assert not passes.loss(student, student, stats, stats, spec, None).any()
 
 
 def test_values_of_stats(backend: Backend) -> None:

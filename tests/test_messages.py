@@ -10,7 +10,8 @@ import torch
 
 import fastkd
 from fastkd import distill
-from fastkd.messages import kind, shown
+from fastkd.arguments.messages import kind, shown
+from fastkd.teachers import store
 
 MOST = 500
 
@@ -139,8 +140,8 @@ def test_an_unknown_option_of_any_length() -> None:
 
 WORDS: dict[str, Callable[[Any], Any]] = {
     "rows": lambda x: distill.soft(rows=x),
-    "encoding": lambda x: distill.cache.Writer("unused", vocab_size=5, k=2, encoding=x),
-    "tail": lambda x: distill.cache.Writer("unused", vocab_size=5, k=2, tail=x),
+    "encoding": lambda x: store.Writer("unused", vocab_size=5, k=2, encoding=x),
+    "tail": lambda x: store.Writer("unused", vocab_size=5, k=2, tail=x),
 }
 
 

@@ -109,8 +109,8 @@ def test_importing_is_light() -> None:
     """Neither Triton nor the extension is loaded before a loss asks for it."""
     ran = run_python(
         "-c",
-        "import fastkd, sys; print([m for m in ('triton', 'fastkd._C', 'fastkd.gpu', 'sklearn', "
-        "'matplotlib') if m in sys.modules])",
+        "import fastkd, sys; print([m for m in ('triton', 'fastkd._C', 'fastkd.backends.gpu', "
+        "'sklearn', 'matplotlib') if m in sys.modules])",
     )
     assert ran.stdout.strip() == "[]", ran.stderr
 
@@ -154,7 +154,7 @@ def test_unknown_command() -> None:
 
 def test_backend_from_the_environment() -> None:
     code = (
-        "import torch, fastkd; from fastkd.backend import pick_name;"
+        "import torch, fastkd; from fastkd.backends.base import pick_name;"
         "print(pick_name(torch.device('cpu')))"
     )
     assert run_python("-c", code, FASTKD_BACKEND="reference").stdout.strip() == "reference"

@@ -15,7 +15,8 @@ import torch
 from common import run_python
 
 from fastkd import distill
-from fastkd.distill import files, progress
+from fastkd.distill import logging, serialization
+from fastkd.teachers import store
 
 # Runs CALLS where these modules are not found, and prints what each did: "ok", what it gave, or
 # the error; "warned" is what the call has said.
@@ -223,20 +224,20 @@ def test_recipes_go_on_without_tqdm(tmp_path: Path) -> None:
 
 
 def test_a_hidden_bar_is_called_like_one() -> None:
-    with progress.progress_bar(False, [1, 2], unit="x") as bar:
+    with logging.progress_bar(False, [1, 2], unit="x") as bar:
         assert list(bar) == [1, 2]
         bar.update(2)
         bar.set_postfix(a=1)
         bar.set_postfix_str("a", refresh=False)
         bar.close()
-    assert list(progress.progress_bar(False)) == []
+    assert list(logging.progress_bar(False)) == []
 
 
 def test_a_module_that_is_there_and_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken_module.py").write_text("from math import nonsense")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ImportError, match=r"x needs broken_module \(cannot import name 'nonsense'"):
-        files.needed("broken_module", "x")
+        serialization.needed("broken_module", "x")
 
 
 def test_messages_name_no_package_that_is_on_no_index() -> None:
@@ -270,7 +271,7 @@ def test_output_that_nobody_reads_ends_in_silence(words: list[str], tmp_path: Pa
         pytest.importorskip("safetensors")
         pairs = [(torch.randn(4, 3), torch.arange(4) % 3)]
         net = torch.nn.Linear(3, 3)
-        distill.cache.capture(net, pairs, folder, vocab_size=3, k=2, progress=False)
+        store.capture(net, pairs, folder, vocab_size=3, k=2, progress=False)
     reader, writer = os.pipe()
     os.close(reader)
     root = str(Path(distill.__file__).parents[2])

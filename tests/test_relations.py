@@ -15,7 +15,7 @@ from common import FLOORS, unreadable
 from torch import Tensor, nn
 
 from fastkd import distill
-from fastkd.distill import features, relations
+from fastkd.distill.losses import features, relations
 
 Loss = Callable[..., Tensor]
 

@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from fastkd import distill
-from fastkd.distill import rowwise
 from fastkd.distill.batch import Batch, Outputs
+from fastkd.distill.losses import chunked
 from fastkd.distill.terms import Objective
 
 # ---- the formulas, as the papers write them: logits [n, V] and classes [n] to the loss [n]
@@ -155,10 +155,10 @@ CASES = [
 
 
 @pytest.fixture(params=[False, True], ids=["whole", "in-chunks"])
-def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def in_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """A batch at once, as small ones are, or two rows at a time."""
     if request.param:
-        monkeypatch.setattr(rowwise, "HOST_ELEMENTS", 20)
+        monkeypatch.setattr(chunked, "HOST_ELEMENTS", 20)
     return bool(request.param)
 
 
@@ -216,7 +216,7 @@ def assert_right(loss: Loss, s: Tensor, t: Tensor, y: Tensor, **options: Any) ->
 @pytest.mark.parametrize(("loss", "make", "temperature"), CASES)
 def test_value_and_gradient(
     backend: Backend,
-    chunked: bool,
+    in_chunks: bool,
     loss: Loss,
     make: Callable[[int, int], tuple[Tensor, Tensor]],
     temperature: float,
@@ -241,7 +241,7 @@ def test_few_and_many_classes(loss: Loss, vocab: int) -> None:
 
 @each(LOSSES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_dtypes(chunked: bool, loss: Loss, dtype: torch.dtype) -> None:
+def test_dtypes(in_chunks: bool, loss: Loss, dtype: torch.dtype) -> None:
     """The loss is float32, or float64, and the gradient as exact as its dtype."""
     s, t = (x.to(dtype) for x in INPUTS["random"](7, 10))
     y = classes(7, 10)
@@ -265,7 +265,7 @@ def defaults(loss: Loss) -> dict[str, Any]:
 @each(PER_ROW)
 @pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum", "none"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_reductions(chunked: bool, loss: Loss, reduction: str, weighted: bool) -> None:
+def test_reductions(in_chunks: bool, loss: Loss, reduction: str, weighted: bool) -> None:
     s, t = INPUTS["random"](7, 10)
     options: dict[str, Any] = {"reduction": reduction}
     if weighted:
@@ -278,7 +278,7 @@ def test_reductions(chunked: bool, loss: Loss, reduction: str, weighted: bool) -
 
 
 @each(PER_ROW)
-def test_leading_dimensions_and_columns_in_use(chunked: bool, loss: Loss) -> None:
+def test_leading_dimensions_and_columns_in_use(in_chunks: bool, loss: Loss) -> None:
     s, t = (x.view(2, 3, 11) for x in INPUTS["random"](6, 11))
     y = torch.randint(0, 8, (2, 3))
     t = F.pad(t, (0, 2), value=math.nan)
@@ -293,7 +293,7 @@ def test_leading_dimensions_and_columns_in_use(chunked: bool, loss: Loss) -> Non
 
 
 @each(LOSSES)
-def test_strided_operands(chunked: bool, loss: Loss) -> None:
+def test_strided_operands(in_chunks: bool, loss: Loss) -> None:
     s, t = INPUTS["random"](8, 12)
     y = torch.randint(0, 10, (4,))
     a, b = s[::2, 1:11], t[1::2, 2:]
@@ -304,7 +304,7 @@ def test_strided_operands(chunked: bool, loss: Loss) -> None:
 
 
 @each([loss for loss in LOSSES if loss.name != "nkd"])
-def test_teacher_gets_its_gradient(chunked: bool, loss: Loss) -> None:
+def test_teacher_gets_its_gradient(in_chunks: bool, loss: Loss) -> None:
     s, t = INPUTS["random"](7, 10)
     y = classes(7, 10)
     options = warm(loss)
@@ -320,7 +320,7 @@ def test_nkd_refuses_a_teacher_that_wants_a_gradient() -> None:
 
 
 @each(PER_ROW)
-def test_backward_again_and_upstream(chunked: bool, loss: Loss) -> None:
+def test_backward_again_and_upstream(in_chunks: bool, loss: Loss) -> None:
     s, t = INPUTS["random"](7, 10)
     s.requires_grad_()
     value = loss.ours(s, t, classes(7, 10))
@@ -330,7 +330,7 @@ def test_backward_again_and_upstream(chunked: bool, loss: Loss) -> None:
 
 
 @each(LOSSES)
-def test_second_derivative(chunked: bool, loss: Loss) -> None:
+def test_second_derivative(in_chunks: bool, loss: Loss) -> None:
     s, t = (x.double() / 3 for x in INPUTS["random"](4, 5))
     y = torch.tensor([0, 4, -100, 2])
     s.requires_grad_()
@@ -338,14 +338,14 @@ def test_second_derivative(chunked: bool, loss: Loss) -> None:
 
 
 @each(PER_ROW)
-def test_weight_gets_its_gradient(chunked: bool, loss: Loss) -> None:
+def test_weight_gets_its_gradient(in_chunks: bool, loss: Loss) -> None:
     s, t = INPUTS["random"](7, 10)
     y, weight = classes(7, 10), torch.rand(7, requires_grad=True)
     (grad,) = torch.autograd.grad(loss.ours(s, t, y, weight=weight, reduction="sum"), weight)
     torch.testing.assert_close(grad, loss.ours(s, t, y, reduction="none"))
 
 
-def test_teacher_made_in_inference_mode(chunked: bool) -> None:
+def test_teacher_made_in_inference_mode(in_chunks: bool) -> None:
     s, t = INPUTS["random"](7, 10)
     with torch.inference_mode():
         other = t.clone()
@@ -381,7 +381,7 @@ def test_uncentred_mse() -> None:
 
 
 @each([loss for loss in LOSSES if loss.zero])
-def test_zero_where_student_and_teacher_agree(chunked: bool, loss: Loss) -> None:
+def test_zero_where_student_and_teacher_agree(in_chunks: bool, loss: Loss) -> None:
     s, _ = INPUTS["random"](7, 10)
     value, grad = run(loss.ours, s, s.clone(), classes(7, 10))
     assert abs(value) <= FLOORS[value.dtype]
@@ -418,7 +418,7 @@ def test_a_scale_of_the_logits(loss: Loss) -> None:
 
 
 @each(LOSSES)
-def test_ignored_rows_are_never_read(chunked: bool, loss: Loss) -> None:
+def test_ignored_rows_are_never_read(in_chunks: bool, loss: Loss) -> None:
     s, t = INPUTS["random"](7, 10)
     y = classes(7, 10)
     bad_s, bad_t = s.clone(), t.clone()
@@ -429,7 +429,7 @@ def test_ignored_rows_are_never_read(chunked: bool, loss: Loss) -> None:
 
 
 @each(LOSSES)
-def test_all_rows_ignored(chunked: bool, loss: Loss) -> None:
+def test_all_rows_ignored(in_chunks: bool, loss: Loss) -> None:
     s = torch.full((4, 9), math.nan, requires_grad=True)
     value = loss.ours(s, s.detach(), torch.full((4,), -100))
     value.backward()
@@ -480,7 +480,7 @@ def test_constant_rows() -> None:
 
 
 @each([BY_NAME["dkd"], BY_NAME["nkd"]])
-def test_label_that_is_impossible(chunked: bool, loss: Loss) -> None:
+def test_label_that_is_impossible(in_chunks: bool, loss: Loss) -> None:
     """At -inf on both sides it costs nothing; where the teacher allows it, infinitely much."""
     s, t = INPUTS["random"](4, 10)
     y = torch.full((4,), 2)

@@ -431,13 +431,15 @@ def test_compiled(tail: str, linear: bool) -> None:
 
 def test_opcheck() -> None:
     kept = stored(torch.randn(3, 20), 4)
-    rows = fastkd.topk.sparse(kept, 1.0, 20, None, torch.float32, fastkd.backend.pick(kept.device))
+    rows = fastkd.topk.topk(
+        kept, 1.0, 20, None, torch.float32, fastkd.backends.base.pick(kept.device)
+    )
     plan = ("kl", 0.0, 1.0, 1.0, 0.0, 0.0, 20, 20)
     student = torch.randn(3, 20, requires_grad=True)
-    torch.library.opcheck(torch.ops.fastkd.sparse_loss, (student, *rows, None, None, *plan))
+    torch.library.opcheck(torch.ops.fastkd.topk_loss, (student, *rows, None, None, *plan))
     scale = torch.rand(3)
     torch.library.opcheck(
-        torch.ops.fastkd.sparse_grad, (student.detach(), *rows, None, None, scale, *plan)
+        torch.ops.fastkd.topk_grad, (student.detach(), *rows, None, None, scale, *plan)
     )
 
 

@@ -104,7 +104,7 @@ def test_a_team_divides_the_rows_in_flight_and_waits() -> None:
 
 
 def test_the_package_shares_rows_by_the_same_share_of_the_cache() -> None:
-    team = pytest.importorskip("fastkd.gpu.team")
+    team = pytest.importorskip("fastkd.backends.gpu.cooperative")
     assert team.KEPT == KEPT
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd import distill
-from fastkd.distill.progress import Record
+from fastkd.distill.logging import Record
 
 N, D, V, GLOBAL = 32, 5, 3, 8
 WRITER = "torch.distributed.checkpoint.HuggingFaceStorageWriter"  # of checkpoints in shards

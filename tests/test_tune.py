@@ -16,9 +16,9 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 import fastkd
-from fastkd.backend import Plan
-from fastkd.gpu import launch, tune
-from fastkd.gpu.tune import TABLE, VARIABLE, Entry, clusters, override, tile
+from fastkd.backends.base import LossSpec
+from fastkd.backends.gpu import launch, tune
+from fastkd.backends.gpu.tune import TABLE, VARIABLE, Entry, clusters, override, tile
 
 ROOT = Path(fastkd.__file__).parent.parent
 WIDTHS = (1, 512, 513, 2048, 2049, 50257, 256000)
@@ -77,7 +77,7 @@ def test_where_clusters_work(arch: str, version: str, reason: str | None) -> Non
 
 def test_the_override_is_read_at_import() -> None:
     code = (
-        "from fastkd.gpu.tune import tile\n"
+        "from fastkd.backends.gpu.tune import tile\n"
         "print(tile(10, 2, 'sm_90'), tile(256000, 2, 'sm_90'), tile(256000, 4, 'gfx942'))"
     )
     env = {**os.environ, VARIABLE: "16384:512:1"}
@@ -88,7 +88,7 @@ def test_the_override_is_read_at_import() -> None:
 
 
 def _launched(monkeypatch: pytest.MonkeyPatch, arch: str, refused: str | None) -> list[Any]:
-    """(kernel's name, its LANES, its num_ctas) of a dense and of a sparse loss on `arch`."""
+    """(kernel's name, its LANES, its num_ctas) of a dense and of a top-k loss on `arch`."""
     seen: list[Any] = []
 
     def record(kernel: Any, n: int, args: dict[str, Any], *_: Any) -> None:
@@ -99,18 +99,20 @@ def _launched(monkeypatch: pytest.MonkeyPatch, arch: str, refused: str | None) -
     monkeypatch.setattr(tune, "OVERRIDE", Entry(tune.ANY, 8192, 256, 4))
     monkeypatch.setattr(tune, "clusters", lambda arch: refused)
     x = torch.zeros(1, 2, 64)
-    plan = Plan("kl", 0.0, 1.0, 1.0, 0.0, 0.0, 64, 64)
-    launch.fused(x, x, plan, None, None, None, 1.0, None)
+    spec = LossSpec("kl", 0.0, 1.0, 1.0, 0.0, 0.0, 64, 64)
+    launch.fused(x, x, spec, None, None, None, 1.0, None)
     named = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64)
-    launch.sparse(x, fastkd.backend.Sparse(*named, None, False), plan, None, None, None, 1.0, None)
+    launch.topk(
+        x, fastkd.backends.base.TopKRows(*named, None, False), spec, None, None, None, 1.0, None
+    )
     return seen
 
 
 def test_a_cluster_takes_a_tile_as_many_times_as_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And never the sparse kernel, whose barrier holds back one block only."""
+    """And never the top-k kernel, whose barrier holds back one block only."""
     assert _launched(monkeypatch, "sm_90", None) == [
         ("fused_kernel", 2048, 4),
-        ("sparse_kernel", 512, None),
+        ("topk_kernel", 512, None),
     ]
 
 

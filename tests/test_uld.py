@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from fastkd import distill
-from fastkd.distill import ranks, rowwise
 from fastkd.distill.batch import Batch, Outputs
+from fastkd.distill.losses import chunked, sorted_probabilities
 from fastkd.distill.terms import Objective
 
 uld = distill.uld_loss
@@ -68,9 +68,9 @@ def classes(n: int, v: int) -> Tensor:
 
 
 @pytest.fixture(params=[False, True], ids=["whole", "in-chunks"])
-def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param:
-        monkeypatch.setattr(rowwise, "HOST_ELEMENTS", 30)
+        monkeypatch.setattr(chunked, "HOST_ELEMENTS", 30)
 
 
 # ---- values and gradients
@@ -80,7 +80,7 @@ def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("top", [None, 1, 4, 12, 99])
 def test_value_and_gradient(
-    backend: Backend, chunked: None, name: str, widths: tuple[int, int], top: int | None
+    backend: Backend, in_chunks: None, name: str, widths: tuple[int, int], top: int | None
 ) -> None:
     s, t = (x.to(backend.device) for x in INPUTS[name](7, max(widths)))
     y = classes(7, 10).to(backend.device)
@@ -97,7 +97,7 @@ def test_few_and_many_columns(vocab: int, top: int | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_dtypes(chunked: None, dtype: torch.dtype) -> None:
+def test_dtypes(in_chunks: None, dtype: torch.dtype) -> None:
     # far enough apart for no two logits of a row to be equal once rounded
     s, t = (x.argsort(-1).to(dtype) / 4 for x in INPUTS["random"](7, 10))
     t = t * 1.5
@@ -112,7 +112,7 @@ def test_equal_logits_take_the_ranks_in_turn(monkeypatch: pytest.MonkeyPatch) ->
     s, t = INPUTS["ties"](64, 33)
     s[0, :5] = torch.tensor([0.0, -0.0, 0.0, -0.0, 0.0])
     fast = run(uld, s, t)
-    monkeypatch.setattr(ranks, "_numpy", lambda: None)
+    monkeypatch.setattr(sorted_probabilities, "_numpy", lambda: None)
     slow = run(uld, s, t)
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-7)
     assert_values(fast[0], fast[0], reduced(oracle(s), oracle(t), torch.arange(64)))
@@ -134,7 +134,7 @@ def test_more_threads_change_no_bit() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum", "none"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_reductions(chunked: None, reduction: str, weighted: bool) -> None:
+def test_reductions(in_chunks: None, reduction: str, weighted: bool) -> None:
     s, t = INPUTS["random"](7, 10)
     options: dict[str, Any] = {"reduction": reduction}
     if weighted:
@@ -144,7 +144,7 @@ def test_reductions(chunked: None, reduction: str, weighted: bool) -> None:
     assert_right(s, t[:, :8], classes(7, 10), **options)
 
 
-def test_columns_in_use(chunked: None) -> None:
+def test_columns_in_use(in_chunks: None) -> None:
     s, t = (x.view(2, 3, 14) for x in INPUTS["random"](6, 14))
     s[..., 8:], t[..., 11:] = math.nan, math.nan
     value, grad = run(uld, s, t, vocab_size=(8, 11), reduction="none")
@@ -176,7 +176,7 @@ def test_exactly_zero_between_permuted_vocabularies(
             assert value == 0 and (grad == 0).all()
 
 
-def test_top_is_short_by_at_most_twice_the_smaller_rest(chunked: None) -> None:
+def test_top_is_short_by_at_most_twice_the_smaller_rest(in_chunks: None) -> None:
     s, t = (x.double() for x in INPUTS["random"](200, 50))
     q, p = (x.softmax(-1).sort(-1, descending=True).values for x in (s, t))
     whole = uld(s, t, reduction="none")
@@ -188,7 +188,7 @@ def test_top_is_short_by_at_most_twice_the_smaller_rest(chunked: None) -> None:
 
 
 @pytest.mark.parametrize("measured", [False, True])
-def test_stored_teacher_is_the_teachers_top(chunked: None, measured: bool) -> None:
+def test_stored_teacher_is_the_teachers_top(in_chunks: None, measured: bool) -> None:
     s, t = (x.double() for x in INPUTS["random"](7, 12))
     log, at = (t / 2).log_softmax(-1).topk(5)
     tail = torch.log1p(-log.exp().sum(-1)) if measured else None
@@ -243,7 +243,7 @@ def gathered(s: Tensor, t: Tensor, pairs: list[tuple[int, int]], **options: Any)
 
 
 @pytest.mark.parametrize("top", [None, 4])
-def test_rows_beside_each_other(chunked: None, top: int | None) -> None:
+def test_rows_beside_each_other(in_chunks: None, top: int | None) -> None:
     """Some rows stand alone, one beside two, and labels and weights are the student's."""
     s, t = torch.randn(2, 5, 9), torch.randn(2, 3, 11)
     pairs = [(0, 2), (1, 0), (1, 1), (7, 4), (9, 5)]
@@ -309,7 +309,7 @@ def test_finite_on_extreme_logits() -> None:
 
 
 @pytest.mark.parametrize("top", [None, 4])
-def test_nan_stays_in_its_row(chunked: None, top: int | None) -> None:
+def test_nan_stays_in_its_row(in_chunks: None, top: int | None) -> None:
     s, t = INPUTS["random"](7, 10)
     clean = run(uld, s, t, reduction="none", top=top)
     s[2, 3], t[5, 0] = math.nan, math.nan
@@ -321,7 +321,7 @@ def test_nan_stays_in_its_row(chunked: None, top: int | None) -> None:
 
 
 @pytest.mark.parametrize("top", [None, 4])
-def test_ignored_rows_are_never_read(chunked: None, top: int | None) -> None:
+def test_ignored_rows_are_never_read(in_chunks: None, top: int | None) -> None:
     s, t = INPUTS["random"](7, 10)
     y = classes(7, 10)
     bad_s, bad_t = s.clone(), t.clone()
@@ -343,7 +343,7 @@ def test_all_rows_ignored_and_none_at_all() -> None:
     assert value == 0 and s.grad is not None and s.grad.shape == (0, 9)
 
 
-def test_strided_operands(chunked: None) -> None:
+def test_strided_operands(in_chunks: None) -> None:
     s, t = INPUTS["random"](8, 12)
     a, b = s[::2, 1:11], t.mT.contiguous().mT[1::2, 2:]
     ours, true = run(uld, a, b), run(uld, a.contiguous(), b.contiguous())
@@ -353,7 +353,7 @@ def test_strided_operands(chunked: None) -> None:
 # ---- autograd
 
 
-def test_backward_again_and_upstream(chunked: None) -> None:
+def test_backward_again_and_upstream(in_chunks: None) -> None:
     s, t = INPUTS["random"](7, 10)
     s.requires_grad_()
     value = uld(s, t, classes(7, 10))
@@ -366,7 +366,7 @@ def test_backward_again_and_upstream(chunked: None) -> None:
 
 
 @pytest.mark.parametrize("top", [None, 2])
-def test_second_derivative(chunked: None, top: int | None) -> None:
+def test_second_derivative(in_chunks: None, top: int | None) -> None:
     s, t = (x.double() / 3 for x in INPUTS["random"](4, 5))
     alignment = distill.Alignment(torch.tensor([3, 1, 1]), torch.tensor([0, 1, 2]), (2, 2), (2, 2))
     s.requires_grad_()
@@ -376,14 +376,14 @@ def test_second_derivative(chunked: None, top: int | None) -> None:
         )
 
 
-def test_weight_gets_its_gradient(chunked: None) -> None:
+def test_weight_gets_its_gradient(in_chunks: None) -> None:
     s, t = INPUTS["random"](7, 10)
     y, weight = classes(7, 10), torch.rand(7, requires_grad=True)
     (grad,) = torch.autograd.grad(uld(s, t, y, weight=weight, reduction="sum"), weight)
     torch.testing.assert_close(grad, uld(s, t, y, reduction="none"))
 
 
-def test_teacher_made_in_inference_mode(chunked: None) -> None:
+def test_teacher_made_in_inference_mode(in_chunks: None) -> None:
     s, t = INPUTS["random"](7, 10)
     with torch.inference_mode():
         other = t.clone()

@@ -413,9 +413,9 @@ def test_bar_shows_loss_rate_and_speed(
     loader: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tqdm")
-    from fastkd.distill import progress
+    from fastkd.distill import logging
 
-    monkeypatch.setattr(progress, "REDRAW", 0.0)
+    monkeypatch.setattr(logging, "REDRAW", 0.0)
     distill.train(mlp(), loader, distill.hard(), epochs=2)
     shown = capsys.readouterr().err
     assert all(word in shown for word in ("6/6", "loss=", "lr=0.001", "samples/s=", "epoch=1"))

@@ -1,7 +1,8 @@
 """What is compiled: every kernel as the launcher starts it, on tensors without memory.
 
-No list of kernels stands here. Those of `fastkd.gpu` are found, and each is compiled with the
-arguments of the pass that launches it; one that no pass launches has no case, and a test says so.
+No list of kernels stands here. Those of `fastkd.backends.gpu` are found, and each is compiled with
+the arguments of the pass that launches it; one that no pass launches has no case, and a test says
+so.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ class Launch:
 
 
 def kernels() -> set[str]:
-    """The names of all kernels that stand in a file of `fastkd.gpu`, without `_kernel`."""
-    import fastkd.gpu
+    """The names of all kernels that stand in a file of `fastkd.backends.gpu`, without `_kernel`."""
+    import fastkd.backends.gpu
 
     names: set[str] = set()
-    for found in pkgutil.iter_modules(fastkd.gpu.__path__):
-        module = importlib.import_module(f"fastkd.gpu.{found.name}")
+    for found in pkgutil.iter_modules(fastkd.backends.gpu.__path__):
+        module = importlib.import_module(f"fastkd.backends.gpu.{found.name}")
         names |= {
             name.removesuffix(SUFFIX)
             for name, value in vars(module).items()
@@ -74,9 +75,9 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
     """(pass, launch) of each pass, or of one, on `rows` rows, in their order."""
     import torch
 
-    from fastkd.backend import Plan, Sparse
+    from fastkd.backends.base import LossSpec, TopKRows
+    from fastkd.backends.gpu import cooperative, launch
     from fastkd.divergence import divergences
-    from fastkd.gpu import launch, team
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(case.dtype)
     dtype = dtype or torch.float64
@@ -90,14 +91,16 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
     stats, scale = tensor(rows, 3), tensor(rows)
     hard, smoothing = 0.5 if case.hard else 0.0, 0.1 if case.smooth else 0.0
     name = case.divergence if case.divergence != "-" else next(iter(divergences))
-    plan = Plan(name, divergences[name].param, 2.0, 0.5, hard, smoothing, case.vocab, case.vocab)
+    spec = LossSpec(
+        name, divergences[name].param, 2.0, 0.5, hard, smoothing, case.vocab, case.vocab
+    )
     named = tensor(rows, NAMED), tensor(rows, NAMED, dtype=torch.int64), tensor(rows)
-    rest = plan, keep, label, scale, 1.0
+    rest = spec, keep, label, scale, 1.0
     passes: dict[str, Callable[[], Any]] = {
         "fused": lambda: launch.fused(x, x, *rest, x),
         "team": lambda: in_teams(lambda: launch.fused(x, x, *rest, x)),
-        "sparse": lambda: launch.sparse(x, Sparse(*named, False), *rest, x),
-        "loss": lambda: launch.loss(x, x, stats, stats, plan, keep),
+        "topk": lambda: launch.topk(x, TopKRows(*named, False), *rest, x),
+        "loss": lambda: launch.loss(x, x, stats, stats, spec, keep),
         "grad": lambda: launch.grad(x, x, stats, stats, stats, scale, *rest, x),
         "stats": lambda: launch.stats(x, 2.0, case.vocab, keep),
         "total": lambda: launch.total(scale, scale, 1.0),
@@ -105,9 +108,9 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
     }
 
     def in_teams(run: Callable[[], Any]) -> None:
-        holds = mock.patch.object(team, "HOST", team.Capacity(PROCESSORS, CACHE))
+        holds = mock.patch.object(cooperative, "HOST", cooperative.Capacity(PROCESSORS, CACHE))
         # what is set for measurements is not what is compiled
-        with holds, mock.patch.dict(os.environ, {team.VARIABLE: ""}):
+        with holds, mock.patch.dict(os.environ, {cooperative.VARIABLE: ""}):
             run()
 
     seen: list[tuple[str, Launch]] = []

@@ -58,7 +58,7 @@ def compile_one(case: Case) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastkd.gpu.launch import PINNED
+    from fastkd.backends.gpu.launch import PINNED
 
     pointers = {
         **{torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"},
@@ -142,7 +142,7 @@ def count(
 
 def gathers(report: Report) -> bool:
     """Whether only its wide loads are of whole rows; where no load is wide nobody can tell."""
-    return report.kernel == "team" or (report.kernel == "sparse" and report.vocab != ODD)
+    return report.kernel == "team" or (report.kernel == "topk" and report.vocab != ODD)
 
 
 def widths(report: Report, found: Loops, access: str, width: Any) -> None:

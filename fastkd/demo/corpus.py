@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastkd.distill.files import needed, read, write
+from fastkd.distill.serialization import needed, read, write
 from fastkd.recipes.data import split_whole, standard_library
 
 END = "<|endoftext|>"

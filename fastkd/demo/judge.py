@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from fastkd.distill.progress import progress_bar
+from fastkd.distill.logging import progress_bar
 
 from .corpus import in_order
 from .model import Language, continued

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.distill.memory import peak_extra
-from fastkd.distill.progress import progress_bar
+from fastkd.distill.logging import progress_bar
 
+from .memory import peak_extra
 from .model import Language
 from .stages import DENSE, EAGER, WAYS, Stages
 

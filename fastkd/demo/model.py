@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastkd
-from fastkd.distill.files import needed
+from fastkd.distill.serialization import needed
 
 from .corpus import END, EXTRA
 from .presets import Net

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import fastkd
-from fastkd.distill.files import needed
+from fastkd.distill.serialization import needed
 
 from .stages import CACHED, DENSE, EAGER, HARD, LINEAR, TEACHER, WAYS, Stages
 

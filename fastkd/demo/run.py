@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastkd.distill.files import needed
+from fastkd.distill.serialization import needed
 
 from . import corpus, judge, measure, report
 from .model import USER, hand_over, parameters

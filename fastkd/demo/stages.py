@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 import fastkd
 from fastkd import distill
+from fastkd.teachers import store
 
 from .corpus import Corpus, Windows, drawn, in_order
 from .model import Language, build
@@ -136,8 +137,8 @@ class Stages:
         collate = None
         if way.teacher == "stored":
             source = self.reader(teacher)
-            samples = distill.cache.Paired(self.batches(name), source)
-            collate = distill.cache.collate
+            samples = store.Paired(self.batches(name), source)
+            collate = store.collate
         loader = DataLoader(samples, batch_size=net.batch, collate_fn=collate)
         log = distill.CSVLogger(self.folder / f"{_file(name)}.csv")
         every = max(1, net.steps // LOOKS)
@@ -176,7 +177,7 @@ class Stages:
         if not facts.exists():
             begun = time.monotonic()
             loader = DataLoader(self.batches(CACHED), batch_size=self.preset.student.batch)
-            distill.cache.capture(
+            store.capture(
                 Language(teacher, linear=True),
                 loader,
                 path,
@@ -189,7 +190,7 @@ class Stages:
             size = sum(file.stat().st_size for file in path.iterdir())
             seconds = time.monotonic() - begun
             facts.write_text(json.dumps({"bytes": size, "seconds": seconds}), encoding="utf-8")
-        return distill.cache.Reader(path, vocab_size=self.corpus.vocab)
+        return store.Reader(path, vocab_size=self.corpus.vocab)
 
 
 @torch.no_grad()

@@ -1,37 +1,37 @@
 """The workflow around the losses: train, evaluate, compare and hand over a student."""
 
-from . import attention, cache, features, relations
 from .adversarial import adversarial
-from .align import Alignment, align, align_labelled
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
-from .cohort import Peer, Several
-from .correlation import dist
+from .combined_teachers import Peer, Several
 from .datafree import batch_norm_prior, invert, train_generator
 from .evaluation import Evaluation, agreement, evaluate
-from .files import load, save
 from .graph import neighbour_graph
 from .halving import Halving, successive_halving
-from .handover import fine_tune, hand_over
-from .lifelong import Head, at_head, without_forgetting
+from .hooks import Taps, projector
 from .loggers import CSVLogger, TensorBoardLogger, plot_curves
+from .logging import Step
+from .losses import attention, features, relations
+from .losses.correlation import dist
+from .losses.logits import cosine, dkd, logit_mse, nkd, response, zscore
+from .losses.token_alignment import Alignment, align, align_labelled
+from .losses.uld import uld, uld_loss
+from .methods.export import fine_tune, hand_over
+from .methods.lwf import Head, at_head, without_forgetting
+from .methods.mutual import assistant_chain, mutual
+from .methods.on_policy import on_policy
+from .methods.self_distillation import born_again, mean_teacher, own_teacher
+from .methods.student_init import copy_layers, frozen, prune, replace_head, spread
 from .metrics import Report, calibration_error, latency, report
 from .noise import input_noise, weight_noise
-from .on_policy import on_policy
-from .progress import Step
 from .pseudo import PseudoLabels, pseudo_labels
 from .quantise import FakeQuantise, baked, fake_quantise, quantised
-from .responses import cosine, dkd, logit_mse, nkd, response, zscore
 from .schedules import curriculum, decay
-from .schemes import assistant_chain, mutual
-from .self_distill import born_again, mean_teacher, own_teacher
-from .students import copy_layers, frozen, prune, replace_head, spread
-from .taps import Taps, projector
+from .serialization import load, save
 from .teachers import Average, Called, Live, Stored, Teacher
 from .terms import Term, feature, hard, soft
 from .trainer import train
 from .tuning import Range, Search, search
-from .uld import uld, uld_loss
 
 __all__ = [
     "Alignment",
@@ -68,7 +68,6 @@ __all__ = [
     "baked",
     "batch_norm_prior",
     "born_again",
-    "cache",
     "calibration_error",
     "copy_layers",
     "cosine",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastkd.messages import shown
+from fastkd.arguments.messages import shown
 
 from .batch import IGNORED, Batch, Outputs
 from .terms import Term, Weight

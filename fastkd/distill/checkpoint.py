@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.messages import shown
+from fastkd.arguments.messages import shown
 
-from . import sharded
+from . import sharded_checkpoint
 from .batch import Batch, batches, unwrap
-from .files import read, same_shapes, save_state, write
-from .processes import Ranks, local, whole
-from .randomness import generators, random_state, set_random_state
-from .rates import Rates
+from .distributed import Ranks, local, whole
+from .learning_rates import Rates
+from .rng_state import generators, random_state, set_random_state
+from .serialization import read, same_shapes, save_state, write
 from .teachers import Teacher
 from .terms import Objective
 
@@ -129,12 +129,14 @@ class Checkpoints:
         if parts.ranks.sharded or path.is_dir():
             pack(self._tree(Position(), parts), ours)
         if path.is_dir():
-            tensors, tree = sharded.read(path, ours, parts.optimizer)
+            tensors, tree = sharded_checkpoint.read(path, ours, parts.optimizer)
         else:
             tensors, tree = read(path, "resume")
             if parts.ranks.sharded:
                 tensors = {
-                    name: sharded.placed_like(x, sharded.pattern(name, x, ours, parts.optimizer))
+                    name: sharded_checkpoint.placed_like(
+                        x, sharded_checkpoint.pattern(name, x, ours, parts.optimizer)
+                    )
                     for name, x in tensors.items()
                 }
         return unpack(tree, tensors)
@@ -154,7 +156,7 @@ class Checkpoints:
         path = self.folder / f"step-{position.step:08d}"
         packed = pack(tree, tensors)
         if ranks.sharded:
-            sharded.write(path, tensors, packed, ranks)
+            sharded_checkpoint.write(path, tensors, packed, ranks)
         elif ranks.first:
             write(path.with_suffix(".safetensors"), tensors, packed, "checkpoint")
         if ranks.first:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd.messages import shown
+from fastkd.arguments.messages import shown
 
 CHUNK = 1 << 24  # distances held at a time
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from fastkd.messages import shown
+from fastkd.arguments.messages import shown
 
-from .progress import progress_bar
+from .logging import progress_bar
 
 Candidate = TypeVar("Candidate")
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import needed
-from .progress import Step
+from .logging import Step
+from .serialization import needed
 
 
 class CSVLogger:

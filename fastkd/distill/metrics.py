@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fastkd
 
 from .batch import IGNORED, Outputs, batches, device_of, forward, moved, restored_modes
-from .files import array, needed, save
+from .serialization import array, needed, save
 from .targets import class_numbers, classes_last
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from fastkd.messages import shown
+from fastkd.arguments.messages import shown
 
 from .batch import Batch, mapped
 

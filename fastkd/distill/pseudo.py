@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastkd.messages import shown
+from fastkd.arguments.messages import shown
 
 from .batch import Outputs, batches, device_of, forward, moved, restored_modes
-from .files import array, needed
-from .order import check_order, watched
+from .sample_order import check_order, watched
+from .serialization import array, needed
 
 
 class PseudoLabels(NamedTuple):

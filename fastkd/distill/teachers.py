@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.messages import shown
+from fastkd.arguments.messages import shown
 
 from .batch import Batch, Outputs, forward, in_eval, mapped, tensors, to, unwrap
-from .files import array
-from .processes import alike, class_name, is_placed, reshard, whole
-from .taps import Taps
+from .distributed import alike, class_name, is_placed, reshard, whole
+from .hooks import Taps
+from .serialization import array
 
 
 class Teacher:
@@ -201,7 +201,7 @@ class Stored(Teacher):
     `reader`.
 
     Args:
-        reader: a `fastkd.distill.cache.Reader`, or map-style: number -> logits [..., V] or a
+        reader: a `fastkd.teachers.store.Reader`, or map-style: number -> logits [..., V] or a
             `TopK` of one sample. Its `identity`, an attribute or a method, goes into checkpoints,
             also where batches bring what was read. None where nobody knows where that is from.
     """

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
-from fastkd.messages import shown
+from fastkd.arguments.messages import shown
 
 from .batch import IGNORED, Batch, Outputs, mapped, tensors
-from .features import nst
-from .processes import is_placed
-from .relations import OF_SAMPLES, fsp
+from .distributed import is_placed
+from .losses.features import nst
+from .losses.relations import OF_SAMPLES, fsp
 from .targets import (
     Classes,
     bare_function,

@@ -20,20 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.messages import shown
+from fastkd.arguments.messages import shown
 
 from .batch import Batch, Outputs, device_of, forward, moved, restored_modes
 from .checkpoint import Checkpoints, Parts, Position, epoch_batches
-from .cohort import source
+from .combined_teachers import source
+from .distributed import PLAINLY, Ranks
+from .hooks import Taps
+from .learning_rates import Rates, applied
+from .logging import Log, Record, Step
 from .noise import weight_noise as disturbed
-from .processes import PLAINLY, Ranks
-from .progress import Log, Record, Step
-from .rates import Rates, applied
-from .remarks import Remarks
-from .stepping import stepping
-from .taps import Taps
+from .precision import stepping
 from .teachers import Average, Teacher, on_device, sole
 from .terms import Objective, Term
+from .warnings_once import Remarks
 
 # steps between looks at the loss; elsewhere 50: a look makes the host wait
 CHECK_EVERY = {"cpu": 1}

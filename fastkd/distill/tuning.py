@@ -8,10 +8,10 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fastkd.messages import shown
+from fastkd.arguments.messages import shown
 
-from .files import needed
-from .progress import progress_bar
+from .logging import progress_bar
+from .serialization import needed
 
 BACKENDS = ("random", "optuna")
 

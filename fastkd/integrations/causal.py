@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
-from fastkd.messages import shown
-
-from .convention import check_convention, unwrapped
-from .heads import (
+from fastkd.arguments.messages import shown
+from fastkd.integrations.convention import check_convention, unwrapped
+from fastkd.integrations.heads import (
     Head,
     check_causal,
     head_of,
@@ -30,7 +29,7 @@ from .heads import (
     uncached,
     vocabulary,
 )
-from .hooks import Hook, answering, shared
+from fastkd.integrations.hooks import Hook, answering, shared
 
 SCHEDULED = ("temperature", "alpha")  # options that may be functions of the step
 IGNORED = -100  # torch's own label for a row that does not count

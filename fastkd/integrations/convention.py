@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .heads import _config, _device, _name, uncached, vocabulary
-from .hooks import evaluating
+from fastkd.integrations.heads import _config, _device, _name, uncached, vocabulary
+from fastkd.integrations.hooks import evaluating
 
 # classes that transformers finds no loss for by their names, and whose labels it shifts; asked only
 # where a model cannot answer (weights that are sharded)

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
-from fastkd.messages import shown
-
-from .hooks import Hook, evaluating
+from fastkd.arguments.messages import shown
+from fastkd.integrations.hooks import Hook, evaluating
 
 # fields that multiply logits, or divide them; which of the two, the model's forward says
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")

@@ -54,9 +54,8 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd.distill.batch import Outputs, forward, mapped, tensors
-from fastkd.distill.files import absent
-
-from .hooks import answering, shared
+from fastkd.distill.serialization import absent
+from fastkd.integrations.hooks import answering, shared
 
 VERSIONS = (2, 3)  # of Lightning: from the first, below the second
 

@@ -13,12 +13,11 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from fastkd.distill.files import absent
-from fastkd.messages import shown
-
-from .causal import SCHEDULED, DistillationLoss
-from .convention import unwrapped
-from .heads import SHIFTED, head_of, linear_logits
+from fastkd.arguments.messages import shown
+from fastkd.distill.serialization import absent
+from fastkd.integrations.causal import SCHEDULED, DistillationLoss
+from fastkd.integrations.convention import unwrapped
+from fastkd.integrations.heads import SHIFTED, head_of, linear_logits
 
 try:
     import transformers

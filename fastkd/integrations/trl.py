@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.distill.files import absent
-from fastkd.messages import shown
+from fastkd.arguments.messages import shown
+from fastkd.distill.serialization import absent
 
 VERSIONS = ((1, 0), (2, 0))  # from the first to before the second: those that have these losses
 REDUCTIONS = ("batchmean", "mean", "sum", "none")

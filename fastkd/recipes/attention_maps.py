@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import distill
-from fastkd.distill import attention
+from fastkd.distill.losses import attention
 
 from .recipe import Figures, Gain, Recipe
 from .trained import Row, accuracy, fit, scaled

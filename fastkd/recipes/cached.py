@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastkd import distill
+from fastkd.teachers import store
 
 from .data import LABELLED, POOL, digits, split_whole, standard_library
 from .recipe import Figures, Gain, Recipe
@@ -164,7 +165,7 @@ def through_disk(
     seed: int,
 ) -> Any:
     """The same batches, the teacher's outputs written to a cache here and read from it."""
-    distill.cache.capture(
+    store.capture(
         live,
         loader,
         folder,
@@ -174,9 +175,9 @@ def through_disk(
         generator=torch.Generator().manual_seed(seed),
         progress=False,
     )
-    reader = distill.cache.Reader(folder, vocab_size=task.vocab)
-    paired = distill.cache.Paired(data, reader)
-    return DataLoader(paired, batch_size=BATCH, collate_fn=distill.cache.collate)
+    reader = store.Reader(folder, vocab_size=task.vocab)
+    paired = store.Paired(data, reader)
+    return DataLoader(paired, batch_size=BATCH, collate_fn=store.collate)
 
 
 def characters(seed: int, size: float) -> Figures:
@@ -209,14 +210,14 @@ def classes(seed: int, size: float) -> Figures:
         return 100 * distill.evaluate(net, held_out).accuracy
 
     def read(folder: str) -> Any:
-        paired = distill.cache.Paired(seen, distill.cache.Reader(folder, vocab_size=10))
+        paired = store.Paired(seen, store.Reader(folder, vocab_size=10))
         order = torch.Generator().manual_seed(seed)
         return DataLoader(
             paired,
             batch_size=100,
             shuffle=True,
             generator=order,
-            collate_fn=distill.cache.collate,
+            collate_fn=store.collate,
         )
 
     def usual() -> Any:
@@ -235,7 +236,7 @@ def classes(seed: int, size: float) -> Figures:
     ):
         with tempfile.TemporaryDirectory() as folder:
             images: Any = DataLoader(TensorDataset(data.images), batch_size=100)  # of all
-            distill.cache.capture(live, images, folder, vocab_size=10, progress=False, **options)
+            store.capture(live, images, folder, vocab_size=10, progress=False, **options)
             figures[name] = trained(read(folder), terms, None)
     return figures
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.distill.files import needed
+from fastkd.distill.serialization import needed
 
 LABELLED, POOL = 100, 1000
 

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd import distill
-from fastkd.distill.files import needed
-from fastkd.distill.progress import progress_bar
-from fastkd.messages import shown
+from fastkd.arguments.messages import shown
+from fastkd.distill.logging import progress_bar
+from fastkd.distill.serialization import needed
 
 USER = "python -m fastkd.recipes.digits"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import distill
-from fastkd.distill import features
+from fastkd.distill.losses import features
 
 from .recipe import Figures, Gain, Recipe
 from .soft_targets import BATCH, Bench

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import distill
-from fastkd.distill import features, relations
+from fastkd.distill.losses import features, relations
 
 from .features import FIRST, LAST, WIDE, Inside, hint
 from .recipe import Figures, Gain, Recipe

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastkd.distill.files import needed
-from fastkd.distill.progress import progress_bar
-from fastkd.messages import shown
+from fastkd.arguments.messages import shown
+from fastkd.distill.logging import progress_bar
+from fastkd.distill.serialization import needed
 
 from .recipe import Figures, Gain, Recipe
 

@@ -1,5 +1,5 @@
 // A stored teacher: some columns of each row with their log-probabilities, and what is made of the
-// rest, as the kernels get it (Sparse in fastkd/backend.py, made by fastkd/topk.py).
+// rest, as the kernels get it (TopKRows in fastkd/backends/base.py, made by fastkd/topk.py).
 #pragma once
 
 #include <string>

@@ -215,7 +215,7 @@ class StoredTrial final : public Trip<T> {
   fastkd::TeamRows kernel(bool gradient) const override {
     constexpr bool wide = sizeof(T) == 8;
     const bool native = (c.student == DType::f64) == wide && (!gradient || c.grad == c.student);
-    return isa_.kernels()->sparse[int(native ? c.student : wide ? DType::f64 : DType::f32)];
+    return isa_.kernels()->topk[int(native ? c.student : wide ? DType::f64 : DType::f32)];
   }
   void others(const Table&, const Guarded&) override {}
   // There is no second way, and no wrong number is given for a right one.

@@ -1,0 +1,447 @@
+"""The passes through the C++ extension `fastkd._C` (see `fastkd.backends.base.Passes`).
+
+Tensors go in as addresses: everything that the kernels take for granted (shapes, strides, dtypes,
+int64 labels, one keep byte per row) is made so here or by the callers in losses.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.backends import buffer_pool
+from fastkd.backends.base import LossSpec, Staged, TopKRows, acc_dtype, rows
+from fastkd.divergence import divergences
+
+try:
+    from fastkd import _C
+except ImportError as error:  # backend.pick turns it into the reference
+    raise ImportError(
+        f"its extension is not built or does not load: {error}; reinstall with a C++17 compiler"
+    ) from None
+
+if name := os.environ.get("FASTKD_ISA"):
+    try:
+        _C.use_isa(name)
+    except ValueError as error:
+        raise RuntimeError(f"FASTKD_ISA: {error} (here: {', '.join(_C.isas())})") from None
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_INDEX = {name: index for index, name in enumerate(_C.divergences())}
+_NONE = (0, 0, 1, 0, 0)
+# what a new one is made like: torch.empty, which reads a size and a dtype, takes twice as long
+_NUMBER = {x: torch.empty((), dtype=x, device="cpu") for x in (torch.float32, torch.float64)}
+# The address to read from: `data_ptr` gives one to write to, for which a copy-on-write tensor takes
+# a copy first. An older torch knows no other.
+_read = getattr(Tensor, "const_data_ptr", Tensor.data_ptr)
+# Elements below which a second thread costs more than it saves: waking one takes microseconds.
+_GRAIN = 16384
+
+
+def build() -> dict[str, Any]:
+    """How the extension was built and what it runs on."""
+    return {
+        "isa": _C.isa(),
+        "isas": _C.isas(),
+        "openmp": _C.openmp(),
+        "compiler": _C.compiler(),
+    }
+
+
+# GNU OpenMP's threads do not survive a fork, and a parallel region in the child waits for them for
+# ever. A child works alone.
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _threads(elements: int) -> int:
+    if _forked or elements < 2 * _GRAIN:
+        return 1
+    return max(1, min(torch.get_num_threads(), elements // _GRAIN))
+
+
+def _operand(x: Tensor) -> tuple[int, int, int, int, int]:
+    """Of rows [A, B, V], or [N, V], that are read."""
+    return _rows_at(_read(x), x)
+
+
+def _written(x: Tensor | None) -> tuple[int, int, int, int, int]:
+    return _NONE if x is None else _rows_at(x.data_ptr(), x)
+
+
+def _rows_at(address: int, x: Tensor) -> tuple[int, int, int, int, int]:
+    if x.dim() == 2:  # what has two dimensions needs no view to say so
+        return address, _DTYPES[x.dtype], x.shape[0] or 1, 0, x.stride()[0]
+    _, b, _ = x.shape
+    outer, inner, _ = x.stride()
+    return address, _DTYPES[x.dtype], b or 1, outer, inner
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else _read(x)
+
+
+def _spec(spec: LossSpec) -> tuple[int, float, float, float, float, float, int, int]:
+    index = _INDEX.get(spec.divergence)
+    if index is None:
+        raise RuntimeError(
+            f"divergence: got {spec.divergence!r}, which the built extension does not have "
+            f"({', '.join(_INDEX)}); build it again, or fastkd.use_backend('reference')"
+        )
+    return (index, *spec[1:])
+
+
+def fused(
+    student: Tensor,
+    teacher: Tensor,
+    spec: LossSpec,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor | None,
+) -> Tensor:
+    n = student.shape[0] * student.shape[1]
+    out = student.new_empty(n, dtype=acc_dtype(student, teacher))
+    if n != 0:
+        _C.fused(*_fused(n, student, teacher, spec, keep, label, scale, factor, grad, out))
+    return out
+
+
+def fused_total(
+    student: Tensor,
+    teacher: Tensor,
+    spec: LossSpec,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor | None,
+) -> Tensor:
+    n = student.numel() // student.shape[-1]
+    # named until the call is over: `rows` may copy
+    s = student if student.dim() == 2 else rows(student)
+    t = teacher if teacher.dim() == 2 else rows(teacher)
+    g = grad if grad is None or grad.dim() == 2 else rows(grad)
+    out = torch.empty_like(_NUMBER[acc_dtype(student, teacher)])
+    _C.fused_total(*_fused(n, s, t, spec, keep, label, scale, factor, g, out))
+    return out
+
+
+def _fused(
+    n: int,
+    student: Tensor,
+    teacher: Tensor,
+    spec: LossSpec,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor | None,
+    out: Tensor,
+) -> tuple[Any, ...]:
+    """The arguments of the extension's functions."""
+    return (
+        out.dtype is torch.float64,
+        n,
+        _threads(n * spec.vocab),
+        _operand(student),
+        _operand(teacher),
+        _spec(spec),
+        _address(keep),
+        _address(label),
+        _address(scale),
+        factor,
+        _written(grad),
+        0 if grad is None else grad.shape[-1],
+        out.data_ptr(),
+    )
+
+
+def topk(
+    student: Tensor,
+    teacher: TopKRows,
+    spec: LossSpec,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor | None,
+) -> Tensor:
+    n = student.shape[0] * student.shape[1]
+    out = torch.empty(n, dtype=teacher.logprobs.dtype)
+    if n == 0:
+        return out
+    logprobs, indices, tail, restrict = teacher
+    _C.topk(
+        out.dtype is torch.float64,
+        n,
+        _threads(n * spec.vocab),
+        _operand(student),
+        (_read(logprobs), _read(indices), _address(tail), logprobs.shape[1], restrict),
+        divergences[spec.divergence].centre(spec.param),
+        _spec(spec),
+        _address(keep),
+        _address(label),
+        _address(scale),
+        factor,
+        _written(grad),
+        0 if grad is None else grad.shape[-1],
+        out.data_ptr(),
+    )
+    return out
+
+
+def stats(x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
+    a, b, _ = x.shape
+    n, acc = a * b, acc_dtype(x, x)
+    out = x.new_empty(n, 3, dtype=acc)
+    _C.stats(
+        acc == torch.float64,
+        n,
+        _threads(n * vocab),
+        _operand(x),
+        temperature,
+        vocab,
+        _address(keep),
+        out.data_ptr(),
+    )
+    return out
+
+
+def loss(
+    student: Tensor,
+    teacher: Tensor,
+    stats_s: Tensor,
+    stats_t: Tensor,
+    spec: LossSpec,
+    keep: Tensor | None,
+) -> Tensor:
+    a, b, _ = student.shape
+    n, acc = a * b, acc_dtype(student, teacher)
+    out = student.new_empty(n, 2, dtype=acc)
+    stats_s, stats_t = stats_s.to(acc).contiguous(), stats_t.to(acc).contiguous()
+    _C.loss(
+        acc == torch.float64,
+        n,
+        _threads(n * spec.vocab),
+        _operand(student),
+        _operand(teacher),
+        _spec(spec),
+        _read(stats_s),
+        _read(stats_t),
+        _address(keep),
+        out.data_ptr(),
+    )
+    return out
+
+
+def grad(
+    student: Tensor,
+    teacher: Tensor,
+    stats_s: Tensor,
+    stats_t: Tensor,
+    stats_hard: Tensor | None,
+    slope: Tensor,
+    spec: LossSpec,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor,
+) -> None:
+    a, b, _ = student.shape
+    n, acc = a * b, acc_dtype(student, teacher)
+    stats_s, stats_t = stats_s.to(acc).contiguous(), stats_t.to(acc).contiguous()
+    stats_hard = None if stats_hard is None else stats_hard.to(acc).contiguous()
+    slope = slope.to(acc).contiguous()
+    _C.grad(
+        acc == torch.float64,
+        n,
+        _threads(n * spec.vocab),
+        _operand(student),
+        _operand(teacher),
+        _spec(spec),
+        _read(stats_s),
+        _read(stats_t),
+        _address(stats_hard),
+        _read(slope),
+        _address(keep),
+        _address(label),
+        _address(scale),
+        factor,
+        _written(grad),
+        grad.size(-1),
+    )
+
+
+# float64s of a row in its first exchange, of an expectation or not, and its second: csrc/kernels.h
+_WEIGHED_SUMS, _SUMS, _RATES = 7, 6, 2
+# Bytes of exponentials that wait for exchanges, kept by the thread. They are beyond the L2 cache
+# from a few rows on and cost the same however many they are; what an exchange costs, half a
+# millisecond of a core with gloo, is shared by all of its rows.
+WAITING = 48 << 20
+_NOWHERE = (0, 0, 0, 0, 0)
+
+
+def staged(
+    student: Tensor,
+    teacher: Tensor,
+    spec: LossSpec,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor | None,
+    ranks: int,
+    rank: int,
+    widest: int,
+) -> Staged | None:
+    expectation = divergences[spec.divergence].expectation
+    kept = grad is not None or expectation is None
+    n = student.shape[0] * student.shape[1]
+    if acc_dtype(student, teacher) is not torch.float32 or widest > _C.most_columns:
+        return None
+    waiting = 2 if expectation else 3
+    # the same on every rank, also on one that wants no gradient
+    most = max(1, min(n, WAITING // (waiting * _C.slot(widest, True))))
+    together = -(-n // -(-n // most)) if n else 1  # in as many trips, evenly
+    floats = _WEIGHED_SUMS if expectation else _SUMS
+    out, redo = student.new_empty(n, dtype=torch.float32), student.new_empty(n, dtype=torch.bool)
+    slot = _C.slot(spec.vocab, kept)
+    memory = _C.scratch(waiting * together * slot)
+    if memory == 0:
+        raise MemoryError(f"group: no memory for {waiting * together * slot} bytes")
+    operands = (
+        (ranks, rank, _threads(min(together, n) * spec.vocab), n),
+        *(_operand(student), _operand(teacher), _spec(spec), _address(keep), _address(label)),
+        *(_address(scale), factor, _written(grad)),
+        *(0 if grad is None else grad.shape[-1], out.data_ptr(), redo.data_ptr()),
+    )
+    begun: dict[int, Tensor] = {}
+
+    def begin(start: int) -> tuple[int, int, int, int, int]:
+        if start >= n:
+            return _NOWHERE
+        size = min(together, n - start)
+        begun[start] = out.new_empty(size, floats, dtype=torch.float64)
+        return start, size, begun[start].data_ptr(), 0, 0
+
+    def trip(start: int) -> Generator[Tensor, Tensor, None]:
+        held = (keep, label, scale)  # named until the last stage is over
+        own = memory + start // together % waiting * together * slot
+        if start not in begun:
+            _C.stage(0, *operands, own, begin(start), _NOWHERE)
+        sent = begun.pop(start)
+        size = sent.shape[0]
+        sums, rates = (yield sent), None
+        if expectation is None:
+            sent = out.new_empty(size, _RATES, dtype=torch.float64)
+            some = start, size, sent.data_ptr(), _read(sums), 0
+            _C.stage(1, *operands, own, some, _NOWHERE)
+            rates = yield sent
+        some = start, size, 0, _read(sums), _address(rates)
+        _C.stage(2, *operands, own, some, begin(start + waiting * together))
+        del held
+
+    return Staged(out, redo, (trip(start) for start in range(0, n, together)), waiting)
+
+
+def count(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor | None, Tensor, int, int]:
+    """(keep or None where all are kept, label, rows kept, first row out of range or -1)."""
+    label = labels if labels.dim() == 1 else labels.reshape(-1)
+    if label.dtype is not torch.int64 or not label.is_contiguous():
+        label = label.to(torch.int64).contiguous()
+    n, keep = label.shape[0], None
+    wrong, kept = _C.count(n, _read(label), ignore_index, vocab, 0)
+    if kept != n and wrong < 0:
+        keep = label.new_empty(n, dtype=torch.bool)
+        _C.count(n, _read(label), ignore_index, vocab, keep.data_ptr())
+    return keep, label, kept, wrong
+
+
+FAULTS = ("", "index", "twice", "value")  # by the extension's numbers
+
+
+def admit(
+    logprobs: Tensor, indices: Tensor, keep: Tensor | None, vocab: int
+) -> tuple[str, int, int]:
+    """(fault, row, place) of the first kept row that is no teacher's, or ("", -1, -1)."""
+    n, k = logprobs.shape
+    fault, row, place = _C.admit(
+        logprobs.dtype is torch.float64,
+        n,
+        k,
+        _read(logprobs),
+        _read(indices),
+        _address(keep),
+        vocab,
+    )
+    return FAULTS[fault], row, place
+
+
+def weigh(keep: Tensor | None, weight: Tensor, mean: bool, acc: torch.dtype) -> Tensor:
+    """scale [N]: weight where kept, divided by its sum for the mean."""
+    by = weight.detach().resolve_neg().reshape(-1).to(acc).contiguous()
+    scale = torch.empty_like(by)
+    _C.weigh(
+        acc == torch.float64,
+        by.numel(),
+        _address(keep),
+        _read(by),
+        mean,
+        scale.data_ptr(),
+    )
+    return scale
+
+
+def total(loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
+    out = torch.empty_like(_NUMBER[loss.dtype])
+    wide = loss.dtype == torch.float64
+    _C.total(wide, _read(loss), _address(scale), factor, loss.numel(), out.data_ptr())
+    return out
+
+
+def empty_gradient(like: Tensor) -> Tensor:
+    return buffer_pool.empty(like)
+
+
+def multiply(grad: Tensor, by: Tensor) -> None:
+    if float(by) == 1.0:  # on the host a look costs less than the call
+        return
+    by, x = by.resolve_neg(), rows(grad)
+    a, b, width = x.shape
+    _C.multiply(
+        _written(x),
+        a * b,
+        width,
+        _threads(x.numel()),
+        by.dtype == torch.float64,
+        _read(by),
+    )
+
+
+def exp2(x: Tensor) -> Tensor:
+    """2^x elementwise with the running instruction set; contiguous float32, x <= 1."""
+    out = torch.empty_like(x)
+    _C.exp2(_read(x), out.data_ptr(), x.numel())
+    return out
+
+
+def log(x: Tensor) -> Tensor:
+    """log x elementwise with the running instruction set; contiguous float32, x > 0."""
+    out = torch.empty_like(x)
+    _C.log(_read(x), out.data_ptr(), x.numel())
+    return out

@@ -1,0 +1,21 @@
+"""The passes in Triton, for CUDA, HIP and XPU tensors (CPU tensors through its interpreter)."""
+
+try:
+    import triton  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "Triton is not installed; it comes with torch on Linux, or by pip install triton"
+    ) from error
+
+from fastkd.backends.gpu.launch import (
+    empty_gradient,
+    fused,
+    grad,
+    loss,
+    multiply,
+    stats,
+    topk,
+    total,
+)
+
+__all__ = ["empty_gradient", "fused", "grad", "loss", "multiply", "stats", "topk", "total"]

@@ -1,0 +1,445 @@
+"""The passes of `fastkd.backends.base.Passes` on the row kernels: shapes in, launches out."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkd.backends.base import LossSpec, TopKRows, acc_dtype, interpreted, on_host, rows
+from fastkd.backends.gpu import cooperative, split_rows
+from fastkd.backends.gpu import divergence as pairs
+from fastkd.backends.gpu import rows as kernels
+from fastkd.backends.gpu import topk as stored
+from fastkd.backends.gpu.tune import BYTES_PER_LOAD, OF_PROCESSOR, Tile, registers, tile
+from fastkd.divergence import divergences
+
+LOG2E = 1.0 / math.log(2.0)
+TOTAL_BLOCK = 1024
+MOST_POINTS = 128  # named columns at a time
+LAST = 2**31 - 1  # above every column
+# Rows of fewer tiles keep their columns in the same lanes wherever they start, and so their bits:
+# most of their time is not in a loop that wider loads would shorten
+SHIFTED_TILES = 2
+# A contracted product rounds where its twin on the other side does not, and identical logits must
+# cancel exactly. The formulas stand it too (`sweeps.pair`); this keeps every target on one result.
+PINNED = {"enable_fp_fusion": False}
+
+if interpreted():
+    from fastkd.backends.gpu.interpreter_fixes import repair
+
+    repair()
+
+_ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+class Card(NamedTuple):
+    arch: str  # as in `tune.TABLE`
+    warp: int  # threads of a warp
+
+
+@cache
+def card(device: torch.device) -> Card:
+    """What a device is, asked for once."""
+    if on_host(device):  # through the interpreter
+        return Card("default", 32)
+    with torch.get_device_module(device).device(device):
+        target = triton.runtime.driver.active.get_current_target()
+    arch = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+    return Card(arch.partition(":")[0], int(target.warp_size))
+
+
+def launch(
+    kernel: Any, programs: int, args: dict[str, Any], threads: int, device: torch.device
+) -> None:
+    """Runs a kernel on a device; the only place that does.
+
+    args: by name, and options of Triton: `num_ctas` where a program is a cluster of blocks
+        (`_tile`), `maxnreg` (`_registers`).
+
+    Raises:
+        RuntimeError: Triton could not compile or start it. Nothing falls back in silence.
+    """
+    try:
+        on_cpu = on_host(device)
+        with nullcontext() if on_cpu else torch.get_device_module(device).device(device):
+            warps = max(1, threads // card(device).warp)
+            kernel[(programs,)](**args, num_warps=warps, **PINNED)
+    except Exception as error:
+        constants = {k: v for k, v in args.items() if k.isupper()}
+        raise RuntimeError(
+            f"fastkd: {kernel.__name__} could not be compiled or launched on {device} by Triton "
+            f"{triton.__version__} with {constants}: {error}; "
+            "fastkd.use_backend('reference') runs the same loss in plain torch"
+        ) from error
+
+
+def _divergence(spec: LossSpec) -> Any:
+    pair = getattr(pairs, spec.divergence, None)
+    if pair is None:
+        raise NotImplementedError(
+            f"divergence: got {spec.divergence!r}, which has no function in "
+            "fastkd.backends.gpu.divergence; expected one under that name, or "
+            "fastkd.use_backend('reference')"
+        )
+    return pair
+
+
+def _place(suffix: str, x: Tensor) -> dict[str, int]:
+    """Where the rows of x [A, B, V] lie."""
+    return {
+        f"per_{suffix}": x.size(1),
+        f"outer_{suffix}": x.stride(0),
+        f"inner_{suffix}": x.stride(1),
+    }
+
+
+def _vector(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _tile(
+    vocab: int, *operands: Tensor | None, cluster: bool = True
+) -> tuple[Tile, dict[str, int]]:
+    """The tile of rows, and what of it a launch's arguments take."""
+    there = [x for x in operands if x is not None]
+    itemsize = max(x.element_size() for x in there)
+    size = tile(vocab, itemsize, card(there[0].device).arch, cluster)
+    lanes = {"LANES": size.lanes, "GROUP": size.group}
+    return size, lanes if size.ctas == 1 else {**lanes, "num_ctas": size.ctas}
+
+
+def _steps(x: Tensor, group: int) -> tuple[int, int, int]:
+    """How the rows of x [A, B, V] move against groups of columns: (B, outer, inner), reduced."""
+    (a, b, _), (outer, inner, _) = x.shape, x.stride()
+    if a == 1 or b == 1 or (outer - b * inner) % group == 0:
+        step = outer if b == 1 else inner
+        return 1, 0 if a * b == 1 else step % group, 0
+    return b, outer % group, inner % group
+
+
+def _shift(vocab: int, size: Tile, *operands: Tensor) -> int | None:
+    """`_skew` of rows that are wide enough for it to pay."""
+    wide = vocab >= SHIFTED_TILES * size.lanes * size.group
+    return _skew(size.group, *operands) if wide else None
+
+
+def _skew(group: int, *operands: Tensor) -> int | None:
+    """Columns from a 16-byte boundary to the first row, for `sweeps.row_at`.
+
+    None where all rows start on one, or where operands differ in how theirs do: a program reads
+    its row of all operands in the same groups of columns. Where a row starts then decides which
+    columns share a lane, and its sums may round otherwise than those of an aligned copy.
+    """
+    first, size = operands[0], operands[0].element_size()
+    skew, steps = first.data_ptr() % BYTES_PER_LOAD // size, _steps(first, group)
+    if skew == 0 and steps[1:] == (0, 0):
+        return None
+    for x in operands:
+        alike = x.element_size() == size and _steps(x, group) == steps
+        # before its storage begins there is no tensor to name
+        if not alike or x.data_ptr() % BYTES_PER_LOAD != skew * size or x.storage_offset() < skew:
+            return None
+    return skew
+
+
+def _back(x: Tensor, skew: int | None) -> Tensor:
+    """The memory of x from the boundary below it, which makes an aligned pointer of it."""
+    return x if not skew else x.as_strided((1,), (1,), x.storage_offset() - skew)
+
+
+def _scales(spec: LossSpec) -> dict[str, float]:
+    return {
+        "exponent": LOG2E / spec.temperature,
+        "inverse": 1.0 / spec.temperature,
+        "param": spec.param,
+    }
+
+
+def _weights(spec: LossSpec, factor: float) -> dict[str, float]:
+    return {
+        "soft": spec.soft,
+        "hard": spec.hard,
+        "sure": 1.0 - spec.smoothing,
+        "spread": spec.smoothing / spec.classes,
+        "factor": factor,
+    }
+
+
+def fused(
+    student: Tensor,
+    teacher: Tensor,
+    spec: LossSpec,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor | None,
+) -> Tensor:
+    acc = acc_dtype(student, teacher)
+    n = student.size(0) * student.size(1)
+    loss = torch.empty(n, dtype=acc, device=student.device)
+    if n == 0:
+        return loss
+    label = label if spec.hard != 0.0 else None
+    size, lanes = _tile(spec.vocab, student, teacher, grad)
+    skew = _shift(spec.vocab, size, student, teacher, student if grad is None else grad)
+    args = {
+        **dict(student=_back(student, skew), teacher=_back(teacher, skew)),
+        **dict(grad=None if grad is None else _back(grad, skew), skew=skew, loss=loss),
+        **dict(keep=_vector(keep), label=_vector(label), scale=_vector(scale)),
+        **dict(vocab=spec.vocab, classes=spec.classes),
+        "width": spec.vocab if grad is None else grad.size(2),
+        **_place("s", student),
+        **_place("t", teacher),
+        **_place("g", student if grad is None else grad),
+        **_scales(spec),
+        **_weights(spec, factor),
+        "DIVERGENCE": _divergence(spec),
+        "EXPECTATION": divergences[spec.divergence].expectation or "none",
+        "UNIT": label is not None and spec.temperature != 1.0,
+        "SMOOTH": label is not None and spec.smoothing != 0.0,
+        "ACC": _ACC[acc],
+        **lanes,
+    }
+    row_bytes = spec.vocab * (student.element_size() + teacher.element_size())
+    columns = size.lanes * size.group
+    # a cluster is another way to the same end; the pattern of MISSING is that of a float32
+    none, arch = size.ctas > 1 or acc == torch.float64, card(student.device).arch
+    light = skew is None and (label is None or args["EXPECTATION"] != "none")
+    most = registers(arch, size.threads, light)
+    holds = None if none else cooperative.capacity(student.device, arch)
+    resident = OF_PROCESSOR // ((most or 64) * size.threads)
+    parts = cooperative.parts(n, spec.vocab, row_bytes, columns, resident, holds)
+    if parts > 1 and _in_teams(args, n, parts, size.threads, most):
+        return loss
+    parts = split_rows.parts(n, spec.vocab, columns, split_rows.processors(student.device))
+    if parts > 1:
+        _in_parts(args, n, parts, size.threads)
+    else:
+        # of aligned rows ptxas takes no more than lets three or four programs be resident
+        args |= {} if skew is None else _registers(most)
+        launch(kernels.fused_kernel, n, args, size.threads, student.device)
+    return loss
+
+
+def _registers(most: int | None) -> dict[str, int]:
+    """Triton's option of `tune.registers`."""
+    return {} if most is None else {"maxnreg": most}
+
+
+def _in_teams(args: dict[str, Any], n: int, parts: int, threads: int, most: int | None) -> bool:
+    """`fused` by teams of programs; False where the device has refused."""
+    loss = args["loss"]
+    counts = 1, n * parts * split_rows.LEFT.value, n * parts * cooperative.SUMS.value
+    unknown = torch.full(
+        (sum(counts),), cooperative.MISSING.value, dtype=torch.int32, device=loss.device
+    )
+    ticket, partial, sums = unknown.split(counts)
+    args = {
+        **args,
+        **dict(ticket=ticket, partial=partial.view(loss.dtype), sums=sums.view(loss.dtype)),
+        **dict(
+            parts=parts,
+            PARTS=cooperative.MOST,
+            SPAN=max(threads, split_rows.LEFT.value * cooperative.MOST),
+        ),
+        **_registers(most),
+    }
+    try:
+        launch(cooperative.team_kernel, n * parts, args, threads, loss.device)
+    except RuntimeError as error:
+        cooperative.refuse(loss.device, error)
+        return False
+    return True
+
+
+def _in_parts(args: dict[str, Any], n: int, parts: int, threads: int) -> None:
+    """`fused` with several programs to a row."""
+    loss, grad, by_pairs = args["loss"], args["grad"], args["EXPECTATION"] == "none"
+    args = {
+        **args,
+        **dict(parts=parts, PARTS=split_rows.MOST),
+        "partial": loss.new_empty(n, split_rows.LEFT.value, parts),
+        "sums": loss.new_empty(n, 2, parts) if by_pairs else None,
+        "constants": None if grad is None else loss.new_empty(n, 6),
+    }
+    steps = [
+        (split_rows.part_kernel, n * parts, True),
+        (split_rows.pairs_kernel, n * parts, by_pairs),
+        (split_rows.finish_kernel, n, True),
+        (split_rows.grad_part_kernel, n * parts, grad is not None),
+    ]
+    for kernel, programs, needed in steps:
+        if needed:
+            own = {name: args[name] for name in kernel.arg_names}
+            launch(kernel, programs, own, threads, loss.device)
+
+
+def topk(
+    student: Tensor,
+    teacher: TopKRows,
+    spec: LossSpec,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor | None,
+) -> Tensor:
+    logprobs, indices, tail, restrict = teacher
+    acc, (n, count) = logprobs.dtype, logprobs.shape
+    loss = torch.empty(n, dtype=acc, device=student.device)
+    if n == 0:
+        return loss
+    label = label if spec.hard != 0.0 else None
+    # its barrier holds back one block only, and blocks write into each other's columns
+    size, lanes = _tile(spec.vocab, student, grad, cluster=False)
+    indices = indices.to(torch.int32)
+    past = torch.where(indices < 0, LAST, indices).sort(-1).values
+    args = {
+        **dict(student=student, grad=grad, logprobs=logprobs, indices=indices),
+        **dict(order=torch.nn.functional.pad(past, (0, 1), value=LAST)),
+        "named": None if grad is None else torch.empty_like(logprobs),
+        **dict(tail=tail, loss=loss),
+        **dict(keep=_vector(keep), label=_vector(label), scale=_vector(scale)),
+        **dict(vocab=spec.vocab, classes=spec.classes, count=count),
+        "width": spec.vocab if grad is None else grad.size(2),
+        **_place("s", student),
+        **_place("g", student if grad is None else grad),
+        **_scales(spec),
+        **_weights(spec, factor),
+        "centre": divergences[spec.divergence].centre(spec.param),
+        "DIVERGENCE": _divergence(spec),
+        "RESTRICT": restrict,
+        "UNIT": label is not None and spec.temperature != 1.0,
+        "SMOOTH": label is not None and spec.smoothing != 0.0,
+        "POINTS": min(MOST_POINTS, triton.next_power_of_2(count)),
+        "ACC": _ACC[acc],
+        **lanes,
+    }
+    launch(stored.topk_kernel, n, args, size.threads, student.device)
+    return loss
+
+
+def stats(x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
+    acc = acc_dtype(x, x)
+    n = x.size(0) * x.size(1)
+    out = torch.empty(n, 3, dtype=acc, device=x.device)
+    if n == 0:
+        return out
+    size, lanes = _tile(vocab, x)
+    skew = _shift(vocab, size, x)
+    args = {
+        **dict(x=_back(x, skew), stats=out, keep=_vector(keep), vocab=vocab, skew=skew),
+        **dict(per=x.size(1), outer=x.stride(0), inner=x.stride(1)),
+        "exponent": LOG2E / temperature,
+        "ACC": _ACC[acc],
+        **lanes,
+    }
+    launch(kernels.stats_kernel, n, args, size.threads, x.device)
+    return out
+
+
+def loss(
+    student: Tensor,
+    teacher: Tensor,
+    stats_s: Tensor,
+    stats_t: Tensor,
+    spec: LossSpec,
+    keep: Tensor | None,
+) -> Tensor:
+    acc = acc_dtype(student, teacher)
+    n = student.size(0) * student.size(1)
+    out = torch.empty(n, 2, dtype=acc, device=student.device)
+    if n == 0:
+        return out
+    size, lanes = _tile(spec.vocab, student, teacher)
+    skew = _shift(spec.vocab, size, student, teacher)
+    args = {
+        **dict(student=_back(student, skew), teacher=_back(teacher, skew), skew=skew),
+        **dict(stats_s=stats_s.contiguous(), stats_t=stats_t.contiguous()),
+        **dict(loss=out, keep=_vector(keep), vocab=spec.vocab),
+        **_place("s", student),
+        **_place("t", teacher),
+        **_scales(spec),
+        "DIVERGENCE": _divergence(spec),
+        "ACC": _ACC[acc],
+        **lanes,
+    }
+    launch(kernels.loss_kernel, n, args, size.threads, student.device)
+    return out
+
+
+def grad(
+    student: Tensor,
+    teacher: Tensor,
+    stats_s: Tensor,
+    stats_t: Tensor,
+    stats_hard: Tensor | None,
+    slope: Tensor,
+    spec: LossSpec,
+    keep: Tensor | None,
+    label: Tensor | None,
+    scale: Tensor | None,
+    factor: float,
+    grad: Tensor,
+) -> None:
+    n = student.size(0) * student.size(1)
+    if n == 0:
+        return
+    if spec.hard == 0.0:
+        label = stats_hard = None
+    size, lanes = _tile(spec.vocab, student, teacher, grad)
+    skew = _shift(spec.vocab, size, student, teacher, grad)
+    args = {
+        **dict(student=_back(student, skew), teacher=_back(teacher, skew)),
+        **dict(grad=_back(grad, skew), skew=skew),
+        **dict(stats_s=stats_s.contiguous(), stats_t=stats_t.contiguous()),
+        **dict(stats_hard=_vector(stats_hard), slope=slope.contiguous()),
+        **dict(keep=_vector(keep), label=_vector(label), scale=_vector(scale)),
+        **dict(vocab=spec.vocab, width=grad.size(2)),
+        **_place("s", student),
+        **_place("t", teacher),
+        **_place("g", grad),
+        **_scales(spec),
+        **_weights(spec, factor),
+        "DIVERGENCE": _divergence(spec),
+        "UNIT": label is not None and spec.temperature != 1.0,
+        "ACC": _ACC[acc_dtype(student, teacher)],
+        **lanes,
+    }
+    launch(kernels.grad_kernel, n, args, size.threads, student.device)
+
+
+def total(loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
+    out = torch.empty((), dtype=loss.dtype, device=loss.device)
+    args = {
+        **dict(loss=loss.contiguous(), scale=_vector(scale), out=out, n=loss.numel()),
+        **dict(factor=factor, BLOCK=TOTAL_BLOCK),
+    }
+    launch(kernels.total_kernel, 1, args, 256, loss.device)
+    return out
+
+
+def empty_gradient(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def multiply(grad: Tensor, by: Tensor) -> None:
+    flat = rows(grad)
+    if flat.data_ptr() != grad.data_ptr() or grad.numel() == 0:
+        grad.mul_(by)  # three or more strides that do not merge: `rows` has made a copy
+        return
+    size, lanes = _tile(flat.size(2), grad)
+    args = {
+        **dict(grad=flat, by=by, width=flat.size(2)),
+        **dict(per=flat.size(1), outer=flat.stride(0), inner=flat.stride(1)),
+        **lanes,
+    }
+    launch(kernels.multiply_kernel, flat.size(0) * flat.size(1), args, size.threads, grad.device)

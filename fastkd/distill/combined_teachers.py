@@ -1,0 +1,224 @@
+"""Teachers made of others: several as one, peers that learn, and whatever a user may give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from .batch import Batch, Outputs, forward, unwrap
+from .distributed import Ranks
+from .hooks import Taps
+from .teachers import Called, FromBatch, Live, Stored, Teacher
+from .terms import Objective
+
+
+class Peer(Teacher):
+    """A model that learns while it teaches: its loss has the student as its teacher.
+
+    Its gradients are not scaled: with amp, bfloat16 suits it and float16 does not. Where several
+    ranks train the student, they train the peer too, which must begin alike on all of them.
+
+    Args:
+        model: module; trains in train mode.
+        loss: as the trainer's, with the peer as student and the student as teacher.
+        optimizer: over the peer's parameters; None makes AdamW at `lr`.
+        lr: learning rate of the AdamW made here.
+
+    Paper: Zhang et al. 2018, deep mutual learning, arXiv 1706.00384.
+    """
+
+    reads_batch = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Any,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        lr: float = 1e-3,
+    ) -> None:
+        self.model, self.objective = model, Objective(loss)
+        self.models = [model, self.objective.modules]
+        self.student_taps = self.objective.teacher_taps
+        learnt = [p for m in self.models for p in m.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(learnt, lr=lr) if optimizer is None else optimizer
+        self._taps = Taps(model, ())
+        self._mine: Outputs | None = None
+
+    def begin(self) -> None:
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def tapped(self, names: tuple[str, ...]) -> Iterator[None]:
+        with Taps(self.model, (*names, *self.objective.student_taps)) as self._taps:
+            yield
+        self._taps = Taps(self.model, ())
+
+    def __call__(self, batch: Batch) -> Outputs:
+        inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
+        self._mine = Outputs(forward(self.model, inputs), self._taps.take(), role="teacher")
+        return self._mine.detach()
+
+    def follow(self, student: Outputs, batch: Batch) -> None:
+        assert self._mine is not None
+        value, _ = self.objective(self._mine, student.detach(), batch)
+        with torch.autocast(value.device.type, enabled=False):  # backward has its own dtypes
+            value.backward()
+        self._mine = None
+
+    def step(self, student: nn.Module) -> None:
+        ranks = Ranks(student)
+        for model in self.models:
+            if Ranks(model).size == 1:  # else its own wrapper has done it
+                ranks.average_gradients(model)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": unwrap(self.model).state_dict(),
+            "modules": self.objective.modules.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        unwrap(self.model).load_state_dict(state["model"])
+        self.objective.modules.load_state_dict(state["modules"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def identity(self) -> Any:
+        return ["Peer", type(unwrap(self.model)).__name__]
+
+
+class Several(Teacher):
+    """Several teachers as one: the weighted mean of their logits, or of their probabilities.
+
+        logits = sum_i w_i t_i                               (temperature None)
+        logits = T log sum_i w_i softmax(t_i / T)            (softmax(logits / T) is the mean)
+
+    Each one's own outputs are in `Outputs.members`. A `Peer` among them learns from the mean over
+    the student and the other members. Taps are named "0.layer" for the first one's "layer".
+
+    Args:
+        teachers: modules or sources.
+        weights: one non-negative number each, scaled to sum to 1; None for equal ones.
+        temperature: of the mean of probabilities; None for the mean of logits.
+
+    Paper: You et al. 2017, learning from multiple teacher networks.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[Any],
+        weights: Sequence[float] | None = None,
+        *,
+        temperature: float | None = None,
+    ) -> None:
+        if not teachers:
+            raise ValueError("teachers: got none, expected one or more")
+        self.members = [source(teacher) for teacher in teachers]
+        weights = [1.0] * len(teachers) if weights is None else list(weights)
+        if len(weights) != len(teachers) or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(
+                f"weights: got {weights}, expected {len(teachers)} numbers >= 0, not all 0"
+            )
+        self.weights = [w / sum(weights) for w in weights]
+        self.temperature = temperature
+        self.models = [model for member in self.members for model in member.models]
+        self.student_taps = tuple(tap for member in self.members for tap in member.student_taps)
+        self.reads_batch = any(member.reads_batch for member in self.members)
+        self._said: list[Outputs] = []
+
+    def beside(self, student: nn.Module) -> None:
+        peers = [m for member in self.members if isinstance(member, Peer) for m in member.models]
+        for member in self.members:
+            member.beside(nn.ModuleList([student, *peers]))
+
+    def begin(self) -> None:  # what a frozen one shares with a peer is in the peer's mode
+        for member in sorted(self.members, key=lambda member: isinstance(member, Peer)):
+            member.begin()
+
+    @contextmanager
+    def tapped(self, names: tuple[str, ...]) -> Iterator[None]:
+        places = [name.partition(".") for name in names]
+        known = [str(at) for at in range(len(self.members))]
+        if wrong := [head + dot + rest for head, dot, rest in places if head not in known]:
+            raise ValueError(
+                f"tap: got {wrong} of {len(known)} teachers, expected a number in front: '0.layer'"
+            )
+        with ExitStack() as stack:
+            for at, member in enumerate(self.members):
+                mine = tuple(rest for head, _, rest in places if head == str(at))
+                stack.enter_context(member.tapped(mine))
+            yield
+
+    def __call__(self, batch: Batch) -> Outputs:
+        self._said = [member(batch) for member in self.members]
+        return self._mean(self._said, self.weights)
+
+    def follow(self, student: Outputs, batch: Batch) -> None:
+        for at, member in enumerate(self.members):
+            if type(member).follow is Teacher.follow:
+                continue  # does not learn: a student of several heads has no logits to average
+            others = [student.detach(), *(o for i, o in enumerate(self._said) if i != at)]
+            member.follow(self._mean(others, [1 / len(others)] * len(others)), batch)
+
+    def step(self, student: nn.Module) -> None:
+        for member in self.members:
+            member.step(student)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(at): member.state_dict() for at, member in enumerate(self.members)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for at, member in enumerate(self.members):
+            member.load_state_dict(state[str(at)])
+
+    def identity(self) -> Any:
+        pairs = zip(self.members, self.weights, strict=True)
+        return [self.temperature, [[member.identity(), w] for member, w in pairs]]
+
+    def _mean(self, said: list[Outputs], weights: list[float]) -> Outputs:
+        T, logits = self.temperature, [outputs.logits for outputs in said]
+        shapes = [list(x.shape) for x in logits if isinstance(x, Tensor)]
+        if any(shape != shapes[0] for shape in shapes):
+            raise ValueError(
+                f"teachers: got logits {shapes}, expected equal shapes: the same classes in "
+                "the same order"
+            )
+        if T is None:
+            mean = sum(w * x for w, x in zip(weights, logits, strict=True))
+        else:
+            log_p = torch.stack([F.log_softmax(x.float() / T, -1) for x in logits])
+            log_w = torch.tensor(weights, device=log_p.device).log()
+            mean = T * (log_p + log_w.view(-1, *[1] * (log_p.dim() - 1))).logsumexp(0)
+        features = {f"{i}.{k}": v for i, o in enumerate(said) for k, v in o.features.items()}
+        return Outputs(mean, features, tuple(said))
+
+
+def source(teacher: Any) -> Teacher:
+    """A `Teacher` of what a user may give: a module, several, a function, a cache, or None."""
+    if isinstance(teacher, Teacher):
+        return teacher
+    if teacher is None:
+        return FromBatch()
+    if isinstance(teacher, nn.Module):
+        return Live(teacher)
+    if isinstance(teacher, Dataset):
+        return Stored(teacher)
+    if isinstance(teacher, (list, tuple)):
+        return Several(teacher)
+    if callable(teacher):
+        return Called(teacher)
+    got = type(teacher).__name__
+    raise TypeError(
+        f"teacher: got {got}, expected a module, a list of them, a function, a cache's Reader or "
+        "a Teacher"
+    )

@@ -1,0 +1,180 @@
+"""Files that appear complete or not at all: safetensors with JSON in the header."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .batch import bare_names
+from .distributed import whole
+from .sharded_checkpoint import placed_like
+
+WRAPPER = "module."  # DataParallel's and DistributedDataParallel's, in front of every name
+# what pip calls the module of another name
+PACKAGES = {"sklearn": "scikit-learn"}
+# what the module imports once it is called
+LATE = {"safetensors.torch": ("numpy",)}
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], metadata: Any = None) -> None:
+    """Write a model's state as safetensors, with `metadata` as JSON in its header.
+
+    The file appears complete or not at all; one that was there stays until then. Names are those of
+    the bare model, whatever wraps it or a part of it (torch.compile, DataParallel,
+    DistributedDataParallel). Of one in shards (`fully_shard`) whole tensors are written, for which
+    all ranks have to call.
+
+    Args:
+        model: module whose state dict holds tensors only; tied weights are written once per name.
+        path: file to write, in an existing folder.
+        metadata: anything JSON can hold (NaN and infinity it cannot).
+
+    Raises:
+        TypeError, ValueError: metadata or a state that the format cannot hold.
+    """
+    state = model.state_dict()
+    names = bare_names(model, state)
+    save_state({names[name]: whole(x) for name, x in state.items()}, path, metadata)
+
+
+def save_state(state: Mapping[str, Any], path: str | os.PathLike[str], metadata: Any) -> None:
+    """`save` of a state dict."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"model: got {type(value).__name__} as {name!r}, expected a tensor")
+        if value.is_quantized:
+            raise TypeError(f"model: got {value.dtype} as {name!r}, which safetensors cannot hold")
+    write(path, state, metadata, "save")
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> Any:
+    """Read a safetensors file into `model` and return its metadata (None in a file not by `save`).
+
+    Args:
+        model: module with exactly the names and shapes of the file, wrapped or not, as the one that
+            was saved may have been; keeps its dtypes, its device and its shards.
+        path: file to read.
+
+    Raises:
+        ValueError: names or shapes differ (a prefix of all names is named); the model is untouched
+            then.
+    """
+    state, metadata = read(path, "load")
+    ours = model.state_dict()
+    names = bare_names(model, ours)
+    wanted = {names[name]: x for name, x in ours.items()}
+    if state.keys() != wanted.keys():  # of a model some parts of which were compiled
+        state = {name.replace("_orig_mod.", ""): x for name, x in state.items()}
+    while state and not state.keys() & wanted.keys():
+        if not all(name.startswith(WRAPPER) for name in state):
+            break
+        state = {name.removeprefix(WRAPPER): x for name, x in state.items()}
+    _same_prefix(state, wanted, path)
+    same_shapes(state, wanted, f"path: got {path} with")
+    model.load_state_dict({name: placed_like(state[names[name]], x) for name, x in ours.items()})
+    return metadata
+
+
+def _same_prefix(
+    theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], path: str | os.PathLike[str]
+) -> None:
+    """ValueError where all names of one side are those of the other behind a prefix."""
+    for longer, shorter, mine in ((theirs, ours, False), (ours, theirs, True)):
+        one = next(iter(shorter), None)
+        if one is None or len(longer) != len(shorter):
+            return
+        for name in longer:
+            prefix = name.removesuffix(one)
+            if prefix == name or not prefix or {prefix + x for x in shorter} != longer.keys():
+                continue
+            got, wanted = (one, name) if mine else (name, one)
+            part = prefix.removesuffix(".")
+            hint = (
+                f"load into its part {part!r}"
+                if mine
+                else f"load into a module with it as {part!r}"
+            )
+            where = "the model's" if mine else "the file's"
+            raise ValueError(
+                f"path: got {path} with {got!r}, expected {wanted!r}: all of {where} names begin "
+                f"with {prefix!r}; load into {hint}"
+            )
+
+
+def same_shapes(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], got: str) -> None:
+    """ValueError, beginning with `got`, at the first name or shape that differs."""
+    shapes = [
+        {name: tuple(getattr(x, "shape", ())) for name, x in side.items()}
+        for side in (theirs, ours)
+    ]
+    for name in sorted(shapes[0] | shapes[1]):
+        if (there := shapes[0].get(name)) != (here := shapes[1].get(name)):
+            raise ValueError(f"{got} {name!r} of shape {there}, expected {here}")
+
+
+def write(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Any, user: str
+) -> None:
+    """Tensors and JSON under a temporary name, flushed to the disk, then renamed."""
+    header = {"format": "pt", "fastkd": json.dumps(metadata, allow_nan=False)}
+    # copies: safetensors takes no two tensors of one storage, such as tied weights
+    state = {n: x.detach().to("cpu", copy=True).contiguous() for n, x in tensors.items()}
+    part = Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(4)}.tmp")
+    try:
+        part.touch()
+        mode = part.stat().st_mode
+        needed("safetensors.torch", user).save_file(state, part, metadata=header)
+        part.chmod(mode)  # safetensors may make the file its owner's alone, whatever the umask
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())  # else a power cut may keep the new name and lose the bytes
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read(path: str | os.PathLike[str], user: str) -> tuple[dict[str, Tensor], Any]:
+    """What `write` wrote: tensors and metadata (None in another's file)."""
+    with needed("safetensors", user).safe_open(path, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}
+        header = file.metadata() or {}
+    return state, json.loads(header.get("fastkd", "null"))
+
+
+def needed(module: str, user: str, extra: str = "train") -> Any:
+    """An optional module, or an ImportError that names what needs it and how to get it."""
+    try:
+        found = importlib.import_module(module)
+        for late in LATE.get(module, ()):
+            importlib.import_module(late)
+        return found
+    except ImportError as error:
+        raise ImportError(absent(module, user, extra, error)) from error
+
+
+def absent(module: str, user: str, extra: str, error: ImportError | None = None) -> str:
+    """What is said where an optional module does not import.
+
+    fastkd is on no package index: its extras are installed from its checkout.
+    """
+    package, why = module.partition(".")[0], ""
+    if error is not None and error.name not in (module, package):
+        why = f" ({error})"  # it is there, and what it imports is not
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            package = error.name.partition(".")[0]
+    return (
+        f"{user} needs {module}{why}: pip install '.[{extra}]' in fastkd's checkout, or "
+        f"pip install {PACKAGES.get(package, package)}"
+    )
+
+
+def array(x: Tensor, user: str) -> Any:
+    """The NumPy array of a tensor's memory; without NumPy, the ImportError of `needed`."""
+    needed("numpy", user)
+    return x.numpy()

@@ -1,0 +1,165 @@
+"""What a run says once, as a warning, of what would otherwise be silent."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .batch import IGNORED, Batch, Outputs, unwrap
+from .logging import Step
+from .teachers import Called, FromBatch, Stored, Teacher
+from .terms import Objective
+
+READ = frozenset(("raw", "logits", "features", "members"))
+
+
+class _Watched(Outputs):
+    """Outputs that note whether anybody reads them."""
+
+    __slots__ = ("noted",)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in READ:
+            object.__setattr__(self, "noted", True)
+        return object.__getattribute__(self, name)
+
+
+class Remarks:
+    """Looks at the first step, and at the losses of the first epoch; later it costs nothing.
+
+    Args:
+        student, teacher, objective: of the run.
+    """
+
+    def __init__(self, student: nn.Module, teacher: Teacher, objective: Objective) -> None:
+        self.student, self.teacher, self.objective = student, teacher, objective
+        self._watching, self._seen, self._first = True, False, True
+        self._width = 0
+
+    def watched(self, student: Outputs, teacher: Outputs, batch: Batch) -> Outputs:
+        """The teacher's outputs for the terms; ValueError for weights in a teacher's place."""
+        # without a role: a student without logits, of several heads, is the terms' business
+        logits = Outputs(student.raw).logits
+        _no_weights(logits, batch.teacher)
+        if not self._watching:
+            return teacher
+        if self._first:
+            self._first = False
+            shape: tuple[int, ...] = getattr(logits, "shape", ())
+            self._width = shape[-1] if len(shape) else 0
+            _copies(logits, batch)
+        if self.objective.plain is not None:
+            self._watching = False  # a function is given everything, whatever it reads
+            return teacher
+        return _Watched(teacher.raw, teacher.features, teacher.members, teacher.role)
+
+    def read(self, teacher: Outputs, batch: Batch) -> None:
+        """After the terms had `teacher`."""
+        if not isinstance(teacher, _Watched):
+            return
+        tokens = batch.tokens
+        if not isinstance(tokens, Tensor) and not tokens:
+            return  # terms have been left out
+        self._watching = False
+        if getattr(teacher, "noted", False) or _learns(self.teacher):
+            return
+        stored = isinstance(self.teacher, (FromBatch, Stored))
+        if stored and batch.teacher is not None:
+            got = "loader: got batches with what a teacher said ('teacher')"
+        elif isinstance(self.teacher, FromBatch):
+            return
+        else:
+            got = f"teacher: got one ({type(self.teacher).__name__}), which runs in every step"
+        _warn(f"{got}, and no term that reads it: {self.objective.names}; expected e.g. soft()")
+
+    def epoch(self, steps: Sequence[Step]) -> None:
+        """After the first epoch: what was exactly 0 in all of its steps."""
+        if not steps:
+            return
+        values = [step.terms or {"loss": step.loss} for step in steps]
+        silent = [name for name in values[0] if all(found[name] == 0.0 for found in values)]
+        if not silent:
+            return
+        if self._width == 1 and self.objective.plain is None:
+            return  # its terms have said so
+        if self._width == 1:
+            why = (
+                "the student has a single logit, and a softmax over one logit is 1 whatever it is; "
+                "two classes, a sigmoid or a squared error would learn"
+            )
+        elif _reaches(self.teacher, self.student):
+            why = "the teacher is the student itself, which agrees with itself; give another model"
+        elif len(steps) > 1:
+            why = "student and teacher say the same (are they one?), or no row has a label"
+        else:
+            return  # a student may begin as its teacher's copy
+        _warn(f"loss: got exactly 0 of {silent} in every step of an epoch: {why}")
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
+
+
+def _no_weights(logits: Any, given: Any) -> None:
+    if not isinstance(given, Tensor):
+        return
+    shape, wanted = tuple(given.shape), tuple(getattr(logits, "shape", ()))
+    dims = len(shape) - (len(shape) == len(wanted) and shape[-1:] == (1,))
+    if shape != wanted and dims < len(wanted) and shape[:dims] == wanted[:dims]:
+        raise ValueError(
+            f"loader: got {list(shape)} as what the teacher said for logits {list(wanted)} of the "
+            "student, expected logits; weights of samples go into a dict, {'inputs': ..., "
+            "'labels': ..., 'weights': ...}, and a Term reads them from batch.extra['weights']"
+        )
+
+
+def _copies(logits: Any, batch: Batch) -> None:
+    """Labels of a language model that are its inputs: nothing was shifted."""
+    ids, labels = batch.inputs, batch.labels
+    if isinstance(ids, Mapping):
+        ids = ids.get("input_ids")
+    if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.dim() != 2:
+        return
+    whole = not ids.is_floating_point() and not labels.is_floating_point()
+    logits_of_each = getattr(logits, "ndim", 0) == 3 and logits.shape[:2] == labels.shape
+    if not whole or ids.shape != labels.shape or ids.size(1) < 2 or not logits_of_each:
+        return
+    kept = labels != IGNORED
+    if bool(kept.any() & (ids[kept] == labels[kept]).all()):
+        _warn(
+            "loader: got labels that are the inputs, which teaches a language model to copy them: "
+            "train() does not shift labels; write labels = torch.cat((ids[:, 1:], "
+            "torch.full_like(ids[:, :1], -100)), 1)"
+        )
+
+
+def _learns(teacher: Teacher) -> bool:
+    members = getattr(teacher, "members", None)
+    if members:
+        return any(map(_learns, members))
+    return type(teacher).follow is not Teacher.follow
+
+
+def _reaches(teacher: Teacher, student: nn.Module) -> bool:
+    """Whether a teacher that is a function is the student's, as far as one can see."""
+    members = getattr(teacher, "members", None)
+    if members:
+        return all(_reaches(member, student) for member in members)
+    bare = unwrap(student)
+    if not isinstance(teacher, Called):
+        weights = set(bare.parameters())
+        own = [p for model in teacher.models for p in model.parameters()]
+        return bool(own) and weights == set(own)
+    function = teacher.function
+    if isinstance(function, functools.partial):
+        function = function.func
+    found: list[Any] = [function, getattr(function, "__self__", None)]
+    if inspect.isfunction(function):
+        seen = inspect.getclosurevars(function)
+        found += [*seen.nonlocals.values(), *seen.globals.values()]
+    return any(isinstance(x, nn.Module) and unwrap(x) is bare for x in found)

@@ -1,0 +1,334 @@
+"""The checks of the public functions: the argument, what came, what was expected.
+
+They need shapes, dtypes and strides only, cost microseconds and run before anything is written.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fastkd.arguments.messages import kind, shown, sizes, warn_once
+from fastkd.arguments.numbers import WAITS, real, whole
+from fastkd.backends.base import forced
+from fastkd.operands import DTYPES, LinearLogits, Operand, Teacher, TopK, answers_itself, layout
+
+REDUCTIONS = ("mean", "batchmean", "sum", "none")
+_PLAIN = (Tensor, Parameter)
+INT_DTYPES = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+
+
+def refuse_option(name: str, option: str, options: Iterable[str]) -> None:
+    known = list(options)
+    near = difflib.get_close_matches(option[:80], known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise TypeError(
+        f"{name}() got an unexpected option {shown(option)}, has {', '.join(known)}{hint}"
+    )
+
+
+def share(name: str, value: float) -> float:
+    number = real(value)
+    if number is None:
+        raise TypeError(f"{name}: got {kind(value)}, expected a number from 0 to 1{WAITS}")
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"{name}: got {shown(value)}, expected a number from 0 to 1")
+    return number
+
+
+def reduction(reduction: str) -> None:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(
+            f"reduction: got {shown(reduction)}, expected one of {', '.join(REDUCTIONS)}"
+        )
+
+
+def temperature(temperature: float) -> float:
+    number = real(temperature)
+    if number is None:
+        raise TypeError(f"temperature: got {kind(temperature)}, expected a positive number{WAITS}")
+    if not 1e-18 <= number <= 1e18:  # T^2 and 1 / T are float32 numbers
+        raise ValueError(
+            f"temperature: got {shown(temperature)}, expected a positive finite number "
+            "(from 1e-18 to 1e18)"
+        )
+    return number
+
+
+def _alike(student: Operand, teacher: Teacher) -> bool:
+    """Whether these are two ordinary tensors of logits, alike in all that the checks look at.
+
+    Then there is nothing to find, and to find nothing step by step takes a tenth of the time that
+    a small loss takes in plain torch.
+    """
+    if type(student) not in _PLAIN or type(teacher) not in _PLAIN:
+        return False
+    assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
+    if student.is_nested or teacher.is_nested:  # some of which have no shape
+        return False
+    shape, dtype = student.shape, student.dtype
+    if shape != teacher.shape or not shape or not shape[-1]:
+        return False
+    return (
+        dtype is teacher.dtype
+        and dtype in DTYPES
+        and student.layout is teacher.layout is torch.strided
+        and student.device == teacher.device
+        and student.stride()[-1] == teacher.stride()[-1] == 1
+    )
+
+
+def operands(student: Operand, teacher: Teacher, vocab_size: int | None) -> int:
+    """The number of columns in use."""
+    if vocab_size is None and _alike(student, teacher):
+        return student.shape[-1]
+    _sides(student, teacher, least=1)
+    v_s = student.size(-1)
+    v_t = v_s if isinstance(teacher, TopK) else teacher.size(-1)
+    if vocab_size is None:
+        if v_s != v_t:
+            raise ValueError(
+                f"teacher: got {v_t} columns, expected the student's {v_s}; where the vocabularies "
+                "are padded differently, slice both to the n columns in use, logits[..., :n], or "
+                "give vocab_size=n where the function takes it"
+            )
+        return v_s
+    vocab_size = _vocab_size(vocab_size)
+    if not 1 <= vocab_size <= min(v_s, v_t):
+        raise ValueError(
+            f"vocab_size: got {shown(vocab_size)}, expected 1 <= vocab_size <= {min(v_s, v_t)} "
+            + (
+                f"(student has {v_s} columns)"
+                if isinstance(teacher, TopK)
+                else f"(student has {v_s} columns, teacher {v_t})"
+            )
+        )
+    return vocab_size
+
+
+def shards(student: Operand, teacher: Teacher, vocab_size: int | None) -> int | None:
+    """As `operands`, for columns of a vocabulary that is split over ranks: there may be none."""
+    _sides(student, teacher, least=0)
+    if vocab_size is not None:
+        vocab_size = _vocab_size(vocab_size)
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size: got {shown(vocab_size)}, expected at least 1")
+    return vocab_size
+
+
+def _vocab_size(vocab_size: int) -> int:
+    number = whole(vocab_size)
+    if number is None:
+        raise TypeError(f"vocab_size: got {kind(vocab_size)}, expected an integer")
+    return number
+
+
+def _sides(student: Operand, teacher: Teacher, least: int) -> None:
+    for name, x in (("student", student), ("teacher", teacher)):
+        if isinstance(x, (LinearLogits, TopK)):
+            for part in (*x.tensors, x.indices) if isinstance(x, TopK) else x.tensors:
+                _readable(name, part)
+        else:
+            _readable(name, x)
+        if isinstance(x, LinearLogits) or (isinstance(x, TopK) and x is teacher):
+            if isinstance(x, LinearLogits) and x.size(-1) < least:
+                raise ValueError(f"{name}.weight: got {list(x.weight.shape)}, expected V >= 1")
+            continue  # checked when it was made
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{name}: got {kind(x)}, expected a tensor of logits [..., V] or a LinearLogits"
+                + (", or a TopK" if name == "teacher" else "")
+            )
+        if x.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}: got {kind(x)}, expected logits in float32, bfloat16, float16 or float64"
+            )
+        if x.layout is not torch.strided or x.is_nested:
+            raise TypeError(f"{name}: got {layout(x)}, expected a dense tensor")
+        if x.dim() == 0 or x.size(-1) < least:
+            raise ValueError(f"{name}: got shape {sizes(x.shape)}, expected [..., V] with V >= 1")
+        if x.stride(-1) != 1 and x.size(-1) > 1:
+            raise ValueError(
+                f"{name}: got stride {x.stride(-1)} in the vocabulary (last) dimension of shape "
+                f"{sizes(x.shape)}, expected 1; call .contiguous() first"
+            )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"teacher: got a tensor on {teacher.device}, expected the student's {student.device}"
+        )
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"teacher: got shape {sizes(teacher.shape)}, expected the leading dimensions of the "
+            f"student's {sizes(student.shape)}"
+        )
+
+
+def _readable(name: str, x: object) -> None:
+    """Refuse what has no memory of its own, where a kernel would read it by its address."""
+    if type(x) in _PLAIN or not isinstance(x, Tensor) or not answers_itself(x):
+        return
+    if hasattr(x, "placements"):
+        raise TypeError(
+            f"{name}: got a {type(x).__name__} placed as {x.placements}, expected a plain tensor: "
+            "give this rank's part with .to_local() and group=, or the whole with .full_tensor()"
+        )
+    if x.layout is not torch.strided or torch.compiler.is_compiling() or forced() == "reference":
+        return
+    if hasattr(x, "fake_mode"):
+        raise TypeError(
+            f"{name}: got a {type(x).__name__}, whose values do not exist, expected a tensor; "
+            "torch.compile and torch.export trace the losses, and use_backend('reference') needs "
+            "no values"
+        )
+    raise TypeError(
+        f"{name}: got a {type(x).__name__}, a subclass that does torch's operations its own way, "
+        "expected a plain tensor: give what is within it, or try use_backend('reference')"
+    )
+
+
+def rows(student: Operand, labels: Tensor | None, ignore_index: int, weight: Tensor | None) -> int:
+    """ignore_index as an int."""
+    number = whole(ignore_index)
+    if number is None:
+        raise TypeError(f"ignore_index: got {kind(ignore_index)}, expected an integer")
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"ignore_index: got {shown(ignore_index)}, expected a 64-bit integer")
+    if labels is not None:
+        _per_row("labels", labels, "integers", student)
+    if weight is not None:
+        _per_row("weight", weight, "floats", student)
+    return number
+
+
+def _other_labels(labels: Tensor, student: Operand) -> str:
+    """What to write instead, for labels that are not one column of each row."""
+    if labels.shape == student.shape and labels.dtype.is_floating_point:
+        return (
+            "; for soft labels give none here (alpha=0) and add F.cross_entropy(student.flatten(0, "
+            "-2), labels.flatten(0, -2)), for multi-label targets "
+            "F.binary_cross_entropy_with_logits(student, labels)"
+        )
+    if labels.shape == student.shape:
+        return (
+            "; one-hot labels are labels.int().argmax(-1), for multi-label targets give none here "
+            "(alpha=0) and add F.binary_cross_entropy_with_logits(student, labels.float())"
+        )
+    if student.dim() > 2 and labels.shape == (student.shape[0], *student.shape[2:]):
+        return (
+            "; if the classes are dimension 1, give student.movedim(1, -1).contiguous() and the "
+            "teacher's logits likewise"
+        )
+    return ""
+
+
+def _per_row(name: str, x: Tensor, what: str, student: Operand) -> None:
+    leading = student.shape[:-1]
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {kind(x)}, expected a tensor {sizes(leading)} of {what}")
+    if x.layout is not torch.strided or x.is_nested:
+        got = layout(x) if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name}: got {got}, expected a dense tensor of {what}")
+    _readable(name, x)
+    fits = x.dtype in INT_DTYPES if what == "integers" else x.dtype.is_floating_point
+    if not fits:
+        instead = _other_labels(x, student) if name == "labels" else ""
+        raise TypeError(f"{name}: got {kind(x)}, expected {what} {sizes(leading)}{instead}")
+    if x.shape != leading:
+        instead = _other_labels(x, student) if name == "labels" else ""
+        raise ValueError(
+            f"{name}: got shape {sizes(x.shape)}, expected {sizes(leading)}, the leading "
+            f"dimensions of the student's {sizes(student.shape)}{instead}"
+        )
+    if x.device != student.device:
+        raise ValueError(
+            f"{name}: got a tensor on {x.device}, expected the student's {student.device}"
+        )
+
+
+def normalizer(
+    normalizer: float | Tensor | None, reduction: str, student: Operand
+) -> float | Tensor | None:
+    if normalizer is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(
+            f"normalizer: got {kind(normalizer)} with reduction={reduction!r}; it replaces the "
+            "denominator of reduction='mean'"
+        )
+    if isinstance(normalizer, Tensor):
+        _readable("normalizer", normalizer)
+        if normalizer.dtype.is_complex or normalizer.dtype == torch.bool:
+            raise TypeError(f"normalizer: got {kind(normalizer)}, expected a real number")
+        if normalizer.dim() != 0:
+            raise ValueError(f"normalizer: got {kind(normalizer)}, expected a 0-d tensor")
+        if normalizer.device.type != "cpu" and normalizer.device != student.device:
+            raise ValueError(
+                f"normalizer: got a tensor on {normalizer.device}, expected {student.device}"
+            )
+        return normalizer
+    number = real(normalizer)
+    if number is None:
+        raise TypeError(f"normalizer: got {kind(normalizer)}, expected a number or a 0-d tensor")
+    if not 0 <= number <= 1e38:
+        raise ValueError(f"normalizer: got {shown(normalizer)}, expected a finite number >= 0")
+    return number
+
+
+def silence(name: str, student: Operand, teacher: Teacher, columns: int) -> None:
+    """Warn of a loss that is 0 whatever the model says."""
+    if columns == 1:
+        warn_once(
+            f"{name}: a softmax over one column is constant, so that the loss is 0 and nothing is "
+            "learnt; for one logit use a sigmoid with F.binary_cross_entropy_with_logits, for a "
+            "number a regression loss"
+        )
+    elif student is teacher:
+        warn_once(
+            f"{name}: student and teacher are the same tensor, so that the loss is 0 and nothing "
+            "is learnt"
+        )
+
+
+def inplace(student: Tensor, teacher: Tensor | TopK) -> None:
+    base = student if student._base is None else student._base
+    if student.requires_grad and (student.is_leaf or (base.is_leaf and base.requires_grad)):
+        raise ValueError(
+            "inplace: the student is (a view of) a leaf that requires grad, whose values its own "
+            "gradient would overwrite; expected logits computed by a model"
+        )
+    rows = [
+        (size, stride)
+        for size, stride in zip(student.shape[:-1], student.stride()[:-1], strict=True)
+        if size > 1
+    ]
+    if any(stride < student.size(-1) for _, stride in rows):
+        raise ValueError(
+            f"inplace: the student's rows share memory (shape {sizes(student.shape)}, strides "
+            f"{list(student.stride())}); expected rows of their own"
+        )
+    if isinstance(teacher, TopK):
+        return  # read before anything is written
+    shared = student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr()
+    same = (student.data_ptr(), student.stride()) == (teacher.data_ptr(), teacher.stride())
+    if shared and not same and _overlap(student, teacher):
+        raise ValueError(
+            "inplace: student and teacher overlap in memory, and the gradient would overwrite "
+            "logits of the teacher before they are read; use inplace=False"
+        )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the address ranges meet; interleaved rows count, which errs on the safe side."""
+
+    def span(x: Tensor) -> tuple[int, int]:
+        if x.numel() == 0:
+            return 0, 0
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+    (a0, a1), (b0, b1) = span(a), span(b)
+    return a0 < b1 and b0 < a1

@@ -1,0 +1,407 @@
+"""Finds the distillation losses of Python sources and says what to write in their place.
+
+Reads the syntax tree and runs nothing. A name is followed to the one assignment that reaches it. A
+replacement has the value of the code above it, in its place; where that cannot be shown, a note
+says why and no replacement is given.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from fastkd.scan.files import Unreadable, files, parse
+from fastkd.scan.names import Names, arguments, written
+from fastkd.scan.softmax import TWICE, Softmax, Softmaxes, Unread, atom, constant, pure
+
+TEACHERS = {"teacher", "teachers", "tea", "t", "ref", "target", "targets"}  # words of a name
+BATCHES = re.compile(r"(size\(0\)|shape\[0\]|\blen\(|batch|\bbs\b|^[BN]$)", re.IGNORECASE)
+LEGACY = ("size_average", "reduce", "reduction")
+# the arguments of torch's functions and of the modules' constructors, in order
+FUNCTIONS = {
+    "kl_div": ("input", "target", *LEGACY, "log_target"),
+    "cross_entropy": (
+        *("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
+        "label_smoothing",
+    ),
+}
+CONSTRUCTORS = {"KLDivLoss": "kl_div", "CrossEntropyLoss": "cross_entropy"}
+ENTROPY = "larger by the teacher's entropy, the gradient is the same"
+
+
+class Found(NamedTuple):
+    """One loss: where, what stands there, what to write, and what to mind.
+
+    `line` is the line of the file, of a notebook that of its cell; cells count from 1.
+    """
+
+    file: str
+    line: int
+    code: str
+    replacement: str | None
+    note: str
+    cell: int | None = None
+
+
+def scan(*paths: Path) -> Iterator[Found]:
+    """The losses of files, or of all .py and .ipynb files of folders, in order.
+
+    Args:
+        *paths: files (Python sources or notebooks) and folders.
+
+    Returns:
+        What was found; a file that cannot be read is named with `code=""` and a note "not read".
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"path: got {path}, expected a Python file or a folder")
+    seen = set[Path]()
+    for file in files(paths):
+        if isinstance(file, Unreadable):
+            yield _unread(file)
+            continue
+        if file.resolve() in seen:
+            continue
+        seen.add(file.resolve())
+        parsed = parse(file)
+        for fault in parsed.faults:
+            yield Found(
+                fault.file, fault.line, "", None, f"not read: {fault.why}"[:300], fault.cell
+            )
+        for found in Source(str(file), parsed.tree).losses():
+            cell, line = parsed.place(found.line)
+            yield found._replace(cell=cell, line=line)
+
+
+def _unread(fault: Unreadable) -> Found:
+    return Found(fault.file, fault.line, "", None, f"not read: {fault.why}"[:300], fault.cell)
+
+
+class Source:
+    """The losses of one file."""
+
+    def __init__(self, file: str, tree: ast.Module) -> None:
+        self.file, self.tree, self.names = file, tree, Names(tree)
+        self.used = set[ast.AST]()  # constructors whose calls were found
+
+    def losses(self) -> Iterator[Found]:
+        kinds = (ast.Call, ast.BinOp)
+        nodes = [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
+        losses: list[Found | None] = []
+        for node in nodes:
+            one = self._call(node) if isinstance(node, ast.Call) else self._product(node)
+            losses.append(one)
+        note = "its call was not found: give fastkd.kl_div the logits themselves there"
+        for node in nodes:
+            if isinstance(node, ast.Call) and self.names.function(node.func) == "KLDivLoss":
+                if node not in self.used:
+                    losses.append(self._found(node, None, [note]))
+        yield from sorted((x for x in losses if x is not None), key=lambda x: x.line)
+
+    # ---- the kinds
+
+    def _call(self, node: ast.Call) -> Found | None:
+        name, options = self.names.function(node.func), dict[str, ast.expr]()
+        hidden = False
+        if name is None and (made := self.names.module(node.func)) is not None:
+            name = CONSTRUCTORS.get(self.names.function(made.func) or "")
+            if name is not None:
+                self.used.add(made)
+                given = arguments(made, *FUNCTIONS[name][2:])
+                options, hidden = given or {}, given is None
+        if name not in FUNCTIONS:
+            return None
+        given = arguments(node, *FUNCTIONS[name])
+        hidden = hidden or given is None
+        if given is None:
+            given = dict(zip(("input", "target"), node.args, strict=False))
+        options = {**options, **given}
+        if "input" not in options or "target" not in options:
+            return self._found(node, None, [f"F.{name} with its arguments in * or **"])
+        read = Softmaxes(self.names, node)
+        kind = self._kl if name == "kl_div" else self._soft
+        return kind(node, read, options, hidden)
+
+    def _kl(
+        self, node: ast.Call, read: Softmaxes, options: dict[str, ast.expr], hidden: bool
+    ) -> Found:
+        sides = options["input"], options["target"]
+        first, second = read.read(sides[0]), read.read(sides[1])
+        if first is None or second is None:
+            which = "input" if first is None else "target"
+            text = ast.unparse(sides[first is not None])[:80]
+            what = f"its {which} ({text}) could not be followed to a softmax of logits"
+            return self._found(node, None, [f"{what}: give fastkd.kl_div the logits themselves"])
+        reduction, faults = _reduction(options)
+        log_target = constant(options.get("log_target"), False)
+        if hidden:
+            faults.append("its options are hidden in * or **")
+        if not first.log:
+            faults.append("its input is a softmax, not its logarithm: this line has a fault")
+        if isinstance(log_target, Unread):
+            faults.append(f"its log_target could not be read ({log_target})")
+        elif second.log != bool(log_target):
+            faults.append("log_target does not fit the target: this line has a fault")
+        if first.same(second) and pure(first.logits):
+            faults.append("the same logits on both sides: the loss is always 0")
+        if reduction != "none":
+            return self._written(node, first, second, reduction, False, faults, [])
+        top, form, negative = self._reduced(node, first.dim)
+        return self._written(top, first, second, form, negative, faults, [])
+
+    def _soft(
+        self, node: ast.Call, read: Softmaxes, options: dict[str, ast.expr], hidden: bool
+    ) -> Found | None:
+        target = read.read(options["target"])
+        if target is None:
+            return None  # labels
+        logits, divisors, notes = read.logits(options["input"])
+        student = Softmax(logits, divisors, True, target.dim, notes)
+        if student.same(target):
+            return None  # an entropy
+        reduction, faults = _reduction(options)
+        if hidden:
+            faults.append("its options are hidden in * or **")
+        if target.log:
+            faults.append("its target is a log-softmax, not a softmax: this line has a fault")
+        if "weight" in options and constant(options["weight"]) is not None:
+            faults.append("class weights, which fastkd has not")
+        if constant(options.get("label_smoothing"), 0) != 0:
+            faults.append("label_smoothing over soft targets, which fastkd has not")
+        hints = [f"a cross-entropy: {ENTROPY}"]
+        if target.dim == -1:
+            hints.append("of 2-D logits, since F.cross_entropy takes dim 1 for the classes")
+        elif target.dim != 1:
+            faults.append(f"F.cross_entropy takes dim 1 for the classes, its target {target.dim}")
+        form = {"mean": "row mean", "none": "rows"}.get(reduction, reduction)
+        return self._written(node, student, target, form, False, faults, hints)
+
+    def _product(self, node: ast.BinOp) -> Found | None:
+        """p * log q, the core of a soft cross-entropy by hand, or p * (log p - log q)."""
+        if not isinstance(node.op, ast.Mult):
+            return None
+        read, negative = Softmaxes(self.names, node), False
+        sides = []
+        for side in (node.left, node.right):
+            while isinstance(side, ast.UnaryOp) and isinstance(side.op, ast.USub):
+                side, negative = side.operand, not negative
+            sides.append(side)
+        first, second = (read.read(x) for x in sides)
+        hints = ["by hand"]
+        if first is not None and second is not None:
+            if first.log == second.log or first.same(second):
+                return None  # no loss, or an entropy
+            student, teacher = (first, second) if first.log else (second, first)
+            negative = not negative
+            hints = [f"a cross-entropy by hand: {ENTROPY}"]
+        else:
+            one = first or second
+            pair = self._difference(read, sides[first is not None])
+            if one is None or one.log or pair is None:
+                return None
+            if one.same(pair[1]):
+                pair, negative = pair[::-1], not negative
+            if not one.same(pair[0]):
+                return None
+            teacher, student = one, pair[1]
+            if teacher.same(student):
+                return None
+        top, form, sign = self._reduced(node, student.dim)
+        return self._written(top, student, teacher, form, negative != sign, [], hints)
+
+    def _difference(self, read: Softmaxes, node: ast.expr) -> tuple[Softmax, Softmax] | None:
+        """(log a, log b) of log a - log b or log(a / b)."""
+        if written(node):
+            node = self.names.follow(node, read.site) or node
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
+            logs = read.read(node.left), read.read(node.right)
+            if logs[0] and logs[1] and logs[0].log and logs[1].log:
+                return logs[0], logs[1]
+        if isinstance(node, ast.Call):
+            inner = None
+            if self.names.function(node.func) == "log":
+                inner = node.args[0] if node.args else None
+            elif isinstance(node.func, ast.Attribute) and node.func.attr == "log":
+                inner = node.func.value
+            if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Div):
+                parts = read.read(inner.left), read.read(inner.right)
+                if parts[0] and parts[1] and not (parts[0].log or parts[1].log):
+                    return parts[0], parts[1]
+        return None
+
+    def _reduced(self, node: ast.expr, dim: object) -> tuple[ast.expr, str, bool]:
+        """(expression, form, whether negated) of the sums and means around numbers per column."""
+        form, negative = "columns", False
+        while True:
+            parent = self.names.parents.get(node)
+            if isinstance(parent, ast.UnaryOp) and isinstance(parent.op, ast.USub):
+                node, negative = parent, not negative
+                continue
+            call, name, given = parent, None, None
+            if isinstance(parent, ast.Attribute):  # x.sum(...)
+                call, name = self.names.parents.get(parent), parent.attr
+                if isinstance(call, ast.Call) and call.func is parent:
+                    given = arguments(call, "dim", "keepdim")
+            elif isinstance(parent, ast.Call) and parent.args[:1] == [node]:  # torch.sum(x, ...)
+                name = self.names.function(parent.func)
+                given = arguments(parent, "input", "dim", "keepdim")
+                given = given and {k: v for k, v in given.items() if k != "input"}
+            if name not in ("sum", "mean") or given is None or not isinstance(call, ast.Call):
+                return node, form, negative
+            axis = given.get("dim", given.get("axis"))
+            if axis is None and not given:
+                whole = {"columns": {"sum": "sum", "mean": "mean"}}
+                whole["rows"] = {"sum": "sum", "mean": "row mean"}
+                if form in whole:
+                    node, form = call, whole[form][name]
+                    continue
+            elif form == "columns" and len(given) == 1 and constant(axis) in (dim, [dim], (dim,)):
+                node, form = call, {"sum": "rows", "mean": "row means"}[name]
+                continue
+            return node, form, negative
+
+    # ---- what is written
+
+    def _written(
+        self,
+        node: ast.expr,
+        student: Softmax,
+        teacher: Softmax,
+        form: str,
+        negative: bool,
+        faults: list[str],
+        hints: list[str],
+    ) -> Found:
+        notes = [*dict.fromkeys((*student.notes, *teacher.notes))]
+        faults += [x for x in notes if x.startswith(TWICE)]
+        hints += [x for x in notes if not x.startswith(TWICE)]
+        dim, second = student.dim, teacher.dim
+        if dim != second:
+            faults.append(f"two axes (dim={dim} and dim={second})")
+        elif dim is None:
+            what = "no dim: torch takes 1 of 2-D and 4-D logits, 0 of 1-D and 3-D"
+            faults.append(f"{what}; the line is for 2-D, of others move the classes last")
+        elif isinstance(dim, str):
+            faults.append(f"its dim could not be read ({dim}): move the classes last")
+        elif dim == 1:
+            hints.append(
+                "dim=1 is the last of 2-D logits: there without .movedim(1, -1).contiguous()"
+            )
+        elif dim != -1:
+            hints.append(f"fastkd's classes are the last axis: dim={dim} is moved there")
+        function = "kl_div"
+        if _says_teacher(student.logits) and not _says_teacher(teacher.logits):
+            function, student, teacher = "reverse_kl_div", teacher, student
+            hints.append("KL(student || teacher), since the first argument is the teacher's")
+        sides = [student.logits, teacher.logits]
+        options = ""
+        if student.divisors == teacher.divisors:
+            if student.divisors:
+                options = f", temperature={student.temperature}"
+            if len(student.divisors) > 1:
+                hints.append(f"divided {len(student.divisors)} times, by {student.temperature}")
+        else:
+            two = [x.temperature or "1" for x in (student, teacher)]
+            hints.append(f"two temperatures ({two[0]} and {two[1]}), each divided in its place")
+            for i, side in enumerate((student, teacher)):
+                sides[i] = " / ".join((atom(sides[i]), *(atom(x) for x in side.divisors)))
+        plain = next((x.logits for x in (student, teacher) if "(" not in x.logits), "")
+        if isinstance(dim, int) and dim != -1:
+            sides = [f"{atom(x)}.movedim({dim}, -1).contiguous()" for x in sides]
+        after = ""
+        if form == "batchmean" and isinstance(dim, int) and dim != -1 and dim < 1:
+            form, after = "sum", f" / {plain}.size(0)"
+        elif form == "mean":
+            form, after = "sum", f" / {plain}.numel()"
+            hints.append("a mean of F.kl_div divides by rows times columns")
+        elif form == "row means":
+            form, after = "rows", f" / {plain}.size({dim})"
+        elif form == "columns":
+            faults.append(
+                "a loss per column, fastkd's is per row: in place of its sum over the classes"
+            )
+            form = "rows"
+        elif form not in ("sum", "batchmean", "rows", "row mean"):
+            form = "?"
+            hints.append("with that reduction; 'mean' of F.kl_div is 'sum' / logits.numel()")
+        if after and not plain:
+            faults.append("give the logits a name first")
+            after = after.replace(" / .", " / logits.")
+        if form in ("sum", "batchmean", "rows"):
+            options += f', reduction="{form if form != "rows" else "none"}"'
+        sign = "-" if negative else ""
+        call = f"{sign}fastkd.{function}({sides[0]}, {sides[1]}{options}){after}"
+        split = (ast.BinOp, ast.UnaryOp, ast.Attribute, ast.Subscript)
+        if (sign or after) and isinstance(self.names.parents.get(node), split):
+            call = f"({call})"
+        if (by := self._batch(node)) and form != "rows" and (after or form != "sum"):
+            hints.append(f"divided twice: {by} divides what the loss's own mean has divided")
+        if faults:
+            zero = any("always 0" in x for x in faults)
+            meant = [] if zero else [f"as far as it can be read: {call}"[:300]]
+            return self._found(node, None, [*faults, *meant, *hints])
+        return self._found(node, call, hints)
+
+    def _found(self, node: ast.expr, replacement: str | None, notes: list[str]) -> Found:
+        square = self._squared(node)
+        if replacement is not None and square:
+            notes = [*notes, f"the factor {square} stays"]
+        return Found(self.file, node.lineno, ast.unparse(node), replacement, "; ".join(notes))
+
+    def _squared(self, node: ast.AST) -> str:
+        """The T * T or T ** 2 that a loss is multiplied by."""
+        while isinstance(parent := self.names.parents.get(node), ast.BinOp):
+            if isinstance(parent.op, ast.Mult):
+                other = parent.right if parent.left is node else parent.left
+                if isinstance(other, ast.BinOp) and isinstance(other.op, (ast.Pow, ast.Mult)):
+                    return ast.unparse(other)
+            node = parent
+        return ""
+
+    def _batch(self, node: ast.expr) -> str:
+        """The size of the batch that a loss is divided by, at once or under its name."""
+        for division in ast.walk(self.tree):
+            if isinstance(division, ast.BinOp) and isinstance(division.op, ast.Div):
+                left, right = division.left, division.right
+            elif isinstance(division, ast.AugAssign) and isinstance(division.op, ast.Div):
+                left, right = division.target, division.value
+            else:
+                continue
+            text = ast.unparse(right)
+            if BATCHES.search(text) and any(x is node for x in self._factors(left)):
+                return f"/ {text}"
+        return ""
+
+    def _factors(self, node: ast.expr, depth: int = 4) -> list[ast.expr]:
+        """What is multiplied in an expression, under names, too."""
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            return [*self._factors(node.left, depth), *self._factors(node.right, depth)]
+        value = self.names.follow(node, node) if depth else None
+        return [node, *(self._factors(value, depth - 1) if value is not None else ())]
+
+
+def _reduction(options: dict[str, ast.expr]) -> tuple[str, list[str]]:
+    """torch's reduction of its three arguments, and why it cannot be read."""
+    values = [constant(options.get(x)) for x in LEGACY]
+    for name, value in zip(LEGACY, values, strict=True):
+        if isinstance(value, Unread):
+            return "?", [f"its {name} could not be read ({value})"]
+    average, reduce, reduction = values
+    if average is not None or reduce is not None:  # None is True where the other is given
+        if reduce is not None and not reduce:
+            return "none", []
+        return ("mean" if average is None or average else "sum"), []
+    if "reduction" not in options:
+        return "mean", []
+    known = reduction in ("mean", "batchmean", "sum", "none")
+    return str(reduction), [] if known else [f"its reduction could not be read ({reduction})"]
+
+
+def _says_teacher(text: str) -> bool:
+    return not TEACHERS.isdisjoint(re.split(r"[\W_\d]+", text.lower()))
