@@ -386,3 +386,17 @@ def test_opcheck_of_linear_grads(backend: Backend) -> None:
     )
     wants = [True, True, False, False, True, True]
     torch.library.opcheck(torch.ops.fastkd.linear_grads, (*sides, *rest, wants))
+
+
+@pytest.mark.parametrize("loss", [fastkd.kl_div, fastkd.distillation_loss])
+def test_a_temperature_that_changes_compiles_again(loss: Any) -> None:
+    """What the README says of schedules: another graph for each value, not another value."""
+    torch.compiler.reset()
+    s, t = torch.randn(3, 7), torch.randn(3, 7)
+    options = {"alpha": 0.0} if loss is fastkd.distillation_loss else {}
+    compiled = torch.compile(
+        lambda T: loss(s, t, temperature=T, **options), backend="eager", fullgraph=True
+    )
+    for temperature in (1.0, 1.5, 4, 3, 2.5):
+        want = loss(s, t, temperature=temperature, **options)
+        torch.testing.assert_close(compiled(temperature), want)

@@ -112,13 +112,16 @@ def fold(
 def mask(labels: Tensor | None, ignore_index: int, vocab: int) -> Mask:
     """keep and label as tensors.
 
+    Labels are compared as int64: torch would wrap ignore_index to a narrower dtype of theirs, and
+    -100 is 156 as uint8, a label that may count.
+
     Labels out of range raise a ValueError where reading them costs nothing (CPU) or was asked for;
     elsewhere `bad` marks them, and their rows become NaN.
     """
     if labels is None:
         return Mask(None, None, None)
-    keep = labels != ignore_index
     label = labels.to(torch.int64)
+    keep = label != ignore_index
     bad = keep & ((label < 0) | (label >= vocab))
     if not reads_values(labels):
         return Mask(keep, label, bad)

@@ -72,7 +72,7 @@ def token_count(labels: Tensor, group: Any = None, ignore_index: int = -100) -> 
     Returns:
         0-d float64 on the labels' device, the same on every rank.
     """
-    count = (labels != ignore_index).sum().double()
+    count = (labels.long() != ignore_index).sum().double()  # as in reduction.mask
     if group is not None or (dist.is_available() and dist.is_initialized()):
         dist.all_reduce(count, group=None if group is None else process_group(group))
     return count
