@@ -186,7 +186,7 @@ def train(
                                 ours = Outputs(
                                     forward(student, batch.inputs), taps.take(), role="student"
                                 )
-                                theirs = remarks.watched(ours, theirs, batch)
+                                theirs, batch = remarks.watched(ours, theirs, batch)
                                 value, terms = objective(ours, theirs, batch)
                                 remarks.read(theirs, batch)
                             take.backward(value)
