@@ -312,3 +312,17 @@ def test_a_metric_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
     assert torch.equal(best.weight, weights[3])
     with pytest.raises(TypeError, match="validate: got None from it, expected a number"):
         quiet(linear(), validate=lambda _: None)
+
+
+@pytest.mark.parametrize("wrong", [3, -1])
+def test_a_label_beyond_the_logits_is_named(wrong: int) -> None:
+    labels = Y.clone()
+    labels[0], labels[1] = wrong, -100
+    wanted = f"from {min(wrong, 0)} to {max(wrong, 2)}, expected 0 to 2"
+    with pytest.raises(IndexError, match=f"term 'hard': labels: got class numbers {wanted}"):
+        distill.train(linear(), [(X, labels)], distill.hard(), progress=False)
+
+
+def test_inputs_by_name_are_refused_at_the_hand_over(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"inputs: got dict .*, expected a tensor"):
+        distill.hand_over(linear(), {"x": X}, tmp_path)  # type: ignore[arg-type]
