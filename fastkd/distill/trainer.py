@@ -12,7 +12,9 @@ what they tell each other.
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.arguments.messages import shown
+from fastkd.arguments.numbers import whole
 
 from .batch import Batch, Outputs, device_of, forward, moved, restored_modes
 from .checkpoint import Checkpoints, Parts, Position, epoch_batches
@@ -107,27 +110,27 @@ def train(
 
     Raises:
         TypeError, ValueError: a loader without batches or with others, an argument out of range, a
-            loss that is no scalar of the student, an optimizer with parameters of the teacher, a
-            checkpoint of another run.
+            loss that is no scalar of the student, an optimizer with parameters of the teacher or
+            without any of the student, a checkpoint of another run.
         FloatingPointError: the loss is NaN or infinite; names step, batch and term. On the CPU this
             is seen before the step is taken; elsewhere every 50 steps, at the end of an epoch and
             before a checkpoint.
 
     Warns (UserWarning, once): a teacher or a stored column that no term reads, a term without
-    gradient, a loss of exactly 0 throughout the first epoch, labels that are the inputs' ids.
+    gradient, a loss of exactly 0 throughout the first epoch, labels that are the inputs' ids, a
+    metric that is not finite.
 
     Paper: Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
     """
-    if epochs < 1:
-        raise ValueError(f"epochs: got {shown(epochs)}, expected an integer >= 1")
+    _counts("epochs", epochs)
     where = device_of(student) if device is None else torch.device(device)
     if amp not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"amp: got {shown(amp)}, expected torch.bfloat16, torch.float16 or None")
     ranks = Ranks(student)
     take = stepping(accelerator, where, amp, ranks)
     where, accumulate = take.device, take.accumulate if accumulate is None else accumulate
-    if accumulate < 1:
-        raise ValueError(f"accumulate: got {shown(accumulate)}, expected an integer >= 1")
+    _counts("accumulate", accumulate)
+    _functions(log, schedule=schedule, transform=transform, validate=validate)
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm: got {shown(clip_norm)}, expected > 0 or None")
     if weight_noise and ranks.sharded:
@@ -186,7 +189,7 @@ def train(
                                 ours = Outputs(
                                     forward(student, batch.inputs), taps.take(), role="student"
                                 )
-                                theirs = remarks.watched(ours, theirs, batch)
+                                theirs, batch = remarks.watched(ours, theirs, batch)
                                 value, terms = objective(ours, theirs, batch)
                                 remarks.read(theirs, batch)
                             take.backward(value)
@@ -217,15 +220,46 @@ def train(
                 remarks.epoch(record.steps)
             position.epoch, position.used = epoch + 1, 0
             if validate is not None:
-                metric = ranks.number(float(validate(student)), where)
+                metric = ranks.number(_metric(validate(student)), where)
                 record.tell({"metric": metric})
-                if position.best is None or metric > position.best:
+                if not math.isfinite(metric):  # NaN would stay the best: nothing is above it
+                    warnings.warn(
+                        f"validate: got {metric} after epoch {epoch}, which is never the best; "
+                        "expected a finite number",
+                        stacklevel=2,
+                    )
+                elif position.best is None or metric > position.best:
                     position.best = metric
                     if checkpoint:
                         checkpoint.write_best(parts, metric, position.step)
         if checkpoint:
             checkpoint.write(position, parts)
     return record.steps
+
+
+def _counts(name: str, value: Any) -> None:
+    if whole(value) is None or value < 1:
+        raise ValueError(f"{name}: got {shown(value)}, expected an integer >= 1")
+
+
+def _functions(log: Any, **others: Any) -> None:
+    for name, given in others.items():
+        if given is not None and not callable(given):
+            raise TypeError(f"{name}: got {shown(given)}, expected a function or None")
+    for one in (log,) if callable(log) or isinstance(log, str) else log or ():
+        if not callable(one):
+            raise TypeError(
+                f"log: got {shown(one)}, expected a function of (values, step), such as "
+                "distill.CSVLogger('run.csv')"
+            )
+
+
+def _metric(value: Any) -> float:
+    """What `validate` has returned, as a number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"validate: got {shown(value)} from it, expected a number") from error
 
 
 def _optimizer(
@@ -240,6 +274,8 @@ def _optimizer(
     if optimizer is None:
         mine = [p for p in student.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW([{"params": mine}], lr=lr)
+    else:
+        _over(optimizer, [*student.parameters(), *learnt])
     here = {p for group in optimizer.param_groups for p in group["params"]}
     if missing := {n: p for n, p in objective.modules.named_parameters() if p in learnt - here}:
         _join(optimizer, missing)
@@ -252,6 +288,27 @@ def _optimizer(
             "models use has requires_grad False and is not in the optimizer"
         )
     return optimizer
+
+
+def _over(optimizer: Any, weights: Sequence[nn.Parameter]) -> None:
+    """TypeError or ValueError for an optimizer that cannot step, or of nothing that learns here."""
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"optimizer: got {shown(optimizer)}, expected a torch optimizer over the student's "
+            "parameters, such as torch.optim.AdamW(student.parameters())"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "optimizer: got LBFGS, whose step computes the loss again; expected one that steps "
+            "once on a gradient"
+        )
+    here = {p for group in optimizer.param_groups for p in group["params"]}
+    if here.isdisjoint(weights):
+        raise ValueError(
+            f"optimizer: got {len(here)} parameters, none of them the student's, which would not "
+            "learn; expected an optimizer made over this very student (a copy of it, and one that "
+            "fully_shard has put in shards since, has other parameters)"
+        )
 
 
 def _join(optimizer: Any, missing: dict[str, nn.Parameter]) -> None:

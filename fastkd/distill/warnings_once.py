@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import warnings
@@ -29,6 +30,18 @@ class _Watched(Outputs):
         return object.__getattribute__(self, name)
 
 
+@functools.cache
+def _watched(kind: type[Any]) -> Any:
+    """A subclass of a class of batches that notes whether anybody reads what the teacher said."""
+
+    def look(self: Any, name: str) -> Any:
+        if name == "teacher":
+            object.__setattr__(self, "noted", True)
+        return object.__getattribute__(self, name)
+
+    return type(kind.__name__, (kind,), {"__slots__": ("noted",), "__getattribute__": look})
+
+
 class Remarks:
     """Looks at the first step, and at the losses of the first epoch; later it costs nothing.
 
@@ -41,13 +54,16 @@ class Remarks:
         self._watching, self._seen, self._first = True, False, True
         self._width = 0
 
-    def watched(self, student: Outputs, teacher: Outputs, batch: Batch) -> Outputs:
-        """The teacher's outputs for the terms; ValueError for weights in a teacher's place."""
+    def watched(self, student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
+        """The teacher's outputs and the batch for the terms.
+
+        ValueError for weights in a teacher's place.
+        """
         # without a role: a student without logits, of several heads, is the terms' business
         logits = Outputs(student.raw).logits
         _no_weights(logits, batch.teacher)
         if not self._watching:
-            return teacher
+            return teacher, batch
         if self._first:
             self._first = False
             shape: tuple[int, ...] = getattr(logits, "shape", ())
@@ -55,18 +71,27 @@ class Remarks:
             _copies(logits, batch)
         if self.objective.plain is not None:
             self._watching = False  # a function is given everything, whatever it reads
-            return teacher
-        return _Watched(teacher.raw, teacher.features, teacher.members, teacher.role)
+            return teacher, batch
+        seen = _Watched(teacher.raw, teacher.features, teacher.members, teacher.role)
+        if batch.teacher is None:
+            return seen, batch
+        kind: Any = type(batch)
+        twin = object.__new__(_watched(kind))
+        names = [field.name for field in dataclasses.fields(batch)]
+        for name in dict.fromkeys((*names, *getattr(batch, "__dict__", ()))):
+            setattr(twin, name, getattr(batch, name))
+        return seen, twin
 
     def read(self, teacher: Outputs, batch: Batch) -> None:
-        """After the terms had `teacher`."""
+        """After the terms had both, as `watched` gave them."""
         if not isinstance(teacher, _Watched):
             return
         tokens = batch.tokens
         if not isinstance(tokens, Tensor) and not tokens:
             return  # terms have been left out
         self._watching = False
-        if getattr(teacher, "noted", False) or _learns(self.teacher):
+        noted = getattr(teacher, "noted", False) or getattr(batch, "noted", False)
+        if noted or _learns(self.teacher):
             return
         stored = isinstance(self.teacher, (FromBatch, Stored))
         if stored and batch.teacher is not None:
