@@ -20,11 +20,13 @@ if not torch.cuda.is_available():
 from common import DTYPES, FLOORS, PAIRS
 
 import fastkd
-from fastkd.backends import reference
-from fastkd.backends.base import LossSpec, acc_dtype, rows
+from fastkd.backends import base
+from fastkd.backends.base import LossSpec, Stats, acc_dtype
+from fastkd.backends.base import rows_of as rows
+from fastkd.backends.reference import BACKEND as reference
 
 pytest.importorskip("triton")
-from fastkd.backends import gpu
+from fastkd.backends.gpu import BACKEND as gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INF, NAN = math.inf, math.nan
@@ -64,7 +66,8 @@ def make(a: int, b: int, vocab: int, pair: Any = (torch.float32,) * 2, spread: f
 
 def fused(passes: Any, x: Rows, spec: LossSpec, grad: Tensor, factor: float = 0.5) -> Tensor:
     label = x.label if spec.hard else None
-    return passes.fused(x.student, x.teacher, spec, x.keep, label, x.scale, factor, grad)
+    options = base.Rows(x.keep, label, x.scale, factor)
+    return passes.fused(x.student, x.teacher, spec, options, grad)
 
 
 def assert_like_reference(
@@ -201,18 +204,18 @@ def _split(x: Rows, spec: LossSpec, parts: list[slice]) -> tuple[Tensor, Tensor]
         return torch.stack((top, total, (each[..., 2] + columns * shift).sum(0)), -1)
 
     stats_s, stats_t = merged(x.student, spec.temperature), merged(x.teacher, spec.temperature)
-    unit = merged(x.student, 1.0)
+    stats = Stats(stats_s, stats_t, merged(x.student, 1.0))
     local = [spec._replace(vocab=p.stop - p.start) for p in parts]
     sums = sum(
-        gpu.loss(x.student[..., p], x.teacher[..., p], stats_s, stats_t, one, x.keep)
+        gpu.loss(x.student[..., p], x.teacher[..., p], stats, one, base.Rows(x.keep))
         for p, one in zip(parts, local, strict=True)
     )
     assert isinstance(sums, Tensor)
     grad = torch.full_like(x.student, NAN)
     for p, one in zip(parts, local, strict=True):
         label = None if x.label is None else x.label - p.start
-        operands = (x.student[..., p], x.teacher[..., p], stats_s, stats_t, unit, sums[:, 1])
-        gpu.grad(*operands, one, x.keep, label, x.scale, 0.5, grad[..., p])
+        operands = (x.student[..., p], x.teacher[..., p], stats, sums[:, 1])
+        gpu.grad(*operands, one, base.Rows(x.keep, label, x.scale, 0.5), grad[..., p])
     return sums[:, 0], grad
 
 
@@ -243,7 +246,9 @@ def test_split_passes_are_the_references(name: str) -> None:
         torch.testing.assert_close(ours, true, rtol=1e-5 if ours.dtype == torch.float32 else 1e-12,
                                    atol=1e-4 if ours.dtype == torch.float32 else 1e-12)  # fmt: skip
     spec = plan_of(name, 200)
-    ours, true = (p.loss(*x[:2], *stats[1], spec, x.keep) for p in (gpu, reference))
+    ours, true = (
+        p.loss(*x[:2], Stats(*stats[1]), spec, base.Rows(x.keep)) for p in (gpu, reference)
+    )
     torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-12)
 
 
@@ -336,8 +341,8 @@ def test_total() -> None:
 def test_a_divergence_without_a_kernel_is_named() -> None:
     x = make(1, 2, 9)
     with pytest.raises(NotImplementedError, match="'no_such'"):
-        gpu.loss(x.student, x.teacher, *[torch.ones(2, 3)] * 2, plan_of("kl", 9)._replace(
-            divergence="no_such"), None)  # fmt: skip
+        spec = plan_of("kl", 9)._replace(divergence="no_such")
+        gpu.loss(x.student, x.teacher, Stats(*[torch.ones(2, 3)] * 2), spec, base.Rows())
 
 
 def test_a_failed_launch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,9 +367,9 @@ def test_offsets_past_two_to_the_31(team: str, monkeypatch: pytest.MonkeyPatch) 
     keep[-1] = True
     last = student[-1:].clone()
     spec = plan_of("kl", vocab)
-    loss = gpu.fused(rows(student), rows(teacher), spec, keep, None, None, 1.0, rows(student))
+    loss = gpu.fused(rows(student), rows(teacher), spec, base.Rows(keep), rows(student))
     small = torch.empty_like(last)
-    alone = gpu.fused(rows(last), rows(teacher[:1]), spec, None, None, None, 1.0, rows(small))
+    alone = gpu.fused(rows(last), rows(teacher[:1]), spec, base.Rows(), rows(small))
     # one row alone is shared by more programs than each of many
     torch.testing.assert_close(loss[-1:], alone, rtol=1e-5, atol=0)
     torch.testing.assert_close(student[-1:], small, rtol=1e-2, atol=1e-9)

@@ -20,11 +20,11 @@ if not torch.cuda.is_available():
 from common import DTYPES
 
 import fastkd
-from fastkd.backends import reference
-from fastkd.backends.base import LossSpec, TopKRows, acc_dtype
+from fastkd.backends.base import LossSpec, Rows, Stats, TopKRows, acc_dtype
+from fastkd.backends.reference import BACKEND as reference
 
 pytest.importorskip("triton")
-from fastkd.backends import gpu
+from fastkd.backends.gpu import BACKEND as gpu
 from fastkd.backends.gpu import launch, split_rows
 from fastkd.backends.gpu.tune import Tile
 
@@ -62,7 +62,7 @@ def run(passes: Any, s: Tensor, t: Tensor | TopKRows, spec: LossSpec, label: Ten
     dense = not isinstance(t, TopKRows)
     teacher: Any = t.unsqueeze(0) if isinstance(t, Tensor) else t
     act = passes.fused if dense else passes.topk
-    loss = act(s.unsqueeze(0), teacher, spec, None, label, None, 1.0, grad)
+    loss = act(s.unsqueeze(0), teacher, spec, Rows(None, label), grad)
     return loss, grad[0]
 
 
@@ -114,9 +114,9 @@ def test_the_split_passes(name: str, side: int) -> None:
     s, t = (x.unsqueeze(0) for x in sides)
     stats = [gpu.stats(x, 1.0, vocab, None) for x in (s, t)]
     assert stats[side][:, 1].isnan().tolist() == [False, True, True, True, False]
-    both = gpu.loss(s, t, *stats, spec, None)
+    both = gpu.loss(s, t, Stats(*stats), spec, Rows())
     grad = torch.zeros_like(s)
-    gpu.grad(s, t, *stats, None, both[:, 1], spec, None, None, None, 1.0, grad)
+    gpu.grad(s, t, Stats(*stats), both[:, 1], spec, Rows(), grad)
     assert_rows(both[:, 0], grad[0], *run(reference, *sides, spec, None))
 
 

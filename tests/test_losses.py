@@ -28,7 +28,9 @@ from common import (
 from torch import Tensor
 
 import fastkd
-from fastkd.backends.base import LossSpec, Passes, pick
+from fastkd.backends.base import Backend as Passes
+from fastkd.backends.base import LossSpec, Rows, Stats
+from fastkd.backends.choice import pick
 from fastkd.divergence import Divergence
 
 Pair = tuple[torch.dtype, torch.dtype]
@@ -191,9 +193,10 @@ def _gradient_of_split(
     s, t = student.unsqueeze(0), teacher.unsqueeze(0)
     stats = [passes.stats(x, spec.temperature, spec.vocab, keep) for x in (s, t)]
     hard = passes.stats(s, 1.0, spec.vocab, keep) if spec.hard else None
-    slope = passes.loss(s, t, *stats, spec, keep)[:, 1].contiguous()
+    rows = Rows(keep, label)
+    slope = passes.loss(s, t, Stats(*stats), spec, rows)[:, 1].contiguous()
     grad = torch.full_like(s, float("nan"))
-    passes.grad(s, t, *stats, hard, slope, spec, keep, label, None, 1.0, grad)
+    passes.grad(s, t, Stats(*stats, hard), slope, spec, rows, grad)
     return grad[0]
 
 
@@ -211,7 +214,7 @@ def test_split_passes_make_the_fused_one(
     passes = pick(backend.device)
     grad = torch.full_like(student, float("nan"))
     rows = [x.unsqueeze(0) for x in (student, teacher, grad)]
-    passes.fused(rows[0], rows[1], spec, keep, label, None, 1.0, rows[2])
+    passes.fused(rows[0], rows[1], spec, Rows(keep, label), rows[2])
     split = _gradient_of_split(passes, student, teacher, spec, keep, label)
     torch.testing.assert_close(split, grad, rtol=1e-5, atol=1e-6)
     assert not split[2].any() and not split[:, 37:].any()
@@ -230,13 +233,14 @@ def test_split_vocabulary(backend: Backend, divergence: Divergence) -> None:
         for side in (0, 1)
     ]
     sums = [
-        passes.loss(*shard, *whole, spec, None) for shard, spec in zip(shards, plans, strict=True)
+        passes.loss(*shard, Stats(*whole), spec, Rows())
+        for shard, spec in zip(shards, plans, strict=True)
     ]
     value, slope = torch.stack(sums).sum(0).unbind(-1)
     grads = []
     for shard, spec in zip(shards, plans, strict=True):
         grads.append(torch.full_like(shard[0], float("nan")))
-        args = (*shard, *whole, None, slope.contiguous(), spec, None, None, None, 1.0, grads[-1])
+        args = (*shard, Stats(*whole), slope.contiguous(), spec, Rows(), grads[-1])
         passes.grad(*args)
     exact = differentiate(
         plain, student, teacher, divergence=divergence, temperature=2.0, reduction="none"
@@ -261,7 +265,7 @@ def test_stats_of_impossible_rows(backend: Backend, name: str) -> None:
     if name == "stats":
         assert stats[:, 0].tolist() == [-INF, -INF] and stats[:, 1].tolist() == [0, 0]
     else:
-        assert not passes.loss(student, student, stats, stats, spec, None).any()
+        assert not passes.loss(student, student, Stats(stats, stats), spec, Rows()).any()
 
 
 def test_values_of_stats(backend: Backend) -> None:

@@ -25,7 +25,7 @@ from common import (
 from torch import Tensor
 
 import fastkd
-from fastkd.backends.base import rows
+from fastkd.backends.base import rows_of as rows
 from fastkd.divergence import Divergence
 
 NAN = float("nan")

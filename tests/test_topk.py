@@ -432,7 +432,7 @@ def test_compiled(tail: str, linear: bool) -> None:
 def test_opcheck() -> None:
     kept = stored(torch.randn(3, 20), 4)
     rows = fastkd.topk.topk(
-        kept, 1.0, 20, None, torch.float32, fastkd.backends.base.pick(kept.device)
+        kept, 1.0, 20, None, torch.float32, fastkd.backends.choice.pick(kept.device)
     )
     plan = ("kl", 0.0, 1.0, 1.0, 0.0, 0.0, 20, 20)
     student = torch.randn(3, 20, requires_grad=True)

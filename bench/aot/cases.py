@@ -75,7 +75,7 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
     """(pass, launch) of each pass, or of one, on `rows` rows, in their order."""
     import torch
 
-    from fastkd.backends.base import LossSpec, TopKRows
+    from fastkd.backends.base import LossSpec, Rows, Stats, TopKRows
     from fastkd.backends.gpu import cooperative, launch
     from fastkd.divergence import divergences
 
@@ -95,16 +95,16 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
         name, divergences[name].param, 2.0, 0.5, hard, smoothing, case.vocab, case.vocab
     )
     named = tensor(rows, NAMED), tensor(rows, NAMED, dtype=torch.int64), tensor(rows)
-    rest = spec, keep, label, scale, 1.0
+    rest = spec, Rows(keep, label, scale)
     passes: dict[str, Callable[[], Any]] = {
-        "fused": lambda: launch.fused(x, x, *rest, x),
-        "team": lambda: in_teams(lambda: launch.fused(x, x, *rest, x)),
-        "topk": lambda: launch.topk(x, TopKRows(*named, False), *rest, x),
-        "loss": lambda: launch.loss(x, x, stats, stats, spec, keep),
-        "grad": lambda: launch.grad(x, x, stats, stats, stats, scale, *rest, x),
-        "stats": lambda: launch.stats(x, 2.0, case.vocab, keep),
-        "total": lambda: launch.total(scale, scale, 1.0),
-        "multiply": lambda: launch.multiply(x, tensor()),
+        "fused": lambda: launch.BACKEND.fused(x, x, *rest, x),
+        "team": lambda: in_teams(lambda: launch.BACKEND.fused(x, x, *rest, x)),
+        "topk": lambda: launch.BACKEND.topk(x, TopKRows(*named, False), *rest, x),
+        "loss": lambda: launch.BACKEND.loss(x, x, Stats(stats, stats), *rest),
+        "grad": lambda: launch.BACKEND.grad(x, x, Stats(stats, stats, stats), scale, *rest, x),
+        "stats": lambda: launch.BACKEND.stats(x, 2.0, case.vocab, keep),
+        "total": lambda: launch.BACKEND.total(scale, scale, 1.0),
+        "multiply": lambda: launch.BACKEND.multiply(x, tensor()),
     }
 
     def in_teams(run: Callable[[], Any]) -> None:

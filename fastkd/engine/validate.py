@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from fastkd.arguments.messages import kind, shown, sizes, warn_once
 from fastkd.arguments.numbers import WAITS, real, whole
-from fastkd.backends.base import forced
+from fastkd.backends.choice import forced
 from fastkd.operands import DTYPES, LinearLogits, Operand, Teacher, TopK, answers_itself, layout
 
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
