@@ -72,9 +72,10 @@ def _sample(items: list[pytest.Item], n: int) -> set[pytest.Item]:
 
 
 def _backend_of(item: pytest.Item) -> str:
-    """The backend of a case that runs on each in turn; "" for one that does not."""
+    """The backend that a case runs on; "" for one that is not of the tests of backends."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    return str(parameters.get("backend", parameters.get("kernels", "")))
+    alone = "gpu" if item.get_closest_marker("interpreted") else ""
+    return str(parameters.get("backend", parameters.get("kernels", alone)))
 
 
 @pytest.fixture(autouse=True)
