@@ -99,6 +99,7 @@ def assert_like_reference(
 # ---- every divergence, dtype and shape
 
 
+@pytest.mark.interpreted(20)
 @each_name
 @pytest.mark.parametrize(
     "pair",
@@ -109,6 +110,7 @@ def test_dtypes(name: str, pair: tuple[torch.dtype, torch.dtype]) -> None:
     assert_like_reference(make(1, 3, 33, pair), plan_of(name, 33, hard=0.3, smoothing=0.1))
 
 
+@pytest.mark.interpreted(14)
 @each_name
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_shapes(name: str, vocab: int) -> None:
@@ -219,6 +221,7 @@ def _split(x: Rows, spec: LossSpec, parts: list[slice]) -> tuple[Tensor, Tensor]
     return sums[:, 0], grad
 
 
+@pytest.mark.interpreted(7)
 @each_name
 @pytest.mark.parametrize("vocab", [33, 1300])
 def test_split_passes_compose_to_the_fused(name: str, vocab: int) -> None:
@@ -262,6 +265,7 @@ def test_stats_of_nothing() -> None:
 # ---- exact zeros and edges
 
 
+@pytest.mark.interpreted(10)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_identical_logits_give_exactly_nothing(name: str, dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
 
 from common import TABLE, assert_as_good_as_torch
+from pairwise import pairwise
 
 import fastkd
 from fastkd.backends.base import LossSpec, Rows, Stats
@@ -70,6 +71,7 @@ def untouched(x: Tensor) -> bool:
     return int(around(x).isnan().sum()) == around(x).numel() - x.numel()
 
 
+@pairwise
 @each
 @each_dtype
 @each_number
@@ -90,6 +92,7 @@ def test_an_odd_vocabulary(
     assert skews and set(skews) == {0}
 
 
+@pairwise
 @each_dtype
 @each_number
 @pytest.mark.parametrize("inplace", [False, True], ids=["apart", "in-place"])
@@ -156,6 +159,7 @@ def test_the_passes_one_by_one(dtype: torch.dtype, vocab: int, skews: list[int |
         torch.testing.assert_close(mine, true, rtol=unit, atol=2e-6 * largest)
 
 
+@pairwise
 @each_dtype
 @each_number
 @pytest.mark.parametrize("name", ["kl", "reverse_kl", "tv"])

@@ -129,6 +129,7 @@ def test_the_interpreter_does_not_split(launched: Launches) -> None:
 # ---- the same losses
 
 
+@pytest.mark.interpreted(9)
 @each
 @pytest.mark.parametrize(
     ("parts", "dtype"),
@@ -150,6 +151,7 @@ def test_values_and_gradients(
     assert_as_good_as_torch(*make(1, 512, dtype)[:2], divergence=divergence)
 
 
+@pytest.mark.interpreted(3)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_hard_labels(temperature: float, smoothing: float, parts: int) -> None:
@@ -232,6 +234,7 @@ def test_the_bits_are_the_same_from_run_to_run(divergence: Divergence, parts: in
 # ---- edges
 
 
+@pytest.mark.interpreted(3)
 @pytest.mark.parametrize("name", ["kl", "reverse_kl", "tv"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_identical_logits_give_exactly_nothing(name: str, dtype: torch.dtype, parts: int) -> None:

@@ -20,6 +20,7 @@ from common import (
     oracle,
     plain,
 )
+from pairwise import pairwise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -137,6 +138,7 @@ def _labels(backend: Backend, n: int = N, v: int = V) -> Tensor:
 # ---- values and gradients
 
 
+@pairwise
 @each_name
 @each_dtype
 @each_way
@@ -155,6 +157,7 @@ def test_every_part_of_both_sides(
     )
 
 
+@pairwise
 @each_head
 @each_dtype
 @pytest.mark.parametrize("chunk_size", [1, 4, None])
@@ -165,6 +168,7 @@ def test_heads(
     _check(_parts(backend, dtype), head, chunk_size=chunk_size, reduction="none")
 
 
+@pairwise
 @pytest.mark.parametrize("sides", ["s", "t"])
 @each_head
 @each_way
@@ -245,6 +249,7 @@ def test_no_rows(backend: Backend, reduction: str) -> None:
 # ---- options
 
 
+@pairwise
 @each_way
 @pytest.mark.parametrize("pack", [False, True], ids=["all", "packed"])
 @each_head
@@ -444,6 +449,7 @@ def test_one_weight_on_both_sides(backend: Backend) -> None:
     torch.testing.assert_close(*grads)
 
 
+@pairwise
 @pytest.mark.parametrize("inside", [True, False], ids=["loss-inside", "loss-outside"])
 @pytest.mark.parametrize("chunk_size", [4, None])
 @each_way
@@ -497,6 +503,7 @@ def test_a_teacher_of_inference_mode(backend: Backend) -> None:
 # ---- backward
 
 
+@pairwise
 @pytest.mark.parametrize("chunk_size", [4, None])
 @each_dtype
 @each_way
@@ -519,6 +526,7 @@ def test_second_backward_gives_the_same_bits(
             assert torch.equal(one, other)
 
 
+@pairwise
 @each_dtype
 @pytest.mark.parametrize("chunk_size", [4, None])
 @pytest.mark.parametrize("upstream", [0.0, 0.3, -2.0, 1024.0])

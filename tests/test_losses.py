@@ -25,6 +25,7 @@ from common import (
     oracle,
     plain,
 )
+from pairwise import pairwise
 from torch import Tensor
 
 import fastkd
@@ -36,6 +37,7 @@ from fastkd.divergence import Divergence
 Pair = tuple[torch.dtype, torch.dtype]
 
 
+@pairwise
 @each_divergence
 @each_pair
 @each_shape
@@ -48,6 +50,7 @@ def test_shapes(backend: Backend, divergence: Divergence, pair: Pair, shape: Sha
     )
 
 
+@pairwise
 @each_form
 @each_divergence
 @each_pair
@@ -61,9 +64,10 @@ def test_inputs(
     make: Callable[[int, int], tuple[Tensor, Tensor]],
 ) -> None:
     student, teacher = logits(backend, 6, 67, pair, make)
-    assert_as_good_as_torch(student, teacher, divergence=divergence, reduction="none")
+    assert_as_good_as_torch(student, teacher, divergence=divergence, reduction="none", form=form)
 
 
+@pairwise
 @each_name
 @each_pair
 @each_input
@@ -78,6 +82,7 @@ def test_inputs_over_several_blocks(
     assert_as_good_as_torch(student, teacher, divergence=divergence, reduction="none")
 
 
+@pairwise
 @each_form
 @each_divergence
 @each_pair
@@ -88,7 +93,12 @@ def test_temperatures(
 ) -> None:
     student, teacher = logits(backend, 4, 33, pair)
     assert_as_good_as_torch(
-        student, teacher, divergence=divergence, temperature=temperature, reduction="none"
+        student,
+        teacher,
+        divergence=divergence,
+        temperature=temperature,
+        reduction="none",
+        form=form,
     )
 
 
@@ -122,6 +132,7 @@ GIVEN = [
 ]
 
 
+@pairwise
 @each_form
 @pytest.mark.parametrize(("name", "parameters"), GIVEN, ids=str)
 def test_named_function_is_the_soft_term_alone(
@@ -130,7 +141,7 @@ def test_named_function_is_the_soft_term_alone(
     """The functions of one divergence are the general one without labels and without T^2."""
     divergence = fastkd.divergences[name]
     student, teacher = logits(backend, 4, 19)
-    named = differentiate(NAMED[name], student, teacher, temperature=3.0, **parameters)
+    named = differentiate(NAMED[name], student, teacher, temperature=3.0, **parameters, form=form)
     general = differentiate(
         fastkd.distillation_loss,
         student,
@@ -139,6 +150,7 @@ def test_named_function_is_the_soft_term_alone(
         alpha=0.0,
         divergence=divergence(**parameters),
         t_squared=False,
+        form=form,
     )
     assert torch.equal(named.value, general.value)
     assert torch.equal(named.student, general.student)
@@ -161,6 +173,7 @@ def test_temperature_changes_the_result(backend: Backend, divergence: Divergence
     assert (at_one - at_two).abs() > 1e-2
 
 
+@pairwise
 @each_form
 @pytest.mark.parametrize("name", [entry.name for entry in TABLE])
 @pytest.mark.interpreted(6)
@@ -168,9 +181,13 @@ def test_backends_agree(form: str, kernels: Backend, name: str) -> None:
     """The divergence by its name, on the kernels and on the reference: one mathematics."""
     student, teacher = logits(kernels, 5, 130)
     labels = torch.randint(130, (5,), device=kernels.device)
-    here = differentiate(fastkd.distillation_loss, student, teacher, labels, divergence=name)
+    here = differentiate(
+        fastkd.distillation_loss, student, teacher, labels, divergence=name, form=form
+    )
     with fastkd.use_backend("reference"):
-        there = differentiate(fastkd.distillation_loss, student, teacher, labels, divergence=name)
+        there = differentiate(
+            fastkd.distillation_loss, student, teacher, labels, divergence=name, form=form
+        )
     torch.testing.assert_close(here.value, there.value, rtol=4e-6, atol=0)
     torch.testing.assert_close(here.student, there.student, rtol=4e-6, atol=4e-7)
 

@@ -22,6 +22,7 @@ from common import (
     logits,
     plain,
 )
+from pairwise import pairwise
 from torch import Tensor
 
 import fastkd
@@ -78,6 +79,7 @@ def test_hard_labels_alone_are_cross_entropy(
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
+@pairwise
 @each_form
 @each_name
 @each_reduction
@@ -86,13 +88,14 @@ def test_reductions(form: str, backend: Backend, divergence: Divergence, reducti
     labels = _labels(backend, 7, 29, ignored=0.3)
     labels[0] = 3
     assert_as_good_as_torch(
-        student, teacher, labels, divergence=divergence, alpha=0.3, reduction=reduction
+        student, teacher, labels, divergence=divergence, alpha=0.3, reduction=reduction, form=form
     )
 
 
 # ---- hard labels and soft divergence
 
 
+@pairwise
 @each_form
 @each_name
 @each_dtype
@@ -103,9 +106,10 @@ def test_alpha(
     student, teacher = logits(backend, 3, 37, (dtype, dtype))
     labels = _labels(backend, 3, 37)
     options = {"alpha": alpha, "temperature": 2.0, "t_squared": True, "reduction": "none"}
-    assert_as_good_as_torch(student, teacher, labels, divergence=divergence, **options)
+    assert_as_good_as_torch(student, teacher, labels, divergence=divergence, **options, form=form)
 
 
+@pairwise
 @each_form
 @each_dtype
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
@@ -119,6 +123,7 @@ def test_label_smoothing(form: str, backend: Backend, dtype: torch.dtype, smooth
         alpha=0.5,
         label_smoothing=smoothing,
         reduction="none",
+        form=form,
     )
 
 
@@ -165,7 +170,7 @@ def test_teacher_is_not_read_where_only_labels_count(form: str, backend: Backend
     labels = _labels(backend, 5, 31)
     nothing = torch.full_like(teacher, NAN)
     run = [
-        differentiate(fastkd.distillation_loss, student, t, labels, alpha=1.0)
+        differentiate(fastkd.distillation_loss, student, t, labels, alpha=1.0, form=form)
         for t in (teacher, nothing)
     ]
     assert torch.equal(run[0].value, run[1].value)
@@ -175,6 +180,7 @@ def test_teacher_is_not_read_where_only_labels_count(form: str, backend: Backend
 # ---- ignored rows
 
 
+@pairwise
 @each_form
 @each_name
 @each_reduction
@@ -195,12 +201,14 @@ def test_ignored_rows_are_never_read(
         alpha=alpha,
         reduction=reduction,
         wrt="both",
+        form=form,
     )
     assert not ours.student[ignored].any() and not ours.teacher[ignored].any()
     if reduction == "none":
         assert not ours.value[ignored].any()
 
 
+@pairwise
 @each_form
 @each_reduction
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
@@ -216,6 +224,7 @@ def test_all_rows_ignored(form: str, backend: Backend, reduction: str, alpha: fl
         alpha=alpha,
         reduction=reduction,
         wrt="both",
+        form=form,
     )
     assert not ours.value.any() and not ours.student.any() and not ours.teacher.any()
 
@@ -248,6 +257,7 @@ def test_labels_only_select_in_the_bare_divergences(backend: Backend) -> None:
 # ---- weight and normalizer
 
 
+@pairwise
 @each_form
 @each_name
 @each_reduction
@@ -260,14 +270,14 @@ def test_weight(
     weight[1] = 0
     labels = torch.tensor([1, 2, -100, 3], device=backend.device)
     options = {"alpha": 0.3, "weight": weight, "reduction": reduction}
-    assert_as_good_as_torch(student, teacher, labels, divergence=divergence, **options)
+    assert_as_good_as_torch(student, teacher, labels, divergence=divergence, **options, form=form)
 
 
 @each_form
 def test_weights_that_sum_to_zero(form: str, backend: Backend) -> None:
     student, teacher = logits(backend, 4, 13)
     weight = torch.zeros(4, device=backend.device)
-    ours = differentiate(fastkd.kl_div, student, teacher, weight=weight)
+    ours = differentiate(fastkd.kl_div, student, teacher, weight=weight, form=form)
     assert ours.value == 0 and not ours.student.any()
 
 
@@ -300,15 +310,17 @@ NORMALIZERS: dict[str, Callable[[torch.device], Any]] = {
 }
 
 
+@pairwise
 @each_form
 @pytest.mark.parametrize("make", NORMALIZERS.values(), ids=NORMALIZERS.keys())
 def test_normalizer(form: str, backend: Backend, make: Callable[[torch.device], Any]) -> None:
     student, teacher = logits(backend, 4, 13)
     labels = torch.tensor([1, 2, -100, 3], device=backend.device)
     options = {"alpha": 0.3, "normalizer": make(backend.device)}
-    assert_as_good_as_torch(student, teacher, labels, divergence=KL, **options)
+    assert_as_good_as_torch(student, teacher, labels, divergence=KL, **options, form=form)
 
 
+@pairwise
 @each_form
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
 def test_uneven_micro_batches_accumulate_to_the_full_batch(
@@ -318,7 +330,7 @@ def test_uneven_micro_batches_accumulate_to_the_full_batch(
     labels = _labels(backend, 10, 13)
     labels[[0, 4, 8]] = -100
     kept = (labels >= 0).sum()
-    full = differentiate(fastkd.distillation_loss, student, teacher, labels)
+    full = differentiate(fastkd.distillation_loss, student, teacher, labels, form=form)
     parts = [
         differentiate(
             fastkd.distillation_loss,
@@ -326,6 +338,7 @@ def test_uneven_micro_batches_accumulate_to_the_full_batch(
             teacher[at],
             labels[at],
             normalizer=kept if as_tensor else kept.item(),
+            form=form,
         )
         for at in (slice(0, 1), slice(1, 7), slice(7, 10))
     ]
@@ -338,6 +351,7 @@ def test_uneven_micro_batches_accumulate_to_the_full_batch(
 # ---- padded vocabularies
 
 
+@pairwise
 @each_name
 @each_dtype
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
@@ -476,6 +490,7 @@ def test_inplace_with_one_tensor_on_both_sides(kernels: Backend) -> None:
 # ---- leading dimensions and strides
 
 
+@pairwise
 @each_form
 @pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 3), (2, 1, 2, 2)], ids=str)
 @each_reduction
@@ -486,7 +501,7 @@ def test_leading_dimensions(
     labels = torch.randint(11, lead, device=backend.device)
     weight = torch.rand(lead, device=backend.device)
     options: dict[str, Any] = {"alpha": 0.5, "weight": weight, "reduction": reduction}
-    ours = assert_as_good_as_torch(student, teacher, labels, divergence=KL, **options)
+    ours = assert_as_good_as_torch(student, teacher, labels, divergence=KL, **options, form=form)
     assert ours.value.shape == (lead if reduction == "none" else ())
 
 
@@ -552,6 +567,7 @@ def test_views_are_read_where_they_lie(view: Callable[[Tensor], Tensor]) -> None
     assert torch.equal(seen.reshape(-1, 21), x.reshape(-1, 21))
 
 
+@pairwise
 @each_form
 @each_reduction
 def test_no_rows(form: str, backend: Backend, reduction: str) -> None:
@@ -560,12 +576,18 @@ def test_no_rows(form: str, backend: Backend, reduction: str) -> None:
         labels = torch.empty(shape[:-1], dtype=torch.int64, device=backend.device)
         for options in ({"alpha": 0.0}, {"labels": labels}):
             ours = differentiate(
-                fastkd.distillation_loss, student, teacher, reduction=reduction, **options
+                fastkd.distillation_loss,
+                student,
+                teacher,
+                reduction=reduction,
+                **options,
+                form=form,
             )
             assert ours.value.shape == (shape[:-1] if reduction == "none" else ())
             assert not ours.value.any() and ours.student.shape == shape
 
 
+@pairwise
 @each_form
 @each_name
 def test_one_column(form: str, backend: Backend, divergence: Divergence) -> None:
@@ -573,7 +595,13 @@ def test_one_column(form: str, backend: Backend, divergence: Divergence) -> None
     student, teacher = logits(backend, 5, 1)
     labels = torch.zeros(5, dtype=torch.int64, device=backend.device)
     ours = differentiate(
-        fastkd.distillation_loss, student, teacher, labels, divergence=divergence, wrt="both"
+        fastkd.distillation_loss,
+        student,
+        teacher,
+        labels,
+        divergence=divergence,
+        wrt="both",
+        form=form,
     )
     assert ours.value.abs() < 1e-7 and not ours.student.any() and not ours.teacher.any()
 

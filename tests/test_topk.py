@@ -24,6 +24,7 @@ from common import (
     label_of,
     oracle,
 )
+from pairwise import pairwise
 from torch import Tensor
 
 import fastkd
@@ -154,6 +155,7 @@ def random(backend: Backend, n: int, v: int, dtype: torch.dtype = torch.float32)
     return student.to(backend.device, dtype), teacher.to(backend.device)
 
 
+@pairwise
 @each_size
 @each_tail
 @each_divergence
@@ -165,6 +167,7 @@ def test_definitions(
     assert_as_good_as_torch(student, stored(teacher, k, tail), divergence=divergence)
 
 
+@pairwise
 @each_dtype
 @each_tail
 @each_name
@@ -173,6 +176,7 @@ def test_dtypes(backend: Backend, divergence: Divergence, tail: str, dtype: torc
     assert_as_good_as_torch(student, stored(teacher, 12, tail), divergence=divergence)
 
 
+@pairwise
 @each_tail
 @each_name
 @pytest.mark.parametrize("temperature", [0.05, 2.0, 100.0])
@@ -265,6 +269,7 @@ def test_measured_tail_is_used(backend: Backend) -> None:
     assert float(fastkd.reverse_kl_div(student, coarse)) != pytest.approx(float(exact), rel=5e-3)
 
 
+@pairwise
 @each_tail
 @each_name
 @pytest.mark.parametrize("bias", [False, True])
