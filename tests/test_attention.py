@@ -439,7 +439,7 @@ def test_what_cannot_be_compared_is_named() -> None:
 
 
 class Attending(nn.Module):
-    """One layer of attention, whose parts can be tapped."""
+    """One layer of attention, whose parts hooks can reach."""
 
     def __init__(self, d: int, heads: int) -> None:
         super().__init__()
@@ -462,7 +462,7 @@ def test_a_term_lowers_its_loss(name: str) -> None:
         distill.Batch(torch.randn(8, 5, 4), extra={"mask": mask_of("padding", 8, 5)})
         for _ in range(4)
     ]
-    taps: Any = {"minilm": ("q", "k", "v"), "hidden": "hidden"}.get(name, "scores")
+    layers: Any = {"minilm": ("q", "k", "v"), "hidden": "hidden"}.get(name, "scores")
     function: Any = {
         **SCORES,
         "minilm": functools.partial(attention.minilm, heads=4),
@@ -472,15 +472,17 @@ def test_a_term_lowers_its_loss(name: str) -> None:
 
     def masked(s: distill.Outputs, t: distill.Outputs, batch: distill.Batch) -> Tensor:
         mine, theirs = (
-            x.features[taps] if isinstance(taps, str) else [x.features[tap] for tap in taps]
+            x.features[layers]
+            if isinstance(layers, str)
+            else [x.features[layer] for layer in layers]
             for x in (s, t)
         )
         mine = mine if projector is None else projector(mine)
         return function(mine, theirs, mask=batch.extra["mask"])
 
-    names = (taps,) if isinstance(taps, str) else taps
+    names = (layers,) if isinstance(layers, str) else layers
     term = distill.Term("masked", masked, 1.0, "samples", names, names, projector)
-    plain = distill.feature(taps, taps, function, 0.5, projector=projector)
+    plain = distill.feature(layers, layers, function, 0.5, projector=projector)
     for terms in ([term], [plain]):
         steps = distill.train(
             student, loader, terms, teacher=teacher, epochs=20, lr=1e-2, progress=False

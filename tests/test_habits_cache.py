@@ -25,7 +25,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from fastkd import distill
+from fastkd.recipes.pseudo_labels import pseudo_labels
 from fastkd.teachers import store
 
 N = 12
@@ -134,7 +134,7 @@ def test_what_changes_is_refused(tmp_path: Path, name: str, order: str) -> None:
         assert "a random transform" in str(error.value)
     random.seed(0)
     with pytest.raises(ValueError, match=r"loader: .*shuffle=False"):
-        distill.pseudo_labels(net(), SHUFFLED[name](), 3, order=order)
+        pseudo_labels(net(), SHUFFLED[name](), 3, order=order)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_what_stays_is_stored(tmp_path: Path, name: str) -> None:
         assert torch.equal(states[0][0], states[1][0]) and states[0][1] == states[1][1]
     with torch.no_grad():
         torch.testing.assert_close(torch.stack(list(reader)), teacher(X))
-    assert len(distill.pseudo_labels(teacher, IN_ORDER[name](), 3).labels) == N
+    assert len(pseudo_labels(teacher, IN_ORDER[name](), 3).labels) == N
 
 
 def test_ranks_that_have_loaders_of_their_own(tmp_path: Path) -> None:

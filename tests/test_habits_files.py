@@ -158,11 +158,11 @@ def test_students_of_wrapped_teachers(name: str, tmp_path: Path) -> None:
     distill.copy_layers(wrap(other), wrap(model), {"0": "0", "2": "2"})
     same(model, other)
     x = torch.randn(4, 4)
-    paths = distill.hand_over(wrap(model), x, tmp_path / "over", formats=["safetensors"])
+    paths = distill.export(wrap(model), x, tmp_path / "over", formats=["safetensors"])
     distill.load(other, paths["safetensors"])
-    average = distill.Average(wrap(model))
+    average = distill.EMATeacher(wrap(model))
     same(average.model, model)
-    with distill.frozen(wrap(model), ["0"]):
+    with distill.freeze(wrap(model), ["0"]):
         assert not model[0].weight.requires_grad
     term = distill.feature("0", "0", distill.features.hint)
     batch = torch.randn(8, 4), torch.randint(3, (8,))

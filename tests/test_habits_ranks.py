@@ -26,7 +26,7 @@ LOSSES: dict[str, Any] = {
     "relation": lambda: distill.feature("0", "0", relations.sp),
     "detached": lambda: [
         distill.feature("0", "0", F.mse_loss),
-        distill.Term("own", _own, student_taps=("0",)),
+        distill.Term("own", _own, student_layers=("0",)),
     ],
     "two outputs": lambda: distill.Term(
         "one of two", lambda s, t, _: F.mse_loss(s.raw["logits"], t.logits)

@@ -39,7 +39,7 @@ UNREAD: dict[str, Callable[[], Any]] = {
     "model": lambda: linear(1),
     "list": lambda: [linear(1), linear(2)],
     "function": lambda: lambda x: x[:, :3],
-    "average": lambda: distill.Average(linear()),
+    "average": lambda: distill.EMATeacher(linear()),
 }
 
 
@@ -130,9 +130,9 @@ def test_a_teacher_that_is_the_student_is_named() -> None:
     for steps in (1, 2):
         for teacher in (
             student.forward,
-            distill.Called(student),
+            distill.CallableTeacher(student),
             lambda x: student(x),
-            [student.forward, distill.Called(student)],
+            [student.forward, distill.CallableTeacher(student)],
         ):
             (text,) = said(student, [distill.hard(), distill.soft()], teacher=teacher, steps=steps)
             assert "['soft']" in text and "the student itself" in text
@@ -143,7 +143,7 @@ def test_a_copy_that_moves_is_no_mistake() -> None:
     both = [distill.hard(), distill.soft()]
     assert not said(student, both, teacher=copy.deepcopy(student))
     assert not said(student, both, teacher=copy.deepcopy(student), steps=1)
-    assert not said(student, both, teacher=distill.Average(student))
+    assert not said(student, both, teacher=distill.EMATeacher(student))
 
 
 class Words(nn.Module):

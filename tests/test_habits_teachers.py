@@ -36,8 +36,8 @@ def quiet(student: nn.Module, loss: Any = None, batch: Any = (X, Y), **options: 
 TEACHERS: dict[str, Callable[[nn.Module], Any]] = {
     "one": lambda m: m,
     "list": lambda m: [m, linear(3)],
-    "weighted": lambda m: distill.Several([linear(3), m], [0.2, 0.8], temperature=2.0),
-    "beside a peer": lambda m: [distill.Peer(linear(3), distill.hard()), m],
+    "weighted": lambda m: distill.EnsembleTeacher([linear(3), m], [0.2, 0.8], temperature=2.0),
+    "beside a peer": lambda m: [distill.PeerTeacher(linear(3), distill.hard()), m],
     "function": lambda m: lambda x: m(x),
 }
 
@@ -66,7 +66,7 @@ def test_a_trunk_that_a_peer_shares_trains_in_the_peer() -> None:
     frozen, peer = (nn.Sequential(shared, linear(at, 16, 3)) for at in (1, 2))
     modes: list[bool] = []
     shared[1].register_forward_pre_hook(lambda m, _: modes.append(m.training))
-    quiet(linear(), teacher=[frozen, distill.Peer(peer, distill.hard())])
+    quiet(linear(), teacher=[frozen, distill.PeerTeacher(peer, distill.hard())])
     assert modes == [False, True] * 2
 
 
@@ -130,14 +130,16 @@ TWICE: dict[str, Any] = {
 @pytest.mark.parametrize("kind", [*TEACHERS, "average"])
 def test_a_live_teacher_and_a_stored_one_are_one_too_many(kind: str, batch: str) -> None:
     student = linear()
-    make = {**TEACHERS, "average": lambda _: distill.Average(student)}[kind]
+    make = {**TEACHERS, "average": lambda _: distill.EMATeacher(student)}[kind]
     with pytest.raises(ValueError, match=r"also a batch with what it said.*sample weights") as got:
         quiet(student, batch=TWICE[batch], teacher=make(linear(1)))
     assert len(str(got.value)) <= 500
 
 
 def test_a_list_with_a_stored_member_takes_both() -> None:
-    loss = quiet(linear(), batch=TWICE["tuple"], teacher=[linear(1), distill.Stored()])[0].loss
+    loss = quiet(linear(), batch=TWICE["tuple"], teacher=[linear(1), distill.CachedTeacher()])[
+        0
+    ].loss
     mean = (linear(1)(X) + STORED).detach() / 2
     assert loss == pytest.approx(quiet(linear(), teacher=lambda _: mean)[0].loss, abs=1e-6)
 
@@ -173,7 +175,7 @@ def test_ids_beyond_a_vocabulary_are_named() -> None:
 
 def test_teachers_of_different_classes_are_named() -> None:
     for temperature in (None, 2.0):
-        teacher = distill.Several([linear(1), linear(2, 4, 5)], temperature=temperature)
+        teacher = distill.EnsembleTeacher([linear(1), linear(2, 4, 5)], temperature=temperature)
         with pytest.raises(ValueError, match=r"got logits \[\[8, 3\], \[8, 5\]\], expected equal"):
             quiet(linear(), teacher=teacher)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fastkd
 from fastkd import distill
 from fastkd.distill.losses import attention, features, relations
+from fastkd.recipes.pseudo_labels import pseudo_labels
 
 
 def batch(classes: int = 3) -> tuple[Tensor, Tensor]:
@@ -83,7 +84,7 @@ def test_judges_name_a_model_without_logits(answer: str) -> None:
         (lambda: distill.agreement(good, net, [batch()]), "model"),
         (lambda: distill.report(net, [batch()]), "student"),
         (lambda: distill.report(good, [batch()], teacher=net), "teacher"),
-        (lambda: distill.pseudo_labels(net, [batch()], 2), "teacher"),
+        (lambda: pseudo_labels(net, [batch()], 2), "teacher"),
     ):
         with pytest.raises((TypeError, ValueError), match=f"{role}: {message}"):
             call()

@@ -44,7 +44,7 @@ with warnings.catch_warnings(record=True) as at_import:
     warnings.simplefilter("always")
     import fastkd
     from fastkd import distill
-    from fastkd.distill import cache
+    from fastkd.teachers import store as cache
 
 
 def net():
@@ -54,7 +54,6 @@ def net():
 torch.manual_seed(0)
 x, y = torch.randn(8, 4), torch.arange(8) % 3
 data = [(x, y)] * 2
-steps = [distill.Step(0, 0, 1.0, 0.1)]
 
 
 def train(**options):
@@ -83,9 +82,14 @@ def recipes():
                seeds=1, size=0.01, jobs=1)
 
 
-def digits():
-    from fastkd.recipes.digits import main
-    main(["--epochs", "1", "--seeds", "1", "--out", str(folder / "digits")])
+def pseudo():
+    from fastkd.recipes.pseudo_labels import pseudo_labels
+    pseudo_labels(net(), data, clusters=2)
+
+
+def automatic():
+    from fastkd.recipes.workflow import tuned
+    tuned(0, 0.01)
 
 
 def plotted():
@@ -106,22 +110,15 @@ CALLS = {
     "cached": lambda: cache.Reader(folder / "cache").identity(),
     "evaluate": lambda: distill.evaluate(net(), data),
     "report": lambda: distill.report(net(), data),
-    "pseudo_labels": lambda: distill.pseudo_labels(net(), data, clusters=2),
-    "search": lambda: distill.search(lambda p: p["a"], {"a": distill.Range(0.0, 1.0)}, trials=2),
-    "optuna": lambda: distill.search(
-        lambda p: p["a"], {"a": distill.Range(0.0, 1.0)}, trials=2, backend="optuna"
-    ),
-    "halving": lambda: distill.successive_halving([1, 2], lambda *_: 1.0),
-    "hand_over": lambda: distill.hand_over(net(), x, folder / "out"),
-    "onnx": lambda: distill.hand_over(net(), x, folder / "onnx", formats=("onnx",)),
-    "tensorboard": lambda: distill.TensorBoardLogger(folder / "logs"),
-    "plot_curves": lambda: distill.plot_curves(steps, folder / "curves.png"),
+    "pseudo_labels": pseudo,
+    "automatic": automatic,
+    "export": lambda: distill.export(net(), x, folder / "out"),
+    "onnx": lambda: distill.export(net(), x, folder / "onnx", formats=("onnx",)),
     "lightning": imported("lightning"),
     "transformers": imported("transformers"),
     "trl": imported("trl"),
     "demo": demo,
     "recipes": recipes,
-    "digits": digits,
     "plot": plotted,
 }
 
@@ -154,18 +151,16 @@ EXTRAS = [
     "accelerate",
     "lightning",
 ]
-EXTRAS += ["pytorch_lightning", "tokenizers", "optuna", "onnx", "onnxscript", "tensorboard", "tqdm"]
+EXTRAS += ["pytorch_lightning", "tokenizers", "optuna", "onnx", "onnxscript", "tqdm"]
 # without all of these: the extra and the package that are named; None where it runs
 NEEDED: dict[str, tuple[str, str] | None] = {
     **dict.fromkeys(("import", "loss", "train", "train again", "evaluate"), None),
-    **dict.fromkeys(("search", "halving"), None),
     "checkpoint": ("train", "numpy"),
-    **dict.fromkeys(("save", "load", "capture", "hand_over"), ("train", "safetensors")),
+    **dict.fromkeys(("save", "load", "capture", "export"), ("train", "safetensors")),
     **dict.fromkeys(("report", "pseudo_labels", "recipes"), ("train", "scikit-learn")),
-    **dict.fromkeys(("plot", "plot_curves"), ("train", "matplotlib")),
-    "optuna": ("tune", "optuna"),
+    "plot": ("train", "matplotlib"),
+    "automatic": ("tune", "optuna"),
     "onnx": ("onnx", "onnx"),
-    "tensorboard": ("track", "tensorboard"),
     "lightning": ("lightning", "lightning"),
     "transformers": ("hf", "transformers"),
     "demo": ("demo", "transformers"),
@@ -197,22 +192,22 @@ def test_a_plain_install_runs_or_says_what_to_install(tmp_path: Path) -> None:
     assert told["import"]["warned"] == [] and told["loss"]["warned"] == []
     # the first of them all says it, once
     assert told["train"]["warned"] == NO_BAR
-    assert told["train again"]["warned"] == told["search"]["warned"] == []
+    assert told["train again"]["warned"] == []
 
 
 def test_without_numpy_alone(tmp_path: Path) -> None:
     """What is there and needs what is not names the latter; nothing is torch's "not available"."""
     names = ("loss", "train", "checkpoint", "save", "capture", "report", "pseudo_labels")
-    told = _without(["numpy"], tmp_path, *names, "hand_over", "plot_curves")
+    told = _without(["numpy"], tmp_path, *names, "export")
     assert told["loss"]["did"] == told["train"]["did"] == "ok"
-    for name in (*names[2:], "hand_over", "plot_curves"):
+    for name in (*names[2:], "export"):
         found = GET.match(told[name]["did"])
         assert found and found["package"] == "numpy", told[name]
 
 
 def test_without_tqdm_alone(tmp_path: Path) -> None:
     """Whatever shows a bar goes on without one."""
-    names = ("capture", "reader", "search", "halving", "train", "digits")
+    names = ("capture", "reader", "train")
     told = _without(["tqdm"], tmp_path, *names)
     assert [told[name]["did"] for name in names] == ["ok"] * len(names)
     assert [x for name in names for x in told[name]["warned"] if "bar" in x] == NO_BAR

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import distill
-from fastkd.distill import Batch, Head, Outputs, at_head, without_forgetting
+from fastkd.distill import Batch, Head, Outputs, lwf, with_head
 
 Both = namedtuple("Both", ["old", "new"])
 
@@ -47,7 +47,7 @@ KINDS = [(dict, "new", "old"), (Both, "new", "old"), (tuple, 1, 0), (list, -1, -
 def test_the_loss_is_the_new_labels_and_the_old_outputs(kind: Any, new: Any, old: Any) -> None:
     model, (x, y) = Heads(kind), task()
     before = copy.deepcopy(model)
-    steps = without_forgetting(
+    steps = lwf(
         model,
         [(x, y)] * 4,
         new=new,
@@ -82,14 +82,12 @@ def test_the_old_head_is_kept_and_without_it_is_not() -> None:
     torch.manual_seed(0)
     model = Heads()
     x, y = task(200, 3)
-    distill.train(model, [(x, y)] * 100, at_head(distill.hard(), "old"), lr=1e-2, progress=False)
+    distill.train(model, [(x, y)] * 100, with_head(distill.hard(), "old"), lr=1e-2, progress=False)
     old_new = {}
     other = task(200, 4)
     for weight in (0.0, 1.0):
         net = copy.deepcopy(model)
-        without_forgetting(
-            net, [other] * 150, new="new", old="old", weight=weight, lr=1e-2, progress=False
-        )
+        lwf(net, [other] * 150, new="new", old="old", weight=weight, lr=1e-2, progress=False)
         old_new[weight] = (
             distill.agreement(Head(net, "old"), Head(model, "old"), [x]),
             distill.evaluate(Head(net, "new"), [other]).accuracy,
@@ -102,7 +100,7 @@ def test_several_old_heads_and_functions_of_one_that_grew() -> None:
     """Heads cut out of one vector: the same loss as of heads that come apart."""
     net, (x, y) = nn.Linear(6, 9), task()
     before = copy.deepcopy(net)
-    steps = without_forgetting(
+    steps = lwf(
         net,
         [(x, y)] * 5,
         new=lambda z: z[..., 5:],
@@ -120,8 +118,8 @@ def test_several_old_heads_and_functions_of_one_that_grew() -> None:
 def test_only_the_new_head_learns_while_all_else_is_frozen() -> None:
     model, (x, y) = Heads(), task()
     before = state(model)
-    with distill.frozen(model, ["body", "old"]):
-        without_forgetting(model, [(x, y)] * 3, new="new", old="old", progress=False)
+    with distill.freeze(model, ["body", "old"]):
+        lwf(model, [(x, y)] * 3, new="new", old="old", progress=False)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) == (not name.startswith("new")), name
     assert all(p.requires_grad for p in model.parameters())
@@ -132,13 +130,13 @@ def test_a_term_at_a_head_is_the_term_of_its_logits() -> None:
     student, teacher = Heads()(x), Heads()(x)
     batch = Batch(x, y, samples=len(x))
     for term in (distill.hard(0.3, name="a"), distill.soft(temperature=2.0)):
-        moved = at_head(term, "new")
+        moved = with_head(term, "new")
         assert (moved.name, moved.weight, moved.mean) == (term.name, term.weight, term.mean)
         got = moved.function(Outputs(student), Outputs(teacher), batch)
         want = term.function(Outputs(student["new"]), Outputs(teacher["new"]), batch)
         assert torch.equal(got, want)
     with pytest.raises(ValueError, match="got no teacher"):
-        at_head(distill.soft(), "new").function(Outputs(student), Outputs(None), batch)
+        with_head(distill.soft(), "new").function(Outputs(student), Outputs(None), batch)
 
 
 def test_taps_reach_a_term_at_a_head() -> None:
@@ -148,10 +146,10 @@ def test_taps_reach_a_term_at_a_head() -> None:
         seen.append((student.logits, student.features["body"], teacher.features["old"]))
         return student.logits.sum()
 
-    term = distill.Term("x", function, student_taps=("body",), teacher_taps=("old",))
+    term = distill.Term("x", function, student_layers=("body",), teacher_layers=("old",))
     (x, y), model, teacher = task(), Heads(), Heads()
     expected = model(x)["new"].detach(), model.body(x).detach(), teacher(x)["old"].detach()
-    distill.train(model, [(x, y)], at_head(term, "new"), teacher=teacher, progress=False)
+    distill.train(model, [(x, y)], with_head(term, "new"), teacher=teacher, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(seen[0], expected, strict=True))
 
 
@@ -187,11 +185,11 @@ def test_heads_that_do_not_exist(kind: Any, head: Any, match: str) -> None:
 def test_bad_arguments() -> None:
     batches = [task()]
     with pytest.raises(ValueError, match="old: got no head"):
-        without_forgetting(Heads(), batches, new="new", old=[])
+        lwf(Heads(), batches, new="new", old=[])
     with pytest.raises(TypeError, match=r"options: got \['teacher'\]"):
-        without_forgetting(Heads(), batches, new="new", old="old", teacher=nn.Linear(6, 3))
+        lwf(Heads(), batches, new="new", old="old", teacher=nn.Linear(6, 3))
     with pytest.raises(ValueError, match="head: got 'newer'"):
-        without_forgetting(Heads(), batches, new="newer", old="old", progress=False)
+        lwf(Heads(), batches, new="newer", old="old", progress=False)
 
 
 def test_a_teacher_of_another_modality_sees_its_own_inputs() -> None:
@@ -211,49 +209,3 @@ def test_a_teacher_of_another_modality_sees_its_own_inputs() -> None:
         assert step.loss == pytest.approx(want, rel=1e-6)
         losses.append(step.loss)
     assert losses[0] == losses[1] > 0
-
-
-def adjacency(features: Tensor, k: int) -> Tensor:
-    """By the definition, densely."""
-    distance = (features.unsqueeze(1) - features).square().sum(-1).fill_diagonal_(torch.inf)
-    near = torch.zeros(distance.shape).scatter_(1, distance.argsort(1)[:, :k], 1.0)
-    linked = torch.maximum(near, near.T) + torch.eye(len(features))
-    scale = linked.sum(1).rsqrt().diag()
-    return scale @ linked @ scale
-
-
-@pytest.mark.parametrize("k", [1, 4, 19])
-@pytest.mark.parametrize("chunk", [1, 70, 1 << 20])
-def test_the_graph_is_that_of_the_definition(
-    k: int, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(distill.graph, "CHUNK", chunk)
-    features = torch.randn(20, 5).requires_grad_()
-    graph = distill.neighbour_graph(features, k)
-    expected = adjacency(features.detach(), k)
-    assert graph.is_sparse and not graph.requires_grad
-    torch.testing.assert_close(graph.to_dense(), expected)
-    x = torch.randn(20, 3, requires_grad=True)
-    torch.sparse.mm(graph, x).square().sum().backward()
-    torch.testing.assert_close(x.grad, 2 * expected.T @ expected @ x.detach())
-
-
-def test_nodes_that_are_alike_are_neighbours_and_not_their_own() -> None:
-    features = torch.tensor([[0.0], [0.0], [1000.0], [1000.5]], dtype=torch.float64)
-    graph = distill.neighbour_graph(features, 1)
-    pair = torch.full((2, 2), 0.5, dtype=torch.float64)
-    torch.testing.assert_close(graph.to_dense(), torch.block_diag(pair, pair))
-
-
-@pytest.mark.parametrize(
-    ("features", "k", "match"),
-    [
-        (torch.randn(5, 2), 0, "k: got 0, expected 1 to 4"),
-        (torch.randn(5, 2), 5, "k: got 5, expected 1 to 4"),
-        (torch.randn(5), 1, r"features: got torch.float32 of shape \(5,\)"),
-        (torch.ones(5, 2, dtype=torch.long), 1, "features: got torch.int64"),
-    ],
-)
-def test_graphs_that_cannot_be(features: Tensor, k: int, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        distill.neighbour_graph(features, k)

@@ -226,7 +226,7 @@ def test_the_average_sees_inputs_without_noise() -> None:
 def test_exits_learn_from_labels_and_the_last_layer() -> None:
     student, head = mlp(0), nn.Linear(6, 4)
     twin, other = copy.deepcopy(student), copy.deepcopy(head)
-    exits = distill.own_teacher({"1": head}, weight=0.5, alpha=0.3, temperature=2.0)
+    exits = distill.self_distillation({"1": head}, weight=0.5, alpha=0.3, temperature=2.0)
     assert [term.name for term in exits] == ["exit:1", "own:1"]
     both = nn.ModuleList([student, head])
     distill.train(student, data(), [distill.hard(), *exits], optimizer=sgd(both), progress=False)
@@ -242,7 +242,7 @@ def test_exits_learn_from_labels_and_the_last_layer() -> None:
 def test_the_last_layer_does_not_learn_from_an_exit() -> None:
     student, head = mlp(0), nn.Linear(6, 4)
     before, early = weights(student), weights(head)
-    exits = distill.own_teacher({"1": head}, alpha=1.0)
+    exits = distill.self_distillation({"1": head}, alpha=1.0)
     assert [term.name for term in exits] == ["own:1"]
     distill.train(
         student, data(), exits, progress=False
@@ -251,7 +251,7 @@ def test_the_last_layer_does_not_learn_from_an_exit() -> None:
     assert all(torch.equal(after[name], before[name]) for name in ("2.weight", "2.bias"))
     assert not torch.equal(after["0.weight"], before["0.weight"])
     assert not torch.equal(head.weight, early["weight"])
-    control = distill.own_teacher({"0": head, "1": head}, alpha=0.0, weight=lambda step: step)
+    control = distill.self_distillation({"0": head, "1": head}, alpha=0.0, weight=lambda step: step)
     assert [term.name for term in control] == ["exit:0", "exit:1"]
     assert callable(control[0].weight) and control[0].weight(3) == 3
 
@@ -311,9 +311,12 @@ LEARNS = Term("scale", lambda s, t, b: s.logits.mean(), module=Learns())
         (lambda: distill.born_again(same, data(), hard_weight=-1.0), "hard_weight: got -1.0"),
         (lambda: distill.mean_teacher(mlp(0), data(), ramp=-1), "ramp: got -1"),
         (lambda: distill.mean_teacher(mlp(0), data(), decay=1.0), "decay: got 1.0"),
-        (lambda: distill.own_teacher({}), "heads: got none"),
-        (lambda: distill.own_teacher({"0": nn.Linear(2, 2)}, alpha=1.5), "alpha: got 1.5"),
-        (lambda: distill.own_teacher({"0": nn.Linear(2, 2)}, temperature=0), "temperature: got 0"),
+        (lambda: distill.self_distillation({}), "heads: got none"),
+        (lambda: distill.self_distillation({"0": nn.Linear(2, 2)}, alpha=1.5), "alpha: got 1.5"),
+        (
+            lambda: distill.self_distillation({"0": nn.Linear(2, 2)}, temperature=0),
+            "temperature: got 0",
+        ),
         (lambda: distill.curriculum(0.0, 1.0, 5), "start: got 0.0"),
         (lambda: distill.curriculum(1.0, 1.0, 5, warmup=5), "warmup: got 5 of 5"),
     ],

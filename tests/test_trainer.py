@@ -1,4 +1,4 @@
-"""Terms, taps, accumulation, resume: what the trainer promises beyond the bare loop."""
+"""Terms, hooks, accumulation, resume: what the trainer promises beyond the bare loop."""
 
 from __future__ import annotations
 
@@ -296,7 +296,7 @@ def test_two_ranks_take_the_step_of_one(tmp_path: Path) -> None:
             torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
 
 
-# taps and projectors
+# hooks and projectors
 
 
 def conv(width: int) -> nn.Sequential:
@@ -376,7 +376,7 @@ def test_tapped_module_that_is_not_run_is_named(loader: Any) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x)
 
-    with pytest.raises(ValueError, match=r"tap: \['unused'\] did not run in forward"):
+    with pytest.raises(ValueError, match=r"layer: \['unused'\] did not run in forward"):
         quiet(Skips(), loader, distill.feature("unused", "1", mse), teacher=mlp())
 
 
@@ -415,8 +415,8 @@ def test_stored_outputs_equal_a_live_teacher(loader: Any) -> None:
     ways: list[tuple[Any, Any]] = [
         (loader, teacher),
         (dicts, None),
-        (dicts, distill.Stored()),
-        (without, distill.Stored(rows)),
+        (dicts, distill.CachedTeacher()),
+        (without, distill.CachedTeacher(rows)),
         (loader, lambda x: table[teacher[0]](x)),
         (loader, [teacher, teacher]),
     ]
@@ -427,15 +427,17 @@ def test_stored_outputs_equal_a_live_teacher(loader: Any) -> None:
         results.append(weights(twin))
     assert all(equal(results[0], other) for other in results[1:])
     with pytest.raises(ValueError, match="without 'teacher' and without 'index'"):
-        quiet(student, loader, distill.soft(), teacher=distill.Stored(rows))
+        quiet(student, loader, distill.soft(), teacher=distill.CachedTeacher(rows))
 
 
 def test_terms_that_need_a_teacher_say_so(loader: Any) -> None:
     with pytest.raises(ValueError, match="term 'soft': got no teacher"):
         quiet(mlp(), loader, distill.soft())
-    with pytest.raises(ValueError, match=r"teacher: got none, expected one with the taps \['1'\]"):
+    with pytest.raises(
+        ValueError, match=r"teacher: got none, expected one with the layers \['1'\]"
+    ):
         quiet(mlp(), loader, distill.feature("1", "1", mse))
-    with pytest.raises(ValueError, match=r"tap: got \['1'\] of Called"):
+    with pytest.raises(ValueError, match=r"layer: got \['1'\] of CallableTeacher"):
         quiet(mlp(), loader, distill.feature("1", "1", mse), teacher=lambda x: x)
     with pytest.raises(TypeError, match="teacher: got int"):
         quiet(mlp(), loader, distill.soft(), teacher=3)
@@ -444,16 +446,16 @@ def test_terms_that_need_a_teacher_say_so(loader: Any) -> None:
 def test_several_teachers_are_their_mean(loader: Any) -> None:
     a, b, x = mlp(16), mlp(4), loader[0][0]
     batch = Batch(x)
-    said = distill.Several([a, b], [3, 1])(batch)
+    said = distill.EnsembleTeacher([a, b], [3, 1])(batch)
     torch.testing.assert_close(said.logits, 0.75 * a(x) + 0.25 * b(x))
     assert torch.equal(said.members[1].logits, b(x))
     T = 2.0
-    said = distill.Several([a, b], [3, 1], temperature=T)(batch)
+    said = distill.EnsembleTeacher([a, b], [3, 1], temperature=T)(batch)
     mean = 0.75 * (a(x) / T).softmax(-1) + 0.25 * (b(x) / T).softmax(-1)
     torch.testing.assert_close((said.logits / T).softmax(-1), mean)
     for bad in ([1.0], [1.0, -1.0], [0.0, 0.0]):
         with pytest.raises(ValueError, match="weights: got"):
-            distill.Several([a, b], bad)
+            distill.EnsembleTeacher([a, b], bad)
     term = distill.feature("1", "1.1", mse, projector=nn.Linear(8, 4))
     quiet(mlp(), loader, [distill.soft(), term], teacher=[a, b])
     with pytest.raises(ValueError, match="expected a number in front"):
@@ -465,7 +467,7 @@ def test_peer_learns_as_the_student_does(loader: Any) -> None:
     terms = [distill.hard(), distill.soft(0.5, temperature=2.0)]
     student, other = mlp(), mlp(16)
     twins = copy.deepcopy(student), copy.deepcopy(other)
-    peer = distill.Peer(other, terms, lr=1e-2)
+    peer = distill.PeerTeacher(other, terms, lr=1e-2)
     quiet(student, loader, terms, teacher=peer, lr=1e-2, epochs=2)
 
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in twins]
@@ -494,7 +496,7 @@ def test_peer_learns_features_of_the_student(loader: Any) -> None:
         x = loader[0][0]
         apart.append(mse(projector(other[:2](x)), student[:2](x)).item())
 
-    peer = distill.Peer(other, [distill.hard(), hint], lr=1e-2)
+    peer = distill.PeerTeacher(other, [distill.hard(), hint], lr=1e-2)
     quiet(student, loader, distill.hard(), teacher=peer, epochs=20, on_step=note)
     assert apart[-1] < 0.3 * apart[0]
     assert not any(m._forward_hooks for model in (student, other) for m in model.modules())
@@ -529,7 +531,9 @@ def test_cohort_of_peers_learns(loader: Any) -> None:
     models = [mlp(), mlp(16), mlp(4)]
     before = [distill.evaluate(m, loader).cross_entropy for m in models]
     terms = [distill.hard(), distill.soft()]
-    cohort = distill.Several([distill.Peer(m, terms, lr=1e-2) for m in models[1:]], temperature=4.0)
+    cohort = distill.EnsembleTeacher(
+        [distill.PeerTeacher(m, terms, lr=1e-2) for m in models[1:]], temperature=4.0
+    )
     quiet(models[0], loader, terms, teacher=cohort, lr=1e-2, epochs=10)
     after = [distill.evaluate(m, loader).cross_entropy for m in models]
     assert all(a < b for a, b in zip(after, before, strict=True))
@@ -537,7 +541,7 @@ def test_cohort_of_peers_learns(loader: Any) -> None:
 
 def test_average_is_the_definition(loader: Any) -> None:
     student = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
-    average = distill.Average(student, 0.9)
+    average = distill.EMATeacher(student, 0.9)
     expected = {n: p.detach().clone() for n, p in student.named_parameters()}
 
     def follow(*_: Any) -> None:
@@ -550,7 +554,7 @@ def test_average_is_the_definition(loader: Any) -> None:
     assert torch.equal(average.model[1].running_mean, student[1].running_mean)
     # as a teacher and an average at once it moves once a step
     twin = copy.deepcopy(student)
-    both = distill.Average(twin, 0.5)
+    both = distill.EMATeacher(twin, 0.5)
     start, (x, y) = twin[0].weight.detach().clone(), loader[0]
     quiet(twin, [(x, y)], [distill.hard(), distill.soft()], teacher=both, ema=both)
     torch.testing.assert_close(both.model[0].weight, (start + twin[0].weight) / 2)
@@ -742,8 +746,8 @@ def a_run(
     order = torch.Generator().manual_seed(seed) if own_generator else None
     loader = torch.utils.data.DataLoader(Data(), batch_size=4, shuffle=True, generator=order)
     soft = distill.soft(lambda step: 1 / (1 + step))
-    peer = distill.Peer(other, [distill.hard(), distill.soft()])
-    average = distill.Average(student, 0.9)
+    peer = distill.PeerTeacher(other, [distill.hard(), distill.soft()])
+    average = distill.EMATeacher(student, 0.9)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     feature = distill.feature("1", "0.1", mse, projector=projector)
 
@@ -899,7 +903,7 @@ def fewer_parameters(loader: Any, **options: Any) -> Any:
 
 def an_average(loader: Any, **options: Any) -> Any:
     student = mlp()
-    return quiet(student, loader, distill.hard(), ema=distill.Average(student), **options)
+    return quiet(student, loader, distill.hard(), ema=distill.EMATeacher(student), **options)
 
 
 @pytest.mark.parametrize(
@@ -907,7 +911,10 @@ def an_average(loader: Any, **options: Any) -> Any:
     [
         (another_model, r"the student's '0.bias' of shape \(8,\), expected \(9,\)"),
         (another_loss, r"terms \['hard'\], expected \['mine'\]"),
-        (another_teacher, r"teacher None, expected \['Live', 'Sequential', '[0-9a-f]{64}'\]|\["),
+        (
+            another_teacher,
+            r"teacher None, expected \['ModelTeacher', 'Sequential', '[0-9a-f]{64}'\]|\[",
+        ),
         (another_optimizer, "optimizer 'AdamW', expected 'SGD'"),
         (fewer_parameters, r"\[4\] parameters in the optimizer's groups, expected \[2\]"),
         (an_average, "no average of the student"),

@@ -80,7 +80,7 @@ def run(kind: str, *, micro: int = 1, rank: int = 0, world: int = 1, **more: Any
     student, teacher = net(0), net(1)
     torch.manual_seed(2 + rank)  # the terms' own weights begin as rank 0 has them
     projector = nn.Linear(7, 7)
-    average = distill.Average(student, 0.9)
+    average = distill.EMATeacher(student, 0.9)
     sharded = {"fsdp": shard, "2d": split}.get(kind)
     if sharded:
         shard(teacher.requires_grad_(False))
@@ -160,7 +160,7 @@ def peers_of_one_process() -> None:
             wrapped,
             Rows(rank, world),
             terms,
-            teacher=distill.Peer(other, terms, lr=0.02),
+            teacher=distill.PeerTeacher(other, terms, lr=0.02),
             lr=0.02,
             progress=False,
         )
@@ -215,7 +215,7 @@ def what_stops_all() -> None:
     shards = net(0)
     shard(shards)
     with pytest.raises(ValueError, match=r"student: got one in shards.*before fully_shard"):
-        distill.Average(shards)
+        distill.EMATeacher(shards)
     with pytest.raises(ValueError, match="weight_noise: got a student of shards"):
         distill.train(shards, Rows(), distill.hard(), weight_noise=0.1, progress=False)
 

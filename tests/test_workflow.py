@@ -1,4 +1,4 @@
-"""The stages around the trainer: students, reports, pseudo-labels, tuning, logs, hand-over."""
+"""The stages around the trainer: students, reports, logs, export."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd import distill
-from fastkd.distill import Batch, Outputs, Range, loggers
+from fastkd.distill import Batch, Outputs
 
 
 def mlp(width: int = 8, classes: int = 3) -> nn.Sequential:
@@ -60,7 +60,7 @@ def test_layers_are_copied_by_name() -> None:
     teacher, student = nn.Module(), nn.Module()
     teacher.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
     student.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-    names = distill.spread(3, 6, "blocks", "layers")
+    names = distill.layer_map(3, 6, "blocks", "layers")
     assert names == {"blocks.0": "layers.0", "blocks.1": "layers.2", "blocks.2": "layers.5"}
     distill.copy_layers(student, teacher, names)
     for mine, theirs in names.items():
@@ -68,9 +68,9 @@ def test_layers_are_copied_by_name() -> None:
             student.get_submodule(mine).state_dict(), teacher.get_submodule(theirs).state_dict()
         )
         assert student.get_submodule(mine).weight is not teacher.get_submodule(theirs).weight
-    assert distill.spread(1, 6) == {"layers.0": "layers.0"}
+    assert distill.layer_map(1, 6) == {"layers.0": "layers.0"}
     with pytest.raises(ValueError, match="student: got 7 layers of 6"):
-        distill.spread(7, 6)
+        distill.layer_map(7, 6)
 
 
 def test_layers_that_do_not_fit_leave_the_student_alone() -> None:
@@ -225,110 +225,6 @@ def test_report_errors(loader: Any) -> None:
         distill.report(mlp(), loader, teacher=mlp(8, 4))
 
 
-# pseudo-labels
-
-
-def test_pseudo_labels_are_cluster_means(loader: Any) -> None:
-    pytest.importorskip("sklearn")
-    teacher, T = mlp(16).train(), 2.0
-    inputs = [x for x, _ in loader]
-    got = distill.pseudo_labels(teacher, inputs, 4, temperature=T)
-    soft = torch.cat([(teacher(x) / T).softmax(-1).detach() for x in inputs])
-    assert sorted(set(got.clusters.tolist())) == [0, 1, 2, 3] and teacher.training
-    for cluster in range(4):
-        mine = got.clusters == cluster
-        mean = soft[mine].double().mean(0).float()
-        torch.testing.assert_close((got.logits[mine] / T).softmax(-1), mean.expand(mine.sum(), 3))
-        assert (got.labels[mine] == mean.argmax()).all()
-    # a cluster for each sample: the teacher itself
-    alone = distill.pseudo_labels(teacher, inputs, 60, temperature=T)
-    torch.testing.assert_close((alone.logits / T).softmax(-1), soft)
-    for clusters in (0, 61):
-        with pytest.raises(ValueError, match=f"clusters: got {clusters}, expected 1 to 60"):
-            distill.pseudo_labels(teacher, inputs, clusters)
-
-
-def test_student_learns_from_pseudo_labels(loader: Any) -> None:
-    pytest.importorskip("sklearn")
-    teacher, student = mlp(16), mlp()
-    inputs = torch.cat([x for x, _ in loader])
-    said = distill.pseudo_labels(teacher, [inputs], 20)
-    data = [{"inputs": inputs, "teacher": said.logits}]
-    before = distill.agreement(student, teacher, [inputs])
-    term = distill.soft(temperature=1.0)
-    distill.train(student, data, term, epochs=300, lr=2e-2, progress=False)
-    assert distill.agreement(student, teacher, [inputs]) > max(before, 0.85)
-
-
-# tuning
-
-SPACE = {
-    "x": Range(-4.0, 4.0),
-    "lr": Range(1e-4, 1e-1, log=True),
-    "width": Range(1, 8, integer=True),
-    "kind": ("a", "b"),
-}
-
-
-def score(params: dict[str, Any]) -> float:
-    loss = (params["x"] - 1) ** 2 + (math.log10(params["lr"]) + 2) ** 2
-    return -loss - abs(params["width"] - 3) - (params["kind"] == "b")
-
-
-@pytest.mark.parametrize("backend", ["random", "optuna"])
-def test_search_finds_better_parameters(backend: str) -> None:
-    if backend == "optuna":
-        pytest.importorskip("optuna")
-    start = {"x": -4.0, "lr": 1e-4, "width": 8, "kind": "b"}
-    options: dict[str, Any] = {"backend": backend, "progress": False, "start": start}
-    got = distill.search(score, SPACE, trials=40, seed=3, **options)
-    assert got.trials[0] == (start, score(start)) and len(got.trials) == 40
-    assert got.value == score(got.best) == max(value for _, value in got.trials)
-    assert got.value > -4 > score(start)
-    for params, _ in got.trials:
-        assert -4 <= params["x"] <= 4 and 1e-4 <= params["lr"] <= 1e-1
-        assert params["width"] in range(1, 9) and params["kind"] in ("a", "b")
-    assert distill.search(score, SPACE, trials=40, seed=3, **options) == got
-    assert distill.search(score, SPACE, trials=40, seed=4, **options).trials != got.trials
-
-
-@pytest.mark.parametrize("backend", ["random", "optuna"])
-def test_trials_that_diverge_are_worst(backend: str) -> None:
-    if backend == "optuna":
-        pytest.importorskip("optuna")
-    values = iter([math.nan, None, 0.25, math.nan])
-
-    def objective(params: dict[str, Any]) -> float:
-        value = next(values)
-        if value is None:
-            raise FloatingPointError("diverged")
-        return value
-
-    options: dict[str, Any] = {"backend": backend, "progress": False}
-    got = distill.search(objective, {"x": Range(0, 1)}, trials=4, **options)
-    assert got.value == 0.25 and got.best == got.trials[2][0]
-    with pytest.raises(ValueError, match="objective: got NaN in all 2 trials"):
-        distill.search(lambda _: math.nan, {"x": Range(0, 1)}, trials=2, **options)
-
-
-@pytest.mark.parametrize(
-    ("space", "options", "message"),
-    [
-        ({"x": Range(2, 1)}, {}, "expected low <= high"),
-        ({"x": Range(0, 1, log=True)}, {}, "expected 0 < low <= high"),
-        ({"x": []}, {}, "expected a Range or some choices"),
-        ({"x": "abc"}, {}, "expected a Range or some choices"),
-        ({"x": [1]}, {"trials": 0}, "trials: got 0"),
-        ({"x": [1]}, {"backend": "grid"}, "backend: got 'grid'"),
-        ({"x": [1]}, {"start": {"y": 1}}, r"start: got \['y'\]"),
-        ({"x": [1]}, {"start": {"x": 2}}, "start: got 2 for 'x'"),
-    ],
-)
-def test_bad_searches(space: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        distill.search(lambda _: 0.0, space, progress=False, **options)
-
-
 # loggers and schedules
 
 
@@ -353,17 +249,6 @@ def test_csv_holds_every_step_and_metric(loader: Any, tmp_path: Path) -> None:
     assert len(told) == 8
 
 
-def test_csv_gives_its_steps_back(loader: Any, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    log = distill.CSVLogger(tmp_path / "run.csv")
-    terms = [distill.hard(), distill.soft()]
-    steps = distill.train(mlp(), loader, terms, teacher=mlp(), log=log, progress=False)
-    assert loggers.read_steps(tmp_path / "run.csv") == steps
-    distill.plot_curves(tmp_path / "run.csv", tmp_path / "run.png")
-    distill.plot_curves(steps, tmp_path / "same.png")
-    assert (tmp_path / "run.png").read_bytes() == (tmp_path / "same.png").read_bytes()
-
-
 def test_csv_of_a_resumed_run_has_no_step_twice(tmp_path: Path) -> None:
     path = tmp_path / "run.csv"
     log = distill.CSVLogger(path)
@@ -379,36 +264,6 @@ def test_csv_of_a_resumed_run_has_no_step_twice(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_tensorboard_gets_scalars(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    log = distill.TensorBoardLogger(tmp_path)
-    for step in range(3):
-        log({"loss": 0.5 * step}, step)
-    log.close()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 0.0), (1, 0.5), (2, 1.0)]
-
-
-def test_tensorboard_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match=r"TensorBoardLogger needs .*\.\[track\]"):
-        distill.TensorBoardLogger("anywhere")
-
-
-def test_curves_are_drawn(loader: Any, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    steps = distill.train(mlp(), loader, [distill.hard()], progress=False)
-    plain = distill.train(mlp(), loader, lambda s, t, y: F.cross_entropy(s, y), progress=False)
-    for name, runs in (("a.png", steps), ("b.png", {"one": steps, "two": plain}), ("c.png", plain)):
-        distill.plot_curves(runs, tmp_path / name)
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="runs: got no step"):
-        distill.plot_curves([], tmp_path / "d.png")
-
-
 def test_bar_shows_loss_rate_and_speed(
     loader: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,30 +277,30 @@ def test_bar_shows_loss_rate_and_speed(
 
 
 def test_schedules() -> None:
-    cosine = distill.decay(10, warmup=2, floor=0.1)
+    cosine = distill.lr_schedule(10, warmup=2, floor=0.1)
     assert [cosine(step) for step in (0, 1, 2, 6, 10, 99)] == pytest.approx(
         [0.5, 1.0, 1.0, 0.55, 0.1, 0.1]
     )
-    linear = distill.decay(4, "linear")
+    linear = distill.lr_schedule(4, "linear")
     assert [linear(step) for step in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
-    assert distill.decay(4, "constant", warmup=2)(3) == 1.0
+    assert distill.lr_schedule(4, "constant", warmup=2)(3) == 1.0
     for bad in ({"shape": "step"}, {"warmup": 4}, {"warmup": -1}, {"floor": 1.5}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))}: got"):
-            distill.decay(4, **bad)
+            distill.lr_schedule(4, **bad)
 
 
-# hand-over
+# export
 
 
-def test_student_is_handed_over(tmp_path: Path) -> None:
+def test_student_is_exported(tmp_path: Path) -> None:
     student = convnet()
     x = torch.randn(3, 1, 8, 8)
-    paths = distill.hand_over(student, x, tmp_path / "out", metadata={"task": "t"})
+    paths = distill.export(student, x, tmp_path / "out", metadata={"task": "t"})
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in paths.values()}
     assert student.training
     expected = student.eval()(torch.randn(5, 1, 8, 8, generator=torch.manual_seed(1)))
     again = torch.randn(5, 1, 8, 8, generator=torch.manual_seed(1))
-    program = torch.export.load(paths["export"])
+    program = torch.export.load(paths["pt2"])
     torch.testing.assert_close(program.module()(again), expected)
     other = convnet()
     assert distill.load(other, paths["safetensors"]) == {"task": "t"}
@@ -456,7 +311,7 @@ def test_student_goes_to_onnx(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     student = mlp()
-    path = distill.hand_over(student, torch.randn(3, 5), tmp_path, formats=["onnx"])["onnx"]
+    path = distill.export(student, torch.randn(3, 5), tmp_path, formats=["onnx"])["onnx"]
     from onnx.reference import ReferenceEvaluator
 
     x = torch.randn(7, 5)
@@ -469,13 +324,13 @@ def test_student_goes_to_onnx(tmp_path: Path) -> None:
 def test_hand_over_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for inputs, formats, message in (
         (torch.randn(3, 5), ["pickle"], r"formats: got \['pickle'\]"),
-        (torch.randn(1, 5), ["export"], "inputs: got 1 rows"),
+        (torch.randn(1, 5), ["pt2"], "inputs: got 1 rows"),
     ):
         with pytest.raises(ValueError, match=message):
-            distill.hand_over(mlp(), inputs, tmp_path, formats=formats)
+            distill.export(mlp(), inputs, tmp_path, formats=formats)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ImportError, match=r"formats 'onnx' needs onnx.*\.\[onnx\]"):
-        distill.hand_over(mlp(), torch.randn(3, 5), tmp_path, formats=["onnx"])
+        distill.export(mlp(), torch.randn(3, 5), tmp_path, formats=["onnx"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -522,7 +377,7 @@ def test_fine_tuning_errors() -> None:
 
 
 def test_three_stages(tmp_path: Path) -> None:
-    """Teacher, pruned student taught through a tap, judged, handed over, tuned for another task."""
+    """Teacher, pruned student taught through a layer, judged, exported, tuned for another task."""
     for module in ("sklearn", "matplotlib"):
         pytest.importorskip(module)
     torch.manual_seed(0)
@@ -542,7 +397,7 @@ def test_three_stages(tmp_path: Path) -> None:
     got = distill.report(student, data, teacher=teacher)
     assert got.figures["student"]["accuracy"] > start.accuracy
     assert got.figures["student"]["agreement"] > 0.9 and got.figures["student"]["compression"] > 2
-    distill.hand_over(student, inputs[:4], tmp_path)
+    distill.export(student, inputs[:4], tmp_path)
     other = [(inputs, (inputs[:, 3] > 0).long())]
     tuned, _ = distill.fine_tune(
         student, other, distill.hard(), head="2", outputs=2, epochs=60, **quiet
@@ -604,7 +459,7 @@ def test_several_frozen_teachers_of_a_student_with_heads() -> None:
     def function(student: distill.Outputs, teacher: distill.Outputs, _: distill.Batch) -> Tensor:
         return F.mse_loss(student.raw["a"], teacher.logits)
 
-    teachers = distill.Several([nn.Linear(5, 3), nn.Linear(5, 3)])
+    teachers = distill.EnsembleTeacher([nn.Linear(5, 3), nn.Linear(5, 3)])
     loader = [(torch.randn(4, 5), torch.zeros(4, dtype=torch.long))] * 2
     term = distill.Term("a", function, mean="samples")
     assert len(distill.train(Heads(), loader, term, teacher=teachers, progress=False)) == 2

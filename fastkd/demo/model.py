@@ -55,7 +55,7 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def hand_over(model: Any, tokenizer: Any, folder: Path) -> None:
+def export(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write model and tokenizer as `AutoModelForCausalLM` and `AutoTokenizer` read them."""
     transformers = needed("transformers", USER, EXTRA)
     part = folder.with_name(f".{folder.name}.tmp")

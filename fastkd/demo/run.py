@@ -17,7 +17,7 @@ import torch
 from fastkd.distill.serialization import needed
 
 from . import corpus, judge, measure, report
-from .model import USER, hand_over, parameters
+from .model import USER, export, parameters
 from .presets import DEFAULT, PRESETS, Preset
 from .stages import CACHED, DENSE, EAGER, HARD, LINEAR, TEACHER, Stages
 
@@ -93,7 +93,7 @@ def run(
         with clock.stage("samples"):
             samples = _kept(folder / "samples.json", lambda: judge.samples(stages, models))
         if not (folder / STUDENT).exists():
-            hand_over(models[LINEAR], text.tokenizer, folder / STUDENT)
+            export(models[LINEAR], text.tokenizer, folder / STUDENT)
     cache = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
     net = sizes.student
     facts = {

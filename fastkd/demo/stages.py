@@ -153,7 +153,7 @@ class Stages:
             way.loss,
             teacher=source,
             optimizer=torch.optim.AdamW(model.parameters(), lr=net.lr, betas=(0.9, 0.95)),
-            schedule=distill.decay(net.steps, warmup=max(1, net.steps // 20), floor=0.05),
+            schedule=distill.lr_schedule(net.steps, warmup=max(1, net.steps // 20), floor=0.05),
             clip_norm=1.0,
             amp=self.amp,
             checkpoint=distill.Checkpoints(

@@ -67,7 +67,7 @@ class Batch:
 
 @dataclasses.dataclass(slots=True)
 class Outputs:
-    """What a model said: `logits`, tapped `features` by module name, and `raw`, all of it.
+    """What a model returned: `logits`, hooked `features` by module name, and `raw`, all of it.
 
     `logits` is `raw`, or its attribute or entry of that name. `members` are the outputs of each
     teacher where there are several. `role` is who has said it, such as "student" or "teacher":

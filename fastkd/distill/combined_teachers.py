@@ -13,12 +13,12 @@ from torch.utils.data import Dataset
 
 from .batch import Batch, Outputs, bare_state, forward, load_bare_state, unwrap
 from .distributed import Ranks
-from .hooks import Taps
-from .teachers import Called, FromBatch, Live, Stored, Teacher
+from .hooks import Hooks
+from .teachers import BatchTeacher, CachedTeacher, CallableTeacher, ModelTeacher, Teacher
 from .terms import Objective
 
 
-class Peer(Teacher):
+class PeerTeacher(Teacher):
     """A model that learns while it teaches: its loss has the student as its teacher.
 
     Its gradients are not scaled: with amp, bfloat16 suits it and float16 does not. Where several
@@ -45,10 +45,10 @@ class Peer(Teacher):
     ) -> None:
         self.model, self.objective = model, Objective(loss)
         self.models = [model, self.objective.modules]
-        self.student_taps = self.objective.teacher_taps
+        self.student_layers = self.objective.teacher_layers
         learnt = [p for m in self.models for p in m.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(learnt, lr=lr) if optimizer is None else optimizer
-        self._taps = Taps(model, ())
+        self._hooks = Hooks(model, ())
         self._mine: Outputs | None = None
 
     def begin(self) -> None:
@@ -56,14 +56,14 @@ class Peer(Teacher):
         self.optimizer.zero_grad(set_to_none=True)
 
     @contextmanager
-    def tapped(self, names: tuple[str, ...]) -> Iterator[None]:
-        with Taps(self.model, (*names, *self.objective.student_taps)) as self._taps:
+    def hooked(self, names: tuple[str, ...]) -> Iterator[None]:
+        with Hooks(self.model, (*names, *self.objective.student_layers)) as self._hooks:
             yield
-        self._taps = Taps(self.model, ())
+        self._hooks = Hooks(self.model, ())
 
     def __call__(self, batch: Batch) -> Outputs:
         inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
-        self._mine = Outputs(forward(self.model, inputs), self._taps.take(), role="teacher")
+        self._mine = Outputs(forward(self.model, inputs), self._hooks.take(), role="teacher")
         return self._mine.detach()
 
     def follow(self, student: Outputs, batch: Batch) -> None:
@@ -94,17 +94,18 @@ class Peer(Teacher):
         self.optimizer.load_state_dict(state["optimizer"])
 
     def identity(self) -> Any:
-        return ["Peer", type(unwrap(self.model)).__name__]
+        return ["PeerTeacher", type(unwrap(self.model)).__name__]
 
 
-class Several(Teacher):
+class EnsembleTeacher(Teacher):
     """Several teachers as one: the weighted mean of their logits, or of their probabilities.
 
         logits = sum_i w_i t_i                               (temperature None)
         logits = T log sum_i w_i softmax(t_i / T)            (softmax(logits / T) is the mean)
 
-    Each one's own outputs are in `Outputs.members`. A `Peer` among them learns from the mean over
-    the student and the other members. Taps are named "0.layer" for the first one's "layer".
+    Each one's own outputs are in `Outputs.members`. A `PeerTeacher` among them
+    learns from the mean over the student and the other members. Layers are named "0.layer" for the
+    first one's "layer".
 
     Args:
         teachers: modules or sources.
@@ -132,31 +133,36 @@ class Several(Teacher):
         self.weights = [w / sum(weights) for w in weights]
         self.temperature = temperature
         self.models = [model for member in self.members for model in member.models]
-        self.student_taps = tuple(tap for member in self.members for tap in member.student_taps)
+        self.student_layers = tuple(
+            layer for member in self.members for layer in member.student_layers
+        )
         self.reads_batch = any(member.reads_batch for member in self.members)
         self._said: list[Outputs] = []
 
     def beside(self, student: nn.Module) -> None:
-        peers = [m for member in self.members if isinstance(member, Peer) for m in member.models]
+        peers = [
+            m for member in self.members if isinstance(member, PeerTeacher) for m in member.models
+        ]
         for member in self.members:
             member.beside(nn.ModuleList([student, *peers]))
 
     def begin(self) -> None:  # what a frozen one shares with a peer is in the peer's mode
-        for member in sorted(self.members, key=lambda member: isinstance(member, Peer)):
+        for member in sorted(self.members, key=lambda member: isinstance(member, PeerTeacher)):
             member.begin()
 
     @contextmanager
-    def tapped(self, names: tuple[str, ...]) -> Iterator[None]:
+    def hooked(self, names: tuple[str, ...]) -> Iterator[None]:
         places = [name.partition(".") for name in names]
         known = [str(at) for at in range(len(self.members))]
         if wrong := [head + dot + rest for head, dot, rest in places if head not in known]:
             raise ValueError(
-                f"tap: got {wrong} of {len(known)} teachers, expected a number in front: '0.layer'"
+                f"layer: got {wrong} of {len(known)} teachers, expected a number in front: "
+                "'0.layer'"
             )
         with ExitStack() as stack:
             for at, member in enumerate(self.members):
                 mine = tuple(rest for head, _, rest in places if head == str(at))
-                stack.enter_context(member.tapped(mine))
+                stack.enter_context(member.hooked(mine))
             yield
 
     def __call__(self, batch: Batch) -> Outputs:
@@ -208,15 +214,15 @@ def source(teacher: Any) -> Teacher:
     if isinstance(teacher, Teacher):
         return teacher
     if teacher is None:
-        return FromBatch()
+        return BatchTeacher()
     if isinstance(teacher, nn.Module):
-        return Live(teacher)
+        return ModelTeacher(teacher)
     if isinstance(teacher, Dataset):
-        return Stored(teacher)
+        return CachedTeacher(teacher)
     if isinstance(teacher, (list, tuple)):
-        return Several(teacher)
+        return EnsembleTeacher(teacher)
     if callable(teacher):
-        return Called(teacher)
+        return CallableTeacher(teacher)
     got = type(teacher).__name__
     raise TypeError(
         f"teacher: got {got}, expected a module, a list of them, a function, a cache's Reader or "

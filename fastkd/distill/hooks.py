@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .batch import bare_names, forward, mapped, restored_modes, unwrap
 
 
-class Taps:
+class Hooks:
     """A context in which the outputs of the named modules are kept; hooks go with its end.
 
     What is kept is a copy, as the module gave it: what comes behind it may work in place
@@ -33,7 +33,7 @@ class Taps:
         self._handles: list[Any] = []
         self._kept: dict[str, Any] = {}
 
-    def __enter__(self) -> Taps:
+    def __enter__(self) -> Hooks:
         for name, module in self._modules.items():
             self._handles.append(module.register_forward_hook(self._hook(name)))
         return self
@@ -49,8 +49,8 @@ class Taps:
         if len(self._kept) < len(self._modules):
             missing = [name for name in self._modules if name not in self._kept]
             raise ValueError(
-                f"tap: {missing} did not run in forward; expected modules that take part in it "
-                "(a model compiled and called before it was tapped does not see the taps)"
+                f"layer: {missing} did not run in forward; expected modules that take part in it "
+                "(a model compiled and called before the hooks were set does not run them)"
             )
         kept, self._kept = self._kept, {}
         return kept
@@ -75,12 +75,12 @@ def resolve(model: nn.Module, name: str) -> nn.Module:
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:5]
     listed = ", ".join(map(repr, near)) or "none, the model has no submodules"
     raise ValueError(
-        f"tap: got {name!r}, which {type(model).__name__} does not have; near names: {listed}"
+        f"layer: got {name!r}, which {type(model).__name__} does not have; near names: {listed}"
     )
 
 
 def projector(
-    student: nn.Module, teacher: nn.Module, inputs: Any, student_tap: str, teacher_tap: str
+    student: nn.Module, teacher: nn.Module, inputs: Any, student_layer: str, teacher_layer: str
 ) -> nn.Module:
     """A projector from the student's features to the teacher's, made for their shapes.
 
@@ -90,18 +90,18 @@ def projector(
     Args:
         student, teacher: modules on one device; run once on `inputs`, in eval mode.
         inputs: some inputs of both.
-        student_tap, teacher_tap: names of modules.
+        student_layer, teacher_layer: names of modules.
 
     Raises:
-        ValueError: a tap that does not exist, or shapes that cannot be projected.
+        ValueError: a layer that does not exist, or shapes that cannot be projected.
     """
     shapes, places = [], []
-    for model, tap in ((student, student_tap), (teacher, teacher_tap)):
-        with torch.no_grad(), restored_modes(model), Taps(model, [tap]) as taps:
+    for model, layer in ((student, student_layer), (teacher, teacher_layer)):
+        with torch.no_grad(), restored_modes(model), Hooks(model, [layer]) as hooks:
             forward(model.eval(), inputs)
-            found = taps.take()[tap]
+            found = hooks.take()[layer]
         if not isinstance(found, Tensor):
-            raise ValueError(f"tap: got {type(found).__name__} from {tap!r}, expected a tensor")
+            raise ValueError(f"layer: got {type(found).__name__} from {layer!r}, expected a tensor")
         shapes.append(tuple(found.shape))
         places.append(found)
     a, b = shapes
@@ -114,6 +114,7 @@ def projector(
     if len(a) == len(b) and len(a) >= 2 and a[:-1] == b[:-1]:
         return nn.Linear(a[-1], b[-1]).to(places[0])
     raise ValueError(
-        f"projector: got features {list(a)} of {student_tap!r} and {list(b)} of {teacher_tap!r}, "
-        "expected equal shapes, [..., D] with equal leading dimensions, or [B, C, H, W] on both"
+        f"projector: got features {list(a)} of {student_layer!r} and {list(b)} of "
+        f"{teacher_layer!r}, expected equal shapes, [..., D] with equal leading dimensions, or "
+        "[B, C, H, W] on both"
     )

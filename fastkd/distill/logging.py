@@ -1,13 +1,16 @@
-"""What a run tells while it goes on: the record of its steps, the bar, the logs."""
+"""What a run reports while it goes on: the record of its steps, the bar, a CSV file."""
 
 from __future__ import annotations
 
+import csv
 import functools
 import importlib
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -173,3 +176,52 @@ class Record:
         bad = [f"{name!r} = {value}" for name, value in terms.items() if not math.isfinite(value)]
         by = f", by term {', '.join(bad)}" if bad else ""
         raise FloatingPointError(f"loss: got {loss} {at}{by}, expected a finite number")
+
+
+class CSVLogger:
+    """One row per step, one column per name; a resumed run replaces the rows it makes again.
+
+    Args:
+        path: file to write, in an existing folder; one that is there is continued.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._columns: list[str] = []
+        self._row: dict[str, Any] = {}
+        self._at = -1  # where the last row begins in the file
+
+    def __call__(self, values: Mapping[str, float], step: int) -> None:
+        if not self._columns:
+            self._continue(step)
+        if step == self._row.get("step"):  # more of the same step: its row is written again
+            with self.path.open("rb+") as file:
+                file.truncate(self._at)
+            self._row |= values
+        else:
+            self._row = {"step": step, **values}
+        if new := [name for name in self._row if name not in self._columns]:
+            self._rewrite([*self._columns, *new], self._rows())
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            self._at = file.tell()
+            csv.DictWriter(file, self._columns).writerow(self._row)
+
+    def _rows(self) -> list[dict[str, str]]:
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def _continue(self, step: int) -> None:
+        rows = [row for row in self._rows() if (row.get("step") or "").isdecimal()]
+        kept = [row for row in rows if int(row["step"]) < step]
+        self._rewrite(list(kept[0]) if kept else ["step"], kept)
+
+    def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
+        part = self.path.with_name(f".{self.path.name}.tmp")
+        with part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(part, self.path)
+        self._columns = columns

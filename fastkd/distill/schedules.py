@@ -14,7 +14,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-def decay(
+def lr_schedule(
     steps: int, shape: str = "cosine", *, warmup: int = 0, floor: float = 0.0
 ) -> Callable[[int], float]:
     """step -> factor: (step + 1) / warmup during warm-up, then from 1 down to `floor`.
@@ -69,7 +69,7 @@ def curriculum(
         raise ValueError(
             f"warmup: got {shown(warmup)} of {shown(steps)} steps, expected 0 <= warmup < steps"
         )
-    share = decay(steps - warmup, shape)
+    share = lr_schedule(steps - warmup, shape)
 
     def temperature(step: int) -> float:
         return stop + (start - stop) * share(max(step - warmup, 0))

@@ -27,7 +27,7 @@ from .batch import (
     unwrap,
 )
 from .distributed import alike, class_name, is_placed, reshard, whole
-from .hooks import Taps
+from .hooks import Hooks
 from .serialization import array
 
 
@@ -37,12 +37,12 @@ class Teacher:
     Attributes:
         models: modules moved to the device, given their modes back, and kept out of the student's
             optimizer.
-        student_taps: names of student modules whose outputs `follow` needs.
+        student_layers: names of student modules whose outputs `follow` needs.
         reads_batch: whether `Batch.teacher` reaches it; where not, a batch with one is refused.
     """
 
     models: Sequence[nn.Module] = ()
-    student_taps: tuple[str, ...] = ()
+    student_layers: tuple[str, ...] = ()
     reads_batch: bool = True
 
     def __call__(self, batch: Batch) -> Outputs:
@@ -50,11 +50,11 @@ class Teacher:
         raise NotImplementedError
 
     @contextmanager
-    def tapped(self, names: tuple[str, ...]) -> Iterator[None]:
+    def hooked(self, names: tuple[str, ...]) -> Iterator[None]:
         """A context in which outputs hold the features of the named modules."""
         if names:
             raise ValueError(
-                f"tap: got {list(names)} of {type(self).__name__}, which has no modules"
+                f"layer: got {list(names)} of {type(self).__name__}, which has no modules"
             )
         yield
 
@@ -82,7 +82,7 @@ class Teacher:
         return type(self).__name__
 
 
-class Live(Teacher):
+class ModelTeacher(Teacher):
     """A frozen model: eval mode in each of its forwards, in every module, and no gradient.
 
     Modules that it shares with the student have the student's mode in the student's forward.
@@ -94,7 +94,7 @@ class Live(Teacher):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.models = [model]
-        self._taps = Taps(model, ())
+        self._hooks = Hooks(model, ())
         self._theirs: set[int] = set()  # modules of the student, by id
         self._learn()
 
@@ -124,7 +124,7 @@ class Live(Teacher):
         with torch.no_grad(), in_eval(self._shared):
             raw = forward(self.model, self._cast(inputs))
         reshard(self.model)
-        return Outputs(raw, self._taps.take(), role="teacher")
+        return Outputs(raw, self._hooks.take(), role="teacher")
 
     def _cast(self, inputs: Any) -> Any:
         kind, first = self._half, next(tensors(inputs), None)
@@ -133,16 +133,16 @@ class Live(Teacher):
         return mapped(inputs, lambda x: x.to(kind) if x.is_floating_point() else x)
 
     @contextmanager
-    def tapped(self, names: tuple[str, ...]) -> Iterator[None]:
-        with Taps(self.model, names) as self._taps:
+    def hooked(self, names: tuple[str, ...]) -> Iterator[None]:
+        with Hooks(self.model, names) as self._hooks:
             yield
-        self._taps = Taps(self.model, ())
+        self._hooks = Hooks(self.model, ())
 
     def identity(self) -> Any:
         return [class_name(unwrap(self.model)), fingerprint(self.model)]
 
 
-class Average(Live):
+class EMATeacher(ModelTeacher):
     """An exponential moving average of the student: as a teacher, or beside one (`ema=`).
 
         w <- decay * w + (1 - decay) * w_student   after every step; buffers are copied
@@ -160,7 +160,7 @@ class Average(Live):
             raise ValueError(f"decay: got {shown(decay)}, expected a number in [0, 1)")
         if any(is_placed(p) for p in student.parameters()):
             raise ValueError(
-                "student: got one in shards, which cannot be copied; make the Average before "
+                "student: got one in shards, which cannot be copied; make the EMATeacher before "
                 "fully_shard(student), and fully_shard(average.model) too, or leave it whole"
             )
         super().__init__(copy.deepcopy(unwrap(student)).requires_grad_(False))
@@ -183,10 +183,10 @@ class Average(Live):
         load_bare_state(self.model, state)
 
     def identity(self) -> Any:
-        return ["Average", self.decay]
+        return ["EMATeacher", self.decay]
 
 
-class Called(Teacher):
+class CallableTeacher(Teacher):
     """Any function of the inputs, run without gradient: a server's client, a formula."""
 
     reads_batch = False
@@ -201,10 +201,10 @@ class Called(Teacher):
 
     def identity(self) -> Any:
         function = self.function
-        return ["Called", getattr(function, "__qualname__", type(function).__name__)]
+        return ["CallableTeacher", getattr(function, "__qualname__", type(function).__name__)]
 
 
-class Stored(Teacher):
+class CachedTeacher(Teacher):
     """Outputs made beforehand: those that came with the batch, or a lookup by sample.
 
     A loader brings them as `Batch.teacher` (the last of (inputs, labels, teacher), the entry
@@ -235,19 +235,19 @@ class Stored(Teacher):
 
     def identity(self) -> Any:
         value = getattr(self.reader, "identity", None)
-        return ["Stored", value() if callable(value) else value]
+        return ["CachedTeacher", value() if callable(value) else value]
 
 
-class FromBatch(Teacher):
+class BatchTeacher(Teacher):
     """No teacher but what batches may bring."""
 
     def __call__(self, batch: Batch) -> Outputs:
         return Outputs(batch.teacher)
 
     @contextmanager
-    def tapped(self, names: tuple[str, ...]) -> Iterator[None]:
+    def hooked(self, names: tuple[str, ...]) -> Iterator[None]:
         if names:
-            raise ValueError(f"teacher: got none, expected one with the taps {list(names)}")
+            raise ValueError(f"teacher: got none, expected one with the layers {list(names)}")
         yield
 
     def identity(self) -> Any:

@@ -52,7 +52,7 @@ class Term:
             label the function is not called and the term is 0, connected to the graph;
             "samples": share = samples / samples of the step;
             "step": the function has divided a sum by `batch.normalizer` itself: share = 1.
-        student_taps, teacher_taps: names of modules whose outputs the function finds in
+        student_layers, teacher_layers: names of modules whose outputs the function finds in
             `Outputs.features`.
         module: what the term learns (a projector, a discriminator, a scale); trained and
             checkpointed with the student, never in its state dict.
@@ -62,8 +62,8 @@ class Term:
     function: Callable[[Outputs, Outputs, Batch], Tensor]
     weight: Weight = 1.0
     mean: str = "tokens"
-    student_taps: tuple[str, ...] = ()
-    teacher_taps: tuple[str, ...] = ()
+    student_layers: tuple[str, ...] = ()
+    teacher_layers: tuple[str, ...] = ()
     module: nn.Module | None = None
 
     def __post_init__(self) -> None:
@@ -78,9 +78,11 @@ class Term:
             )
         if self.mean not in MEANS:
             raise ValueError(f"mean: got {shown(self.mean)}, expected one of {MEANS}")
-        for taps in (self.student_taps, self.teacher_taps):
-            if isinstance(taps, str):
-                raise TypeError(f"taps: got the string {shown(taps)}, expected a tuple of names")
+        for layers in (self.student_layers, self.teacher_layers):
+            if isinstance(layers, str):
+                raise TypeError(
+                    f"layers: got the string {shown(layers)}, expected a tuple of names"
+                )
 
 
 def hard(weight: Weight = 1.0, *, label_smoothing: float = 0.0, name: str = "hard") -> Term:
@@ -183,12 +185,12 @@ def _unless_said(logits: Any) -> Iterator[None]:
         yield
 
 
-Tap = str | tuple[str, ...]
+Layer = str | tuple[str, ...]
 
 
 def feature(
-    student_tap: Tap,
-    teacher_tap: Tap,
+    student_layer: Layer,
+    teacher_layer: Layer,
     function: Callable[..., Tensor],
     weight: Weight = 1.0,
     *,
@@ -198,11 +200,11 @@ def feature(
     mean: str | None = None,
     name: str | None = None,
 ) -> Term:
-    """A feature or relation loss between two taps: function(projector(f_student), f_teacher).
+    """A feature or relation loss between two layers: function(projector(f_student), f_teacher).
 
     Args:
-        student_tap, teacher_tap: names of modules, as in `named_modules()`; a tuple of names gives
-            the function (and the projector) a tuple of features.
+        student_layer, teacher_layer: names of modules, as in `named_modules()`; a tuple of
+            names gives the function (and the projector) a tuple of features.
         function: (student features, teacher features) -> 0-d tensor; see `features`, `relations`
             and `attention`. One that is a module with parameters or buffers is learnt too.
         weight: factor, or step -> factor.
@@ -211,7 +213,7 @@ def feature(
         mask: name of the batch's mask, not 0 where a position counts, such as "attention_mask":
             an entry of its inputs, or of what else the loader's dict holds.
         mean: see `Term`; None: "tokens" with rows="labelled", else "samples".
-        name: None makes "FUNCTION:STUDENT_TAP-TEACHER_TAP", such as "hint:layer1-layer3".
+        name: None makes "FUNCTION:STUDENT_LAYER-TEACHER_LAYER", such as "hint:layer1-layer3".
 
     With `rows` or `mask` a function that has an argument `mask` gets it. Another one gets the
     vectors that count, [n, D] of [N, L, D]; one that compares whole samples gets them with 0 for
@@ -228,11 +230,11 @@ def feature(
     bare = bare_function(function)
     kind = getattr(bare, "__name__", type(bare).__name__)
     kind = "feature" if kind == "<lambda>" else kind
-    name = name or f"{kind}:{'+'.join(_names(student_tap))}-{'+'.join(_names(teacher_tap))}"
+    name = name or f"{kind}:{'+'.join(_names(student_layer))}-{'+'.join(_names(teacher_layer))}"
     mean = mean or ("tokens" if rows == "labelled" else "samples")
 
     def call(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        mine, theirs = _tapped(student, student_tap), _tapped(teacher, teacher_tap)
+        mine, theirs = _features(student, student_layer), _features(teacher, teacher_layer)
         mine = mine if projector is None else projector(mine)
         kept = kept_rows(name, batch, rows, mask)
         return function(mine, theirs) if kept is None else _masked(function, mine, theirs, kept)
@@ -242,8 +244,8 @@ def feature(
         call,
         weight,
         mean,
-        _names(student_tap),
-        _names(teacher_tap),
+        _names(student_layer),
+        _names(teacher_layer),
         _owned(projector, function),
     )
 
@@ -278,14 +280,14 @@ def _owned(projector: nn.Module | None, function: Callable[..., Tensor]) -> nn.M
     return function if projector is None else nn.ModuleList([projector, function])
 
 
-def _names(tap: Tap) -> tuple[str, ...]:
-    return (tap,) if isinstance(tap, str) else tuple(tap)
+def _names(layer: Layer) -> tuple[str, ...]:
+    return (layer,) if isinstance(layer, str) else tuple(layer)
 
 
-def _tapped(outputs: Outputs, tap: Tap) -> Any:
-    if isinstance(tap, str):
-        return outputs.features[tap]
-    return tuple(outputs.features[name] for name in tap)
+def _features(outputs: Outputs, layer: Layer) -> Any:
+    if isinstance(layer, str):
+        return outputs.features[layer]
+    return tuple(outputs.features[name] for name in layer)
 
 
 class Objective:
@@ -310,8 +312,8 @@ class Objective:
         for at, term in enumerate(self.terms):  # by number: a name may hold dots
             if term.module is not None:
                 self.modules[str(at)] = term.module
-        self.student_taps = _union(term.student_taps for term in self.terms)
-        self.teacher_taps = _union(term.teacher_taps for term in self.terms)
+        self.student_layers = _union(term.student_layers for term in self.terms)
+        self.teacher_layers = _union(term.teacher_layers for term in self.terms)
         self.connects = False  # all outputs to the loss, as DistributedDataParallel wants them
         self._loose: list[int] | None = None  # those that no term leads back to
         self._ungraded: set[str] = set()

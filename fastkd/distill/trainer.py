@@ -29,12 +29,12 @@ from .batch import Batch, Outputs, device_of, forward, moved, restored_modes
 from .checkpoint import Checkpoints, Parts, Position, epoch_batches
 from .combined_teachers import source
 from .distributed import PLAINLY, Ranks
-from .hooks import Taps
+from .hooks import Hooks
 from .learning_rates import Rates, applied
 from .logging import Log, Record, Step
 from .noise import weight_noise as disturbed
 from .precision import stepping
-from .teachers import Average, Teacher, on_device, sole
+from .teachers import EMATeacher, Teacher, on_device, sole
 from .terms import Objective, Term
 from .warnings_once import Remarks
 
@@ -57,7 +57,7 @@ def train(
     schedule: Callable[[int], float] | None = None,
     amp: torch.dtype | None = None,
     accelerator: Any = None,
-    ema: Average | None = None,
+    ema: EMATeacher | None = None,
     transform: Callable[[Batch], Batch] | None = None,
     weight_noise: float = 0.0,
     validate: Callable[[nn.Module], float] | None = None,
@@ -94,7 +94,7 @@ def train(
         accelerator: an `accelerate.Accelerator` that has prepared the student, the optimizer and
             the loader: its device, precision, gradient scaler and processes. The loss stays
             normalised by the whole step's tokens, over micro-batches and processes.
-        ema: an `Average` of the student, kept up to date.
+        ema: an `EMATeacher` of the student, kept up to date.
         transform: changes each micro-batch, on the device, before the models see it.
         weight_noise: as a share of each weight tensor's own deviation; 0 for none.
         validate: student -> metric, the higher the better, after each epoch; logged, and with
@@ -159,8 +159,10 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(restored_modes(student, *(m for f in followers for m in f.models)))
         stack.enter_context(rates)
-        taps = stack.enter_context(Taps(student, (*objective.student_taps, *soft.student_taps)))
-        stack.enter_context(soft.tapped(objective.teacher_taps))
+        hooks = stack.enter_context(
+            Hooks(student, (*objective.student_layers, *soft.student_layers))
+        )
+        stack.enter_context(soft.hooked(objective.teacher_layers))
         stack.enter_context(record)
         if progress and take.speaks and ranks.first:
             record.draw(_steps(loader, epochs, accumulate))
@@ -187,7 +189,7 @@ def train(
                             with take.autocast():
                                 theirs = on_device(soft(batch), where)
                                 ours = Outputs(
-                                    forward(student, batch.inputs), taps.take(), role="student"
+                                    forward(student, batch.inputs), hooks.take(), role="student"
                                 )
                                 theirs, batch = remarks.watched(ours, theirs, batch)
                                 value, terms = objective(ours, theirs, batch)

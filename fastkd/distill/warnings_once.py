@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .batch import IGNORED, Batch, Outputs, unwrap
 from .logging import Step
-from .teachers import Called, FromBatch, Stored, Teacher
+from .teachers import BatchTeacher, CachedTeacher, CallableTeacher, Teacher
 from .terms import Objective
 
 READ = frozenset(("raw", "logits", "features", "members"))
@@ -93,10 +93,10 @@ class Remarks:
         noted = getattr(teacher, "noted", False) or getattr(batch, "noted", False)
         if noted or _learns(self.teacher):
             return
-        stored = isinstance(self.teacher, (FromBatch, Stored))
+        stored = isinstance(self.teacher, (BatchTeacher, CachedTeacher))
         if stored and batch.teacher is not None:
             got = "loader: got batches with what a teacher said ('teacher')"
-        elif isinstance(self.teacher, FromBatch):
+        elif isinstance(self.teacher, BatchTeacher):
             return
         else:
             got = f"teacher: got one ({type(self.teacher).__name__}), which runs in every step"
@@ -176,7 +176,7 @@ def _reaches(teacher: Teacher, student: nn.Module) -> bool:
     if members:
         return all(_reaches(member, student) for member in members)
     bare = unwrap(student)
-    if not isinstance(teacher, Called):
+    if not isinstance(teacher, CallableTeacher):
         weights = set(bare.parameters())
         own = [p for model in teacher.models for p in model.parameters()]
         return bool(own) and weights == set(own)

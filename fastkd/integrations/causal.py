@@ -176,7 +176,7 @@ class DistillationLoss:
             kind = args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"
             seen.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
-        def at_head(hidden: Tensor) -> None:
+        def with_head(hidden: Tensor) -> None:
             # made here, where the logits would be made: accelerate's autocast ends with the forward
             assert head is not None
             _check_whole(head.module.weight)
@@ -188,7 +188,7 @@ class DistillationLoss:
         hooks = [student.register_forward_pre_hook(Hook(before), with_kwargs=True)]
         hooks.append(student.get_input_embeddings().register_forward_pre_hook(Hook(inside)))
         if head is not None:
-            hooks.append(head.watch(at_head, trim=trim))
+            hooks.append(head.watch(with_head, trim=trim))
 
         within = ref(base)  # no more than that: the student is this function's key in a table
 

@@ -1,7 +1,4 @@
-"""One runnable demonstration per method, each beside its control: python -m fastkd recipes.
-
-The first of them, `python -m fastkd.recipes.digits`, also draws its curves (see `digits`).
-"""
+"""One runnable demonstration per method, each beside its control: python -m fastkd recipes."""
 
 from .recipe import Figures, Gain, Recipe
 from .runner import known, run

@@ -22,7 +22,7 @@ from .trained import Row, accuracy, fit, scaled
 PAIRS, KINDS, HEADS, LAYERS = 6, 16, 2, 2  # KINDS of keys, and as many of values
 LENGTH = 2 * PAIRS + 1
 BATCH, STEPS, TEACHER_STEPS = 64, 400, 600
-TAPS = tuple(f"blocks.{layer}.scores" for layer in range(LAYERS))
+SCORES = tuple(f"blocks.{layer}.scores" for layer in range(LAYERS))
 
 
 def recall(generator: torch.Generator, rows: int) -> Row:
@@ -35,7 +35,7 @@ def recall(generator: torch.Generator, rows: int) -> Row:
 
 
 class Block(nn.Module):
-    """Causal self-attention, whose scores can be tapped, and an MLP."""
+    """Causal self-attention, whose scores a hook can reach, and an MLP."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def run(seed: int, size: float) -> Figures:
         "teacher": accuracy(teacher, *test),
         "hard labels": student(hard),
         "logits": student(distill.hard(0.1), distill.soft(0.9, temperature=4.0)),
-        "attention": student(hard, distill.feature(TAPS, TAPS, divergence, 1.0)),
+        "attention": student(hard, distill.feature(SCORES, SCORES, divergence, 1.0)),
     }
 
 

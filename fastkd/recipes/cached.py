@@ -96,7 +96,7 @@ def teacher(task: Task, steps: int) -> nn.Module:
     torch.manual_seed(0)
     model = Model(task, 32, task.width)
     loader = DataLoader(positions(task, steps, -1), batch_size=BATCH)
-    schedule = distill.decay(steps, warmup=steps // 24)
+    schedule = distill.lr_schedule(steps, warmup=steps // 24)
     distill.train(model, loader, distill.hard(), lr=3e-3, schedule=schedule, progress=False)
     return model
 
@@ -122,7 +122,7 @@ def student(
         terms,
         teacher=live,
         lr=1e-2,
-        schedule=distill.decay(steps, warmup=steps // 12),
+        schedule=distill.lr_schedule(steps, warmup=steps // 12),
         progress=False,
     )
     return -nats(task, model)

@@ -132,7 +132,7 @@ def teacher(steps: int) -> nn.Module:
     torch.manual_seed(0)
     order = drawn(chunks(False), steps, torch.Generator().manual_seed(0))
     batches = [batch(TEACHER, texts) for texts in order]
-    schedule = distill.decay(steps, warmup=steps // 12)
+    schedule = distill.lr_schedule(steps, warmup=steps // 12)
     return fit(Model(TEACHER), batches, distill.hard(), lr=3e-3, schedule=schedule)
 
 
@@ -147,7 +147,7 @@ def run(seed: int, size: float) -> Figures:
 
     def student(*loss: distill.Term) -> float:
         torch.manual_seed(1000 + seed)
-        schedule = distill.decay(steps, warmup=steps // 12)
+        schedule = distill.lr_schedule(steps, warmup=steps // 12)
         taught_by = {"teacher": live} if loss[1:] else {}
         model = fit(Model(STUDENT), batches, loss, 5e-3, schedule=schedule, **taught_by)
         return -distill.evaluate(model, test).cross_entropy

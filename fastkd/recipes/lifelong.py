@@ -44,10 +44,8 @@ def lifelong(seed: int, size: float) -> Figures:
 
     def learnt(net: nn.Module, rows: Tensor, shift: int, head: Any, old: Any = None) -> nn.Module:
         if old is None:
-            return fit(net, batches(rows, shift), distill.at_head(distill.hard(), head), lr=RATE)
-        distill.without_forgetting(
-            net, batches(rows, shift), new=head, old=old, lr=RATE, progress=False
-        )
+            return fit(net, batches(rows, shift), distill.with_head(distill.hard(), head), lr=RATE)
+        distill.lwf(net, batches(rows, shift), new=head, old=old, lr=RATE, progress=False)
         return net
 
     def right(net: nn.Module, rows: Tensor, shift: int = 0) -> float:

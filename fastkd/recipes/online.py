@@ -77,7 +77,7 @@ def several_teachers(seed: int, size: float) -> Figures:
             seed, scaled(150, size), BATCH, bench.data.images[rows], bench.data.labels[rows]
         )
         teachers.append(fit(mlp(64, 1200, 10), batches, distill.hard(), 1e-3))
-    mean = distill.Several(teachers, temperature=4.0)
+    mean = distill.EnsembleTeacher(teachers, temperature=4.0)
     figures = {f"teacher {at}": held_out(one, bench.data) for at, one in enumerate(teachers)}
     for name, teacher in (("one teacher", teachers[0]), ("mean of five", mean)):
         figures[name] = held_out(

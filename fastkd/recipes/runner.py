@@ -24,8 +24,8 @@ from .recipe import Figures, Gain, Recipe
 
 MODULES = (  # each with its RECIPES
     *("soft_targets", "responses", "features", "relations", "attention_maps", "online"),
-    *("self_taught", "cross_modal", "graph", "lifelong", "quantised", "adversarial"),
-    *("data_free", "architecture", "workflow_rows", "cached", "cross_tokenizer"),
+    *("self_taught", "cross_modal", "graph", "lifelong", "quantization", "adversarial"),
+    *("data_free", "architecture", "pseudo_labels", "workflow", "cached", "cross_tokenizer"),
 )
 
 

@@ -38,7 +38,7 @@ class Noisy:
         self.batches = drawn(seed, steps, BATCH, self.data.images, self.labels)
         self.options: dict[str, Any] = {
             "lr": LEARNING_RATE,
-            "schedule": distill.decay(steps, warmup=steps // 10),
+            "schedule": distill.lr_schedule(steps, warmup=steps // 10),
         }
         self.ramp = steps // 4
 
@@ -57,7 +57,7 @@ class Noisy:
 def self_taught(seed: int, size: float) -> Figures:
     noisy = Noisy(seed, size)
     own = {**noisy.options, "progress": False}
-    average = distill.Average(noisy.model(), 0.99)
+    average = distill.EMATeacher(noisy.model(), 0.99)
     figures = {
         "plain": noisy.score(noisy.plain(ema=average)),
         "its average": noisy.score(average.model),
@@ -88,8 +88,8 @@ def exits(seed: int, size: float) -> Figures:
     }
     for name, alpha in (("heads alone", 0.0), ("own teacher", 0.9)):
         model = noisy.model(layers=3)
-        heads = {tap: nn.Linear(WIDTH, 10) for tap in ("1", "3")}
-        terms = distill.own_teacher(heads, alpha=alpha, temperature=3.0)
+        heads = {layer: nn.Linear(WIDTH, 10) for layer in ("1", "3")}
+        terms = distill.self_distillation(heads, alpha=alpha, temperature=3.0)
         fit(model, noisy.batches, [distill.hard(), *terms], **noisy.options)
         figures[name] = noisy.score(model)
     return figures

@@ -41,7 +41,7 @@ class Bench:
     def __init__(self, seed: int, size: float) -> None:
         self.seed, self.data = seed, centred(digits(seed))
         self.steps = scaled(self.whole, size)
-        self.schedule = distill.decay(self.steps, warmup=self.steps // 10)
+        self.schedule = distill.lr_schedule(self.steps, warmup=self.steps // 10)
 
     @cached_property
     def teacher(self) -> nn.Sequential:

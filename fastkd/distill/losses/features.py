@@ -290,10 +290,10 @@ class Channels(nn.Module):
 
 
 class Each(nn.Module):
-    """A projector for a tuple of taps: the i-th feature through the i-th module.
+    """A projector for a tuple of layers: the i-th feature through the i-th module.
 
     Args:
-        *projectors: as many as there are taps, e.g. of `fastkd.distill.projector`.
+        *projectors: as many as there are layers, e.g. of `fastkd.distill.projector`.
 
     Called with:
         features: sequence of tensors.

@@ -173,9 +173,9 @@ def fsp(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     between the sides the positions may differ. Vectors [N, D] are maps of one position.
 
     Args:
-        student, teacher: two layers' features each, as two taps give them: [N, C, H, W], [N, L, C]
-            with one L, or [N, D]; the channels of the two sides have to agree (a projector for
-            both taps: `fastkd.distill.losses.features.Each`).
+        student, teacher: two layers' features each, as two hook points give them: [N, C, H, W],
+            [N, L, C] with one L, or [N, D]; the channels of the two sides have to agree
+            (a projector for both layers: `fastkd.distill.losses.features.Each`).
 
     Returns:
         0-d float32 (float64 where a feature is).

@@ -1,4 +1,4 @@
-"""Handing a student over: files that others load, and training on another task."""
+"""Export of a student to files that others load, and training on another task."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from ..batch import device_of, restored_modes, unwrap
 from ..logging import Step
 from ..serialization import needed, save
 from ..trainer import train
-from .student_init import frozen, replace_head
+from . import student_init
 
-FORMATS = {"safetensors": "student.safetensors", "export": "student.pt2", "onnx": "student.onnx"}
+FORMATS = {"safetensors": "student.safetensors", "pt2": "student.pt2", "onnx": "student.onnx"}
 ROWS = "rows"
 
 
-def hand_over(
+def export(
     student: nn.Module,
     inputs: Tensor,
     folder: str | os.PathLike[str],
     *,
-    formats: Sequence[str] = ("safetensors", "export"),
+    formats: Sequence[str] = ("safetensors", "pt2"),
     metadata: Any = None,
 ) -> dict[str, Path]:
     """Write a student for others, in eval mode, for any number of rows (first dimension).
 
-    "safetensors": weights for `load`; "export": a `torch.export` program; "onnx": an ONNX model
+    "safetensors": weights for `load`; "pt2": a `torch.export` program; "onnx": an ONNX model
     (needs onnx and onnxscript). A program that does not repeat the student's outputs on `inputs`
     is not written.
 
@@ -77,7 +77,7 @@ def hand_over(
                     continue
                 program = torch.export.export(bare, (inputs,), dynamic_shapes=dynamic)
                 _same(program.module()(inputs), expected, name)
-                if name == "export":
+                if name == "pt2":
                     torch.export.save(program, part)
                 else:
                     _onnx(program, part)
@@ -116,8 +116,8 @@ def fine_tune(
         )
     model = copy.deepcopy(unwrap(student))
     if head is not None and outputs is not None:
-        replace_head(model, head, outputs)
-    with frozen(model, freeze):
+        student_init.replace_head(model, head, outputs)
+    with student_init.freeze(model, freeze):
         steps = train(model, loader, loss, **options)
     return model, steps
 

@@ -35,7 +35,7 @@ class Head(nn.Module):
         return chosen(forward(self.model, named) if named else self.model(*inputs), self.head)
 
 
-def at_head(term: Term, head: Choice) -> Term:
+def with_head(term: Term, head: Choice) -> Term:
     """The same term, of one head: it finds that head's logits where it looks for logits.
 
     Args:
@@ -53,7 +53,7 @@ def at_head(term: Term, head: Choice) -> Term:
     return dataclasses.replace(term, function=function)
 
 
-def without_forgetting(
+def lwf(
     model: nn.Module,
     loader: Iterable[Any],
     *,
@@ -68,8 +68,8 @@ def without_forgetting(
 
         CE(labels, new head) + weight * sum over old heads, T^2 KL(before_T, now_T)
 
-    The paper first trains the new head alone: call `train(model, loader, at_head(hard(), new))`
-    within `frozen(model, [all other parts])` for it. The factor T^2 of `soft` is not in the paper:
+    The paper first trains the new head alone: call `train(model, loader, with_head(hard(), new))`
+    within `freeze(model, [all other parts])` for it. The factor T^2 of `soft` is not in the paper:
     divide `weight` by it for the paper's. Where one head must tell old classes from new ones
     (class-incremental), this is not enough without samples of the old: the old outputs keep their
     order, and the new classes outbid them.
@@ -101,9 +101,9 @@ def without_forgetting(
         raise ValueError("old: got no head, expected one or more")
     names = ["old"] if len(kept) == 1 else [f"old:{at}" for at in range(len(kept))]
     loss = [
-        at_head(hard(name="new"), new),
+        with_head(hard(name="new"), new),
         *(
-            at_head(soft(weight, temperature=temperature, name=name), head)
+            with_head(soft(weight, temperature=temperature, name=name), head)
             for name, head in zip(names, kept, strict=True)
         ),
         *terms,

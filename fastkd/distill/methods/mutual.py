@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import Checkpoints
-from ..combined_teachers import Peer, Several, source
+from ..combined_teachers import EnsembleTeacher, PeerTeacher, source
 from ..learning_rates import Rates
 from ..logging import Step
 from ..terms import Objective, Term, Weight, hard, soft
@@ -64,7 +64,7 @@ def mutual(
     make = optimizer or (lambda model: torch.optim.AdamW(model.parameters(), lr=lr))
     optimizers = [make(model) for model in models]
     pairs = list(zip(models, optimizers, strict=True))
-    peers = [Peer(model, terms, optimizer=own) for model, own in pairs[1:]]
+    peers = [PeerTeacher(model, terms, optimizer=own) for model, own in pairs[1:]]
     rates = Rates(optimizers[1:], schedule)
 
     def everywhere(step: int) -> float:
@@ -72,7 +72,7 @@ def mutual(
         rates.at(step)
         return schedule(step)
 
-    teacher = peers[0] if len(peers) == 1 else Several(peers, temperature=temperature)
+    teacher = peers[0] if len(peers) == 1 else EnsembleTeacher(peers, temperature=temperature)
     with rates:
         return train(
             models[0],

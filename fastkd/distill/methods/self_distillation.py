@@ -15,7 +15,7 @@ from fastkd.arguments.messages import shown
 from ..batch import Batch, Outputs
 from ..checkpoint import Checkpoints
 from ..logging import Step
-from ..teachers import Average
+from ..teachers import EMATeacher
 from ..terms import Term, Weight, hard, soft
 from ..trainer import train
 from .mutual import MakeOptimizer, distinct, plain_terms, within
@@ -66,7 +66,7 @@ def mean_teacher(
 
     beside = [hard()] if loss is None else [loss] if isinstance(loss, Term) else list(loss)
     terms = [*beside, soft(grown, temperature=temperature, name="average")]
-    average = Average(student, decay)
+    average = EMATeacher(student, decay)
     steps = train(student, loader, terms, teacher=average, **options)
     return average.model.eval(), steps
 
@@ -103,8 +103,8 @@ def born_again(
         options: of `train`, the same for each generation.
 
     Returns:
-        generations + 1 trained modules, the one without a teacher first. `Several` of them is the
-        paper's ensemble.
+        generations + 1 trained modules, the one without a teacher first. `EnsembleTeacher` of them
+        is the paper's ensemble.
 
     Raises:
         ValueError: generations below 1, hard_weight below 0, a module that is not new, a term that
@@ -134,7 +134,7 @@ def born_again(
     return models
 
 
-def own_teacher(
+def self_distillation(
     heads: Mapping[str, nn.Module],
     *,
     weight: Weight = 1.0,
@@ -146,8 +146,9 @@ def own_teacher(
         exit i: weight * ((1 - alpha) CE(labels, h_i) + alpha T^2 KL(softmax(z / T), h_i,T))
         h_i = heads[i](output of module i);   z: the student's logits, without gradient
 
-    They stand beside the loss of the last layer: train(student, loader, [hard(), *own_teacher({
-    "2": nn.Linear(64, 10)})]). (The paper's hints between features are left out.)
+    They stand beside the loss of the last layer: train(student, loader, [hard(),
+    *self_distillation({"2": nn.Linear(64, 10)})]).
+    (The paper's hints between features are left out.)
 
     Args:
         heads: name of a student's module -> head, its output -> logits [..., V]; the heads learn
@@ -172,27 +173,29 @@ def own_teacher(
     if not temperature > 0:
         raise ValueError(f"temperature: got {shown(temperature)}, expected > 0")
     return [
-        term for tap, head in heads.items() for term in _exit(tap, head, weight, alpha, temperature)
+        term
+        for layer, head in heads.items()
+        for term in _exit(layer, head, weight, alpha, temperature)
     ]
 
 
-def _exit(tap: str, head: nn.Module, weight: Weight, alpha: float, T: float) -> list[Term]:
+def _exit(layer: str, head: nn.Module, weight: Weight, alpha: float, T: float) -> list[Term]:
     def labelled(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        return hard().function(Outputs(head(student.features[tap])), teacher, batch)
+        return hard().function(Outputs(head(student.features[layer])), teacher, batch)
 
     def taught(student: Outputs, _: Outputs, batch: Batch) -> Tensor:
-        mine, theirs = head(student.features[tap]), student.logits.detach()
+        mine, theirs = head(student.features[layer]), student.logits.detach()
         return soft(temperature=T).function(Outputs(mine), Outputs(theirs), batch)
 
     terms = []
     if alpha < 1:
         terms.append(
-            Term(f"exit:{tap}", labelled, times(1 - alpha, weight), "tokens", (tap,), (), head)
+            Term(f"exit:{layer}", labelled, times(1 - alpha, weight), "tokens", (layer,), (), head)
         )
     if alpha > 0:
         learnt = None if terms else head  # once is enough
         terms.append(
-            Term(f"own:{tap}", taught, times(alpha, weight), "samples", (tap,), (), learnt)
+            Term(f"own:{layer}", taught, times(alpha, weight), "samples", (layer,), (), learnt)
         )
     return terms
 

@@ -50,7 +50,7 @@ def copy_layers(student: nn.Module, teacher: nn.Module, layers: Mapping[str, str
         target.load_state_dict(state)
 
 
-def spread(
+def layer_map(
     student: int, teacher: int, student_stem: str = "layers", teacher_stem: str | None = None
 ) -> dict[str, str]:
     """Names for `copy_layers`: layer i of the student from layer i * (teacher - 1) / (student - 1).
@@ -161,7 +161,7 @@ def replace_head(model: nn.Module, name: str, outputs: int) -> nn.Module:
 
 
 @contextmanager
-def frozen(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+def freeze(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """A context in which the named modules do not learn: no gradient, eval mode (batch norms too).
 
     Args:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 import fastkd
 from fastkd import distill
 from fastkd.distill.batch import Batch, Outputs
+from fastkd.recipes.adversarial import adversarial
 
 V, N = 5, 12
 
 
 def parts(conditional: bool) -> tuple[distill.Term, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    term = distill.adversarial(classes=V, conditional=conditional)
+    term = adversarial(classes=V, conditional=conditional)
     student, teacher = torch.randn(N, V, requires_grad=True), torch.randn(N, V)
     labels = torch.randint(V, (N,))
     labels[::2] = -100
@@ -51,7 +52,7 @@ def test_accumulation_changes_no_gradient() -> None:
     found = []
     for batches in ([slice(0, N)], [slice(0, 2), slice(2, N)]):
         torch.manual_seed(2)
-        term, net = distill.adversarial(classes=V), copy.deepcopy(student)
+        term, net = adversarial(classes=V), copy.deepcopy(student)
         assert term.module is not None
         learnt = [*net.parameters(), *term.module.parameters()]
         distill.train(
@@ -72,7 +73,7 @@ def test_a_discriminator_of_ones_own_learns_and_the_teacher_does_not() -> None:
     torch.manual_seed(3)
     D, teacher, student = nn.Linear(V, V + 1), nn.Linear(3, V), nn.Linear(3, V)
     before = [copy.deepcopy(m.state_dict()) for m in (D, teacher, student)]
-    term = distill.adversarial(0.5, classes=V, discriminator=D)
+    term = adversarial(0.5, classes=V, discriminator=D)
     distill.train(student, [torch.randn(N, 3)] * 2, term, teacher=teacher, progress=False)
     changed = [
         any(not torch.equal(old[key], now) for key, now in m.state_dict().items())
@@ -83,7 +84,7 @@ def test_a_discriminator_of_ones_own_learns_and_the_teacher_does_not() -> None:
 
 def test_errors() -> None:
     with pytest.raises(ValueError, match="classes: got 1"):
-        distill.adversarial(classes=1)
+        adversarial(classes=1)
     term, student, teacher, labels = parts(True)
     batch = Batch(torch.empty(N), labels)
     with pytest.raises(ValueError, match="got no teacher"):

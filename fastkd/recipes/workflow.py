@@ -1,4 +1,4 @@
-"""Steps of the workflow, each beside its control: pseudo-labels, noise, search, transfer, layers.
+"""Steps of the workflow, each beside its control: noise, search, transfer, layers.
 
 Unless said, students are MLPs with 16 hidden units that have 100 labels, and of another 900 inputs
 at most what the teacher says.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import distill
+from fastkd.distill.serialization import needed
 
 from .data import LABELLED, POOL, digits
 from .recipe import Figures, Gain, Recipe
@@ -26,33 +27,7 @@ def student(seed: int, *sizes: int) -> nn.Sequential:
     return mlp(*(sizes or STUDENT))
 
 
-# ---- pseudo-labels
-
-CLUSTERS, TEMPERATURE = 20, 4.0
-
-
-def pseudo(seed: int, size: float) -> Figures:
-    """What 20 numbers of clusters teach, beside a soft label for every sample."""
-    data, steps = digits(seed), scaled(400, size)
-    live = teacher(data, seed)
-    seen = seen_labels(data)
-    made = distill.pseudo_labels(live, [data.images], CLUSTERS, temperature=TEMPERATURE, seed=seed)
-    with torch.no_grad():
-        said = live(data.images)
-    terms = [distill.hard(0.1), distill.soft(0.9, temperature=TEMPERATURE)]
-
-    def trained(*columns: Tensor, loss: Any = terms) -> float:
-        batches = drawn(seed, steps, 100, *columns)
-        return held_out(fit(student(seed), batches, loss), data)
-
-    few = data.images[:LABELLED], data.labels[:LABELLED]
-    return {
-        "hard labels": trained(*few, loss=distill.hard()),
-        "20 clusters": trained(data.images, seen, made.logits),
-        "cluster classes": trained(data.images, made.labels, loss=distill.hard()),
-        "soft labels": trained(data.images, seen, said),
-        "teacher": held_out(live, data),
-    }
+TEMPERATURE = 4.0
 
 
 # ---- noise
@@ -87,39 +62,41 @@ def noise(seed: int, size: float) -> Figures:
 
 # ---- automatic hyper-parameters
 
-TRIALS, TRAINING = 20, 800  # the other 200 of the pool judge the trials
+TRIALS, TRAINING = 20, 800  # the other 200 of the pool choose among the trials
 DEFAULT = {"alpha": 0.5, "temperature": 3.0, "lr": 1e-3}
-SPACE = {
-    "alpha": distill.Range(0.0, 1.0),
-    "temperature": distill.Range(1.0, 20.0),
-    "lr": distill.Range(3e-4, 3e-2, log=True),
-}
 
 
 def tuned(seed: int, size: float) -> Figures:
-    """20 draws of weight, temperature and learning rate; validation images choose one."""
+    """20 trials of weight, temperature and learning rate; validation images choose one."""
+    optuna = needed("optuna", "the recipe 'automatic'", "tune")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     data, steps = digits(seed), scaled(500, size)
     live = teacher(data, seed)
-    seen, judges = seen_labels(data), slice(TRAINING, POOL)
+    seen, validation = seen_labels(data), slice(TRAINING, POOL)
     batches = drawn(seed, steps, 100, data.images[:TRAINING], seen[:TRAINING])
 
-    def trained(params: dict[str, Any]) -> nn.Module:
-        alpha = params["alpha"]
-        terms = [distill.hard(alpha), distill.soft(1 - alpha, temperature=params["temperature"])]
-        return fit(student(seed), batches, terms, lr=params["lr"], teacher=live)
+    def trained(alpha: float, temperature: float, lr: float) -> nn.Module:
+        terms = [distill.hard(alpha), distill.soft(1 - alpha, temperature=temperature)]
+        return fit(student(seed), batches, terms, lr=lr, teacher=live)
 
-    tried: list[nn.Module] = []
+    models: list[nn.Module] = []
 
-    def value(params: dict[str, Any]) -> float:
-        tried.append(trained(params))
-        return accuracy(tried[-1], data.images[judges], data.labels[judges])
+    def value(trial: Any) -> float:
+        model = trained(
+            trial.suggest_float("alpha", 0.0, 1.0),
+            trial.suggest_float("temperature", 1.0, 20.0),
+            trial.suggest_float("lr", 3e-4, 3e-2, log=True),
+        )
+        models.append(model)
+        return accuracy(model, data.images[validation], data.labels[validation])
 
-    found = distill.search(value, SPACE, trials=TRIALS, seed=seed, backend="random", progress=False)
-    best = [params for params, _ in found.trials].index(found.best)
+    sampler = optuna.samplers.RandomSampler(seed=seed)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.optimize(value, n_trials=TRIALS)
     return {
-        "search": held_out(tried[best], data),
-        "default": held_out(trained(DEFAULT), data),
-        "random draw": statistics.fmean(held_out(model, data) for model in tried),
+        "search": held_out(models[study.best_trial.number], data),
+        "default": held_out(trained(**DEFAULT), data),
+        "random draw": statistics.fmean(held_out(model, data) for model in models),
     }
 
 
@@ -191,18 +168,6 @@ def pruning(seed: int, size: float) -> Figures:
 
 
 RECIPES = (
-    Recipe(
-        name="pseudo-labels",
-        about="20 clusters of the teacher's answers as soft labels of 1000 inputs",
-        paper="",
-        run=pseudo,
-        gains=(
-            Gain("20 clusters", "hard labels", 5.0),
-            Gain("soft labels", "hard labels", None),
-            Gain("20 clusters", "soft labels", None),
-            Gain("cluster classes", "hard labels", None),
-        ),
-    ),
     Recipe(
         name="input-noise",
         about="50 inputs with noise, which a teacher answers for",

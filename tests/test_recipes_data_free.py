@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkd import distill
+from fastkd.recipes.data_free import batch_norm_prior, invert, train_generator
 
 
 def taught() -> nn.Sequential:
@@ -32,7 +32,7 @@ def taught() -> nn.Sequential:
 
 def test_the_prior_is_the_distance_of_the_statistics() -> None:
     teacher, x = taught().eval(), 2 * torch.randn(7, 1, 4, 4) + 1
-    with distill.batch_norm_prior(teacher) as distance:
+    with batch_norm_prior(teacher) as distance:
         teacher(x)
         found = distance()
     expected = torch.zeros(())
@@ -56,13 +56,13 @@ def test_inversion_lowers_what_it_says_and_touches_nothing_else() -> None:
 
     def objective(x: Tensor) -> float:
         frozen = copy.deepcopy(teacher).eval()
-        with torch.no_grad(), distill.batch_norm_prior(frozen) as distance:
+        with torch.no_grad(), batch_norm_prior(frozen) as distance:
             return (F.cross_entropy(frozen(x), labels) + distance()).item()
 
     values = []
     for steps in (1, 60):
         torch.manual_seed(1)
-        made = distill.invert(teacher, labels, (1, 4, 4), steps=steps, bounds=(-3.0, 3.0))
+        made = invert(teacher, labels, (1, 4, 4), steps=steps, bounds=(-3.0, 3.0))
         assert made.shape == (24, 1, 4, 4) and made.abs().max() <= 3 and not made.requires_grad
         values.append(objective(made))
     assert values[1] < 0.7 * values[0]
@@ -88,7 +88,7 @@ def test_a_generator_learns_to_give_every_class() -> None:
         return entropy(p.mean(0)).sum().item(), entropy(p).sum(-1).mean().item()
 
     (_, unsure), options = measured(), {"steps": 150, "lr": 1e-2, "prior": 0.0}
-    distill.train_generator(generator, teacher, lambda: torch.randn(64, 5), **options)
+    train_generator(generator, teacher, lambda: torch.randn(64, 5), **options)
     even, sure = measured()
     assert even > 1.0 and sure < 0.5 * unsure  # at most log 3 = 1.0986
     assert not generator.training
@@ -99,13 +99,13 @@ def test_a_generator_learns_to_give_every_class() -> None:
 def test_errors() -> None:
     labels, plain = torch.arange(2), nn.Linear(4, 2)
     with pytest.raises(ValueError, match="teacher: got no batch norm"):
-        distill.invert(plain, labels, (4,), steps=1)
-    assert distill.invert(plain, labels, (4,), steps=1, prior=0.0).shape == (2, 4)
+        invert(plain, labels, (4,), steps=1)
+    assert invert(plain, labels, (4,), steps=1, prior=0.0).shape == (2, 4)
     with pytest.raises(ValueError, match="steps: got 0"):
-        distill.invert(plain, labels, (4,), steps=0)
+        invert(plain, labels, (4,), steps=0)
     with pytest.raises(ValueError, match=r"bounds: got \(1, 0\)"):
-        distill.invert(plain, labels, (4,), bounds=(1, 0))
+        invert(plain, labels, (4,), bounds=(1, 0))
     with pytest.raises(ValueError, match=r"labels: got shape \(2, 1\)"):
-        distill.invert(plain, labels[:, None], (4,), steps=1)
+        invert(plain, labels[:, None], (4,), steps=1)
     with pytest.raises(ValueError, match="steps: got 0"):
-        distill.train_generator(plain, plain, lambda: torch.randn(1, 4), steps=0)
+        train_generator(plain, plain, lambda: torch.randn(1, 4), steps=0)

@@ -125,7 +125,7 @@ def test_features_of_every_kind_of_model(side: str) -> None:
     want = F.mse_loss(student.first(x), teacher.first(x)).item()  # type: ignore[operator]
     source: Any = teacher
     if side == "peer":
-        source = distill.Peer(teacher, distill.hard())
+        source = distill.PeerTeacher(teacher, distill.hard())
     elif side == "several":
         source = [teacher, teacher]
     elif side == "compiled":
@@ -133,8 +133,8 @@ def test_features_of_every_kind_of_model(side: str) -> None:
         source = torch.compile(teacher, backend="eager")
     else:
         student = nn.DataParallel(student)
-    tap = "0.first" if side == "several" else "first"
-    term = distill.feature("first", tap, F.mse_loss, name="feature")
+    layer = "0.first" if side == "several" else "first"
+    term = distill.feature("first", layer, F.mse_loss, name="feature")
     assert step(student, source, term).terms["feature"] == pytest.approx(want, rel=1e-6)
 
 
@@ -155,7 +155,7 @@ def test_features_of_a_model_that_is_recomputed() -> None:
 def test_taps_by_hand() -> None:
     net, _ = pair(lambda: Body(nn.ReLU(inplace=True)))
     x, _ = batch()
-    with torch.inference_mode(), distill.Taps(net, ["first"]) as taps:
+    with torch.inference_mode(), distill.Hooks(net, ["first"]) as hooks:
         net(x)
-        kept = taps.take()["first"]
+        kept = hooks.take()["first"]
     torch.testing.assert_close(kept, net.first(x))  # type: ignore[operator]

@@ -1,4 +1,9 @@
-"""Weights of a few bits, trained through their rounding."""
+"""A network of the digits in 2-bit weights, where few labels are left to train it with.
+
+The float network has been trained on 1 000 labels; whoever quantises it has 100 of them, and 900
+images without. "PTQ" rounds and trains nothing. The others train through the rounding: with the
+labels alone, or taught by the float network on the same images, or on all of them.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastkd import distill
 from fastkd.arguments.messages import shown
+
+from .data import LABELLED, POOL, digits
+from .recipe import Figures, Gain, Recipe
+from .trained import drawn, fit, held_out, mlp, scaled, seen_labels
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PER = ("channel", "tensor")
 TRIED = 64  # steps from which the best is taken at the start
 
 
-def fake_quantise(weight: Tensor, step: Tensor, bits: int) -> Tensor:
+def fake_quantize(weight: Tensor, step: Tensor, bits: int) -> Tensor:
     """Round to the nearest of 2^bits levels; gradients pass as if only the range were limited.
 
         level = clamp(floor(w / step), -2^(bits - 1), 2^(bits - 1) - 1) + 1 / 2
@@ -40,8 +50,8 @@ def fake_quantise(weight: Tensor, step: Tensor, bits: int) -> Tensor:
     return step * (level + (ratio - ratio.detach()))  # level + 0: exactly 2^bits values
 
 
-class FakeQuantise(nn.Module):
-    """The parametrisation that `quantised` puts on weights: learns one step, or one per output.
+class FakeQuantize(nn.Module):
+    """The parametrisation that `prepare_qat` puts on weights: learns one step, or one per output.
 
     It learns the step's logarithm, so that a learning rate means a relative change and the step
     stays above 0. It starts where the weights it is given have the least squared error.
@@ -65,16 +75,16 @@ class FakeQuantise(nn.Module):
         return self.log_step.exp()
 
     def forward(self, weight: Tensor) -> Tensor:
-        return fake_quantise(weight, self.step, self.bits)
+        return fake_quantize(weight, self.step, self.bits)
 
 
-def quantised(
+def prepare_qat(
     model: nn.Module, bits: int, *, per: str = "channel", layers: Sequence[str] | None = None
 ) -> nn.Module:
     """A copy whose weights are rounded to 2^bits levels in every forward pass: train it as any.
 
     Float weights stay behind the rounded ones and learn, with the distance of the levels, through
-    the gradients of `fake_quantise`; a copy that was not trained is post-training quantisation. As
+    the gradients of `fake_quantize`; a copy that was not trained is post-training quantisation. As
     teacher of a transfer set, the float `model` itself is at hand.
 
     Args:
@@ -110,13 +120,13 @@ def quantised(
             raise ValueError(f"layers: got {other!r} and {name!r} with one weight, expected one")
     for name in chosen:
         layer = able[name]
-        rounding = FakeQuantise(layer.weight, bits, per)
+        rounding = FakeQuantize(layer.weight, bits, per)
         parametrize.register_parametrization(layer, "weight", rounding)
     return twin
 
 
-def baked(model: nn.Module) -> nn.Module:
-    """A plain copy of a model from `quantised`: its rounded weights, nothing else of it left.
+def convert(model: nn.Module) -> nn.Module:
+    """A plain copy of a model from `prepare_qat`: its rounded weights, nothing else of it left.
 
     At most 2^bits values occur in each output's weights (or each tensor's). They are held in the
     model's own dtype: what is saved gets smaller only where a format packs them.
@@ -130,7 +140,7 @@ def baked(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     parts = [part for part in twin.modules() if _is_quantised(part)]
     if not parts:
-        raise ValueError("model: got no quantised weight, expected a model from quantised()")
+        raise ValueError("model: got no quantised weight, expected a model from prepare_qat()")
     for part in parts:
         # copies share the class that holds the rounded weight, and removing it would change theirs
         kind = type(part)
@@ -142,7 +152,7 @@ def baked(model: nn.Module) -> nn.Module:
 def _is_quantised(part: nn.Module) -> bool:
     if not parametrize.is_parametrized(part, "weight"):
         return False
-    return any(isinstance(by, FakeQuantise) for by in part.parametrizations["weight"])  # type: ignore[index]
+    return any(isinstance(by, FakeQuantize) for by in part.parametrizations["weight"])  # type: ignore[index]
 
 
 def _least_error(rows: Tensor, bits: int) -> Tensor:
@@ -152,7 +162,51 @@ def _least_error(rows: Tensor, bits: int) -> Tensor:
     best, least = widest, torch.full_like(widest, torch.inf)
     for at in range(1, TRIED + 1):
         step = widest * (at / TRIED)
-        error = (fake_quantise(rows, step.unsqueeze(1), bits) - rows).square().sum(1)
+        error = (fake_quantize(rows, step.unsqueeze(1), bits) - rows).square().sum(1)
         best, least = best.where(error >= least, step), least.minimum(error)
     # a row of zeros says nothing of the values it will have: those of a fresh layer
     return best.where(largest > 0, rows.size(1) ** -0.5 * 2.0 ** (1 - bits))
+
+
+# ---- the recipe
+
+FLOAT_STEPS, STEPS, BATCH = 200, 600, 100
+WIDTH, BITS = 32, 2
+
+
+def quantised(seed: int, size: float) -> Figures:
+    data, steps = digits(seed), scaled(STEPS, size)
+    torch.manual_seed(seed)
+    whole = drawn(seed, scaled(FLOAT_STEPS, size), BATCH, data.images, data.labels)
+    plain = fit(mlp(64, WIDTH, 10), whole, distill.hard())
+    labels = seen_labels(data)
+    taught = distill.hard(0.1), distill.soft(0.9, temperature=2.0)
+
+    def trained(rows: int, *loss: distill.Term) -> float:
+        batches = drawn(seed, steps, BATCH, data.images[:rows], labels[:rows])
+        net = prepare_qat(plain, BITS)
+        fit(net, batches, loss, lr=3e-3, teacher=plain, schedule=distill.lr_schedule(steps))
+        return held_out(convert(net), data)
+
+    return {
+        "float": held_out(plain, data),
+        "PTQ": held_out(convert(prepare_qat(plain, BITS)), data),
+        "QAT": trained(LABELLED, distill.hard()),
+        "QAT, same inputs": trained(LABELLED, *taught),
+        "QAT, unlabelled": trained(POOL, *taught),
+    }
+
+
+RECIPES = (
+    Recipe(
+        name="quantised",
+        about="a network in 2-bit weights, trained through the rounding with and without a teacher",
+        paper="Polino, Pascanu and Alistarh 2018, arXiv 1802.05668",
+        run=quantised,
+        gains=(
+            Gain("QAT, unlabelled", "QAT", 1.8, wins=1.0),
+            Gain("QAT, same inputs", "QAT", None),
+            Gain("PTQ", "QAT", None),
+        ),
+    ),
+)

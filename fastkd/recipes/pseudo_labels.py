@@ -8,11 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastkd import distill
 from fastkd.arguments.messages import shown
+from fastkd.distill.batch import Outputs, batches, device_of, forward, moved, restored_modes
+from fastkd.distill.sample_order import check_order, watched
+from fastkd.distill.serialization import array, needed
 
-from .batch import Outputs, batches, device_of, forward, moved, restored_modes
-from .sample_order import check_order, watched
-from .serialization import array, needed
+from .data import LABELLED, digits
+from .recipe import Figures, Gain, Recipe
+from .trained import drawn, fit, held_out, scaled, seen_labels, teacher
+from .workflow import TEMPERATURE, student
 
 
 class PseudoLabels(NamedTuple):
@@ -78,3 +83,48 @@ def pseudo_labels(
     mean = total.index_add(0, cluster, soft.double()) / count.unsqueeze(1)
     logits = temperature * mean.clamp(min=torch.finfo(torch.float32).tiny).log().float()
     return PseudoLabels(logits[cluster], mean.argmax(-1)[cluster], cluster)
+
+
+# ---- the recipe
+
+CLUSTERS = 20
+
+
+def pseudo(seed: int, size: float) -> Figures:
+    """What 20 numbers of clusters teach, beside a soft label for every sample."""
+    data, steps = digits(seed), scaled(400, size)
+    live = teacher(data, seed)
+    seen = seen_labels(data)
+    made = pseudo_labels(live, [data.images], CLUSTERS, temperature=TEMPERATURE, seed=seed)
+    with torch.no_grad():
+        said = live(data.images)
+    terms = [distill.hard(0.1), distill.soft(0.9, temperature=TEMPERATURE)]
+
+    def trained(*columns: Tensor, loss: Any = terms) -> float:
+        batches = drawn(seed, steps, 100, *columns)
+        return held_out(fit(student(seed), batches, loss), data)
+
+    few = data.images[:LABELLED], data.labels[:LABELLED]
+    return {
+        "hard labels": trained(*few, loss=distill.hard()),
+        "20 clusters": trained(data.images, seen, made.logits),
+        "cluster classes": trained(data.images, made.labels, loss=distill.hard()),
+        "soft labels": trained(data.images, seen, said),
+        "teacher": held_out(live, data),
+    }
+
+
+RECIPES = (
+    Recipe(
+        name="pseudo-labels",
+        about="20 clusters of the teacher's answers as soft labels of 1000 inputs",
+        paper="",
+        run=pseudo,
+        gains=(
+            Gain("20 clusters", "hard labels", 5.0),
+            Gain("soft labels", "hard labels", None),
+            Gain("20 clusters", "soft labels", None),
+            Gain("cluster classes", "hard labels", None),
+        ),
+    ),
+)
