@@ -108,9 +108,9 @@ def test_a_run_has_bare_names(name: str, into: str, tmp_path: Path) -> None:
     start, teacher, other = net(), net(), net()
     batch, up = (torch.randn(8, 4), torch.randint(3, (8,))), torch.randn(3, 6)
 
-    def run(model: nn.Module, wrap: Any, folder: str, epochs: int) -> distill.Average:
-        average = distill.Average(model)
-        peer = distill.Peer(wrap(copy.deepcopy(start)), distill.hard())
+    def run(model: nn.Module, wrap: Any, folder: str, epochs: int) -> distill.EMATeacher:
+        average = distill.EMATeacher(model)
+        peer = distill.PeerTeacher(wrap(copy.deepcopy(start)), distill.hard())
         learnt = wrap(copy.deepcopy(start[2]))
         term = distill.Term(
             "learnt", lambda s, *_: learnt(s.raw @ up).square().mean(), module=learnt

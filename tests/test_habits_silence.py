@@ -65,7 +65,7 @@ def test_a_term_may_read_the_batchs_own_column() -> None:
     own = distill.Term("own", lambda s, _, b: F.mse_loss(s.logits, b.teacher))
     for batch in ((X, Y, STORED), {"inputs": X, "labels": Y, "teacher": STORED}):
         assert not said(linear(), own, batch)
-        assert not said(linear(), own, batch, teacher=distill.Stored(), accumulate=2)
+        assert not said(linear(), own, batch, teacher=distill.CachedTeacher(), accumulate=2)
 
     @dataclasses.dataclass
     class Weighted(distill.Batch):

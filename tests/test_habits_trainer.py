@@ -325,4 +325,4 @@ def test_a_label_beyond_the_logits_is_named(wrong: int) -> None:
 
 def test_inputs_by_name_are_refused_at_the_hand_over(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"inputs: got dict .*, expected a tensor"):
-        distill.hand_over(linear(), {"x": X}, tmp_path)  # type: ignore[arg-type]
+        distill.export(linear(), {"x": X}, tmp_path)  # type: ignore[arg-type]
