@@ -13,7 +13,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
 
-from common import FLOORS, TABLE, assert_as_good_as_torch, differentiate, oracle, plain
+from common import TABLE
+from oracle import FLOORS, assert_as_good_as_torch, differentiate, oracle, plain
 
 import fastkd
 from fastkd.divergence import Divergence
