@@ -61,7 +61,7 @@ def fused(passes: Any, x: Rows, spec: LossSpec, grad: Tensor, factor: float = 0.
 def assert_like_reference(
     x: Rows, spec: LossSpec, grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The rule of `common`: at most twice the error of plain torch, plus the floor."""
+    """The rule of `oracle`: at most twice the error of plain torch, plus the floor."""
     grad = torch.full_like(x.student, NAN) if grad is None else grad
     exact = x._replace(student=x.student.double(), teacher=x.teacher.double())
     shape = (*grad.shape[:2], x.student.size(2))
@@ -76,7 +76,7 @@ def assert_like_reference(
     wide, width = grad[..., : spec.vocab].double(), spec.vocab
     largest = true_grad.abs().max()
     error = (torchs_grad[..., :width].double() - true_grad[..., :width]).abs().max()
-    # the accumulator's floor is relative to the slopes, whose sum it is that cancels (`common`)
+    # the accumulator's floor is relative to the slopes, whose sum it is that cancels (`oracle`)
     terms = (true.abs() * x.scale).max() + x.scale.max()
     stored = 2 * error + FLOORS[grad.dtype] * largest + floor * terms
     assert ((wide - true_grad[..., :width]).abs() <= stored).all()

@@ -1,7 +1,7 @@
 """Logits that are never built, by real products: values, gradients of every part, chunks, options.
 
 That every divergence and option is right for a linear operand is shown by the tests of dense
-logits, in their linear forms (common.FORMS). Here are the products themselves.
+logits, in their linear forms (`common.FORMS`). Here are the products themselves.
 """
 
 from __future__ import annotations
