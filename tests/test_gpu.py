@@ -54,6 +54,7 @@ def test_shapes(name: str, vocab: int) -> None:
     assert_like_reference(make(1, 3, vocab), plan_of(name, vocab))
 
 
+@pytest.mark.interpreted(4)
 @pytest.mark.parametrize("temperature", [0.01, 1.0, 2.0, 1000.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_hard_labels(temperature: float, smoothing: float) -> None:
@@ -96,6 +97,7 @@ def test_no_rows() -> None:
     assert gpu.total(torch.empty(0, device=DEVICE), None, 1.0) == 0
 
 
+@pytest.mark.interpreted(3)
 @each_name
 def test_in_place(name: str) -> None:
     for vocab in (7, 600, 4500):
@@ -158,7 +160,7 @@ def _split(x: Rows, spec: LossSpec, parts: list[slice]) -> tuple[Tensor, Tensor]
     return sums[:, 0], grad
 
 
-@pytest.mark.interpreted(7)
+@pytest.mark.interpreted(5)
 @each_name
 @pytest.mark.parametrize("vocab", [33, 1300])
 def test_split_passes_compose_to_the_fused(name: str, vocab: int) -> None:
