@@ -1,4 +1,5 @@
 # make demo   a language model distilled on real text, each way beside torch's own loss
+# make check  for every save: lint, types and the two minutes of tests that catch most
 # make test   everything that is checked: lint, types, sdist, tests on every backend, toy benchmark
 # make kernels, sanitize, aarch64: the C++ kernels alone, see below
 # make gpu    on a machine with a GPU and its own torch and triton: build, test, measure
@@ -21,14 +22,26 @@ PRESET ?= small
 # without them.
 export FASTKD_REQUIRE_CPU ?= 1
 
-.PHONY: demo test lint sdist kernels sanitize aarch64 gpu clean
+.PHONY: demo check test lint sdist kernels sanitize aarch64 gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
 	$(RUN) -m fastkd demo $(TEXT) --preset $(PRESET) --out demo
 
+# Every formula, option, dtype and edge of the core on the CPU's kernels and on the reference; not
+# Triton's interpreter, other processes, compiled steps or whole trainings (tests/README.md).
+CHECK = tests/test_losses.py tests/test_options.py tests/test_weights.py tests/test_edges.py \
+  tests/test_autograd.py tests/test_inplace.py tests/test_strides.py tests/test_linear.py \
+  tests/test_topk.py tests/test_topk_refused.py tests/test_divergence.py tests/test_errors.py \
+  tests/test_widths.py tests/test_conventions.py tests/test_layers.py tests/test_distill.py \
+  tests/test_responses.py
+
+check: $(VENV)/ready lint
+	$(RUN) -m pytest -n auto --maxprocesses 8 -x $(CHECK) -k "not gpu"
+
+# One line a minute says where the tests are.
 test: $(VENV)/ready lint sdist
-	FASTKD_TEST_SEED=$(SEED) $(RUN) -m pytest -n auto --maxprocesses 8
+	FASTKD_TEST_SEED=$(SEED) FASTKD_TEST_PROGRESS=60 $(RUN) -m pytest -n auto --maxprocesses 8
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from common import FLOORS, INF, unreadable
+from common import INF, unreadable
+from oracle import FLOORS
 from torch import Tensor, nn
 
 from fastkd import distill

@@ -13,8 +13,6 @@ import torch
 from common import (
     INPUTS,
     Backend,
-    assert_as_good_as_torch,
-    differentiate,
     each_divergence,
     each_name,
     each_pair,
@@ -22,6 +20,7 @@ from common import (
     require,
     run_python,
 )
+from oracle import assert_as_good_as_torch, differentiate
 from torch import Tensor
 
 import fastkd

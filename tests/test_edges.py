@@ -7,18 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from common import (
-    INF,
-    INPUTS,
-    Backend,
-    assert_as_good_as_torch,
-    differentiate,
-    each_divergence,
-    each_dtype,
-    each_form,
-    each_name,
-    logits,
-)
+from common import INF, INPUTS, Backend, each_divergence, each_dtype, each_form, each_name, logits
+from oracle import assert_as_good_as_torch, differentiate
 from pairwise import pairwise
 from torch import Tensor
 

@@ -11,7 +11,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
 
-from common import TABLE, assert_as_good_as_torch
+from common import TABLE
+from oracle import assert_as_good_as_torch
 from pairwise import pairwise
 
 import fastkd

@@ -12,9 +12,6 @@ from common import (
     TABLE,
     Backend,
     Shape,
-    assert_as_good_as_torch,
-    assert_values,
-    differentiate,
     each_divergence,
     each_form,
     each_input,
@@ -22,9 +19,8 @@ from common import (
     each_pair,
     each_shape,
     logits,
-    oracle,
-    plain,
 )
+from oracle import assert_as_good_as_torch, assert_values, differentiate, oracle, plain
 from pairwise import pairwise
 from torch import Tensor
 

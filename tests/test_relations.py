@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from common import FLOORS, unreadable
+from common import unreadable
+from oracle import FLOORS
 from torch import Tensor, nn
 
 from fastkd import distill

@@ -9,18 +9,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from common import (
-    FLOORS,
-    INF,
-    INPUTS,
-    Backend,
-    assert_gradients,
-    assert_values,
-    oracle,
-    row_factor,
-)
+from common import INF, INPUTS, Backend
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from oracle import FLOORS, assert_gradients, assert_values, oracle, row_factor
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DIVERGENCES, FLOORS, INPUTS, Backend, label_of
+from common import DIVERGENCES, INPUTS, Backend, label_of
+from oracle import FLOORS
 from pairwise import pairwise
 from torch import Tensor
 
