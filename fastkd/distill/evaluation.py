@@ -71,11 +71,11 @@ def _totals(
     parts = []
     device = device_of(models[0])
     with torch.no_grad(), restored_modes(*models):
-        for given in batches(loader, "to evaluate"):
-            batch = moved(given, device)
+        for item in batches(loader, "to evaluate"):
+            batch = moved(item, device)
             labels = batch.labels
-            said = [forward(model.eval(), batch.inputs) for model in models]
-            logits = [Outputs(raw, role="model").logits for raw in said]
+            outputs = [forward(model.eval(), batch.inputs) for model in models]
+            logits = [Outputs(raw, role="model").logits for raw in outputs]
             for x in logits:
                 classes_last("", x, labels, batch.inputs)
             shape = logits[0].shape[:-1]

@@ -51,10 +51,10 @@ class Rates:
     def __enter__(self) -> Rates:
         return self
 
-    def __exit__(self, kind: Any, *_: object) -> None:
+    def __exit__(self, error_type: Any, *_: object) -> None:
         if self.schedule is None:
             return
-        if kind is None and (changed := self._changed()):
+        if error_type is None and (changed := self._changed()):
             warnings.warn(f"optimizer: {changed}, which is lost", stacklevel=3)
         self._write(self._start)
 

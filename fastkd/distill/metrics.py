@@ -106,24 +106,27 @@ def report(
     Papers: Guo et al. 2017, arXiv 1706.04599 (calibration error).
     """
     models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
-    said = {name: _collect(model, loader, name) for name, model in models.items()}
-    logits, labels, _ = said["student"]
+    collected = {name: _collect(model, loader, name) for name, model in models.items()}
+    logits, labels, _ = collected["student"]
     figures, curves = {}, {}
     for name, model in models.items():
-        figures[name], curves[name] = _quality(said[name][0], labels)
-        figures[name] |= _cost(model, said[name][2])
+        figures[name], curves[name] = _quality(collected[name][0], labels)
+        figures[name] |= _cost(model, collected[name][2])
     if teacher is not None:
-        theirs = said["teacher"][0]
-        if theirs.shape != logits.shape or not torch.equal(said["teacher"][1], labels):
+        teacher_logits = collected["teacher"][0]
+        if teacher_logits.shape != logits.shape or not torch.equal(collected["teacher"][1], labels):
             raise ValueError(
-                f"loader: got {list(logits.shape)} logits of the student and {list(theirs.shape)} "
+                f"loader: got {list(logits.shape)} logits of the student and "
+                f"{list(teacher_logits.shape)} "
                 "of the teacher, or other labels; expected the same rows in the same order"
             )
-        mine, cost = figures["student"], figures["teacher"]
-        mine["agreement"] = float((logits.argmax(-1) == theirs.argmax(-1)).double().mean())
-        mine["kl"] = float(fastkd.kl_div(logits, theirs))
-        mine["compression"] = cost["bytes"] / mine["bytes"]
-        mine["speedup"] = cost["latency_ms"] / mine["latency_ms"]
+        student_figures, teacher_figures = figures["student"], figures["teacher"]
+        student_figures["agreement"] = float(
+            (logits.argmax(-1) == teacher_logits.argmax(-1)).double().mean()
+        )
+        student_figures["kl"] = float(fastkd.kl_div(logits, teacher_logits))
+        student_figures["compression"] = teacher_figures["bytes"] / student_figures["bytes"]
+        student_figures["speedup"] = teacher_figures["latency_ms"] / student_figures["latency_ms"]
     return Report(figures, curves, len(labels))
 
 
@@ -144,13 +147,13 @@ def _bins(probabilities: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Ten
     confidence, predicted = probabilities.double().max(-1)
     right = (predicted == labels).double()
     at = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    count, sure, good = (
+    count, total_confidence, total_right = (
         torch.zeros(bins, dtype=torch.float64).index_add(0, at, values)
         for values in (torch.ones_like(confidence), confidence, right)
     )
     some = count > 0
-    count, sure, good = count[some], sure[some], good[some]
-    return count / len(labels), sure / count, good / count
+    count, total_confidence, total_right = count[some], total_confidence[some], total_right[some]
+    return count / len(labels), total_confidence / count, total_right / count
 
 
 def _collect(model: nn.Module, loader: Iterable[Any], role: str) -> tuple[Tensor, Tensor, Any]:
@@ -158,19 +161,19 @@ def _collect(model: nn.Module, loader: Iterable[Any], role: str) -> tuple[Tensor
     device = device_of(model)
     logits, labels, first = [], [], None
     with torch.no_grad(), restored_modes(model):
-        for given in batches(loader, "to evaluate"):
-            if given.labels is None:
+        for item in batches(loader, "to evaluate"):
+            if item.labels is None:
                 raise ValueError("loader: got inputs alone, expected (inputs, labels)")
-            batch = moved(given, device)
+            batch = moved(item, device)
             first = batch.inputs if first is None else first
-            said = Outputs(forward(model.eval(), batch.inputs), role=role).logits
-            if said.size(-1) < 2:
-                got = f"a single logit {list(said.shape)}"
+            output = Outputs(forward(model.eval(), batch.inputs), role=role).logits
+            if output.size(-1) < 2:
+                got = f"a single logit {list(output.shape)}"
                 raise ValueError(f"{role}: got {got}, expected logits [..., V] with V >= 2")
-            classes_last("", said, batch.labels, batch.inputs)
-            truth = class_numbers("own", said, batch.labels)
+            classes_last("", output, batch.labels, batch.inputs)
+            truth = class_numbers("own", output, batch.labels)
             keep = truth != IGNORED
-            logits.append(said[keep].double().cpu())
+            logits.append(output[keep].double().cpu())
             labels.append(truth[keep].cpu())
     if not sum(map(len, labels)):
         raise ValueError(f"loader: got only rows labelled {IGNORED}, expected others too")
@@ -195,13 +198,13 @@ def _quality(logits: Tensor, labels: Tensor) -> tuple[dict[str, float], dict[str
     score = p.numpy()
     areas = []
     for column in range(hot.shape[1]):
-        positive, here = hot[:, column], score[:, column]
+        positive, column_score = hot[:, column], score[:, column]
         if 0 < positive.sum() < len(positive):
-            ps, rs, _ = metrics.precision_recall_curve(positive, here)
+            ps, rs, _ = metrics.precision_recall_curve(positive, column_score)
             areas.append(
                 (
-                    metrics.roc_auc_score(positive, here),
-                    metrics.average_precision_score(positive, here),
+                    metrics.roc_auc_score(positive, column_score),
+                    metrics.average_precision_score(positive, column_score),
                     metrics.auc(rs, ps),
                 )
             )

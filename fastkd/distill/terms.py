@@ -18,7 +18,7 @@ import fastkd
 from fastkd.arguments.messages import shown
 
 from .batch import IGNORED, Batch, Outputs, mapped, tensors
-from .distributed import is_placed
+from .distributed import is_dtensor
 from .losses.features import nst
 from .losses.relations import OF_SAMPLES, fsp
 from .targets import (
@@ -28,7 +28,7 @@ from .targets import (
     kept_rows,
     labels_of,
     only,
-    taught,
+    teacher_logits,
     without,
 )
 
@@ -102,7 +102,7 @@ def hard(weight: Weight = 1.0, *, label_smoothing: float = 0.0, name: str = "har
     def function(student: Outputs, _: Outputs, batch: Batch) -> Tensor:
         labels, logits = labels_of(name, batch), student.logits
         look(logits, batch)
-        if is_placed(logits):
+        if is_dtensor(logits):
             return fastkd.distillation_loss(
                 logits,
                 logits.detach(),
@@ -148,7 +148,7 @@ def soft(
     look = Classes(name)
 
     def function(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        theirs = taught(name, teacher)
+        target = teacher_logits(name, teacher)
         look(student.logits, batch)
         T = temperature(batch.step) if callable(temperature) else temperature
         # at alpha=0 labels only say which rows are left out
@@ -156,7 +156,7 @@ def soft(
         with _unless_said(student.logits):
             return fastkd.distillation_loss(
                 student.logits,
-                theirs,
+                target,
                 labels,
                 temperature=T,
                 alpha=0.0,
@@ -220,16 +220,23 @@ def feature(
     if rows == "labelled" and mask is not None:
         raise ValueError(f"mask: got {mask!r} beside rows='labelled', expected one of them")
     bare = bare_function(function)
-    kind = getattr(bare, "__name__", type(bare).__name__)
-    kind = "feature" if kind == "<lambda>" else kind
-    name = name or f"{kind}:{'+'.join(_names(student_layer))}-{'+'.join(_names(teacher_layer))}"
+    label = getattr(bare, "__name__", type(bare).__name__)
+    label = "feature" if label == "<lambda>" else label
+    name = name or f"{label}:{'+'.join(_names(student_layer))}-{'+'.join(_names(teacher_layer))}"
     mean = mean or ("tokens" if rows == "labelled" else "samples")
 
     def call(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        mine, theirs = _features(student, student_layer), _features(teacher, teacher_layer)
-        mine = mine if projector is None else projector(mine)
+        student_features, teacher_features = (
+            _features(student, student_layer),
+            _features(teacher, teacher_layer),
+        )
+        student_features = student_features if projector is None else projector(student_features)
         kept = kept_rows(name, batch, rows, mask)
-        return function(mine, theirs) if kept is None else _masked(function, mine, theirs, kept)
+        return (
+            function(student_features, teacher_features)
+            if kept is None
+            else _masked(function, student_features, teacher_features, kept)
+        )
 
     return Term(
         name,
@@ -242,20 +249,24 @@ def feature(
     )
 
 
-def _masked(function: Callable[..., Tensor], mine: Any, theirs: Any, kept: Tensor) -> Tensor:
-    """function(mine, theirs) over what is kept; 0, connected to the graph, where nothing is."""
+def _masked(
+    function: Callable[..., Tensor], student_features: Any, teacher_features: Any, kept: Tensor
+) -> Tensor:
+    """function(student, teacher) over what is kept; 0, connected to the graph, where nothing is."""
     bare = bare_function(function)
     if "mask" in _parameters(bare):
-        return function(mine, theirs, mask=kept)
-    whole = bare is nst or bare in OF_SAMPLES or type(bare) in OF_SAMPLES
+        return function(student_features, teacher_features, mask=kept)
+    of_samples = bare is nst or bare in OF_SAMPLES or type(bare) in OF_SAMPLES
     if bare is fsp and kept.dim() > 1:
         raise ValueError("mask: got one of positions for fsp, which has a mean over all of them")
-    take = without if whole and kept.dim() > 1 else only
-    mine, theirs = (mapped(x, lambda part: take(part, kept)) for x in (mine, theirs))
-    found = list(tensors(mine))
+    take = without if of_samples and kept.dim() > 1 else only
+    student_features, teacher_features = (
+        mapped(x, lambda part: take(part, kept)) for x in (student_features, teacher_features)
+    )
+    found = list(tensors(student_features))
     if any(x.size(0) == 0 for x in found):  # a mean over nothing
         return torch.stack([x.sum() for x in found]).sum()
-    return function(mine, theirs)
+    return function(student_features, teacher_features)
 
 
 def _parameters(function: Any) -> Any:
@@ -317,7 +328,7 @@ class Objective:
         values: list[Tensor] = []
         if self.plain is not None:
             value = self.plain(student.logits, teacher.logits, batch.labels)
-            total = _shared(value, 1.0 if batch.whole else _plain_share(batch), "")
+            total = _shared(value, 1.0 if batch.is_whole_step else _plain_share(batch), "")
         else:
             parts = []
             for term in self.terms:
@@ -356,7 +367,7 @@ def _value(term: Term, student: Outputs, teacher: Outputs, batch: Batch) -> Tens
     if term.mean != "samples" and _is_zero(batch.tokens):
         return nothing(student)
     share: Any = 1.0
-    if term.mean != "step" and not batch.whole:
+    if term.mean != "step" and not batch.is_whole_step:
         share = _sample_share(batch) if term.mean == "samples" else _token_share(batch)
     try:
         value = term.function(student, teacher, batch)

@@ -29,11 +29,11 @@ from .distributed import PLAINLY, Ranks
 from .hooks import Hooks
 from .learning_rates import Rates, applied
 from .logging import Log, Record, Step
-from .noise import weight_noise as disturbed
+from .noise import weight_noise as noisy_weights
 from .precision import stepping
-from .teachers import EMATeacher, Teacher, on_device, sole
+from .teachers import EMATeacher, Teacher, check_device, check_one_source
 from .terms import Objective, Term
-from .warnings_once import Remarks
+from .warnings_once import RunWarnings
 
 # steps between looks at the loss; elsewhere 50: a look makes the host wait
 CHECK_EVERY = {"cpu": 1}
@@ -124,8 +124,8 @@ def train(
     if amp not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"amp: got {shown(amp)}, expected torch.bfloat16, torch.float16 or None")
     ranks = Ranks(student)
-    take = stepping(accelerator, where, amp, ranks)
-    where, accumulate = take.device, take.accumulate if accumulate is None else accumulate
+    stepper = stepping(accelerator, where, amp, ranks)
+    where, accumulate = stepper.device, stepper.accumulate if accumulate is None else accumulate
     if accumulate < 1:
         raise ValueError(f"accumulate: got {shown(accumulate)}, expected an integer >= 1")
     if clip_norm is not None and not clip_norm > 0:
@@ -139,18 +139,18 @@ def train(
     soft.beside(student)
     objective.connects = ranks.wrapped
     ranks.share(objective.modules)
-    optimizer = take.prepared(student, _optimizer(optimizer, student, objective, followers, lr))
+    optimizer = stepper.prepared(student, _optimizer(optimizer, student, objective, followers, lr))
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     rates = Rates([optimizer], schedule)
     parts = Parts(
-        *(student, objective, optimizer, rates, soft, ema, take.scaler, loader, where),
+        *(student, objective, optimizer, rates, soft, ema, stepper.scaler, loader, where),
         *(ranks, accumulate),
     )
     if checkpoint is not None and not isinstance(checkpoint, Checkpoints):
         checkpoint = Checkpoints(checkpoint)
     position = checkpoint.start(parts) if checkpoint else Position()
     every = CHECK_EVERY.get(where.type, 50)
-    remarks, began = Remarks(student, soft, objective), position.epoch
+    run_warnings, began = RunWarnings(student, soft, objective), position.epoch
     record = Record(objective.names, position.step, every, log if ranks.first else None)
 
     with ExitStack() as stack:
@@ -161,42 +161,51 @@ def train(
         )
         stack.enter_context(soft.hooked(objective.teacher_layers))
         stack.enter_context(record)
-        if progress and take.speaks and ranks.first:
+        if progress and stepper.speaks and ranks.first:
             record.draw(_steps(loader, epochs, accumulate))
 
         for epoch in range(position.epoch, epochs):
             soft.begin()
             student.train()  # after it: what the two share is in the student's mode
             objective.modules.train()
-            given = epoch_batches(loader, position, where, exact=checkpoint is not None)
-            for group in ranks.groups(given, accumulate, where, plain=objective.plain is not None):
+            batches = epoch_batches(loader, position, where, exact=checkpoint is not None)
+            for group in ranks.groups(
+                batches, accumulate, where, plain=objective.plain is not None
+            ):
                 step = position.step
                 rates.at(step)
                 optimizer.zero_grad(set_to_none=True)
 
                 values: list[Tensor] = []  # the loss of the step, then its terms
-                with disturbed(student, weight_noise) if weight_noise else PLAINLY:
+                with noisy_weights(student, weight_noise) if weight_noise else PLAINLY:
                     for at, batch in enumerate(group):
                         batch = moved(batch, where)
                         batch.epoch, batch.step = epoch, step
                         if transform is not None:
                             batch = transform(batch)
-                        sole(soft, batch)
+                        check_one_source(soft, batch)
                         with ranks.no_sync(last=at + 1 == len(group)):
-                            with take.autocast():
-                                theirs = on_device(soft(batch), where)
-                                ours = Outputs(
+                            with stepper.autocast():
+                                teacher_outputs = check_device(soft(batch), where)
+                                student_outputs = Outputs(
                                     forward(student, batch.inputs), hooks.take(), role="student"
                                 )
-                                theirs = remarks.watched(ours, theirs, batch)
-                                value, terms = objective(ours, theirs, batch)
-                                remarks.read(theirs, batch)
-                            take.backward(value)
-                        with take.autocast():
-                            soft.follow(ours, batch)
+                                teacher_outputs = run_warnings.watch(
+                                    student_outputs, teacher_outputs, batch
+                                )
+                                value, terms = objective(student_outputs, teacher_outputs, batch)
+                                run_warnings.read(teacher_outputs, batch)
+                            stepper.backward(value)
+                        with stepper.autocast():
+                            soft.follow(student_outputs, batch)
                         found = [value.detach(), *terms]
                         values = list(map(torch.add, values, found)) if at else found
-                        del value, terms, theirs, ours  # the graph goes before the next is made
+                        del (
+                            value,
+                            terms,
+                            teacher_outputs,
+                            student_outputs,
+                        )  # the graph goes before the next is made
 
                 first, position.used = position.used, position.used + len(group)
                 seen = sum(batch.samples for batch in group) * ranks.size
@@ -204,7 +213,7 @@ def train(
                 now = applied(optimizer)
                 record.add(epoch, first, position.used - 1, now, seen, values)
                 ranks.average_gradients(objective.modules)
-                take.step(optimizer, weights, clip_norm)
+                stepper.step(optimizer, weights, clip_norm)
                 for follower in followers:
                     follower.step(student)
                 position.step += 1
@@ -216,7 +225,7 @@ def train(
                     checkpoint.write(position, parts)
             record.read()
             if epoch == began:
-                remarks.epoch(record.steps)
+                run_warnings.epoch(record.steps)
             position.epoch, position.used = epoch + 1, 0
             if validate is not None:
                 metric = ranks.number(float(validate(student)), where)
@@ -240,13 +249,15 @@ def _optimizer(
     """One over the student and what the terms learn, and over no teacher."""
     learnt = {p for p in objective.modules.parameters() if p.requires_grad}
     if optimizer is None:
-        mine = [p for p in student.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW([{"params": mine}], lr=lr)
-    here = {p for group in optimizer.param_groups for p in group["params"]}
-    if missing := {n: p for n, p in objective.modules.named_parameters() if p in learnt - here}:
+        student_parameters = [p for p in student.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW([{"params": student_parameters}], lr=lr)
+    in_optimizer = {p for group in optimizer.param_groups for p in group["params"]}
+    if missing := {
+        n: p for n, p in objective.modules.named_parameters() if p in learnt - in_optimizer
+    }:
         _join(optimizer, missing)
     frozen = {p for follower in followers for m in follower.models for p in m.parameters()}
-    if shared := len(here & frozen):
+    if shared := len(in_optimizer & frozen):
         inside = frozen <= set(student.parameters())
         which = ", which is the student or a part of it (give a copy)" if inside else ""
         raise ValueError(

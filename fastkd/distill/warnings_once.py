@@ -29,7 +29,7 @@ class _Watched(Outputs):
         return object.__getattribute__(self, name)
 
 
-class Remarks:
+class RunWarnings:
     """Looks at the first step, and at the losses of the first epoch; later it costs nothing.
 
     Args:
@@ -41,7 +41,7 @@ class Remarks:
         self._watching, self._seen, self._first = True, False, True
         self._width = 0
 
-    def watched(self, student: Outputs, teacher: Outputs, batch: Batch) -> Outputs:
+    def watch(self, student: Outputs, teacher: Outputs, batch: Batch) -> Outputs:
         """The teacher's outputs for the terms; ValueError for weights in a teacher's place."""
         # without a role: a student without logits, of several heads, is the terms' business
         logits = Outputs(student.raw).logits
@@ -68,8 +68,8 @@ class Remarks:
         self._watching = False
         if getattr(teacher, "noted", False) or _learns(self.teacher):
             return
-        stored = isinstance(self.teacher, (BatchTeacher, CachedTeacher))
-        if stored and batch.teacher is not None:
+        is_stored = isinstance(self.teacher, (BatchTeacher, CachedTeacher))
+        if is_stored and batch.teacher is not None:
             got = "loader: got batches with what a teacher said ('teacher')"
         elif isinstance(self.teacher, BatchTeacher):
             return
@@ -105,14 +105,15 @@ def _warn(text: str) -> None:
     warnings.warn(text, stacklevel=4)
 
 
-def _no_weights(logits: Any, given: Any) -> None:
-    if not isinstance(given, Tensor):
+def _no_weights(logits: Any, teacher: Any) -> None:
+    if not isinstance(teacher, Tensor):
         return
-    shape, wanted = tuple(given.shape), tuple(getattr(logits, "shape", ()))
-    dims = len(shape) - (len(shape) == len(wanted) and shape[-1:] == (1,))
-    if shape != wanted and dims < len(wanted) and shape[:dims] == wanted[:dims]:
+    shape, expected = tuple(teacher.shape), tuple(getattr(logits, "shape", ()))
+    dims = len(shape) - (len(shape) == len(expected) and shape[-1:] == (1,))
+    if shape != expected and dims < len(expected) and shape[:dims] == expected[:dims]:
         raise ValueError(
-            f"loader: got {list(shape)} as what the teacher said for logits {list(wanted)} of the "
+            f"loader: got {list(shape)} as what the teacher said for logits {list(expected)} of "
+            "the "
             "student, expected logits; weights of samples go into a dict, {'inputs': ..., "
             "'labels': ..., 'weights': ...}, and a Term reads them from batch.extra['weights']"
         )
@@ -125,9 +126,9 @@ def _copies(logits: Any, batch: Batch) -> None:
         ids = ids.get("input_ids")
     if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.dim() != 2:
         return
-    whole = not ids.is_floating_point() and not labels.is_floating_point()
+    are_ids = not ids.is_floating_point() and not labels.is_floating_point()
     logits_of_each = getattr(logits, "ndim", 0) == 3 and logits.shape[:2] == labels.shape
-    if not whole or ids.shape != labels.shape or ids.size(1) < 2 or not logits_of_each:
+    if not are_ids or ids.shape != labels.shape or ids.size(1) < 2 or not logits_of_each:
         return
     kept = labels != IGNORED
     if bool(kept.any() & (ids[kept] == labels[kept]).all()):

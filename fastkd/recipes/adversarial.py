@@ -84,9 +84,9 @@ def adversarial(
         fake = torch.full_like(real, outcomes - 1)
         fixed = {key: p.detach() for key, p in discriminator.named_parameters()}
         passing = F.cross_entropy(functional_call(discriminator, fixed, s), real)
-        told = F.cross_entropy(discriminator(t.to(s.dtype)), real)
+        recognised = F.cross_entropy(discriminator(t.to(s.dtype)), real)
         caught = F.cross_entropy(discriminator(s.detach()), fake)
-        return passing + (told + caught) / 2
+        return passing + (recognised + caught) / 2
 
     return Term(name, function, weight, mean="samples", module=discriminator)
 
@@ -114,7 +114,7 @@ def compare(seed: int, size: float) -> Figures:
         """1, then down to 0.02 over the second half."""
         return max(0.02, min(1.0, 2 * (1 - step / steps)))
 
-    def judged(weight: float, *, conditional: bool = True) -> float:
+    def trained_against(weight: float, *, conditional: bool = True) -> float:
         net = student(seed)  # draws the seed of the discriminator too
         term = adversarial(weight, classes=CLASSES, conditional=conditional)
         assert term.module is not None
@@ -130,9 +130,9 @@ def compare(seed: int, size: float) -> Figures:
     kd = [distill.hard(0.1), distill.soft(0.9, temperature=TEMPERATURE)]
     return {
         "labels": trained(distill.hard(), *few),
-        "conditional, w = 0.5": judged(0.5),
-        "conditional, w = 1": judged(1.0),
-        "real or not, w = 1": judged(1.0, conditional=False),
+        "conditional, w = 0.5": trained_against(0.5),
+        "conditional, w = 1": trained_against(1.0),
+        "real or not, w = 1": trained_against(1.0, conditional=False),
         "KD": trained(kd, *every),
     }
 

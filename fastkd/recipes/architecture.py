@@ -148,7 +148,7 @@ RECIPES = (
         paper="Li et al. 2016, arXiv 1603.06560",
         run=compare,
         gains=(
-            Gain("search by teacher", "default", 2.0, wins=1.0),
+            Gain("search by teacher", "default", 2.0, seeds_improved=1.0),
             Gain("search by teacher", "space mean", None),
             Gain("search by teacher", "search by labels", None),
             Gain("search by teacher", "best of the space", None),

@@ -101,7 +101,7 @@ RECIPES = (
         paper="Wang et al. 2020, arXiv 2002.10957; Jiao et al. 2019, arXiv 1909.10351",
         run=run,
         gains=(
-            Gain("attention", "hard labels", 30.0, wins=1.0),
+            Gain("attention", "hard labels", 30.0, seeds_improved=1.0),
             Gain("logits", "hard labels", None),
         ),
     ),

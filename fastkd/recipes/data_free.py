@@ -110,10 +110,10 @@ def invert(
     def loss(logits: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels.to(where))
 
-    def given() -> Tensor:
+    def inputs() -> Tensor:
         return x
 
-    for _ in _descent(optimizer, teacher, given, loss, prior, steps):
+    for _ in _descent(optimizer, teacher, inputs, loss, prior, steps):
         if bounds is not None:
             with torch.no_grad():
                 x.clamp_(*bounds)
@@ -160,12 +160,12 @@ def train_generator(
         entropy = torch.special.entr(mean).sum()
         return F.cross_entropy(logits, logits.argmax(-1)) - balance * entropy
 
-    def given() -> Tensor:
+    def inputs() -> Tensor:
         return forward(generator, noise())
 
     with restored_modes(generator):
         generator.train()
-        for _ in _descent(optimizer, teacher, given, loss, prior, steps):
+        for _ in _descent(optimizer, teacher, inputs, loss, prior, steps):
             pass
 
 
@@ -185,8 +185,8 @@ def _descent(
             x = inputs()
             if prior:
                 with batch_norm_prior(teacher) as distance:
-                    said = Outputs(forward(teacher, x), role="teacher")
-                    value = loss(said.logits) + prior * distance()
+                    outputs = Outputs(forward(teacher, x), role="teacher")
+                    value = loss(outputs.logits) + prior * distance()
             else:
                 value = loss(Outputs(forward(teacher, x), role="teacher").logits)
             for p, slope in zip(weights, torch.autograd.grad(value, weights), strict=True):

@@ -86,7 +86,7 @@ RECIPES = (
         paper="Li and Hoiem 2016, arXiv 1606.09282",
         run=lifelong,
         gains=(
-            Gain("old task, LwF", "old task, plain", 3.0, wins=1.0),
+            Gain("old task, LwF", "old task, plain", 3.0, seeds_improved=1.0),
             Gain("new task, LwF", "new task, plain", -0.5),
             Gain("all classes, LwF", "all classes, plain", None),
             Gain("all classes, LwF", "all classes, both at once", None),

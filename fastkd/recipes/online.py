@@ -143,7 +143,7 @@ RECIPES = (
         paper="Zhang et al. 2018, arXiv 1706.00384",
         run=mutual,
         gains=(
-            Gain("MLP with a peer", "MLP alone", 1.5, wins=7 / 8),
+            Gain("MLP with a peer", "MLP alone", 1.5, seeds_improved=7 / 8),
             Gain("CNN with a peer", "CNN alone", None),
         ),
     ),
@@ -152,7 +152,7 @@ RECIPES = (
         about="five teachers of 200 labels each as one, beside one of them",
         paper="You et al. 2017, learning from multiple teacher networks",
         run=several_teachers,
-        gains=(Gain("mean of five", "one teacher", 1.3, wins=1.0),),
+        gains=(Gain("mean of five", "one teacher", 1.3, seeds_improved=1.0),),
     ),
     Recipe(
         name="assistants",

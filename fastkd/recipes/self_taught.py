@@ -102,8 +102,8 @@ RECIPES = (
         paper="Tarvainen and Valpola 2017, arXiv 1703.01780; Furlanello et al. 2018, 1805.04770",
         run=self_taught,
         gains=(
-            Gain("mean teacher", "plain", 1.0, wins=1.0),
-            Gain("generation 3", "plain", 0.7, wins=5 / 6),
+            Gain("mean teacher", "plain", 1.0, seeds_improved=1.0),
+            Gain("generation 3", "plain", 0.7, seeds_improved=5 / 6),
             Gain("4 peers", "plain", None),
             *(Gain(x, "plain, slow", None) for x in ("mean teacher", "generation 3", "4 peers")),
             Gain("mean teacher, slow", "plain, slow", None),

@@ -36,11 +36,11 @@ class Bench:
 
     students: tuple[int, ...] = (64, 16, 10)
     teachers: tuple[int, ...] = (64, 1200, 10)
-    whole = STEPS
+    all_steps = STEPS
 
     def __init__(self, seed: int, size: float) -> None:
         self.seed, self.data = seed, centred(digits(seed))
-        self.steps = scaled(self.whole, size)
+        self.steps = scaled(self.all_steps, size)
         self.schedule = distill.lr_schedule(self.steps, warmup=self.steps // 10)
 
     @cached_property
@@ -151,7 +151,7 @@ RECIPES = (
         about="soft targets at T = 4 on 900 images without a label, beside 100 hard labels",
         paper=HINTON,
         run=soft_targets,
-        gains=(Gain("soft, T = 4", "hard labels", 6.0, wins=1.0),),
+        gains=(Gain("soft, T = 4", "hard labels", 6.0, seeds_improved=1.0),),
         seeds=10,
     ),
     Recipe(
@@ -160,7 +160,7 @@ RECIPES = (
         paper=HINTON,
         run=temperatures,
         gains=(
-            Gain("T = 20", "hard labels", 1.5, wins=0.9),
+            Gain("T = 20", "hard labels", 1.5, seeds_improved=0.9),
             *(Gain(name, "hard labels", None) for name in ("T = 1", "T = 4")),
         ),
         seeds=10,
@@ -171,7 +171,7 @@ RECIPES = (
         paper=HINTON,
         run=missing_class,
         gains=(
-            Gain("corrected", "hard labels", 60.0, wins=1.0),
+            Gain("corrected", "hard labels", 60.0, seeds_improved=1.0),
             Gain("corrected", "as trained", None),
             Gain("all, corrected", "all, as trained", None),
         ),

@@ -206,7 +206,7 @@ RECIPES = (
         about="a student that starts with the teacher's first layer, 100 labels",
         paper="Sanh et al. 2019, arXiv 1910.01108",
         run=layer_init,
-        gains=(Gain("teacher's first layer", "fresh", 0.7, wins=0.75),),
+        gains=(Gain("teacher's first layer", "fresh", 0.7, seeds_improved=0.75),),
     ),
     Recipe(
         name="pruning",

@@ -310,25 +310,25 @@ def _run(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Loss [N], and where there is a factor and a need the gradients of sum(factor * loss)."""
     formula, keep, label, acc = call
-    wanted = [need and factor is not None for need in needs]
+    needed = [need and factor is not None for need in needs]
     at_all, keep = _chunks(student, keep)
     # rows that are passed over are not written
     new = torch.empty_like if at_all and isinstance(at_all[0], slice) else torch.zeros_like
     loss = new(student[:, 0], dtype=acc, memory_format=torch.contiguous_format)
     grads = [
         new(x, memory_format=torch.contiguous_format) if want else None
-        for x, want in zip((student, teacher), wanted, strict=True)
+        for x, want in zip((student, teacher), needed, strict=True)
     ]
     for at in at_all:
         mask, where = (None if x is None else x[at] for x in (keep, label))
         s, t = (
             x[at].detach().requires_grad_(want)
-            for x, want in zip((student, teacher), wanted, strict=True)
+            for x, want in zip((student, teacher), needed, strict=True)
         )
-        with torch.set_grad_enabled(any(wanted)):
+        with torch.set_grad_enabled(any(needed)):
             part = _masked(formula, s, t, mask, where, acc)
         loss[at] = part.detach()
-        if factor is not None and any(wanted):
+        if factor is not None and any(needed):
             inputs = [x for x in (s, t) if x.requires_grad]
             found = iter(torch.autograd.grad(part, inputs, factor[at].detach()))
             for grad in grads:

@@ -247,11 +247,11 @@ def _run(
         with torch.enable_grad():
             part = _apart(logs[0], logs[1], keep).sum() / vocab
         value += part.detach()
-        wanted = [x for x in logs if x.requires_grad]
-        made = iter(torch.autograd.grad(part, wanted) if wanted else ())
+        inputs = [x for x in logs if x.requires_grad]
+        parts = iter(torch.autograd.grad(part, inputs) if inputs else ())
         for slope, total in zip(slopes, totals, strict=True):
             if slope is not None:
-                slope[block] = next(made)
+                slope[block] = next(parts)
                 total += slope[block].sum(-1, keepdim=True)
     grads: list[Tensor | None] = []
     for x, side, level, slope, total in zip((s, t), own, levels, slopes, totals, strict=True):

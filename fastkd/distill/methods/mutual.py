@@ -124,7 +124,7 @@ def assistant_chain(
     """
     above = source(teacher)  # before anything is trained
     models = distinct("models", models)
-    if any(model is theirs for model in models for theirs in above.models):
+    if any(model is other for model in models for other in above.models):
         raise ValueError("models: got the teacher among them, expected others")
     terms = plain_terms(loss)
     terms.append(soft(weight, temperature=temperature))
