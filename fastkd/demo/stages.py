@@ -19,7 +19,7 @@ import fastkd
 from fastkd import distill
 from fastkd.teachers import store
 
-from .corpus import Corpus, Windows, drawn, in_order
+from .corpus import Corpus, Windows, in_order, random_windows
 from .model import Language, build
 from .presets import Net, Preset
 
@@ -106,7 +106,7 @@ class Stages:
         """A training's samples: those of all students are the same, in one order."""
         net = self._net(name)
         size, seed = net.batch, 2 * self.seed + (name == TEACHER)
-        samples = drawn(self.corpus.train, self.preset.context, net.steps * size, seed)
+        samples = random_windows(self.corpus.train, self.preset.context, net.steps * size, seed)
         samples.starts = samples.starts[: (steps or net.steps) * size]
         return samples
 

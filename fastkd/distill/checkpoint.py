@@ -19,11 +19,11 @@ from fastkd.arguments.messages import shown
 from . import sharded_checkpoint
 from .batch import Batch, batches, unwrap
 from .distributed import Ranks, full_tensor, local
-from .learning_rates import Rates
+from .objective import Objective
 from .rng_state import generators, random_state, set_random_state
+from .schedules import Rates
 from .serialization import read, same_shapes, save_state, write
 from .teachers import Teacher
-from .terms import Objective
 
 FORMAT = 1
 

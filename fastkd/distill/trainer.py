@@ -24,16 +24,17 @@ from fastkd.arguments.messages import shown
 
 from .batch import Batch, Outputs, device_of, forward, moved, restored_modes
 from .checkpoint import Checkpoints, Parts, Position, epoch_batches
-from .combined_teachers import source
 from .distributed import PLAINLY, Ranks
 from .hooks import Hooks
-from .learning_rates import Rates, applied
 from .logging import Log, Record, Step
 from .noise import weight_noise as noisy_weights
-from .precision import stepping
+from .objective import Objective
+from .precision import Stepping, stepping
+from .run_warnings import RunWarnings
+from .schedules import Rates, applied
+from .teacher_ensembles import as_teacher
 from .teachers import EMATeacher, Teacher, check_device, check_one_source
-from .terms import Objective, Term
-from .warnings_once import RunWarnings
+from .terms import Term
 
 # steps between looks at the loss; elsewhere 50: a look makes the host wait
 CHECK_EVERY = {"cpu": 1}
@@ -118,21 +119,14 @@ def train(
 
     Paper: Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
     """
-    if epochs < 1:
-        raise ValueError(f"epochs: got {shown(epochs)}, expected an integer >= 1")
+    _check_numbers(epochs, amp, accumulate, clip_norm)
     where = device_of(student) if device is None else torch.device(device)
-    if amp not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"amp: got {shown(amp)}, expected torch.bfloat16, torch.float16 or None")
     ranks = Ranks(student)
     stepper = stepping(accelerator, where, amp, ranks)
     where, accumulate = stepper.device, stepper.accumulate if accumulate is None else accumulate
-    if accumulate < 1:
-        raise ValueError(f"accumulate: got {shown(accumulate)}, expected an integer >= 1")
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm: got {shown(clip_norm)}, expected > 0 or None")
     if weight_noise and ranks.sharded:
         raise ValueError("weight_noise: got a student of shards, expected one whole on every rank")
-    objective, soft = Objective(loss), source(teacher)
+    objective, soft = Objective(loss), as_teacher(teacher)
     followers = [soft] if ema is None or ema is soft else [soft, ema]
     for model in (student, objective.modules, *(m for f in followers for m in f.models)):
         model.to(where)
@@ -146,10 +140,10 @@ def train(
         *(student, objective, optimizer, rates, soft, ema, stepper.scaler, loader, where),
         *(ranks, accumulate),
     )
-    if checkpoint is not None and not isinstance(checkpoint, Checkpoints):
+    if isinstance(checkpoint, (str, os.PathLike)):
         checkpoint = Checkpoints(checkpoint)
     position = checkpoint.start(parts) if checkpoint else Position()
-    every = CHECK_EVERY.get(where.type, 50)
+    every, plain = CHECK_EVERY.get(where.type, 50), objective.plain is not None
     run_warnings, began = RunWarnings(student, soft, objective), position.epoch
     record = Record(objective.names, position.step, every, log if ranks.first else None)
 
@@ -169,9 +163,7 @@ def train(
             student.train()  # after it: what the two share is in the student's mode
             objective.modules.train()
             batches = epoch_batches(loader, position, where, exact=checkpoint is not None)
-            for group in ranks.groups(
-                batches, accumulate, where, plain=objective.plain is not None
-            ):
+            for group in ranks.groups(batches, accumulate, where, plain=plain):
                 step = position.step
                 rates.at(step)
                 optimizer.zero_grad(set_to_none=True)
@@ -183,29 +175,9 @@ def train(
                         batch.epoch, batch.step = epoch, step
                         if transform is not None:
                             batch = transform(batch)
-                        check_one_source(soft, batch)
-                        with ranks.no_sync(last=at + 1 == len(group)):
-                            with stepper.autocast():
-                                teacher_outputs = check_device(soft(batch), where)
-                                student_outputs = Outputs(
-                                    forward(student, batch.inputs), hooks.take(), role="student"
-                                )
-                                teacher_outputs = run_warnings.watch(
-                                    student_outputs, teacher_outputs, batch
-                                )
-                                value, terms = objective(student_outputs, teacher_outputs, batch)
-                                run_warnings.read(teacher_outputs, batch)
-                            stepper.backward(value)
-                        with stepper.autocast():
-                            soft.follow(student_outputs, batch)
-                        found = [value.detach(), *terms]
+                        last = at + 1 == len(group)
+                        found = _micro_batch(batch, parts, stepper, hooks, run_warnings, last=last)
                         values = list(map(torch.add, values, found)) if at else found
-                        del (
-                            value,
-                            terms,
-                            teacher_outputs,
-                            student_outputs,
-                        )  # the graph goes before the next is made
 
                 first, position.used = position.used, position.used + len(group)
                 seen = sum(batch.samples for batch in group) * ranks.size
@@ -230,13 +202,58 @@ def train(
             if validate is not None:
                 metric = ranks.number(float(validate(student)), where)
                 record.tell({"metric": metric})
-                if position.best is None or metric > position.best:
-                    position.best = metric
-                    if checkpoint:
-                        checkpoint.write_best(parts, metric, position.step)
+                _keep_best(metric, position, parts, checkpoint)
         if checkpoint:
             checkpoint.write(position, parts)
     return record.steps
+
+
+def _micro_batch(
+    batch: Batch,
+    parts: Parts,
+    stepper: Stepping,
+    hooks: Hooks,
+    run_warnings: RunWarnings,
+    *,
+    last: bool,
+) -> list[Tensor]:
+    """Forward of both models, loss and backward: this part of the step's loss and of its terms."""
+    teacher, ranks = parts.teacher, parts.ranks
+    check_one_source(teacher, batch)
+    with ranks.no_sync(last=last):
+        with stepper.autocast():
+            teacher_outputs = check_device(teacher(batch), parts.device)
+            raw = forward(parts.student, batch.inputs)
+            student_outputs = Outputs(raw, hooks.take(), role="student")
+            teacher_outputs = run_warnings.watch(student_outputs, teacher_outputs, batch)
+            loss, terms = parts.objective(student_outputs, teacher_outputs, batch)
+            run_warnings.read(teacher_outputs, batch)
+        stepper.backward(loss)
+    with stepper.autocast():
+        teacher.follow(student_outputs, batch)
+    return [loss.detach(), *terms]
+
+
+def _keep_best(
+    metric: float, position: Position, parts: Parts, checkpoint: Checkpoints | None
+) -> None:
+    if position.best is None or metric > position.best:
+        position.best = metric
+        if checkpoint:
+            checkpoint.write_best(parts, metric, position.step)
+
+
+def _check_numbers(
+    epochs: int, amp: torch.dtype | None, accumulate: int | None, clip_norm: float | None
+) -> None:
+    if epochs < 1:
+        raise ValueError(f"epochs: got {shown(epochs)}, expected an integer >= 1")
+    if amp not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"amp: got {shown(amp)}, expected torch.bfloat16, torch.float16 or None")
+    if accumulate is not None and accumulate < 1:
+        raise ValueError(f"accumulate: got {shown(accumulate)}, expected an integer >= 1")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm: got {shown(clip_norm)}, expected > 0 or None")
 
 
 def _optimizer(

@@ -16,7 +16,7 @@ from fastkd.distill.terms import Term, Weight
 
 from .data import LABELLED, digits
 from .recipe import Figures, Gain, Recipe
-from .trained import drawn, fit, held_out, scaled, seen_labels, teacher
+from .training import fit, held_out, sample_batches, scaled, seen_labels, teacher
 from .workflow import TEMPERATURE, student
 
 SLOPE = 0.2  # of the discriminator's leaky ReLU
@@ -107,7 +107,7 @@ def compare(seed: int, size: float) -> Figures:
     every = data.images, seen_labels(data)
 
     def trained(loss: Any, *columns: Tensor) -> float:
-        batches = drawn(seed, steps, 100, *columns)
+        batches = sample_batches(seed, steps, 100, *columns)
         return held_out(fit(student(seed), batches, loss, teacher=live), data)
 
     def settling(step: int) -> float:
@@ -123,7 +123,7 @@ def compare(seed: int, size: float) -> Figures:
             {"params": list(term.module.parameters()), "lr": SLOWER * RATE},
         ]
         optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS)
-        batches, terms = drawn(seed, steps, 100, *every), [distill.hard(), term]
+        batches, terms = sample_batches(seed, steps, 100, *every), [distill.hard(), term]
         options: dict[str, Any] = {"optimizer": optimizer, "schedule": settling}
         return held_out(fit(net, batches, terms, teacher=live, **options), data)
 

@@ -17,7 +17,7 @@ from fastkd import distill
 from fastkd.distill.losses import attention
 
 from .recipe import Figures, Gain, Recipe
-from .trained import Row, accuracy, fit, scaled
+from .training import Row, accuracy, fit, scaled
 
 PAIRS, KINDS, HEADS, LAYERS = 6, 16, 2, 2  # KINDS of keys, and as many of values
 LENGTH = 2 * PAIRS + 1

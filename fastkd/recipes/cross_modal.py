@@ -13,7 +13,7 @@ from fastkd import distill
 
 from .data import LABELLED, POOL, digits
 from .recipe import Figures, Gain, Recipe
-from .trained import accuracy, drawn, held_out, mlp, scaled, seen_labels, teacher
+from .training import accuracy, held_out, mlp, sample_batches, scaled, seen_labels, teacher
 
 STEPS, BATCH = 400, 100
 SEEN, WIDTH = 16, 64  # numbers that the student sees, and its hidden units
@@ -29,7 +29,7 @@ def cross_modal(seed: int, size: float) -> Figures:
     def student(rows: int, labels: Tensor, *loss: distill.Term) -> float:
         pairs = [
             distill.Batch(halves, classes, teacher_inputs=images)
-            for halves, classes, images in drawn(
+            for halves, classes, images in sample_batches(
                 seed, steps, BATCH, seen[:rows], labels[:rows], data.images[:rows]
             )
         ]

@@ -23,7 +23,7 @@ from fastkd import distill
 
 from .cached import sources
 from .recipe import Figures, Gain, Recipe
-from .trained import fit, scaled
+from .training import fit, scaled
 
 CHUNK, BATCH = 128, 16  # characters of a sequence, sequences
 STEPS, TEACHER_STEPS = 160, 400
@@ -117,7 +117,7 @@ def chunks(held_out: bool) -> list[str]:
     return [text[at : at + CHUNK] for at in range(0, len(text) - CHUNK, CHUNK)]
 
 
-def drawn(texts: list[str], steps: int, generator: torch.Generator) -> list[list[str]]:
+def sample_batches(texts: list[str], steps: int, generator: torch.Generator) -> list[list[str]]:
     """The texts of each step, each once a pass."""
     found: list[list[str]] = []
     while len(found) < steps:
@@ -130,7 +130,7 @@ def drawn(texts: list[str], steps: int, generator: torch.Generator) -> list[list
 def teacher(steps: int) -> nn.Module:
     """One for all seeds: what is compared are students."""
     torch.manual_seed(0)
-    order = drawn(chunks(False), steps, torch.Generator().manual_seed(0))
+    order = sample_batches(chunks(False), steps, torch.Generator().manual_seed(0))
     batches = [batch(TEACHER, texts) for texts in order]
     schedule = distill.lr_schedule(steps, warmup=steps // 12)
     return fit(Model(TEACHER), batches, distill.hard(), lr=3e-3, schedule=schedule)
@@ -141,7 +141,7 @@ def run(seed: int, size: float) -> Figures:
     generator = torch.Generator().manual_seed(seed)
     every = chunks(False)
     few = [every[i] for i in torch.randperm(len(every), generator=generator)[:FEW]]
-    batches = [paired_batch(texts) for texts in drawn(few, steps, generator)]
+    batches = [paired_batch(texts) for texts in sample_batches(few, steps, generator)]
     step = max(1, len(chunks(True)) // HELD_OUT)
     test = [batch(STUDENT, chunks(True)[::step][:HELD_OUT])]
 

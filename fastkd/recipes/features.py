@@ -15,7 +15,7 @@ from fastkd.distill.losses import features
 
 from .recipe import Figures, Gain, Recipe
 from .soft_targets import BATCH, Bench
-from .trained import drawn, fit, mlp
+from .training import fit, mlp, sample_batches
 
 FIRST, LAST = "1", "3"  # hidden layers, after their ReLU
 HINTS = {"l2": 10.0, "l1": 10.0, "cosine": 30.0}
@@ -35,7 +35,7 @@ class Inside(Bench):
     @cached_property
     def teacher(self) -> nn.Sequential:
         torch.manual_seed(self.seed)
-        batches = drawn(self.seed, 300, BATCH, self.data.images, self.data.labels)
+        batches = sample_batches(self.seed, 300, BATCH, self.data.images, self.data.labels)
         return fit(mlp(*self.teachers), batches, distill.hard(), lr=5e-3)
 
     def figures(self, terms: dict[str, distill.Term]) -> Figures:

@@ -15,7 +15,7 @@ from fastkd.arguments.messages import shown
 
 from .data import POOL, digits
 from .recipe import Figures, Gain, Recipe
-from .trained import drawn, fit, held_out, mlp, scaled
+from .training import fit, held_out, mlp, sample_batches, scaled
 
 CHUNK = 1 << 24  # distances held at a time
 
@@ -96,7 +96,7 @@ def graph(seed: int, size: float) -> Figures:
     def student(rows: int, *loss: distill.Term) -> float:
         torch.manual_seed(1000 + seed)
         columns = (column[:rows] for column in (data.images, labels, teacher_logits))
-        batches = drawn(seed, scaled(STEPS, size), BATCH, *columns)
+        batches = sample_batches(seed, scaled(STEPS, size), BATCH, *columns)
         return held_out(fit(mlp(64, WIDTH, 10), batches, loss), data)
 
     distilled = distill.hard(0.1), distill.soft(0.9, temperature=1.0)

@@ -16,7 +16,7 @@ from fastkd.distill.serialization import array, needed
 
 from .data import LABELLED, digits
 from .recipe import Figures, Gain, Recipe
-from .trained import drawn, fit, held_out, scaled, seen_labels, teacher
+from .training import fit, held_out, sample_batches, scaled, seen_labels, teacher
 from .workflow import TEMPERATURE, student
 
 
@@ -101,7 +101,7 @@ def pseudo(seed: int, size: float) -> Figures:
     terms = [distill.hard(0.1), distill.soft(0.9, temperature=TEMPERATURE)]
 
     def trained(*columns: Tensor, loss: Any = terms) -> float:
-        batches = drawn(seed, steps, 100, *columns)
+        batches = sample_batches(seed, steps, 100, *columns)
         return held_out(fit(student(seed), batches, loss), data)
 
     few = data.images[:LABELLED], data.labels[:LABELLED]

@@ -19,7 +19,7 @@ from fastkd.arguments.messages import shown
 
 from .data import LABELLED, POOL, digits
 from .recipe import Figures, Gain, Recipe
-from .trained import drawn, fit, held_out, mlp, scaled, seen_labels
+from .training import fit, held_out, mlp, sample_batches, scaled, seen_labels
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PER = ("channel", "tensor")
@@ -177,13 +177,13 @@ WIDTH, BITS = 32, 2
 def quantised(seed: int, size: float) -> Figures:
     data, steps = digits(seed), scaled(STEPS, size)
     torch.manual_seed(seed)
-    batches = drawn(seed, scaled(FLOAT_STEPS, size), BATCH, data.images, data.labels)
+    batches = sample_batches(seed, scaled(FLOAT_STEPS, size), BATCH, data.images, data.labels)
     plain = fit(mlp(64, WIDTH, 10), batches, distill.hard())
     labels = seen_labels(data)
     distilled = distill.hard(0.1), distill.soft(0.9, temperature=2.0)
 
     def trained(rows: int, *loss: distill.Term) -> float:
-        batches = drawn(seed, steps, BATCH, data.images[:rows], labels[:rows])
+        batches = sample_batches(seed, steps, BATCH, data.images[:rows], labels[:rows])
         net = prepare_qat(plain, BITS)
         fit(net, batches, loss, lr=3e-3, teacher=plain, schedule=distill.lr_schedule(steps))
         return held_out(convert(net), data)

@@ -6,7 +6,7 @@ from fastkd import distill
 
 from .recipe import Figures, Gain, Recipe
 from .soft_targets import Bench
-from .trained import held_out
+from .training import held_out
 
 
 def run(seed: int, size: float) -> Figures:

@@ -17,8 +17,8 @@ from fastkd import distill
 
 from .data import LABELLED, Digits, digits
 from .recipe import Figures, Gain, Recipe
-from .trained import accuracy, drawn, fit, held_out, mlp, scaled, seen_labels
-from .trained import teacher as trained_teacher
+from .training import accuracy, fit, held_out, mlp, sample_batches, scaled, seen_labels
+from .training import teacher as trained_teacher
 
 STEPS, BATCH, LEARNING_RATE = 400, 100, 2e-2
 MISSING = 3  # the class that the transfer set lacks
@@ -50,7 +50,7 @@ class Bench:
     def student(self, loss: object, *columns: Tensor, teacher: object = None) -> nn.Sequential:
         options = {"teacher": teacher or self.teacher, "schedule": self.schedule}
         torch.manual_seed(1000 + self.seed)  # after the teacher's own training
-        batches = drawn(self.seed, self.steps, BATCH, *columns)
+        batches = sample_batches(self.seed, self.steps, BATCH, *columns)
         return fit(mlp(*self.students), batches, loss, LEARNING_RATE, **options)
 
     def same(self, *loss: distill.Term) -> float:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.rows import coefficient, mask
+
 from .chunked import (
-    coefficient,
-    counted,
     elements,
     operands,
     plainly,
@@ -70,7 +70,7 @@ def dist(
     T = float(temperature)
 
     s, t = (x.reshape(-1, x.size(-1)) for x in (student, teacher))
-    keep = counted(student, labels, ignore_index)[0]
+    keep = mask(student, labels, ignore_index)[0]
     T = float(temperature)
 
     def inter(s: Tensor, t: Tensor, _: Any) -> Tensor:

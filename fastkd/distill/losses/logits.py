@@ -19,11 +19,12 @@ from typing_extensions import Unpack
 
 import fastkd
 from fastkd.arguments.messages import shown
+from fastkd.rows import coefficient
 
 from ..batch import Batch, Outputs
 from ..targets import Classes, is_own_loss, labels_of, teacher_logits
 from ..terms import Term, Weight
-from .chunked import Rows, coefficient, positive, row_loss, transformed
+from .chunked import Rows, positive, row_loss, transformed
 from .correlation import ZERO, angle, top
 
 INF = math.inf

@@ -10,20 +10,18 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 import fastkd
+from fastkd import rows as row_options
 from fastkd.arguments.messages import shown
+from fastkd.rows import RowOptions
 
 from ..batch import IGNORED, Batch, Outputs
 from ..targets import teacher_logits
 from ..terms import Term, Weight
 from .chunked import (
-    Counted,
-    check_options,
-    counted,
     known_options,
     logits,
     plainly,
     positive,
-    row_factors,
 )
 from .sorted_probabilities import Call, Distance, TeacherRows, formula
 from .token_alignment import Alignment, first_positions
@@ -41,7 +39,7 @@ def uld_loss(
     top: int | None = None,
     alignment: Alignment | str | None = None,
     vocab_size: int | tuple[int | None, int | None] | None = None,
-    **rows: Unpack[Counted],
+    **rows: Unpack[RowOptions],
 ) -> Tensor:
     """Distance of the probabilities by rank, which needs no common vocabulary.
 
@@ -102,9 +100,9 @@ def uld_loss(
         raise ValueError(
             f"teacher: got a tensor on {teacher.device}, expected the student's {student.device}"
         )
-    check_options(rows, leading := list(student.shape[:-1]))
+    row_options.check(rows, leading := list(student.shape[:-1]))
     pairs = _pairs(student, teacher, alignment)
-    keep, _, bad = counted(student, labels, rows.get("ignore_index", IGNORED))
+    keep, _, bad = row_options.mask(student, labels, rows.get("ignore_index", IGNORED))
     s = student.reshape(-1, student.size(-1))
     acc = torch.promote_types(student.dtype, torch.float32)
     weight = rows.get("weight")
@@ -128,7 +126,7 @@ def uld_loss(
         teacher_rows: TeacherRows = (p[:, :top], rest + p[:, top:].sum(-1))
     else:
         teacher_rows = (teacher.reshape(-1, teacher.size(-1)), None)
-    factor = row_factors(factor.to(acc), keep, bad, student.size(0), rows)
+    factor = row_options.factors(factor.to(acc), keep, bad, student.size(0), rows)
     call = Call(float(temperature), top, acc, pairs, keep)
     single = rows.get("reduction", "mean") == "none"
     if plainly():

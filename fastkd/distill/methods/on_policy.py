@@ -13,8 +13,8 @@ import fastkd
 from fastkd.arguments.messages import shown
 
 from ..batch import IGNORED, Batch, as_batch, device_of, restored_modes, to, unwrap
-from ..combined_teachers import source
 from ..logging import Step
+from ..teacher_ensembles import as_teacher
 from ..terms import Term, soft
 from ..trainer import train
 
@@ -80,7 +80,7 @@ def on_policy(
             f"teacher_share: got {shown(teacher_share)} beside a student_share of "
             f"{shown(student_share)}, expected a sum of at most 1"
         )
-    soft_teacher = source(teacher)
+    soft_teacher = as_teacher(teacher)
     if teacher_share and not isinstance(teacher, nn.Module):
         got = type(teacher).__name__
         raise TypeError(f"teacher: got {got} with a teacher_share, expected a module to write")

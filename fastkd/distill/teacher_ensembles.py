@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from .batch import Batch, Outputs, forward, unwrap
 from .distributed import Ranks
 from .hooks import Hooks
+from .objective import Objective
 from .teachers import BatchTeacher, CachedTeacher, CallableTeacher, ModelTeacher, Teacher
-from .terms import Objective
 
 
 class PeerTeacher(Teacher):
@@ -124,7 +124,7 @@ class EnsembleTeacher(Teacher):
     ) -> None:
         if not teachers:
             raise ValueError("teachers: got none, expected one or more")
-        self.members = [source(teacher) for teacher in teachers]
+        self.members = [as_teacher(teacher) for teacher in teachers]
         weights = [1.0] * len(teachers) if weights is None else list(weights)
         if len(weights) != len(teachers) or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(
@@ -209,7 +209,7 @@ class EnsembleTeacher(Teacher):
         return Outputs(mean, features, tuple(outputs))
 
 
-def source(teacher: Any) -> Teacher:
+def as_teacher(teacher: Any) -> Teacher:
     """A `Teacher` of what a user may give: a module, several, a function, a cache, or None."""
     if isinstance(teacher, Teacher):
         return teacher

@@ -1,4 +1,4 @@
-"""What a run says once, as a warning, of what would otherwise be silent."""
+"""Warnings, given once in a run, of what would otherwise be silent."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .batch import IGNORED, Batch, Outputs, unwrap
 from .logging import Step
+from .objective import Objective
 from .teachers import BatchTeacher, CachedTeacher, CallableTeacher, Teacher
-from .terms import Objective
 
 READ = frozenset(("raw", "logits", "features", "members"))
 
@@ -75,7 +75,8 @@ class RunWarnings:
             return
         else:
             got = f"teacher: got one ({type(self.teacher).__name__}), which runs in every step"
-        _warn(f"{got}, and no term that reads it: {self.objective.names}; expected e.g. soft()")
+        text = f"{got}, and no term that reads it: {self.objective.names}; expected e.g. soft()"
+        _warn(text, stacklevel=5)
 
     def epoch(self, steps: Sequence[Step]) -> None:
         """After the first epoch: what was exactly 0 in all of its steps."""
@@ -98,11 +99,12 @@ class RunWarnings:
             why = "student and teacher say the same (are they one?), or no row has a label"
         else:
             return  # a student may begin as its teacher's copy
-        _warn(f"loss: got exactly 0 of {silent} in every step of an epoch: {why}")
+        _warn(f"loss: got exactly 0 of {silent} in every step of an epoch: {why}", stacklevel=4)
 
 
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=4)
+def _warn(text: str, *, stacklevel: int) -> None:
+    """`stacklevel`: of the line that called train(), counted from here."""
+    warnings.warn(text, stacklevel=stacklevel)
 
 
 def _no_weights(logits: Any, teacher: Any) -> None:
@@ -135,7 +137,8 @@ def _copies(logits: Any, batch: Batch) -> None:
         _warn(
             "loader: got labels that are the inputs, which teaches a language model to copy them: "
             "train() does not shift labels; write labels = torch.cat((ids[:, 1:], "
-            "torch.full_like(ids[:, :1], -100)), 1)"
+            "torch.full_like(ids[:, :1], -100)), 1)",
+            stacklevel=6,
         )
 
 
