@@ -21,7 +21,7 @@ LAYERS = [
     {"backends"},
     {"parallel"},
     {"engine"},
-    {"losses", "topk", "nn", "info", "scan"},
+    {"losses", "topk", "nn", "info", "rows", "scan"},
     {"distill", "teachers"},
     {"recipes", "demo", "integrations"},
 ]

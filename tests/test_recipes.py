@@ -28,7 +28,7 @@ def test_a_recipe_runs_and_repeats_itself(name: str) -> None:
     assert all(math.isfinite(figure) for figure in first.values())
     for claim in recipe.gains:
         assert {claim.method, claim.control} - {""} <= set(first)
-        assert 0 <= claim.wins <= 1
+        assert 0 <= claim.seeds_improved <= 1
 
 
 def fake(seed: int, size: float) -> Figures:
@@ -36,9 +36,9 @@ def fake(seed: int, size: float) -> Figures:
 
 
 CLAIMS = (
-    Gain("a", "b", -1.0, wins=0.25),
+    Gain("a", "b", -1.0, seeds_improved=0.25),
     Gain("a", "b", 0.0),
-    Gain("a", "b", -1.0, wins=0.5),
+    Gain("a", "b", -1.0, seeds_improved=0.5),
     Gain("a", "", None),
 )
 
@@ -55,7 +55,7 @@ def test_gains_are_judged_over_seeds(faked: Recipe) -> None:
     result = runner.run(["fake"], jobs=1, progress=False)
     rows = [runner.Row(**row) for row in result["rows"]]
     assert [row.gain for row in rows] == [-0.5, -0.5, -0.5, 11.5]
-    assert (rows[0].low, rows[0].high, rows[0].wins, rows[0].seeds) == (-2.0, 1.0, 1, 4)
+    assert (rows[0].low, rows[0].high, rows[0].seeds_improved, rows[0].seeds) == (-2.0, 1.0, 1, 4)
     assert rows[0].deviation == pytest.approx(1.2909944)
     assert [row.met for row in rows] == [True, False, False, None]
     assert len(runner.missed(result)) == 2

@@ -20,7 +20,7 @@ import fastkd
 from fastkd import distill
 from fastkd.distill.batch import Batch, Outputs
 from fastkd.distill.losses import chunked
-from fastkd.distill.terms import Objective
+from fastkd.distill.objective import Objective
 
 # ---- the formulas, as the papers write them: logits [n, V] and classes [n] to the loss [n]
 

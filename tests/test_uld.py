@@ -17,7 +17,7 @@ import fastkd
 from fastkd import distill
 from fastkd.distill.batch import Batch, Outputs
 from fastkd.distill.losses import chunked, sorted_probabilities
-from fastkd.distill.terms import Objective
+from fastkd.distill.objective import Objective
 
 uld = distill.uld_loss
 WIDTHS = [(10, 14), (14, 10), (10, 10)]

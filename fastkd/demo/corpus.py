@@ -49,7 +49,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         )
 
 
-def drawn(text: Tensor, context: int, count: int, seed: int) -> Windows:
+def random_windows(text: Tensor, context: int, count: int, seed: int) -> Windows:
     """`count` windows at random places."""
     generator = torch.Generator().manual_seed(seed)
     return Windows(text, context, torch.randint(len(text) - context, (count,), generator=generator))

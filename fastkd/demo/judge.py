@@ -15,7 +15,7 @@ from .stages import HARD, LINEAR, TEACHER, Stages, hard_loss
 
 
 @torch.no_grad()
-def judged(stages: Stages, models: dict[str, Any]) -> dict[str, dict[str, float]]:
+def evaluated(stages: Stages, models: dict[str, Any]) -> dict[str, dict[str, float]]:
     """name -> "nats" a token and "agreement", the share of tokens where the best is the teacher's.
 
     Args:
@@ -33,9 +33,9 @@ def judged(stages: Stages, models: dict[str, Any]) -> dict[str, dict[str, float]
         count += labels.numel()
         best = {}
         for name, language in languages.items():
-            said = language(tokens)
-            totals[name][0] += hard_loss(said, None, labels).item() * labels.numel()
-            best[name] = (said.hidden @ said.weight.T).argmax(-1)
+            outputs = language(tokens)
+            totals[name][0] += hard_loss(outputs, None, labels).item() * labels.numel()
+            best[name] = (outputs.hidden @ outputs.weight.T).argmax(-1)
         for name in models:
             totals[name][1] += (best[name] == best[TEACHER]).sum().item()
     return {
@@ -49,8 +49,8 @@ def samples(stages: Stages, models: dict[str, Any], tokens: int = 48) -> dict[st
     text = stages.corpus.held_out
     at = len(text) // 3
     begun = stages.corpus.tokenizer.decode(text[at : at + 24].tolist())
-    said = {"the text": begun}
+    shown_texts = {"the text": begun}
     for name in (TEACHER, LINEAR, HARD):
-        whole = continued(models[name], stages.corpus.tokenizer, begun, tokens, stages.seed)
-        said[name] = whole[len(begun) :]
-    return said
+        continuation = continued(models[name], stages.corpus.tokenizer, begun, tokens, stages.seed)
+        shown_texts[name] = continuation[len(begun) :]
+    return shown_texts

@@ -16,7 +16,7 @@ from fastkd.distill.logging import progress_bar
 
 from .memory import peak_extra
 from .model import Language
-from .stages import DENSE, EAGER, WAYS, Stages
+from .stages import DENSE, EAGER, VARIANTS, Stages
 
 Figures = dict[str, dict[str, float]]
 
@@ -30,12 +30,12 @@ def measured(stages: Stages, student: Any, teacher: Any) -> Figures:
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler prints two lines a use
     tokens, labels = _batch(stages)
-    steps = {name: Step(stages, name, student, teacher, tokens, labels) for name in WAYS}
+    steps = {name: Step(stages, name, student, teacher, tokens, labels) for name in VARIANTS}
     losses = _losses(stages, student, teacher, tokens)
-    figures: Figures = {name: {} for name in WAYS}
+    figures: Figures = {name: {} for name in VARIANTS}
     block = 4 * tokens.numel() * stages.corpus.vocab
     rounds = stages.preset.repeats
-    with progress_bar(stages.progress, total=len(WAYS) * (2 + rounds), unit="step") as bar:
+    with progress_bar(stages.progress, total=len(VARIANTS) * (2 + rounds), unit="step") as bar:
         for name, step in steps.items():
             step()  # the optimizer's state is there from now on
             step.optimizer.zero_grad(set_to_none=True)
@@ -53,7 +53,7 @@ def measured(stages: Stages, student: Any, teacher: Any) -> Figures:
             for key in order:
                 seconds[key].append(_seconds(runs[key], stages.device))
             order = [*order[1:], order[0]]
-            bar.update(len(WAYS))
+            bar.update(len(VARIANTS))
     for (name, what), found in seconds.items():
         figures[name][what] = statistics.median(found)
     return figures
@@ -65,23 +65,23 @@ class Step:
     def __init__(
         self, stages: Stages, name: str, student: Any, teacher: Any, tokens: Tensor, labels: Tensor
     ) -> None:
-        self.way, self.stages, self.tokens, self.labels = WAYS[name], stages, tokens, labels
-        self.student = Language(copy.deepcopy(student), self.way.linear).train()
-        self.teacher = Language(teacher, self.way.linear).eval()
+        self.variant, self.stages, self.tokens, self.labels = VARIANTS[name], stages, tokens, labels
+        self.student = Language(copy.deepcopy(student), self.variant.linear).train()
+        self.teacher = Language(teacher, self.variant.linear).eval()
         self.weights = list(self.student.parameters())
         self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4)
-        self.reader = stages.reader(teacher) if self.way.teacher == "stored" else None
+        self.reader = stages.reader(teacher) if self.variant.teacher == "stored" else None
 
     def __call__(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        said: Any = None
+        teacher_outputs: Any = None
         with _autocast(self.stages):
             if self.reader is not None:
-                said = self.reader.batch(range(len(self.tokens))).to(self.tokens.device)
-            elif self.way.teacher:
+                teacher_outputs = self.reader.batch(range(len(self.tokens))).to(self.tokens.device)
+            elif self.variant.teacher:
                 with torch.no_grad():
-                    said = self.teacher(self.tokens)
-            loss = self.way.loss(self.student(self.tokens), said, self.labels)
+                    teacher_outputs = self.teacher(self.tokens)
+            loss = self.variant.loss(self.student(self.tokens), teacher_outputs, self.labels)
         loss.backward()
         nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()
@@ -97,7 +97,7 @@ def _losses(
     def run(name: str) -> Callable[[], object]:
         def loss() -> None:
             with _autocast(stages):
-                value = WAYS[name].loss(s.detach().requires_grad_(), t, None)
+                value = VARIANTS[name].loss(s.detach().requires_grad_(), t, None)
             value.backward()
 
         return loss

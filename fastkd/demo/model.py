@@ -78,9 +78,9 @@ def continued(model: Any, tokenizer: Any, prompt: str, tokens: int, seed: int) -
     language = Language(model, linear=True).eval()
     with torch.no_grad():
         for _ in range(tokens):
-            said = language(ids[:, -model.config.max_position_embeddings :])
-            last = (said.hidden[:, -1] @ said.weight.T).float().cpu()
+            outputs = language(ids[:, -model.config.max_position_embeddings :])
+            last = (outputs.hidden[:, -1] @ outputs.weight.T).float().cpu()
             best, at = last.topk(min(40, last.size(-1)))
-            drawn = torch.multinomial(torch.softmax(best / 0.8, -1), 1, generator=generator)
-            ids = torch.cat([ids, at.gather(-1, drawn).to(device)], -1)
+            choice = torch.multinomial(torch.softmax(best / 0.8, -1), 1, generator=generator)
+            ids = torch.cat([ids, at.gather(-1, choice).to(device)], -1)
     return tokenizer.decode(ids[0].tolist())

@@ -13,7 +13,7 @@ import torch
 import fastkd
 from fastkd.distill.serialization import needed
 
-from .stages import CACHED, DENSE, EAGER, HARD, LINEAR, TEACHER, WAYS, Stages
+from .stages import CACHED, DENSE, EAGER, HARD, LINEAR, TEACHER, VARIANTS, Stages
 
 BARS = {  # what the default size is to reach
     "gain": ("held-out nats below hard labels, linear", 0.15),
@@ -26,13 +26,13 @@ BARS = {  # what the default size is to reach
 def result(
     stages: Stages,
     figures: dict[str, dict[str, float]],
-    judged: dict[str, dict[str, float]],
+    scores: dict[str, dict[str, float]],
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything in one JSON value."""
     rows = []
-    for name in (TEACHER, *WAYS):
-        row: dict[str, Any] = {"name": name, **judged[name], **figures.get(name, {})}
+    for name in (TEACHER, *VARIANTS):
+        row: dict[str, Any] = {"name": name, **scores[name], **figures.get(name, {})}
         row["perplexity"] = math.exp(min(row["nats"], 700.0))
         row["steps"] = stages.curve(name)[-1][0]
         row["curve"] = stages.curve(name)
@@ -151,12 +151,12 @@ def notes(found: dict[str, Any]) -> str:
 
 def text(found: dict[str, Any], folder: Path) -> str:
     """All that is printed at the end."""
-    said = [f"--- {name}\n{piece}" for name, piece in found["samples"].items()]
+    parts = [f"--- {name}\n{piece}" for name, piece in found["samples"].items()]
     files = (
         f"in {folder}: result.json, demo.png, student/ (AutoModelForCausalLM.from_pretrained and "
         "AutoTokenizer read it)"
     )
-    return "\n\n".join(["\n".join(said), table(found), notes(found), files])
+    return "\n\n".join(["\n".join(parts), table(found), notes(found), files])
 
 
 COLOURS = {
@@ -174,9 +174,11 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure = needed("matplotlib.figure", "plot").Figure(figsize=(14, 3.8), layout="constrained")
     axes = figure.subplots(1, 4, width_ratios=[2, 1, 1, 1])
     by = {row["name"]: row for row in found["rows"]}
-    taught = by[TEACHER]["curve"][-1][1]  # on the part of the held-out text that the curves see
-    axes[0].axhline(taught, color=COLOURS[TEACHER], linestyle="--", label=TEACHER)
-    for name in WAYS:
+    teacher_loss = by[TEACHER]["curve"][-1][
+        1
+    ]  # on the part of the held-out text that the curves see
+    axes[0].axhline(teacher_loss, color=COLOURS[TEACHER], linestyle="--", label=TEACHER)
+    for name in VARIANTS:
         steps, nats = zip(*by[name]["curve"], strict=True)
         axes[0].plot(
             steps,
@@ -193,7 +195,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         (axes[2], "step_s", 1e3, "whole step, ms"),
         (axes[3], "peak_bytes", 2.0**-20, "peak memory, MiB"),
     ):
-        names = [name for name in WAYS if key in by[name]][::-1]
+        names = [name for name in VARIANTS if key in by[name]][::-1]
         values = [by[name][key] * factor for name in names]
         bars = axis.barh(names, values, color=[COLOURS[name] for name in names])
         axis.bar_label(bars, fmt="%.3g", padding=3, fontsize="small")

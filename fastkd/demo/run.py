@@ -26,7 +26,7 @@ PLOT, STUDENT = "demo.png", "student"
 VERSION = 1  # of what is kept in the folder
 KEPT = (
     *(SETTINGS, RESULT, SECONDS, PLOT, STUDENT, "tokenizer.json", "tokens.safetensors"),
-    *("checkpoints", "cache", "cache.json", "measured.json", "judged.json", "samples.json"),
+    *("checkpoints", "cache", "cache.json", "measured.json", "scores.json", "samples.json"),
     *(
         f"{name}.{end}"
         for name in ("teacher", "hard-labels", "eager", "dense", "linear", "cached")
@@ -84,7 +84,7 @@ def run(
     with quiet():
         models = _models(stages, clock)
         with clock.stage("held-out text"):
-            judged = _kept(folder / "judged.json", lambda: judge.judged(stages, models))
+            scores = _kept(folder / "scores.json", lambda: judge.evaluated(stages, models))
         with clock.stage("time and memory of a step, in turns"):
             figures = _kept(
                 folder / "measured.json",
@@ -107,7 +107,7 @@ def run(
         "stages": clock.seconds,
         "samples": samples,
     }
-    found = report.result(stages, figures, judged, facts)
+    found = report.result(stages, figures, scores, facts)
     _write(folder / RESULT, found)
     report.plot(found, folder / PLOT)
     return json.loads(json.dumps(found))
@@ -154,23 +154,23 @@ class Clock:
 def _settle(folder: Path, sizes: Preset, path: Path | None, seed: int, fresh: bool) -> None:
     """ValueError where the folder holds a run of other settings."""
     text = "the standard library" if path is None else str(path.resolve())
-    asked = {"version": VERSION, "text": text, "seed": seed, **sizes.as_dict()}
+    requested = {"version": VERSION, "text": text, "seed": seed, **sizes.as_dict()}
     file = folder / SETTINGS
     if fresh:
         for name in KEPT:
             kept = folder / name
             shutil.rmtree(kept) if kept.is_dir() else kept.unlink(missing_ok=True)
     if file.exists():
-        there = json.loads(file.read_text(encoding="utf-8"))
-        if other := [key for key, value in asked.items() if there.get(key) != value]:
+        written = json.loads(file.read_text(encoding="utf-8"))
+        if other := [key for key, value in requested.items() if written.get(key) != value]:
             key = other[0]
             raise ValueError(
-                f"out: got {str(folder)!r} with a run of {key} {there.get(key)!r}, expected "
-                f"{asked[key]!r}: give another --out, or --fresh to begin anew"
+                f"out: got {str(folder)!r} with a run of {key} {written.get(key)!r}, expected "
+                f"{requested[key]!r}: give another --out, or --fresh to begin anew"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    _write(file, asked)
+    _write(file, requested)
 
 
 def _kept(file: Path, make: Callable[[], Any]) -> Any:
@@ -189,13 +189,16 @@ def _write(file: Path, value: Any) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without what transformers says of models made from scratch, and its bars."""
-    said = needed("transformers", USER, corpus.EXTRA).utils.logging
-    level, bars = said.get_verbosity(), said.is_progress_bar_enabled()
-    said.set_verbosity_error()
-    said.disable_progress_bar()
+    logs = needed("transformers", USER, corpus.EXTRA).utils.logging
+    level, bars = (
+        logs.get_verbosity(),
+        logs.is_progress_bar_enabled(),
+    )
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
     try:
         yield
     finally:
-        said.set_verbosity(level)
+        logs.set_verbosity(level)
         if bars:
-            said.enable_progress_bar()
+            logs.enable_progress_bar()

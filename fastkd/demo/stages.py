@@ -19,7 +19,7 @@ import fastkd
 from fastkd import distill
 from fastkd.teachers import store
 
-from .corpus import Corpus, Windows, drawn, in_order
+from .corpus import Corpus, Windows, in_order, random_windows
 from .model import Language, build
 from .presets import Net, Preset
 
@@ -45,7 +45,7 @@ def fused_loss(student: Any, teacher: Any, _: Any = None) -> Tensor:
     return fastkd.kl_div(student, teacher)
 
 
-class Way(NamedTuple):
+class Variant(NamedTuple):
     """How a student is trained: its loss, whether heads are left to it, where the teacher is."""
 
     loss: Callable[[Any, Any, Any], Tensor]
@@ -54,14 +54,14 @@ class Way(NamedTuple):
     about: str
 
 
-WAYS = {
-    HARD: Way(hard_loss, True, "", "cross-entropy with the text itself, no teacher"),
-    EAGER: Way(
+VARIANTS = {
+    HARD: Variant(hard_loss, True, "", "cross-entropy with the text itself, no teacher"),
+    EAGER: Variant(
         eager_loss, False, "live", "F.kl_div(F.log_softmax(s), F.softmax(t)) in plain torch"
     ),
-    DENSE: Way(fused_loss, False, "live", "fastkd.kl_div of logits"),
-    LINEAR: Way(fused_loss, True, "live", "fastkd.kl_div of LinearLogits: no logits are built"),
-    CACHED: Way(
+    DENSE: Variant(fused_loss, False, "live", "fastkd.kl_div of logits"),
+    LINEAR: Variant(fused_loss, True, "live", "fastkd.kl_div of LinearLogits: no logits are built"),
+    CACHED: Variant(
         fused_loss, True, "stored", "the same, the teacher's best or drawn tokens from disk"
     ),
 }
@@ -106,7 +106,7 @@ class Stages:
         """A training's samples: those of all students are the same, in one order."""
         net = self._net(name)
         size, seed = net.batch, 2 * self.seed + (name == TEACHER)
-        samples = drawn(self.corpus.train, self.preset.context, net.steps * size, seed)
+        samples = random_windows(self.corpus.train, self.preset.context, net.steps * size, seed)
         samples.starts = samples.starts[: (steps or net.steps) * size]
         return samples
 
@@ -118,9 +118,9 @@ class Stages:
             distill.load(model, file)
             return model
         net = self._net(name)
-        way = WAYS[HARD if name == TEACHER else name]
+        variant = VARIANTS[HARD if name == TEACHER else name]
         steps = max(1, round(net.steps * share))
-        self._train(name, model, net, way, steps, teacher)
+        self._train(name, model, net, variant, steps, teacher)
         distill.save(model, file)
         shutil.rmtree(self._checkpoints(name), ignore_errors=True)
         return model
@@ -128,14 +128,16 @@ class Stages:
     def _checkpoints(self, name: str) -> Path:
         return self.folder / "checkpoints" / _file(name)
 
-    def _train(self, name: str, model: Any, net: Net, way: Way, steps: int, teacher: Any) -> None:
-        student = Language(model, way.linear)
+    def _train(
+        self, name: str, model: Any, net: Net, variant: Variant, steps: int, teacher: Any
+    ) -> None:
+        student = Language(model, variant.linear)
         samples: Any = self.batches(name, steps)
         source: Any = None
-        if way.teacher == "live":
-            source = Language(teacher, way.linear)
+        if variant.teacher == "live":
+            source = Language(teacher, variant.linear)
         collate = None
-        if way.teacher == "stored":
+        if variant.teacher == "stored":
             source = self.reader(teacher)
             samples = store.Paired(self.batches(name), source)
             collate = store.collate
@@ -150,7 +152,7 @@ class Stages:
         distill.train(
             student,
             loader,
-            way.loss,
+            variant.loss,
             teacher=source,
             optimizer=torch.optim.AdamW(model.parameters(), lr=net.lr, betas=(0.9, 0.95)),
             schedule=distill.lr_schedule(net.steps, warmup=max(1, net.steps // 20), floor=0.05),
@@ -201,8 +203,8 @@ def cross_entropy(model: nn.Module, samples: Any, batch: int = 8) -> float:
     total = 0.0
     device = next(bare.parameters()).device
     for tokens, labels in DataLoader(samples, batch_size=batch):
-        said = bare(tokens.to(device))
-        total += hard_loss(said, None, labels.to(device)).item() * labels.numel()
+        outputs = bare(tokens.to(device))
+        total += hard_loss(outputs, None, labels.to(device)).item() * labels.numel()
     model.train()
     return total / (len(samples) * samples.context)
 

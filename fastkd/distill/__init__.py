@@ -2,8 +2,7 @@
 
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
-from .combined_teachers import EnsembleTeacher, PeerTeacher
-from .evaluation import Evaluation, agreement, evaluate
+from .evaluation import Evaluation, Report, agreement, calibration_error, evaluate, latency, report
 from .hooks import Hooks, projector
 from .logging import CSVLogger, Step
 from .losses import attention, features, relations
@@ -17,10 +16,10 @@ from .methods.mutual import assistant_chain, mutual
 from .methods.on_policy import on_policy
 from .methods.self_distillation import born_again, mean_teacher, self_distillation
 from .methods.student_init import copy_layers, freeze, layer_map, prune, replace_head
-from .metrics import Report, calibration_error, latency, report
 from .noise import input_noise, weight_noise
 from .schedules import curriculum, lr_schedule
 from .serialization import load, save
+from .teacher_ensembles import EnsembleTeacher, PeerTeacher
 from .teachers import CachedTeacher, CallableTeacher, EMATeacher, ModelTeacher, Teacher
 from .terms import Term, feature, hard, soft
 from .trainer import train

@@ -52,7 +52,7 @@ class Batch:
         return self._tokens
 
     @property
-    def whole(self) -> bool:
+    def is_whole_step(self) -> bool:
         """Whether it is all of its step."""
         return self._normalizer is None
 
@@ -102,14 +102,16 @@ class Outputs:
 
 def _without_logits(raw: Any, found: Any, role: str) -> Exception:
     """What to raise for an answer in which nobody can tell the logits."""
-    wanted = "logits [..., V] or an output with `logits`"
+    expected = "logits [..., V] or an output with `logits`"
     if isinstance(raw, Mapping) and "logits" not in raw:
         entries = [str(key)[:40] for key in list(raw)[:8]]
         got = f"a {type(raw).__name__} with the entries {entries}"
         return ValueError(f"{role}: got {got}, expected 'logits' among them; wrap the model")
     if found is None:
-        whole = "None" if raw is None else f"{type(raw).__name__} with `logits` None"
-        return TypeError(f"{role}: got {whole}, expected {wanted}; does its forward return them?")
+        answer = "None" if raw is None else f"{type(raw).__name__} with `logits` None"
+        return TypeError(
+            f"{role}: got {answer}, expected {expected}; does its forward return them?"
+        )
     what = f"a {type(found).__name__} of {len(found)}"
     if isinstance(found, (tuple, list)):
         parts = [
@@ -118,7 +120,7 @@ def _without_logits(raw: Any, found: Any, role: str) -> Exception:
         ]
         what += f" ({', '.join(parts)}{', ...' if len(found) > 4 else ''})"
     return TypeError(
-        f"{role}: got {what}, expected {wanted}; wrap it in a module that returns its logits, "
+        f"{role}: got {what}, expected {expected}; wrap it in a module that returns its logits, "
         "or read `raw` in a Term"
     )
 
@@ -145,9 +147,9 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if hasattr(value, "map_tensors"):
         return value.map_tensors(function)
     if hasattr(value, "__dict__") and any(isinstance(v, Tensor) for v in vars(value).values()):
-        twin = object.__new__(type(value))  # an operand such as TopK: the same, fields mapped
-        vars(twin).update({k: mapped(v, function) for k, v in vars(value).items()})
-        return twin
+        clone = object.__new__(type(value))  # an operand such as TopK: the same, fields mapped
+        vars(clone).update({k: mapped(v, function) for k, v in vars(value).items()})
+        return clone
     return value
 
 
@@ -286,10 +288,10 @@ def batches(
     A loader may give functions without arguments: one that is skipped is not called.
     """
     count = 0
-    for given in loader:
+    for item in loader:
         count += 1
         if count > skip:
-            batch = as_batch(given() if callable(given) else given)
+            batch = as_batch(item() if callable(item) else item)
             inputs = batch.inputs
             first = inputs if isinstance(inputs, Tensor) else next(tensors(inputs), None)
             batch.samples = first.size(0) if first is not None and first.dim() else 1
@@ -331,33 +333,35 @@ def count(batch: Batch) -> None:
         batch._tokens = kept.item() if kept.device.type == "cpu" else kept
 
 
-def as_batch(given: Any) -> Batch:
+def as_batch(item: Any) -> Batch:
     """What a loader gives, a tensor, tuple, dict or `Batch`, as a `Batch` of its own."""
-    if type(given) in (tuple, list) and len(given) == 2 and isinstance(given[0], Tensor):
-        if isinstance(given[1], Tensor):  # what most loaders give
-            return Batch(given[0], given[1])
-    if isinstance(given, Batch):
-        return dataclasses.replace(given)
-    if isinstance(given, Mapping) and "inputs" in given:
-        known = {
-            k: given[k] for k in ("inputs", "labels", "teacher", "teacher_inputs") if k in given
-        }
-        return Batch(**known, extra={k: v for k, v in given.items() if k not in known})
-    parts = list(given) if isinstance(given, (tuple, list)) else [given]
-    teacher = parts.pop() if len(parts) > 1 and _said(parts[-1], last=len(parts) == 3) else None
+    if type(item) in (tuple, list) and len(item) == 2 and isinstance(item[0], Tensor):
+        if isinstance(item[1], Tensor):  # what most loaders give
+            return Batch(item[0], item[1])
+    if isinstance(item, Batch):
+        return dataclasses.replace(item)
+    if isinstance(item, Mapping) and "inputs" in item:
+        known = {k: item[k] for k in ("inputs", "labels", "teacher", "teacher_inputs") if k in item}
+        return Batch(**known, extra={k: v for k, v in item.items() if k not in known})
+    parts = list(item) if isinstance(item, (tuple, list)) else [item]
+    teacher = (
+        parts.pop()
+        if len(parts) > 1 and _is_teacher_output(parts[-1], last=len(parts) == 3)
+        else None
+    )
     labelled = len(parts) in (1, 2) and isinstance(parts[-1], Tensor)
-    taught = len(parts) == 1 and teacher is not None
-    if not (labelled or taught) or not isinstance(parts[0], (Tensor, Mapping)):
-        got = ", ".join(type(part).__name__ for part in given if isinstance(given, (tuple, list)))
+    has_teacher = len(parts) == 1 and teacher is not None
+    if not (labelled or has_teacher) or not isinstance(parts[0], (Tensor, Mapping)):
+        got = ", ".join(type(part).__name__ for part in item if isinstance(item, (tuple, list)))
         raise TypeError(
-            f"loader: got a batch ({got or type(given).__name__}), expected (inputs, labels), "
+            f"loader: got a batch ({got or type(item).__name__}), expected (inputs, labels), "
             "inputs, (inputs, labels, teacher), (inputs, TopK), a dict with inputs among its keys, "
             "or a Batch"
         )
     return Batch(parts[0], parts[1] if len(parts) == 2 else None, teacher)
 
 
-def _said(value: Any, *, last: bool) -> bool:
+def _is_teacher_output(value: Any, *, last: bool) -> bool:
     """Is it a teacher's: an operand, or behind inputs and labels a tensor of logits?"""
     logits = last and isinstance(value, Tensor) and value.is_floating_point()
     return logits or isinstance(value, fastkd.TopK)

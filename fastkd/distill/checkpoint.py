@@ -18,12 +18,12 @@ from fastkd.arguments.messages import shown
 
 from . import sharded_checkpoint
 from .batch import Batch, bare_state, batches, load_bare_state, unwrap
-from .distributed import Ranks, local, whole
-from .learning_rates import Rates
+from .distributed import Ranks, full_tensor, local
+from .objective import Objective
 from .rng_state import generators, random_state, set_random_state
+from .schedules import Rates
 from .serialization import read, same_shapes, save_state, write
 from .teachers import Teacher
-from .terms import Objective
 
 FORMAT = 1
 
@@ -125,17 +125,17 @@ class Checkpoints:
 
     def _read(self, path: Path, parts: Parts) -> Any:
         """The tree of a checkpoint, its tensors placed as the parts' own."""
-        ours: dict[str, Tensor] = {}
+        current: dict[str, Tensor] = {}
         if parts.ranks.sharded or path.is_dir():
-            pack(self._tree(Position(), parts), ours)
+            pack(self._tree(Position(), parts), current)
         if path.is_dir():
-            tensors, tree = sharded_checkpoint.read(path, ours, parts.optimizer)
+            tensors, tree = sharded_checkpoint.read(path, current, parts.optimizer)
         else:
             tensors, tree = read(path, "resume")
             if parts.ranks.sharded:
                 tensors = {
                     name: sharded_checkpoint.placed_like(
-                        x, sharded_checkpoint.pattern(name, x, ours, parts.optimizer)
+                        x, sharded_checkpoint.pattern(name, x, current, parts.optimizer)
                     )
                     for name, x in tensors.items()
                 }
@@ -183,7 +183,7 @@ class Checkpoints:
         }
 
     def write_best(self, parts: Parts, metric: float, step: int) -> None:
-        state = {name: whole(x) for name, x in bare_state(parts.student).items()}
+        state = {name: full_tensor(x) for name, x in bare_state(parts.student).items()}
         if parts.ranks.first:
             save_state(state, self.folder / "best.safetensors", {"metric": metric, "step": step})
 
@@ -194,24 +194,26 @@ class Checkpoints:
             raise ValueError(f"checkpoint: got {path}, expected a checkpoint of format {FORMAT}")
         got = f"checkpoint: got {path} with"
         same_shapes(tree["student"], bare_state(student), got + " the student's")
-        ours = {
+        current = {
             "terms": parts.objective.names,
             "teacher": self._identity,
             "optimizer": type(parts.optimizer).__name__,
         }
-        for name, here in ours.items():
-            there = unpack(pack(tree[name], {}), {})
-            if there != (here := unpack(pack(here, {}), {})):
-                raise ValueError(f"{got} {name} {shown(there)}, expected {here!r}")
+        for name, value in current.items():
+            saved, expected = (unpack(pack(x, {}), {}) for x in (tree[name], value))
+            if saved != expected:
+                raise ValueError(f"{got} {name} {shown(saved)}, expected {expected!r}")
         same_shapes(tree["modules"], bare_state(modules), got + " the terms'")
         groups = tree["optimizer_state"]["param_groups"]
         sizes = [len(group["params"]) for group in groups]
-        here = [len(group["params"]) for group in parts.optimizer.param_groups]
-        if sizes != here:
-            raise ValueError(f"{got} {sizes} parameters in the optimizer's groups, expected {here}")
+        own_sizes = [len(group["params"]) for group in parts.optimizer.param_groups]
+        if sizes != own_sizes:
+            raise ValueError(
+                f"{got} {sizes} parameters in the optimizer's groups, expected {own_sizes}"
+            )
         if (tree["average"] is None) != (parts.average is None):
-            there = "no average" if tree["average"] is None else "an average"
-            raise ValueError(f"{got} {there} of the student, expected the other (ema=)")
+            saved = "no average" if tree["average"] is None else "an average"
+            raise ValueError(f"{got} {saved} of the student, expected the other (ema=)")
 
         drawn, ready = len(tree["position"]["now"]["loader"]), len(generators(parts.loader))
         if drawn != ready:
@@ -231,9 +233,9 @@ class Checkpoints:
         """Where the run goes on, and with which random numbers: this rank's, else the first's."""
         position = Position(**tree["position"])
         before = tree.get("ranks", {"others": [], "accumulate": parts.accumulate})
-        others, mine = before["others"], parts.ranks.rank
-        if 1 <= mine <= len(others):
-            position = dataclasses.replace(position, **others[mine - 1])
+        others, rank = before["others"], parts.ranks.rank
+        if 1 <= rank <= len(others):
+            position = dataclasses.replace(position, **others[rank - 1])
         if parts.ranks.size != 1 + len(others):  # the same steps, in other batches or more of them
             steps, rest = divmod(position.used, before["accumulate"])
             if rest:
@@ -299,9 +301,9 @@ def unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         return [unpack(value, tensors) for value in tree]
     if not isinstance(tree, dict):
         return tree
-    ((kind, value),) = tree.items()
-    if kind == "tensor":
+    ((tag, value),) = tree.items()
+    if tag == "tensor":
         return tensors[value]
-    if kind == "tuple":
+    if tag == "tuple":
         return tuple(unpack(part, tensors) for part in value)
     return {key: unpack(part, tensors) for key, part in value}

@@ -23,29 +23,29 @@ from .batch import Batch
 PLAINLY = contextlib.nullcontext()  # one for all: it is entered in every micro-batch
 
 
-def is_placed(x: Any) -> bool:
+def is_dtensor(x: Any) -> bool:
     """Whether it is a DTensor, which nobody has without the import that is looked for here."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
 
-def whole(x: Any) -> Any:
+def full_tensor(x: Any) -> Any:
     """A DTensor as the tensor that it stands for, on every rank; anything else as it is."""
-    return x.full_tensor() if is_placed(x) else x
+    return x.full_tensor() if is_dtensor(x) else x
 
 
 def local(x: Any) -> Any:
     """This rank's part of a DTensor; anything else as it is."""
-    return x.to_local() if is_placed(x) else x
+    return x.to_local() if is_dtensor(x) else x
 
 
-def alike(x: Any, other: Any) -> tuple[Tensor, Tensor]:
+def matching_shards(x: Any, other: Any) -> tuple[Tensor, Tensor]:
     """Memory of x, and of what stands at the same places of `other`, sharded or not."""
-    if is_placed(x) and is_placed(other):
+    if is_dtensor(x) and is_dtensor(other):
         other = other.redistribute(x.device_mesh, x.placements)
-    elif is_placed(x):
+    elif is_dtensor(x):
         raise ValueError("average: got one in shards of a student that is not, expected both alike")
-    return local(x), local(other) if is_placed(x) else whole(other)
+    return local(x), local(other) if is_dtensor(x) else full_tensor(other)
 
 
 def _sharded_module() -> Any:
@@ -83,8 +83,8 @@ class Ranks:
             self.student = self.student._orig_mod
         self.wrapped = isinstance(self.student, nn.parallel.DistributedDataParallel)
         self._groups: list[Any] = []
-        placed: list[Any] = [p for p in student.parameters() if is_placed(p)]
-        meshes = [p.device_mesh for p in placed]
+        dtensors: list[Any] = [p for p in student.parameters() if is_dtensor(p)]
+        meshes = [p.device_mesh for p in dtensors]
         self.sharded = bool(meshes)
         if self.wrapped:
             self._groups = [self.student.process_group]
@@ -131,11 +131,11 @@ class Ranks:
         return place
 
     def groups(
-        self, given: Iterator[Batch], accumulate: int, device: torch.device, *, plain: bool
+        self, batches: Iterator[Batch], accumulate: int, device: torch.device, *, plain: bool
     ) -> Iterator[list[Batch]]:
         """The micro-batches of each optimizer step, which know the step's tokens and samples."""
         while True:
-            group = list(islice(given, accumulate))
+            group = list(islice(batches, accumulate))
             if self.size > 1 or len(group) > 1:
                 self._share(group, device)
             elif group and not plain:
@@ -148,8 +148,8 @@ class Ranks:
         tokens: Any = sum(batch.tokens for batch in group)
         samples: float = sum(batch.samples for batch in group)
         if self.size > 1:
-            told = (tokens, samples, float(bool(group)))
-            shared = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in told])
+            counts = (tokens, samples, float(bool(group)))
+            shared = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in counts])
             tokens, samples, present = self.mean_(shared.to(device)).tolist()
             if 0 < present < 1:
                 raise ValueError(
@@ -191,14 +191,14 @@ class Ranks:
         if not self.sharded:
             nn.utils.clip_grad_norm_(weights, norm)
             return
-        kinds: dict[Any, list[Tensor]] = {}  # norms of different meshes are no tensors of one
+        by_mesh: dict[Any, list[Tensor]] = {}  # norms of different meshes are no tensors of one
         for p in weights:
             grad: Any = p.grad
             if grad is not None:
-                kinds.setdefault(grad.device_mesh if is_placed(grad) else None, []).append(p)
-        grads = [[p.grad for p in part if p.grad is not None] for part in kinds.values()]
-        norms = [whole(nn.utils.get_total_norm(part)) for part in grads]
+                by_mesh.setdefault(grad.device_mesh if is_dtensor(grad) else None, []).append(p)
+        grads = [[p.grad for p in part if p.grad is not None] for part in by_mesh.values()]
+        norms = [full_tensor(nn.utils.get_total_norm(part)) for part in grads]
         if norms:
             total = torch.stack(norms).norm()
-            for part in kinds.values():
+            for part in by_mesh.values():
                 nn.utils.clip_grads_with_norm_(part, norm, total)

@@ -155,10 +155,10 @@ class Record:
         per_s = sum(entry.samples for entry in self._unread) / max(now - self._since, 1e-9)
         self._since = now
         for step in self.steps[-len(self._unread) :]:
-            told = {"loss": step.loss, "lr": step.lr, "samples_per_s": per_s}
-            told |= {f"term/{name}": value for name, value in step.terms.items()}
+            values = {"loss": step.loss, "lr": step.lr, "samples_per_s": per_s}
+            values |= {f"term/{name}": value for name, value in step.terms.items()}
             for log in self._logs:
-                log(told, step.step)
+                log(values, step.step)
         self._seen += sum(entry.samples for entry in self._unread)
         if self._bar is not None and now - self._drawn > REDRAW:
             self._draw_figures(now)

@@ -150,8 +150,9 @@ def _check(accelerator: Any) -> None:
             f"accelerate: got version {accelerate.__version__}, expected {least}.x"
             + (f" to {below - 1}.x" if below - least > 1 else "")
         )
-    if (kind := accelerator.distributed_type.name) not in KINDS:
+    if (distributed_type := accelerator.distributed_type.name) not in KINDS:
         raise ValueError(
-            f"accelerator: got distributed type {kind}, expected one of {', '.join(KINDS)}, where "
+            f"accelerator: got distributed type {distributed_type}, expected one of "
+            f"{', '.join(KINDS)}, where "
             "every process holds the whole model"
         )

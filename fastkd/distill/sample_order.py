@@ -156,15 +156,15 @@ def watched(loader: Any, order: str | None) -> Iterator[Any]:
     Raises:
         ValueError: the samples differ, or their order.
     """
-    whole = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-    late = order is not None and not whole
-    if order is not None and whole and not _once(loader):
+    reread = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    late = order is not None and not reread
+    if order is not None and reread and not _once(loader):
         with _unchanged(loader):
             first = _start(iter(loader))
             _compare(first, _start(iter(loader)), "a random transform")
     kept: list[list[Tensor]] = []
-    for given in loader:
-        batch = given() if callable(given) else given
+    for item in loader:
+        batch = item() if callable(item) else item
         if late and _wanted(kept):
             kept.append([x.clone() for x in tensors(batch)])
         yield batch
@@ -201,10 +201,10 @@ def _start(batches: Iterator[Any]) -> list[list[Tensor]]:
     kept: list[list[Tensor]] = []
     while _wanted(kept):
         try:
-            given = next(batches)
+            item = next(batches)
         except StopIteration:
             break
-        kept.append([x.clone() for x in tensors(given() if callable(given) else given)])
+        kept.append([x.clone() for x in tensors(item() if callable(item) else item)])
     return kept
 
 

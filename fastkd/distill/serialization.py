@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .batch import bare_names, bare_state
-from .distributed import whole
+from .distributed import full_tensor
 from .sharded_checkpoint import placed_like
 
 WRAPPER = "module."  # DataParallel's and DistributedDataParallel's, in front of every name
@@ -39,7 +39,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Any = None) -
     Raises:
         TypeError, ValueError: metadata or a state that the format cannot hold.
     """
-    save_state({name: whole(x) for name, x in bare_state(model).items()}, path, metadata)
+    save_state({name: full_tensor(x) for name, x in bare_state(model).items()}, path, metadata)
 
 
 def save_state(state: Mapping[str, Any], path: str | os.PathLike[str], metadata: Any) -> None:
@@ -65,26 +65,33 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> Any:
             then.
     """
     state, metadata = read(path, "load")
-    ours = model.state_dict()
-    names = bare_names(model, ours)
-    wanted = {names[name]: x for name, x in ours.items()}
-    if state.keys() != wanted.keys():  # of a model some parts of which were compiled
+    model_state = model.state_dict()
+    names = bare_names(model, model_state)
+    expected = {names[name]: x for name, x in model_state.items()}
+    if state.keys() != expected.keys():  # of a model some parts of which were compiled
         state = {name.replace("_orig_mod.", ""): x for name, x in state.items()}
-    while state and not state.keys() & wanted.keys():
+    while state and not state.keys() & expected.keys():
         if not all(name.startswith(WRAPPER) for name in state):
             break
         state = {name.removeprefix(WRAPPER): x for name, x in state.items()}
-    _same_prefix(state, wanted, path)
-    same_shapes(state, wanted, f"path: got {path} with")
-    model.load_state_dict({name: placed_like(state[names[name]], x) for name, x in ours.items()})
+    _same_prefix(state, expected, path)
+    same_shapes(state, expected, f"path: got {path} with")
+    model.load_state_dict(
+        {name: placed_like(state[names[name]], x) for name, x in model_state.items()}
+    )
     return metadata
 
 
 def _same_prefix(
-    theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], path: str | os.PathLike[str]
+    file_names: Mapping[str, Tensor],
+    model_names: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
 ) -> None:
     """ValueError where all names of one side are those of the other behind a prefix."""
-    for longer, shorter, mine in ((theirs, ours, False), (ours, theirs, True)):
+    for longer, shorter, model_is_longer in (
+        (file_names, model_names, False),
+        (model_names, file_names, True),
+    ):
         one = next(iter(shorter), None)
         if one is None or len(longer) != len(shorter):
             return
@@ -92,29 +99,29 @@ def _same_prefix(
             prefix = name.removesuffix(one)
             if prefix == name or not prefix or {prefix + x for x in shorter} != longer.keys():
                 continue
-            got, wanted = (one, name) if mine else (name, one)
+            got, expected = (one, name) if model_is_longer else (name, one)
             part = prefix.removesuffix(".")
             hint = (
                 f"load into its part {part!r}"
-                if mine
+                if model_is_longer
                 else f"load into a module with it as {part!r}"
             )
-            where = "the model's" if mine else "the file's"
+            where = "the model's" if model_is_longer else "the file's"
             raise ValueError(
-                f"path: got {path} with {got!r}, expected {wanted!r}: all of {where} names begin "
+                f"path: got {path} with {got!r}, expected {expected!r}: all of {where} names begin "
                 f"with {prefix!r}; load into {hint}"
             )
 
 
-def same_shapes(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], got: str) -> None:
+def same_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], got: str) -> None:
     """ValueError, beginning with `got`, at the first name or shape that differs."""
     shapes = [
         {name: tuple(getattr(x, "shape", ())) for name, x in side.items()}
-        for side in (theirs, ours)
+        for side in (found, expected)
     ]
     for name in sorted(shapes[0] | shapes[1]):
-        if (there := shapes[0].get(name)) != (here := shapes[1].get(name)):
-            raise ValueError(f"{got} {name!r} of shape {there}, expected {here}")
+        if (found_shape := shapes[0].get(name)) != (expected_shape := shapes[1].get(name)):
+            raise ValueError(f"{got} {name!r} of shape {found_shape}, expected {expected_shape}")
 
 
 def write(

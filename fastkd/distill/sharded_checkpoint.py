@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import Ranks, is_placed
+from .distributed import Ranks, is_dtensor
 
 TREE = "tree.json"
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], tree: Any, ranks: Ranks) -> None:
     """Every rank its shards, under a temporary name; the first renames when all are done."""
-    stored = _parts()
+    dcp = _parts()
     part = path.with_name(f".{path.name}.tmp")
     if ranks.first:
         shutil.rmtree(part, ignore_errors=True)
@@ -39,9 +39,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], tree: Any, ranks: Ranks) ->
             file.flush()
             os.fsync(file.fileno())
     ranks.gathered(None)  # the folder is there
-    stored.save(
+    dcp.save(
         {name: x.detach() for name, x in tensors.items()},
-        storage_writer=stored.HuggingFaceStorageWriter(str(part), save_distributed=True),
+        storage_writer=dcp.HuggingFaceStorageWriter(str(part), save_distributed=True),
     )
     ranks.gathered(None)
     if ranks.first:
@@ -51,33 +51,33 @@ def write(path: Path, tensors: Mapping[str, Tensor], tree: Any, ranks: Ranks) ->
 
 
 def read(
-    path: Path, ours: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+    path: Path, current: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], Any]:
     """Tensors and tree; each tensor is placed as the one of that name in `ours`.
 
     The state of an optimizer that has made no step yet is placed as its parameters.
     """
-    stored = _parts()
+    dcp = _parts()
     tree, shapes = json.loads((path / TREE).read_text())
     into: dict[str, Tensor] = {}
     for name, (shape, dtype) in shapes.items():
         blank = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
-        like = pattern(name, blank, ours, optimizer)
+        like = pattern(name, blank, current, optimizer)
         if like is None:
             into[name] = torch.empty_like(blank, device="cpu")
         else:
             into[name] = torch.empty_like(like, dtype=blank.dtype, requires_grad=False)
     with warnings.catch_warnings():  # that there is one process only
         warnings.simplefilter("ignore")
-        stored.load(into, storage_reader=stored.HuggingFaceStorageReader(str(path)))
+        dcp.load(into, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     return into, tree
 
 
 def pattern(
-    name: str, x: Tensor, ours: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+    name: str, x: Tensor, current: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> Tensor | None:
     """The tensor as which one of a checkpoint is to be placed, None where there is none."""
-    found = ours.get(name)
+    found = current.get(name)
     root, _, rest = name.partition("/optimizer_state/state/")
     number = rest.partition("/")[0]
     if found is None and not root and number.isdigit():
@@ -88,7 +88,7 @@ def pattern(
 
 def placed_like(x: Tensor, pattern: Tensor | None) -> Tensor:
     """A whole tensor, sharded as `pattern` is: of a checkpoint of one file."""
-    if not is_placed(pattern):
+    if not is_dtensor(pattern):
         return x
     from torch.distributed.tensor import distribute_tensor
 
@@ -100,10 +100,10 @@ def placed_like(x: Tensor, pattern: Tensor | None) -> Tensor:
 
 def _parts() -> Any:
     """torch.distributed.checkpoint, where it knows safetensors."""
-    stored: Any = importlib.import_module("torch.distributed.checkpoint")
-    if not hasattr(stored, "HuggingFaceStorageReader"):
+    dcp: Any = importlib.import_module("torch.distributed.checkpoint")
+    if not hasattr(dcp, "HuggingFaceStorageReader"):
         raise ImportError(
             f"checkpoint: shards as safetensors need a newer torch than {torch.__version__}, with "
             "torch.distributed.checkpoint.HuggingFaceStorageReader"
         )
-    return stored
+    return dcp

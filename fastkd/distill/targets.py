@@ -29,7 +29,7 @@ def labels_of(name: str, batch: Batch) -> Any:
     return batch.labels
 
 
-def taught(name: str, teacher: Outputs) -> Any:
+def teacher_logits(name: str, teacher: Outputs) -> Any:
     """The teacher's logits; ValueError that names the term where there is no teacher."""
     if (found := teacher.logits) is None:
         raise ValueError(f"term {name!r}: got no teacher, expected train(..., teacher=...)")
@@ -120,8 +120,10 @@ def class_numbers(name: str, logits: Tensor, labels: Any, where: str = "") -> Te
         )
         if not many:
             names = [("numbers", "F.mse_loss(s.logits.squeeze(-1), b.labels)")]
-        told = "; ".join(f"for {kind} {WRITE.format(name=name, call=call)}" for kind, call in names)
-        raise (ValueError if many else TypeError)(f"{got}; {told}")
+        hints = "; ".join(
+            f"for {what} {WRITE.format(name=name, call=call)}" for what, call in names
+        )
+        raise (ValueError if many else TypeError)(f"{got}; {hints}")
     if labels.numel() != logits[..., 0].numel():
         raise ValueError(got)
     return labels.long().view(rows) if labels.is_contiguous() else labels.long().reshape(rows)
@@ -175,6 +177,6 @@ def bare_function(function: Callable[..., Any]) -> Any:
     return function
 
 
-def is_ours(function: Callable[..., Any]) -> bool:
+def is_own_loss(function: Callable[..., Any]) -> bool:
     """Whether it is a loss of this package, which takes a softmax over the last dimension."""
     return str(getattr(bare_function(function), "__module__", "")).startswith("fastkd.")

@@ -26,7 +26,7 @@ from .batch import (
     to,
     unwrap,
 )
-from .distributed import alike, class_name, is_placed, reshard, whole
+from .distributed import class_name, full_tensor, is_dtensor, matching_shards, reshard
 from .hooks import Hooks
 from .serialization import array
 
@@ -102,9 +102,9 @@ class ModelTeacher(Teacher):
         parts = list(self.model.modules())
         self._own = [part for part in parts if id(part) not in self._theirs]
         self._shared = [part for part in parts if id(part) in self._theirs]
-        kinds = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
-        half = len(kinds) == 1 and kinds <= {torch.float16, torch.bfloat16}
-        self._half = kinds.pop() if half else None
+        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        half = len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16}
+        self._half = dtypes.pop() if half else None
 
     def beside(self, student: nn.Module) -> None:
         self._theirs = {id(part) for part in student.modules()}
@@ -127,10 +127,10 @@ class ModelTeacher(Teacher):
         return Outputs(raw, self._hooks.take(), role="teacher")
 
     def _cast(self, inputs: Any) -> Any:
-        kind, first = self._half, next(tensors(inputs), None)
-        if kind is None or first is None or torch.is_autocast_enabled(first.device.type):
+        dtype, first = self._half, next(tensors(inputs), None)
+        if dtype is None or first is None or torch.is_autocast_enabled(first.device.type):
             return inputs
-        return mapped(inputs, lambda x: x.to(kind) if x.is_floating_point() else x)
+        return mapped(inputs, lambda x: x.to(dtype) if x.is_floating_point() else x)
 
     @contextmanager
     def hooked(self, names: tuple[str, ...]) -> Iterator[None]:
@@ -158,7 +158,7 @@ class EMATeacher(ModelTeacher):
     def __init__(self, student: nn.Module, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay: got {shown(decay)}, expected a number in [0, 1)")
-        if any(is_placed(p) for p in student.parameters()):
+        if any(is_dtensor(p) for p in student.parameters()):
             raise ValueError(
                 "student: got one in shards, which cannot be copied; make the EMATeacher before "
                 "fully_shard(student), and fully_shard(average.model) too, or leave it whole"
@@ -171,8 +171,9 @@ class EMATeacher(ModelTeacher):
         bare = unwrap(student)
         reshard(self.model)  # who has called it may have left it whole
         pairs = list(zip(self.model.parameters(), bare.parameters(), strict=True))
-        mine, theirs = zip(*(alike(a, b) for a, b in pairs), strict=True) if pairs else ((), ())
-        torch._foreach_lerp_(mine, theirs, 1 - self.decay)
+        shards = [matching_shards(a, b) for a, b in pairs]
+        average, current = zip(*shards, strict=True) if shards else ((), ())
+        torch._foreach_lerp_(average, current, 1 - self.decay)
         for a, b in zip(self.model.buffers(), bare.buffers(), strict=True):
             a.copy_(b)
 
@@ -230,8 +231,8 @@ class CachedTeacher(Teacher):
             )
         numbers = batch.extra["index"].tolist()
         many = getattr(self.reader, "batch", None)
-        said = many(numbers) if many else stacked([self.reader[i] for i in numbers])
-        return Outputs(to(said, next(tensors(batch.inputs)).device), role="teacher")
+        outputs = many(numbers) if many else stacked([self.reader[i] for i in numbers])
+        return Outputs(to(outputs, next(tensors(batch.inputs)).device), role="teacher")
 
     def identity(self) -> Any:
         value = getattr(self.reader, "identity", None)
@@ -254,17 +255,17 @@ class BatchTeacher(Teacher):
         return None
 
 
-def on_device(said: Outputs, device: torch.device) -> Outputs:
-    """`said`, or ValueError where its logits are on another device than the student."""
-    if said.raw is not None:
-        said.role = said.role or "teacher"
-    there = getattr(Outputs(said.raw).logits, "device", device)  # terms may do without logits
-    if there != device and (there.type != device.type or device.index is not None):
-        raise ValueError(f"teacher: got outputs on {there}, expected {device}")
-    return said
+def check_device(outputs: Outputs, device: torch.device) -> Outputs:
+    """`outputs`, or ValueError where the logits are on another device than the student."""
+    if outputs.raw is not None:
+        outputs.role = outputs.role or "teacher"
+    found = getattr(Outputs(outputs.raw).logits, "device", device)  # terms may do without logits
+    if found != device and (found.type != device.type or device.index is not None):
+        raise ValueError(f"teacher: got outputs on {found}, expected {device}")
+    return outputs
 
 
-def sole(teacher: Teacher, batch: Batch) -> None:
+def check_one_source(teacher: Teacher, batch: Batch) -> None:
     """ValueError where a batch brings outputs that `teacher` would drop."""
     if batch.teacher is not None and not teacher.reads_batch:
         got = type(teacher).__name__
@@ -288,7 +289,7 @@ def fingerprint(model: nn.Module) -> str:
     for name, value in sorted(bare_state(model).items()):
         digest.update(json.dumps([name, str(getattr(value, "dtype", "")), None]).encode())
         if isinstance(value, Tensor):
-            flat = whole(value.detach()).cpu().contiguous().view(-1)
+            flat = full_tensor(value.detach()).cpu().contiguous().view(-1)
             digest.update(json.dumps(list(value.shape)).encode())
             digest.update(bytes(array(flat.view(torch.uint8), "a hash of a teacher")))
     return digest.hexdigest()

@@ -1,12 +1,11 @@
-"""A loss as a weighted sum of terms, exact over gradient accumulation."""
+"""Terms of a loss: the labels', the teacher's, and those between features of two layers."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +17,7 @@ import fastkd
 from fastkd.arguments.messages import shown
 
 from .batch import IGNORED, Batch, Outputs, mapped, tensors
-from .distributed import is_placed
+from .distributed import is_dtensor
 from .losses.features import nst
 from .losses.relations import OF_SAMPLES, fsp
 from .targets import (
@@ -28,7 +27,7 @@ from .targets import (
     kept_rows,
     labels_of,
     only,
-    taught,
+    teacher_logits,
     without,
 )
 
@@ -102,7 +101,7 @@ def hard(weight: Weight = 1.0, *, label_smoothing: float = 0.0, name: str = "har
     def function(student: Outputs, _: Outputs, batch: Batch) -> Tensor:
         labels, logits = labels_of(name, batch), student.logits
         look(logits, batch)
-        if is_placed(logits):
+        if is_dtensor(logits):
             return fastkd.distillation_loss(
                 logits,
                 logits.detach(),
@@ -156,7 +155,7 @@ def soft(
     look = Classes(name)
 
     def function(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        theirs = taught(name, teacher)
+        target = teacher_logits(name, teacher)
         look(student.logits, batch)
         T = temperature(batch.step) if callable(temperature) else temperature
         # at alpha=0 labels only say which rows are left out
@@ -164,7 +163,7 @@ def soft(
         with _unless_said(student.logits):
             return fastkd.distillation_loss(
                 student.logits,
-                theirs,
+                target,
                 labels,
                 temperature=T,
                 alpha=0.0,
@@ -228,16 +227,23 @@ def feature(
     if rows == "labelled" and mask is not None:
         raise ValueError(f"mask: got {mask!r} beside rows='labelled', expected one of them")
     bare = bare_function(function)
-    kind = getattr(bare, "__name__", type(bare).__name__)
-    kind = "feature" if kind == "<lambda>" else kind
-    name = name or f"{kind}:{'+'.join(_names(student_layer))}-{'+'.join(_names(teacher_layer))}"
+    label = getattr(bare, "__name__", type(bare).__name__)
+    label = "feature" if label == "<lambda>" else label
+    name = name or f"{label}:{'+'.join(_names(student_layer))}-{'+'.join(_names(teacher_layer))}"
     mean = mean or ("tokens" if rows == "labelled" else "samples")
 
     def call(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        mine, theirs = _features(student, student_layer), _features(teacher, teacher_layer)
-        mine = mine if projector is None else projector(mine)
+        student_features, teacher_features = (
+            _features(student, student_layer),
+            _features(teacher, teacher_layer),
+        )
+        student_features = student_features if projector is None else projector(student_features)
         kept = kept_rows(name, batch, rows, mask)
-        return function(mine, theirs) if kept is None else _masked(function, mine, theirs, kept)
+        return (
+            function(student_features, teacher_features)
+            if kept is None
+            else _masked(function, student_features, teacher_features, kept)
+        )
 
     return Term(
         name,
@@ -250,20 +256,24 @@ def feature(
     )
 
 
-def _masked(function: Callable[..., Tensor], mine: Any, theirs: Any, kept: Tensor) -> Tensor:
-    """function(mine, theirs) over what is kept; 0, connected to the graph, where nothing is."""
+def _masked(
+    function: Callable[..., Tensor], student_features: Any, teacher_features: Any, kept: Tensor
+) -> Tensor:
+    """function(student, teacher) over what is kept; 0, connected to the graph, where nothing is."""
     bare = bare_function(function)
     if "mask" in _parameters(bare):
-        return function(mine, theirs, mask=kept)
-    whole = bare is nst or bare in OF_SAMPLES or type(bare) in OF_SAMPLES
+        return function(student_features, teacher_features, mask=kept)
+    of_samples = bare is nst or bare in OF_SAMPLES or type(bare) in OF_SAMPLES
     if bare is fsp and kept.dim() > 1:
         raise ValueError("mask: got one of positions for fsp, which has a mean over all of them")
-    take = without if whole and kept.dim() > 1 else only
-    mine, theirs = (mapped(x, lambda part: take(part, kept)) for x in (mine, theirs))
-    found = list(tensors(mine))
+    take = without if of_samples and kept.dim() > 1 else only
+    student_features, teacher_features = (
+        mapped(x, lambda part: take(part, kept)) for x in (student_features, teacher_features)
+    )
+    found = list(tensors(student_features))
     if any(x.size(0) == 0 for x in found):  # a mean over nothing
         return torch.stack([x.sum() for x in found]).sum()
-    return function(mine, theirs)
+    return function(student_features, teacher_features)
 
 
 def _parameters(function: Any) -> Any:
@@ -288,152 +298,3 @@ def _features(outputs: Outputs, layer: Layer) -> Any:
     if isinstance(layer, str):
         return outputs.features[layer]
     return tuple(outputs.features[name] for name in layer)
-
-
-class Objective:
-    """The sum of terms; a plain callable (student logits, teacher logits, labels) is one term."""
-
-    def __init__(self, loss: Callable[..., Tensor] | Term | Sequence[Term]) -> None:
-        self.plain = None if isinstance(loss, Term) or not callable(loss) else loss
-        if isinstance(loss, Term):
-            self.terms: tuple[Term, ...] = (loss,)
-        elif callable(loss):
-            self.terms = ()
-        else:
-            self.terms = tuple(loss)
-            wrong = [term for term in self.terms if not isinstance(term, Term)]
-            if wrong or not self.terms:
-                got = f"{type(wrong[0]).__name__} in it" if wrong else "no term"
-                raise TypeError(f"loss: got {got}, expected a callable, a Term or several")
-        self.names = [term.name for term in self.terms]
-        if len(set(self.names)) < len(self.names):
-            raise ValueError(f"loss: got terms named {self.names}, expected different names")
-        self.modules = nn.ModuleDict()
-        for at, term in enumerate(self.terms):  # by number: a name may hold dots
-            if term.module is not None:
-                self.modules[str(at)] = term.module
-        self.student_layers = _union(term.student_layers for term in self.terms)
-        self.teacher_layers = _union(term.teacher_layers for term in self.terms)
-        self.connects = False  # all outputs to the loss, as DistributedDataParallel wants them
-        self._loose: list[int] | None = None  # those that no term leads back to
-        self._ungraded: set[str] = set()
-
-    def __call__(
-        self, student: Outputs, teacher: Outputs, batch: Batch
-    ) -> tuple[Tensor, list[Tensor]]:
-        """This micro-batch's part of the step's loss, and of each term before its weight."""
-        values: list[Tensor] = []
-        if self.plain is not None:
-            value = self.plain(student.logits, teacher.logits, batch.labels)
-            total = _shared(value, 1.0 if batch.whole else _plain_share(batch), "")
-        else:
-            parts = []
-            for term in self.terms:
-                value = _value(term, student, teacher, batch)
-                weight = term.weight(batch.step) if callable(term.weight) else term.weight
-                if not value.requires_grad and weight and term.name not in self._ungraded:
-                    self._ungraded.add(term.name)
-                    warnings.warn(
-                        f"loss: got a value of term {term.name!r} that does not require grad: "
-                        "nothing is learnt from it (a frozen student part, detach() or no_grad?)",
-                        stacklevel=3,
-                    )
-                values.append(value.detach())
-                parts.append(value if weight == 1.0 else weight * value)
-            total = functools.reduce(torch.add, parts)
-        if not total.requires_grad:
-            got = "a value that does not require grad"
-            raise ValueError(f"loss: got {got}, expected a 0-d tensor that requires grad")
-        return (self._connected(total, student, batch) if self.connects else total), values
-
-    def _connected(self, total: Tensor, student: Outputs, batch: Batch) -> Tensor:
-        """`total` + 0 * the outputs that it does not depend on; they are found once."""
-        found = [x for x in tensors(student.raw) if x.requires_grad]
-        loose = self._loose
-        if loose is None:
-            reached = _reached(total)
-            loose = [at for at, x in enumerate(found) if x.grad_fn not in reached]
-            if not _is_zero(batch.tokens):  # else terms were left out
-                self._loose = loose
-        for at in loose:
-            total = total + found[at].flatten()[:0].sum()
-        return total
-
-
-def _value(term: Term, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-    if term.mean != "samples" and _is_zero(batch.tokens):
-        return nothing(student)
-    share: Any = 1.0
-    if term.mean != "step" and not batch.whole:
-        share = _sample_share(batch) if term.mean == "samples" else _token_share(batch)
-    try:
-        value = term.function(student, teacher, batch)
-    except Exception as error:
-        _name(error, f"term {term.name!r}: ")
-        raise
-    return _shared(value, share, f" from term {term.name!r}")
-
-
-def _name(error: Exception, prefix: str) -> None:
-    """Say in an error's own message which term it comes from."""
-    first = error.args[0] if error.args else ""
-    if isinstance(first, str) and "term '" not in first[:8]:
-        error.args = (prefix + first, *error.args[1:])
-
-
-def _shared(value: Any, share: Any, where: str) -> Tensor:
-    if not isinstance(value, Tensor) or value.dim():
-        got = f"{type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}{where}"
-        raise ValueError(f"loss: got {got}, expected a 0-d tensor that requires grad")
-    if isinstance(share, Tensor):  # counted on the device: a share of 0 must win over NaN
-        return torch.where(share > 0, value * share, 0.0)
-    return value if share == 1.0 else value * share
-
-
-def _sample_share(batch: Batch) -> float:
-    return batch.samples / batch.sample_total
-
-
-def _token_share(batch: Batch) -> Any:
-    return 0.0 if _is_zero(batch.tokens) else batch.tokens / batch.normalizer
-
-
-def _plain_share(batch: Batch) -> Any:
-    """Where labels and samples give a micro-batch different shares, nobody knows which it takes."""
-    share, samples = _token_share(batch), _sample_share(batch)
-    if share != samples:
-        raise ValueError(
-            f"loss: got a plain function and micro-batches of which one has {share:.4g} of the "
-            f"step's labels and {samples:.4g} of its samples; expected Terms, whose `mean` says "
-            "which of the two counts"
-        )
-    return share
-
-
-def nothing(outputs: Outputs) -> Tensor:
-    """0, connected to the graph of `outputs`: every gradient is exactly 0, whatever they hold."""
-    found = [x for x in tensors((outputs.raw, dict(outputs.features))) if x.requires_grad]
-    if not found:
-        raise ValueError(
-            "loss: got student outputs without gradient, expected some that require it"
-        )
-    return found[0].flatten()[:0].sum()
-
-
-def _reached(value: Tensor) -> set[Any]:
-    """Every node of autograd's graph below it."""
-    found, waiting = set(), [value.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting.extend(below for below, _ in node.next_functions)
-    return found
-
-
-def _is_zero(count: Any) -> bool:
-    return not isinstance(count, Tensor) and count == 0
-
-
-def _union(groups: Any) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for group in groups for name in group))

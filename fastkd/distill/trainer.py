@@ -27,16 +27,17 @@ from fastkd.arguments.numbers import whole
 
 from .batch import Batch, Outputs, device_of, forward, moved, restored_modes
 from .checkpoint import Checkpoints, Parts, Position, epoch_batches
-from .combined_teachers import source
 from .distributed import PLAINLY, Ranks
 from .hooks import Hooks
-from .learning_rates import Rates, applied
 from .logging import Log, Record, Step
-from .noise import weight_noise as disturbed
-from .precision import stepping
-from .teachers import EMATeacher, Teacher, on_device, sole
-from .terms import Objective, Term
-from .warnings_once import Remarks
+from .noise import weight_noise as noisy_weights
+from .objective import Objective
+from .precision import Stepping, stepping
+from .run_warnings import RunWarnings
+from .schedules import Rates, applied
+from .teacher_ensembles import as_teacher
+from .teachers import EMATeacher, Teacher, check_device, check_one_source
+from .terms import Term
 
 # steps between looks at the loss; elsewhere 50: a look makes the host wait
 CHECK_EVERY = {"cpu": 1}
@@ -110,50 +111,44 @@ def train(
 
     Raises:
         TypeError, ValueError: a loader without batches or with others, an argument out of range, a
-            loss that is no scalar of the student, an optimizer with parameters of the teacher or
-            without any of the student, a checkpoint of another run.
+            loss that is no scalar of the student, an optimizer with parameters of the teacher, a
+            checkpoint of another run.
         FloatingPointError: the loss is NaN or infinite; names step, batch and term. On the CPU this
             is seen before the step is taken; elsewhere every 50 steps, at the end of an epoch and
             before a checkpoint.
 
     Warns (UserWarning, once): a teacher or a stored column that no term reads, a term without
-    gradient, a loss of exactly 0 throughout the first epoch, labels that are the inputs' ids, a
-    metric that is not finite.
+    gradient, a loss of exactly 0 throughout the first epoch, labels that are the inputs' ids.
 
     Paper: Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
     """
-    _counts("epochs", epochs)
+    _check_numbers(epochs, amp, accumulate, clip_norm)
+    _check_functions(log, schedule=schedule, transform=transform, validate=validate)
     where = device_of(student) if device is None else torch.device(device)
-    if amp not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"amp: got {shown(amp)}, expected torch.bfloat16, torch.float16 or None")
     ranks = Ranks(student)
-    take = stepping(accelerator, where, amp, ranks)
-    where, accumulate = take.device, take.accumulate if accumulate is None else accumulate
-    _counts("accumulate", accumulate)
-    _functions(log, schedule=schedule, transform=transform, validate=validate)
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm: got {shown(clip_norm)}, expected > 0 or None")
+    stepper = stepping(accelerator, where, amp, ranks)
+    where, accumulate = stepper.device, stepper.accumulate if accumulate is None else accumulate
     if weight_noise and ranks.sharded:
         raise ValueError("weight_noise: got a student of shards, expected one whole on every rank")
-    objective, soft = Objective(loss), source(teacher)
+    objective, soft = Objective(loss), as_teacher(teacher)
     followers = [soft] if ema is None or ema is soft else [soft, ema]
     for model in (student, objective.modules, *(m for f in followers for m in f.models)):
         model.to(where)
     soft.beside(student)
     objective.connects = ranks.wrapped
     ranks.share(objective.modules)
-    optimizer = take.prepared(student, _optimizer(optimizer, student, objective, followers, lr))
+    optimizer = stepper.prepared(student, _optimizer(optimizer, student, objective, followers, lr))
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     rates = Rates([optimizer], schedule)
     parts = Parts(
-        *(student, objective, optimizer, rates, soft, ema, take.scaler, loader, where),
+        *(student, objective, optimizer, rates, soft, ema, stepper.scaler, loader, where),
         *(ranks, accumulate),
     )
-    if checkpoint is not None and not isinstance(checkpoint, Checkpoints):
+    if isinstance(checkpoint, (str, os.PathLike)):
         checkpoint = Checkpoints(checkpoint)
     position = checkpoint.start(parts) if checkpoint else Position()
-    every = CHECK_EVERY.get(where.type, 50)
-    remarks, began = Remarks(student, soft, objective), position.epoch
+    every, plain = CHECK_EVERY.get(where.type, 50), objective.plain is not None
+    run_warnings, began = RunWarnings(student, soft, objective), position.epoch
     record = Record(objective.names, position.step, every, log if ranks.first else None)
 
     with ExitStack() as stack:
@@ -164,42 +159,29 @@ def train(
         )
         stack.enter_context(soft.hooked(objective.teacher_layers))
         stack.enter_context(record)
-        if progress and take.speaks and ranks.first:
+        if progress and stepper.speaks and ranks.first:
             record.draw(_steps(loader, epochs, accumulate))
 
         for epoch in range(position.epoch, epochs):
             soft.begin()
             student.train()  # after it: what the two share is in the student's mode
             objective.modules.train()
-            given = epoch_batches(loader, position, where, exact=checkpoint is not None)
-            for group in ranks.groups(given, accumulate, where, plain=objective.plain is not None):
+            batches = epoch_batches(loader, position, where, exact=checkpoint is not None)
+            for group in ranks.groups(batches, accumulate, where, plain=plain):
                 step = position.step
                 rates.at(step)
                 optimizer.zero_grad(set_to_none=True)
 
                 values: list[Tensor] = []  # the loss of the step, then its terms
-                with disturbed(student, weight_noise) if weight_noise else PLAINLY:
+                with noisy_weights(student, weight_noise) if weight_noise else PLAINLY:
                     for at, batch in enumerate(group):
                         batch = moved(batch, where)
                         batch.epoch, batch.step = epoch, step
                         if transform is not None:
                             batch = transform(batch)
-                        sole(soft, batch)
-                        with ranks.no_sync(last=at + 1 == len(group)):
-                            with take.autocast():
-                                theirs = on_device(soft(batch), where)
-                                ours = Outputs(
-                                    forward(student, batch.inputs), hooks.take(), role="student"
-                                )
-                                theirs, batch = remarks.watched(ours, theirs, batch)
-                                value, terms = objective(ours, theirs, batch)
-                                remarks.read(theirs, batch)
-                            take.backward(value)
-                        with take.autocast():
-                            soft.follow(ours, batch)
-                        found = [value.detach(), *terms]
+                        last = at + 1 == len(group)
+                        found = _micro_batch(batch, parts, stepper, hooks, run_warnings, last=last)
                         values = list(map(torch.add, values, found)) if at else found
-                        del value, terms, theirs, ours  # the graph goes before the next is made
 
                 first, position.used = position.used, position.used + len(group)
                 seen = sum(batch.samples for batch in group) * ranks.size
@@ -207,7 +189,7 @@ def train(
                 now = applied(optimizer)
                 record.add(epoch, first, position.used - 1, now, seen, values)
                 ranks.average_gradients(objective.modules)
-                take.step(optimizer, weights, clip_norm)
+                stepper.step(optimizer, weights, clip_norm)
                 for follower in followers:
                     follower.step(student)
                 position.step += 1
@@ -219,39 +201,71 @@ def train(
                     checkpoint.write(position, parts)
             record.read()
             if epoch == began:
-                remarks.epoch(record.steps)
+                run_warnings.epoch(record.steps)
             position.epoch, position.used = epoch + 1, 0
             if validate is not None:
                 metric = ranks.number(_metric(validate(student)), where)
                 record.tell({"metric": metric})
-                if not math.isfinite(metric):  # NaN would stay the best: nothing is above it
-                    warnings.warn(
-                        f"validate: got {metric} after epoch {epoch}, which is never the best; "
-                        "expected a finite number",
-                        stacklevel=2,
-                    )
-                elif position.best is None or metric > position.best:
-                    position.best = metric
-                    if checkpoint:
-                        checkpoint.write_best(parts, metric, position.step)
+                _keep_best(metric, epoch, position, parts, checkpoint)
         if checkpoint:
             checkpoint.write(position, parts)
     return record.steps
 
 
-def _counts(name: str, value: Any) -> None:
+def _micro_batch(
+    batch: Batch,
+    parts: Parts,
+    stepper: Stepping,
+    hooks: Hooks,
+    run_warnings: RunWarnings,
+    *,
+    last: bool,
+) -> list[Tensor]:
+    """Forward of both models, loss and backward: this part of the step's loss and of its terms."""
+    teacher, ranks = parts.teacher, parts.ranks
+    check_one_source(teacher, batch)
+    with ranks.no_sync(last=last):
+        with stepper.autocast():
+            teacher_outputs = check_device(teacher(batch), parts.device)
+            raw = forward(parts.student, batch.inputs)
+            student_outputs = Outputs(raw, hooks.take(), role="student")
+            teacher_outputs, batch = run_warnings.watch(student_outputs, teacher_outputs, batch)
+            loss, terms = parts.objective(student_outputs, teacher_outputs, batch)
+            run_warnings.read(teacher_outputs, batch)
+        stepper.backward(loss)
+    with stepper.autocast():
+        teacher.follow(student_outputs, batch)
+    return [loss.detach(), *terms]
+
+
+def _keep_best(
+    metric: float, epoch: int, position: Position, parts: Parts, checkpoint: Checkpoints | None
+) -> None:
+    if not math.isfinite(metric):  # NaN would stay the best: nothing is above it
+        warnings.warn(
+            f"validate: got {metric} after epoch {epoch}, which is never the best; expected a "
+            "finite number",
+            stacklevel=3,
+        )
+    elif position.best is None or metric > position.best:
+        position.best = metric
+        if checkpoint:
+            checkpoint.write_best(parts, metric, position.step)
+
+
+def _check_count(name: str, value: Any) -> None:
     if whole(value) is None or value < 1:
         raise ValueError(f"{name}: got {shown(value)}, expected an integer >= 1")
 
 
-def _functions(log: Any, **others: Any) -> None:
-    for name, given in others.items():
-        if given is not None and not callable(given):
-            raise TypeError(f"{name}: got {shown(given)}, expected a function or None")
-    for one in (log,) if callable(log) or isinstance(log, str) else log or ():
-        if not callable(one):
+def _check_functions(log: Any, **functions: Any) -> None:
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}: got {shown(function)}, expected a function or None")
+    for logger in (log,) if callable(log) or isinstance(log, str) else log or ():
+        if not callable(logger):
             raise TypeError(
-                f"log: got {shown(one)}, expected a function of (values, step), such as "
+                f"log: got {shown(logger)}, expected a function of (values, step), such as "
                 "distill.CSVLogger('run.csv')"
             )
 
@@ -264,6 +278,18 @@ def _metric(value: Any) -> float:
         raise TypeError(f"validate: got {shown(value)} from it, expected a number") from error
 
 
+def _check_numbers(
+    epochs: int, amp: torch.dtype | None, accumulate: int | None, clip_norm: float | None
+) -> None:
+    _check_count("epochs", epochs)
+    if amp not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"amp: got {shown(amp)}, expected torch.bfloat16, torch.float16 or None")
+    if accumulate is not None:
+        _check_count("accumulate", accumulate)
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm: got {shown(clip_norm)}, expected > 0 or None")
+
+
 def _optimizer(
     optimizer: torch.optim.Optimizer | None,
     student: nn.Module,
@@ -274,15 +300,17 @@ def _optimizer(
     """One over the student and what the terms learn, and over no teacher."""
     learnt = {p for p in objective.modules.parameters() if p.requires_grad}
     if optimizer is None:
-        mine = [p for p in student.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW([{"params": mine}], lr=lr)
+        student_parameters = [p for p in student.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW([{"params": student_parameters}], lr=lr)
     else:
-        _over(optimizer, [*student.parameters(), *learnt])
-    here = {p for group in optimizer.param_groups for p in group["params"]}
-    if missing := {n: p for n, p in objective.modules.named_parameters() if p in learnt - here}:
+        _check_optimizer(optimizer, [*student.parameters(), *learnt])
+    in_optimizer = {p for group in optimizer.param_groups for p in group["params"]}
+    if missing := {
+        n: p for n, p in objective.modules.named_parameters() if p in learnt - in_optimizer
+    }:
         _join(optimizer, missing)
     frozen = {p for follower in followers for m in follower.models for p in m.parameters()}
-    if shared := len(here & frozen):
+    if shared := len(in_optimizer & frozen):
         inside = frozen <= set(student.parameters())
         which = ", which is the student or a part of it (give a copy)" if inside else ""
         raise ValueError(
@@ -292,7 +320,7 @@ def _optimizer(
     return optimizer
 
 
-def _over(optimizer: Any, weights: Sequence[nn.Parameter]) -> None:
+def _check_optimizer(optimizer: Any, weights: Sequence[nn.Parameter]) -> None:
     """TypeError or ValueError for an optimizer that cannot step, or of nothing that learns here."""
     if not hasattr(optimizer, "param_groups"):
         raise TypeError(

@@ -101,14 +101,14 @@ class DistillationLoss:
         """Read and compare the heads of student and teacher; the errors before the first step."""
         if student is self._student and not self._replaced():
             return
-        teacher, asked = self.teacher, self.options.get("vocab_size")
+        teacher, requested = self.teacher, self.options.get("vocab_size")
         check_causal(student, "student")
         if teacher is student:
             raise ValueError("teacher: got the student itself, expected a model of its own")
-        mine = [name for name, p in student.named_parameters() if id(p) in self._frozen]
-        if mine:
+        common = [name for name, p in student.named_parameters() if id(p) in self._frozen]
+        if common:
             raise ValueError(
-                f"teacher: got {len(mine)} parameters of the student ({mine[0]!r} is one), "
+                f"teacher: got {len(common)} parameters of the student ({common[0]!r} is one), "
                 "which would be frozen with it, expected a model of its own (copy.deepcopy)"
             )
         for module in shared(self._trained, student):
@@ -118,15 +118,15 @@ class DistillationLoss:
         if teacher is not None:
             check_convention(teacher, "teacher", loss=False)
         sizes = [vocabulary(model) for model in (student, teacher) if model is not None]
-        if asked is None and None not in sizes and len(set(sizes)) > 1:
+        if requested is None and None not in sizes and len(set(sizes)) > 1:
             raise ValueError(
                 f"teacher: got a vocabulary of {sizes[1]}, expected the student's {sizes[0]}; "
                 "where both begin with the same tokens and the rest is padding, say how many: "
                 "vocab_size="
             )
-        if asked is not None and any(size is not None and size < asked for size in sizes):
+        if requested is not None and any(size is not None and size < requested for size in sizes):
             raise ValueError(
-                f"vocab_size: got {asked}, expected at most {min(filter(None, sizes))}, the "
+                f"vocab_size: got {requested}, expected at most {min(filter(None, sizes))}, the "
                 "smaller of the models' vocabularies"
             )
         if self.linear:
@@ -173,8 +173,12 @@ class DistillationLoss:
             return args, kwargs
 
         def inside(module: nn.Module, args: tuple[Any, ...]) -> None:
-            kind = args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"
-            seen.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            device_type = args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"
+            seen.autocast = (
+                device_type,
+                torch.get_autocast_dtype(device_type),
+                torch.is_autocast_enabled(device_type),
+            )
 
         def with_head(hidden: Tensor) -> None:
             # made here, where the logits would be made: accelerate's autocast ends with the forward
@@ -233,7 +237,7 @@ class DistillationLoss:
                 "[B, L], one label for each position" + (hint if more > 0 else "")
             )
         options = self._now()
-        teacher = self._said(inputs, stored, autocast, student.device)
+        teacher = self._teacher_output(inputs, stored, autocast, student.device)
         loss = fastkd.distillation_loss(
             student, teacher, labels, normalizer=num_items_in_batch, **options
         )
@@ -276,7 +280,7 @@ class DistillationLoss:
             self._checked = True
         return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
 
-    def _said(
+    def _teacher_output(
         self,
         inputs: dict[str, Any],
         stored: Any,
@@ -285,9 +289,9 @@ class DistillationLoss:
     ) -> Any:
         teacher = self.teacher
         if (teacher is None) == (stored is None):
-            given = "neither a model nor" if teacher is None else "a model and also"
+            got = "neither a model nor" if teacher is None else "a model and also"
             raise ValueError(
-                f"teacher: got {given} a batch with what it said, expected one of them: teacher=, "
+                f"teacher: got {got} a batch with what it said, expected one of them: teacher=, "
                 "or the batch's key 'teacher' (logits [B, L, V] or a TopK; the plain Trainer drops "
                 "such a column unless TrainingArguments(remove_unused_columns=False))"
             )
@@ -324,12 +328,12 @@ class _Seen:
         self.autocast: tuple[str, torch.dtype, bool] | None = None
 
 
-def _check_embeddings(given: Any, teacher: Any) -> None:
+def _check_embeddings(embeddings: Any, teacher: Any) -> None:
     table = getattr(teacher.get_input_embeddings(), "weight", None)
-    if given is None or table is None or given.size(-1) == table.size(-1):
+    if embeddings is None or table is None or embeddings.size(-1) == table.size(-1):
         return
     raise ValueError(
-        f"inputs_embeds: got vectors of {given.size(-1)} for a teacher of {table.size(-1)}, "
+        f"inputs_embeds: got vectors of {embeddings.size(-1)} for a teacher of {table.size(-1)}, "
         "expected input_ids, of which each model makes its own, or a batch with what the teacher "
         "said (key 'teacher')"
     )

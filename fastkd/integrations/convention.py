@@ -34,7 +34,7 @@ def check_convention(model: Any, name: str, *, loss: bool) -> None:
             "expected a causal language model (for BERT-like ones: config.is_decoder=True)"
         )
     if shifts is None and base.loss_type is None:
-        shifts = bool(KNOWN & {kind.__name__ for kind in type(base).__mro__})
+        shifts = bool(KNOWN & {base_class.__name__ for base_class in type(base).__mro__})
     if shifts is False:
         raise ValueError(
             f"{name}: got {_name(base)}, whose own loss does not shift its labels, or is not "

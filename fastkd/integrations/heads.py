@@ -125,7 +125,7 @@ def head_of(model: Any) -> Head:
         raise ValueError(
             f"model: got {name}, which makes something else of its head's output: its own logits "
             f"differ by {error:.2g} of the largest one (expected at most {limit:g}) from every "
-            f"reading of its config ({', '.join(_said(reading) for reading in readings)}); use "
+            f"reading of its config ({', '.join(_describe(reading) for reading in readings)}); use "
             "linear=False (dense logits)"
         )
     return head
@@ -174,10 +174,10 @@ def check_causal(model: Any, name: str = "model") -> None:
         raise ValueError(
             f"{name}: got {_name(model)}, an encoder-decoder, expected a causal language model"
         )
-    kind = getattr(model, "loss_type", None)  # from the class's name; None for GPT2LMHeadModel
-    if isinstance(kind, str) and not kind.endswith(SHIFTED):
+    loss_type = getattr(model, "loss_type", None)  # from the class's name; None for GPT2LMHeadModel
+    if isinstance(loss_type, str) and not loss_type.endswith(SHIFTED):
         raise ValueError(
-            f"{name}: got {_name(model)}, whose loss is {kind!r}, expected a causal language "
+            f"{name}: got {_name(model)}, whose loss is {loss_type!r}, expected a causal language "
             "model: labels are shifted here"
         )
 
@@ -195,8 +195,8 @@ def vocabulary(model: Any) -> int | None:
 
 
 def _name(model: Any) -> str:
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    return type(model).__name__ + (f" (model_type {kind!r})" if kind else "")
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return type(model).__name__ + (f" (model_type {model_type!r})" if model_type else "")
 
 
 def _config(model: Any) -> Any:
@@ -220,7 +220,7 @@ def _readings(model: Any) -> Iterator[tuple[float, float | None]]:
     return itertools.product(dict.fromkeys(scales), dict.fromkeys(caps))
 
 
-def _said(head: Head) -> str:
+def _describe(head: Head) -> str:
     return f"scale {head.scale:g}" + (f", softcap {head.softcap:g}" if head.softcap else "")
 
 
@@ -231,8 +231,8 @@ def _probe(module: nn.Linear) -> Tensor:
     hidden = torch.randn(1, len(SIZES), weight.size(1), generator=generator)
     hidden = hidden.to(weight.device)
     size = F.linear(hidden.to(weight.dtype), weight).float().std(-1, keepdim=True).clamp_min(1e-6)
-    wanted = torch.tensor(SIZES, device=weight.device).view(1, -1, 1)
-    return (hidden * (wanted / size)).to(weight.dtype)
+    sizes = torch.tensor(SIZES, device=weight.device).view(1, -1, 1)
+    return (hidden * (sizes / size)).to(weight.dtype)
 
 
 def _forward(model: Any, module: nn.Linear, hidden: Tensor) -> tuple[Tensor, int]:

@@ -137,9 +137,9 @@ class Distillation(_callbacks.Callback):  # type: ignore[misc]
             ValueError: a teacher twice, as a module and stored, or none at all.
         """
         if (self.teacher is None) == (teacher is None):
-            given = "neither a module nor" if teacher is None else "a module and also"
+            got = "neither a module nor" if teacher is None else "a module and also"
             raise ValueError(
-                f"teacher: got {given} what a stored one said, expected one of them: "
+                f"teacher: got {got} what a stored one said, expected one of them: "
                 "Distillation(teacher), or Distillation(None) and distillation_step(..., teacher=)"
             )
         options = {**self.options, **options}
@@ -150,15 +150,17 @@ class Distillation(_callbacks.Callback):  # type: ignore[misc]
                 "not read it",
                 stacklevel=2,
             )
-        mine = (
+        student_logits = (
             student
             if isinstance(student, fastkd.LinearLogits)
             else Outputs(student, role="student").logits
         )
-        said = self._said(inputs) if teacher is None else teacher.to(mine.device)
-        return fastkd.distillation_loss(mine, said, labels, **options)
+        teacher_logits = (
+            self._teacher_output(inputs) if teacher is None else teacher.to(student_logits.device)
+        )
+        return fastkd.distillation_loss(student_logits, teacher_logits, labels, **options)
 
-    def _said(self, inputs: Any) -> Any:
+    def _teacher_output(self, inputs: Any) -> Any:
         assert self.teacher is not None
         first = next(tensors(inputs), None)
         if first is not None:
@@ -169,12 +171,12 @@ class Distillation(_callbacks.Callback):  # type: ignore[misc]
     def _as_teacher(self, inputs: Any) -> Any:
         """Floats in the dtype of the teacher's weights, where they have one and autocast is off."""
         assert self.teacher is not None
-        kinds = {p.dtype for p in self.teacher.parameters() if p.is_floating_point()}
+        dtypes = {p.dtype for p in self.teacher.parameters() if p.is_floating_point()}
         first = next(tensors(inputs), None)
-        if len(kinds) != 1 or first is None or torch.is_autocast_enabled(first.device.type):
+        if len(dtypes) != 1 or first is None or torch.is_autocast_enabled(first.device.type):
             return inputs
-        (kind,) = kinds
-        return mapped(inputs, lambda x: x.to(kind) if x.is_floating_point() else x)
+        (dtype,) = dtypes
+        return mapped(inputs, lambda x: x.to(dtype) if x.is_floating_point() else x)
 
     def on_fit_start(self, trainer: Any, pl_module: nn.Module) -> None:
         self.check(pl_module, ())

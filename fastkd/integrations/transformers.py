@@ -135,17 +135,20 @@ def _sharded() -> bool:
 
 def _check_tokenizers(student: Any, teacher: Any, columns: int | None) -> None:
     """Raise where an id is one token here and another there: widths that agree do not tell."""
-    mine, theirs = (
+    student_tokens, teacher_tokens = (
         {i: token for token, i in getattr(x, "tokenizer", x).get_vocab().items()}
         for x in (student, teacher)
     )
-    common = sorted(i for i in mine.keys() & theirs.keys() if columns is None or i < columns)
-    other = [i for i in common if mine[i] != theirs[i]]
+    common = sorted(
+        i for i in student_tokens.keys() & teacher_tokens.keys() if columns is None or i < columns
+    )
+    other = [i for i in common if student_tokens[i] != teacher_tokens[i]]
     if other:
         i = other[0]
         raise ValueError(
             f"teacher_tokenizer: got other tokens than processing_class at {len(other)} of "
-            f"{len(common)} ids (id {i} is {theirs[i]!r:.40} here and {mine[i]!r:.40} there), "
+            f"{len(common)} ids (id {i} is {teacher_tokens[i]!r:.40} here and "
+            f"{student_tokens[i]!r:.40} there), "
             "expected the same; vocab_size= leaves out those behind it, distill.uld compares "
             "models of other tokenizers"
         )
@@ -242,9 +245,9 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         if kwargs.get("compute_loss_func") is not None:
             raise TypeError("compute_loss_func: got one, expected none: the loss is set by loss=")
         if loss is not None and not isinstance(loss, Mapping):
-            said = f"{loss!r:.40}" if isinstance(loss, str) else type(loss).__name__
+            got = f"{loss!r:.40}" if isinstance(loss, str) else type(loss).__name__
             raise TypeError(
-                f"loss: got {said}, expected a dict of options of fastkd.distillation_loss, as "
+                f"loss: got {got}, expected a dict of options of fastkd.distillation_loss, as "
                 '{"divergence": "kl", "temperature": 2.0}; terms are of fastkd.distill.train'
             )
         options = dict(loss or {})

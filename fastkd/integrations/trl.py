@@ -102,7 +102,7 @@ def generalized_jsd_loss(
             raise TypeError("student_logits: got LinearLogits, expected a tensor [..., V]")
         if sparse:
             raise ValueError(f"top_k: got {top_k} with reduction='none' or probabilities; use 0")
-        side = partial(_log_probs, given=logits_are_probs, temperature=temperature)
+        side = partial(_log_probs, are_probabilities=logits_are_probs, temperature=temperature)
         cells = entry.value(side(teacher_logits), side(student_logits), entry.param)
         kept = cells if labels is None else cells[labels != -100]
         return _reduced(kept, labels, reduction, num_items_in_batch)
@@ -232,8 +232,8 @@ def _unused(trainer: object) -> str:
     """Why a trainer would go on without the loss that it was given, or nothing."""
     if getattr(trainer, "use_uld_loss", False):
         return "does not call the fused loss for use_uld_loss=True: nothing changes there"
-    kinds = {kind.__name__ for kind in _class(trainer).__mro__}
-    default = "iw_opd" if "IWOPDTrainer" in kinds else "jsd"
+    class_names = {base.__name__ for base in _class(trainer).__mro__}
+    default = "iw_opd" if "IWOPDTrainer" in class_names else "jsd"
     if getattr(trainer, "distillation_objective", default) != "jsd":
         return (
             "calls the fused loss with distillation_objective='jsd' alone, and its default is "
@@ -279,8 +279,8 @@ def _entry(beta: float) -> Any:
     return fastkd.divergences.js(beta=float(beta))
 
 
-def _log_probs(x: Any, given: bool, temperature: float) -> Tensor:
-    if given:
+def _log_probs(x: Any, are_probabilities: bool, temperature: float) -> Tensor:
+    if are_probabilities:
         return torch.as_tensor(x).clamp_min(FLOOR).log()
     return (x / temperature).log_softmax(-1)
 

@@ -16,7 +16,7 @@ from fastkd.distill.terms import Term, Weight
 
 from .data import LABELLED, digits
 from .recipe import Figures, Gain, Recipe
-from .trained import drawn, fit, held_out, scaled, seen_labels, teacher
+from .training import fit, held_out, sample_batches, scaled, seen_labels, teacher
 from .workflow import TEMPERATURE, student
 
 SLOPE = 0.2  # of the discriminator's leaky ReLU
@@ -84,9 +84,9 @@ def adversarial(
         fake = torch.full_like(real, outcomes - 1)
         fixed = {key: p.detach() for key, p in discriminator.named_parameters()}
         passing = F.cross_entropy(functional_call(discriminator, fixed, s), real)
-        told = F.cross_entropy(discriminator(t.to(s.dtype)), real)
+        recognised = F.cross_entropy(discriminator(t.to(s.dtype)), real)
         caught = F.cross_entropy(discriminator(s.detach()), fake)
-        return passing + (told + caught) / 2
+        return passing + (recognised + caught) / 2
 
     return Term(name, function, weight, mean="samples", module=discriminator)
 
@@ -107,14 +107,14 @@ def compare(seed: int, size: float) -> Figures:
     every = data.images, seen_labels(data)
 
     def trained(loss: Any, *columns: Tensor) -> float:
-        batches = drawn(seed, steps, 100, *columns)
+        batches = sample_batches(seed, steps, 100, *columns)
         return held_out(fit(student(seed), batches, loss, teacher=live), data)
 
     def settling(step: int) -> float:
         """1, then down to 0.02 over the second half."""
         return max(0.02, min(1.0, 2 * (1 - step / steps)))
 
-    def judged(weight: float, *, conditional: bool = True) -> float:
+    def trained_against(weight: float, *, conditional: bool = True) -> float:
         net = student(seed)  # draws the seed of the discriminator too
         term = adversarial(weight, classes=CLASSES, conditional=conditional)
         assert term.module is not None
@@ -123,16 +123,16 @@ def compare(seed: int, size: float) -> Figures:
             {"params": list(term.module.parameters()), "lr": SLOWER * RATE},
         ]
         optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS)
-        batches, terms = drawn(seed, steps, 100, *every), [distill.hard(), term]
+        batches, terms = sample_batches(seed, steps, 100, *every), [distill.hard(), term]
         options: dict[str, Any] = {"optimizer": optimizer, "schedule": settling}
         return held_out(fit(net, batches, terms, teacher=live, **options), data)
 
     kd = [distill.hard(0.1), distill.soft(0.9, temperature=TEMPERATURE)]
     return {
         "labels": trained(distill.hard(), *few),
-        "conditional, w = 0.5": judged(0.5),
-        "conditional, w = 1": judged(1.0),
-        "real or not, w = 1": judged(1.0, conditional=False),
+        "conditional, w = 0.5": trained_against(0.5),
+        "conditional, w = 1": trained_against(1.0),
+        "real or not, w = 1": trained_against(1.0, conditional=False),
         "KD": trained(kd, *every),
     }
 

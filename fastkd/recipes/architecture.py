@@ -16,7 +16,7 @@ from fastkd import distill
 
 from .data import LABELLED, POOL, digits
 from .recipe import Figures, Gain, Recipe
-from .trained import accuracy, drawn, fit, held_out, scaled, seen_labels
+from .training import accuracy, fit, held_out, sample_batches, scaled, seen_labels
 
 MOST = 1100  # parameters
 TRAINING = 800  # the other 200 of the pool, without their labels, judge the distilled candidates
@@ -104,13 +104,15 @@ def compare(seed: int, size: float) -> Figures:
     data = data._replace(images=moved(data.images, where), held_out=moved(data.held_out, where))
     torch.manual_seed(seed)
     live = convolved(16, 64, "relu", False)
-    fit(live, drawn(seed, 200, 100, data.images, data.labels), distill.hard(), lr=3e-3)
+    fit(live, sample_batches(seed, 200, 100, data.images, data.labels), distill.hard(), lr=3e-3)
     every = space()
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
     makes = [every[at] for at in order[:CANDIDATES].tolist()]
-    distilled = drawn(seed, steps, 100, data.images[:TRAINING], seen_labels(data)[:TRAINING])
+    distilled = sample_batches(
+        seed, steps, 100, data.images[:TRAINING], seen_labels(data)[:TRAINING]
+    )
     few, judging = LABELLED - JUDGES, slice(LABELLED - JUDGES, LABELLED)
-    labelled = drawn(seed, steps, few, data.images[:few], data.labels[:few])
+    labelled = sample_batches(seed, steps, few, data.images[:few], data.labels[:few])
 
     def agreed(model: nn.Module) -> float:
         return distill.agreement(model, live, [data.images[TRAINING:POOL]])
@@ -148,7 +150,7 @@ RECIPES = (
         paper="Li et al. 2016, arXiv 1603.06560",
         run=compare,
         gains=(
-            Gain("search by teacher", "default", 2.0, wins=1.0),
+            Gain("search by teacher", "default", 2.0, seeds_improved=1.0),
             Gain("search by teacher", "space mean", None),
             Gain("search by teacher", "search by labels", None),
             Gain("search by teacher", "best of the space", None),

@@ -17,7 +17,7 @@ from fastkd import distill
 from fastkd.distill.losses import attention
 
 from .recipe import Figures, Gain, Recipe
-from .trained import Row, accuracy, fit, scaled
+from .training import Row, accuracy, fit, scaled
 
 PAIRS, KINDS, HEADS, LAYERS = 6, 16, 2, 2  # KINDS of keys, and as many of values
 LENGTH = 2 * PAIRS + 1
@@ -101,7 +101,7 @@ RECIPES = (
         paper="Wang et al. 2020, arXiv 2002.10957; Jiao et al. 2019, arXiv 1909.10351",
         run=run,
         gains=(
-            Gain("attention", "hard labels", 30.0, wins=1.0),
+            Gain("attention", "hard labels", 30.0, seeds_improved=1.0),
             Gain("logits", "hard labels", None),
         ),
     ),

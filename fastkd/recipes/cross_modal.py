@@ -13,7 +13,7 @@ from fastkd import distill
 
 from .data import LABELLED, POOL, digits
 from .recipe import Figures, Gain, Recipe
-from .trained import accuracy, drawn, held_out, mlp, scaled, seen_labels, teacher
+from .training import accuracy, held_out, mlp, sample_batches, scaled, seen_labels, teacher
 
 STEPS, BATCH = 400, 100
 SEEN, WIDTH = 16, 64  # numbers that the student sees, and its hidden units
@@ -28,8 +28,8 @@ def cross_modal(seed: int, size: float) -> Figures:
 
     def student(rows: int, labels: Tensor, *loss: distill.Term) -> float:
         pairs = [
-            distill.Batch(mine, classes, teacher_inputs=images)
-            for mine, classes, images in drawn(
+            distill.Batch(halves, classes, teacher_inputs=images)
+            for halves, classes, images in sample_batches(
                 seed, steps, BATCH, seen[:rows], labels[:rows], data.images[:rows]
             )
         ]
@@ -38,11 +38,11 @@ def cross_modal(seed: int, size: float) -> Figures:
         distill.train(net, pairs, loss, teacher=sighted, lr=1e-2, progress=False)
         return accuracy(net, seen_held_out, data.held_out_labels)
 
-    taught = distill.hard(0.1), distill.soft(0.9, temperature=4.0)
+    distilled = distill.hard(0.1), distill.soft(0.9, temperature=4.0)
     return {
         "teacher": held_out(sighted, data),
         "hard labels": student(LABELLED, data.labels, distill.hard()),
-        "pairs": student(POOL, seen_labels(data), *taught),
+        "pairs": student(POOL, seen_labels(data), *distilled),
         "all labels": student(POOL, data.labels, distill.hard()),
     }
 
@@ -54,7 +54,7 @@ RECIPES = (
         paper="Gupta, Hoffman and Malik 2016, arXiv 1507.00448",
         run=cross_modal,
         gains=(
-            Gain("pairs", "hard labels", 6.0, wins=1.0),
+            Gain("pairs", "hard labels", 6.0, seeds_improved=1.0),
             Gain("pairs", "all labels", None),
         ),
     ),

@@ -23,7 +23,7 @@ from fastkd import distill
 
 from .cached import sources
 from .recipe import Figures, Gain, Recipe
-from .trained import fit, scaled
+from .training import fit, scaled
 
 CHUNK, BATCH = 128, 16  # characters of a sequence, sequences
 STEPS, TEACHER_STEPS = 160, 400
@@ -49,12 +49,12 @@ STUDENT = Kind(r"\w{1,4}|[^\w\s]| +|\s", 512, 8, 24, 96)
 class Model(nn.Module):
     """Tokens [N, L] -> logits [N, L, vocab] of the next, from the `context` last."""
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, model_kind: Kind) -> None:
         super().__init__()
-        self.before = kind.context - 1
-        self.tokens = nn.Embedding(kind.vocab, kind.embedding)
-        self.mixed = nn.Conv1d(kind.embedding, kind.width, kind.context)
-        self.head = nn.Linear(kind.width, kind.vocab)
+        self.before = model_kind.context - 1
+        self.tokens = nn.Embedding(model_kind.vocab, model_kind.embedding)
+        self.mixed = nn.Conv1d(model_kind.embedding, model_kind.width, model_kind.context)
+        self.head = nn.Linear(model_kind.width, model_kind.vocab)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = F.pad(self.tokens(tokens).transpose(1, 2), (self.before, 0))
@@ -62,19 +62,19 @@ class Model(nn.Module):
 
 
 @cache
-def numbers(kind: Kind) -> dict[str, int]:
+def numbers(model_kind: Kind) -> dict[str, int]:
     """The vocabulary: 0 is padding and what it has not; its characters, then the commonest."""
     texts = sources()[0]
     letters = [c for c, _ in Counter("".join(texts)).most_common(128)]
-    words = Counter(word for text in texts for word in re.findall(kind.pattern, text))
-    longer = [word for word, _ in words.most_common(2 * kind.vocab) if len(word) > 1]
-    return {word: i + 1 for i, word in enumerate((letters + longer)[: kind.vocab - 1])}
+    words = Counter(word for text in texts for word in re.findall(model_kind.pattern, text))
+    longer = [word for word, _ in words.most_common(2 * model_kind.vocab) if len(word) > 1]
+    return {word: i + 1 for i, word in enumerate((letters + longer)[: model_kind.vocab - 1])}
 
 
-def tokenized(kind: Kind, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def tokenized(model_kind: Kind, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Numbers and (start, end) of the tokens."""
-    known, ids, spans = numbers(kind), [], []
-    for match in re.finditer(kind.pattern, text):
+    known, ids, spans = numbers(model_kind), [], []
+    for match in re.finditer(model_kind.pattern, text):
         word, start = match[0], match.start()
         for piece in [word] if word in known else word:
             ids.append(known.get(piece, 0))
@@ -82,8 +82,8 @@ def tokenized(kind: Kind, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     return ids, spans
 
 
-def padded(kind: Kind, texts: list[str]) -> tuple[Tensor, list[list[tuple[int, int]]]]:
-    both = [tokenized(kind, text) for text in texts]
+def padded(model_kind: Kind, texts: list[str]) -> tuple[Tensor, list[list[tuple[int, int]]]]:
+    both = [tokenized(model_kind, text) for text in texts]
     most = max(len(ids) for ids, _ in both)
     ids = torch.tensor([ids + [0] * (most - len(ids)) for ids, _ in both])
     return ids, [spans + [(0, 0)] * (most - len(spans)) for _, spans in both]
@@ -95,18 +95,18 @@ def following(ids: Tensor, spans: list[list[tuple[int, int]]]) -> Tensor:
     return F.pad(torch.where(token, ids, -100)[:, 1:], (0, 1), value=-100)
 
 
-def batch(kind: Kind, texts: list[str]) -> tuple[Tensor, Tensor]:
-    ids, spans = padded(kind, texts)
+def batch(model_kind: Kind, texts: list[str]) -> tuple[Tensor, Tensor]:
+    ids, spans = padded(model_kind, texts)
     return ids, following(ids, spans)
 
 
-def taught(texts: list[str]) -> dict[str, object]:
+def paired_batch(texts: list[str]) -> dict[str, object]:
     """A batch of the student's tokens beside the teacher's."""
-    (mine, spans), (its, teachers) = padded(STUDENT, texts), padded(TEACHER, texts)
+    (ids, spans), (teacher_ids, teachers) = padded(STUDENT, texts), padded(TEACHER, texts)
     return {
-        "inputs": mine,
-        "labels": following(mine, spans),
-        "teacher_inputs": its,
+        "inputs": ids,
+        "labels": following(ids, spans),
+        "teacher_inputs": teacher_ids,
         "alignment": distill.align(spans, teachers, text=texts),
     }
 
@@ -117,7 +117,7 @@ def chunks(held_out: bool) -> list[str]:
     return [text[at : at + CHUNK] for at in range(0, len(text) - CHUNK, CHUNK)]
 
 
-def drawn(texts: list[str], steps: int, generator: torch.Generator) -> list[list[str]]:
+def sample_batches(texts: list[str], steps: int, generator: torch.Generator) -> list[list[str]]:
     """The texts of each step, each once a pass."""
     found: list[list[str]] = []
     while len(found) < steps:
@@ -130,7 +130,7 @@ def drawn(texts: list[str], steps: int, generator: torch.Generator) -> list[list
 def teacher(steps: int) -> nn.Module:
     """One for all seeds: what is compared are students."""
     torch.manual_seed(0)
-    order = drawn(chunks(False), steps, torch.Generator().manual_seed(0))
+    order = sample_batches(chunks(False), steps, torch.Generator().manual_seed(0))
     batches = [batch(TEACHER, texts) for texts in order]
     schedule = distill.lr_schedule(steps, warmup=steps // 12)
     return fit(Model(TEACHER), batches, distill.hard(), lr=3e-3, schedule=schedule)
@@ -141,7 +141,7 @@ def run(seed: int, size: float) -> Figures:
     generator = torch.Generator().manual_seed(seed)
     every = chunks(False)
     few = [every[i] for i in torch.randperm(len(every), generator=generator)[:FEW]]
-    batches = [taught(texts) for texts in drawn(few, steps, generator)]
+    batches = [paired_batch(texts) for texts in sample_batches(few, steps, generator)]
     step = max(1, len(chunks(True)) // HELD_OUT)
     test = [batch(STUDENT, chunks(True)[::step][:HELD_OUT])]
 
@@ -167,7 +167,7 @@ RECIPES = (
         paper="Boizard et al. 2024, arXiv 2402.12030",
         run=run,
         gains=(
-            Gain("aligned", "hard labels", 0.01, wins=0.75),
+            Gain("aligned", "hard labels", 0.01, seeds_improved=0.75),
             Gain("truncated", "hard labels", None),
             Gain("aligned", "truncated", None),
         ),

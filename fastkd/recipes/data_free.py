@@ -16,7 +16,7 @@ from fastkd.distill.batch import Outputs, device_of, forward, restored_modes
 
 from .data import digits
 from .recipe import Figures, Gain, Recipe
-from .trained import drawn, fit, held_out, scaled
+from .training import fit, held_out, sample_batches, scaled
 from .workflow import TEMPERATURE, student
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -110,10 +110,10 @@ def invert(
     def loss(logits: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels.to(where))
 
-    def given() -> Tensor:
+    def inputs() -> Tensor:
         return x
 
-    for _ in _descent(optimizer, teacher, given, loss, prior, steps):
+    for _ in _descent(optimizer, teacher, inputs, loss, prior, steps):
         if bounds is not None:
             with torch.no_grad():
                 x.clamp_(*bounds)
@@ -160,12 +160,12 @@ def train_generator(
         entropy = torch.special.entr(mean).sum()
         return F.cross_entropy(logits, logits.argmax(-1)) - balance * entropy
 
-    def given() -> Tensor:
+    def inputs() -> Tensor:
         return forward(generator, noise())
 
     with restored_modes(generator):
         generator.train()
-        for _ in _descent(optimizer, teacher, given, loss, prior, steps):
+        for _ in _descent(optimizer, teacher, inputs, loss, prior, steps):
             pass
 
 
@@ -185,8 +185,8 @@ def _descent(
             x = inputs()
             if prior:
                 with batch_norm_prior(teacher) as distance:
-                    said = Outputs(forward(teacher, x), role="teacher")
-                    value = loss(said.logits) + prior * distance()
+                    outputs = Outputs(forward(teacher, x), role="teacher")
+                    value = loss(outputs.logits) + prior * distance()
             else:
                 value = loss(Outputs(forward(teacher, x), role="teacher").logits)
             for p, slope in zip(weights, torch.autograd.grad(value, weights), strict=True):
@@ -223,7 +223,7 @@ def compare(seed: int, size: float) -> Figures:
     data, steps = digits(seed), scaled(800, size)
     torch.manual_seed(seed)
     live = normed()
-    fit(live, drawn(seed, 150, 100, data.images, data.labels), distill.hard(), lr=2e-3)
+    fit(live, sample_batches(seed, 150, 100, data.images, data.labels), distill.hard(), lr=2e-3)
     labels = torch.arange(CLASSES).repeat(MADE // CLASSES)
 
     def inverted(prior: float) -> Tensor:
@@ -240,7 +240,7 @@ def compare(seed: int, size: float) -> Figures:
 
     def trained(images: Tensor) -> float:
         term = distill.soft(temperature=TEMPERATURE)
-        batches = drawn(seed, steps, 100, images)
+        batches = sample_batches(seed, steps, 100, images)
         return held_out(fit(student(seed), batches, term, teacher=live), data)
 
     noise = torch.rand(MADE, 64, generator=torch.Generator().manual_seed(seed))

@@ -15,7 +15,7 @@ from fastkd.distill.losses import features
 
 from .recipe import Figures, Gain, Recipe
 from .soft_targets import BATCH, Bench
-from .trained import drawn, fit, mlp
+from .training import fit, mlp, sample_batches
 
 FIRST, LAST = "1", "3"  # hidden layers, after their ReLU
 HINTS = {"l2": 10.0, "l1": 10.0, "cosine": 30.0}
@@ -30,15 +30,15 @@ class Inside(Bench):
 
     students = (64, 16, 16, 10)
     teachers: tuple[int, ...] = (64, WIDE, WIDE, 10)
-    whole = 600
+    all_steps = 600
 
     @cached_property
     def teacher(self) -> nn.Sequential:
         torch.manual_seed(self.seed)
-        batches = drawn(self.seed, 300, BATCH, self.data.images, self.data.labels)
+        batches = sample_batches(self.seed, 300, BATCH, self.data.images, self.data.labels)
         return fit(mlp(*self.teachers), batches, distill.hard(), lr=5e-3)
 
-    def taught(self, terms: dict[str, distill.Term]) -> Figures:
+    def figures(self, terms: dict[str, distill.Term]) -> Figures:
         """Accuracy by the name of the term that stands beside the hard labels."""
         return {name: self.unlabelled(distill.hard(), term) for name, term in terms.items()}
 
@@ -67,7 +67,7 @@ def run(seed: int, size: float) -> Figures:
         "VID": term(features.VID(16, WIDE)),
         "MGD": term(features.MGD(16, WIDE, spatial=False), 10.0),
     }
-    return Inside(seed, size).taught(terms)
+    return Inside(seed, size).figures(terms)
 
 
 RECIPES = (
@@ -78,10 +78,10 @@ RECIPES = (
         "al. 2019, arXiv 1904.05835; Yang et al. 2022, arXiv 2205.01529",
         run=run,
         gains=(
-            *(Gain(name, "control", 5.0, wins=1.0) for name in (*HINTS, "two layers")),
+            *(Gain(name, "control", 5.0, seeds_improved=1.0) for name in (*HINTS, "two layers")),
             Gain("NST", "control", 5.0),
             Gain("second moment", "control", 0.0),
-            Gain("VID", "control", 4.0, wins=1.0),
+            Gain("VID", "control", 4.0, seeds_improved=1.0),
             Gain("MGD", "control", None),
         ),
     ),

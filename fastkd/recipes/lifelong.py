@@ -16,7 +16,7 @@ from fastkd import distill
 
 from .data import digits
 from .recipe import Figures, Gain, Recipe
-from .trained import accuracy, drawn, fit, mlp, scaled
+from .training import accuracy, fit, mlp, sample_batches, scaled
 
 STEPS, BATCH, RATE = 200, 100, 1e-2
 WIDTH, OLD = 64, 5  # hidden units, classes of the first task
@@ -40,7 +40,7 @@ def lifelong(seed: int, size: float) -> Figures:
     first, first_held_out = data.labels < OLD, data.held_out_labels < OLD
 
     def batches(rows: Tensor, shift: int = 0) -> list[tuple[Tensor, ...]]:
-        return drawn(seed, steps, BATCH, data.images[rows], data.labels[rows] - shift)
+        return sample_batches(seed, steps, BATCH, data.images[rows], data.labels[rows] - shift)
 
     def learnt(net: nn.Module, rows: Tensor, shift: int, head: Any, old: Any = None) -> nn.Module:
         if old is None:
@@ -86,7 +86,7 @@ RECIPES = (
         paper="Li and Hoiem 2016, arXiv 1606.09282",
         run=lifelong,
         gains=(
-            Gain("old task, LwF", "old task, plain", 3.0, wins=1.0),
+            Gain("old task, LwF", "old task, plain", 3.0, seeds_improved=1.0),
             Gain("new task, LwF", "new task, plain", -0.5),
             Gain("all classes, LwF", "all classes, plain", None),
             Gain("all classes, LwF", "all classes, both at once", None),

@@ -10,7 +10,7 @@ from fastkd import distill
 from .data import LABELLED
 from .recipe import Figures, Gain, Recipe
 from .soft_targets import BATCH, LEARNING_RATE, Bench
-from .trained import drawn, fit, held_out, mlp, scaled, seen_labels
+from .training import fit, held_out, mlp, sample_batches, scaled, seen_labels
 
 TEACHERS, EACH = 5, 200  # teachers, and the labels that each of them has
 
@@ -35,11 +35,13 @@ def mutual(seed: int, size: float) -> Figures:
     """The same 100 labels for all; peers ask each other about images without a label too."""
     bench = Bench(seed, size)
     data, nobody = bench.data, torch.full((BATCH,), -100)
-    labelled = drawn(seed, bench.steps, BATCH, data.images[:LABELLED], data.labels[:LABELLED])
+    labelled = sample_batches(
+        seed, bench.steps, BATCH, data.images[:LABELLED], data.labels[:LABELLED]
+    )
     both = [
         (torch.cat([x, images]), torch.cat([y, nobody]))
         for (x, y), (images,) in zip(
-            labelled, drawn(seed, bench.steps, BATCH, data.images), strict=True
+            labelled, sample_batches(seed, bench.steps, BATCH, data.images), strict=True
         )
     ]
 
@@ -73,7 +75,7 @@ def several_teachers(seed: int, size: float) -> Figures:
     teachers = []
     for at, rows in enumerate(parts):
         torch.manual_seed(10 * seed + at)
-        batches = drawn(
+        batches = sample_batches(
             seed, scaled(150, size), BATCH, bench.data.images[rows], bench.data.labels[rows]
         )
         teachers.append(fit(mlp(64, 1200, 10), batches, distill.hard(), 1e-3))
@@ -90,7 +92,7 @@ def assistants(seed: int, size: float) -> Figures:
     """A student of 4 units, far from a teacher of 1200: straight, and by way of 64 and 16."""
     bench = Bench(seed, size)
     images, known = bench.data.images, seen_labels(bench.data)
-    batches = drawn(seed, bench.steps, BATCH, images, known)
+    batches = sample_batches(seed, bench.steps, BATCH, images, known)
 
     def last(*widths: int) -> float:
         models = []
@@ -110,7 +112,7 @@ def assistants(seed: int, size: float) -> Figures:
         return held_out(models[-1], bench.data)
 
     labelled = bench.data.images[:LABELLED], bench.data.labels[:LABELLED]
-    few = drawn(seed, bench.steps, BATCH, *labelled)
+    few = sample_batches(seed, bench.steps, BATCH, *labelled)
     torch.manual_seed(4000 + seed)
     plain = fit(mlp(64, 4, 10), few, distill.hard(), LEARNING_RATE, schedule=bench.schedule)
     return {
@@ -143,7 +145,7 @@ RECIPES = (
         paper="Zhang et al. 2018, arXiv 1706.00384",
         run=mutual,
         gains=(
-            Gain("MLP with a peer", "MLP alone", 1.5, wins=7 / 8),
+            Gain("MLP with a peer", "MLP alone", 1.5, seeds_improved=7 / 8),
             Gain("CNN with a peer", "CNN alone", None),
         ),
     ),
@@ -152,7 +154,7 @@ RECIPES = (
         about="five teachers of 200 labels each as one, beside one of them",
         paper="You et al. 2017, learning from multiple teacher networks",
         run=several_teachers,
-        gains=(Gain("mean of five", "one teacher", 1.3, wins=1.0),),
+        gains=(Gain("mean of five", "one teacher", 1.3, seeds_improved=1.0),),
     ),
     Recipe(
         name="assistants",

@@ -16,7 +16,7 @@ from fastkd.distill.serialization import array, needed
 
 from .data import LABELLED, digits
 from .recipe import Figures, Gain, Recipe
-from .trained import drawn, fit, held_out, scaled, seen_labels, teacher
+from .training import fit, held_out, sample_batches, scaled, seen_labels, teacher
 from .workflow import TEMPERATURE, student
 
 
@@ -64,14 +64,14 @@ def pseudo_labels(
     if not temperature > 0:
         raise ValueError(f"temperature: got {shown(temperature)}, expected > 0")
     check_order(loader, order)
-    device, said = device_of(teacher), []
+    device, teacher_logits = device_of(teacher), []
     with torch.no_grad(), restored_modes(teacher):
-        for given in batches(watched(loader, order), "to label"):
-            raw = forward(teacher.eval(), moved(given, device).inputs)
-            said.append(
+        for item in batches(watched(loader, order), "to label"):
+            raw = forward(teacher.eval(), moved(item, device).inputs)
+            teacher_logits.append(
                 (Outputs(raw, role="teacher").logits.float() / temperature).softmax(-1).cpu()
             )
-    soft = torch.cat(said)
+    soft = torch.cat(teacher_logits)
     if not 1 <= clusters <= len(soft):
         raise ValueError(
             f"clusters: got {shown(clusters)}, expected 1 to {len(soft)} (the samples)"
@@ -97,11 +97,11 @@ def pseudo(seed: int, size: float) -> Figures:
     seen = seen_labels(data)
     made = pseudo_labels(live, [data.images], CLUSTERS, temperature=TEMPERATURE, seed=seed)
     with torch.no_grad():
-        said = live(data.images)
+        teacher_logits = live(data.images)
     terms = [distill.hard(0.1), distill.soft(0.9, temperature=TEMPERATURE)]
 
     def trained(*columns: Tensor, loss: Any = terms) -> float:
-        batches = drawn(seed, steps, 100, *columns)
+        batches = sample_batches(seed, steps, 100, *columns)
         return held_out(fit(student(seed), batches, loss), data)
 
     few = data.images[:LABELLED], data.labels[:LABELLED]
@@ -109,7 +109,7 @@ def pseudo(seed: int, size: float) -> Figures:
         "hard labels": trained(*few, loss=distill.hard()),
         "20 clusters": trained(data.images, seen, made.logits),
         "cluster classes": trained(data.images, made.labels, loss=distill.hard()),
-        "soft labels": trained(data.images, seen, said),
+        "soft labels": trained(data.images, seen, teacher_logits),
         "teacher": held_out(live, data),
     }
 

@@ -19,7 +19,7 @@ from fastkd.arguments.messages import shown
 
 from .data import LABELLED, POOL, digits
 from .recipe import Figures, Gain, Recipe
-from .trained import drawn, fit, held_out, mlp, scaled, seen_labels
+from .training import fit, held_out, mlp, sample_batches, scaled, seen_labels
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PER = ("channel", "tensor")
@@ -106,8 +106,8 @@ def prepare_qat(
         raise ValueError(f"per: got {shown(per)}, expected one of {PER}")
     if isinstance(layers, str):
         raise TypeError(f"layers: got the string {shown(layers)}, expected a list of names")
-    twin = copy.deepcopy(model)
-    able = {name: part for name, part in twin.named_modules() if isinstance(part, LAYERS)}
+    clone = copy.deepcopy(model)
+    able = {name: part for name, part in clone.named_modules() if isinstance(part, LAYERS)}
     chosen = list(able) if layers is None else list(dict.fromkeys(layers))
     if wrong := [name for name in chosen if name not in able]:
         raise ValueError(f"layers: got {wrong}, expected some of {list(able)}")
@@ -122,7 +122,7 @@ def prepare_qat(
         layer = able[name]
         rounding = FakeQuantize(layer.weight, bits, per)
         parametrize.register_parametrization(layer, "weight", rounding)
-    return twin
+    return clone
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -137,16 +137,16 @@ def convert(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: no quantised weight in it.
     """
-    twin = copy.deepcopy(model)
-    parts = [part for part in twin.modules() if _is_quantised(part)]
+    clone = copy.deepcopy(model)
+    parts = [part for part in clone.modules() if _is_quantised(part)]
     if not parts:
         raise ValueError("model: got no quantised weight, expected a model from prepare_qat()")
     for part in parts:
         # copies share the class that holds the rounded weight, and removing it would change theirs
-        kind = type(part)
-        part.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+        layer_class = type(part)
+        part.__class__ = type(layer_class.__name__, layer_class.__bases__, dict(vars(layer_class)))
         parametrize.remove_parametrizations(part, "weight", leave_parametrized=True)
-    return twin
+    return clone
 
 
 def _is_quantised(part: nn.Module) -> bool:
@@ -177,13 +177,13 @@ WIDTH, BITS = 32, 2
 def quantised(seed: int, size: float) -> Figures:
     data, steps = digits(seed), scaled(STEPS, size)
     torch.manual_seed(seed)
-    whole = drawn(seed, scaled(FLOAT_STEPS, size), BATCH, data.images, data.labels)
-    plain = fit(mlp(64, WIDTH, 10), whole, distill.hard())
+    batches = sample_batches(seed, scaled(FLOAT_STEPS, size), BATCH, data.images, data.labels)
+    plain = fit(mlp(64, WIDTH, 10), batches, distill.hard())
     labels = seen_labels(data)
-    taught = distill.hard(0.1), distill.soft(0.9, temperature=2.0)
+    distilled = distill.hard(0.1), distill.soft(0.9, temperature=2.0)
 
     def trained(rows: int, *loss: distill.Term) -> float:
-        batches = drawn(seed, steps, BATCH, data.images[:rows], labels[:rows])
+        batches = sample_batches(seed, steps, BATCH, data.images[:rows], labels[:rows])
         net = prepare_qat(plain, BITS)
         fit(net, batches, loss, lr=3e-3, teacher=plain, schedule=distill.lr_schedule(steps))
         return held_out(convert(net), data)
@@ -192,8 +192,8 @@ def quantised(seed: int, size: float) -> Figures:
         "float": held_out(plain, data),
         "PTQ": held_out(convert(prepare_qat(plain, BITS)), data),
         "QAT": trained(LABELLED, distill.hard()),
-        "QAT, same inputs": trained(LABELLED, *taught),
-        "QAT, unlabelled": trained(POOL, *taught),
+        "QAT, same inputs": trained(LABELLED, *distilled),
+        "QAT, unlabelled": trained(POOL, *distilled),
     }
 
 
@@ -204,7 +204,7 @@ RECIPES = (
         paper="Polino, Pascanu and Alistarh 2018, arXiv 1802.05668",
         run=quantised,
         gains=(
-            Gain("QAT, unlabelled", "QAT", 1.8, wins=1.0),
+            Gain("QAT, unlabelled", "QAT", 1.8, seeds_improved=1.0),
             Gain("QAT, same inputs", "QAT", None),
             Gain("PTQ", "QAT", None),
         ),

@@ -13,14 +13,14 @@ class Gain(NamedTuple):
 
     Args:
         method, control: names among the recipe's figures; a control of "" claims the figure itself.
-        bar: the least mean gain, in the recipe's unit; None where it is reported only.
-        wins: least share of seeds, in [0, 1], on which the gain is above 0.
+        threshold: the least mean gain, in the recipe's unit; None where it is reported only.
+        seeds_improved: least share of seeds, in [0, 1], on which the gain is above 0.
     """
 
     method: str
     control: str
-    bar: float | None
-    wins: float = 0.0
+    threshold: float | None
+    seeds_improved: float = 0.0
 
 
 class Recipe(NamedTuple):

@@ -43,7 +43,7 @@ def run(seed: int, size: float) -> Figures:
     # a flow of two projections would leave it open which of them has to follow the teacher
     projector = features.Each(nn.Linear(16, WIDE), nn.Identity())
     flow = {"FSP": distill.feature(*layers, relations.fsp, 10.0, projector=projector)}
-    return Inside(seed, size).taught(terms) | Flow(seed, size).taught(flow)
+    return Inside(seed, size).figures(terms) | Flow(seed, size).figures(flow)
 
 
 RECIPES = (
@@ -55,7 +55,10 @@ RECIPES = (
         "Tian et al. 2019, arXiv 1910.10699",
         run=run,
         gains=(
-            *(Gain(name, "control", 4.0, wins=1.0) for name in ("RKD", "SP", "PKT", "CC", "FSP")),
+            *(
+                Gain(name, "control", 4.0, seeds_improved=1.0)
+                for name in ("RKD", "SP", "PKT", "CC", "FSP")
+            ),
             Gain("CRD", "control", None),
         ),
     ),

@@ -6,7 +6,7 @@ from fastkd import distill
 
 from .recipe import Figures, Gain, Recipe
 from .soft_targets import Bench
-from .trained import held_out
+from .training import held_out
 
 
 def run(seed: int, size: float) -> Figures:
@@ -30,8 +30,11 @@ RECIPES = (
         "2024, arXiv 2403.01427; Huang et al. 2022, arXiv 2205.10536",
         run=run,
         gains=(
-            *(Gain(name, "hard labels", 2.0, wins=0.9) for name in ("dkd", "nkd", "z-score")),
-            Gain("dist", "hard labels", 1.0, wins=0.9),
+            *(
+                Gain(name, "hard labels", 2.0, seeds_improved=0.9)
+                for name in ("dkd", "nkd", "z-score")
+            ),
+            Gain("dist", "hard labels", 1.0, seeds_improved=0.9),
         ),
         seeds=10,
     ),

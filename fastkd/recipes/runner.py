@@ -48,45 +48,47 @@ class Row(NamedTuple):
     low: float
     high: float
     deviation: float | None  # of the gain over seeds
-    wins: int
+    seeds_improved: int
     seeds: int
-    bar: float | None
+    threshold: float | None
     met: bool | None  # None where nothing is claimed, or too little was run to say
     unit: str
 
 
-def judged(recipe: Recipe, figures: Sequence[Figures], size: float) -> list[Row]:
+def verdicts(recipe: Recipe, figures: Sequence[Figures], size: float) -> list[Row]:
     """The recipe's claims, of the figures of some seeds."""
-    whole = size == 1 and len(figures) >= recipe.seeds
+    complete = size == 1 and len(figures) >= recipe.seeds
     rows = []
     for claim in recipe.gains:
-        mine = [of[claim.method] for of in figures]
-        theirs = [of[claim.control] if claim.control else 0.0 for of in figures]
-        gains = [a - b for a, b in zip(mine, theirs, strict=True)]
-        wins, mean = sum(gain > 0 for gain in gains), statistics.fmean(gains)
+        method_figures = [of[claim.method] for of in figures]
+        control_figures = [of[claim.control] if claim.control else 0.0 for of in figures]
+        gains = [a - b for a, b in zip(method_figures, control_figures, strict=True)]
+        seeds_improved, mean = sum(gain > 0 for gain in gains), statistics.fmean(gains)
         rows.append(
             Row(
                 recipe=recipe.name,
                 method=claim.method,
                 control=claim.control,
-                figure=statistics.fmean(mine),
-                baseline=statistics.fmean(theirs) if claim.control else None,
+                figure=statistics.fmean(method_figures),
+                baseline=statistics.fmean(control_figures) if claim.control else None,
                 gain=mean,
                 low=min(gains),
                 high=max(gains),
                 deviation=statistics.stdev(gains) if len(gains) > 1 else None,
-                wins=wins,
+                seeds_improved=seeds_improved,
                 seeds=len(gains),
-                bar=claim.bar,
-                met=_met(claim, mean, wins / len(gains)) if whole else None,
+                threshold=claim.threshold,
+                met=_met(claim, mean, seeds_improved / len(gains)) if complete else None,
                 unit=recipe.unit,
             )
         )
     return rows
 
 
-def _met(claim: Gain, mean: float, wins: float) -> bool | None:
-    return None if claim.bar is None else mean >= claim.bar and wins >= claim.wins
+def _met(claim: Gain, mean: float, share: float) -> bool | None:
+    if claim.threshold is None:
+        return None
+    return mean >= claim.threshold and share >= claim.seeds_improved
 
 
 def run(
@@ -139,7 +141,7 @@ def run(
             bar.update()
     rows = []
     for name, of in figures.items():
-        rows += judged(recipes[name], [of[seed] for seed in sorted(of)], size)
+        rows += verdicts(recipes[name], [of[seed] for seed in sorted(of)], size)
     return {
         "rows": [row._asdict() for row in rows],
         "figures": {
@@ -194,22 +196,24 @@ def _one(each: tuple[str, int, float]) -> Result:
 
 
 def listing(recipes: Sequence[Recipe]) -> str:
-    """Name, what it shows, paper, and bar of each."""
+    """Name, what it shows, paper, and threshold of each."""
     lines = []
     for recipe in recipes:
         paper = f" ({recipe.paper})" if recipe.paper else ""
         lines.append(f"{recipe.name:20} {recipe.about}{paper}")
         for claim in recipe.gains:
-            if claim.bar is not None:
+            if claim.threshold is not None:
                 over = f" over {claim.control}" if claim.control else ""
-                wins = f", {claim.wins:.0%} of {recipe.seeds} seeds" if claim.wins else ""
+                share = claim.seeds_improved
+                improved = f", {share:.0%} of {recipe.seeds} seeds" if share else ""
                 lines.append(
-                    f"{'':20}   {claim.method}{over}: at least {claim.bar:+g} {recipe.unit}{wins}"
+                    f"{'':20}   {claim.method}{over}: at least {claim.threshold:+g} "
+                    f"{recipe.unit}{improved}"
                 )
     return "\n".join(lines)
 
 
-HEAD = ("recipe", "method", "against", "gain", "spread", "wins", "bar", "")
+HEAD = ("recipe", "method", "against", "gain", "range", "seeds improved", "threshold", "")
 
 
 def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -226,8 +230,8 @@ def table(result: dict[str, Any]) -> list[tuple[str, ...]]:
                 against,
                 f"{row.gain:+.{digits}f} {row.unit}",
                 f"{row.low:+.{digits}f} .. {row.high:+.{digits}f}",
-                f"{row.wins}/{row.seeds}",
-                "-" if row.bar is None else f"{row.bar:+g}",
+                f"{row.seeds_improved}/{row.seeds}",
+                "-" if row.threshold is None else f"{row.threshold:+g}",
                 verdict,
             )
         )
@@ -254,14 +258,15 @@ def missed(result: dict[str, Any]) -> list[str]:
     """The claims that do not hold, a line each."""
     return [
         f"{row['recipe']}: {row['method']} over {row['control'] or '0'} is {row['gain']:+.3g} "
-        f"{row['unit']}, {row['wins']}/{row['seeds']} seeds; expected {row['bar']:+g}"
+        f"{row['unit']}, {row['seeds_improved']}/{row['seeds']} seeds; expected "
+        f"{row['threshold']:+g}"
         for row in result["rows"]
         if row["met"] is False
     ]
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Draw each claim's gain over seeds, with its bar; one panel per unit."""
+    """Draw each claim's gain over seeds, with its threshold; one panel per unit."""
     figures = needed("matplotlib.figure", "--plot")
     rows = [Row(**row) for row in result["rows"]]
     units = list(dict.fromkeys(row.unit for row in rows))
@@ -269,17 +274,17 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure = figures.Figure(figsize=(9, 1.2 * len(units) + 0.34 * len(rows)), layout="constrained")
     panels = figure.subplots(len(units), 1, squeeze=False, height_ratios=counts)
     for axes, unit in zip(panels[:, 0], units, strict=True):
-        mine = [row for row in rows if row.unit == unit][::-1]
-        for at, row in enumerate(mine):
+        unit_rows = [row for row in rows if row.unit == unit][::-1]
+        for at, row in enumerate(unit_rows):
             color = {None: "#6b7280", True: "#1d4ed8", False: "#b91c1c"}[row.met]
             axes.plot([row.low, row.high], [at, at], color=color, linewidth=2, alpha=0.4)
             axes.plot([row.gain], [at], "o", color=color)
-            if row.bar is not None:
-                axes.plot([row.bar], [at], "|", color="black", markersize=11)
-        names = [f"{row.recipe}: {row.method} - {row.control or '0'}" for row in mine]
-        axes.set_yticks(range(len(mine)), names, fontsize="small")
+            if row.threshold is not None:
+                axes.plot([row.threshold], [at], "|", color="black", markersize=11)
+        names = [f"{row.recipe}: {row.method} - {row.control or '0'}" for row in unit_rows]
+        axes.set_yticks(range(len(unit_rows)), names, fontsize="small")
         axes.axvline(0, color="#9ca3af", linewidth=0.8)
-        axes.set_xlabel(f"gain in {unit} (dot: mean, line: range over seeds, |: bar)")
+        axes.set_xlabel(f"gain in {unit} (dot: mean, line: range over seeds, |: threshold)")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", color="#e5e7eb", linewidth=0.6)
     figure.savefig(path, dpi=130)

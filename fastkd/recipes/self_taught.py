@@ -18,7 +18,7 @@ from fastkd import distill
 from .data import POOL, digits
 from .recipe import Figures, Gain, Recipe
 from .soft_targets import BATCH, STEPS, centred
-from .trained import drawn, fit, held_out, mlp, scaled
+from .training import fit, held_out, mlp, sample_batches, scaled
 
 WRONG, WIDTH, LEARNING_RATE = 0.4, 64, 7e-3
 SLOW = 2e-3  # of 1, 2, 3 and 5e-3 the best learning rate of a model without a scheme
@@ -35,7 +35,7 @@ class Noisy:
         wrong = torch.rand(POOL, generator=generator) < WRONG
         self.labels: Tensor = torch.where(wrong, others, self.data.labels)
         steps = scaled(STEPS, size)
-        self.batches = drawn(seed, steps, BATCH, self.data.images, self.labels)
+        self.batches = sample_batches(seed, steps, BATCH, self.data.images, self.labels)
         self.options: dict[str, Any] = {
             "lr": LEARNING_RATE,
             "schedule": distill.lr_schedule(steps, warmup=steps // 10),
@@ -102,8 +102,8 @@ RECIPES = (
         paper="Tarvainen and Valpola 2017, arXiv 1703.01780; Furlanello et al. 2018, 1805.04770",
         run=self_taught,
         gains=(
-            Gain("mean teacher", "plain", 1.0, wins=1.0),
-            Gain("generation 3", "plain", 0.7, wins=5 / 6),
+            Gain("mean teacher", "plain", 1.0, seeds_improved=1.0),
+            Gain("generation 3", "plain", 0.7, seeds_improved=5 / 6),
             Gain("4 peers", "plain", None),
             *(Gain(x, "plain, slow", None) for x in ("mean teacher", "generation 3", "4 peers")),
             Gain("mean teacher, slow", "plain, slow", None),

@@ -17,8 +17,8 @@ from fastkd import distill
 
 from .data import LABELLED, Digits, digits
 from .recipe import Figures, Gain, Recipe
-from .trained import accuracy, drawn, fit, held_out, mlp, scaled, seen_labels
-from .trained import teacher as trained_teacher
+from .training import accuracy, fit, held_out, mlp, sample_batches, scaled, seen_labels
+from .training import teacher as trained_teacher
 
 STEPS, BATCH, LEARNING_RATE = 400, 100, 2e-2
 MISSING = 3  # the class that the transfer set lacks
@@ -36,11 +36,11 @@ class Bench:
 
     students: tuple[int, ...] = (64, 16, 10)
     teachers: tuple[int, ...] = (64, 1200, 10)
-    whole = STEPS
+    all_steps = STEPS
 
     def __init__(self, seed: int, size: float) -> None:
         self.seed, self.data = seed, centred(digits(seed))
-        self.steps = scaled(self.whole, size)
+        self.steps = scaled(self.all_steps, size)
         self.schedule = distill.lr_schedule(self.steps, warmup=self.steps // 10)
 
     @cached_property
@@ -50,7 +50,7 @@ class Bench:
     def student(self, loss: object, *columns: Tensor, teacher: object = None) -> nn.Sequential:
         options = {"teacher": teacher or self.teacher, "schedule": self.schedule}
         torch.manual_seed(1000 + self.seed)  # after the teacher's own training
-        batches = drawn(self.seed, self.steps, BATCH, *columns)
+        batches = sample_batches(self.seed, self.steps, BATCH, *columns)
         return fit(mlp(*self.students), batches, loss, LEARNING_RATE, **options)
 
     def same(self, *loss: distill.Term) -> float:
@@ -151,7 +151,7 @@ RECIPES = (
         about="soft targets at T = 4 on 900 images without a label, beside 100 hard labels",
         paper=HINTON,
         run=soft_targets,
-        gains=(Gain("soft, T = 4", "hard labels", 6.0, wins=1.0),),
+        gains=(Gain("soft, T = 4", "hard labels", 6.0, seeds_improved=1.0),),
         seeds=10,
     ),
     Recipe(
@@ -160,7 +160,7 @@ RECIPES = (
         paper=HINTON,
         run=temperatures,
         gains=(
-            Gain("T = 20", "hard labels", 1.5, wins=0.9),
+            Gain("T = 20", "hard labels", 1.5, seeds_improved=0.9),
             *(Gain(name, "hard labels", None) for name in ("T = 1", "T = 4")),
         ),
         seeds=10,
@@ -171,7 +171,7 @@ RECIPES = (
         paper=HINTON,
         run=missing_class,
         gains=(
-            Gain("corrected", "hard labels", 60.0, wins=1.0),
+            Gain("corrected", "hard labels", 60.0, seeds_improved=1.0),
             Gain("corrected", "as trained", None),
             Gain("all, corrected", "all, as trained", None),
         ),

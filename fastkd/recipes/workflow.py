@@ -17,7 +17,7 @@ from fastkd.distill.serialization import needed
 
 from .data import LABELLED, POOL, digits
 from .recipe import Figures, Gain, Recipe
-from .trained import accuracy, drawn, fit, held_out, mlp, scaled, seen_labels, teacher
+from .training import accuracy, fit, held_out, mlp, sample_batches, scaled, seen_labels, teacher
 
 STUDENT = (64, 16, 10)
 
@@ -46,7 +46,7 @@ def noise(seed: int, size: float) -> Figures:
 
     def trained(loss: Any, std: float, model: nn.Module | None) -> float:
         torch.manual_seed(seed)
-        net, batches = student(seed), drawn(seed, steps, 100, *few)
+        net, batches = student(seed), sample_batches(seed, steps, 100, *few)
         transform = distill.input_noise(std, teacher="noisy") if std else None
         return held_out(fit(net, batches, loss, teacher=model, transform=transform), data)
 
@@ -73,7 +73,7 @@ def tuned(seed: int, size: float) -> Figures:
     data, steps = digits(seed), scaled(500, size)
     live = teacher(data, seed)
     seen, validation = seen_labels(data), slice(TRAINING, POOL)
-    batches = drawn(seed, steps, 100, data.images[:TRAINING], seen[:TRAINING])
+    batches = sample_batches(seed, steps, 100, data.images[:TRAINING], seen[:TRAINING])
 
     def trained(alpha: float, temperature: float, lr: float) -> nn.Module:
         terms = [distill.hard(alpha), distill.soft(1 - alpha, temperature=temperature)]
@@ -118,14 +118,14 @@ def transfer(seed: int, size: float) -> Figures:
     target = moved(data.held_out), data.held_out_labels
 
     def tuned_to(model: nn.Module) -> float:
-        batches = drawn(seed, scaled(300, size), TARGET_LABELS, *few)
+        batches = sample_batches(seed, scaled(300, size), TARGET_LABELS, *few)
         tuned, _ = distill.fine_tune(model, batches, distill.hard(), lr=1e-2, progress=False)
         return accuracy(tuned, *target)
 
-    hard = drawn(seed, steps, 100, data.images[:LABELLED], data.labels[:LABELLED])
-    both = drawn(seed, steps, 100, source, seen)
+    hard = sample_batches(seed, steps, 100, data.images[:LABELLED], data.labels[:LABELLED])
+    both = sample_batches(seed, steps, 100, source, seen)
     terms = [distill.hard(0.1), distill.soft(0.9, temperature=TEMPERATURE)]
-    scratch = fit(student(seed), drawn(seed, steps, TARGET_LABELS, *few), distill.hard())
+    scratch = fit(student(seed), sample_batches(seed, steps, TARGET_LABELS, *few), distill.hard())
     distilled = fit(student(seed), both, terms, teacher=live)
     return {
         "KD, fine-tuned": tuned_to(distilled),
@@ -142,7 +142,7 @@ def layer_init(seed: int, size: float) -> Figures:
     """The first layer of a teacher of three, under a student of two; then the 100 labels."""
     data, steps = digits(seed), scaled(200, size)
     live = teacher(data, seed, 64, 128, 64, 10)
-    batches = drawn(seed, steps, 100, data.images[:LABELLED], data.labels[:LABELLED])
+    batches = sample_batches(seed, steps, 100, data.images[:LABELLED], data.labels[:LABELLED])
     fresh, copied = student(seed, 64, 128, 10), student(seed, 64, 128, 10)
     distill.copy_layers(copied, live, {"0": "0"})
     return {
@@ -156,7 +156,7 @@ def pruning(seed: int, size: float) -> Figures:
     data, steps = digits(seed), scaled(100, size)
     live = teacher(data, seed)
     cut = distill.prune(live, STUDENT[1] / 1200)
-    batches = drawn(seed, steps, 100, data.images, seen_labels(data))
+    batches = sample_batches(seed, steps, 100, data.images, seen_labels(data))
     terms = [distill.hard(0.1), distill.soft(0.9, temperature=TEMPERATURE)]
     before = held_out(cut, data)
     return {
@@ -206,7 +206,7 @@ RECIPES = (
         about="a student that starts with the teacher's first layer, 100 labels",
         paper="Sanh et al. 2019, arXiv 1910.01108",
         run=layer_init,
-        gains=(Gain("teacher's first layer", "fresh", 0.7, wins=0.75),),
+        gains=(Gain("teacher's first layer", "fresh", 0.7, seeds_improved=0.75),),
     ),
     Recipe(
         name="pruning",

@@ -26,7 +26,7 @@ import fastkd
 from fastkd.arguments.messages import shown
 
 from ..batch import IGNORED
-from .feature_shapes import alike, expect, full_precision, pooled, same_batch, unit
+from .feature_shapes import check_same_shape, expect, full_precision, pooled, same_batch, unit
 
 RELATIONS = "qkv"
 
@@ -104,7 +104,7 @@ def attention_kl(
 
     Paper: Wang et al. 2020 (MiniLM), arXiv 2002.10957.
     """
-    alike(student, teacher)
+    check_same_shape(student, teacher)
     expect(student.dim() == 4, student, teacher, "[N, H, queries, keys]")
     if probabilities:
         student, teacher = _log(student), _log(teacher)
@@ -206,7 +206,7 @@ def tinybert(
                 fit, s, t, f"heads={list(heads)}: for each of the student's one of the teacher's"
             )
             t = torch.stack([t[:, head] for head in heads], 1)
-        alike(s, t)
+        check_same_shape(s, t)
         kept = None
         if mask is not None:
             keys, queries = _kept(mask, s)
@@ -245,7 +245,7 @@ def tinybert_hidden(
     """
     losses = []
     for s, t in _layers(student, teacher, layers):
-        alike(s, t)
+        check_same_shape(s, t)
         kept = None
         if mask is not None:
             if mask.shape != s.shape[:2]:
@@ -270,12 +270,12 @@ def _kept(mask: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         return kept[:, None, None, :], kept[:, None, :]
     if mask.shape == (n, queries, keys):
         return kept[:, None], kept.any(-1)[:, None]
-    wanted = f"[{n}, {keys}] or " if queries == keys else ""
-    raise _mask_error(mask, f"{wanted}{[n, queries, keys]} for scores {list(scores.shape)}")
+    expected = f"[{n}, {keys}] or " if queries == keys else ""
+    raise _mask_error(mask, f"{expected}{[n, queries, keys]} for scores {list(scores.shape)}")
 
 
-def _mask_error(mask: Tensor, wanted: str) -> ValueError:
-    return ValueError(f"mask: got {list(mask.shape)}, expected {wanted}")
+def _mask_error(mask: Tensor, expected: str) -> ValueError:
+    return ValueError(f"mask: got {list(mask.shape)}, expected {expected}")
 
 
 def _log(probabilities: Tensor) -> Tensor:
@@ -315,17 +315,26 @@ def _layers(
     layers: Sequence[int] | None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Each layer of the student with its teacher's."""
-    ours, theirs = ([x] if isinstance(x, Tensor) else list(x) for x in (student, teacher))
+    student_layers, teacher_layers = (
+        [x] if isinstance(x, Tensor) else list(x) for x in (student, teacher)
+    )
     if layers is None:
-        if not ours or len(theirs) % len(ours):
+        if not student_layers or len(teacher_layers) % len(student_layers):
             raise ValueError(
-                f"layers: got None for {len(ours)} of the student and {len(theirs)} of the "
+                f"layers: got None for {len(student_layers)} of the student and "
+                f"{len(teacher_layers)} of the "
                 "teacher, expected a number of the teacher's for each of the student's"
             )
-        layers = [(m + 1) * len(theirs) // len(ours) - 1 for m in range(len(ours))]
-    if len(layers) != len(ours) or not all(0 <= at < len(theirs) for at in layers):
+        layers = [
+            (m + 1) * len(teacher_layers) // len(student_layers) - 1
+            for m in range(len(student_layers))
+        ]
+    if len(layers) != len(student_layers) or not all(
+        0 <= number < len(teacher_layers) for number in layers
+    ):
         raise ValueError(
-            f"layers: got {list(layers)} for {len(ours)} of the student and {len(theirs)} of the "
-            f"teacher, expected {len(ours)} numbers from 0 to {len(theirs) - 1}"
+            f"layers: got {list(layers)} for {len(student_layers)} of the student and "
+            f"{len(teacher_layers)} of the "
+            f"teacher, expected {len(student_layers)} numbers from 0 to {len(teacher_layers) - 1}"
         )
-    return [(s, theirs[at]) for s, at in zip(ours, layers, strict=True)]
+    return [(s, teacher_layers[number]) for s, number in zip(student_layers, layers, strict=True)]

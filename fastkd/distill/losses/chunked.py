@@ -1,4 +1,4 @@
-"""A loss per row from its formula in torch: checks, ignored rows, reduction, and one trip.
+"""A loss per row from its formula in torch: checks, ignored rows, and one pass over memory.
 
 Written for a whole batch, a formula of ten operations fetches and writes [N, V] ten times. Here it
 is run on a few rows at a time, value and gradient, while they are in the cache: beside the gradient
@@ -7,39 +7,28 @@ nothing of that size is made.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from typing_extensions import Unpack
 
+from fastkd import rows as row_options
 from fastkd.arguments.messages import shown
-
-from ..batch import IGNORED
+from fastkd.rows import IGNORED, RowOptions
 
 # ([n, V] student, [n, V] teacher, [n] label) -> [n] loss; float32, float64 where an operand is
 Formula = Callable[[Tensor, Tensor, Any], Tensor]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-REDUCTIONS = ("mean", "batchmean", "sum", "none")
 # elements of one operand at a time: a formula's ten tensors of them are found in
 # the cache again; an accelerator wants few launches
 HOST_ELEMENTS, DEVICE_ELEMENTS = 2**18, 2**26
 
 
-class Counted(TypedDict, total=False):
-    """Which rows count, and how much, as in `fastkd.losses`."""
-
-    ignore_index: int
-    weight: Tensor | None
-    reduction: str
-    normalizer: float | Tensor | None
-
-
-class Rows(Counted, total=False):
+class Rows(RowOptions, total=False):
     """The options that all losses of rows share, as in `fastkd.losses`."""
 
     vocab_size: int | None
@@ -56,13 +45,13 @@ def row_loss(
     known_options(rows)
     weight, reduction = rows.get("weight"), rows.get("reduction", "mean")
     student, teacher = operands(student, teacher, rows.get("vocab_size"))
-    check_options(rows, list(student.shape[:-1]))
+    row_options.check(rows, list(student.shape[:-1]))
     vocab, leading = student.size(-1), student.shape[:-1]
-    keep, label, bad = counted(student, labels, rows.get("ignore_index", IGNORED))
+    keep, label, bad = row_options.mask(student, labels, rows.get("ignore_index", IGNORED))
     acc = wide(student, teacher)
     factor = torch.ones(student.numel() // vocab, dtype=acc, device=student.device)
     factor = factor if weight is None else weight.reshape(-1).to(acc)
-    factor = row_factors(factor, keep, bad, student.size(0), rows)
+    factor = row_options.factors(factor, keep, bad, student.size(0), rows)
     s, t = student.reshape(-1, vocab), teacher.reshape(-1, vocab)
     # a gradient of the factor needs the loss of each row
     single = reduction == "none" or factor.requires_grad
@@ -71,9 +60,9 @@ def row_loss(
     elif plainly() or s.numel() <= elements(s):
         loss = _masked(formula, s, t, keep, label, acc)
     elif single:
-        loss = _Trip.apply(s, t, (formula, keep, label, acc), None)
+        loss = _Chunked.apply(s, t, (formula, keep, label, acc), None)
     else:
-        return _Trip.apply(s, t, (formula, keep, label, acc), factor)
+        return _Chunked.apply(s, t, (formula, keep, label, acc), factor)
     loss = loss * factor
     return loss.view(leading) if reduction == "none" else loss.sum()
 
@@ -89,7 +78,7 @@ def plainly() -> bool:
     return torch.compiler.is_compiling() or transformed()
 
 
-def known_options(rows: Counted) -> None:
+def known_options(rows: RowOptions) -> None:
     """TypeError for an option that no loss of rows has."""
     if unknown := rows.keys() - Rows.__annotations__.keys():
         known = sorted(("labels", *Rows.__annotations__))
@@ -145,93 +134,6 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: got {shown(value)}, expected a positive finite number")
 
 
-def coefficient(name: str, value: float) -> None:
-    """A factor of a part of a loss: TypeError, ValueError for what is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name}: got {shown(value)}, expected a finite number >= 0")
-
-
-def counted(
-    student: Tensor, labels: Tensor | None, ignore_index: int = IGNORED
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """keep [N] bool, label [N] (0 where it is none) and bad [N]: labels that nobody may read.
-
-    A label out of range is an error on the host; elsewhere reading it would wait for the device,
-    or it is many at once (vmap), and its row becomes NaN.
-    """
-    if labels is None:
-        return None, None, None
-    leading, vocab = list(student.shape[:-1]), student.size(-1)
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels: got {got}, expected integers {leading}")
-    if list(labels.shape) != leading:
-        raise ValueError(f"labels: got shape {list(labels.shape)}, expected {leading}")
-    if labels.device != student.device:
-        raise ValueError(
-            f"labels: got a tensor on {labels.device}, expected the student's {student.device}"
-        )
-    labels = labels.reshape(-1).to(torch.int64)
-    keep = labels != ignore_index
-    bad = keep & ((labels < 0) | (labels >= vocab))
-    if labels.device.type == "cpu" and not plainly():
-        if bool(bad.any()):
-            row = int(bad.nonzero()[0, 0])
-            raise ValueError(
-                f"labels: got {int(labels[row])} in row {row}, expected 0 <= label < {vocab} "
-                f"or ignore_index={ignore_index}"
-            )
-    return keep, torch.where(keep & ~bad, labels, 0), bad
-
-
-def check_options(rows: Counted, leading: list[int]) -> None:
-    """TypeError, ValueError for a weight, reduction or normalizer of rows that is none."""
-    weight, normalizer = rows.get("weight"), rows.get("normalizer")
-    reduction = rows.get("reduction", "mean")
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"reduction: got {shown(reduction)}, expected one of {', '.join(REDUCTIONS)}"
-        )
-    if weight is not None:
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(f"weight: got {got}, expected floats {leading}")
-        if list(weight.shape) != leading:
-            raise ValueError(f"weight: got shape {list(weight.shape)}, expected {leading}")
-    if normalizer is None:
-        return
-    if reduction != "mean":
-        raise ValueError(
-            f"normalizer: got one with reduction={shown(reduction)}; it replaces the denominator "
-            "of reduction='mean'"
-        )
-    if isinstance(normalizer, Tensor):
-        if normalizer.dim():
-            raise ValueError(f"normalizer: got shape {list(normalizer.shape)}, expected 0-d")
-    else:
-        coefficient("normalizer", normalizer)
-
-
-def row_factors(
-    weight: Tensor, keep: Tensor | None, bad: Tensor | None, batch: int, rows: Counted
-) -> Tensor:
-    """[n], of the weights [n]: every reduction is a sum of factor * loss, or that product.
-
-    keep, bad: [n] bool or None, as from `counted`. batch: what "batchmean" divides by.
-    """
-    reduction, normalizer = rows.get("reduction", "mean"), rows.get("normalizer")
-    factor = weight if keep is None else torch.where(keep, weight, 0.0)
-    if reduction == "batchmean":
-        factor = factor / max(batch, 1)
-    elif reduction == "mean":
-        by = factor.sum() if normalizer is None else torch.as_tensor(normalizer)
-        by = by.to(factor)
-        factor = factor * torch.where(by == 0, 0.0, 1.0 / torch.where(by == 0, 1.0, by))
-    return factor if bad is None else torch.where(bad, math.nan, factor)
-
-
 def wide(student: Tensor, teacher: Tensor) -> torch.dtype:
     """The dtype of the arithmetic: float32, float64 where an operand is."""
     return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
@@ -260,7 +162,7 @@ def _masked(
     return torch.where(keep, loss, 0.0)
 
 
-class _Trip(torch.autograd.Function):
+class _Chunked(torch.autograd.Function):
     """sum of factor * loss with its gradient made in forward; without a factor the loss [N]."""
 
     @staticmethod
@@ -310,25 +212,25 @@ def _run(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Loss [N], and where there is a factor and a need the gradients of sum(factor * loss)."""
     formula, keep, label, acc = call
-    wanted = [need and factor is not None for need in needs]
+    needed = [need and factor is not None for need in needs]
     at_all, keep = _chunks(student, keep)
     # rows that are passed over are not written
     new = torch.empty_like if at_all and isinstance(at_all[0], slice) else torch.zeros_like
     loss = new(student[:, 0], dtype=acc, memory_format=torch.contiguous_format)
     grads = [
         new(x, memory_format=torch.contiguous_format) if want else None
-        for x, want in zip((student, teacher), wanted, strict=True)
+        for x, want in zip((student, teacher), needed, strict=True)
     ]
     for at in at_all:
         mask, where = (None if x is None else x[at] for x in (keep, label))
         s, t = (
             x[at].detach().requires_grad_(want)
-            for x, want in zip((student, teacher), wanted, strict=True)
+            for x, want in zip((student, teacher), needed, strict=True)
         )
-        with torch.set_grad_enabled(any(wanted)):
+        with torch.set_grad_enabled(any(needed)):
             part = _masked(formula, s, t, mask, where, acc)
         loss[at] = part.detach()
-        if factor is not None and any(wanted):
+        if factor is not None and any(needed):
             inputs = [x for x in (s, t) if x.requires_grad]
             found = iter(torch.autograd.grad(part, inputs, factor[at].detach()))
             for grad in grads:

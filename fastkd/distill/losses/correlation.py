@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.rows import coefficient, mask
+
 from .chunked import (
-    coefficient,
-    counted,
     elements,
     operands,
     plainly,
@@ -70,7 +70,7 @@ def dist(
     T = float(temperature)
 
     s, t = (x.reshape(-1, x.size(-1)) for x in (student, teacher))
-    keep = counted(student, labels, ignore_index)[0]
+    keep = mask(student, labels, ignore_index)[0]
     T = float(temperature)
 
     def inter(s: Tensor, t: Tensor, _: Any) -> Tensor:
@@ -247,11 +247,11 @@ def _run(
         with torch.enable_grad():
             part = _apart(logs[0], logs[1], keep).sum() / vocab
         value += part.detach()
-        wanted = [x for x in logs if x.requires_grad]
-        made = iter(torch.autograd.grad(part, wanted) if wanted else ())
+        inputs = [x for x in logs if x.requires_grad]
+        parts = iter(torch.autograd.grad(part, inputs) if inputs else ())
         for slope, total in zip(slopes, totals, strict=True):
             if slope is not None:
-                slope[block] = next(made)
+                slope[block] = next(parts)
                 total += slope[block].sum(-1, keepdim=True)
     grads: list[Tensor | None] = []
     for x, side, level, slope, total in zip((s, t), own, levels, slopes, totals, strict=True):

@@ -64,19 +64,19 @@ def maps(x: Tensor) -> Tensor:
     return x.flatten(2) if x.dim() == 4 else x.transpose(1, 2)
 
 
-def expect(good: bool, student: Any, teacher: Any, wanted: str) -> None:
+def expect(fits: bool, student: Any, teacher: Any, expected: str) -> None:
     """TypeError where a feature is no tensor, ValueError with both shapes where not `good`."""
     for name, x in (("student", student), ("teacher", teacher)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor of features")
-    if not good:
+    if not fits:
         raise ValueError(
             f"features: got {list(student.shape)} of the student and {list(teacher.shape)} of the "
-            f"teacher, expected {wanted}"
+            f"teacher, expected {expected}"
         )
 
 
-def alike(student: Any, teacher: Any) -> None:
+def check_same_shape(student: Any, teacher: Any) -> None:
     """Both of one shape."""
     same = getattr(student, "shape", None) == getattr(teacher, "shape", None)
     expect(same, student, teacher, "equal shapes; a projector makes them so")
@@ -87,5 +87,5 @@ def same_batch(student: Any, teacher: Any, dims: tuple[int, ...] = ()) -> None:
     sizes: list[Any] = [getattr(x, "shape", ()) for x in (student, teacher)]
     fit = all(len(size) in dims if dims else len(size) >= 1 for size in sizes)
     among = f" of {' or '.join(map(str, dims))} dimensions" if dims else ""
-    good = fit and sizes[0][0] == sizes[1][0]
-    expect(good, student, teacher, f"tensors{among} [N, ...] with the same number of samples N")
+    fits = fit and sizes[0][0] == sizes[1][0]
+    expect(fits, student, teacher, f"tensors{among} [N, ...] with the same number of samples N")

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from fastkd.arguments.messages import shown
 
 from .feature_shapes import (
-    alike,
     channels_last,
+    check_same_shape,
     expect,
     full_precision,
     maps,
@@ -58,7 +58,7 @@ def hint(student: Tensor, teacher: Tensor, *, kind: str = "l2") -> Tensor:
     """
     if kind not in HINTS:
         raise ValueError(f"kind: got {shown(kind)}, expected one of {HINTS}")
-    alike(student, teacher)
+    check_same_shape(student, teacher)
     if kind == "l2":
         return F.mse_loss(student, teacher)
     if kind == "l1":
@@ -153,11 +153,11 @@ def second_moment(student: Tensor, teacher: Tensor) -> Tensor:
     of centred features.
     """
     expect(True, student, teacher, "")
-    good = student.dim() >= 2 and teacher.dim() >= 2
-    if good:
+    fits = student.dim() >= 2 and teacher.dim() >= 2
+    if fits:
         s, t = (channels_last(x).flatten(0, -2) for x in (student, teacher))
-        good = s.size(1) == t.size(1)
-    expect(good, student, teacher, "[..., D] or [N, C, H, W] with as many features or channels")
+        fits = s.size(1) == t.size(1)
+    expect(fits, student, teacher, "[..., D] or [N, C, H, W] with as many features or channels")
     return (s.T @ s / s.size(0) - t.T @ t / t.size(0)).square().sum()
 
 
@@ -200,7 +200,7 @@ class VID(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         expect(True, student, teacher, "")
         predicted = self.mean(student.to(self.log_variance.dtype))
-        alike(predicted, teacher)
+        check_same_shape(predicted, teacher)
         variance = self.log_variance.exp() + self.floor
         return _likelihood(predicted, teacher, variance)
 
@@ -257,11 +257,11 @@ class MGD(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         expect(True, student, teacher, "")
-        wanted = "[N, C, H, W] on both" if self.spatial else "[..., D] on both, see spatial="
+        expected = "[N, C, H, W] on both" if self.spatial else "[..., D] on both, see spatial="
         for x in (student, teacher):
-            expect((x.dim() == 4) == self.spatial, student, teacher, wanted)
+            expect((x.dim() == 4) == self.spatial, student, teacher, expected)
         aligned = self.align(student.to(next(self.generate.parameters()).dtype))
-        alike(aligned, teacher)
+        check_same_shape(aligned, teacher)
         shape = aligned[:, :1].shape if self.spatial else aligned.shape
         kept = torch.rand(shape, device=aligned.device) >= self.ratio
         return hint(self.generate(aligned * kept), teacher)
@@ -311,6 +311,6 @@ class Each(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if len(features) != len(self.projectors):
-            wanted = f"one for each of {len(self.projectors)} projectors"
-            raise ValueError(f"student: got {len(features)} features, expected {wanted}")
+            expected = f"one for each of {len(self.projectors)} projectors"
+            raise ValueError(f"student: got {len(features)} features, expected {expected}")
         return tuple(p(x) for p, x in zip(self.projectors, features, strict=True))

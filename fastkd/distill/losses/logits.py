@@ -19,11 +19,12 @@ from typing_extensions import Unpack
 
 import fastkd
 from fastkd.arguments.messages import shown
+from fastkd.rows import coefficient
 
 from ..batch import Batch, Outputs
-from ..targets import Classes, is_ours, labels_of, taught
+from ..targets import Classes, is_own_loss, labels_of, teacher_logits
 from ..terms import Term, Weight
-from .chunked import Rows, coefficient, positive, row_loss, transformed
+from .chunked import Rows, positive, row_loss, transformed
 from .correlation import ZERO, angle, top
 
 INF = math.inf
@@ -278,17 +279,19 @@ def response(
 
     look = Classes(name)
     # one of your own may lay out classes otherwise; plain differences see one logit, too
-    softmax = is_ours(function) and not (function is logit_mse and options.get("centred") is False)
+    softmax = is_own_loss(function) and not (
+        function is logit_mse and options.get("centred") is False
+    )
 
     def call(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        theirs = taught(name, teacher)
+        target = teacher_logits(name, teacher)
         if softmax:
             look(student.logits, batch)
-        given = dict(options)
-        if callable(given.get("temperature")):
-            given["temperature"] = given["temperature"](batch.step)
+        call_options = dict(options)
+        if callable(call_options.get("temperature")):
+            call_options["temperature"] = call_options["temperature"](batch.step)
         labels = labels_of(name, batch) if rows == "labelled" else None
-        return function(student.logits, theirs, labels, **given)
+        return function(student.logits, target, labels, **call_options)
 
     return Term(name, call, weight, mean="tokens" if rows == "labelled" else "samples")
 

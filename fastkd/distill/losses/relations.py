@@ -193,9 +193,12 @@ def fsp(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         flows.append(_flow(*side))
     s, t = flows
     if s.shape != t.shape:
-        ours, theirs = ([list(x.shape) for x in side] for side in (student, teacher))
+        student_shapes, teacher_shapes = (
+            [list(x.shape) for x in side] for side in (student, teacher)
+        )
         raise ValueError(
-            f"features: got {ours} of the student and {theirs} of the teacher, expected the same "
+            f"features: got {student_shapes} of the student and {teacher_shapes} of the teacher, "
+            "expected the same "
             "number of samples, and of channels in each of the two layers"
         )
     return F.mse_loss(s, t)
@@ -270,9 +273,9 @@ class CRD(nn.Module):
         same_batch(student, teacher)
         flat = student.flatten(1), teacher.flatten(1)
         layers = self.student, self.teacher
-        good = [x.size(1) for x in flat] == [layer.in_features for layer in layers]
-        wanted = " and ".join(str(layer.in_features) for layer in layers) + " features a sample"
-        expect(good, student, teacher, wanted)
+        fits = [x.size(1) for x in flat] == [layer.in_features for layer in layers]
+        expected = " and ".join(str(layer.in_features) for layer in layers) + " features a sample"
+        expect(fits, student, teacher, expected)
         s, t = (f(x.to(f.weight.dtype)) for x, f in zip(flat, layers, strict=True))
         banks = self.teacher_bank.clone(), self.student_bank.clone()  # backward needs them as is
         log_z = _log_z(s.detach(), t.detach(), *banks, temperature=self.temperature)

@@ -25,7 +25,8 @@ INF = math.inf
 ALONE = 2**15  # elements up to which another thread is not worth waking
 
 
-Told = tuple[Tensor, Tensor | None]  # teacher's logits, or its largest probabilities and the rest
+# the teacher's logits, or its largest probabilities and the rest
+TeacherRows = tuple[Tensor, Tensor | None]
 
 
 class Call(NamedTuple):
@@ -182,9 +183,9 @@ def _read(
         s, t = s[at], t[at]
         rest = rest if rest is None else rest[at]
     else:
-        mine, its = (x[at] for x in call.rows)
-        s, t = s[mine], t[its]
-        rest = rest if rest is None else rest[its]
+        student_rows, row_of_teacher = (x[at] for x in call.rows)
+        s, t = s[student_rows], t[row_of_teacher]
+        rest = rest if rest is None else rest[row_of_teacher]
     s, t = s.to(call.acc), t.to(call.acc)
     if call.keep is not None:
         keep = call.keep[at].unsqueeze(-1)
@@ -226,27 +227,29 @@ class Distance(torch.autograd.Function):
     """sum of factor * loss with its gradient made in forward; without a factor the loss [n]."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, told: Told, call: Call, factor: Any) -> Tensor:
-        ctx.told, ctx.call, ctx.factor, ctx.grad = told, call, factor, None
-        ctx.versions = [x._version for x in told if x is not None and not x.is_inference()]
+    def forward(
+        ctx: Any, student: Tensor, teacher_rows: TeacherRows, call: Call, factor: Any
+    ) -> Tensor:
+        ctx.teacher_rows, ctx.call, ctx.factor, ctx.grad = teacher_rows, call, factor, None
+        ctx.versions = [x._version for x in teacher_rows if x is not None and not x.is_inference()]
         ctx.save_for_backward(student)
         if factor is None:
-            return _run(student, *told, call, None)[0]
-        wanted = factor if ctx.needs_input_grad[0] else None
-        loss, ctx.grad = _run(student, *told, call, wanted)
+            return _run(student, *teacher_rows, call, None)[0]
+        needed_factor = factor if ctx.needs_input_grad[0] else None
+        loss, ctx.grad = _run(student, *teacher_rows, call, needed_factor)
         return (loss.double() * factor).sum().to(factor.dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (student,) = ctx.saved_tensors
-        t, rest = ctx.told
+        t, rest = ctx.teacher_rows
         by = upstream if ctx.factor is None else ctx.factor * upstream
-        given, ctx.grad = ctx.grad, None  # given away: a second backward makes its own
-        if given is not None and not torch.is_grad_enabled():
+        grad, ctx.grad = ctx.grad, None  # given away: a second backward makes its own
+        if grad is not None and not torch.is_grad_enabled():
             if upstream.device.type != "cpu" or upstream != 1:
-                given.mul_(upstream)
-            return given, None, None, None
-        now = [x._version for x in ctx.told if x is not None and not x.is_inference()]
+                grad.mul_(upstream)
+            return grad, None, None, None
+        now = [x._version for x in ctx.teacher_rows if x is not None and not x.is_inference()]
         if now != ctx.versions:
             raise RuntimeError("teacher: changed in place since the loss, expected it as it was")
         if torch.is_grad_enabled():  # a gradient of the gradient is wanted: torch's own graph

@@ -67,9 +67,9 @@ def align(
     """
     sides = [_sequences("student", student), _sequences("teacher", teacher)]
     count = len(sides[0])
-    for name, given in (("teacher", sides[1]), ("text", text)):
-        if given is not None and len(given) != count:
-            raise ValueError(f"{name}: got {len(given)} sequences, expected {count}")
+    for name, values in (("teacher", sides[1]), ("text", text)):
+        if values is not None and len(values) != count:
+            raise ValueError(f"{name}: got {len(values)} sequences, expected {count}")
     pairs: list[list[int]] = [[], []]
     lengths = [len(side[0]) if count else 0 for side in sides]
     for row in range(count):
@@ -84,8 +84,8 @@ def align(
             if end > max(first) and end in ends[1]:
                 pairs[0].append(row * lengths[0] + at)
                 pairs[1].append(row * lengths[1] + ends[1][end])
-    mine, its = (torch.tensor(side, dtype=torch.int64) for side in pairs)
-    return Alignment(mine, its, (count, lengths[0]), (count, lengths[1]))
+    student_positions, teacher_positions = (torch.tensor(side, dtype=torch.int64) for side in pairs)
+    return Alignment(student_positions, teacher_positions, (count, lengths[0]), (count, lengths[1]))
 
 
 def align_labelled(student: Tensor, teacher: Tensor, *, ignore_index: int = IGNORED) -> Alignment:
@@ -109,22 +109,22 @@ def align_labelled(student: Tensor, teacher: Tensor, *, ignore_index: int = IGNO
         for side, x, where in zip(found, (student, teacher), at, strict=True):
             side.append(row * x.size(1) + where[:least])
     none = student.new_zeros(0, dtype=torch.int64)
-    mine, its = (torch.cat([none, *side]) for side in found)
-    return Alignment(mine, its, _shape(student), _shape(teacher))
+    student_positions, teacher_positions = (torch.cat([none, *side]) for side in found)
+    return Alignment(student_positions, teacher_positions, _shape(student), _shape(teacher))
 
 
-def first_positions(count: int, mine: int, its: int) -> tuple[Tensor, Tensor]:
+def first_positions(count: int, student_length: int, teacher_length: int) -> tuple[Tensor, Tensor]:
     """The first min(mine, its) positions of `count` sequences, flat on either side."""
-    row, at = torch.arange(count).unsqueeze(-1), torch.arange(min(mine, its))
-    return (row * mine + at).flatten(), (row * its + at).flatten()
+    row, at = torch.arange(count).unsqueeze(-1), torch.arange(min(student_length, teacher_length))
+    return (row * student_length + at).flatten(), (row * teacher_length + at).flatten()
 
 
 def _shape(x: Tensor) -> Span:
     return x.size(0), x.size(1)
 
 
-def _sequences(name: str, given: Any) -> list[list[Any]]:
-    rows = given.tolist() if isinstance(given, Tensor) else [list(row) for row in given]
+def _sequences(name: str, tokens: Any) -> list[list[Any]]:
+    rows = tokens.tolist() if isinstance(tokens, Tensor) else [list(row) for row in tokens]
     if len({len(row) for row in rows}) > 1:
         lengths = sorted({len(row) for row in rows})
         raise ValueError(f"{name}: got sequences of {lengths} positions, expected one length (pad)")
@@ -141,10 +141,10 @@ def _sequences(name: str, given: Any) -> list[list[Any]]:
 
 def _spans(row: int, sides: list[list[Any]], text: str | None, whole: bool) -> list[list[Span]]:
     """Start and end of each token in what both have in common."""
-    kinds = [isinstance(token, bytes) for side in sides for token in side]
-    if any(kinds) and not all(kinds):
+    is_bytes = [isinstance(token, bytes) for side in sides for token in side]
+    if any(is_bytes) and not all(is_bytes):
         raise TypeError("teacher: got bytes beside offsets, expected one of them on both sides")
-    if any(kinds):
+    if any(is_bytes):
         return _of_bytes(row, sides, whole)
     for name, side in zip(("student", "teacher"), sides, strict=True):
         _forwards(name, row, side, text)
@@ -198,20 +198,22 @@ def _forwards(name: str, row: int, side: list[Span], text: str | None) -> None:
 
 
 def _of_bytes(row: int, sides: list[list[bytes]], whole: bool) -> list[list[Span]]:
-    mine, its = (b"".join(side) for side in sides)
+    student_bytes, teacher_bytes = (b"".join(side) for side in sides)
     shifts = [0, 0]
-    if mine != its and mine and its:
-        short, long = sorted((mine, its), key=len)
+    if student_bytes != teacher_bytes and student_bytes and teacher_bytes:
+        short, long = sorted((student_bytes, teacher_bytes), key=len)
         if long.endswith(short):  # cut at the left
-            shifts[mine is not short] = len(long) - len(short)
+            shifts[student_bytes is not short] = len(long) - len(short)
         elif whole or not long.startswith(short):
-            both = enumerate(zip(mine, its, strict=False))
+            both = enumerate(zip(student_bytes, teacher_bytes, strict=False))
             at = next((i for i, (a, b) in both if a != b), len(short))
             hint = "" if at < len(short) else "; whole=False where one was cut off at the right"
             before = max(at - SHOWN // 2, 0)
             raise ValueError(
-                f"teacher: got {its[at : at + SHOWN]!r} at byte {at} of sequence {row} after "
-                f"{its[before:at]!r}, expected the student's {mine[at : at + SHOWN]!r}: another "
+                f"teacher: got {teacher_bytes[at : at + SHOWN]!r} at byte {at} of sequence {row} "
+                "after "
+                f"{teacher_bytes[before:at]!r}, expected the student's "
+                f"{student_bytes[at : at + SHOWN]!r}: another "
                 f"text, tokenizer or normaliser{hint}"
             )
     spans = []

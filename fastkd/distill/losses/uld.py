@@ -10,22 +10,20 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 import fastkd
+from fastkd import rows as row_options
 from fastkd.arguments.messages import shown
+from fastkd.rows import RowOptions
 
 from ..batch import IGNORED, Batch, Outputs
-from ..targets import taught
+from ..targets import teacher_logits
 from ..terms import Term, Weight
 from .chunked import (
-    Counted,
-    check_options,
-    counted,
     known_options,
     logits,
     plainly,
     positive,
-    row_factors,
 )
-from .sorted_probabilities import Call, Distance, Told, formula
+from .sorted_probabilities import Call, Distance, TeacherRows, formula
 from .token_alignment import Alignment, first_positions
 
 INF = math.inf
@@ -41,7 +39,7 @@ def uld_loss(
     top: int | None = None,
     alignment: Alignment | str | None = None,
     vocab_size: int | tuple[int | None, int | None] | None = None,
-    **rows: Unpack[Counted],
+    **rows: Unpack[RowOptions],
 ) -> Tensor:
     """Distance of the probabilities by rank, which needs no common vocabulary.
 
@@ -102,9 +100,9 @@ def uld_loss(
         raise ValueError(
             f"teacher: got a tensor on {teacher.device}, expected the student's {student.device}"
         )
-    check_options(rows, leading := list(student.shape[:-1]))
+    row_options.check(rows, leading := list(student.shape[:-1]))
     pairs = _pairs(student, teacher, alignment)
-    keep, _, bad = counted(student, labels, rows.get("ignore_index", IGNORED))
+    keep, _, bad = row_options.mask(student, labels, rows.get("ignore_index", IGNORED))
     s = student.reshape(-1, student.size(-1))
     acc = torch.promote_types(student.dtype, torch.float32)
     weight = rows.get("weight")
@@ -125,18 +123,18 @@ def uld_loss(
     if isinstance(teacher, fastkd.TopK):
         p, rest = _stored(teacher, float(temperature), acc, None if pairs is None else pairs[1])
         top = p.size(1) if top is None else min(top, p.size(1))
-        told: Told = (p[:, :top], rest + p[:, top:].sum(-1))
+        teacher_rows: TeacherRows = (p[:, :top], rest + p[:, top:].sum(-1))
     else:
-        told = (teacher.reshape(-1, teacher.size(-1)), None)
-    factor = row_factors(factor.to(acc), keep, bad, student.size(0), rows)
+        teacher_rows = (teacher.reshape(-1, teacher.size(-1)), None)
+    factor = row_options.factors(factor.to(acc), keep, bad, student.size(0), rows)
     call = Call(float(temperature), top, acc, pairs, keep)
     single = rows.get("reduction", "mean") == "none"
     if plainly():
-        loss = formula(s, *told, call) * factor
+        loss = formula(s, *teacher_rows, call) * factor
     elif single or factor.requires_grad:  # whose gradient needs the loss of each row
-        loss = Distance.apply(s, told, call, None) * factor
+        loss = Distance.apply(s, teacher_rows, call, None) * factor
     else:
-        return Distance.apply(s, told, call, factor)
+        return Distance.apply(s, teacher_rows, call, factor)
     if not single:
         return loss.sum()
     if pairs is not None:
@@ -154,10 +152,10 @@ def uld(weight: Weight = 1.5, *, name: str = "uld", **options: Any) -> Term:
     """
 
     def function(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        theirs = taught(name, teacher)
-        given = {"alignment": batch.extra.get("alignment"), **options}
-        given["normalizer"] = batch.normalizer
-        return uld_loss(student.logits, theirs, batch.labels, **given)
+        target = teacher_logits(name, teacher)
+        call_options = {"alignment": batch.extra.get("alignment"), **options}
+        call_options["normalizer"] = batch.normalizer
+        return uld_loss(student.logits, target, batch.labels, **call_options)
 
     return Term(name, function, weight, mean="step")
 
@@ -179,11 +177,12 @@ def _columns(name: str, x: Tensor, used: int | None) -> Tensor:
 def _pairs(
     student: Tensor, teacher: Tensor | fastkd.TopK, alignment: Alignment | str | None
 ) -> tuple[Tensor, Tensor] | None:
-    mine, its = student.shape[:-1], teacher.shape[:-1]
+    student_rows, teacher_row_shape = student.shape[:-1], teacher.shape[:-1]
     if alignment is None:
-        if mine != its:
+        if student_rows != teacher_row_shape:
             raise ValueError(
-                f"teacher: got rows {list(its)}, expected the student's {list(mine)}; where the "
+                f"teacher: got rows {list(teacher_row_shape)}, expected the student's "
+                f"{list(student_rows)}; where the "
                 "tokenizers cut the text in different places, give alignment=distill.align(...)"
             )
         return None
@@ -193,24 +192,30 @@ def _pairs(
                 f"alignment: got {shown(alignment)}, expected 'truncate', None or "
                 "distill.align(...)"
             )
-        if len(mine) != 2 or len(its) != 2 or mine[0] != its[0]:
+        if (
+            len(student_rows) != 2
+            or len(teacher_row_shape) != 2
+            or student_rows[0] != teacher_row_shape[0]
+        ):
             raise ValueError(
-                f"teacher: got rows {list(its)} beside the student's {list(mine)}, expected as "
+                f"teacher: got rows {list(teacher_row_shape)} beside the student's "
+                f"{list(student_rows)}, expected as "
                 "many sequences, [N, L] and [N, M], for alignment='truncate'"
             )
-        first, second = first_positions(mine[0], mine[1], its[1])
+        first, second = first_positions(student_rows[0], student_rows[1], teacher_row_shape[1])
         return first.to(student.device), second.to(student.device)
     if not isinstance(alignment, Alignment):
         raise TypeError(
             f"alignment: got {type(alignment).__name__}, expected what distill.align returns"
         )
-    for name, given, shape in (
-        ("student", alignment.student_shape, mine),
-        ("teacher", alignment.teacher_shape, its),
+    for name, alignment_shape, shape in (
+        ("student", alignment.student_shape, student_rows),
+        ("teacher", alignment.teacher_shape, teacher_row_shape),
     ):
-        if tuple(given) != tuple(shape):
+        if tuple(alignment_shape) != tuple(shape):
             raise ValueError(
-                f"alignment: got one of {name} positions {list(given)}, expected {list(shape)}, "
+                f"alignment: got one of {name} positions {list(alignment_shape)}, expected "
+                f"{list(shape)}, "
                 f"the rows of the {name}"
             )
     return alignment.student.to(student.device), alignment.teacher.to(student.device)

@@ -44,11 +44,11 @@ def with_head(term: Term, head: Choice) -> Term:
     """
 
     def function(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-        mine, theirs = (
+        student_head, teacher_head = (
             Outputs(None if x.raw is None else chosen(x.raw, head), x.features, x.members, x.role)
             for x in (student, teacher)
         )
-        return term.function(mine, theirs, batch)
+        return term.function(student_head, teacher_head, batch)
 
     return dataclasses.replace(term, function=function)
 

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from ..checkpoint import Checkpoints
-from ..combined_teachers import EnsembleTeacher, PeerTeacher, source
-from ..learning_rates import Rates
 from ..logging import Step
-from ..terms import Objective, Term, Weight, hard, soft
+from ..objective import Objective
+from ..schedules import Rates
+from ..teacher_ensembles import EnsembleTeacher, PeerTeacher, as_teacher
+from ..terms import Term, Weight, hard, soft
 from ..trainer import train
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -122,9 +123,9 @@ def assistant_chain(
 
     Paper: Mirzadeh et al. 2019, arXiv 1902.03393.
     """
-    above = source(teacher)  # before anything is trained
+    above = as_teacher(teacher)  # before anything is trained
     models = distinct("models", models)
-    if any(model is theirs for model in models for theirs in above.models):
+    if any(model is other for model in models for other in above.models):
         raise ValueError("models: got the teacher among them, expected others")
     terms = plain_terms(loss)
     terms.append(soft(weight, temperature=temperature))

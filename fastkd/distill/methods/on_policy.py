@@ -13,8 +13,8 @@ import fastkd
 from fastkd.arguments.messages import shown
 
 from ..batch import IGNORED, Batch, as_batch, device_of, restored_modes, to, unwrap
-from ..combined_teachers import source
 from ..logging import Step
+from ..teacher_ensembles import as_teacher
 from ..terms import Term, soft
 from ..trainer import train
 
@@ -80,7 +80,7 @@ def on_policy(
             f"teacher_share: got {shown(teacher_share)} beside a student_share of "
             f"{shown(student_share)}, expected a sum of at most 1"
         )
-    soft_teacher = source(teacher)
+    soft_teacher = as_teacher(teacher)
     if teacher_share and not isinstance(teacher, nn.Module):
         got = type(teacher).__name__
         raise TypeError(f"teacher: got {got} with a teacher_share, expected a module to write")
@@ -91,8 +91,8 @@ def on_policy(
     if end is not None and (ends.is_floating_point() or ends.dtype == torch.bool):
         raise TypeError(f"end: got {ends.dtype} or none, expected an id or several")
     writers = {"student": (student, student_share), "teacher": (teacher, teacher_share)}
-    kind = _Sized if hasattr(loader, "__len__") else _Written
-    written = kind(loader, partial(_text, generate=generate, end=ends), writers, seed)
+    loader_class = _Sized if hasattr(loader, "__len__") else _Written
+    written = loader_class(loader, partial(_text, generate=generate, end=ends), writers, seed)
     return train(student, written, loss, teacher=soft_teacher, **options)
 
 
@@ -110,12 +110,12 @@ class _Written:
         self.generator = torch.Generator().manual_seed(seed)  # kept in checkpoints
 
     def __iter__(self) -> Iterator[Callable[[], Batch]]:
-        for given in self.loader:
-            yield partial(self._made, given)
+        for item in self.loader:
+            yield partial(self._made, item)
 
-    def _made(self, given: Any) -> Batch:
+    def _made(self, item: Any) -> Batch:
         drawn = float(torch.rand((), generator=self.generator, dtype=torch.float64))
-        batch = as_batch(given)
+        batch = as_batch(item)
         prompts = batch.extra.pop("prompts", None)
         for origin, (model, share) in self.writers.items():
             if drawn < share:

@@ -183,9 +183,9 @@ def _exit(layer: str, head: nn.Module, weight: Weight, alpha: float, T: float) -
     def labelled(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         return hard().function(Outputs(head(student.features[layer])), teacher, batch)
 
-    def taught(student: Outputs, _: Outputs, batch: Batch) -> Tensor:
-        mine, theirs = head(student.features[layer]), student.logits.detach()
-        return soft(temperature=T).function(Outputs(mine), Outputs(theirs), batch)
+    def distilled(student: Outputs, _: Outputs, batch: Batch) -> Tensor:
+        exit_logits, last_logits = head(student.features[layer]), student.logits.detach()
+        return soft(temperature=T).function(Outputs(exit_logits), Outputs(last_logits), batch)
 
     terms = []
     if alpha < 1:
@@ -195,7 +195,7 @@ def _exit(layer: str, head: nn.Module, weight: Weight, alpha: float, T: float) -
     if alpha > 0:
         learnt = None if terms else head  # once is enough
         terms.append(
-            Term(f"own:{layer}", taught, times(alpha, weight), "samples", (layer,), (), learnt)
+            Term(f"own:{layer}", distilled, times(alpha, weight), "samples", (layer,), (), learnt)
         )
     return terms
 

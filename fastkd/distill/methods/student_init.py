@@ -37,15 +37,15 @@ def copy_layers(student: nn.Module, teacher: nn.Module, layers: Mapping[str, str
     Paper: Sanh et al. 2019, DistilBERT, arXiv 1910.01108.
     """
     pairs = []
-    for mine, theirs in layers.items():
-        target, origin = resolve(student, mine), resolve(teacher, theirs)
-        state, ours = origin.state_dict(), target.state_dict()
+    for student_name, teacher_name in layers.items():
+        target, origin = resolve(student, student_name), resolve(teacher, teacher_name)
+        state, student_state = origin.state_dict(), target.state_dict()
         bare = bare_names(origin, state)
         state = {bare[name]: x for name, x in state.items()}
-        names = bare_names(target, ours)
-        wanted = {names[name]: x for name, x in ours.items()}
-        same_shapes(state, wanted, f"layers: got {shown(theirs)} for {mine!r} with")
-        pairs.append((target, {name: state[names[name]] for name in ours}))
+        names = bare_names(target, student_state)
+        expected = {names[name]: x for name, x in student_state.items()}
+        same_shapes(state, expected, f"layers: got {shown(teacher_name)} for {student_name!r} with")
+        pairs.append((target, {name: state[names[name]] for name in student_state}))
     for target, state in pairs:
         target.load_state_dict(state)
 
@@ -89,13 +89,13 @@ def prune(model: nn.Sequential, keep: float | Mapping[str, float]) -> nn.Sequent
     leaves = list(_leaves(narrow))
     layers = [(name, leaf) for name, leaf in leaves if isinstance(leaf, PRUNABLE)]
     shares = dict.fromkeys((name for name, _ in layers[:-1]), 1.0)
-    wanted = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(shares, keep)
-    for name, share in wanted.items():
+    requested = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(shares, keep)
+    for name, share in requested.items():
         if name not in shares:
             raise ValueError(f"keep: got layer {shown(name)}, expected one of {list(shares)}")
         if not 0 < share <= 1:
             raise ValueError(f"keep: got {shown(share)} for {name!r}, expected a number in (0, 1]")
-    shares |= wanted
+    shares |= requested
 
     names = [name for name, _ in leaves]
     for (name, layer), (next_name, after) in itertools.pairwise(layers):

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from .batch import Batch, Outputs, bare_state, forward, load_bare_state, unwrap
 from .distributed import Ranks
 from .hooks import Hooks
+from .objective import Objective
 from .teachers import BatchTeacher, CachedTeacher, CallableTeacher, ModelTeacher, Teacher
-from .terms import Objective
 
 
 class PeerTeacher(Teacher):
@@ -49,7 +49,7 @@ class PeerTeacher(Teacher):
         learnt = [p for m in self.models for p in m.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(learnt, lr=lr) if optimizer is None else optimizer
         self._hooks = Hooks(model, ())
-        self._mine: Outputs | None = None
+        self._outputs: Outputs | None = None
 
     def begin(self) -> None:
         self.model.train()
@@ -63,15 +63,15 @@ class PeerTeacher(Teacher):
 
     def __call__(self, batch: Batch) -> Outputs:
         inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
-        self._mine = Outputs(forward(self.model, inputs), self._hooks.take(), role="teacher")
-        return self._mine.detach()
+        self._outputs = Outputs(forward(self.model, inputs), self._hooks.take(), role="teacher")
+        return self._outputs.detach()
 
     def follow(self, student: Outputs, batch: Batch) -> None:
-        assert self._mine is not None
-        value, _ = self.objective(self._mine, student.detach(), batch)
+        assert self._outputs is not None
+        value, _ = self.objective(self._outputs, student.detach(), batch)
         with torch.autocast(value.device.type, enabled=False):  # backward has its own dtypes
             value.backward()
-        self._mine = None
+        self._outputs = None
 
     def step(self, student: nn.Module) -> None:
         ranks = Ranks(student)
@@ -124,7 +124,7 @@ class EnsembleTeacher(Teacher):
     ) -> None:
         if not teachers:
             raise ValueError("teachers: got none, expected one or more")
-        self.members = [source(teacher) for teacher in teachers]
+        self.members = [as_teacher(teacher) for teacher in teachers]
         weights = [1.0] * len(teachers) if weights is None else list(weights)
         if len(weights) != len(teachers) or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(
@@ -137,7 +137,7 @@ class EnsembleTeacher(Teacher):
             layer for member in self.members for layer in member.student_layers
         )
         self.reads_batch = any(member.reads_batch for member in self.members)
-        self._said: list[Outputs] = []
+        self._member_outputs: list[Outputs] = []
 
     def beside(self, student: nn.Module) -> None:
         peers = [
@@ -161,19 +161,19 @@ class EnsembleTeacher(Teacher):
             )
         with ExitStack() as stack:
             for at, member in enumerate(self.members):
-                mine = tuple(rest for head, _, rest in places if head == str(at))
-                stack.enter_context(member.hooked(mine))
+                member_layers = tuple(rest for head, _, rest in places if head == str(at))
+                stack.enter_context(member.hooked(member_layers))
             yield
 
     def __call__(self, batch: Batch) -> Outputs:
-        self._said = [member(batch) for member in self.members]
-        return self._mean(self._said, self.weights)
+        self._member_outputs = [member(batch) for member in self.members]
+        return self._mean(self._member_outputs, self.weights)
 
     def follow(self, student: Outputs, batch: Batch) -> None:
         for at, member in enumerate(self.members):
             if type(member).follow is Teacher.follow:
                 continue  # does not learn: a student of several heads has no logits to average
-            others = [student.detach(), *(o for i, o in enumerate(self._said) if i != at)]
+            others = [student.detach(), *(o for i, o in enumerate(self._member_outputs) if i != at)]
             member.follow(self._mean(others, [1 / len(others)] * len(others)), batch)
 
     def step(self, student: nn.Module) -> None:
@@ -191,8 +191,8 @@ class EnsembleTeacher(Teacher):
         pairs = zip(self.members, self.weights, strict=True)
         return [self.temperature, [[member.identity(), w] for member, w in pairs]]
 
-    def _mean(self, said: list[Outputs], weights: list[float]) -> Outputs:
-        T, logits = self.temperature, [outputs.logits for outputs in said]
+    def _mean(self, outputs: list[Outputs], weights: list[float]) -> Outputs:
+        T, logits = self.temperature, [each.logits for each in outputs]
         shapes = [list(x.shape) for x in logits if isinstance(x, Tensor)]
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError(
@@ -205,11 +205,11 @@ class EnsembleTeacher(Teacher):
             log_p = torch.stack([F.log_softmax(x.float() / T, -1) for x in logits])
             log_w = torch.tensor(weights, device=log_p.device).log()
             mean = T * (log_p + log_w.view(-1, *[1] * (log_p.dim() - 1))).logsumexp(0)
-        features = {f"{i}.{k}": v for i, o in enumerate(said) for k, v in o.features.items()}
-        return Outputs(mean, features, tuple(said))
+        features = {f"{i}.{k}": v for i, o in enumerate(outputs) for k, v in o.features.items()}
+        return Outputs(mean, features, tuple(outputs))
 
 
-def source(teacher: Any) -> Teacher:
+def as_teacher(teacher: Any) -> Teacher:
     """A `Teacher` of what a user may give: a module, several, a function, a cache, or None."""
     if isinstance(teacher, Teacher):
         return teacher

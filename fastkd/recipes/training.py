@@ -27,7 +27,7 @@ def scaled(steps: int, size: float) -> int:
     return max(2, round(steps * size))
 
 
-def drawn(seed: int, steps: int, rows: int, *columns: Tensor) -> list[Row]:
+def sample_batches(seed: int, steps: int, rows: int, *columns: Tensor) -> list[Row]:
     """A batch for each step: rows of the columns in an order of the seed's, each once a pass."""
     generator, batches = torch.Generator().manual_seed(seed), list[Row]()
     while len(batches) < steps:
@@ -53,7 +53,7 @@ def teacher(data: Digits, seed: int, *sizes: int) -> nn.Sequential:
     """An MLP (64, 1200, 10 where no sizes are given) of all labels of the pool."""
     torch.manual_seed(seed)
     model = mlp(*(sizes or (64, 1200, 10)))
-    batches = drawn(seed, 150, 100, data.images, data.labels)
+    batches = sample_batches(seed, 150, 100, data.images, data.labels)
     return fit(model, batches, distill.hard(), lr=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""What a run says once, as a warning, of what would otherwise be silent."""
+"""Warnings, given once in a run, of what would otherwise be silent."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .batch import IGNORED, Batch, Outputs, unwrap
 from .logging import Step
+from .objective import Objective
 from .teachers import BatchTeacher, CachedTeacher, CallableTeacher, Teacher
-from .terms import Objective
 
 READ = frozenset(("raw", "logits", "features", "members"))
 
@@ -31,18 +31,30 @@ class _Watched(Outputs):
 
 
 @functools.cache
-def _watched(kind: type[Any]) -> Any:
-    """A subclass of a class of batches that notes whether anybody reads what the teacher said."""
+def _watched_class(batch_class: type[Any]) -> Any:
+    """A subclass of a class of batches that notes whether anybody reads the teacher's output."""
 
     def look(self: Any, name: str) -> Any:
         if name == "teacher":
             object.__setattr__(self, "noted", True)
         return object.__getattribute__(self, name)
 
-    return type(kind.__name__, (kind,), {"__slots__": ("noted",), "__getattribute__": look})
+    members = {"__slots__": ("noted",), "__getattribute__": look}
+    return type(batch_class.__name__, (batch_class,), members)
 
 
-class Remarks:
+def _watched_batch(batch: Batch) -> Batch:
+    if batch.teacher is None:
+        return batch
+    batch_class: Any = type(batch)
+    twin: Any = object.__new__(_watched_class(batch_class))
+    names = [field.name for field in dataclasses.fields(batch)]
+    for name in dict.fromkeys((*names, *getattr(batch, "__dict__", ()))):
+        setattr(twin, name, getattr(batch, name))
+    return twin
+
+
+class RunWarnings:
     """Looks at the first step, and at the losses of the first epoch; later it costs nothing.
 
     Args:
@@ -54,7 +66,7 @@ class Remarks:
         self._watching, self._seen, self._first = True, False, True
         self._width = 0
 
-    def watched(self, student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
+    def watch(self, student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
         """The teacher's outputs and the batch for the terms.
 
         ValueError for weights in a teacher's place.
@@ -72,18 +84,11 @@ class Remarks:
         if self.objective.plain is not None:
             self._watching = False  # a function is given everything, whatever it reads
             return teacher, batch
-        seen = _Watched(teacher.raw, teacher.features, teacher.members, teacher.role)
-        if batch.teacher is None:
-            return seen, batch
-        kind: Any = type(batch)
-        twin = object.__new__(_watched(kind))
-        names = [field.name for field in dataclasses.fields(batch)]
-        for name in dict.fromkeys((*names, *getattr(batch, "__dict__", ()))):
-            setattr(twin, name, getattr(batch, name))
-        return seen, twin
+        outputs = _Watched(teacher.raw, teacher.features, teacher.members, teacher.role)
+        return outputs, _watched_batch(batch)
 
     def read(self, teacher: Outputs, batch: Batch) -> None:
-        """After the terms had both, as `watched` gave them."""
+        """After the terms had both, as `watch` gave them."""
         if not isinstance(teacher, _Watched):
             return
         tokens = batch.tokens
@@ -93,14 +98,15 @@ class Remarks:
         noted = getattr(teacher, "noted", False) or getattr(batch, "noted", False)
         if noted or _learns(self.teacher):
             return
-        stored = isinstance(self.teacher, (BatchTeacher, CachedTeacher))
-        if stored and batch.teacher is not None:
+        is_stored = isinstance(self.teacher, (BatchTeacher, CachedTeacher))
+        if is_stored and batch.teacher is not None:
             got = "loader: got batches with what a teacher said ('teacher')"
         elif isinstance(self.teacher, BatchTeacher):
             return
         else:
             got = f"teacher: got one ({type(self.teacher).__name__}), which runs in every step"
-        _warn(f"{got}, and no term that reads it: {self.objective.names}; expected e.g. soft()")
+        text = f"{got}, and no term that reads it: {self.objective.names}; expected e.g. soft()"
+        _warn(text, stacklevel=5)
 
     def epoch(self, steps: Sequence[Step]) -> None:
         """After the first epoch: what was exactly 0 in all of its steps."""
@@ -123,21 +129,23 @@ class Remarks:
             why = "student and teacher say the same (are they one?), or no row has a label"
         else:
             return  # a student may begin as its teacher's copy
-        _warn(f"loss: got exactly 0 of {silent} in every step of an epoch: {why}")
+        _warn(f"loss: got exactly 0 of {silent} in every step of an epoch: {why}", stacklevel=4)
 
 
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=4)
+def _warn(text: str, *, stacklevel: int) -> None:
+    """`stacklevel`: of the line that called train(), counted from here."""
+    warnings.warn(text, stacklevel=stacklevel)
 
 
-def _no_weights(logits: Any, given: Any) -> None:
-    if not isinstance(given, Tensor):
+def _no_weights(logits: Any, teacher: Any) -> None:
+    if not isinstance(teacher, Tensor):
         return
-    shape, wanted = tuple(given.shape), tuple(getattr(logits, "shape", ()))
-    dims = len(shape) - (len(shape) == len(wanted) and shape[-1:] == (1,))
-    if shape != wanted and dims < len(wanted) and shape[:dims] == wanted[:dims]:
+    shape, expected = tuple(teacher.shape), tuple(getattr(logits, "shape", ()))
+    dims = len(shape) - (len(shape) == len(expected) and shape[-1:] == (1,))
+    if shape != expected and dims < len(expected) and shape[:dims] == expected[:dims]:
         raise ValueError(
-            f"loader: got {list(shape)} as what the teacher said for logits {list(wanted)} of the "
+            f"loader: got {list(shape)} as what the teacher said for logits {list(expected)} of "
+            "the "
             "student, expected logits; weights of samples go into a dict, {'inputs': ..., "
             "'labels': ..., 'weights': ...}, and a Term reads them from batch.extra['weights']"
         )
@@ -150,16 +158,17 @@ def _copies(logits: Any, batch: Batch) -> None:
         ids = ids.get("input_ids")
     if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or ids.dim() != 2:
         return
-    whole = not ids.is_floating_point() and not labels.is_floating_point()
+    are_ids = not ids.is_floating_point() and not labels.is_floating_point()
     logits_of_each = getattr(logits, "ndim", 0) == 3 and logits.shape[:2] == labels.shape
-    if not whole or ids.shape != labels.shape or ids.size(1) < 2 or not logits_of_each:
+    if not are_ids or ids.shape != labels.shape or ids.size(1) < 2 or not logits_of_each:
         return
     kept = labels != IGNORED
     if bool(kept.any() & (ids[kept] == labels[kept]).all()):
         _warn(
             "loader: got labels that are the inputs, which teaches a language model to copy them: "
             "train() does not shift labels; write labels = torch.cat((ids[:, 1:], "
-            "torch.full_like(ids[:, :1], -100)), 1)"
+            "torch.full_like(ids[:, :1], -100)), 1)",
+            stacklevel=6,
         )
 
 
