@@ -352,9 +352,9 @@ def in_stages() -> None:
     labels[3] = -100
     mine = slice(3000 * rank, 3000 * (rank + 1))
     redone: list[int] = []
-    general = vocab_parallel.Split._in_passes
+    general = vocab_parallel.VocabParallel._in_passes
 
-    def counted(self: vocab_parallel.Split, student: Tensor, *args: Any) -> Tensor:
+    def counted(self: vocab_parallel.VocabParallel, student: Tensor, *args: Any) -> Tensor:
         redone.append(student.size(0) * student.size(1))
         return general(self, student, *args)
 
@@ -372,7 +372,7 @@ def in_stages() -> None:
         return loss.detach(), x.grad
 
     with pytest.MonkeyPatch.context() as patch, fastkd.use_backend("cpu"):
-        patch.setattr(vocab_parallel.Split, "_in_passes", counted)
+        patch.setattr(vocab_parallel.VocabParallel, "_in_passes", counted)
         for name in divergences:
             got = []
             for waiting, threads in ((cpu.WAITING, 1), (1, 1), (1, 2), (300_000, 2)):
