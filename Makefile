@@ -2,6 +2,7 @@
 # make check  for every save: lint, types and the two minutes of tests that catch most
 # make test   everything that is checked: lint, types, sdist, tests on every backend, toy benchmark
 # make kernels, sanitize, aarch64: the C++ kernels alone, see below
+# make mutants  the share of seeded faults that the suite notices
 # make gpu    on a machine with a GPU and its own torch and triton: build, test, measure
 #
 # An interrupted demo goes on where it was; `rm -r demo` begins anew.
@@ -22,7 +23,7 @@ PRESET ?= small
 # without them.
 export FASTKD_REQUIRE_CPU ?= 1
 
-.PHONY: demo check test lint sdist kernels sanitize aarch64 gpu clean
+.PHONY: demo check test pytest lint sdist kernels sanitize aarch64 mutants gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -39,8 +40,10 @@ CHECK = tests/test_losses.py tests/test_options.py tests/test_weights.py tests/t
 check: $(VENV)/ready lint
 	$(RUN) -m pytest -n auto --maxprocesses 8 -x $(CHECK) -k "not gpu"
 
+test: lint sdist pytest
+
 # One line a minute says where the tests are.
-test: $(VENV)/ready lint sdist
+pytest: $(VENV)/ready
 	FASTKD_TEST_SEED=$(SEED) FASTKD_TEST_PROGRESS=60 $(RUN) -m pytest -n auto --maxprocesses 8
 
 lint: $(VENV)/ready
@@ -65,6 +68,12 @@ sanitize: $(VENV)/ready
 # Cross-compiled and run under qemu; writes tests/kernels/aarch64.json, which says when it passed.
 aarch64: $(VENV)/ready
 	$(KERNELS) --fuzz $(SECONDS) aarch64
+
+# Faults, one at a time, in a copy of the tree: does the suite notice? See tests/mutants/README.md.
+# AREA= one of csrc, python, triton, parallel
+JOBS ?= 2
+mutants: $(VENV)/ready
+	$(RUN) tests/mutants/run.py -j $(JOBS) $(addprefix --area ,$(AREA)) --json build/mutants.json
 
 # The package as a user gets it: sdist, the wheel built from it, and that wheel in an environment of
 # its own, where the checkout cannot be found.
