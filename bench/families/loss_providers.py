@@ -15,14 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
-from bench.cases import Case, TopKCase
+from bench.families.loss_cases import Case, TopKCase
+from bench.harness.gate import Unavailable, first_line
 from fastkd.divergence import Divergence
 
 Call = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
-
-
-class Unavailable(Exception):
-    """The provider cannot run this case here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -202,17 +199,17 @@ def liger(case: Case, device: torch.device) -> Call:
     raise Unavailable(f"Liger-Kernel has no {name}")
 
 
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
-
-
 # As a loss scale or gradient accumulation has it: what was computed in forward is multiplied.
 # Torch's own backward pass costs the same whatever grad_output is.
 UPSTREAM = 0.5
 SCALED = "its backward pass at a grad_output that is not 1"
 
+
+def _ours(inplace: bool) -> Callable[[Case, torch.device], Call]:
+    return lambda case, device: _fastkd(case, inplace)
+
+
+_OVER = "the gradient written over the student's logits"
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
@@ -221,26 +218,16 @@ PROVIDERS: dict[str, Provider] = {
         Provider("compile-max", "torch.compile with max-autotune", compiled_max),
         Provider("liger", "Liger-Kernel from logits, softmax included (GPU)", liger),
         Provider("reference", "fastkd on its plain torch reference", reference, ours=True),
-        Provider("fastkd", "fastkd, a new gradient", lambda c, _: _fastkd(c, False), ours=True),
-        Provider(
-            "fastkd-inplace",
-            "fastkd, the gradient written over the student's logits",
-            lambda c, _: _fastkd(c, True),
-            ours=True,
-            inplace=True,
-        ),
+        Provider("fastkd", "fastkd, a new gradient", _ours(False), ours=True),
+        Provider("fastkd-inplace", f"fastkd, {_OVER}", _ours(True), ours=True, inplace=True),
         Provider("liger-scaled", f"liger, {SCALED}", liger, upstream=UPSTREAM),
         Provider(
-            "fastkd-scaled",
-            f"fastkd, {SCALED}",
-            lambda c, _: _fastkd(c, False),
+            *("fastkd-scaled", f"fastkd, {SCALED}", _ours(False)),
             ours=True,
             upstream=UPSTREAM,
         ),
         Provider(
-            "fastkd-inplace-scaled",
-            f"fastkd-inplace, {SCALED}",
-            lambda c, _: _fastkd(c, True),
+            *("fastkd-inplace-scaled", f"fastkd-inplace, {SCALED}", _ours(True)),
             ours=True,
             inplace=True,
             upstream=UPSTREAM,
