@@ -55,14 +55,10 @@ def ldexp(significand: float, exponent: int) -> Any:
 # ---- the truth
 
 
-def test_every_case_has_a_truth() -> None:
-    assert {case.divergence.name for case in CASES.values()} <= set(oracle.PAIRS)
-    assert set(oracle.PAIRS) == set(fastkd.divergences)
-
-
 @each_case
 @pytest.mark.parametrize("temperature", [0.5, 2.0, 30.0])
 def test_truth_is_the_tables_formula_in_float64(case: Case, temperature: float) -> None:
+    assert set(oracle.PAIRS) == set(fastkd.divergences)
     case = case.at(temperature)
     (batch, *_) = batches("normal", 100, torch.float32, CPU)
     x = oracle.sides(batch.student, batch.teacher, temperature)
@@ -305,24 +301,3 @@ def test_quick_runs_as_a_program(tmp_path: Path) -> None:
     assert found["settings"]["floor_ulp"] == FLOOR == 0.5
     assert found["settings"]["share"] == {"bfloat16": 0.999}
     assert "wide V 10 bfloat16" in done.stderr  # progress, away from the tables
-
-
-@pytest.mark.parametrize(
-    ("arguments", "got", "expected"),
-    [
-        (["--cases", "kl"], "'kl'", "kl_div"),
-        (["--vocab", ","], "','", "a whole number above 0"),
-        (["--temperature", "10,hot"], "'hot'", "a number above 0"),
-        (["--distributions", "cauchy"], "'cauchy'", "one-hot"),
-        (["--providers", "jax"], "'jax'", "eager"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_arguments(
-    arguments: list[str], got: str, expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert got in said and expected in said

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
 
 pytest.importorskip("triton")
-from bench import gpu, gpu_steps
+from bench import gpu
 from bench.__main__ import parser
 from bench.families import FAMILIES, load
 from bench.families.loss_cases import SHAPE_SETS
@@ -109,16 +108,6 @@ def test_teams_are_measured_beside_none(tmp_path: Path) -> None:
     assert all(env["FASTKD_GPU_TEAM"] == "0" for env in alone)
 
 
-def test_memcheck_is_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def memcheck() -> Step:
-        return next(step for step in steps(tmp_path, "fit", "sm_90") if step.name == "memcheck")
-
-    monkeypatch.setattr(gpu_steps, "sanitizer", lambda: None)
-    assert memcheck().skip == "compute-sanitizer is not on this machine"
-    monkeypatch.setattr(gpu_steps, "sanitizer", lambda: "/opt/compute-sanitizer")
-    assert memcheck().skip == "" and memcheck().argv[0] == "/opt/compute-sanitizer"
-
-
 # ---- the run
 
 
@@ -169,23 +158,11 @@ def test_no_step_begins_after_the_runs_time(tmp_path: Path) -> None:
     assert "spent before it" in outcomes(tmp_path)["late"]["note"]
 
 
-def test_environment_and_output_of_a_step(tmp_path: Path) -> None:
-    step = script("say", "import os; print(os.environ['OF_STEP'])", env={"OF_STEP": "x"}, out="md")
-    assert gpu.run(step, tmp_path, 30).status == "ok"
-    assert (tmp_path / "gpu-say.md").read_text() == "x\n"
-    assert step.line.startswith(f"OF_STEP=x {sys.executable} -c ")
-
-
 def test_a_file_cut_off_is_left_out_and_said(tmp_path: Path) -> None:
     (tmp_path / "gpu-slow.json").write_text('{"machine": ')
     whole = document([Outcome("slow", "", "out of time", note="stopped after 5 s")], tmp_path)
     assert whole["runs"] == {} and whole["machine"] is None
     assert whole["steps"][0]["note"] == "stopped after 5 s; gpu-slow.json is cut off"
-
-
-def test_an_unknown_step_says_so(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        main(["--only", "nothing", "--results", str(tmp_path)])
 
 
 def test_make_gpu_is_this() -> None:

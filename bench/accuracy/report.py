@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +50,12 @@ class Group:
         """Points, however many torches there are."""
         return len({id(v.point) for v in self.violations(of, floor)})
 
-    def median(self, provider: str, of: str) -> float | None:
-        known = [getattr(p.found[provider], of) for p in self.points if provider in p.found]
-        return statistics.median(known) if known else None
+    def median(self, provider: str, of: str) -> float:
+        return statistics.median(getattr(p.found[provider], of) for p in self._with(provider))
 
     def share(self, provider: str) -> float | None:
         """Of the counted elements of all points those that are correctly rounded."""
-        known = [p for p in self.points if provider in p.found]
+        known = self._with(provider)
         counted = sum(p.counted for p in known)
         return sum(p.found[provider].right for p in known) / counted if counted else None
 
@@ -65,19 +64,23 @@ class Group:
         share = self.share(self.ours)
         return share is None or share >= SHARE.get(self.dtype, 0.0)
 
+    def names(self) -> list[str]:
+        """Ours and those that it is held against, as far as they have results."""
+        return [name for name in (self.ours, *TORCH) if self._with(name)]
+
+    def _with(self, provider: str) -> list[Point]:
+        return [p for p in self.points if provider in p.found]
+
 
 def groups(points: Sequence[Point]) -> list[Group]:
     """By dtype, case and each of ours that has results there."""
+    found: dict[tuple[torch.dtype, str, str], list[Point]] = {}
+    for point in points:
+        for name in (*point.found, *point.notes):
+            if PROVIDERS[name].ours:
+                found.setdefault((point.dtype, point.case, name), []).append(point)
     dtypes = list(dict.fromkeys(p.dtype for p in points))
-    keys = sorted(
-        dict.fromkeys((p.dtype, p.case) for p in points), key=lambda k: dtypes.index(k[0])
-    )
-    found = []
-    for dtype, case in keys:
-        here = [p for p in points if (p.dtype, p.case) == (dtype, case)]
-        names = dict.fromkeys(name for p in here for name in (*p.found, *p.notes))
-        found += [Group(dtype, case, name, here) for name in names if PROVIDERS[name].ours]
-    return found
+    return [Group(*key, found[key]) for key in sorted(found, key=lambda k: dtypes.index(k[0]))]
 
 
 def failures(points: Sequence[Point]) -> list[str]:
@@ -105,7 +108,9 @@ def markdown(points: Sequence[Point], facts: dict[str, Any]) -> str:
     words = ("dtype", "case", "ours", "of")
     lines = ["### accuracy", "", machine_line(facts), ""]
     lines += [*table([_errors(group) for group in judged], words), ""]
-    worst = sorted(_worst(judged), key=lambda v: -v.ratio)
+    found = [group.violations(of) for group in judged for of in ("gradient", "loss")]
+    worst = [max(every, key=lambda v: v.ratio) for every in found if every]
+    worst.sort(key=lambda v: -v.ratio)
     if worst:
         lines += ["Points above torch, if the floor were so many units in the last place:", ""]
         lines += [*table(_by_floor(judged), words), ""]
@@ -135,15 +140,14 @@ def verdict(points: Sequence[Point]) -> str:
 def _errors(group: Group) -> dict[str, str]:
     row = {"dtype": spelled(group.dtype), "case": group.case, "ours": group.ours}
     row["points"] = str(len(group.points))
-    others = [name for name in TORCH if any(name in p.found for p in group.points)]
     for what, of in (("grad", "gradient"), ("loss", "loss")):
-        for name in (group.ours, *others):
+        for name in group.names():
             row[f"{what} {name}"] = _short(group.median(name, what))
         found = group.violations(of)
         row[f"{what} above torch"] = str(group.above(of))
         row[f"{what} worst"] = _ratio(max(v.ratio for v in found)) if found else "-"
     if group.dtype in (torch.bfloat16, torch.float16):
-        for name in (group.ours, *others):
+        for name in group.names():
             share = group.share(name)
             row[f"rounded {name}"] = "-" if share is None else _percent(share)
     return row
@@ -159,13 +163,6 @@ def _by_floor(judged: Sequence[Group]) -> list[dict[str, str]]:
                 row[f"{floor:g}"] = str(sum(group.above(of, floor) for group in here))
             rows.append({**row, "points": str(sum(len(group.points) for group in here))})
     return rows
-
-
-def _worst(judged: Sequence[Group]) -> Iterator[Violation]:
-    for group in judged:
-        for of in ("gradient", "loss"):
-            if found := group.violations(of):
-                yield max(found, key=lambda v: v.ratio)
 
 
 def _line(v: Violation) -> str:
@@ -187,8 +184,8 @@ def _notes(points: Sequence[Point]) -> list[str]:
     return [*(f"- {line}" for line in lines), ""] if lines else []
 
 
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1e}" if value and value < 0.01 else f"{value:.3g}"
+def _short(value: float) -> str:
+    return f"{value:.1e}" if value and value < 0.01 else f"{value:.3g}"
 
 
 def _ratio(value: float) -> str:
@@ -205,31 +202,17 @@ def _percent(share: float) -> str:
 
 def as_json(points: Sequence[Point], facts: dict[str, Any], settings: dict[str, Any]) -> Any:
     """Everything found, JSON-ready: machine, settings, verdict, violations, a record per point."""
-    judged = [
-        {
-            **{"dtype": spelled(group.dtype), "case": group.case, "provider": group.ours},
-            **{"points": len(group.points), "enough": group.enough()},
-            "above_torch": {of: group.above(of) for of in ("gradient", "loss")},
-            "correctly_rounded": group.share(group.ours),
-        }
-        for group in groups(points)
-    ]
     settings |= {"floor_ulp": FLOOR, "oracle_bits": int(np.finfo(np.longdouble).nmant) + 1}
     settings["share"] = {spelled(dtype): least for dtype, least in SHARE.items()}
     violations = [
-        {
-            **_where(v.point),
-            **{"of": v.of, "provider": v.ours, "torch": v.torch},
-            **{"error_ulp": _number(v.error), "torch_error_ulp": _number(v.allowed)},
-        }
+        {**_where(v.point), "of": v.of, "provider": v.ours, "torch": v.torch}
+        | {"error_ulp": _number(v.error), "torch_error_ulp": _number(v.allowed)}
         for point in points
         for v in point.violations()
     ]
-    return {
-        **{"machine": facts, "settings": settings, "groups": judged, "violations": violations},
-        **{"holds": holds(points), "verdict": verdict(points), "failures": failures(points)},
-        "results": [_record(point) for point in points],
-    }
+    document = {"machine": facts, "settings": settings, "violations": violations}
+    document |= {"holds": holds(points), "verdict": verdict(points), "failures": failures(points)}
+    return document | {"results": [_record(point) for point in points]}
 
 
 def _where(point: Point) -> dict[str, Any]:
@@ -242,9 +225,8 @@ def _record(point: Point) -> dict[str, Any]:
         name: {key: _number(value) for key, value in found._asdict().items()}
         for name, found in point.found.items()
     }
-    counts = {"elements": point.elements, "counted": point.counted}
-    true = {"true_loss": _number(point.loss), "errors": errors, "notes": point.notes}
-    return {**_where(point), **counts, **true}
+    counts = {"elements": point.elements, "counted": point.counted, "notes": point.notes}
+    return _where(point) | counts | {"true_loss": _number(point.loss), "errors": errors}
 
 
 def _number(value: float) -> float | int | str:

@@ -116,9 +116,8 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
     seen: list[tuple[str, Launch]] = []
     card = launch.Card(case.target, 32 if case.target.startswith("sm_") else 64)
     with ExitStack() as stack:
-        split = getattr(launch, "split", None)
-        if split is not None:
-            stack.enter_context(mock.patch.object(split, "HOST_PROCESSORS", PROCESSORS))
+        split_rows = getattr(launch, "split_rows")  # noqa: B009  # not exported
+        stack.enter_context(mock.patch.object(split_rows, "HOST_PROCESSORS", PROCESSORS))
         for which, run in passes.items():
             if entry not in (None, which):
                 continue

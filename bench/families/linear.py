@@ -19,7 +19,8 @@ from torch import Tensor
 
 import fastkd
 from bench.families.loss_cases import DENSE, Case
-from bench.families.loss_providers import eager as dense_eager
+from bench.families.loss_providers import PROVIDERS as DENSE_PROVIDERS
+from bench.families.loss_providers import Call
 from bench.harness import gate, table
 from bench.harness.family import DTYPES, Family, Input, spelled
 from bench.harness.gate import Unavailable, first_line
@@ -106,50 +107,37 @@ def _trained(loss: Callable[[Inputs], Tensor]) -> Step:
     return step
 
 
-def _plain(case: Case, device: torch.device) -> Callable[[Inputs], Tensor]:
-    of_logits = dense_eager(case, device)
-
-    def loss(inputs: Inputs) -> Tensor:
-        # no name for either: they are freed as soon as nobody needs them
-        return of_logits(
-            F.linear(inputs.hidden_s, inputs.weight_s),
-            F.linear(inputs.hidden_t, inputs.weight_t),
-            None,
-        )
+def _on_logits(call: Call) -> Callable[[Inputs], Tensor]:
+    def loss(x: Inputs) -> Tensor:
+        # no name for either side's logits: they are freed as soon as nobody needs them
+        return call(F.linear(x.hidden_s, x.weight_s), F.linear(x.hidden_t, x.weight_t), None)
 
     return loss
 
 
 def eager(case: Case, device: torch.device) -> Step:
     """plain torch, both logits in full"""
-    return _trained(_plain(case, device))
+    return _trained(_on_logits(DENSE_PROVIDERS["eager"].build(case, device)))
 
 
 def compiled(case: Case, device: torch.device) -> Step:
     """torch.compile of the same"""
-    loss = torch.compile(_plain(case, device), dynamic=False)
-    return _trained(loss)
+    loss = _on_logits(DENSE_PROVIDERS["eager"].build(case, device))
+    return _trained(torch.compile(loss, dynamic=False))
 
 
 def dense(case: Case, device: torch.device) -> Step:
     """the logits in full, and fastkd's loss of them"""
-    function, options = case.function, {**case.options, "inplace": True}
-
-    def loss(inputs: Inputs) -> Tensor:
-        student = F.linear(inputs.hidden_s, inputs.weight_s)
-        return function(student, F.linear(inputs.hidden_t, inputs.weight_t), **options)
-
-    return _trained(loss)
+    return _trained(_on_logits(DENSE_PROVIDERS["fastkd-inplace"].build(case, device)))
 
 
 def linear(case: Case, device: torch.device) -> Step:
     """fastkd, logits that are never built"""
-    function, options = case.function, case.options
 
-    def loss(inputs: Inputs) -> Tensor:
-        student = fastkd.LinearLogits(inputs.hidden_s, inputs.weight_s)
-        teacher = fastkd.LinearLogits(inputs.hidden_t, inputs.weight_t)
-        return function(student, teacher, **options)
+    def loss(x: Inputs) -> Tensor:
+        student = fastkd.LinearLogits(x.hidden_s, x.weight_s)
+        teacher = fastkd.LinearLogits(x.hidden_t, x.weight_t)
+        return case.function(student, teacher, **case.options)
 
     return _trained(loss)
 

@@ -128,10 +128,9 @@ def measured(count: int, per_shard: int, a: argparse.Namespace, say: Say) -> lis
             say(f"opening it {provider}")
             times: dict[str, float] = {}
             if provider == "merged":
-                for what in ("merge", "merge_again"):
-                    start = time.perf_counter()
-                    store.merge(folder)
-                    times[what] = time.perf_counter() - start
+                start = time.perf_counter()
+                store.merge(folder)
+                times["merge"] = time.perf_counter() - start
                 size = (folder / MERGED).stat().st_size
             times["open"], memory, times["lookup"] = opened(folder)
             result = Result("index", "", f"{count} shards", "uint8", provider, ours=True)
@@ -152,27 +151,11 @@ def fitted(groups: Sequence[Group], provider: str, what: str, shards: int) -> fl
     return max(float(fit[0]) + float(fit[1]) * shards, 0.0)
 
 
-def by_format(a: argparse.Namespace, shard_bytes: int) -> dict[str, Any]:
-    """What follows from the format at the full size."""
-    samples = -(-a.tokens // a.length)
-    of_token = row_bytes(plan_of(a, samples), a.length)
-    payload = int(a.tokens * of_token)
-    shards = max(a.ranks, -(-payload // shard_bytes))
-    return {
-        "bytes_per_token": of_token,
-        "payload_bytes": payload,
-        "shards": shards,
-        "files_per_folder": -(-shards // a.ranks),
-        "files_on_top": 3 * a.ranks + 1,  # index, lock and folder of each; the merged index
-        "tokens_lost_by_a_kill": shard_bytes / of_token,
-    }
-
-
 class StoreScale(Family):
     name = "store-scale"
     about = "store-scale: the indexes of a store of 10^12 tokens, measured and extrapolated."
     cases = {"index": "opening, merging and looking up in the indexes of many shards"}
-    times = ("merge", "merge_again", "lookup", "open")
+    times = ("merge", "lookup", "open")
     threads = 1
     key = "shape"
     legend = (
@@ -212,27 +195,19 @@ class StoreScale(Family):
         return {"ranks": str(result.figures["ranks"]), **cells}
 
     def extra(self, groups: Sequence[Group], a: argparse.Namespace) -> str:
-        lines = []
+        samples, lines = -(-a.tokens // a.length), []
+        of_token = row_bytes(plan_of(a, samples), a.length)
         for mib in a.mib:
-            at = by_format(a, mib * 2**20)
-            size = {
-                (who, what): fitted(groups, who, what, at["shards"])
-                for who in ("unmerged", "merged")
-                for what in ("index_bytes", "memory_bytes", "open")
-            }
+            shards = max(a.ranks, -(-int(a.tokens * of_token) // (mib * 2**20)))
             lines += [
-                f"{a.tokens:.3g} tokens, {a.ranks} ranks, shards of {mib} MiB:",
-                f"  by the format: {at['bytes_per_token']:.1f} bytes a token, "
-                f"{at['payload_bytes'] / 1e12:.1f} TB, {at['shards']} shards, "
-                f"{at['files_per_folder']} in a rank's folder, {at['files_on_top']} files and "
-                f"folders on top; a kill loses at most {at['tokens_lost_by_a_kill']:.3g} tokens",
-                "  extrapolated: merged in "
-                f"{fitted(groups, 'merged', 'merge', at['shards']):.1f} s",
+                f"{a.tokens:.3g} tokens, {a.ranks} ranks, shards of {mib} MiB, by the format: "
+                f"{of_token:.1f} bytes a token, {a.tokens * of_token / 1e12:.1f} TB, {shards} "
+                f"shards, {-(-shards // a.ranks)} in a rank's folder",
+                f"  extrapolated: merged in {fitted(groups, 'merged', 'merge', shards):.1f} s",
             ]
             for who in ("unmerged", "merged"):
-                index, memory, opening = (
-                    size[who, x] for x in ("index_bytes", "memory_bytes", "open")
-                )
+                names = ("index_bytes", "memory_bytes", "open")
+                index, memory, opening = (fitted(groups, who, name, shards) for name in names)
                 lines.append(
                     f"  extrapolated, {who}: indexes of {index / 1e6:.0f} MB, opened in "
                     f"{opening:.2f} s and {memory / 1e6:.0f} MB"
