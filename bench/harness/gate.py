@@ -7,13 +7,11 @@ float64; for the loss relative to max(1, |loss|), for the gradient relative to i
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from bench.cases import Case, Inputs
 
 # Room for rounding where plain torch happens to be exact. float32: a few units in the last place
 # of the largest element; half types: one rounding of the gradient, and of plain torch's loss.
@@ -22,6 +20,20 @@ FLOORS = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 # Elements of float64 at a time: the truth is made in chunks of rows, so that checking needs less
 # memory than plain torch itself.
 CHUNK = 2**24
+
+
+class Unavailable(Exception):
+    """A provider cannot run this case here; the message says why."""
+
+
+class Wrong(Exception):
+    """A provider's result is out of bounds; the message says by how much."""
+
+    def __init__(
+        self, note: str, errors: Errors | None = None, bound: Errors | None = None
+    ) -> None:
+        super().__init__(note)
+        self.errors, self.bound = errors, bound
 
 
 class Truth(NamedTuple):
@@ -42,13 +54,27 @@ class Errors(NamedTuple):
         return self.loss <= bound.loss and self.grad <= bound.grad
 
 
+def check(found: Errors, allowed: Errors) -> None:
+    """Lets a provider through.
+
+    Raises:
+        Wrong: an error is above what is allowed.
+    """
+    if not found.within(allowed):
+        raise Wrong(
+            f"error of the loss {found.loss:.2e} (allowed {allowed.loss:.2e}), "
+            f"of the gradient {found.grad:.2e} (allowed {allowed.grad:.2e})",
+            *(found, allowed),
+        )
+
+
 def _chunks(rows: int, vocab: int) -> list[slice]:
     step = max(1, CHUNK // max(vocab, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def truth(case: Case, inputs: Inputs) -> Truth:
-    """The case in float64 by the formula of fastkd's table, a chunk of rows at a time."""
+def truth(case: Any, inputs: Any) -> Truth:
+    """A case of the losses in float64 by the table's formula, a chunk of rows at a time."""
     rows, vocab = inputs.student.shape
     grad = torch.empty_like(inputs.student, dtype=torch.float64)
     total = 0.0
@@ -94,3 +120,16 @@ def bound(torchs: Errors | None, dtype: torch.dtype) -> Errors:
     if torchs is None:
         return Errors(floor, floor)
     return Errors(2 * torchs.loss + floor, 2 * torchs.grad + floor)
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory is out, on any device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,4 +1,8 @@
-"""Timing one call, and the arithmetic of what was timed."""
+"""Timing: a clock for one call, turns of many, and the arithmetic of what was timed.
+
+Providers are interleaved (A B C A B C ...), so that a drifting clock or a busy neighbour meets all
+of them alike.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,13 @@ from typing import NamedTuple
 
 import torch
 
+MIN_ROUNDS, MAX_ROUNDS = 5, 1000
 # Written before each timed run on a GPU; larger than any L2 cache (50 MiB on an H100).
 FLUSH_BYTES = 256 * 2**20
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+Say = Callable[[str], None]
+Sample = Callable[[], float]  # takes one measurement: milliseconds
 
 
 class Summary(NamedTuple):
@@ -74,6 +83,56 @@ class Clock:
         return elapsed / len(runs)
 
 
+class TimingPlan(NamedTuple):
+    """How long one input is timed.
+
+    Args:
+        seconds: time budget of all rounds.
+        rounds: (least, most) number of rounds.
+        warm_up: rounds before that are not counted.
+    """
+
+    seconds: float = 6.0
+    rounds: tuple[int, int] = (MIN_ROUNDS, MAX_ROUNDS)
+    warm_up: int = 1
+
+
+class Turn(NamedTuple):
+    """What is sampled in every round, or in every n-th one."""
+
+    sample: Sample
+    every: int = 1
+
+
+def take_turns(
+    entries: Sequence[Turn], plan: TimingPlan, say: Say, alternate: bool = False
+) -> list[list[float]]:
+    """The samples of each entry, taken in turns.
+
+    Args:
+        alternate: reverse the order in every other round.
+    """
+    samples: list[list[float]] = [[] for _ in entries]
+    least, most = plan.rounds
+    with no_collection():
+        start = time.perf_counter()
+        for number in range(-plan.warm_up, most):
+            if number == 0:
+                start = time.perf_counter()
+            spent = time.perf_counter() - start
+            if number >= least and spent > plan.seconds:
+                break
+            say(f"timing, round {max(number, 0) + 1}, {spent:.0f} of {plan.seconds:g} s")
+            order = list(zip(entries, samples, strict=True))
+            for entry, kept in order[::-1] if alternate and number % 2 == 0 else order:
+                if number > 0 and number % entry.every:
+                    continue
+                elapsed = entry.sample()
+                if number >= 0:
+                    kept.append(elapsed)
+    return samples
+
+
 def cores() -> set[int]:
     """The CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -118,8 +177,9 @@ class Neighbours:
                         ticks += sum(int(fields[at]) for at in self.BUSY_COLUMNS)
         except (OSError, IndexError, ValueError):
             return None
-        own = os.times()
-        return ticks / os.sysconf("SC_CLK_TCK") - own.user - own.system
+        own = os.times()  # of this process and of its children that have ended
+        used = own.user + own.system + own.children_user + own.children_system
+        return ticks / os.sysconf("SC_CLK_TCK") - used
 
 
 @contextmanager

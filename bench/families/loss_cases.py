@@ -1,4 +1,4 @@
-"""What is measured: the cases, their inputs and shapes, and the traffic none of them can avoid.
+"""The losses' cases: their inputs and shapes, and the traffic that none of them can avoid.
 
 A case is data. Whether the gradient is new or written over the student's logits is not a case but
 a provider (`fastkd` and `fastkd-inplace`): so both are timed in the same rounds, against the same
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
+from bench.harness.family import Shape
 from fastkd.divergence import Divergence
 
 # One pass over N x V logits in memory is a stream. These are the floor: no way of computing the
@@ -27,18 +28,6 @@ TRAINING_STREAMS = ("read student", "read teacher", "write gradient")
 TEMPERATURE = 2.0
 
 LABEL_BYTES = 8  # int64
-
-
-class Shape(NamedTuple):
-    """Rows, columns, and why the shape is measured."""
-
-    rows: int
-    vocab: int
-    reason: str
-
-    @property
-    def label(self) -> str:
-        return f"{self.rows}x{self.vocab}"
 
 
 class Inputs(NamedTuple):
@@ -239,10 +228,4 @@ SHAPE_SETS: dict[str, tuple[Shape, ...]] = {
     "cpu": CPU_SHAPES,
     "gpu": GPU_SHAPES,
     "toy": (TOY_SHAPE,),
-}
-
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
 }

@@ -15,14 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
-from bench.cases import Case, TopKCase
-from fastkd.divergence import Divergence
+from bench.families.loss_cases import Case, TopKCase
+from bench.harness.gate import Unavailable, first_line
 
 Call = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
-
-
-class Unavailable(Exception):
-    """The provider cannot run this case here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +47,11 @@ class Provider:
 # name: they are freed as soon as their softmax is taken.
 
 
-def _log_softmax(x: Tensor, temperature: float) -> Tensor:
+def _log(x: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(x / temperature, -1)
 
 
-def _softmax(x: Tensor, temperature: float) -> Tensor:
+def _soft(x: Tensor, temperature: float) -> Tensor:
     return F.softmax(x / temperature, -1)
 
 
@@ -63,68 +59,38 @@ def _kl(logp: Tensor, logq: Tensor) -> Tensor:
     return F.kl_div(logq, logp, reduction="batchmean", log_target=True)
 
 
-def _log_mixture(loga: Tensor, logb: Tensor, a: float) -> Tensor:
+def _mixture(loga: Tensor, logb: Tensor, a: float) -> Tensor:
     return torch.logaddexp(loga + math.log(a), logb + math.log1p(-a))
 
 
-def _plain_kl(s: Tensor, t: Tensor, temperature: float, _: float) -> Tensor:
-    logq, p = _log_softmax(s, temperature), _softmax(t, temperature)
-    return F.kl_div(logq, p, reduction="batchmean")
-
-
-def _plain_reverse_kl(s: Tensor, t: Tensor, temperature: float, _: float) -> Tensor:
-    return _kl(_log_softmax(s, temperature), _log_softmax(t, temperature))
-
-
-def _plain_js(s: Tensor, t: Tensor, temperature: float, beta: float) -> Tensor:
-    logq, logp = _log_softmax(s, temperature), _log_softmax(t, temperature)
-    logm = _log_mixture(logp, logq, beta)
+def _js(s: Tensor, t: Tensor, temperature: float, beta: float) -> Tensor:
+    logq, logp = _log(s, temperature), _log(t, temperature)
+    logm = _mixture(logp, logq, beta)
     return beta * _kl(logp, logm) + (1 - beta) * _kl(logq, logm)
 
 
-def _plain_skew_kl(s: Tensor, t: Tensor, temperature: float, alpha: float) -> Tensor:
-    logq, logp = _log_softmax(s, temperature), _log_softmax(t, temperature)
-    return _kl(logp, _log_mixture(logp, logq, alpha))
-
-
-def _plain_skew_reverse_kl(s: Tensor, t: Tensor, temperature: float, alpha: float) -> Tensor:
-    logq, logp = _log_softmax(s, temperature), _log_softmax(t, temperature)
-    return _kl(logq, _log_mixture(logq, logp, alpha))
-
-
-def _plain_tv(s: Tensor, t: Tensor, temperature: float, _: float) -> Tensor:
-    return 0.5 * (_softmax(t, temperature) - _softmax(s, temperature)).abs().sum(-1).mean()
+def _skew_kl(s: Tensor, t: Tensor, temperature: float, alpha: float) -> Tensor:
+    logq, logp = _log(s, temperature), _log(t, temperature)
+    return _kl(logp, _mixture(logp, logq, alpha))
 
 
 Formula = Callable[[Tensor, Tensor, float, float], Tensor]  # student, teacher, T, parameter
-
-
-def _from_table(entry: Divergence) -> Formula:
-    """For a divergence that is new in the table and has no plain form above."""
-
-    def formula(s: Tensor, t: Tensor, temperature: float, parameter: float) -> Tensor:
-        logq, logp = _log_softmax(s, temperature), _log_softmax(t, temperature)
-        return entry.value(logp, logq, parameter).sum(-1).mean()
-
-    return formula
-
-
 PLAIN: dict[str, Formula] = {
-    "kl": _plain_kl,
-    "reverse_kl": _plain_reverse_kl,
-    "js": _plain_js,
-    "skew_kl": _plain_skew_kl,
-    "skew_reverse_kl": _plain_skew_reverse_kl,
-    "tv": _plain_tv,
+    "kl": lambda s, t, at, _: F.kl_div(_log(s, at), _soft(t, at), reduction="batchmean"),
+    "reverse_kl": lambda s, t, at, _: _kl(_log(s, at), _log(t, at)),
+    "js": _js,
+    "skew_kl": _skew_kl,
+    "skew_reverse_kl": lambda s, t, at, alpha: _skew_kl(t, s, at, alpha),
+    "tv": lambda s, t, at, _: 0.5 * (_soft(t, at) - _soft(s, at)).abs().sum(-1).mean(),
 }
 
 
 def eager(case: Case, device: torch.device) -> Call:
     """The case in torch's own functions, in the operands' dtype."""
     entry, temperature = case.divergence, case.temperature
-    if isinstance(case, TopKCase):
+    formula = None if isinstance(case, TopKCase) else PLAIN.get(entry.name)
+    if formula is None:  # a stored teacher, or a divergence that is new in the table
         return lambda s, t, _: entry.value(*case.outcomes(s, t), entry.param).sum(-1).mean()
-    formula = PLAIN.get(entry.name, _from_table(entry))
     return _with_labels(case, lambda s, t: formula(s, t, temperature, entry.param))
 
 
@@ -191,21 +157,15 @@ def liger(case: Case, device: torch.device) -> Call:
     name, parameter, at = case.divergence.name, case.divergence.param, case.temperature
     if name == "kl":
         kl = LigerKLDIVLoss(reduction="batchmean")
-        return _with_labels(case, lambda s, t: kl(_log_softmax(s, at), _softmax(t, at)))
+        return _with_labels(case, lambda s, t: kl(_log(s, at), _soft(t, at)))
     if name in ("js", "reverse_kl"):
         # its beta = 1 stands for the reverse KL; in between beta weighs the teacher, as ours does
         jsd = LigerJSD(beta=1.0 if name == "reverse_kl" else parameter)
-        return _with_labels(case, lambda s, t: jsd(_log_softmax(s, at), _log_softmax(t, at)))
+        return _with_labels(case, lambda s, t: jsd(_log(s, at), _log(t, at)))
     if name == "tv":
         tv = LigerTVDLoss(reduction="batchmean")
-        return _with_labels(case, lambda s, t: tv(_softmax(s, at), _softmax(t, at)))
+        return _with_labels(case, lambda s, t: tv(_soft(s, at), _soft(t, at)))
     raise Unavailable(f"Liger-Kernel has no {name}")
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
 
 
 # As a loss scale or gradient accumulation has it: what was computed in forward is multiplied.
@@ -213,6 +173,12 @@ def first_line(error: BaseException) -> str:
 UPSTREAM = 0.5
 SCALED = "its backward pass at a grad_output that is not 1"
 
+
+def _ours(inplace: bool) -> Callable[[Case, torch.device], Call]:
+    return lambda case, device: _fastkd(case, inplace)
+
+
+_OVER = "the gradient written over the student's logits"
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
@@ -221,26 +187,16 @@ PROVIDERS: dict[str, Provider] = {
         Provider("compile-max", "torch.compile with max-autotune", compiled_max),
         Provider("liger", "Liger-Kernel from logits, softmax included (GPU)", liger),
         Provider("reference", "fastkd on its plain torch reference", reference, ours=True),
-        Provider("fastkd", "fastkd, a new gradient", lambda c, _: _fastkd(c, False), ours=True),
-        Provider(
-            "fastkd-inplace",
-            "fastkd, the gradient written over the student's logits",
-            lambda c, _: _fastkd(c, True),
-            ours=True,
-            inplace=True,
-        ),
+        Provider("fastkd", "fastkd, a new gradient", _ours(False), ours=True),
+        Provider("fastkd-inplace", f"fastkd, {_OVER}", _ours(True), ours=True, inplace=True),
         Provider("liger-scaled", f"liger, {SCALED}", liger, upstream=UPSTREAM),
         Provider(
-            "fastkd-scaled",
-            f"fastkd, {SCALED}",
-            lambda c, _: _fastkd(c, False),
+            *("fastkd-scaled", f"fastkd, {SCALED}", _ours(False)),
             ours=True,
             upstream=UPSTREAM,
         ),
         Provider(
-            "fastkd-inplace-scaled",
-            f"fastkd-inplace, {SCALED}",
-            lambda c, _: _fastkd(c, True),
+            *("fastkd-inplace-scaled", f"fastkd-inplace, {SCALED}", _ours(True)),
             ours=True,
             inplace=True,
             upstream=UPSTREAM,
