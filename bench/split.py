@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     # read by the processes that are about to start: with a new gradient of this size for every call
     # the time would be that of the system's new pages
-    os.environ.setdefault("FASTKD_ARENA_MB", "2048")
+    os.environ.setdefault("FASTKD_POOL_MB", "2048")
     facts = report.machine(torch.device("cpu")) | {"threads": 1, "load": os.getloadavg()[0]}
     rows = run(sizes)
     status = 0

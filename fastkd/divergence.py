@@ -128,7 +128,7 @@ class Divergences:
         return divergence
 
     def __getattr__(self, name: str) -> Divergence:
-        if name.startswith("_"):  # asked by copy and pickle before there are entries
+        if name.startswith("_"):  # looked up by copy and pickle before there are entries
             raise AttributeError(name)
         if name not in self._entries:
             raise AttributeError(f"no divergence {shown(name)}; there are {', '.join(self)}")

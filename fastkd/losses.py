@@ -1,4 +1,4 @@
-"""The public functions.
+"""The public losses.
 
 The options that all of them share (`**rows`, keyword-only):
 
@@ -15,15 +15,17 @@ The options that all of them share (`**rows`, keyword-only):
                       changes nothing (what is overwritten is its own chunk, always)
     group             ProcessGroup or one-dimensional DeviceMesh over which the vocabulary is split:
                       the operands hold this rank's columns, in the order of the ranks (the teacher
-                      may be whole on every rank instead); labels, vocab_size and the indices of a
-                      TopK are of the whole vocabulary. Loss and gradient are those of the whole
+                      may have all columns on every rank instead); labels, vocab_size and the
+                      indices of a TopK are of the full vocabulary, as are loss and gradient.
+                      NotImplementedError with torch.func, with double backward, and for a
+                      gradient of a TopK or of a teacher whose divergence has no dual
 
 Operands, labels and weight may be DTensors, split on the vocabulary, on rows or on both; their mesh
-takes the place of `group`, and the loss is that of the whole: "mean" divides by what all ranks
+takes the place of `group`, and the loss is that of all rows: "mean" divides by what all ranks
 count (see `fastkd.parallel.dtensor`). Where rows are split without DTensors (data, sequence or
 context parallel), each rank's loss is of its own rows, and
 `normalizer=fastkd.token_count(labels, group)`, the tokens of all ranks, makes their sum
-the loss of the whole.
+the loss of all rows.
 
 Under torch.compile and torch.export a loss is one registered operator, without a graph break.
 Inside transforms of torch.func, forward-mode AD and batched gradients it runs on the reference, in
@@ -257,7 +259,7 @@ def distillation_loss(
     t_squared: bool = True,
     **rows: Unpack[MixedOptions],
 ) -> Tensor:
-    """Hard cross-entropy and soft divergence in one trip over the student's logits.
+    """Hard cross-entropy and soft divergence in one pass over the student's logits.
 
         alpha CE(labels, softmax(student)) + (1 - alpha) T^2 D(p, q)
 

@@ -96,10 +96,10 @@ def topk_from_logits(
 def _blocks(logits: Operand, vocab: int) -> Iterator[Tensor]:
     """A few rows of logits at a time, [rows, vocab]."""
     step = max(1, BLOCK // vocab)
-    whole = logits.hidden if isinstance(logits, LinearLogits) else logits
-    flat = whole.resolve_neg().reshape(-1, whole.size(-1))
+    x = logits.hidden if isinstance(logits, LinearLogits) else logits
+    flat = x.resolve_neg().reshape(-1, x.size(-1))
     if isinstance(logits, LinearLogits):
-        # products of few rows read the whole weight for little
+        # products of few rows read all of the weight for little
         step = max(step, min(chunks(logits.device).budget // (8 * vocab), 512))
 
     if torch.compiler.is_compiling():  # a loop would be written out, for one number of rows
@@ -120,12 +120,12 @@ def _top(
     best = x.topk(k, -1)
     top, total, _ = backend.stats(x.unsqueeze(0), temperature, x.size(-1), None).to(acc).unbind(-1)
     others = x.scatter(-1, best.indices, -INF)
-    theirs = backend.stats(others.unsqueeze(0), temperature, x.size(-1), None).to(acc)
+    stats = backend.stats(others.unsqueeze(0), temperature, x.size(-1), None).to(acc)
     log_total = total.log()
     logprobs = (best.values.to(acc) - top.unsqueeze(-1)) / temperature - log_total.unsqueeze(-1)
-    rest = (theirs[:, 0] - top) / temperature + theirs[:, 1].log() - log_total
+    rest = (stats[:, 0] - top) / temperature + stats[:, 1].log() - log_total
     # -inf and not NaN where nothing is left: the maximum of no logits is -inf, their sum 0
-    rest = torch.where(theirs[:, 1] == 0, torch.where(total.isnan(), total, -INF), rest)
+    rest = torch.where(stats[:, 1] == 0, torch.where(total.isnan(), total, -INF), rest)
     return logprobs.clamp_max(0.0), best.indices.to(torch.int32), rest.clamp_max(0.0)
 
 
@@ -190,10 +190,10 @@ def _masses(
     if size == 1:
         top = x.amax(-1, keepdim=True).to(acc)
         return ((x.to(acc) - top) / temperature).exp().double(), top
-    whole = vocab // size * size
-    parts = [x[:, :whole].unflatten(-1, (-1, size))]
-    if whole < vocab:
-        parts.append(x[:, None, whole:])
+    even = vocab // size * size
+    parts = [x[:, :even].unflatten(-1, (-1, size))]
+    if even < vocab:
+        parts.append(x[:, None, even:])
     stats = [
         backend.stats(part, temperature, part.size(-1), None)[:, :2].reshape(rows, -1, 2)
         for part in parts

@@ -162,7 +162,7 @@ def _of_dtensors(
     inplace: bool,
     group: object,
 ) -> Tensor:
-    """`loss` where something is a DTensor: of this rank's part, made the whole's."""
+    """`loss` where something is a DTensor: of this rank's part, summed to that of all rows."""
     name, student, teacher, *numbers = sides
     validate.reduction(reduction)
     if dtensor.is_dtensor(normalizer):
@@ -227,7 +227,7 @@ def _request(
             call += ", a gradient of the teacher"
         own = backend or choice.pick(student.device)
         shared, student, teacher = layout.prepare(own, group, student, teacher, vocab_size, call)
-        vocab, classes = shared.columns.own, shared.columns.whole
+        vocab, classes = shared.columns.own, shared.columns.total
     compiling = torch.compiler.is_compiling()
     if (classes == 1 or (student is teacher and soft != 0.0)) and not compiling:
         validate.silence(name, student, teacher, classes)
@@ -289,7 +289,7 @@ def run(r: Request) -> Tensor:
 
 
 def _in_torch(call: Call, *tensors: Tensor | None) -> Tensor:
-    """Loss of each row by the reference, which torch differentiates as often as it is asked to."""
+    """Loss of each row by the reference, which torch differentiates as often as needed."""
     heads = (None, None) if call.products is None else call.products.heads
     keep, label, _, _ = call.rows
     s, t = reference.logits(tensors, heads, call.spec.vocab, keep)

@@ -22,7 +22,7 @@ def topk_rows(
     acc: torch.dtype,
     backend: Backend,
 ) -> TopKRows:
-    """The rows of a stored teacher as the backend take them: copies, which nobody else changes.
+    """The rows of a `TopK` as the passes take them: copies, which nobody else changes.
 
     keep: [...] or [N] bool: rows that are not kept are not looked at.
 

@@ -1,7 +1,7 @@
-"""Operands that are DTensors: this rank's part of them, and what makes the result whole again.
+"""Operands that are DTensors: this rank's part of them, and what makes the result that of all.
 
-A DTensor means here what it means everywhere in PyTorch, the whole tensor: the loss is that of the
-whole, a plain tensor with the same value on every rank, and so are the gradients, each a DTensor
+A DTensor means here what it means everywhere in PyTorch, the full tensor: the loss is that of all
+rows, a plain tensor with the same value on every rank, and so are the gradients, each a DTensor
 placed as its operand. What splits the vocabulary becomes `group`; what splits rows (batch or
 sequence) leaves each rank its own, and the sums of the reduction run over the ranks. A plain tensor
 beside a DTensor is this rank's part: its rows, and the columns of the vocabulary's shard or all.
@@ -57,7 +57,7 @@ class Local(NamedTuple):
     size: torch.Size  # of the rows of all ranks
 
     def normalizer(self, reduction: str, normalizer: Any, ignore_index: int) -> tuple[str, Any]:
-        """Reduction and normalizer that make a part's loss its share of the whole's."""
+        """Reduction and normalizer that make a part's loss its share of the loss of all rows."""
         if not self.over or reduction not in ("mean", "batchmean"):
             return reduction, normalizer
         if reduction == "batchmean":
@@ -150,7 +150,7 @@ class _Sides:
             raise ValueError(f"{first}: got a DTensor on {self.mesh}, which this process is not in")
         self.columns = student.dim() - 1  # the dimension of the vocabulary
         self.named = dtensors
-        self.size: torch.Size = student.shape[:-1]  # of the rows; those of the whole, if placed
+        self.size: torch.Size = student.shape[:-1]  # of the rows; those of all ranks, if a DTensor
         for name, x in dtensors:
             if not name.endswith((".weight", ".bias")):
                 self.size = x.shape[: self.columns]
@@ -225,7 +225,7 @@ class _Sides:
         twin.hidden = self._own(hidden, rows)
         for attribute, full in (("weight", weight), ("bias", bias)):
             own: Any = self._own(full, head)
-            if is_dtensor(full):  # every rank's rows have a part in the gradient of the whole
+            if is_dtensor(full):  # every rank's rows have a part in the gradient of the full tensor
                 for group in groups:
                     own = layout.replicated(own, group)
             setattr(twin, attribute, own)
