@@ -1,4 +1,4 @@
-"""fastkd: the loss of knowledge distillation in one trip through memory."""
+"""fastkd: fused knowledge-distillation losses for PyTorch, one pass over the logits."""
 
 from fastkd import nn
 from fastkd.backends.choice import use_backend

@@ -67,10 +67,10 @@ class Divergence:
                 raise TypeError(
                     f"divergence {self.name!r} got parameter {shown(name)}, takes {expected}"
                 )
-            return replace(self, given=self.admit(value))
+            return replace(self, given=self.validated(value))
         return self
 
-    def admit(self, value: float) -> float:
+    def validated(self, value: float) -> float:
         """The value as this divergence's parameter; raises as a call does."""
         expected = "expected a number strictly between 0 and 1"
         number = real(value)
@@ -112,8 +112,23 @@ class Divergences:
                 f"divergence: got {shown(name)}, expected one of {', '.join(self._entries)}"
             ) from None
 
+    def entry(self, divergence: str | Divergence) -> Divergence:
+        """The entry of a name, or an entry itself.
+
+        Raises:
+            TypeError, ValueError: neither of them, or a name that is not in the table.
+        """
+        if isinstance(divergence, str):
+            return self[divergence]
+        if not isinstance(divergence, Divergence):
+            raise TypeError(
+                f"divergence: got {kind(divergence)}, expected a name or an entry of "
+                "fastkd.divergences"
+            )
+        return divergence
+
     def __getattr__(self, name: str) -> Divergence:
-        if name.startswith("_"):  # asked by copy and pickle before there are entries
+        if name.startswith("_"):  # looked up by copy and pickle before there are entries
             raise AttributeError(name)
         if name not in self._entries:
             raise AttributeError(f"no divergence {shown(name)}; there are {', '.join(self)}")

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from fastkd import losses
 from fastkd.divergence import Divergence, divergences
-from fastkd.engine import validate
+from fastkd.engine import dispatch, validate
 from fastkd.losses import MixedOptions, Reduction
 from fastkd.operands import Operand, Teacher
 
@@ -90,7 +90,7 @@ class _Divergence(_Loss):
         normalizer: float | Tensor | None = None,
     ) -> Tensor:
         """The loss; arguments as in the function of the same name."""
-        return losses._loss(
+        return dispatch.loss(
             type(self).__name__,
             student,
             teacher,
@@ -203,7 +203,7 @@ class DistillationLoss(_Loss):
     ) -> None:
         super().__init__(temperature, ignore_index, reduction, vocab_size, inplace)
         self.alpha = validate.share("alpha", alpha)
-        self.divergence = losses._entry(divergence)
+        self.divergence = divergences.entry(divergence)
         self.label_smoothing = validate.share("label_smoothing", label_smoothing)
         self.t_squared = t_squared
 

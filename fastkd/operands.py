@@ -170,7 +170,7 @@ class TopK:
         "drop"         the terms of S alone, of p and q as they are: may fall below 0.
 
     A stored temperature is a part of p, and the loss is called with the same one. At another, p is
-    known as softmax(logprobs * stored / asked) where it is needed up to its sum only: with
+    known as softmax(logprobs * stored / requested) where it is needed up to its sum only: with
     "renormalize" and "restrict", and of rows that name all columns.
 
     A column is absent, whatever else its place holds, where its index is -1 or its logprob -inf:

@@ -47,27 +47,35 @@ def _arguments(backend: Backend, case: str) -> list[Any]:
     return [student, teacher, keep, label]
 
 
+def _inputs(student: Any, teacher: Any, *rest: Any) -> tuple[Any, ...]:
+    """The operator's inputs for logits on both sides; rest: keep, label and a spec."""
+    keep, label, *spec = rest
+    sides = [(x, None, None, 1.0, 0.0, x.dtype) for x in (student, teacher)]
+    return (*sides[0], *sides[1], keep, label, None, None, None, False, 0, *spec)
+
+
 CASES = ["plain", "labels", "strided", "leading", "mixed", "everything"]
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.interpreted(1)
-def test_opcheck_of_dense_loss(backend: Backend, case: str) -> None:
+def test_opcheck_of_the_loss_of_logits(backend: Backend, case: str) -> None:
     student, teacher, keep, label = _arguments(backend, case)
     student, teacher = student.requires_grad_(), teacher.detach().requires_grad_()
     spec = _plan(fastkd.divergences.js, 9, hard=0.0 if label is None else 0.3)
-    torch.library.opcheck(torch.ops.fastkd.dense_loss, (student, teacher, keep, label, *spec))
+    inputs = _inputs(student, teacher, keep, label, *spec)
+    torch.library.opcheck(torch.ops.fastkd.row_loss, inputs)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.interpreted(1)
-def test_opcheck_of_dense_grad(backend: Backend, case: str) -> None:
+def test_opcheck_of_the_gradients_of_logits(backend: Backend, case: str) -> None:
     student, teacher, keep, label = _arguments(backend, case)
     spec = _plan(fastkd.divergences.kl, 9, hard=0.0 if label is None else 0.3)
     scale = torch.rand(student.shape[:-1], device=backend.device)
-    torch.library.opcheck(
-        torch.ops.fastkd.dense_grad, (student, teacher, keep, label, scale, *spec)
-    )
+    needs = [True, False, False, True, False, False]
+    inputs = (*_inputs(student, teacher, keep, label, *spec), scale, needs)
+    torch.library.opcheck(torch.ops.fastkd.row_grads, inputs)
 
 
 @each_name
@@ -76,8 +84,8 @@ def test_opcheck_of_every_divergence(backend: Backend, divergence: Divergence) -
     student, teacher = (x.requires_grad_() for x in logits(backend, 2, 5))
     spec = _plan(divergence, 5)
     torch.library.opcheck(
-        torch.ops.fastkd.dense_loss,
-        (student, teacher, None, None, *spec),
+        torch.ops.fastkd.row_loss,
+        _inputs(student, teacher, None, None, *spec),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
@@ -86,10 +94,11 @@ def test_operators_take_any_layout_of_a_compiler(backend: Backend) -> None:
     """A compiler may hand over columns that are not contiguous."""
     student, teacher = logits(backend, 4, 9)
     spec = _plan(fastkd.divergences.kl, 9)
-    usual = torch.ops.fastkd.dense_loss(student, teacher, None, None, *spec)
+    usual = torch.ops.fastkd.row_loss(*_inputs(student, teacher, None, None, *spec))
     turned = student.t().contiguous().t()
     assert turned.stride() == (1, 4)
-    assert torch.equal(torch.ops.fastkd.dense_loss(turned, teacher, None, None, *spec), usual)
+    inputs = _inputs(turned, teacher, None, None, *spec)
+    assert torch.equal(torch.ops.fastkd.row_loss(*inputs), usual)
 
 
 def _run(loss: Callable[..., Tensor], student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
@@ -372,23 +381,23 @@ def test_opcheck_of_linear_loss(backend: Backend, dense: str) -> None:
     keep = torch.tensor([True, False, True, True], device=backend.device)
     label = torch.tensor([1, -100, 0, 8], device=backend.device)
     rest = (keep, label, None, None, None, False, 2, *_plan(fastkd.divergences.kl, 9, hard=0.3))
-    torch.library.opcheck(torch.ops.fastkd.linear_loss, (*student, *teacher, *rest))
+    torch.library.opcheck(torch.ops.fastkd.row_loss, (*student, *teacher, *rest))
 
 
 def test_opcheck_of_linear_grads(backend: Backend) -> None:
     parts = [x.detach() for x in _parts(backend)]
     sides = (*parts[:3], 0.5, 3.0, torch.float32, *parts[3:], 1.0, 0.0, torch.float32)
-    stored = (None, None, None, False)
+    topk = (None, None, None, False)
     rest = (
         None,
         None,
-        *stored,
+        *topk,
         0,
         *_plan(fastkd.divergences.kl, 9),
         torch.rand(4, device=backend.device),
     )
-    wants = [True, True, False, False, True, True]
-    torch.library.opcheck(torch.ops.fastkd.linear_grads, (*sides, *rest, wants))
+    needs = [True, True, False, False, True, True]
+    torch.library.opcheck(torch.ops.fastkd.row_grads, (*sides, *rest, needs))
 
 
 @pytest.mark.parametrize("loss", [fastkd.kl_div, fastkd.distillation_loss])

@@ -186,7 +186,7 @@ def test_a_row_without_a_column(backend: Backend, tail: str, measured: bool, ind
 
 
 def test_a_row_without_a_column_that_nobody_looks_at(monkeypatch: Any, backend: Backend) -> None:
-    monkeypatch.setattr("fastkd.topk.reads_values", lambda device: False)
+    monkeypatch.setattr("fastkd.engine.topk_rows.reads_values", lambda device: False)
     logprobs = at(backend, torch.tensor([[-INF, -INF], [-0.5, -2.0]]))
     for tail in TAILS:
         stored = fastkd.TopK(logprobs, at(backend, torch.tensor([[-1, 0], [3, 4]])), tail=tail)

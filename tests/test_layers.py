@@ -94,9 +94,9 @@ def test_nobody_but_the_backend_asks_for_a_device(path: Path) -> None:
     asked = [node for node in _attributes(path) if node.attr in DEVICE_QUESTIONS]
     types = [node for node in _attributes(path) if _is_device_type(node)]
     assert not asked
-    if path.stem in ("losses", "validate", "reduction"):
-        assert len(types) <= 1  # may a value be checked here, or a number come from the host
-    elif path.stem != "base":
+    if path.stem == "validate":
+        assert len(types) <= 1  # may a number come from the host
+    elif path.stem not in ("base", "choice"):
         assert not types
 
 

@@ -16,7 +16,7 @@ import fastkd
 from fastkd import LinearLogits
 from fastkd.backends.base import chunks
 from fastkd.demo.memory import allocated_peak
-from fastkd.engine.chunks import ALIGN, chunk_rows
+from fastkd.engine.linear import ALIGN, chunk_rows
 
 sys.path.append(str(Path(__file__).parents[1]))  # bench is no part of the installed package
 
@@ -179,21 +179,21 @@ def test_rows_of_a_chunk() -> None:
 
 
 def test_the_smaller_chunk_of_two_sides_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastkd.engine import linear
+    from fastkd.engine import dispatch
 
     made = [
         LinearLogits(torch.ones(N, H), torch.ones(V, H), chunk_size=size) for size in (3, None, 2)
     ]
-    assert linear._asked((made[0], made[2])) == 2
-    assert linear._asked((made[0], made[1])) == 3
-    assert linear._asked((torch.ones(N, V), made[1])) is None
+    assert dispatch._chunk((made[0], made[2])) == 2
+    assert dispatch._chunk((made[0], made[1])) == 3
+    assert dispatch._chunk((None, made[1])) is None
 
 
 @pytest.mark.parametrize(
     ("text", "said"), [("3", "rows 3"), ("0", "FASTKD_CHUNK: got '0'"), ("many", "'many'")]
 )
 def test_chunk_in_the_environment(text: str, said: str) -> None:
-    script = "from fastkd.engine.chunks import chunk_rows; import torch; print('rows', "
+    script = "from fastkd.engine.linear import chunk_rows; import torch; print('rows', "
     script += "chunk_rows(100, 8, torch.device('cpu'), None))"
     ran = run_python("-c", script, FASTKD_CHUNK=text)
     assert said in ran.stdout + ran.stderr

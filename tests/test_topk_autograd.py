@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd.divergence import Divergence
+from fastkd.engine.topk_rows import topk_rows
 
 
 @pytest.mark.parametrize("tail", ["bucket", "restrict"])
@@ -105,13 +106,12 @@ def test_compiled(tail: str, linear: bool) -> None:
 
 def test_opcheck() -> None:
     kept = stored(torch.randn(3, 20), 4)
-    rows = fastkd.topk.topk(
-        kept, 1.0, 20, None, torch.float32, fastkd.backends.choice.pick(kept.device)
-    )
+    backend = fastkd.backends.choice.pick(kept.device)
+    rows = topk_rows(kept, 1.0, 20, None, torch.float32, backend)
     plan = ("kl", 0.0, 1.0, 1.0, 0.0, 0.0, 20, 20)
     student = torch.randn(3, 20, requires_grad=True)
-    torch.library.opcheck(torch.ops.fastkd.topk_loss, (student, *rows, None, None, *plan))
-    scale = torch.rand(3)
-    torch.library.opcheck(
-        torch.ops.fastkd.topk_grad, (student.detach(), *rows, None, None, scale, *plan)
-    )
+    numbers = (None, None, 1.0, 0.0, torch.float32)
+    inputs = (*numbers, None, *numbers, None, None, *rows, 0, *plan)
+    torch.library.opcheck(torch.ops.fastkd.row_loss, (student, *inputs))
+    more = (torch.rand(3), [True, False, False, False, False, False])
+    torch.library.opcheck(torch.ops.fastkd.row_grads, (student.detach(), *inputs, *more))

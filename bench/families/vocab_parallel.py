@@ -122,7 +122,7 @@ def measured(sizes: Sizes) -> tuple[list[dict[str, Any]], float | None]:
     """What each rank has found, and how many cores others used meanwhile."""
     # read by the processes that are about to start: with a new gradient of this size for every call
     # the time would be that of the system's new pages
-    os.environ.setdefault("FASTKD_ARENA_MB", "2048")
+    os.environ.setdefault("FASTKD_POOL_MB", "2048")
     with Neighbours(torch.device("cpu")) as neighbours:
         found = run_ranks(_measured, sizes.ranks, sizes)
     return found, neighbours.cores

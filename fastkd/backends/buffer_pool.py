@@ -1,10 +1,10 @@
-"""Gradient buffers on the CPU, used again.
+"""A pool of gradient buffers on the CPU, used again.
 
 A fresh gradient of 65 MB costs as much in page faults and zeroing as the loss itself, at every
 step. So large ones come from here: storages that this module keeps, and hands out again once no
 tensor or storage object of theirs is left. A gradient that is still referenced anywhere, say as a
 leaf's `.grad`, is left alone, and so is one that another process shares. What is kept is bounded
-by FASTKD_ARENA_MB (read at import; 0 switches the arena off); a larger gradient is torch's
+by FASTKD_POOL_MB (read at import; 0 switches the pool off); a larger gradient is torch's
 business as ever.
 """
 
@@ -21,9 +21,9 @@ LEAST = 1 << 22  # bytes: smaller blocks come from malloc's own free lists, with
 
 
 def _limit() -> int:
-    text = os.environ.get("FASTKD_ARENA_MB", "256")
+    text = os.environ.get("FASTKD_POOL_MB", "256")
     if not text.isdecimal():
-        raise ValueError(f"FASTKD_ARENA_MB: got {text!r}, expected a whole number of megabytes")
+        raise ValueError(f"FASTKD_POOL_MB: got {text!r}, expected a whole number of megabytes")
     return int(text) << 20
 
 

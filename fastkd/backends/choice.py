@@ -28,7 +28,7 @@ def _valid(name: str, source: str) -> str:
 
 # read once: at every call it would cost as much as a small loss's arithmetic
 _environment = os.environ.get("FASTKD_BACKEND")
-_forced: ContextVar[str | None] = ContextVar(
+chosen: ContextVar[str | None] = ContextVar(
     "fastkd_backend", default=_valid(_environment, "FASTKD_BACKEND") if _environment else None
 )
 
@@ -46,16 +46,16 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: another name.
         RuntimeError: at the loss, if that backend cannot run on the tensors' device.
     """
-    token = _forced.set(_valid(name, "use_backend"))
+    token = chosen.set(_valid(name, "use_backend"))
     try:
         yield
     finally:
-        _forced.reset(token)
+        chosen.reset(token)
 
 
 def forced() -> str | None:
     """The backend chosen by hand, if one is."""
-    return _forced.get()
+    return chosen.get()
 
 
 @cache

@@ -8,14 +8,23 @@ written here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from fastkd.backends.base import Backend, LossSpec, Rows, Stats, TopKRows, acc_dtype
+from fastkd.backends.base import (
+    Backend,
+    LossSpec,
+    Rows,
+    Stats,
+    TopKRows,
+    acc_dtype,
+    without_autocast,
+)
 from fastkd.divergence import Divergence, divergences
+from fastkd.operands import Head, build
 
 INF = float("inf")
 
@@ -44,6 +53,35 @@ def pointwise(divergence: Divergence, logp: Tensor, logq: Tensor) -> Tensor:
         torch.where(dead, 0.0, logp), torch.where(dead, 0.0, logq), divergence.param
     )
     return torch.where(dead, 0.0, value)
+
+
+def logits(
+    tensors: Sequence[Tensor | None],
+    heads: tuple[Head | None, Head | None],
+    vocab: int,
+    keep: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Both sides' logits in full, differentiable; the student's twice without a teacher.
+
+    Args:
+        tensors: in a row, the student's logits or its hidden states, weight and bias, then the
+            teacher's, if it has any.
+        heads: of both sides, None for logits that are given.
+        vocab, keep: as in `operands.build`.
+    """
+    cut = 1 if heads[0] is None else 3
+    built: list[Tensor] = []
+    for at, head in ((slice(cut), heads[0]), (slice(cut, None), heads[1])):
+        own = tensors[at]
+        if head is not None:
+            hidden, weight, bias = own
+            assert hidden is not None and weight is not None
+            with without_autocast(hidden.device):
+                built.append(build(hidden, weight, bias, head, vocab, keep))
+        elif own:
+            assert own[0] is not None
+            built.append(own[0])
+    return built[0], built[1] if len(built) > 1 else built[0].detach()
 
 
 def row_loss(

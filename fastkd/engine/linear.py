@@ -1,175 +1,396 @@
-"""Losses whose logits are never built: from checked operands to the driver's way of running them.
+"""The rows of a linear loss, a chunk at a time: products, the passes, and products back.
 
-What has no kernel (the reference, a divergence without a dual for a teacher that wants its
-gradient) builds the logits in plain torch.
+A side is one operand of the loss. `Linear` makes its logits in a buffer that all chunks share and
+that the gradient overwrites; `Dense` has them. Both keep sums of gradients until `finish`.
+
+Ignored rows have a gradient of exactly 0, but 0 * NaN is NaN in a product: where the hidden states
+go into one for a gradient, those of ignored rows are 0.
 """
 
 from __future__ import annotations
 
-import math
-from functools import partial
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkd import topk
 from fastkd.backends import reference
-from fastkd.backends.base import Backend, LossSpec, Rows, TopKRows, acc_dtype
-from fastkd.backends.choice import in_functorch, pick
-from fastkd.engine import linear_autograd
-from fastkd.engine.autograd import flat
-from fastkd.engine.linear_autograd import Call, trip
-from fastkd.engine.reduction import fold, mask, reduce, wants_grad
-from fastkd.operands import Head, LinearLogits, Operand, Teacher, TopK
-from fastkd.parallel.layout import no_teacher_gradient
+from fastkd.backends.base import (
+    Backend,
+    Rows,
+    TopKRows,
+    adds_wide,
+    autocast_off,
+    chunks,
+    rows_of,
+)
+from fastkd.engine.records import Call
+from fastkd.operands import Head
 
-MOST_BOOST = 2.0**10  # of float16 gradients: the largest are of size T, and 65504 is the end
+Tensors = Sequence["Tensor | None"]
+Needs = Sequence[bool]
+
+MOST_CHUNKS = 8  # what a chunk costs beyond its products is paid so often, where memory allows it
+ALIGN = 64  # columns: rows start at multiples of 128 bytes, whatever the vocabulary
+BLOCK = 2**18  # elements of a product that is added by hand: it stays in a core's own cache
 
 
-def loss(
-    student: Operand,
-    teacher: Teacher,
-    spec: LossSpec,
-    labels: Tensor | None,
-    ignore_index: int,
-    weight: Tensor | None,
-    reduction: str,
-    normalizer: float | Tensor | None,
-    split: Backend | None = None,
+def _in_environment() -> int | None:
+    text = os.environ.get("FASTKD_CHUNK")
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"FASTKD_CHUNK: got {text!r}, expected a number of rows, at least 1")
+    return int(text)
+
+
+default_rows = _in_environment()
+
+
+@lru_cache(256)
+def chunk_rows(n: int, row_bytes: int, device: torch.device, requested: int | None) -> int:
+    """Rows of a chunk; row_bytes of all buffers together."""
+    requested = default_rows if requested is None else requested
+    if requested is not None:
+        return min(requested, max(n, 1))
+    budget, (least, most) = chunks(device)
+    size = budget // max(row_bytes, 1)
+    size = max(size, min(2 * size, -(-n // MOST_CHUNKS)))
+    size = min(max(size, least), most)
+    even = -(-n // max(1, -(-n // size)))  # no short last chunk
+    return max(1, min(size, -(-even // ALIGN) * ALIGN, n))
+
+
+def _buffer(
+    backend: Backend, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """The loss of checked operands, a LinearLogits on one side or both; split: over ranks."""
-    acc = both = acc_dtype(student, teacher)
-    nothing = no_part(teacher) if spec.soft == 0.0 else None
-    other: Operand | None = None  # what the teacher adds to the tensors of a trip
-    if nothing is not None:  # D(q, q) is exactly 0: the teacher is not read, whatever it holds
-        acc = acc_dtype(student, student)
-    elif not isinstance(teacher, TopK):
-        other = teacher
-    compiling = torch.compiler.is_compiling()
-    backend: Backend = reference.BACKEND if compiling else pick(student.device)
-    if split is not None:
-        backend = split
-    teacher_grad = nothing is None and teacher.requires_grad and torch.is_grad_enabled()
-    no_dual = isinstance(teacher, TopK) or reference.entry(spec).exchanged() is None
-    plain = (teacher_grad and no_dual) or (
-        in_functorch() if compiling else backend is reference.BACKEND
-    )
-    if plain and split is not None:
-        raise no_teacher_gradient()
-
-    def stored(keep: Tensor | None) -> TopKRows | None:
-        if nothing is not None or not isinstance(teacher, TopK):
-            return None
-        return topk.topk(teacher, spec.temperature, spec.classes, keep, acc, backend)
-
-    if plain or compiling or reduction == "none" or wants_grad(weight, normalizer):
-        keep, label, bad = mask(labels, ignore_index, spec.classes)
-        run_rows = _plain_rows if plain else partial(_rows, backend)
-        value = run_rows(student, other, spec, keep, label, stored(keep))
-        value = reduce(value, reduction, keep, bad, weight, normalizer, student)
-    else:
-        vocab = spec.classes
-        folded = fold(
-            backend, reduction, labels, ignore_index, vocab, weight, normalizer, student, acc
-        )
-        boost = _boost(reduction, normalizer, student)
-        sides = (student,) if other is None else (student, other)
-        value = _total(_call(backend, sides, spec, folded, boost, stored(folded.keep)), sides)
-    return value if nothing is None else value.to(both) + nothing.to(both)
+    """Memory that the backend may have used before."""
+    return backend.empty_gradient(torch.empty((), dtype=dtype, device=device).expand(shape))
 
 
-def no_part(teacher: Teacher) -> Tensor:
-    """0 in the accumulation's dtype, and for whatever the teacher is made of a gradient of 0."""
-    given = teacher.tensors if isinstance(teacher, TopK) else _tensors(teacher)
-    tensors = [x for x in given if x is not None]
-    acc = torch.float64 if teacher.dtype == torch.float64 else torch.float32
-    return torch.stack([x.reshape(-1)[:0].sum().to(acc) for x in tensors]).sum()
+class Sum:
+    """A parameter's gradient, the sum of a product per chunk, in float32 or wider.
+
+    once: there is one chunk only, whose product torch accumulates in float32 by itself.
+    """
+
+    def __init__(self, like: Tensor, dtype: torch.dtype, vocab: int, once: bool, backend: Backend):
+        # float16 has no room for what waits for the gradient of the loss
+        exact = dtype.itemsize >= 4 or (once and dtype == like.dtype != torch.float16)
+        self.dtype = dtype if exact else torch.float32
+        self.like, self.vocab, self.backend = like, vocab, backend
+        self.total: Tensor | None = None
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """total[:vocab] += a @ b, in one row for a bias."""
+        beta = 0 if self.total is None else 1
+        if self.total is None:
+            self.total = _buffer(self.backend, self.like.shape, self.dtype, self.like.device)
+            self.total[self.vocab :].zero_()
+        into = self.total[: self.vocab]
+        into = into if into.dim() == 2 else into.unsqueeze(0)
+        if a.dtype == self.dtype:
+            torch.addmm(into, a, b, beta=beta, out=into)
+        elif adds_wide(a.device):
+            torch.ops.aten.addmm.dtype_out(into, a, b, self.dtype, beta=beta, alpha=1, out=into)
+        else:
+            step = max(1, BLOCK // max(into.size(1), 1))
+            for start in range(0, into.size(0), step):
+                at = slice(start, start + step)
+                product = torch.mm(a[at], b)
+                into[at].add_(product) if beta else into[at].copy_(product)
+
+    def finish(self, by: Tensor | None) -> Tensor:
+        """The gradient in the parameter's dtype, times `by`."""
+        like = self.like
+        if self.total is None:
+            return torch.zeros_like(like, memory_format=torch.contiguous_format)
+        if by is not None:
+            self.backend.multiply(self.total, by)
+        if self.dtype == like.dtype:
+            return self.total
+        return _buffer(self.backend, like.shape, like.dtype, like.device).copy_(self.total)
 
 
-def _tensors(x: Operand) -> tuple[Tensor | None, ...]:
-    # kernels read memory as it is, and a view may be one whose numbers are to be negated
-    return x.tensors if isinstance(x, LinearLogits) else (x.resolve_neg(),)
+class Linear:
+    """hidden, weight and bias as the logits of a chunk of rows.
+
+    index: [n] the rows in use, or None for all. keep: [n] bool or None.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        tensors: Tensors,
+        head: Head,
+        needs: Needs,
+        index: Tensor | None,
+        keep: Tensor | None,
+    ) -> None:
+        hidden, weight, bias = tensors
+        assert hidden is not None and weight is not None and call.products is not None
+        backend, vocab = call.backend, call.spec.vocab
+        self.operands, self.head, self.vocab, self.backend = tensors, head, vocab, backend
+        self.hidden = hidden.reshape(-1, hidden.size(-1))
+        self.weight = weight[:vocab].to(head.dtype)
+        self.bias = None if bias is None else bias[:vocab].to(head.dtype)
+        # of all ranks, where they share a vocabulary: their chunks must be the same rows
+        self.widest = vocab if backend.widest is None else backend.widest
+        self.index, self.needs, self.any = index, needs, any(needs)
+        self.keep = keep if self.any else None
+        self.loss_scale = call.products.loss_scale if head.dtype == torch.float16 else 1.0
+        self.factor = head.scale * self.loss_scale
+        self.grads: list[Sum | None] = [None, None]
+        self.waiting: tuple[Tensor, Tensor] | None = None
+        self.buffers: list[Tensor] = []
+        self.h: Tensor | None = None
+        self.y: Tensor | None = None
+        self.dtype, self.device = head.dtype, hidden.device
+
+    def row_bytes(self, spare: bool) -> int:
+        """Of its buffers: logits, what the softcap's gradient needs, a spare one."""
+        self.count = 1 + (self.head.softcap is not None and self.any) + spare
+        width = -(-self.widest // ALIGN) * ALIGN
+        return self.count * width * self.head.dtype.itemsize
+
+    def start(self, n: int, step: int, wait: bool) -> None:
+        """wait: the weight's product of the only chunk is left to `finish`."""
+        shape, device = (step, -(-self.vocab // ALIGN) * ALIGN), self.device
+        dtype, once = self.dtype, step >= n
+        self.buffers = [_buffer(self.backend, shape, dtype, device) for _ in range(self.count)]
+        for memory in self.buffers:
+            # torch 2.13's bfloat16 product on a CPU with AMX reads on behind a row's end, times 0
+            memory[:, self.vocab :].zero_()
+        self.wait = wait and once and dtype != torch.float16
+        for at, x in enumerate(self.operands[1:]):
+            if self.needs[at + 1] and x is not None:
+                self.grads[at] = Sum(x, dtype, self.vocab, once, self.backend)
+        if self.needs[0]:
+            self.grad = _buffer(self.backend, self.hidden.shape, self.hidden.dtype, device)
+            if self.index is not None or n == 0:
+                self.grad.zero_()
+
+    def _chunk(self, number: int, at: slice) -> Tensor:
+        return self.buffers[number][: at.stop - at.start, : self.vocab]
+
+    def logits(self, at: slice) -> Tensor:
+        h = self.hidden[at] if self.index is None else self.hidden.index_select(0, self.index[at])
+        if self.keep is not None:
+            h = torch.where(self.keep[at].unsqueeze(-1), h, 0.0)
+        self.h = h = h.to(self.dtype)
+        z = self._chunk(0, at)
+        cap = self.head.softcap
+        gain = self.head.scale / (cap or 1.0)
+        if self.bias is not None:
+            torch.addmm(self.bias, h, self.weight.t(), beta=gain, alpha=gain, out=z)
+        elif gain != 1.0:
+            torch.addmm(z, h, self.weight.t(), beta=0, alpha=gain, out=z)
+        else:
+            torch.mm(h, self.weight.t(), out=z)
+        if cap is not None:
+            self.y = torch.tanh(z, out=self._chunk(1, at) if self.any else z)
+            torch.mul(self.y, cap, out=z)
+        return z
+
+    def target(self, at: slice, logits: Tensor, last: bool) -> Tensor:
+        """Where the gradient of the chunk goes: over the logits if nobody needs them any more."""
+        return logits if last else self._chunk(self.count - 1, at)
+
+    def add(self, at: slice, dz: Tensor) -> None:
+        """Takes the gradient of the chunk's logits, and its memory."""
+        assert self.h is not None
+        if self.y is not None:
+            torch.ops.aten.tanh_backward.grad_input(dz, self.y, grad_input=dz)
+        if self.needs[0]:
+            direct = self.index is None and self.grad.dtype == dz.dtype
+            dh = torch.mm(dz, self.weight, out=self.grad[at] if direct else None)
+            if self.index is not None:
+                self.grad.index_copy_(0, self.index[at], dh.to(self.grad.dtype))
+            elif not direct:
+                self.grad[at].copy_(dh)
+        of_weight, of_bias = self.grads
+        if of_bias is not None:
+            of_bias.add(torch.ones(1, dz.size(0), dtype=dz.dtype, device=dz.device), dz)
+        if of_weight is not None and self.wait:
+            # a copy: the caller may write over the hidden states before backward
+            self.waiting = (dz, self.h.clone() if self.keep is None else self.h)
+        elif of_weight is not None:
+            of_weight.add(dz.t(), self.h)
+
+    def rest(self) -> None:
+        """Lets go of what no later step needs."""
+        self.buffers, self.h, self.y = [], None, None
+        del self.hidden, self.weight, self.bias  # under autocast, copies
+
+    def finish(self, by: Tensor | None) -> list[Tensor | None]:
+        """The gradients, times `by`, which goes into the smaller factor of what has waited."""
+        by = by if by is None or self.loss_scale == 1.0 else by / self.loss_scale
+        grads: list[Tensor | None] = [None] * len(self.operands)
+        if self.needs[0]:
+            if by is not None:
+                self.backend.multiply(self.grad, by)
+            assert self.operands[0] is not None
+            grads[0] = self.grad.view(self.operands[0].shape)
+        for at, total in enumerate(self.grads):
+            if total is None:
+                continue
+            if at == 0 and self.waiting is not None:
+                dz, h = self.waiting
+                total.add(dz.t(), h if by is None else h * by)
+                self.waiting = None
+                grads[1] = total.finish(None)
+            else:
+                grads[at + 1] = total.finish(by)
+        return grads
 
 
-def _head(x: Operand) -> Head | None:
-    return x.head if isinstance(x, LinearLogits) else None
+class Dense:
+    """Logits that are given, any strides, as chunks of rows."""
+
+    factor = 1.0
+    row_bytes = staticmethod(lambda spare: 0)
+
+    def __init__(self, x: Tensor, index: Tensor | None, need: bool, backend: Backend):
+        self.operand, self.x, self.backend = x, rows_of(x), backend
+        self.index, self.any, self.dtype, self.device = index, need, x.dtype, x.device
+        self.copied = index is not None or self.x.size(0) != 1
+
+    def start(self, n: int, step: int, wait: bool) -> None:
+        if self.any:
+            self.full = self.backend.empty_gradient(self.operand)
+            self.grad = self.full.view(-1, self.full.size(-1))
+            if self.index is not None:
+                self.grad.zero_()
+
+    def logits(self, at: slice) -> Tensor:
+        if not self.copied:
+            return self.x[0, at]
+        every = torch.arange(at.start, at.stop, device=self.device)
+        index = every if self.index is None else self.index[at]
+        per = max(self.x.size(1), 1)
+        return self.x[index // per, index % per]
+
+    def target(self, at: slice, logits: Tensor, last: bool) -> Tensor:
+        if self.index is None:
+            return self.grad[at]
+        return logits if last else torch.empty_like(logits)
+
+    def add(self, at: slice, dz: Tensor) -> None:
+        if self.index is not None:
+            self.grad.index_copy_(0, self.index[at], dz)
+
+    def rest(self) -> None:
+        pass
+
+    def finish(self, by: Tensor | None) -> list[Tensor | None]:
+        if not self.any:
+            return [None]
+        if by is not None:
+            self.backend.multiply(self.full, by)
+        return [self.full]
 
 
-def _call(
-    backend: Backend,
-    sides: tuple[Operand, ...],
-    spec: LossSpec,
-    folded: Rows,
-    boost: float,
-    stored: TopKRows | None,
-) -> Call:
-    heads = (_head(sides[0]), _head(sides[1]) if len(sides) > 1 else None)
-    pack = any(isinstance(x, LinearLogits) and x.pack for x in sides)
-    return Call(backend, heads, spec, folded, _asked(sides), pack, boost, stored)
+Side = Linear | Dense
 
 
-def _asked(sides: tuple[Operand, ...]) -> int | None:
-    least: int | None = None  # not min() with a default, which torch.compile does not know
-    for x in sides:
-        size = x.chunk_size if isinstance(x, LinearLogits) else None
-        if size is not None and (least is None or size < least):
-            least = size
-    return least
+class Work(NamedTuple):
+    """A pass that has been made: sides that hold gradients, and the loss [n] of the rows in use."""
+
+    sides: list[Side]
+    loss: Tensor
+    scale: Tensor | None
+    kept: Tensor | None
+
+    def gradients(self, by: Tensor | None) -> list[Tensor | None]:
+        """Those of all tensors in a row, times `by`."""
+        with autocast_off(self.loss.device)():
+            return [grad for side in self.sides for grad in side.finish(by)]
 
 
-def _boost(reduction: str, normalizer: float | Tensor | None, student: Operand) -> float:
-    """About what the reduction divides by, as a power of 2; see `Linear`."""
-    by = 1.0
-    if reduction == "batchmean":
-        by = student.size(0)
-    elif reduction == "mean":
-        number = isinstance(normalizer, (int, float))
-        by = float(normalizer) if number else student.numel() // student.size(-1)  # type: ignore
-    return min(2.0 ** round(math.log2(by)), MOST_BOOST) if by > 1.0 else 1.0
+def work(call: Call, tensors: Tensors, needs: Needs, wait: bool) -> Work:
+    """Losses of all rows, and the gradients that are needed, left in the sides.
+
+    wait: the weight's product of an only chunk is left to the moment that its factor is known.
+    """
+    assert call.products is not None
+    heads, keep, label, scale = call.products.heads, *call.rows[:3]
+    index, topk = None, call.topk
+    if call.products.pack and keep is not None:
+        index = keep.nonzero().squeeze(-1)
+        label = None if label is None else label[index]
+        scale = None if scale is None else scale[index]
+        topk, keep = None if topk is None else topk.take(index), None
+    cut = 1 if heads[0] is None else 3
+    sides: list[Side] = []
+    for at, head in ((slice(cut), heads[0]), (slice(cut, None), heads[1])):
+        own, need = tensors[at], needs[at]
+        if head is not None:
+            sides.append(Linear(call, own, head, need, index, keep))
+        elif own:
+            assert own[0] is not None
+            sides.append(Dense(own[0], index, need[0], call.backend))
+    first = tensors[0]
+    assert first is not None
+    n = first.numel() // first.size(-1) if index is None else index.numel()
+    rows = call.rows._replace(keep=keep, label=label, scale=scale)
+    with autocast_off(first.device)():
+        loss = _run(call._replace(rows=rows, topk=topk), sides, n, wait)
+    return Work(sides, loss, scale, index)
 
 
-def _total(call: Call, sides: tuple[Operand, ...]) -> Tensor:
-    tensors = [x for side in sides for x in _tensors(side)]
-    if torch.is_grad_enabled() and any(side.requires_grad for side in sides):
-        return linear_autograd.Total.apply(call, *tensors)
-    work = trip(call, tensors, [False] * len(tensors), wait=False)
-    return call.backend.total(work.loss, work.scale, call.folded.factor)
+def row_values(call: Call, tensors: Tensors) -> Tensor:
+    """Loss [N] of each row."""
+    done = work(call, tensors, [False] * len(tensors), wait=False)
+    if done.kept is None:
+        return done.loss
+    assert call.rows.keep is not None
+    return done.loss.new_zeros(call.rows.keep.numel()).index_copy_(0, done.kept, done.loss)
 
 
-def _plain_rows(
-    student: Operand,
-    teacher: Operand | None,
-    spec: LossSpec,
-    keep: Tensor | None,
-    label: Tensor | None,
-    stored: TopKRows | None,
-) -> Tensor:
-    sides = (student,) if teacher is None else (student, teacher)
-    tensors = [x for side in sides for x in _tensors(side)]
-    heads = (_head(student), None if teacher is None else _head(teacher))
-    s, t = linear_autograd.logits(tensors, heads, spec.vocab, keep)
-    return reference.row_loss(s, stored or t, spec, keep, label if spec.hard else None)
+def _run(call: Call, sides: list[Side], n: int, wait: bool) -> Tensor:
+    """Loss [n] of each row; the sides hold their gradients afterwards.
 
-
-def _rows(
-    backend: Backend,
-    student: Operand,
-    teacher: Operand | None,
-    spec: LossSpec,
-    keep: Tensor | None,
-    label: Tensor | None,
-    stored: TopKRows | None,
-) -> Tensor:
-    label = label if spec.hard else None
-    sides = (student,) if teacher is None else (student, teacher)
-    tensors = [x for side in sides for x in _tensors(side)]
-    if torch.compiler.is_compiling():
-        heads = (_head(student), None if teacher is None else _head(teacher))
-        return linear_autograd.registered_rows(
-            tensors, heads, spec, keep, label, _asked(sides), stored
-        )
-    folded = Rows(flat(keep), flat(label), None, 1.0)
-    call = _call(backend, sides, spec, folded, 1.0, stored)
-    if torch.is_grad_enabled() and any(side.requires_grad for side in sides):
-        return linear_autograd.RowLoss.apply(call, student.shape[:-1], *tensors)
-    return linear_autograd.row_values(call, tensors).view(student.shape[:-1])
+    Without a teacher the soft term has no part, and the student stands in for it.
+    """
+    backend, spec, (keep, label, scale, factor), topk = call[:4]
+    row_pass: Any = backend.fused if topk is None else backend.topk
+    student, teacher = sides[0], sides[1] if len(sides) > 1 else None
+    of_teacher = teacher is not None and teacher.any
+    dual = reference.dual(spec) if of_teacher else None
+    both = student.any and of_teacher
+    row_bytes = sum(side.row_bytes(both and side is teacher) for side in sides)
+    step = chunk_rows(n, row_bytes, student.device, call.products and call.products.chunk)
+    for side in sides:
+        side.start(n, step, wait)
+    dtypes = [side.dtype for side in sides] + ([] if topk is None else [topk.logprobs.dtype])
+    acc = torch.float64 if torch.float64 in dtypes else torch.float32
+    loss = torch.empty(n, dtype=acc, device=student.device)
+    for start in range(0, n, step):
+        at = slice(start, min(start + step, n))
+        kept, labels, scales = (None if x is None else x[at] for x in (keep, label, scale))
+        own = Rows(kept, labels, scales)
+        s = student.logits(at)
+        rows_s = s.unsqueeze(0)
+        t = None if teacher is None else teacher.logits(at)
+        other: Tensor | TopKRows = rows_s if t is None else t.unsqueeze(0)
+        other = other if topk is None else topk.take(at)
+        if not student.any:
+            loss[at] = row_pass(rows_s, other, spec, own._replace(scale=None), None)
+        to_t = None
+        if of_teacher and teacher is not None and t is not None:
+            to_t = teacher.target(at, t, last=not student.any)
+            by = own._replace(label=None, factor=factor * teacher.factor)
+            backend.fused(t.unsqueeze(0), rows_s, dual, by, to_t.unsqueeze(0))  # type: ignore
+        if student.any:
+            to_s = student.target(at, s, last=True).unsqueeze(0)
+            by = own._replace(factor=factor * student.factor)
+            loss[at] = row_pass(rows_s, other, spec, by, to_s)
+            student.add(at, to_s[0])
+        if to_t is not None and teacher is not None:
+            teacher.add(at, to_t)
+    for side in sides:
+        side.rest()
+    return loss

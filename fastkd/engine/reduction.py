@@ -1,8 +1,8 @@
 """From labels, weight, reduction and normalizer to what the passes take: a keep mask and a scale.
 
-A reduction is a linear function of the losses per row, so that it is known before the trip: `fold`
-makes it a factor per row, which the passes put into the gradient as they write it. `reduce` is the
-same thing after the fact, in torch, for losses that come one per row.
+A reduction is a linear function of the losses per row, so that it is known before the pass:
+`row_scale` makes it a factor per row, which the passes put into the gradient as they write it.
+`reduce` is the same thing after the fact, in torch, for losses that come one per row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastkd.backends.base import Backend, Rows, on_host
 from fastkd.backends.choice import valueless
-from fastkd.operands import Operand
+from fastkd.engine.records import Request
 
 _checked: ContextVar[bool] = ContextVar(
     "fastkd_checked", default=os.environ.get("FASTKD_CHECK") == "1"
@@ -41,7 +41,7 @@ def checked() -> Iterator[None]:
 
 
 def reads_values(x: Tensor) -> bool:
-    """Whether checks that must read values of x run: it costs nothing there, or was asked for."""
+    """Whether checks that must read values of x run: it costs nothing there, or was requested."""
     return (on_host(x.device) or _checked.get()) and not valueless(x)
 
 
@@ -53,52 +53,48 @@ class Mask(NamedTuple):
     bad: Tensor | None
 
 
-def fold(
-    backend: Backend,
-    reduction: str,
-    labels: Tensor | None,
-    ignore_index: int,
-    vocab: int,
-    weight: Tensor | None,
-    normalizer: float | Tensor | None,
-    student: Operand,
-    acc: torch.dtype,
-) -> Rows:
+def row_scale(backend: Backend, r: Request, acc: torch.dtype) -> Rows:
     """The reduction as a factor per row; raises ValueError for a label out of range (see mask)."""
-    n = student.numel() // student.shape[-1]
+    labels, weight, normalizer, vocab = r.labels, r.weight, r.normalizer, r.spec.classes
+    n = r.student.numel() // r.student.shape[-1]
     factor = 1.0
-    if reduction == "batchmean":
-        factor = 1.0 / max(student.size(0), 1)
-    elif reduction == "mean" and normalizer is None and labels is None and weight is None:
+    if r.reduction == "batchmean":
+        factor = 1.0 / max(r.student.size(0), 1)
+    elif r.reduction == "mean" and normalizer is None and labels is None and weight is None:
         factor = 1.0 / (n or 1)
     elif isinstance(normalizer, (int, float)):
         factor = 1.0 / normalizer if normalizer else 0.0
     if labels is None and weight is None and not isinstance(normalizer, Tensor):
         return Rows(None, None, None, factor)
-    mean = reduction == "mean" and normalizer is None
+    mean = r.reduction == "mean" and normalizer is None
     keep = label = scale = None
     if backend.on_host:
         kept = n
         if labels is not None:
-            keep, label, kept, wrong = backend.count(labels, ignore_index, vocab)
+            keep, label, kept, wrong = backend.count(labels, r.ignore_index, vocab)
             if wrong >= 0:
-                raise _label_error(label, wrong, ignore_index, vocab)
+                raise _label_error(label, wrong, r.ignore_index, vocab)
         if weight is not None:
             scale = backend.weigh(keep, weight, mean, acc)
         elif mean:
             factor = 1.0 / kept if kept else 0.0
     else:
-        keep, label, bad = mask(labels, ignore_index, vocab)
+        keep, label, bad = mask(labels, r.ignore_index, vocab)
         scale = _row_weight(keep, bad, weight, acc)
         if mean and scale is not None:
             plain = scale if bad is None else _row_weight(keep, None, weight, acc)
             assert plain is not None
             scale = scale * _inverse(plain.sum())
-        keep, label, scale = (None if x is None else x.reshape(-1) for x in (keep, label, scale))
+        keep, label, scale = flat(keep), flat(label), flat(scale)
     if isinstance(normalizer, Tensor):
-        by = _inverse(normalizer.to(device=student.device, dtype=acc))
+        by = _inverse(normalizer.to(device=r.student.device, dtype=acc))
         scale = by.expand(n) if scale is None else scale * by
     return Rows(keep, label, None if scale is None else scale.contiguous(), factor)
+
+
+def flat(x: Tensor | None) -> Tensor | None:
+    """[N]"""
+    return None if x is None else x.reshape(-1).contiguous()
 
 
 def mask(labels: Tensor | None, ignore_index: int, vocab: int) -> Mask:
@@ -107,7 +103,7 @@ def mask(labels: Tensor | None, ignore_index: int, vocab: int) -> Mask:
     Labels are compared as int64: torch would wrap ignore_index to a narrower dtype of theirs, and
     -100 is 156 as uint8, a label that may count.
 
-    Labels out of range raise a ValueError where reading them costs nothing (CPU) or was asked for;
+    Labels out of range raise a ValueError where reading them costs nothing (CPU) or was requested;
     elsewhere `bad` marks them, and their rows become NaN.
     """
     if labels is None:
@@ -129,26 +125,19 @@ def _label_error(label: Tensor, row: int, ignore_index: int, vocab: int) -> Valu
     )
 
 
-def reduce(
-    loss: Tensor,
-    reduction: str,
-    keep: Tensor | None,
-    bad: Tensor | None,
-    weight: Tensor | None,
-    normalizer: float | Tensor | None,
-    student: Operand,
-) -> Tensor:
+def reduce(loss: Tensor, r: Request, keep: Tensor | None, bad: Tensor | None) -> Tensor:
     """The reduction in torch, differentiable in weight and normalizer too."""
+    weight, normalizer = r.weight, r.normalizer
     factor = _row_weight(keep, bad, weight, loss.dtype)
     if factor is not None:
         loss = loss * factor
-    if reduction == "none":
+    if r.reduction == "none":
         return loss
     total = loss.sum()
-    if reduction == "sum":
+    if r.reduction == "sum":
         return total
-    if reduction == "batchmean":
-        return total / max(student.size(0), 1)
+    if r.reduction == "batchmean":
+        return total / max(r.student.size(0), 1)
     if normalizer is None:
         plain = _row_weight(keep, None, weight, loss.dtype)
         normalizer = max(loss.numel(), 1) if plain is None else plain.sum()
@@ -177,9 +166,8 @@ def _inverse(normalizer: Tensor) -> Tensor:
     return torch.where(zero, 0.0, 1.0 / torch.where(zero, 1.0, normalizer))
 
 
-def wants_grad(weight: Tensor | None, normalizer: float | Tensor | None) -> bool:
-    if weight is None and normalizer is None:
-        return False
-    wants = weight is not None and weight.requires_grad
-    wants = wants or (isinstance(normalizer, Tensor) and normalizer.requires_grad)
+def wants_grad(r: Request) -> bool:
+    """Whether weight or normalizer has a gradient to get."""
+    wants = r.weight is not None and r.weight.requires_grad
+    wants = wants or (isinstance(r.normalizer, Tensor) and r.normalizer.requires_grad)
     return wants and torch.is_grad_enabled()

@@ -6,7 +6,7 @@ They need shapes, dtypes and strides only, cost microseconds and run before anyt
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,15 +15,30 @@ from torch.nn import Parameter
 from fastkd.arguments.messages import kind, shown, sizes, warn_once
 from fastkd.arguments.numbers import WAITS, real, whole
 from fastkd.backends.choice import forced
+from fastkd.divergence import Divergence
 from fastkd.operands import DTYPES, LinearLogits, Operand, Teacher, TopK, answers_itself, layout
 
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
+OPTIONS = (
+    *("labels", "ignore_index", "weight", "reduction"),
+    *("normalizer", "vocab_size", "inplace", "group"),
+)
 _PLAIN = (Tensor, Parameter)
 INT_DTYPES = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 
 
-def refuse_option(name: str, option: str, options: Iterable[str]) -> None:
-    known = list(options)
+def known_options(name: str, divergence: Divergence) -> list[str]:
+    """The options of the public function of this name, its own first."""
+    if name == "distillation_loss":
+        own = ["temperature", "alpha", "divergence", "label_smoothing", "t_squared"]
+    else:
+        own = [divergence.parameter] if divergence.parameter else []
+        own.append("temperature")
+    return [*own, *OPTIONS]
+
+
+def refuse_option(name: str, option: str, known: Sequence[str]) -> None:
+    """Raise the TypeError for an option that a function or module of this name does not have."""
     near = difflib.get_close_matches(option[:80], known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise TypeError(
@@ -48,7 +63,7 @@ def reduction(reduction: str) -> None:
 
 
 def temperature(temperature: float) -> float:
-    number = real(temperature)
+    number = temperature if type(temperature) is float else real(temperature)
     if number is None:
         raise TypeError(f"temperature: got {kind(temperature)}, expected a positive number{WAITS}")
     if not 1e-18 <= number <= 1e18:  # T^2 and 1 / T are float32 numbers
@@ -59,33 +74,8 @@ def temperature(temperature: float) -> float:
     return number
 
 
-def _alike(student: Operand, teacher: Teacher) -> bool:
-    """Whether these are two ordinary tensors of logits, alike in all that the checks look at.
-
-    Then there is nothing to find, and to find nothing step by step takes a tenth of the time that
-    a small loss takes in plain torch.
-    """
-    if type(student) not in _PLAIN or type(teacher) not in _PLAIN:
-        return False
-    assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
-    if student.is_nested or teacher.is_nested:  # some of which have no shape
-        return False
-    shape, dtype = student.shape, student.dtype
-    if shape != teacher.shape or not shape or not shape[-1]:
-        return False
-    return (
-        dtype is teacher.dtype
-        and dtype in DTYPES
-        and student.layout is teacher.layout is torch.strided
-        and student.device == teacher.device
-        and student.stride()[-1] == teacher.stride()[-1] == 1
-    )
-
-
 def operands(student: Operand, teacher: Teacher, vocab_size: int | None) -> int:
     """The number of columns in use."""
-    if vocab_size is None and _alike(student, teacher):
-        return student.shape[-1]
     _sides(student, teacher, least=1)
     v_s = student.size(-1)
     v_t = v_s if isinstance(teacher, TopK) else teacher.size(-1)
@@ -193,7 +183,7 @@ def _readable(name: str, x: object) -> None:
 
 def ignored(ignore_index: int) -> int:
     """ignore_index as an int."""
-    number = whole(ignore_index)
+    number = ignore_index if type(ignore_index) is int else whole(ignore_index)
     if number is None:
         raise TypeError(f"ignore_index: got {kind(ignore_index)}, expected an integer")
     if not -(2**63) <= number < 2**63:

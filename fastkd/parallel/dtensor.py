@@ -1,7 +1,7 @@
-"""Operands that are DTensors: this rank's part of them, and what makes the result whole again.
+"""Operands that are DTensors: this rank's part of them, and what makes the result that of all.
 
-A DTensor means here what it means everywhere in PyTorch, the whole tensor: the loss is that of the
-whole, a plain tensor with the same value on every rank, and so are the gradients, each a DTensor
+A DTensor means here what it means everywhere in PyTorch, the full tensor: the loss is that of all
+rows, a plain tensor with the same value on every rank, and so are the gradients, each a DTensor
 placed as its operand. What splits the vocabulary becomes `group`; what splits rows (batch or
 sequence) leaves each rank its own, and the sums of the reduction run over the ranks. A plain tensor
 beside a DTensor is this rank's part: its rows, and the columns of the vocabulary's shard or all.
@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastkd.engine import validate
 from fastkd.operands import LinearLogits, Operand, Teacher, TopK
 from fastkd.parallel import layout
 
 _PLAIN = (Tensor, Parameter)
 
 
-def is_placed(x: object) -> bool:
+def is_dtensor(x: object) -> bool:
     """Whether it is a DTensor."""
     if type(x) in _PLAIN or x is None:
         return False
@@ -35,33 +34,44 @@ def is_placed(x: object) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
-def any_placed(*given: object) -> bool:
+def any_dtensor(*operands: object) -> bool:
     """Whether one of them is a DTensor, or an operand made of one."""
-    for x in given:
+    for x in operands:
         if isinstance(x, LinearLogits):
-            if any(is_placed(part) for part in x.tensors):
+            if any(is_dtensor(part) for part in x.tensors):
                 return True
-        elif is_placed(x):
+        elif is_dtensor(x):
             return True
     return False
 
 
 class Local(NamedTuple):
-    """A call of a loss on this rank's part; its value is summed over `rows`."""
+    """A loss's operands and rows on this rank; its value is summed over the groups `over`."""
 
     student: Operand
     teacher: Teacher
     labels: Tensor | None
     weight: Tensor | None
-    reduction: str
-    normalizer: Any
-    group: Any
-    rows: list[Any]  # groups over which rows are split
+    group: Any  # of the vocabulary, or None
+    over: list[Any]  # groups that divide the rows
+    size: torch.Size  # of the rows of all ranks
 
-    def whole(self, loss: Tensor) -> Tensor:
+    def normalizer(self, reduction: str, normalizer: Any, ignore_index: int) -> tuple[str, Any]:
+        """Reduction and normalizer that make a part's loss its share of the loss of all rows."""
+        if not self.over or reduction not in ("mean", "batchmean"):
+            return reduction, normalizer
+        if reduction == "batchmean":
+            normalizer = max(self.size[0], 1)
+        elif normalizer is None and self.labels is None and self.weight is None:
+            normalizer = max(self.size.numel(), 1)
+        elif normalizer is None:
+            normalizer = _denominator(self.labels, self.weight, ignore_index, self.over)
+        return "mean", normalizer
+
+    def full(self, loss: Tensor, reduction: str) -> Tensor:
         """The loss of all rows; reduction="none" keeps this rank's."""
-        if self.reduction != "none":
-            for group in self.rows:
+        if reduction != "none":
+            for group in self.over:
                 loss = layout.Summed.apply(loss, group)
         return loss
 
@@ -71,14 +81,10 @@ def local(
     teacher: Teacher,
     labels: Tensor | None,
     weight: Tensor | None,
-    *,
-    ignore_index: int,
-    reduction: str,
-    normalizer: Any,
     inplace: bool,
     group: object,
 ) -> Local:
-    """This rank's part of a call in which something is a DTensor.
+    """This rank's part of a loss in which something is a DTensor.
 
     Raises:
         ValueError: `group` beside a DTensor, DTensors of several meshes, or placements that do not
@@ -86,10 +92,6 @@ def local(
     """
     if group is not None:
         raise ValueError("group: got one beside a DTensor, whose mesh says it; expected None")
-    validate.reduction(reduction)
-    if is_placed(normalizer):
-        normalizer = normalizer.full_tensor()
-    validate.normalizer(normalizer, reduction, student)
     if inplace and isinstance(student, Tensor) and student.is_leaf and student.requires_grad:
         raise ValueError(
             "inplace: the student is a leaf that requires grad, whose values its own gradient "
@@ -100,22 +102,16 @@ def local(
     vocab = [at for at, split in enumerate(spec) if split == sides.columns]
     rows = [at for at, split in enumerate(spec) if split is not None and split != sides.columns]
     mesh = sides.mesh
-    groups = [mesh.get_group(at) for at in rows]
-    mine_s = sides.part("student", student, spec, groups)
-    mine_t = sides.part("teacher", teacher, spec, groups)
-    labels = sides.rows("labels", labels, spec)
-    weight = sides.rows("weight", weight, spec)
-    if rows and reduction in ("mean", "batchmean"):
-        validate.rows(mine_s, labels, ignore_index, weight)
-        if reduction == "batchmean":
-            normalizer = max(sides.size[0], 1)
-        elif normalizer is None and labels is None and weight is None:
-            normalizer = max(sides.size.numel(), 1)
-        elif normalizer is None:
-            normalizer = _denominator(labels, weight, ignore_index, groups)
-        reduction = "mean"
-    over = mesh.get_group(vocab[0]) if vocab else None
-    return Local(mine_s, mine_t, labels, weight, reduction, normalizer, over, groups)
+    over = [mesh.get_group(at) for at in rows]
+    return Local(
+        sides.part("student", student, spec, over),
+        sides.part("teacher", teacher, spec, over),
+        sides.rows("labels", labels, spec),
+        sides.rows("weight", weight, spec),
+        mesh.get_group(vocab[0]) if vocab else None,
+        over,
+        sides.size,
+    )
 
 
 def _denominator(
@@ -141,10 +137,10 @@ class _Sides:
         self.student, self.teacher = student, teacher
         named = [*_parts("student", student), *_parts("teacher", teacher)]
         named += list(zip(("labels", "weight"), rest, strict=True))
-        placed = [(name, x) for name, x in named if is_placed(x)]
-        first, leader = placed[0]
+        dtensors = [(name, x) for name, x in named if is_dtensor(x)]
+        first, leader = dtensors[0]
         self.mesh: Any = leader.device_mesh
-        for name, x in placed:
+        for name, x in dtensors:
             if x.device_mesh != self.mesh:
                 raise ValueError(
                     f"{name}: got a DTensor on {x.device_mesh}, expected the mesh of {first}, "
@@ -153,9 +149,9 @@ class _Sides:
         if self.mesh.get_coordinate() is None:
             raise ValueError(f"{first}: got a DTensor on {self.mesh}, which this process is not in")
         self.columns = student.dim() - 1  # the dimension of the vocabulary
-        self.named = placed
-        self.size: torch.Size = student.shape[:-1]  # of the rows; those of the whole, if placed
-        for name, x in placed:
+        self.named = dtensors
+        self.size: torch.Size = student.shape[:-1]  # of the rows; those of all ranks, if a DTensor
+        for name, x in dtensors:
             if not name.endswith((".weight", ".bias")):
                 self.size = x.shape[: self.columns]
 
@@ -227,9 +223,9 @@ class _Sides:
         head = [0 if split == self.columns else None for split in spec]
         twin = copy.copy(x)  # not made anew: its dtype is that of where the user made it
         twin.hidden = self._own(hidden, rows)
-        for attribute, given in (("weight", weight), ("bias", bias)):
-            own: Any = self._own(given, head)
-            if is_placed(given):  # every rank's rows have a part in the gradient of the whole
+        for attribute, full in (("weight", weight), ("bias", bias)):
+            own: Any = self._own(full, head)
+            if is_dtensor(full):  # every rank's rows have a part in the gradient of the full tensor
                 for group in groups:
                     own = layout.replicated(own, group)
             setattr(twin, attribute, own)
@@ -241,7 +237,7 @@ class _Sides:
 
     def _own(self, x: Any, spec: Sequence[int | None]) -> Any:
         """The local tensor of x, first cut where others are split and it is not."""
-        if not is_placed(x):
+        if not is_dtensor(x):
             return x
         shard = sys.modules["torch.distributed.tensor"].Shard
         wanted = [

@@ -1,4 +1,4 @@
-"""From what a user gives a loss with `group` to this rank's columns of one vocabulary."""
+"""From the operands of a loss with `group` to this rank's columns of one vocabulary."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def token_count(labels: Tensor, group: Any = None, ignore_index: int = -100) -> 
 
 
 def no_teacher_gradient() -> NotImplementedError:
-    """What has no kernel builds on whole rows, which no rank has."""
+    """What has no kernel builds on full rows, which no rank has."""
     return NotImplementedError(
         "group: a gradient of this teacher (a TopK, or a divergence without a dual) is not "
         "supported over a split vocabulary; detach it, or gather the logits and leave group out"
@@ -123,7 +123,7 @@ def _layout(
     """[student's columns, teacher's, rows, vocab_size, hash of the call, staged] of every rank.
 
     On the host it is exchanged in every call. Elsewhere that would wait for the device: there once
-    for each group and own layout, so that all ranks must change theirs together.
+    for each group and own layout, so that all ranks must change their layout together.
     """
     own = [
         student.size(-1),
@@ -154,7 +154,7 @@ def prepare(
     """The backend, and the operands as this rank's columns of one vocabulary.
 
     Args:
-        vocab_size: columns in use of the whole; None: all.
+        vocab_size: columns in use of all ranks; None: all.
         call: what must be the same on every rank, in words.
 
     Raises:
@@ -164,41 +164,41 @@ def prepare(
     layout = _layout(group, student, teacher, vocab_size, call, backend.has_stages)
     rank = dist.get_rank(group)
     for other, said in enumerate(layout):
-        for name, mine, theirs in (
+        for name, here, there in (
             ("rows", layout[rank][2], said[2]),
             ("vocab_size", layout[rank][3], said[3]),
             ("call", layout[rank][4], said[4]),
         ):
-            if mine != theirs:
-                got = f"{call} here, another there" if name == "call" else f"{mine} and {theirs}"
+            if here != there:
+                got = f"{call} here, another there" if name == "call" else f"{here} and {there}"
                 raise ValueError(
                     f"group: ranks {rank} and {other} differ in {name} ({got}); expected the same "
                     "call on every rank"
                 )
     widths = [said[0] for said in layout]
     others = [said[1] for said in layout]
-    whole = sum(widths)
+    total = sum(widths)
     if vocab_size is not None:
-        if vocab_size > whole:
+        if vocab_size > total:
             raise ValueError(
-                f"vocab_size: got {vocab_size}, expected at most {whole}, the columns of all ranks"
+                f"vocab_size: got {vocab_size}, expected at most {total}, the columns of all ranks"
             )
-        whole = vocab_size
-    if whole < 1:
+        total = vocab_size
+    if total < 1:
         raise ValueError("student: got no column on any rank, expected one at least")
     starts = [sum(widths[:at]) for at in range(len(widths))]
-    used = [max(0, min(width, whole - start)) for width, start in zip(widths, starts, strict=True)]
+    used = [max(0, min(width, total - start)) for width, start in zip(widths, starts, strict=True)]
     staged = all(said[5] for said in layout)
-    columns = Columns(starts[rank], used[rank], whole, max(used), staged)
+    columns = Columns(starts[rank], used[rank], total, max(used), staged)
     if not isinstance(teacher, TopK):
-        same = [max(0, min(b, whole - sum(others[:at]))) for at, b in enumerate(others)]
-        if others != widths and min(others) >= whole:
+        same = [max(0, min(b, total - sum(others[:at]))) for at, b in enumerate(others)]
+        if others != widths and min(others) >= total:
             teacher = _cut(teacher, columns, group)
         elif same != used:
             raise ValueError(
                 f"teacher: got {others} columns on the ranks beside the student's {widths}"
                 + (f" with vocab_size={vocab_size}" if vocab_size is not None else "")
-                + f"; expected the same columns, or all {whole} of them on every rank"
+                + f"; expected the same columns, or all {total} of them on every rank"
             )
     student = _of_rank(student, group)
     if not isinstance(teacher, TopK):
@@ -207,7 +207,7 @@ def prepare(
 
 
 def _cut(x: Operand, columns: Columns, group: Any) -> Operand:
-    """This rank's columns of an operand that every rank has whole."""
+    """This rank's columns of an operand that every rank has in full."""
     at = slice(columns.start, columns.start + columns.own)
     if not isinstance(x, LinearLogits):
         return replicated(x, group)[..., at]

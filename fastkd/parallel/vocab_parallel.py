@@ -1,7 +1,7 @@
 """Vocabulary parallelism: the passes of a backend with an exchange of sums between them.
 
 Each rank holds the columns [start, start + width) of the student's logits and, of the teacher's,
-the same ones or all. Two exchanges make a row whole, a few numbers a row and never a column:
+the same ones or all. Two exchanges complete a row, a few numbers a row and never a column:
 
     stats of the own columns   ->  (max, sum) of both sides, the label's logit  ->  the row's stats
     loss over the own columns  ->  (sum of values, sum of centred slopes)       ->  the row's loss
@@ -12,7 +12,7 @@ of the value at once, some rows at a time while the next ones are under way.
 
 An exchange is an all-gather whose parts every rank merges in the order of the ranks, so that all of
 them hold the same bits by construction. `VocabParallel` is a backend like any other: the drivers
-run on it as they are. A top-k teacher names columns of the whole vocabulary and is the same on
+run on it as they are. A top-k teacher names columns of the full vocabulary and is the same on
 every rank; what its points need of the student goes through the same exchange.
 """
 
@@ -33,20 +33,20 @@ BLOCK = 2**22  # elements of a copy of some rows, for a top-k teacher
 
 
 class Columns(NamedTuple):
-    """What a rank holds of a vocabulary of `whole` columns: [start, start + own), own >= 0.
+    """What a rank holds of a vocabulary of `total` columns: [start, start + own), own >= 0.
 
     widest: the most that any rank holds. staged: every rank's backend has stages.
     """
 
     start: int
     own: int
-    whole: int
+    total: int
     widest: int
     staged: bool
 
 
 class VocabParallel(Backend):
-    """This rank's columns on a backend; spec.vocab is their number, spec.classes the whole's."""
+    """This rank's columns on a backend; spec.vocab is their number, spec.classes that of all."""
 
     def __init__(self, backend: Backend, group: Any, columns: Columns) -> None:
         self.backend, self.group, self.columns = backend, group, columns
@@ -242,18 +242,18 @@ class VocabParallel(Backend):
         by = torch.full_like(loss, factor) if scale is None else scale.to(acc) * factor
         pull = slope.sum(-1) if tail_slope is None else slope.sum(-1) + tail_slope
         pull = torch.where(spoilt, torch.nan, pull)
-        whole = student.flatten(0, 1)
+        flat = student.flatten(0, 1)
         out = grad[0] if grad.size(0) == 1 else torch.empty_like(grad.flatten(0, 1))
         step = max(1, BLOCK // max(spec.vocab, 1))
         for start in range(0, loss.numel(), step):
             some = slice(start, start + step)
             soft = self._soft_gradient(
-                whole[some], place[some], points, slope, tail_slope, pull, restrict, spec, some
+                flat[some], place[some], points, slope, tail_slope, pull, restrict, spec, some
             )
             if hard is not None:
                 assert mine is not None
                 soft = soft + spec.hard * _hard_gradient(
-                    whole[some, : spec.vocab].to(acc), hard[some], mine[some], spec
+                    flat[some, : spec.vocab].to(acc), hard[some], mine[some], spec
                 )
             soft = soft * by[some].unsqueeze(-1)
             if keep is not None:
@@ -367,7 +367,7 @@ def _finite(top: Tensor) -> Tensor:
 
 
 def _merged(parts: Tensor, temperature: float) -> Tensor:
-    """[N, 3] stats of the whole row from (max, sum) of its parts [R, N, 2]; the drift is not."""
+    """[N, 3] stats of a row from (max, sum) of its parts [R, N, 2]; the drift is not."""
     tops, totals = parts.unbind(-1)
     top = tops.amax(0)
     weight = ((tops - _finite(top)) / temperature).exp()

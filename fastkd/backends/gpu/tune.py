@@ -88,6 +88,7 @@ def override(text: str) -> Entry | None:
 OVERRIDE = override(os.environ.get(VARIABLE, ""))
 
 
+@cache
 def registers(arch: str, threads: int, light: bool) -> int | None:
     """The most registers of a thread, by the card and a program's threads; None for no limit."""
     if not arch.startswith("sm_"):

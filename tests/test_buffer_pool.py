@@ -14,7 +14,7 @@ from torch import Tensor
 import fastkd
 from fastkd.backends import buffer_pool
 
-SHAPE = (64, 20000)  # 5 MB in float32: above arena.LEAST
+SHAPE = (64, 20000)  # 5 MB in float32: above buffer_pool.LEAST
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +106,7 @@ def _run(megabytes: str) -> subprocess.CompletedProcess[str]:
         "import torch, fastkd; from fastkd.backends import buffer_pool; "
         f"buffer_pool.empty(torch.empty({SHAPE})); print(len(buffer_pool._kept))"
     )
-    environment = {**os.environ, "FASTKD_ARENA_MB": megabytes}
+    environment = {**os.environ, "FASTKD_POOL_MB": megabytes}
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )
@@ -115,4 +115,4 @@ def _run(megabytes: str) -> subprocess.CompletedProcess[str]:
 def test_the_switch() -> None:
     assert _run("0").stdout.strip() == "0" and _run("64").stdout.strip() == "1"
     refused = _run("many")
-    assert refused.returncode != 0 and "FASTKD_ARENA_MB: got 'many'" in refused.stderr
+    assert refused.returncode != 0 and "FASTKD_POOL_MB: got 'many'" in refused.stderr

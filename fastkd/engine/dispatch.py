@@ -1,0 +1,357 @@
+"""How a loss is run: the one decision, for logits, `LinearLogits` and `TopK` alike.
+
+`loss` is what every public function calls. It takes the shortest way where all arguments are the
+ordinary ones, and else makes a `Request` of them, checked once, for `run` to decide upon.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from fastkd.backends import choice, reference
+from fastkd.backends.base import Backend, LossSpec, Rows
+from fastkd.divergence import Divergence
+from fastkd.engine import autograd, ops, validate
+from fastkd.engine import reduction as reductions
+from fastkd.engine.records import Call, Products, Request
+from fastkd.engine.topk_rows import topk_rows
+from fastkd.operands import DTYPES, LinearLogits, Operand, Teacher, TopK
+from fastkd.parallel import dtensor, layout
+
+MOST_LOSS_SCALE = 2.0**10  # of float16 gradients: the largest are of size T, and 65504 is the end
+_PLAIN = (Tensor, Parameter)
+
+
+def loss(
+    name: str,
+    student: Operand,
+    teacher: Teacher,
+    divergence: Divergence,
+    temperature: float,
+    param: float | None = None,  # the divergence's own
+    soft: float = 1.0,
+    hard: float = 0.0,
+    smoothing: float = 0.0,
+    /,
+    *,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    inplace: bool = False,
+    group: object = None,
+    **unknown: object,
+) -> Tensor:
+    """The loss of a public function or module, by its name."""
+    if unknown:
+        known = validate.known_options(name, divergence)
+        validate.refuse_option(name, next(iter(unknown)), known)
+    if param is None:
+        param = divergence.default if divergence.given is None else divergence.given
+    ordinary = (
+        (labels is None and weight is None and normalizer is None and vocab_size is None)
+        and (type(temperature) is float and 1e-18 <= temperature <= 1e18)
+        and (type(reduction) is str and reduction in validate.REDUCTIONS)
+        and (type(ignore_index) is int and -(2**63) <= ignore_index < 2**63)
+        and _alike(student, teacher)
+    )
+    backend = _kernels(student.device) if ordinary else None
+    if backend is not None and group is None and not inplace and reduction != "none":
+        vocab = student.shape[-1]
+        without_dual = teacher.requires_grad and divergence.dual is None
+        if vocab > 1 and student is not teacher and not without_dual:
+            spec = LossSpec(
+                divergence.name, param, temperature, soft, hard, smoothing, vocab, vocab
+            )
+            call = Call(backend, spec, Rows(None, None, None, _factor(reduction, student)))
+            return autograd.reduced(call, *_tensors(student), *_tensors(teacher))
+    sides = name, student, teacher, divergence, temperature, param, soft, hard, smoothing
+    options: dict[str, Any] = dict(
+        labels=labels, ignore_index=ignore_index, weight=weight, reduction=reduction,
+        normalizer=normalizer, vocab_size=vocab_size, inplace=inplace, group=group,
+    )  # fmt: skip
+    compiling = torch.compiler.is_compiling()
+    if not ordinary and (compiling or "torch.distributed.tensor" in sys.modules):
+        if dtensor.any_dtensor(student, teacher, labels, weight, normalizer):
+            if compiling:
+                return _outside_graph(_of_dtensors, sides, options)
+            return _of_dtensors(sides, **options)
+    if group is not None and compiling:  # an exchange is no part of a graph
+        return _outside_graph(_again, sides, options)
+    return run(_request(ordinary, sides, **options))
+
+
+def _alike(student: Operand, teacher: Teacher) -> bool:
+    """Whether these are two ordinary tensors of logits, alike in all that the checks look at.
+
+    To find nothing step by step takes a tenth of the time that a small loss takes in plain torch.
+    """
+    if type(student) not in _PLAIN or type(teacher) not in _PLAIN:
+        return False
+    assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
+    if student.is_nested or teacher.is_nested:  # some of which have no shape
+        return False
+    shape, dtype = student.shape, student.dtype
+    if shape != teacher.shape or not shape or not shape[-1]:
+        return False
+    return (
+        dtype is teacher.dtype
+        and dtype in DTYPES
+        and student.layout is teacher.layout is torch.strided
+        and student.device == teacher.device
+        and student.stride()[-1] == teacher.stride()[-1] == 1
+    )
+
+
+_known: dict[tuple[str | None, torch.device], Backend] = {}
+
+
+def _kernels(device: torch.device) -> Backend | None:
+    """The device's kernels; None where they are not to be used, or something special is at work."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+    ):
+        return None
+    key = choice.chosen.get(), device
+    backend = _known.get(key)
+    if backend is None:
+        backend = _known[key] = choice.pick(device)
+    return None if backend is reference.BACKEND else backend
+
+
+def _factor(reduction: str, student: Operand) -> float:
+    """What a sum over all rows is multiplied by."""
+    if reduction == "mean":
+        return 1.0 / (student.numel() // student.shape[-1] or 1)
+    return 1.0 / (student.shape[0] or 1) if reduction == "batchmean" else 1.0
+
+
+def _again(sides: tuple[Any, ...], **options: Any) -> Tensor:
+    return loss(*sides, **options)
+
+
+def _outside_graph(
+    function: Callable[..., Tensor], sides: tuple[Any, ...], options: dict[str, Any]
+) -> Tensor:
+    """function(sides, **options), outside of the graph that torch.compile is making."""
+    return torch.compiler.disable(function)(sides, **options)
+
+
+def _of_dtensors(
+    sides: tuple[Any, ...],
+    *,
+    labels: Tensor | None,
+    ignore_index: int,
+    weight: Tensor | None,
+    reduction: str,
+    normalizer: Any,
+    vocab_size: int | None,
+    inplace: bool,
+    group: object,
+) -> Tensor:
+    """`loss` where something is a DTensor: of this rank's part, summed to that of all rows."""
+    name, student, teacher, *numbers = sides
+    validate.reduction(reduction)
+    if dtensor.is_dtensor(normalizer):
+        normalizer = normalizer.full_tensor()
+    validate.normalizer(normalizer, reduction, student)
+    part = dtensor.local(student, teacher, labels, weight, inplace, group)
+    validate.rows(part.student, part.labels, ignore_index, part.weight)
+    own, by = part.normalizer(reduction, normalizer, ignore_index)
+    value = loss(
+        *(name, part.student, part.teacher, *numbers),
+        labels=part.labels,
+        ignore_index=ignore_index,
+        weight=part.weight,
+        reduction=own,
+        normalizer=by,
+        vocab_size=vocab_size,
+        inplace=inplace,
+        group=part.group,
+    )
+    return part.full(value, own)
+
+
+def _request(
+    ordinary: bool,
+    sides: tuple[Any, ...],
+    *,
+    labels: Tensor | None,
+    ignore_index: int,
+    weight: Tensor | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    vocab_size: int | None,
+    inplace: bool,
+    group: object,
+) -> Request:
+    """The arguments of `loss` as a record, checked; ordinary ones have nothing to find."""
+    name, student, teacher, divergence, temperature, param, soft, hard, smoothing = sides
+    shared: Any = None
+    if group is not None:
+        backend = _kernels(student.device) if ordinary else None
+        if backend is None and choice.in_functorch():
+            raise NotImplementedError(
+                "group: torch.func and forward-mode AD over a split vocabulary are not supported; "
+                "gather the logits and leave group out"
+            )
+        if not ordinary:
+            vocab_size = validate.shards(student, teacher, vocab_size)
+        group = layout.process_group(group)
+    elif ordinary or (vocab_size is None and _alike(student, teacher)):
+        vocab = classes = student.shape[-1]
+    else:
+        vocab = classes = validate.operands(student, teacher, vocab_size)
+    if not ordinary:
+        temperature = float(validate.temperature(temperature))
+        validate.reduction(reduction)
+        ignore_index = validate.rows(student, labels, ignore_index, weight)
+        normalizer = validate.normalizer(normalizer, reduction, student)
+    if group is not None:
+        call = f"{name}, {divergence.name} {param:g}, T={temperature:g}, {soft:g}, {hard:g}"
+        call += f", {smoothing:g}, {reduction}" + ("" if labels is None else ", labels")
+        if teacher.requires_grad and torch.is_grad_enabled():
+            call += ", a gradient of the teacher"
+        own = backend or choice.pick(student.device)
+        shared, student, teacher = layout.prepare(own, group, student, teacher, vocab_size, call)
+        vocab, classes = shared.columns.own, shared.columns.total
+    compiling = torch.compiler.is_compiling()
+    if (classes == 1 or (student is teacher and soft != 0.0)) and not compiling:
+        validate.silence(name, student, teacher, classes)
+    spec = LossSpec(divergence.name, param, temperature, soft, hard, smoothing, vocab, classes)
+    linear = isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits)
+    inplace = inplace and not (linear or compiling or choice.in_functorch())  # there, ignored
+    if inplace:
+        validate.inplace(student, teacher)
+    return Request(
+        student, teacher, spec, labels, ignore_index, weight, reduction, normalizer, inplace, shared
+    )
+
+
+def run(r: Request) -> Tensor:
+    """The one decision: whose autograd, whose passes, and whether rows are reduced on the way."""
+    spec, compiling = r.spec, torch.compiler.is_compiling()
+    backend = r.group or _kernels(r.student.device)
+    if backend is None:
+        backend = reference.BACKEND if compiling else choice.pick(r.student.device)
+    teacher_grad = spec.soft != 0.0 and r.teacher.requires_grad and torch.is_grad_enabled()
+    # torch's own autograd: what is chosen by hand, or has no kernel, or no dual for the teacher
+    in_torch = choice.in_functorch() if compiling else backend is reference.BACKEND
+    if teacher_grad and not in_torch:
+        in_torch = isinstance(r.teacher, TopK) or reference.dual(spec) is None
+    if in_torch and r.group is not None:
+        raise layout.no_teacher_gradient()
+    others = r.labels is not None or r.weight is not None or r.normalizer is not None
+    by_row = in_torch or compiling or r.reduction == "none"
+    by_row = by_row or (others and reductions.wants_grad(r))
+    tensors, products, acc = _operands(r, 1.0 if by_row else _loss_scale(r))
+
+    def call(rows: Rows) -> Call:
+        if not isinstance(r.teacher, TopK) or spec.soft == 0.0:
+            return Call(backend, spec, rows, None, r.inplace, products)
+        topk = topk_rows(r.teacher, spec.temperature, spec.classes, rows.keep, acc, backend)
+        return Call(backend, spec, rows, topk, r.inplace, products)
+
+    if by_row:
+        keep, label, bad = reductions.mask(r.labels, r.ignore_index, spec.classes)
+        label, lead = label if spec.hard else None, r.student.shape[:-1]
+        if in_torch:
+            value = _in_torch(call(Rows(keep, label)), *tensors)
+        elif compiling:
+            value = ops.row_loss(call(Rows(keep, label)), *tensors)
+        else:
+            rows = Rows(reductions.flat(keep), reductions.flat(label))
+            value = autograd.per_row(call(rows), lead, *tensors)
+        value = reductions.reduce(value, r, keep, bad)
+    elif others:
+        value = autograd.reduced(call(reductions.row_scale(backend, r, acc)), *tensors)
+    else:
+        rows = Rows(None, None, None, _factor(r.reduction, r.student))
+        value = autograd.reduced(call(rows), *tensors)
+    if spec.soft != 0.0:
+        return value
+    nothing = _no_part(r.teacher)
+    wide = torch.float64 in (r.student.dtype, nothing.dtype)
+    return value.to(torch.float64 if wide else torch.float32) + nothing
+
+
+def _in_torch(call: Call, *tensors: Tensor | None) -> Tensor:
+    """Loss of each row by the reference, which torch differentiates as often as needed."""
+    heads = (None, None) if call.products is None else call.products.heads
+    keep, label, _, _ = call.rows
+    s, t = reference.logits(tensors, heads, call.spec.vocab, keep)
+    return reference.row_loss(s, call.topk or t, call.spec, keep, label)
+
+
+def _tensors(x: Any) -> tuple[Tensor | None, ...]:
+    # kernels read memory as it is, and a view may be one whose numbers are to be negated
+    return x.tensors if isinstance(x, LinearLogits) else (x.resolve_neg(),)
+
+
+def _operands(
+    r: Request, loss_scale: float
+) -> tuple[list[Tensor | None], Products | None, torch.dtype]:
+    """The tensors of both sides in a row, what goes with them in products, and acc."""
+    student, teacher = r.student, r.teacher
+    wide = torch.float64 in (student.dtype, teacher.dtype)
+    acc = torch.float64 if wide else torch.float32
+    tensors = [*_tensors(student)]
+    sides: tuple[Operand, ...] = (student,)
+    # D(q, q) is exactly 0 with gradient exactly 0: the teacher is not read, whatever it holds
+    nothing = r.spec.soft == 0.0
+    if not nothing and not isinstance(teacher, TopK):
+        tensors += _tensors(teacher)
+        sides = student, teacher
+    if not isinstance(student, LinearLogits) and not isinstance(teacher, LinearLogits):
+        if nothing:
+            tensors.append(tensors[0].detach().to(acc if wide else student.dtype))  # type: ignore
+        return tensors, None, acc
+    if nothing:
+        acc = torch.float64 if student.dtype is torch.float64 else torch.float32
+    linear = [x if isinstance(x, LinearLogits) else None for x in sides]
+    head_s, head_t = (None if x is None else x.head for x in (*linear, None)[:2])
+    pack = any(x is not None and x.pack for x in linear)
+    return tensors, Products((head_s, head_t), _chunk(linear), pack, loss_scale), acc
+
+
+def _chunk(sides: Sequence[LinearLogits | None]) -> int | None:
+    """The smaller of the chunks that both sides request, in rows."""
+    least: int | None = None  # not min() with a default, which torch.compile does not know
+    for x in sides:
+        size = None if x is None else x.chunk_size
+        if size is not None and (least is None or size < least):
+            least = size
+    return least
+
+
+def _loss_scale(r: Request) -> float:
+    """About what the reduction divides by, as a power of 2; see `linear.Linear`."""
+    by = 1.0
+    if r.reduction == "batchmean":
+        by = r.student.size(0)
+    elif r.reduction == "mean":
+        number = isinstance(r.normalizer, (int, float))
+        by = float(r.normalizer) if number else r.student.numel() // r.student.size(-1)  # type: ignore
+    return min(2.0 ** round(math.log2(by)), MOST_LOSS_SCALE) if by > 1.0 else 1.0
+
+
+def _no_part(teacher: Teacher) -> Tensor:
+    """0 in the accumulation's dtype, and for whatever the teacher is made of a gradient of 0."""
+    parts = teacher.tensors if isinstance(teacher, TopK) else _tensors(teacher)
+    acc = torch.float64 if teacher.dtype == torch.float64 else torch.float32
+    zeros = [x.reshape(-1)[:0].sum().to(acc) for x in parts if x is not None]
+    return torch.stack(zeros).sum()

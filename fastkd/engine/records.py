@@ -1,0 +1,59 @@
+"""The records that travel through the engine: what was requested, and what runs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastkd.backends.base import Backend, LossSpec, Rows, TopKRows
+from fastkd.operands import Head, Operand, Teacher
+
+
+class Request(NamedTuple):
+    """A loss as it was requested, once everything has been checked.
+
+    group: the backend on which the ranks of a process group share the vocabulary, or None; the
+    operands then are this rank's columns.
+    """
+
+    student: Operand
+    teacher: Teacher
+    spec: LossSpec
+    labels: Tensor | None
+    ignore_index: int
+    weight: Tensor | None
+    reduction: str
+    normalizer: float | Tensor | None
+    inplace: bool
+    group: Backend | None
+
+
+class Products(NamedTuple):
+    """What a loss with a `LinearLogits` needs besides tensors.
+
+    heads: of both sides, None for logits that are given.
+    chunk: rows of a chunk as requested, or None.
+    pack: ignored rows are left out of the products.
+    loss_scale: power of 2 by which float16 gradients are kept larger until the end.
+    """
+
+    heads: tuple[Head | None, Head | None]
+    chunk: int | None
+    pack: bool
+    loss_scale: float
+
+
+class Call(NamedTuple):
+    """What a loss is made of besides the tensors that autograd knows.
+
+    These stand in a row: the student's logits or its hidden states, weight and bias, then the
+    teacher's; none of a teacher that has no part or is `topk`.
+    """
+
+    backend: Backend
+    spec: LossSpec
+    rows: Rows
+    topk: TopKRows | None = None
+    inplace: bool = False
+    products: Products | None = None
