@@ -243,10 +243,10 @@ def _tiles(results: Path, arch: str, limited: bool) -> list[Step]:
     except ImportError as error:
         return [Step("tiles", ["-m", "bench"], skip=f"the gpu backend does not import: {error}")]
     # name, environment, why not
-    ways = [(f"team-{number}", {"FASTKD_GPU_TEAM": number}, "") for number in TEAMS]
+    ways = [(f"team-{number}", {"FASTKD_GPU_COOPERATIVE": number}, "") for number in TEAMS]
     for text in TILES:
         refused = clusters(arch) if text.rpartition(":")[2] != "1" else None
-        env = {"FASTKD_GPU_TILE": text, "FASTKD_GPU_TEAM": "0"}
+        env = {"FASTKD_GPU_TILE": text, "FASTKD_GPU_COOPERATIVE": "0"}
         ways.append((f"tile-{text.replace(':', '-')}", env, refused or ""))
     out = []
     for name, env, skip in ways:

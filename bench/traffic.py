@@ -177,7 +177,7 @@ def programs(card: Card, dtype: str, vocab: int) -> dict[str, Program]:
         "top-k": of("kl", "topk", "stats"),
     }
     if card.warp == 32:  # as `fastkd.backends.gpu.cooperative.capacity` has it
-        found |= {"kl, team": of("kl", "team"), "js, team": of("js", "team")}
+        found |= {"kl, team": of("kl", "cooperative"), "js, team": of("js", "cooperative")}
         found["kl, linear, team"] = found["kl, team"]
     return found
 
@@ -193,7 +193,9 @@ def shared(card: Card, vocab: int, dtype: str, rows: int = ROWS) -> int:
     resident = OF_PROCESSOR // (most * size.threads)
     holds = cooperative.Capacity(card.multiprocessors, card.cache)
     row_bytes = 2 * vocab * ITEMSIZE[dtype]
-    return cooperative.parts(rows, vocab, row_bytes, size.lanes * size.group, resident, holds)
+    return cooperative.programs_per_row(
+        rows, vocab, row_bytes, size.lanes * size.group, resident, holds
+    )
 
 
 def predictions(cards: Sequence[str], dtypes: Sequence[str]) -> list[Prediction]:

@@ -2,14 +2,14 @@
 // fastkd/divergence.py for the table, the formulas in torch and what "centred" means.
 //
 // An expectation gives value l(log p, log q) and centred slope. Any other divergence gives value
-// and rate, of p and q: the rate is the slope per unit of q, up to a constant that all columns share
-// (a row's gradient is q times its rates, less their mean). Two constants leave the digits: where p
-// and q are near, the one that makes the rate 0 at p = q; where p is far below q, the one that makes
-// it 0 at p = 0. The second is `far` above the first, and a row takes its rates relative to one of its
-// own (see Origin), so that what all columns share leaves no rounding behind.
+// and rate, of p and q: the rate is the slope per unit of q, up to a constant that all columns
+// share (a row's gradient is q times its rates, less their mean). Two constants leave the digits:
+// where p and q are near, the one that makes the rate 0 at p = q; where p is far below q, the one
+// that makes it 0 at p = 0. The second is `far` above the first, and a row takes its rates relative
+// to one of its own (see Origin), so that what all columns share leaves no rounding behind.
 //
-// Every pair is finite or rightly infinite when p or q is 0 (log -inf), and 0 when both are. No pair
-// is asked about a row with a NaN.
+// Every pair is finite or rightly infinite when p or q is 0 (log -inf), and 0 when both are. No
+// pair is asked about a row with a NaN.
 #pragma once
 
 #include "vec.h"
@@ -27,7 +27,7 @@ namespace FASTKD_ISA {
 namespace {
 
 // Whether a value is an expectation of log p - log q under the teacher (slope: q - p), or of
-// log q - log p under the student (slope: the value), which lets the first sweep finish the loss.
+// log q - log p under the student (slope: the value), which lets the sum loop finish the loss.
 enum class Expectation { none, teacher, student };
 
 template <class V>
@@ -87,8 +87,8 @@ struct ReverseKL {
   }
 };
 
-// With m the mixture, x / m - 1 is a multiple of (p - q) / m, which keeps its digits near p = q; and
-// where p / m is small, q / m by way of it is exact at p = 0, in every column alike.
+// With m the mixture, x / m - 1 is a multiple of (p - q) / m, which keeps its digits near p = q;
+// and where p / m is small, q / m by way of it is exact at p = 0, in every column alike.
 template <class V>
 FASTKD_INLINE auto small(V share) {
   return share < V{} + 0.5f;

@@ -45,7 +45,7 @@ WIDE_ANYWAY: frozenset[str] = frozenset()
 
 # kernels that merge what the parts of a row have left: numbers, one by one; columns only where a
 # row's loss has overflowed
-MERGES = frozenset({"finish"})
+MERGES = frozenset({"split_finish"})
 
 
 def budget(report: Report) -> Budget | None:

@@ -24,7 +24,7 @@ ROWS, FEW = 8192, 64  # one program to a row, and several
 VOCAB, SHORT, ODD = 128256, (512, 2048), 50257  # ODD: divisible by no vector width
 NAMED = 64  # columns of a stored teacher
 SUFFIX = "_kernel"
-WHOLE = ("fused", "team")  # the kernels that are a loss and its gradient
+WHOLE = ("fused", "cooperative")  # the kernels that are a loss and its gradient
 
 
 @dataclass
@@ -98,7 +98,7 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
     rest = spec, keep, label, scale, 1.0
     passes: dict[str, Callable[[], Any]] = {
         "fused": lambda: launch.fused(x, x, *rest, x),
-        "team": lambda: in_teams(lambda: launch.fused(x, x, *rest, x)),
+        "cooperative": lambda: cooperating(lambda: launch.fused(x, x, *rest, x)),
         "topk": lambda: launch.topk(x, TopKRows(*named, False), *rest, x),
         "loss": lambda: launch.loss(x, x, stats, stats, spec, keep),
         "grad": lambda: launch.grad(x, x, stats, stats, stats, scale, *rest, x),
@@ -107,16 +107,16 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
         "multiply": lambda: launch.multiply(x, tensor()),
     }
 
-    def in_teams(run: Callable[[], Any]) -> None:
+    def cooperating(run: Callable[[], Any]) -> None:
         holds = mock.patch.object(cooperative, "HOST", cooperative.Capacity(PROCESSORS, CACHE))
         # what is set for measurements is not what is compiled
         with holds, mock.patch.dict(os.environ, {cooperative.VARIABLE: ""}):
             run()
 
     seen: list[tuple[str, Launch]] = []
-    card = launch.Card(case.target, 32 if case.target.startswith("sm_") else 64)
+    card = launch.GpuInfo(case.target, 32 if case.target.startswith("sm_") else 64)
     with ExitStack() as stack:
-        split = getattr(launch, "split", None)
+        split = getattr(launch, "split_rows", None)
         if split is not None:
             stack.enter_context(mock.patch.object(split, "HOST_PROCESSORS", PROCESSORS))
         for which, run in passes.items():
@@ -128,7 +128,7 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
             ) -> None:
                 seen.append((of, Launch(kernel, args, threads)))
 
-            with mock.patch.multiple(launch, launch=record, card=lambda device: card):
+            with mock.patch.multiple(launch, launch=record, gpu_info=lambda device: card):
                 run()
     return seen
 
@@ -179,8 +179,8 @@ def cases(quick: bool, targets: list[str], divergences: list[str], dtypes: list[
     odd += [(k, d, {"vocab": ODD}) for k, d, _ in rest if d in ("-", divergences[0])]
     short = [("fused", divergences[0], {"vocab": v}) for v in SHORT]
     first = rest[:0] + [("fused", divergences[0], {}) for _ in targets]
-    # `team.capacity` knows no other devices
-    of = {"team": [name for name in targets if name.startswith("sm_")]}
+    # `cooperative.capacity` knows no other devices
+    of = {"cooperative": [name for name in targets if name.startswith("sm_")]}
     if quick:
         picked = [*fused, *rest, *smooth, odd[0], short[0], *first]
         todo = [
