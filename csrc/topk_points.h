@@ -13,8 +13,8 @@ namespace {
 constexpr int64_t kMostKept = 2 * kMostColumns;
 
 // x = 2^x for x <= 1, to two units in the last place; 0 below the normal numbers. The compiler
-// turns this loop into vector code. Without it, 64 columns of the support would take as long as 3
-// 000 other columns.
+// turns this loop into vector code. Column by column, 64 columns of the support would take as long
+// as 3 000 others.
 inline void exp2_all(double* x, int64_t n) {
   constexpr double kRound = 0x1.8p52;  // added and taken away: the nearest integer
   for (int64_t i = 0; i < n; ++i) {
