@@ -182,10 +182,10 @@ def _variants(results: Path, arch: str, limit: float | None) -> list[Step]:
     except ImportError as error:
         return [Step("tiles", ["-m", "bench"], skip=f"the gpu backend does not import: {error}")]
     # name, environment, why not
-    variants = [(f"team-{number}", {"FASTKD_GPU_TEAM": number}, "") for number in TEAMS]
+    variants = [(f"team-{number}", {"FASTKD_GPU_COOPERATIVE": number}, "") for number in TEAMS]
     for text in TILES:
         refused = clusters(arch) if text.rpartition(":")[2] != "1" else None
-        env = {"FASTKD_GPU_TILE": text, "FASTKD_GPU_TEAM": "0"}
+        env = {"FASTKD_GPU_TILE": text, "FASTKD_GPU_COOPERATIVE": "0"}
         variants.append((f"tile-{text.replace(':', '-')}", env, refused or ""))
     grid = ("kl_div js_div", TILE_SHAPES, "bfloat16", "fastkd-inplace", 0.2)
     return [

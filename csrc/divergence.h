@@ -8,8 +8,8 @@
 // that makes it 0 at p = 0. The second is `far` above the first, and a row takes its rates relative
 // to one of its own (see Origin), so that what all columns share leaves no rounding behind.
 //
-// Every pair is finite or rightly infinite when p or q is 0 (log -inf), and 0 when both are. No pair
-// is asked about a row with a NaN.
+// Every pair is finite or rightly infinite when p or q is 0 (log -inf), and 0 when both are. No
+// pair is asked about a row with a NaN.
 #pragma once
 
 #include "vec.h"
@@ -27,7 +27,7 @@ namespace FASTKD_ISA {
 namespace {
 
 // Whether a value is an expectation of log p - log q under the teacher (slope: q - p), or of
-// log q - log p under the student (slope: the value), which lets the first sweep finish the loss.
+// log q - log p under the student (slope: the value), which lets the sum loop finish the loss.
 enum class Expectation { none, teacher, student };
 
 template <class V>
@@ -94,8 +94,8 @@ struct ReverseKL {
   }
 };
 
-// With m the mixture, x / m - 1 is a multiple of (p - q) / m, which keeps its digits near p = q; and
-// where p / m is small, q / m by way of it is exact at p = 0, in every column alike.
+// With m the mixture, x / m - 1 is a multiple of (p - q) / m, which keeps its digits near p = q;
+// and where p / m is small, q / m by way of it is exact at p = 0, in every column alike.
 template <class V>
 FASTKD_INLINE auto small(V share) {
   return share < V{} + 0.5f;

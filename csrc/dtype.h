@@ -1,5 +1,5 @@
-// The element types: what is read of a row and written to one, in groups of two vectors and, where
-// the two sides differ, through a buffer of the accumulation type.
+// The element types. A row is read and written in groups of two vectors. Where the dtypes of the
+// two sides differ, a block goes through a buffer of the accumulation type.
 #pragma once
 
 #include "vec.h"
@@ -8,11 +8,11 @@ namespace fastkd {
 namespace FASTKD_ISA {
 namespace {
 
-// A block of each operand and of the gradient stay in a 32 KB L1 together, as floats.
+// Columns of a block. As floats, a block of each operand and of the gradient fit into a 32 KB L1.
 constexpr int64_t kBlock = 2048;
 constexpr int64_t kLine = 64;  // bytes of a cache line
-// Bytes that are asked for ahead of their use: the hardware's own prefetching follows the loads,
-// which come in bursts with exponentials between them (512 x 32 000 float: 6.0 ms without, 4.9 with).
+// Bytes of the prefetch distance. The hardware's own prefetching follows the loads, and these come
+// in bursts with exponentials between them (512 x 32 000 float: 6.0 ms without, 4.9 ms with).
 constexpr int64_t kAhead = 4096;
 
 // ---- one element
@@ -31,8 +31,8 @@ template <class V, class M>
 FASTKD_INLINE V half_bits_to_float(M x) {
   const M sign = (x & 0x8000u) << 16;
   const M rest = (x & 0x7FFFu) << 13;
-  // the exponent is 112 too small; a subnormal is the difference of two normal floats, which holds
-  // where the processor takes subnormal operands for 0
+  // The exponent is 112 too small. A subnormal is the difference of two normal floats: that holds
+  // also where the processor treats subnormal operands as 0.
   const M normal = rest + 0x38000000u;
   const V apart = bits<V>(rest + 0x38800000u) - 0x1p-14f;
   const M finite = (x & 0x7C00u) == 0u ? bits<M>(apart) : normal;
@@ -59,7 +59,7 @@ FASTKD_INLINE uint16_t to_fp16(float x) {
   return static_cast<uint16_t>(float_to_half_bits<float, uint32_t>(x));
 }
 
-// ---- a group: two vectors of columns, in an order of its own that load and store agree on
+// ---- a group: two vectors of columns, in an order that load and store agree on
 
 template <DType K>
 struct Kind;
@@ -92,8 +92,8 @@ struct Kind<DType::f64> : Native<double> {
   static constexpr double lowest = -kInf;
 };
 
-// Two 16-bit elements of a word become the even columns' vector and the odd ones', by a shift and
-// a mask each: no lane changes its place.
+// Words of two 16-bit elements become a vector of the even columns and one of the odd columns, by a
+// shift and a mask: no lane changes its place.
 struct Words {
   using Acc = float;
   using Element = uint16_t;
@@ -110,8 +110,8 @@ struct Kind<DType::bf16> : Words {
     const U u = word(x);
     return {bits<F>(u << 16), bits<F>(u & 0xFFFF0000u)};
   }
-  // No NaN passes here but those of the processor's making, which this rounding keeps: a row with
-  // a NaN among its logits or in its scale is filled, not computed.
+  // A row with a NaN in its logits or scale is filled, not computed. So the only NaNs here are the
+  // processor's own, and this rounding keeps them.
   static FASTKD_INLINE U pack(Two<F> x) {
     U a = bits<U>(x.a), b = bits<U>(x.b);
     a += ((a >> 16) & 1u) + 0x7FFFu;
@@ -176,7 +176,7 @@ struct Kind<DType::f16> : Words {
 
 // Where column j of a group stands in its two vectors laid end to end.
 template <DType K>
-inline int64_t place(int64_t j) {
+inline int64_t column_in_group(int64_t j) {
   constexpr int64_t lanes = Simd<typename Kind<K>::Acc>::lanes;
   return Kind<K>::interleaved ? (j % 2) * lanes + j / 2 : j;
 }
@@ -222,9 +222,9 @@ inline void narrow_any(const T* from, char* row, DType dtype, int64_t at, int64_
   }
 }
 
-// A row of one side, read in blocks of whole groups: where it lies if it is of kind K and the block
-// is whole, else in `buffer`, converted and followed by -inf. A column at -inf on both sides is no
-// outcome, so the padding changes nothing.
+// Reads a row of one side in blocks of whole groups. A whole block of kind K is read where it lies.
+// Any other is copied to `buffer`, converted and padded with -inf. A column at -inf on both sides
+// is no outcome, so the padding changes nothing.
 template <DType K>
 struct Reader {
   using Element = typename Kind<K>::Element;
@@ -254,7 +254,7 @@ struct Reader {
   }
 };
 
-// Where a gradient's row is written: like Reader, the other way round.
+// Writes a row of the gradient: the counterpart of Reader.
 template <DType K>
 struct Writer {
   using Element = typename Kind<K>::Element;
@@ -276,20 +276,20 @@ struct Writer {
   }
 };
 
-// Whether groups of columns can be written past the caches: `to` is aligned to a vector.
+// Whether groups can be written past the caches: `to` must be aligned to a vector.
 template <class V>
 inline bool can_stream(const void* to) {
   return reinterpret_cast<uintptr_t>(to) % sizeof(V) == 0;
 }
 
-// Asks for some bytes, for the L2 cache.
-FASTKD_INLINE void ask_for(uintptr_t from, int64_t bytes) {
+// Prefetches some bytes into the L2 cache.
+FASTKD_INLINE void prefetch_bytes(uintptr_t from, int64_t bytes) {
   for (int64_t i = 0; i < (bytes < kLine ? kLine : bytes); i += kLine)
     __builtin_prefetch(reinterpret_cast<const void*>(from + static_cast<uintptr_t>(i)), 0, 2);
 }
 template <class Element>
-FASTKD_INLINE void ahead(const Element* x, int64_t columns) {
-  ask_for(reinterpret_cast<uintptr_t>(x) + kAhead, columns * int64_t{sizeof(Element)});
+FASTKD_INLINE void prefetch_ahead(const Element* x, int64_t columns) {
+  prefetch_bytes(reinterpret_cast<uintptr_t>(x) + kAhead, columns * int64_t{sizeof(Element)});
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ struct Isa {
 };
 
 #if defined(FASTKD_X86)
-// Asked of the processor: older Clang's builtin does not know this one.
+// By cpuid: the builtin of older Clang does not know f16c.
 inline bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;

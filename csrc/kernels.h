@@ -19,41 +19,40 @@ struct Operand {
   int64_t outer = 0;
   int64_t inner = 0;
 
-  char* row(int64_t r) const {
-    return data + ((r / b) * outer + (r % b) * inner) * size_of(dtype);
-  }
+  char* row(int64_t r) const { return data + ((r / b) * outer + (r % b) * inner) * size_of(dtype); }
 };
 
-// The K points of a row against a teacher that names so many of its columns, and the tail's. In:
-// both sides' probabilities and their natural logarithms. Out: the value, the sum of slopes, the
-// tail's own, and in `slope` each column's gradient by its logit times T.
+// The K columns that a top-k teacher gives of a row (its support), and the tail. In: probabilities
+// of both sides and their natural logarithms. Out: the value of the divergence and its slopes.
 struct Points {
-  double* logp = nullptr;
+  // in
+  double* logp = nullptr;  // [k], as the next three
   double* logq = nullptr;
   double* p = nullptr;
   double* q = nullptr;
-  double* slope = nullptr;
   int64_t k = 0;
-  double tail_p = 0.0;
-  double tail_q = 0.0;
+  double tail_logp = 0.0;
+  double tail_logq = 0.0;
   double q_tail = 0.0;
-  double total = 0.0;  // of the exponentials that q was made of
-  bool alone = false;  // no tail: the terms of the named columns are the whole loss
+  double total = 0.0;    // sum of the exponentials that q was made of
+  bool no_tail = false;  // the terms of the support are the whole loss
   double param = 0.0;
   double centre = 0.0;  // see fastkd/divergence.py
+  // out
+  double* slope = nullptr;  // [k]: the gradient by the logit, times T
   double value = 0.0;
-  double sum = 0.0;
-  double of_tail = 0.0;
+  double sum = 0.0;         // of all slopes
+  double tail_slope = 0.0;  // the tail's own
 };
 
-// Arguments of the passes; `void*` is float* or double* by the kernel's accumulation type, and a
-// null pointer is an argument that is not given. See fastkd/backends/base.py for their meaning.
+// Arguments of the passes. `void*` is float* or double*, by the pass's accumulation type. A null
+// pointer is an argument that is not given. fastkd/backends/base.py explains their meaning.
 struct Args {
   Operand student;
   Operand teacher;
   Operand grad;
   int64_t vocab = 0;
-  int64_t width = 0;  // columns of grad, those from vocab on are written 0
+  int64_t width = 0;  // columns of grad; those from vocab on are written 0
   int64_t classes = 0;
   bool stream = false;  // write the gradient past the caches
   const uint8_t* keep = nullptr;
@@ -69,83 +68,88 @@ struct Args {
   const void* stats_t = nullptr;
   const void* stats_hard = nullptr;
   const void* slope = nullptr;
-  const void* logprobs = nullptr;  // [N, k], as indices; of `topk`
+  // of `topk`
+  const void* logprobs = nullptr;  // [N, k], as indices
   const int64_t* indices = nullptr;
   const void* tail = nullptr;  // [N]
   int64_t k = 0;
   bool restricted = false;
   double centre = 0.0;
   void (*points)(Points&) = nullptr;
-  void* out = nullptr;  // loss [N] of fused, [N, 2] of loss, [N, 3] of stats
-  // of the stages (see vocab_parallel.h), for the rows from `first` on, `rows` of them
+  void* out = nullptr;  // [N] of fused and topk, [N, 2] of loss, [N, 3] of stats
+  // of a vocabulary-parallel step (see vocab_parallel.h) for rows [first, first + rows)
   int64_t first = 0;
   int64_t rows = 0;
   int64_t ranks = 1;
   int64_t rank = 0;
-  char* memory = nullptr;        // [rows, slot(vocab)]
-  void* sent = nullptr;          // sums or Rates [rows]
-  const void* sums = nullptr;    // RowSums, or WeighedSums of an expectation, [ranks, rows]
-  const void* rates = nullptr;   // Rates [ranks, rows]
-  uint8_t* redo = nullptr;       // [N]: 1 where the row takes the split passes
+  char* memory = nullptr;       // [rows, step_bytes(vocab)]
+  void* sent = nullptr;         // sums or Rates [rows]
+  const void* sums = nullptr;   // RowSums, or ExpectationSums, [ranks, rows]
+  const void* rates = nullptr;  // Rates [ranks, rows]
+  uint8_t* redo = nullptr;      // [N]: 1 where the row needs the passes stats, loss and grad
 };
 
-// What a rank tells the others about its columns of a row: sums under bases of its own (see
-// pass_fused.h), the student's logit at the label (0 on every other rank), and of how many columns the
-// scores are; fewer than 0 where the sums are of no use.
+// What a rank sends about its columns of a row, in the first exchange. The sums have bases of their
+// own (see row_state.h). `label` is the student's logit at the label, or 0 where another rank holds
+// the label's column. `columns` says how many columns `scores` sums; it is negative where the sums
+// cannot be used.
 struct RowSums {
   double s, t, hard;
   float s_base, t_base, hard_base, label, scores, columns;
 };
-struct WeighedSums {  // of an expectation
+// The same for a divergence that is an expectation.
+struct ExpectationSums {
   RowSums row;
   double cross;
 };
 
-// And, of a divergence that is no expectation, in a second exchange: the sum of values, and that of
-// q times the rates above `from`.
+// What a rank sends in the second exchange, which an expectation does not need: the sum of values,
+// and the sum of q times the rates, which are relative to `from`.
 struct Rates {
   double value;
   float slope, from;
 };
-static_assert(sizeof(WeighedSums) == 56 && sizeof(RowSums) + sizeof(Rates) == 64,
+static_assert(sizeof(ExpectationSums) == 56 && sizeof(RowSums) + sizeof(Rates) == 64,
               "64 bytes at most for a row; fastkd/backends/cpu.py has the sizes too");
 
-// Threads for the tasks of one call: task(argument, i) for each i < tasks, in any order.
-struct Team {
+// The threads of one call. `run` does task(argument, i) for each i < tasks, in any order.
+struct ThreadPool {
   int threads = 1;
   void (*run)(int threads, int64_t tasks, void (*task)(void* argument, int64_t i),
               void* argument) = nullptr;
 };
 
-// Columns that a thread takes at a time where a row is shared; sums start afresh with each.
+// Columns of a chunk. Where threads share a row, each takes whole chunks; a chunk has its own sums.
 constexpr int64_t kChunk = 8192;
 
-// Of a row with a scratch: 2 MB of floats.
+// Columns of the widest row that gets a scratch: 2 MB of floats.
 constexpr int64_t kMostColumns = int64_t{1} << 18;
 
-// Memory of this thread, the caller's until it asks again; null if there is none. See threads.cpp.
+// Memory of this thread, valid until the thread's next call; null if there is none. See
+// threads.cpp.
 char* scratch(int64_t bytes);
 
-using Rows = void (*)(const Args&, int64_t begin, int64_t end);
-using TeamRows = void (*)(const Args&, int64_t begin, int64_t end, const Team&);
+using Pass = void (*)(const Args&, int64_t begin, int64_t end);
+using ThreadedPass = void (*)(const Args&, int64_t begin, int64_t end, const ThreadPool&);
 
-// Indices: of fused, the dtype that both operands and the gradient have, or float32 (float64 where
-// an operand is) that blocks are converted to; of the others, float and double.
+// The passes of one divergence. `fused` and `steps` are indexed by the dtype of the blocks: the one
+// that both operands and the gradient have, else float32 or float64, to which blocks are converted.
+// The others are indexed by the accumulation type: 0 float, 1 double.
 struct Passes {
-  TeamRows fused[4];
-  TeamRows stages[3][4];  // a null pointer: no such stage
-  Rows loss[2];
-  Rows grad[2];
-  void (*points)(Points&);  // of `topk`; the baseline's only
+  ThreadedPass fused[4];
+  ThreadedPass steps[3][4];  // null: the divergence needs no such step
+  Pass loss[2];
+  Pass grad[2];
+  void (*points)(Points&);  // of `topk`; in the baseline's table only
 };
 
-// One table per instruction set; what takes float64 stands in the baseline's only.
+// One table per instruction set. Passes in float64 stand in the baseline's table only.
 struct Kernels {
   const char* isa;
-  const Passes* passes;  // by divergence, in the order of kDivergences
-  const Rows* stats;     // [2]
-  TeamRows topk[4];    // by dtype, as fused
-  int64_t (*slot)(int64_t vocab, bool kept);  // bytes of the stages' memory of a row
+  const Passes* passes;                             // by divergence, in the order of kDivergences
+  const Pass* stats;                                // [2]
+  ThreadedPass topk[4];                             // by dtype, as fused
+  int64_t (*step_bytes)(int64_t vocab, bool kept);  // memory of a row between the steps
   void (*multiply)(char* data, DType dtype, int64_t n, double by);
   void (*exp2)(const float*, float*, int64_t);
   void (*log)(const float*, float*, int64_t);

@@ -6,35 +6,34 @@ namespace fastkd {
 namespace FASTKD_ISA {
 namespace {
 
-// float64 is computed one column at a time by every instruction set alike, so it is compiled once.
-#define FASTKD_ALL_OF(Struct)                                                             \
-  {{fused<DType::f32, Struct>, fused<DType::bf16, Struct>, fused<DType::f16, Struct>,     \
-    FASTKD_WIDE((fused<DType::f64, Struct>))},                                            \
-   {FASTKD_STAGE(sum_stage, Struct), FASTKD_RATE_STAGE(Struct),                           \
-    FASTKD_STAGE(close_stage, Struct)},                                                   \
-   {loss<float, Struct>, FASTKD_WIDE((loss<double, Struct>))},                            \
-   {grad<float, Struct>, FASTKD_WIDE((grad<double, Struct>))},                            \
+// float64 is compiled once: every instruction set would compute it one column at a time.
+#define FASTKD_ALL_OF(Struct)                                                                  \
+  {{fused<DType::f32, Struct>, fused<DType::bf16, Struct>, fused<DType::f16, Struct>,          \
+    FASTKD_WIDE((fused<DType::f64, Struct>))},                                                 \
+   {FASTKD_STEP(sum_step, Struct), FASTKD_RATE_STEP(Struct), FASTKD_STEP(close_step, Struct)}, \
+   {loss<float, Struct>, FASTKD_WIDE((loss<double, Struct>))},                                 \
+   {grad<float, Struct>, FASTKD_WIDE((grad<double, Struct>))},                                 \
    FASTKD_WIDE(points_of<Struct>)},
 #if defined(FASTKD_WITH_F64)
 #define FASTKD_WIDE(x) x
 #else
 #define FASTKD_WIDE(x) nullptr
 #endif
-// of floats alone: float64 takes the split passes
-#define FASTKD_STAGE(stage, Struct) \
-  {stage<DType::f32, Struct>, stage<DType::bf16, Struct>, stage<DType::f16, Struct>, nullptr}
-#define FASTKD_RATE_STAGE(Struct) \
-  {rates_of<DType::f32, Struct>(), rates_of<DType::bf16, Struct>(), \
-   rates_of<DType::f16, Struct>(), nullptr}
+// in float only: float64 takes the passes stats, loss and grad
+#define FASTKD_STEP(step, Struct) \
+  {step<DType::f32, Struct>, step<DType::bf16, Struct>, step<DType::f16, Struct>, nullptr}
+#define FASTKD_RATE_STEP(Struct)                                            \
+  {rate_step_of<DType::f32, Struct>(), rate_step_of<DType::bf16, Struct>(), \
+   rate_step_of<DType::f16, Struct>(), nullptr}
 template <DType K, class D>
-constexpr TeamRows rates_of() {
-  if constexpr (D::expectation == Expectation::none) return rate_stage<K, D>;
+constexpr ThreadedPass rate_step_of() {
+  if constexpr (D::expectation == Expectation::none) return rate_step<K, D>;
   return nullptr;
 }
 #define FASTKD_ROW(name, Struct) FASTKD_ALL_OF(Struct)
 const Passes kPasses[] = {FASTKD_DIVERGENCES(FASTKD_ROW)};
 
-const Rows kStats[2] = {stats<float>, FASTKD_WIDE(stats<double>)};
+const Pass kStats[2] = {stats<float>, FASTKD_WIDE(stats<double>)};
 
 void multiply(char* data, DType dtype, int64_t n, double by) {
   switch (dtype) {
@@ -72,7 +71,7 @@ const Kernels kTable = {
     kPasses,
     kStats,
     {topk<DType::f32>, topk<DType::bf16>, topk<DType::f16>, FASTKD_WIDE(topk<DType::f64>)},
-    slot,
+    step_bytes,
     multiply,
     exp2_array,
     log_array};

@@ -1,10 +1,10 @@
-// The sweeps over one row from given statistics: one set of loops for every divergence, the general
-// form. They are what the split passes are made of, and what pass_fused.h falls back on for a row that
-// its bounds do not fit.
+// The general form: loops over one row whose statistics are known, the same for every divergence.
+// The passes stats, loss and grad are made of them. The fused pass falls back on them for a row
+// that is beyond its bounds.
 //
-// A row is walked in blocks that stay in the L1 cache, as floats or doubles; the sums of blocks are
-// kept in double. Scores are shifted by the row's maximum before they are scaled,
-// (x - max) * log2(e) / T, which is exact where it matters however large the logits are.
+// A loop walks over blocks that stay in the L1 cache, as floats or doubles; sums over blocks are
+// kept in double. A score is (x - max) * log2(e) / T: shifted by the row's maximum before it is
+// scaled, so that it is exact near the maximum however large the logits are.
 #pragma once
 
 #include "divergence.h"
@@ -39,7 +39,7 @@ struct Stats {
   double shift() const { return top == -kInfinity ? 0.0 : top; }
 };
 
-// A NaN is passed over, and its row is NaN by its sums.
+// Ignores NaN. The sums of a row with a NaN are NaN anyway.
 template <DType K>
 inline auto max_of(const typename Kind<K>::Element* x, int64_t n) -> typename Kind<K>::Acc {
   using T = typename Kind<K>::Acc;
@@ -66,7 +66,7 @@ struct Score {  // log2 probability of x is (x - top) * c - log_sum
   FASTKD_INLINE Vec<T> operator()(Vec<T> x) const { return fma(x - top, c, -log_sum); }
 };
 
-// Sum of x - top over n columns, not over the padding.
+// Sum of x - top over n columns, without the padding.
 template <class T>
 inline double sum_above(const T* x, int64_t n, T top) {
   using V = Vec<T>;
@@ -84,7 +84,7 @@ inline double sum_above(const T* x, int64_t n, T top) {
 }
 
 template <class T>
-inline void stats_sweep(const Plain<T>& read, int64_t vocab, double scale, Stats& side) {
+inline void stats_loop(const Plain<T>& read, int64_t vocab, double scale, Stats& side) {
   using V = Vec<T>;
   const V c = splat(static_cast<T>(scale));
   for (int64_t at = 0; at < vocab; at += kBlock) {
@@ -137,8 +137,8 @@ FASTKD_INLINE Sloped<V> pair_at(const Column<V>& at, T param, Origin<T> centre) 
 }
 
 template <class T, class D>
-inline void pair_sweep(const Args& a, const Plain<T>& student, const Plain<T>& teacher,
-                       const Sides<T>& sides, double& value, double& slope) {
+inline void pair_loop(const Args& a, const Plain<T>& student, const Plain<T>& teacher,
+                      const Sides<T>& sides, double& value, double& slope) {
   using V = Vec<T>;
   const T param = static_cast<T>(a.param);
   const Origin<T> centre = centred<D>(param);
@@ -168,7 +168,7 @@ inline void fill(const Args& a, int64_t r, int64_t from, double value) {
   fill(a, r, a.vocab, 0.0);
 }
 
-// What the gradient of one row needs.
+// What the gradient loop needs of a row.
 template <class T>
 struct Slopes {
   Sides<T> sides;
@@ -177,33 +177,34 @@ struct Slopes {
   double scale;      // of the whole row
 };
 
-// Factors of the gradient of one row; h and even only with a hard term.
+// Factors of the gradient of one row. Only a hard term uses h, uniform and label.
 struct Factors {
-  double k;      // of the soft term's slopes
-  double h;      // of the hard term's softmax
-  double even;   // what label smoothing takes off it, times h
-  double label;  // what the label's own column loses
+  double k;        // of the soft term's slopes
+  double h;        // of the hard term's softmax
+  double uniform;  // h * smoothing / classes, which label smoothing subtracts everywhere
+  double label;    // h * (1 - smoothing), which the label's column loses
   int64_t column;
 
   Factors(const Args& a, int64_t r, double scale)
       : k(scale * a.soft / a.temperature),
         h(scale * a.hard),
-        even(h * (a.smoothing / static_cast<double>(a.classes))),
+        uniform(h * (a.smoothing / static_cast<double>(a.classes))),
         label(h * (1.0 - a.smoothing)),
         column(a.label != nullptr && a.hard != 0.0 ? a.label[r] : -1) {}
 };
 
-// k (slope - q * sum of slopes) and, for a hard label, h (softmax - smoothing / classes); the
-// label's own column follows. Backwards, over what the sweep before has left in the cache.
+// Writes k (slope - q * sum of slopes) and, with a hard term, h (softmax - smoothing / classes);
+// the label's column loses its own factor afterwards. From the last block to the first, because the
+// loop before has left the last blocks in the cache.
 template <class T, class D>
-inline void grad_sweep(const Args& a, int64_t r, const Plain<T>& student, const Plain<T>& teacher,
-                       const Slopes<T>& w, T* buffer) {
+inline void grad_loop(const Args& a, int64_t r, const Plain<T>& student, const Plain<T>& teacher,
+                      const Slopes<T>& w, T* buffer) {
   using V = Vec<T>;
   const Factors f(a, r, w.scale);
   const T param = static_cast<T>(a.param), k = static_cast<T>(f.k);
   const Origin<T> centre = centred<D>(param);
   const V slope = splat(static_cast<T>(-w.slope));
-  const V h = splat(static_cast<T>(f.h)), even = splat(static_cast<T>(f.even));
+  const V h = splat(static_cast<T>(f.h)), uniform = splat(static_cast<T>(f.uniform));
   const Writer<kNative<T>> write{a.grad.row(r), a.grad.dtype, buffer};
   for (int64_t at = (a.vocab - 1) / kBlock * kBlock; at >= 0; at -= kBlock) {
     const int64_t n = least(kBlock, a.vocab - at);
@@ -214,7 +215,7 @@ inline void grad_sweep(const Args& a, int64_t r, const Plain<T>& student, const 
       const V logits = loadu<V>(x + i);
       const Column<V> column = w.sides(logits, loadu<V>(y + i));
       V out = k * fma(slope, column.q, pair_at<D>(column, param, centre).slope);
-      if (a.hard != 0.0) out += fma(h, exp2(w.hard_of(logits)), -even);
+      if (a.hard != 0.0) out += fma(h, exp2(w.hard_of(logits)), -uniform);
       storeu(g + i, out);
     }
     if (f.column >= at && f.column < at + n) g[f.column - at] -= static_cast<T>(f.label);

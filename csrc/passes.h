@@ -1,4 +1,5 @@
-// The passes over rows, made of the sweeps over one (see fastkd/backends/base.py for what they owe).
+// The passes over rows, made of the loops over one row. fastkd/backends/base.py says what a pass
+// must compute.
 #pragma once
 
 #include "pass_fused.h"
@@ -21,21 +22,23 @@ inline Plain<T> plain(const Operand& x, int64_t r, T* buffer) {
   return {x.row(r), x.dtype, buffer};
 }
 
-// f(chunk) for each chunk of a row: over the team's threads, each of which has the same chunks in
-// every trip and so in its cache; or alone, where `backwards` begins with what is still in it.
+// f(chunk) for each chunk of a row. With several threads, a thread gets the same chunks each time,
+// so that they are in its cache. One thread goes `backwards` where the last chunks are still
+// cached.
 template <class F>
-inline void each_chunk(const Team& team, int64_t vocab, bool backwards, F f) {
+inline void each_chunk(const ThreadPool& pool, int64_t vocab, bool backwards, F f) {
   const int64_t chunks = (vocab + kChunk - 1) / kChunk;
-  if (team.threads <= 1 || chunks == 1) {
+  if (pool.threads <= 1 || chunks == 1) {
     for (int64_t i = 0; i < chunks; ++i) f(backwards ? chunks - 1 - i : i);
     return;
   }
-  team.run(team.threads, chunks,
-           [](void* task, int64_t i) {
-             const Flush flush;
-             (*static_cast<F*>(task))(i);
-           },
-           &f);
+  pool.run(
+      pool.threads, chunks,
+      [](void* task, int64_t i) {
+        const Flush flush;
+        (*static_cast<F*>(task))(i);
+      },
+      &f);
 }
 
 inline double label_logit(const Args& a, int64_t r) {
@@ -45,104 +48,105 @@ inline double label_logit(const Args& a, int64_t r) {
   return x;
 }
 
-// Whether sums s and t of the two sides' exponentials make no two distributions; then `result` is
-// what the row comes to: NaN for NaN, and for one impossible side; two of them differ in nothing,
-// unless a label is asked for.
+// Whether the sums s and t of exponentials do not give two distributions. `result` is then the
+// row's loss: NaN for NaN and for one impossible side (all -inf); 0 for two impossible sides,
+// unless there is a hard term.
 inline bool degenerate(const Args& a, double s, double t, double& result) {
   if (s > 0.0 && t > 0.0 && s + t < kInfinity) return false;
   result = s == 0.0 && t == 0.0 && a.hard == 0.0 ? 0.0 : kNaN;
   return true;
 }
 
-// Gives a degenerate or dropped row its gradient.
-inline void finish(const Args& a, int64_t r, double result) {
+// Fills the gradient of a degenerate or dropped row.
+inline void fill_gradient(const Args& a, int64_t r, double result) {
   if (a.grad.data != nullptr) fill(a, r, 0, result);
 }
 
-// A row by the general sweeps, from exact maxima: what the trip below does not fit.
+// The fused pass of a row by the general loops, from exact maxima. It takes the rows that are
+// beyond the bounds of the fused loops.
 template <class T, class D>
-__attribute__((noinline)) double row_by_sweeps(const Args& a, int64_t r) {
+__attribute__((noinline)) double general_row(const Args& a, int64_t r) {
   Buffers<T> buffers;
   const double c = kLog2E / a.temperature;
   const Plain<T> student = plain(a.student, r, buffers.s), teacher = plain(a.teacher, r, buffers.t);
-  Stats s, t, one;
-  stats_sweep<T>(student, a.vocab, c, s);
-  stats_sweep<T>(teacher, a.vocab, c, t);
-  if (a.hard != 0.0) stats_sweep<T>(student, a.vocab, kLog2E, one);
+  Stats s, t, stats_t1;
+  stats_loop<T>(student, a.vocab, c, s);
+  stats_loop<T>(teacher, a.vocab, c, t);
+  if (a.hard != 0.0) stats_loop<T>(student, a.vocab, kLog2E, stats_t1);
   double value = 0.0, slope = 0.0;
   if (degenerate(a, s.sum, t.sum, value)) {
-    finish(a, r, value);
+    fill_gradient(a, r, value);
     return value;
   }
   const Sides<T> sides{Score<T>(s, c), Score<T>(t, c)};
-  pair_sweep<T, D>(a, student, teacher, sides, value, slope);
+  pair_loop<T, D>(a, student, teacher, sides, value, slope);
   double loss = a.soft * value;
   if (a.hard != 0.0) {
-    const double log_sum = __builtin_log(one.sum);
-    loss += a.hard * (1.0 - a.smoothing) * ((one.top - label_logit(a, r)) + log_sum);
+    const double log_sum = __builtin_log(stats_t1.sum);
+    loss += a.hard * (1.0 - a.smoothing) * ((stats_t1.top - label_logit(a, r)) + log_sum);
     if (a.smoothing != 0.0)
-      loss += a.hard * a.smoothing * (log_sum - one.below / static_cast<double>(a.classes));
+      loss += a.hard * a.smoothing * (log_sum - stats_t1.below / static_cast<double>(a.classes));
   }
   if (a.grad.data != nullptr) {
-    const Slopes<T> slopes{sides, Score<T>(a.hard != 0.0 ? one : s, kLog2E), slope,
+    const Slopes<T> slopes{sides, Score<T>(a.hard != 0.0 ? stats_t1 : s, kLog2E), slope,
                            scale_of<T>(a, r)};
-    grad_sweep<T, D>(a, r, student, teacher, slopes, buffers.g);
+    grad_loop<T, D>(a, r, student, teacher, slopes, buffers.g);
   }
   return loss;
 }
 
-// ---- the fused trip, over the chunks of a row
+// ---- the fused pass, over the chunks of a row
 
 template <DType K, Expectation E, bool Keep>
-inline Part first_trip(const Args& a, int64_t r, double c, const Team& team,
-                       const Scratch<typename Kind<K>::Acc>& scratch) {
-  each_chunk(team, a.vocab, false, [&](int64_t chunk) {
+inline Partial sum_chunks(const Args& a, int64_t r, double c, const ThreadPool& pool,
+                          const Scratch<typename Kind<K>::Acc>& scratch) {
+  each_chunk(pool, a.vocab, false, [&](int64_t chunk) {
     if (a.hard != 0.0) {
-      first_sweep<K, E, true, Keep>(a, r, c, chunk, scratch, scratch.parts[chunk]);
+      fused_sum_loop<K, E, true, Keep>(a, r, c, chunk, scratch, scratch.partials[chunk]);
     } else {
-      first_sweep<K, E, false, Keep>(a, r, c, chunk, scratch, scratch.parts[chunk]);
+      fused_sum_loop<K, E, false, Keep>(a, r, c, chunk, scratch, scratch.partials[chunk]);
     }
   });
-  Part row = scratch.parts[0];
-  for (int64_t i = 1; i * kChunk < a.vocab; ++i) row.add<E>(scratch.parts[i]);
+  Partial row = scratch.partials[0];
+  for (int64_t i = 1; i * kChunk < a.vocab; ++i) row.add<E>(scratch.partials[i]);
   return row;
 }
 
 template <DType K, Expectation E>
-inline void last_trip(const Args& a, int64_t r, const Team& team,
-                      const Scratch<typename Kind<K>::Acc>& scratch, const Part& row,
-                      double scale) {
+inline void gradient_chunks(const Args& a, int64_t r, const ThreadPool& pool,
+                            const Scratch<typename Kind<K>::Acc>& scratch, const Partial& row,
+                            double scale) {
   using T = typename Kind<K>::Acc;
   const Factors f(a, r, scale);
   const bool stream = a.stream && can_stream<Vec<T>>(a.grad.row(r));
-  each_chunk(team, a.vocab, true, [&](int64_t chunk) {
-    const auto sweep = a.hard != 0.0 ? (stream ? last_sweep<K, E, true, true>
-                                               : last_sweep<K, E, true, false>)
-                                     : (stream ? last_sweep<K, E, false, true>
-                                               : last_sweep<K, E, false, false>);
-    sweep(a, r, chunk, scratch, row, f);
+  each_chunk(pool, a.vocab, true, [&](int64_t chunk) {
+    const auto loop =
+        a.hard != 0.0
+            ? (stream ? fused_grad_loop<K, E, true, true> : fused_grad_loop<K, E, true, false>)
+            : (stream ? fused_grad_loop<K, E, false, true> : fused_grad_loop<K, E, false, false>);
+    loop(a, r, chunk, scratch, row, f);
   });
   fill(a, r, a.vocab, 0.0);
 }
 
-// Values and slopes from the exponentials, of a divergence that is no expectation.
+// Values and slopes of a divergence that is no expectation, from the exponentials.
 template <class T, class D>
-inline void rates_trip(const Args& a, const Team& team, const Scratch<T>& scratch, Part& row,
-                       Origin<T> origin) {
-  each_chunk(team, a.vocab, false, [&](int64_t chunk) {
-    rate_sweep<T, D>(a, chunk, scratch, row, origin, scratch.parts[chunk]);
+inline void rate_chunks(const Args& a, const ThreadPool& pool, const Scratch<T>& scratch,
+                        Partial& row, Origin<T> origin) {
+  each_chunk(pool, a.vocab, false, [&](int64_t chunk) {
+    rate_loop<T, D>(a, chunk, scratch, row, origin, scratch.partials[chunk]);
   });
   for (int64_t i = 0; i * kChunk < a.vocab; ++i) {
-    row.value += scratch.parts[i].value;
-    row.slope += scratch.parts[i].slope;
+    row.value += scratch.partials[i].value;
+    row.slope += scratch.partials[i].slope;
   }
 }
 
-// The value of an expectation, and its slope, by a row's sums. False where it is infinite or NaN: an
-// impossible column weighed under an early base may yet have no weight under the row's, which only
-// the pair, with exact maxima in hand, knows.
+// Sets the value and slope of an expectation from the row's sums. False where the value is infinite
+// or NaN: an impossible column may have had weight under an early base, and have none under the
+// row's. Only the general loops, with exact maxima, can tell.
 template <Expectation E>
-inline bool expected(Part& row) {
+inline bool expectation_value(Partial& row) {
   if constexpr (E != Expectation::none) {
     constexpr bool of_t = E == Expectation::teacher;
     const Side& w = of_t ? row.t : row.s;
@@ -154,66 +158,67 @@ inline bool expected(Part& row) {
   return true;
 }
 
-// T of 1e-18 and far logits: factors beyond float would make NaN of columns that have no weight.
+// Whether factors overflow a float, as for T = 1e-18 and distant logits. They would turn columns
+// without weight into NaN.
 template <class T>
-inline bool steep(const Args& a, int64_t r, const Part& row) {
+inline bool too_steep(const Args& a, int64_t r, const Partial& row) {
   const double k = __builtin_fabs(scale_of<T>(a, r) * a.soft / a.temperature);
   return k > kMostShift || k * __builtin_fabs(row.slope) > kMostShift;
 }
 
 template <class T>
-inline double loss_of(const Args& a, const Part& row, double at_label) {
+inline double row_loss(const Args& a, const Partial& row, double at_label) {
   double loss = a.soft * row.value;
   if (a.hard != 0.0) {
     const double log_sum = __builtin_log2(row.hard.sum);
     const double label = row.hard.scale<T>().of(at_label);
     loss += a.hard * kLn2 * (1.0 - a.smoothing) * (log_sum - label);
     if (a.smoothing != 0.0)
-      loss += a.hard * kLn2 * a.smoothing *
-              (log_sum - row.scores / static_cast<double>(a.classes));
+      loss += a.hard * kLn2 * a.smoothing * (log_sum - row.scores / static_cast<double>(a.classes));
   }
   return loss;
 }
 
 template <DType K, Expectation E>
-inline void gradient_of(const Args& a, int64_t r, const Team& team,
-                        const Scratch<typename Kind<K>::Acc>& scratch, const Part& row) {
+inline void row_gradient(const Args& a, int64_t r, const ThreadPool& pool,
+                         const Scratch<typename Kind<K>::Acc>& scratch, const Partial& row) {
   const double scale = scale_of<typename Kind<K>::Acc>(a, r);
   if (scale != scale) {
-    finish(a, r, kNaN);
+    fill_gradient(a, r, kNaN);
   } else {
-    last_trip<K, E>(a, r, team, scratch, row, scale);
+    gradient_chunks<K, E>(a, r, pool, scratch, row, scale);
   }
 }
 
 template <DType K, class D>
-inline double row_by_trip(const Args& a, int64_t r, const Team& team,
-                          const Scratch<typename Kind<K>::Acc>& scratch) {
+inline double fused_row(const Args& a, int64_t r, const ThreadPool& pool,
+                        const Scratch<typename Kind<K>::Acc>& scratch) {
   using T = typename Kind<K>::Acc;
   constexpr Expectation E = D::expectation;
   const double c = kLog2E / a.temperature;
   const bool grad = a.grad.data != nullptr;
-  Part row = E == Expectation::none || grad
-                 ? first_trip<K, E, true>(a, r, c, team, scratch)
-                 : first_trip<K, E, E == Expectation::none>(a, r, c, team, scratch);
-  if (row.strange) return row_by_sweeps<T, D>(a, r);
+  Partial row = E == Expectation::none || grad
+                    ? sum_chunks<K, E, true>(a, r, c, pool, scratch)
+                    : sum_chunks<K, E, E == Expectation::none>(a, r, c, pool, scratch);
+  if (row.out_of_range) return general_row<T, D>(a, r);
   double result;
   if (degenerate(a, row.s.sum, row.t.sum, result)) {
-    finish(a, r, result);
+    fill_gradient(a, r, result);
     return result;
   }
   if constexpr (E == Expectation::none)
-    rates_trip<T, D>(a, team, scratch, row,
-                     grad ? top_rate<T, D>(a, scratch, row).origin
-                          : centred<D>(static_cast<T>(a.param)));
-  if (!expected<E>(row) || (grad && steep<T>(a, r, row))) return row_by_sweeps<T, D>(a, r);
-  const double loss = loss_of<T>(a, row, a.hard != 0.0 ? label_logit(a, r) : 0.0);
-  if (grad) gradient_of<K, E>(a, r, team, scratch, row);
+    rate_chunks<T, D>(a, pool, scratch, row,
+                      grad ? top_rate<T, D>(a, scratch, row).origin
+                           : centred<D>(static_cast<T>(a.param)));
+  if (!expectation_value<E>(row) || (grad && too_steep<T>(a, r, row)))
+    return general_row<T, D>(a, r);
+  const double loss = row_loss<T>(a, row, a.hard != 0.0 ? label_logit(a, r) : 0.0);
+  if (grad) row_gradient<K, E>(a, r, pool, scratch, row);
   return loss;
 }
 
 template <DType K, class D>
-void fused(const Args& a, int64_t begin, int64_t end, const Team& team) {
+void fused(const Args& a, int64_t begin, int64_t end, const ThreadPool& pool) {
   using T = typename Kind<K>::Acc;
   const Flush flush;
   const Scratch<T> scratch(a.vocab);
@@ -221,16 +226,16 @@ void fused(const Args& a, int64_t begin, int64_t end, const Team& team) {
   for (int64_t r = begin; r < end; ++r) {
     if (dropped(a, r)) {
       out[r] = 0;
-      finish(a, r, 0.0);
+      fill_gradient(a, r, 0.0);
     } else if (scratch.kept == nullptr) {
-      out[r] = static_cast<T>(row_by_sweeps<T, D>(a, r));
+      out[r] = static_cast<T>(general_row<T, D>(a, r));
     } else {
-      out[r] = static_cast<T>(row_by_trip<K, D>(a, r, team, scratch));
+      out[r] = static_cast<T>(fused_row<K, D>(a, r, pool, scratch));
     }
   }
 }
 
-// ---- the split passes
+// ---- the passes stats, loss and grad
 
 template <class T>
 void stats(const Args& a, int64_t begin, int64_t end) {
@@ -241,8 +246,8 @@ void stats(const Args& a, int64_t begin, int64_t end) {
     if (dropped(a, r)) {
       side.top = 0.0;
     } else {
-      const Flush flush;  // not of a maximum that is subnormal
-      stats_sweep<T>(plain(a.student, r, buffers.s), a.vocab, kLog2E / a.temperature, side);
+      const Flush flush;  // its end comes before `top` is stored: a subnormal maximum stays
+      stats_loop<T>(plain(a.student, r, buffers.s), a.vocab, kLog2E / a.temperature, side);
     }
     out[0] = static_cast<T>(side.top);
     out[1] = static_cast<T>(side.sum);
@@ -272,8 +277,8 @@ void loss(const Args& a, int64_t begin, int64_t end) {
       if (degenerate(a, s.sum, t.sum, value)) {
         slope = value;
       } else {
-        pair_sweep<T, D>(a, plain(a.student, r, buffers.s), plain(a.teacher, r, buffers.t),
-                         Sides<T>{Score<T>(s, c), Score<T>(t, c)}, value, slope);
+        pair_loop<T, D>(a, plain(a.student, r, buffers.s), plain(a.teacher, r, buffers.t),
+                        Sides<T>{Score<T>(s, c), Score<T>(t, c)}, value, slope);
       }
     }
     out[0] = static_cast<T>(value);
@@ -294,19 +299,20 @@ void grad(const Args& a, int64_t begin, int64_t end) {
     const Stats s = stats_at<T>(a.stats_s, r), t = stats_at<T>(a.stats_t, r);
     double result;
     if (degenerate(a, s.sum, t.sum, result)) {
-      finish(a, r, result);
+      fill_gradient(a, r, result);
       continue;
     }
-    const Stats one = a.hard != 0.0 ? stats_at<T>(a.stats_hard, r) : s;
-    const Slopes<T> slopes{{Score<T>(s, c), Score<T>(t, c)}, Score<T>(one, kLog2E),
+    const Stats stats_t1 = a.hard != 0.0 ? stats_at<T>(a.stats_hard, r) : s;
+    const Slopes<T> slopes{{Score<T>(s, c), Score<T>(t, c)},
+                           Score<T>(stats_t1, kLog2E),
                            static_cast<double>(static_cast<const T*>(a.slope)[r]),
                            scale_of<T>(a, r)};
-    grad_sweep<T, D>(a, r, plain(a.student, r, buffers.s), plain(a.teacher, r, buffers.t), slopes,
-                     buffers.g);
+    grad_loop<T, D>(a, r, plain(a.student, r, buffers.s), plain(a.teacher, r, buffers.t), slopes,
+                    buffers.g);
   }
 }
 
-// x *= by, for the gradients that an upstream gradient other than 1 meets.
+// x *= by: a gradient whose upstream gradient is not 1.
 template <DType K>
 inline void multiply_as(char* data, int64_t n, double by) {
   using T = typename Kind<K>::Acc;

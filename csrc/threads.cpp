@@ -18,7 +18,7 @@ namespace fastkd {
 namespace {
 
 #if defined(_OPENMP)
-void run_team(int threads, int64_t tasks, void (*task)(void*, int64_t), void* argument) {
+void run_pool(int threads, int64_t tasks, void (*task)(void*, int64_t), void* argument) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < tasks; ++i) task(argument, i);
 }
@@ -26,7 +26,7 @@ void run_team(int threads, int64_t tasks, void (*task)(void*, int64_t), void* ar
 
 constexpr int64_t kHuge = int64_t{1} << 21;
 
-// Windows has no posix_memalign, and what it has in its place is freed by a function of its own.
+// Windows has no posix_memalign. Its own function needs its own counterpart of free.
 void* aligned(int64_t alignment, int64_t bytes) {
 #if defined(_WIN32)
   return _aligned_malloc(static_cast<size_t>(bytes), static_cast<size_t>(alignment));
@@ -62,8 +62,9 @@ bool openmp() {
 #endif
 }
 
-// Kept by the thread (2 MB at most for a row, 48 for the stages of several, see pass_fused.h and
-// fastkd/backends/cpu.py): fresh memory costs page faults in every call.
+// The thread keeps the memory, because fresh memory costs page faults in every call. It is at most
+// 2 MB for a row (row_state.h), and 48 MB for the rows between vocabulary-parallel steps
+// (fastkd/backends/cpu.py).
 char* scratch(int64_t bytes) {
   static thread_local Block block;
   if (block.bytes < bytes) {
@@ -72,7 +73,7 @@ char* scratch(int64_t bytes) {
     bytes = (bytes + page - 1) / page * page;
     void* memory = aligned(page, bytes);
 #if defined(MADV_HUGEPAGE)
-    // a row's exponentials are on 128 small pages, and some rows' on more than a processor remembers
+    // a row's exponentials take 128 small pages; a few rows take more than a TLB holds
     if (memory != nullptr && page == kHuge)
       madvise(memory, static_cast<size_t>(bytes), MADV_HUGEPAGE);
 #endif
@@ -82,13 +83,13 @@ char* scratch(int64_t bytes) {
   return block.memory;
 }
 
-void share(int64_t rows, int64_t vocab, int threads,
-           const std::function<void(int64_t, int64_t, const Team&)>& run) {
+void over_rows(int64_t rows, int64_t vocab, int threads,
+               const std::function<void(int64_t, int64_t, const ThreadPool&)>& run) {
 #if defined(_OPENMP)
   if (threads > 1) {
     const int64_t chunks = (vocab + kChunk - 1) / kChunk;
     int64_t rest = rows % threads;
-    // a team of n does a row in 1 / n of the time; as many threads do one each in the whole of it
+    // sharing pays where fewer rows are left than threads can work on one row
     if (rest >= (chunks < threads ? chunks : threads)) rest = 0;
     const int64_t whole = rows - rest;
     if (whole > 0) {
@@ -96,16 +97,16 @@ void share(int64_t rows, int64_t vocab, int threads,
       {
         const int64_t k = omp_get_thread_num(), n = omp_get_num_threads();
         const int64_t begin = whole * k / n, end = whole * (k + 1) / n;
-        if (begin < end) run(begin, end, Team{});
+        if (begin < end) run(begin, end, ThreadPool{});
       }
     }
-    if (rest > 0) run(whole, rows, Team{threads, run_team});
+    if (rest > 0) run(whole, rows, ThreadPool{threads, run_pool});
     return;
   }
 #else
   (void)vocab, (void)threads;
 #endif
-  run(0, rows, Team{});
+  run(0, rows, ThreadPool{});
 }
 
 }  // namespace fastkd

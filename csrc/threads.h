@@ -1,4 +1,4 @@
-// Rows over threads, and the chunks of a row where there are fewer rows than threads.
+// Spreads rows over threads, and the chunks of a row where there are fewer rows than threads.
 #pragma once
 
 #include <functional>
@@ -10,9 +10,9 @@ namespace fastkd {
 // Whether this build has threads at all.
 bool openmp();
 
-// run(begin, end, team) over all rows: whole rows on a thread each, and the rest, where they are
-// wide, one after the other with the threads as their team. Neither changes a bit of the result.
-void share(int64_t rows, int64_t vocab, int threads,
-           const std::function<void(int64_t, int64_t, const Team&)>& run);
+// run(begin, end, pool) over all rows. Each thread gets whole rows. Wide rows that are left over
+// come one after the other, and all threads share each. The result has the same bits either way.
+void over_rows(int64_t rows, int64_t vocab, int threads,
+               const std::function<void(int64_t, int64_t, const ThreadPool&)>& run);
 
 }  // namespace fastkd

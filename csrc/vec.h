@@ -114,8 +114,8 @@ FASTKD_INLINE void stream(E* to, V v) {
   storeu(to, v);
 }
 
-// The one that is larger, or smaller; `b` where either is NaN. Of the plain expression compilers make
-// a comparison and a blend, four operations for one.
+// The one that is larger, or smaller; `b` where either is NaN. Compilers turn the plain expression
+// into a comparison and a blend: four operations for one.
 template <class V>
 FASTKD_INLINE V larger(V a, V b) {
   return a > b ? a : b;

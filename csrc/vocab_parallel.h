@@ -1,12 +1,13 @@
-// The fused trip where a row's columns are split over ranks: the same sweeps, in stages, with an
-// exchange of a few numbers a row between each two (see fastkd/parallel/vocab_parallel.py, which sends them).
+// The vocabulary-parallel fused pass: each rank holds some columns of every row. The loops are
+// those of pass_fused.h, cut into steps. Between two steps the ranks exchange a few numbers per row
+// (fastkd/parallel/vocab_parallel.py sends them).
 //
-//   sum      the sums of the own columns                  -> RowSums or WeighedSums, to every rank
-//   rate     values and rates under the whole row's sums  -> Rates, to every rank
-//   close    the row's loss, and the gradient of the own columns
+//   sum      sums of the rank's own columns                 -> RowSums or ExpectationSums
+//   rate     values and rates, given the whole row's sums   -> Rates
+//   close    the loss of the row, and the gradient of the own columns
 //
-// An expectation needs no second stage. The exponentials of a few rows at a time stay in memory from
-// stage to stage. Every rank merges the same numbers in the same order, and so has the same bits.
+// An expectation skips the step `rate`. The exponentials of a few rows stay in memory between
+// steps. Every rank adds the same numbers in the same order, so all ranks have the same bits.
 #pragma once
 
 #include "passes.h"
@@ -15,7 +16,7 @@ namespace fastkd {
 namespace FASTKD_ISA {
 namespace {
 
-inline int64_t slot(int64_t vocab, bool kept) {
+inline int64_t step_bytes(int64_t vocab, bool kept) {
   return (Scratch<float>::bytes(vocab, kept) + kLine - 1) / kLine * kLine;
 }
 
@@ -25,17 +26,17 @@ inline bool keeps(const Args& a) {
 }
 
 template <class D>
-inline Scratch<float> slot_of(const Args& a, int64_t r) {
+inline Scratch<float> step_scratch(const Args& a, int64_t r) {
   const bool kept = keeps<D>(a);
-  return {a.memory + (r - a.first) * slot(a.vocab, kept), a.vocab, kept};
+  return {a.memory + (r - a.first) * step_bytes(a.vocab, kept), a.vocab, kept};
 }
 
 template <Expectation E>
-using SumsOf = std::conditional_t<E == Expectation::none, RowSums, WeighedSums>;
-inline RowSums& shared(RowSums& x) { return x; }
-inline const RowSums& shared(const RowSums& x) { return x; }
-inline RowSums& shared(WeighedSums& x) { return x.row; }
-inline const RowSums& shared(const WeighedSums& x) { return x.row; }
+using SumsOf = std::conditional_t<E == Expectation::none, RowSums, ExpectationSums>;
+inline RowSums& row_sums(RowSums& x) { return x; }
+inline const RowSums& row_sums(const RowSums& x) { return x; }
+inline RowSums& row_sums(ExpectationSums& x) { return x.row; }
+inline const RowSums& row_sums(const ExpectationSums& x) { return x.row; }
 
 template <Expectation E>
 inline const SumsOf<E>& sums_of(const Args& a, int64_t rank, int64_t r) {
@@ -43,76 +44,78 @@ inline const SumsOf<E>& sums_of(const Args& a, int64_t rank, int64_t r) {
 }
 
 template <DType K, class D>
-void sum_stage(const Args& a, int64_t begin, int64_t end, const Team& team) {
+void sum_step(const Args& a, int64_t begin, int64_t end, const ThreadPool& pool) {
   constexpr Expectation E = D::expectation;
   const Flush flush;
   const double c = kLog2E / a.temperature;
   for (int64_t r = begin; r < end; ++r) {
-    Part row;
+    Partial row;
     double label = 0.0;
     if (!dropped(a, r) && a.vocab > 0) {
-      const Scratch<float> scratch = slot_of<D>(a, r);
-      row = keeps<D>(a) ? first_trip<K, E, true>(a, r, c, team, scratch)
-                        : first_trip<K, E, E == Expectation::none>(a, r, c, team, scratch);
-      // now: an in-place gradient may have overwritten it by the time the others know it
+      const Scratch<float> scratch = step_scratch<D>(a, r);
+      row = keeps<D>(a) ? sum_chunks<K, E, true>(a, r, c, pool, scratch)
+                        : sum_chunks<K, E, E == Expectation::none>(a, r, c, pool, scratch);
+      // read now: by the last step an in-place gradient may have overwritten it
       if (a.hard != 0.0) label = label_logit(a, r);
     }
     const auto to_float = [](double x) { return static_cast<float>(x); };
     SumsOf<E>& out = static_cast<SumsOf<E>*>(a.sent)[r - a.first];
-    shared(out) = {row.s.sum,
-                   row.t.sum,
-                   row.hard.sum,
-                   to_float(row.s.base),
-                   to_float(row.t.base),
-                   to_float(row.hard.base),
-                   to_float(label),
-                   to_float(row.scores),
-                   row.strange ? -1.0f : to_float(row.columns)};
+    row_sums(out) = {row.s.sum,
+                     row.t.sum,
+                     row.hard.sum,
+                     to_float(row.s.base),
+                     to_float(row.t.base),
+                     to_float(row.hard.base),
+                     to_float(label),
+                     to_float(row.scores),
+                     row.out_of_range ? -1.0f : to_float(row.columns)};
     if constexpr (E != Expectation::none) out.cross = row.cross;
   }
 }
 
-// What all ranks' columns add up to.
+// The sums of the whole row, over all ranks.
 template <Expectation E>
-inline Part merged(const Args& a, int64_t r, double& label) {
-  const double c = rounded<float>(kLog2E / a.temperature), unit = rounded<float>(kLog2E);
-  Part row{{c}, {c}, {unit}};
+inline Partial merged(const Args& a, int64_t r, double& label) {
+  const double c = rounded<float>(kLog2E / a.temperature), c_t1 = rounded<float>(kLog2E);
+  Partial row{{c}, {c}, {c_t1}};
   label = 0.0;
   for (int64_t rank = 0; rank < a.ranks; ++rank) {
-    const RowSums& x = shared(sums_of<E>(a, rank, r));
+    const RowSums& x = row_sums(sums_of<E>(a, rank, r));
     const auto wide = [](float base) { return static_cast<double>(base); };
-    Part part{{c, wide(x.s_base), x.s}, {c, wide(x.t_base), x.t}, {unit, wide(x.hard_base), x.hard}};
-    if constexpr (E != Expectation::none) part.cross = sums_of<E>(a, rank, r).cross;
-    part.scores = wide(x.scores);
-    part.columns = wide(x.columns);
-    part.strange = x.columns < 0.0f;
-    row.add<E>(part);
+    Partial partial{
+        {c, wide(x.s_base), x.s}, {c, wide(x.t_base), x.t}, {c_t1, wide(x.hard_base), x.hard}};
+    if constexpr (E != Expectation::none) partial.cross = sums_of<E>(a, rank, r).cross;
+    partial.scores = wide(x.scores);
+    partial.columns = wide(x.columns);
+    partial.out_of_range = x.columns < 0.0f;
+    row.add<E>(partial);
     label += static_cast<double>(x.label);
   }
   return row;
 }
 
 template <DType K, class D>
-void rate_stage(const Args& a, int64_t begin, int64_t end, const Team& team) {
+void rate_step(const Args& a, int64_t begin, int64_t end, const ThreadPool& pool) {
   const Flush flush;
   for (int64_t r = begin; r < end; ++r) {
     Rates& out = static_cast<Rates*>(a.sent)[r - a.first];
     out = {};
     if (dropped(a, r) || a.vocab == 0) continue;
     double label, result;
-    Part row = merged<D::expectation>(a, r, label);
-    if (row.strange || degenerate(a, row.s.sum, row.t.sum, result)) continue;
-    const Scratch<float> scratch = slot_of<D>(a, r);
+    Partial row = merged<D::expectation>(a, r, label);
+    if (row.out_of_range || degenerate(a, row.s.sum, row.t.sum, result)) continue;
+    const Scratch<float> scratch = step_scratch<D>(a, r);
     const Top<float> top =
         a.grad.data == nullptr ? Top<float>{centred<D>(static_cast<float>(a.param))}
                                : top_rate<float, D>(a, scratch, row);
-    rates_trip<float, D>(a, team, scratch, row, top.origin);
+    rate_chunks<float, D>(a, pool, scratch, row, top.origin);
     out = {row.value, static_cast<float>(row.slope), top.rate};
   }
 }
 
-// Puts a row's value and slope together, the slope relative to the own `from`; returns that.
-inline double add_rates(const Args& a, int64_t r, Part& row) {
+// Adds up the row's value and slope. The slope is relative to the rank's own `from`, which is
+// returned.
+inline double add_rates(const Args& a, int64_t r, Partial& row) {
   const auto rates = [&](int64_t rank) {
     return static_cast<const Rates*>(a.rates)[rank * a.rows + (r - a.first)];
   };
@@ -133,10 +136,10 @@ inline double add_rates(const Args& a, int64_t r, Part& row) {
   return from(a.rank);
 }
 
-// The gradient of a row whose factors are beyond float, by the general sweep.
+// The gradient of a row whose factors overflow a float, by the general loop.
 template <class D>
-__attribute__((noinline)) void steep_gradient(const Args& a, int64_t r, const Part& row,
-                                              double slope) {
+__attribute__((noinline)) void general_gradient(const Args& a, int64_t r, const Partial& row,
+                                                double slope) {
   Buffers<float> buffers;
   const auto stats = [](const Side& side) {
     Stats out;
@@ -149,12 +152,12 @@ __attribute__((noinline)) void steep_gradient(const Args& a, int64_t r, const Pa
                              Score<float>(stats(a.hard != 0.0 ? row.hard : row.s), kLog2E),
                              slope,
                              scale_of<float>(a, r)};
-  grad_sweep<float, D>(a, r, plain(a.student, r, buffers.s), plain(a.teacher, r, buffers.t), slopes,
-                       buffers.g);
+  grad_loop<float, D>(a, r, plain(a.student, r, buffers.s), plain(a.teacher, r, buffers.t), slopes,
+                      buffers.g);
 }
 
 template <DType K, class D>
-void close_stage(const Args& a, int64_t begin, int64_t end, const Team& team) {
+void close_step(const Args& a, int64_t begin, int64_t end, const ThreadPool& pool) {
   constexpr Expectation E = D::expectation;
   const Flush flush;
   float* out = static_cast<float*>(a.out);
@@ -163,28 +166,28 @@ void close_stage(const Args& a, int64_t begin, int64_t end, const Team& team) {
     a.redo[r] = 0;
     out[r] = 0;
     if (dropped(a, r)) {
-      finish(a, r, 0.0);
+      fill_gradient(a, r, 0.0);
       continue;
     }
-    Part row = merged<E>(a, r, label);
-    if (!row.strange && degenerate(a, row.s.sum, row.t.sum, result)) {
+    Partial row = merged<E>(a, r, label);
+    if (!row.out_of_range && degenerate(a, row.s.sum, row.t.sum, result)) {
       out[r] = static_cast<float>(result);
-      finish(a, r, result);
+      fill_gradient(a, r, result);
       continue;
     }
-    if (E == Expectation::none && !row.strange) from = add_rates(a, r, row);
-    if (row.strange || !expected<E>(row)) {
+    if (E == Expectation::none && !row.out_of_range) from = add_rates(a, r, row);
+    if (row.out_of_range || !expectation_value<E>(row)) {
       a.redo[r] = 1;
       continue;
     }
-    out[r] = static_cast<float>(loss_of<float>(a, row, label));
+    out[r] = static_cast<float>(row_loss<float>(a, row, label));
     if (a.grad.data == nullptr) continue;
     if (a.vocab == 0) {
-      finish(a, r, 0.0);
-    } else if (steep<float>(a, r, row)) {
-      steep_gradient<D>(a, r, row, row.slope + from);
+      fill_gradient(a, r, 0.0);
+    } else if (too_steep<float>(a, r, row)) {
+      general_gradient<D>(a, r, row, row.slope + from);
     } else {
-      gradient_of<K, E>(a, r, team, slot_of<D>(a, r), row);
+      row_gradient<K, E>(a, r, pool, step_scratch<D>(a, r), row);
     }
   }
 }

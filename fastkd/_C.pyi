@@ -1,6 +1,6 @@
-# What fastkd/backends/cpu.py calls; an address is that of a contiguous array, 0 for one that is not
-# given.
-# wide: 1 if sums and per-row arrays are float64, else float32.
+# The extension module, as fastkd/backends/cpu.py calls it. An address is that of a contiguous
+# array, or 0 for an argument that is not given. wide: 1 where sums and per-row arrays are float64,
+# else 0 (float32).
 
 _Rows = tuple[int, int, int, int, int]  # address, dtype, inner size, outer stride, inner stride
 _Spec = tuple[int, float, float, float, float, float, int, int]
@@ -47,7 +47,7 @@ def topk(
     out: int,
     /,
 ) -> None: ...
-def admit(
+def validate_topk(
     wide: int,
     rows: int,
     k: int,
@@ -101,13 +101,13 @@ def grad(
     /,
 ) -> None: ...
 
-_Turn = tuple[int, int, int, int, int]  # first row, rows, what is sent, sums, rates
+_StepRows = tuple[int, int, int, int, int]  # first row, rows, what is sent, sums, rates
 
 most_columns: int
 
-def slot(vocab: int, kept: bool, /) -> int: ...
+def step_bytes(vocab: int, kept: bool, /) -> int: ...
 def scratch(bytes: int, /) -> int: ...
-def stage(
+def vocab_parallel_step(
     number: int,
     place: tuple[int, int, int, int],  # ranks, rank, threads, rows of the whole call
     student: _Rows,
@@ -122,8 +122,8 @@ def stage(
     out: int,
     redo: int,
     memory: int,
-    some: _Turn,
-    others: _Turn,
+    some: _StepRows,
+    others: _StepRows,
     /,
 ) -> None: ...
 def fused_total(
@@ -142,7 +142,9 @@ def fused_total(
     out: int,
     /,
 ) -> None: ...
-def count(n: int, label: int, ignore_index: int, vocab: int, keep: int, /) -> tuple[int, int]: ...
-def weigh(wide: int, n: int, keep: int, weight: int, mean: bool, scale: int, /) -> None: ...
-def total(wide: int, loss: int, scale: int, factor: float, n: int, out: int, /) -> None: ...
+def count_labels(
+    n: int, label: int, ignore_index: int, vocab: int, keep: int, /
+) -> tuple[int, int]: ...
+def row_scale(wide: int, n: int, keep: int, weight: int, mean: bool, scale: int, /) -> None: ...
+def weighted_sum(wide: int, loss: int, scale: int, factor: float, n: int, out: int, /) -> None: ...
 def multiply(grad: _Rows, rows: int, width: int, threads: int, wide: int, by: int, /) -> None: ...

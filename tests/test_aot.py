@@ -67,12 +67,12 @@ def test_every_kernel_and_divergence_has_a_case() -> None:
         todo = cases(quick, list(TARGETS), names, list(DTYPES))
         assert {case.kernel for case in todo} == kernels()
         assert {case.vocab for case in todo} >= {ODD}
-        for kernel in ("fused", "team", "topk", "loss", "grad"):
+        for kernel in ("fused", "cooperative", "topk", "loss", "grad"):
             of = {case.divergence for case in todo if case.kernel == kernel}
             assert of == set(names), kernel
     todo = cases(False, list(TARGETS), names, list(DTYPES))
     everything = {(case.kernel, case.dtype, case.target) for case in todo}
-    nowhere = {("team", dtype, "gfx942") for dtype in DTYPES}
+    nowhere = {("cooperative", dtype, "gfx942") for dtype in DTYPES}
     assert everything == {(k, d, t) for k in kernels() for d in DTYPES for t in TARGETS} - nowhere
 
 

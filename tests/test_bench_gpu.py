@@ -103,9 +103,9 @@ def test_clusters_are_measured_where_they_work(
 
 def test_teams_are_measured_beside_none(tmp_path: Path) -> None:
     found = [s.env for s in steps(tmp_path, "fit", "sm_90") if s.name.startswith("team-")]
-    assert {env["FASTKD_GPU_TEAM"] for env in found} == {"4", "8", "16"}
+    assert {env["FASTKD_GPU_COOPERATIVE"] for env in found} == {"4", "8", "16"}
     alone = [s.env for s in steps(tmp_path, "fit", "sm_90") if s.name.startswith("tile-")]
-    assert all(env["FASTKD_GPU_TEAM"] == "0" for env in alone)
+    assert all(env["FASTKD_GPU_COOPERATIVE"] == "0" for env in alone)
 
 
 # ---- the run

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @needs_gpu
 @pytest.mark.parametrize("team", ["", "0"])
 def test_offsets_past_two_to_the_31(team: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTKD_GPU_TEAM", team)
+    monkeypatch.setenv("FASTKD_GPU_COOPERATIVE", team)
     n, vocab = 16_500, 131_072
     student = torch.empty(n, vocab, dtype=torch.bfloat16, device=DEVICE)
     teacher = torch.randn(1, vocab, device=DEVICE).bfloat16().expand(n, vocab)

@@ -100,7 +100,7 @@ def test_where_several_programs_share_a_row(
     name: str, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "tile", lambda vocab, size, *_: Tile(8 * size, 16 // size, 32))
-    monkeypatch.setattr(split_rows, "parts", lambda *shape: 3)
+    monkeypatch.setattr(split_rows, "programs_per_row", lambda *shape: 3)
     sides = [torch.randn(5, 300).to(DEVICE) for _ in range(2)]
     sides[side] = spoilt(sides[side])
     spec = plan_of(name, 300)

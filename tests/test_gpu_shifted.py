@@ -41,14 +41,14 @@ def skews(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     Rows of any width are shifted, within a tile too.
     """
     seen: list[int | None] = []
-    real = launch._skew
+    real = launch._align_offset
 
     def note(group: int, *operands: Tensor) -> int | None:
         seen.append(real(group, *operands))
         return seen[-1]
 
-    monkeypatch.setattr(launch, "_skew", note)
-    monkeypatch.setattr(launch, "SHIFTED_TILES", 0)
+    monkeypatch.setattr(launch, "_align_offset", note)
+    monkeypatch.setattr(launch, "UNALIGNED_TILES", 0)
     monkeypatch.setattr(launch, "tile", lambda vocab, size, *_: Tile(8 * size, 16 // size, 32))
     return seen
 
@@ -83,7 +83,7 @@ def test_an_odd_vocabulary(
     skews: list[int | None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(split_rows, "parts", lambda *shape: parts)
+    monkeypatch.setattr(split_rows, "programs_per_row", lambda *shape: parts)
     labels = torch.tensor([0, -100, 256, 128]).to(DEVICE)
     with fastkd.use_backend("gpu"):
         assert_as_good_as_torch(
@@ -107,7 +107,7 @@ def test_nothing_beside_a_row_is_used_or_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The bits of the loss do not depend on what lies between the rows, nor does it change."""
-    monkeypatch.setattr(split_rows, "parts", lambda *shape: parts)
+    monkeypatch.setattr(split_rows, "programs_per_row", lambda *shape: parts)
     label = torch.tensor([0, vocab - 1, vocab // 2]).to(DEVICE)
     keep = torch.tensor([True, True, False]).to(DEVICE)
     for name, at, between in (("kl", 3, 4), ("js", 1, 0)):
@@ -171,7 +171,7 @@ def test_identical_logits_give_exactly_nothing(
     skews: list[int | None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(split_rows, "parts", lambda *shape: parts)
+    monkeypatch.setattr(split_rows, "programs_per_row", lambda *shape: parts)
     student = odd(3, 387, dtype, 1)
     teacher = odd(3, 387, dtype, 1).copy_(student)
     spec = LossSpec(name, 0.0, 0.7, 1.0, 0.0, 0.0, 387, 387)
@@ -230,9 +230,9 @@ def test_operands_share_their_starts_or_nothing(
         ]
         for i in (0, 1)
     )
-    assert launch._skew(4, *first) == skew
-    assert launch._skew(4, *second) == later
-    assert launch._skew(4, second[0], *first[1:]) is None
+    assert launch._align_offset(4, *first) == skew
+    assert launch._align_offset(4, *second) == later
+    assert launch._align_offset(4, second[0], *first[1:]) is None
 
 
 def test_narrow_rows_are_not_shifted() -> None:
@@ -249,8 +249,8 @@ def test_narrow_rows_are_not_shifted() -> None:
 
 def test_other_dtypes_do_not_share() -> None:
     student, teacher = torch.zeros(1, 9, 33, device=DEVICE), torch.zeros(1, 9, 33, device=DEVICE)
-    assert launch._skew(4, student, teacher.bfloat16(), student) is None
-    assert launch._skew(4, student, teacher, student) == 0
+    assert launch._align_offset(4, student, teacher.bfloat16(), student) is None
+    assert launch._align_offset(4, student, teacher, student) == 0
 
 
 def test_memory_that_begins_off_a_boundary_is_not_named_before_it() -> None:
@@ -260,5 +260,5 @@ def test_memory_that_begins_off_a_boundary_is_not_named_before_it() -> None:
     first = (-whole.data_ptr() % 16) // 4 + 1  # one element after a boundary
     memory = torch.frombuffer(buffer, dtype=torch.float32, offset=4 * first)
     assert memory.data_ptr() % 16 == 4 and memory.storage_offset() == 0
-    assert launch._skew(4, memory[:99].view(1, 3, 33)) is None
-    assert launch._skew(4, memory[4:103].view(1, 3, 33)) == 1
+    assert launch._align_offset(4, memory[:99].view(1, 3, 33)) is None
+    assert launch._align_offset(4, memory[4:103].view(1, 3, 33)) == 1

@@ -58,7 +58,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
 def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """So many programs to a row, whatever its size: some of them may be left without a column."""
     number = int(getattr(request, "param", 3))
-    monkeypatch.setattr(split_rows, "parts", lambda *shape: number)
+    monkeypatch.setattr(split_rows, "programs_per_row", lambda *shape: number)
     return number
 
 
@@ -67,8 +67,8 @@ def steps() -> Any:
     """The kernels of a loss and its gradient, by its divergence."""
 
     def of(divergence: Divergence) -> list[str]:
-        pairs = ["pairs_kernel"] if divergence.expectation is None else []
-        return ["part_kernel", *pairs, "finish_kernel", "grad_part_kernel"]
+        pairs = ["split_pairs_kernel"] if divergence.expectation is None else []
+        return ["split_sums_kernel", *pairs, "split_finish_kernel", "split_grad_kernel"]
 
     return of
 
@@ -82,41 +82,45 @@ def make(n: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor
 
 
 def test_rows_enough_for_the_device_are_not_split() -> None:
-    assert split_rows.parts(264, 128_000, 4096, 132) == 1
-    assert split_rows.parts(10_000, 128_000, 4096, 132) == 1
-    assert split_rows.parts(1, 128_000, 4096, 0) == 1  # nothing known of the device
+    assert split_rows.programs_per_row(264, 128_000, 4096, 132) == 1
+    assert split_rows.programs_per_row(10_000, 128_000, 4096, 132) == 1
+    assert split_rows.programs_per_row(1, 128_000, 4096, 0) == 1  # nothing known of the device
 
 
 def test_a_part_keeps_two_tiles() -> None:
-    assert split_rows.parts(1, 8191, 4096, 132) == 1
-    assert split_rows.parts(1, 4 * 4096 - 1, 4096, 132) == 1
-    assert split_rows.parts(1, 4 * 4096, 4096, 132) == 2
+    assert split_rows.programs_per_row(1, 8191, 4096, 132) == 1
+    assert split_rows.programs_per_row(1, 4 * 4096 - 1, 4096, 132) == 1
+    assert split_rows.programs_per_row(1, 4 * 4096, 4096, 132) == 2
     for vocab in (20_000, 50_257, 128_256, 256_000):
         for rows in (1, 7, 64, 200):
             tiles = -(-vocab // 4096)
-            assert tiles // split_rows.parts(rows, vocab, 4096, 132) >= split_rows.TILES
+            assert tiles // split_rows.programs_per_row(rows, vocab, 4096, 132) >= split_rows.TILES
 
 
 def test_a_few_rows_fill_the_device() -> None:
-    assert split_rows.parts(64, 128_256, 4096, 132) == 5  # 320 programs for 132 multiprocessors
-    assert split_rows.parts(200, 128_256, 4096, 132) == 2
-    assert split_rows.parts(1, 10**7, 4096, 132) == split_rows.MOST
+    assert (
+        split_rows.programs_per_row(64, 128_256, 4096, 132) == 5
+    )  # 320 programs for 132 multiprocessors
+    assert split_rows.programs_per_row(200, 128_256, 4096, 132) == 2
+    assert split_rows.programs_per_row(1, 10**7, 4096, 132) == split_rows.MOST
 
 
 def test_the_device_is_asked_for_its_size(
     launched: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, ...]] = []
-    real = split_rows.parts
+    real = split_rows.programs_per_row
     monkeypatch.setattr(split_rows, "HOST_PROCESSORS", 3)
-    monkeypatch.setattr(split_rows, "parts", lambda *shape: asked.append(shape) or real(*shape))
+    monkeypatch.setattr(
+        split_rows, "programs_per_row", lambda *shape: asked.append(shape) or real(*shape)
+    )
     student, teacher, _ = make(2, 600)
     fastkd.kl_div(student, teacher)
     rows, vocab, columns, processors = asked[0]
     assert (rows, vocab, columns) == (2, 600, 128) and processors == split_rows.processors(
         DEVICE
     ) > 0
-    assert "part_kernel" in launched and "fused_kernel" not in launched
+    assert "split_sums_kernel" in launched and "fused_kernel" not in launched
 
 
 def test_the_interpreter_does_not_split(launched: Launches) -> None:

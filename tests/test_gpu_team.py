@@ -61,7 +61,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     monkeypatch.setattr(launch, "tile", lambda vocab, size, *_: Tile(8 * size, 16 // size, 32))
     if not ON_CARD:
         monkeypatch.setattr(cooperative, "HOST", HOLDS)
-        request.getfixturevalue("together")(cooperative.team_kernel, resident=8)
+        request.getfixturevalue("together")(cooperative.cooperative_kernel, resident=8)
     with fastkd.use_backend("gpu"):
         yield seen
 
@@ -71,13 +71,15 @@ def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     """So many programs to a row, whatever its size: some of them may be left without a column."""
     number = int(getattr(request, "param", 3))
     # where the device has room for teams at all
-    monkeypatch.setattr(cooperative, "parts", lambda *of: 1 if of[-1] is None else number)
+    monkeypatch.setattr(
+        cooperative, "programs_per_row", lambda *of: 1 if of[-1] is None else number
+    )
     return number
 
 
 @pytest.fixture
 def steps() -> Any:
-    return lambda divergence: ["team_kernel"]
+    return lambda divergence: ["cooperative_kernel"]
 
 
 # ---- how many
@@ -85,7 +87,7 @@ def steps() -> Any:
 
 def shared(rows: int, vocab: int, itemsize: int = 2, holds: cooperative.Capacity = HOLDS) -> int:
     columns = 8192 // itemsize
-    return cooperative.parts(rows, vocab, 2 * itemsize * vocab, columns, RESIDENT, holds)
+    return cooperative.programs_per_row(rows, vocab, 2 * itemsize * vocab, columns, RESIDENT, holds)
 
 
 def test_the_rows_in_flight_fit_the_cache() -> None:
@@ -114,7 +116,7 @@ def test_the_parts_share_the_tiles_evenly() -> None:
 
 
 def test_only_where_it_can_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cooperative.parts(8192, 10**6, 10**7, 4096, RESIDENT, None) == 1
+    assert cooperative.programs_per_row(8192, 10**6, 10**7, 4096, RESIDENT, None) == 1
     monkeypatch.setattr(cooperative, "HOST", None)
     assert cooperative.capacity(torch.device("cpu"), "default") is None
     assert cooperative.capacity(torch.device("cuda", 0), "gfx942") is None
@@ -127,7 +129,7 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(cooperative.VARIABLE, given)
         assert shared(8192, 128_256) == number
     monkeypatch.setenv(cooperative.VARIABLE, "many")
-    with pytest.raises(ValueError, match=r"FASTKD_GPU_TEAM.*'many'"):
+    with pytest.raises(ValueError, match=r"FASTKD_GPU_COOPERATIVE.*'many'"):
         shared(8192, 128_256)
 
 
@@ -150,7 +152,7 @@ def test_any_order_gives_the_same_bits(
     call = dict(divergence=name, alpha=0.4, temperature=2.0)
     with fastkd.use_backend("gpu"):
         expected = differentiate(fastkd.distillation_loss, student, teacher, labels, **call)
-        turns = together(cooperative.team_kernel, seed=seed, resident=parts + seed % 2)
+        turns = together(cooperative.cooperative_kernel, seed=seed, resident=parts + seed % 2)
         memory = student.clone().requires_grad_()
         loss = fastkd.distillation_loss(memory * 1.0, teacher, labels, inplace=True, **call)
         loss.backward()
@@ -182,8 +184,8 @@ def test_a_launch_that_fails_is_said_once(
     real = launch.launch
 
     def fail(kernel: Any, *rest: Any) -> None:
-        if kernel is cooperative.team_kernel:
-            raise RuntimeError("fastkd: team_kernel could not be launched")
+        if kernel is cooperative.cooperative_kernel:
+            raise RuntimeError("fastkd: cooperative_kernel could not be launched")
         real(kernel, *rest)
 
     monkeypatch.setattr(launch, "launch", fail)
@@ -215,7 +217,7 @@ def real(monkeypatch: pytest.MonkeyPatch, launched: Launches) -> Launches:
 def test_wide_rows_on_a_card(name: str, rows: int, vocab: int, real: Launches) -> None:
     """As one program to a row has them, again and again, in a graph and beside another stream."""
     device = torch.device("cuda", torch.cuda.current_device())
-    if cooperative.capacity(device, launch.card(device).arch) is None:
+    if cooperative.capacity(device, launch.gpu_info(device).arch) is None:
         pytest.skip("teams do not work on this card")
     student, teacher, labels = make(rows, vocab, torch.bfloat16)
     call = dict(divergence=name, alpha=0.4, temperature=2.0, reduction="none")
@@ -225,10 +227,10 @@ def test_wide_rows_on_a_card(name: str, rows: int, vocab: int, real: Launches) -
             return differentiate(fastkd.distillation_loss, student, teacher, labels, **call)
 
     first = step()
-    assert "team_kernel" in real and first.student is not None
+    assert "cooperative_kernel" in real and first.student is not None
     with pytest.MonkeyPatch.context() as alone:
         alone.setenv(cooperative.VARIABLE, "0")
-        alone.setattr(split_rows, "parts", lambda *shape: 1)
+        alone.setattr(split_rows, "programs_per_row", lambda *shape: 1)
         other = step()
     assert real[-1] == "fused_kernel"
     torch.testing.assert_close(first.value, other.value, rtol=1e-5, atol=1e-5)

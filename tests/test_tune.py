@@ -95,7 +95,7 @@ def _launched(monkeypatch: pytest.MonkeyPatch, arch: str, refused: str | None) -
         seen.append((kernel.__name__, args["LANES"], args.get("num_ctas")))
 
     monkeypatch.setattr(launch, "launch", record)
-    monkeypatch.setattr(launch, "card", lambda device: launch.Card(arch, 32))
+    monkeypatch.setattr(launch, "gpu_info", lambda device: launch.GpuInfo(arch, 32))
     monkeypatch.setattr(tune, "OVERRIDE", Entry(tune.ANY, 8192, 256, 4))
     monkeypatch.setattr(tune, "clusters", lambda arch: refused)
     x = torch.zeros(1, 2, 64)
@@ -138,12 +138,12 @@ def test_a_device_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "get_device_module", lambda _: Runtime())
     monkeypatch.setattr(launch.triton.runtime, "driver", Driver)
-    launch.card.cache_clear()
+    launch.gpu_info.cache_clear()
     try:
-        assert launch.card(device) == launch.card(device) == ("gfx942", 64)
+        assert launch.gpu_info(device) == launch.gpu_info(device) == ("gfx942", 64)
         assert asked == [device]
     finally:
-        launch.card.cache_clear()
+        launch.gpu_info.cache_clear()
 
 
 def test_registers_by_card_and_rows() -> None:

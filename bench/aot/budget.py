@@ -59,7 +59,7 @@ HARD, SMOOTH = Budget(2.3, 14), Budget(0, 6)
 
 # kernels that merge what the parts of a row have left: numbers, one by one; columns only where a
 # row's loss has overflowed
-MERGES = frozenset({"finish"})
+MERGES = frozenset({"split_finish"})
 
 
 def budget(report: Report) -> Budget | None:

@@ -24,7 +24,7 @@ ROWS, FEW = 8192, 64  # one program to a row, and several
 VOCAB, SHORT, ODD = 128256, (512, 2048), 50257  # ODD: divisible by no vector width
 NAMED = 64  # columns of a stored teacher
 SUFFIX = "_kernel"
-WHOLE = ("fused", "team")  # the kernels that are a loss and its gradient
+WHOLE = ("fused", "cooperative")  # the kernels that are a loss and its gradient
 
 
 @dataclass
@@ -98,7 +98,7 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
     rest = spec, Rows(keep, label, scale)
     passes: dict[str, Callable[[], Any]] = {
         "fused": lambda: launch.BACKEND.fused(x, x, *rest, x),
-        "team": lambda: in_teams(lambda: launch.BACKEND.fused(x, x, *rest, x)),
+        "cooperative": lambda: cooperating(lambda: launch.BACKEND.fused(x, x, *rest, x)),
         "topk": lambda: launch.BACKEND.topk(x, TopKRows(*named, False), *rest, x),
         "loss": lambda: launch.BACKEND.loss(x, x, Stats(stats, stats), *rest),
         "grad": lambda: launch.BACKEND.grad(x, x, Stats(stats, stats, stats), scale, *rest, x),
@@ -107,14 +107,14 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
         "multiply": lambda: launch.BACKEND.multiply(x, tensor()),
     }
 
-    def in_teams(run: Callable[[], Any]) -> None:
+    def cooperating(run: Callable[[], Any]) -> None:
         holds = mock.patch.object(cooperative, "HOST", cooperative.Capacity(PROCESSORS, CACHE))
         # what is set for measurements is not what is compiled
         with holds, mock.patch.dict(os.environ, {cooperative.VARIABLE: ""}):
             run()
 
     seen: list[tuple[str, Launch]] = []
-    card = launch.Card(case.target, 32 if case.target.startswith("sm_") else 64)
+    card = launch.GpuInfo(case.target, 32 if case.target.startswith("sm_") else 64)
     with ExitStack() as stack:
         split_rows = getattr(launch, "split_rows")  # noqa: B009  # not exported
         stack.enter_context(mock.patch.object(split_rows, "HOST_PROCESSORS", PROCESSORS))
@@ -127,7 +127,7 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
             ) -> None:
                 seen.append((of, Launch(kernel, args, threads)))
 
-            with mock.patch.multiple(launch, launch=record, card=lambda device: card):
+            with mock.patch.multiple(launch, launch=record, gpu_info=lambda device: card):
                 run()
     return seen
 
@@ -179,7 +179,7 @@ def cases(quick: bool, targets: list[str], divergences: list[str], dtypes: list[
     short = [("fused", divergences[0], {"vocab": v}) for v in SHORT]
     first: list[tuple[str, str, dict[str, Any]]] = [("fused", divergences[0], {}) for _ in targets]
     # `team.capacity` knows no other devices
-    of = {"team": [name for name in targets if name.startswith("sm_")]}
+    of = {"cooperative": [name for name in targets if name.startswith("sm_")]}
     if quick:
         picked = [*fused, *rest, *smooth, odd[0], short[0], *first]
         todo = [

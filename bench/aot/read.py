@@ -142,7 +142,7 @@ def count(
 
 def gathers(report: Report) -> bool:
     """Whether only its wide loads are of whole rows; where no load is wide nobody can tell."""
-    return report.kernel == "team" or (report.kernel == "topk" and report.vocab != ODD)
+    return report.kernel == "cooperative" or (report.kernel == "topk" and report.vocab != ODD)
 
 
 def widths(report: Report, found: Loops, access: str, width: Any) -> None:

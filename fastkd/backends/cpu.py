@@ -152,7 +152,7 @@ def _wide(student: Tensor, teacher: Tensor) -> torch.dtype:
 
 
 # float64s of a row in its first exchange, of an expectation or not, and its second: csrc/kernels.h
-_WEIGHED_SUMS, _SUMS, _RATES = 7, 6, 2
+_EXPECTATION_SUMS, _SUMS, _RATES = 7, 6, 2
 # Bytes of exponentials that wait for exchanges, kept by the thread. They are beyond the L2 cache
 # from a few rows on and cost the same however many they are; what an exchange costs, half a
 # millisecond of a core with gloo, is shared by all of its rows.
@@ -283,12 +283,12 @@ class CPU(Backend):
             return None
         waiting = 2 if expectation else 3
         # the same on every rank, also on one that wants no gradient
-        most = max(1, min(n, WAITING // (waiting * _C.slot(widest, True))))
+        most = max(1, min(n, WAITING // (waiting * _C.step_bytes(widest, True))))
         together = -(-n // -(-n // most)) if n else 1  # in as many passes, evenly
-        floats = _WEIGHED_SUMS if expectation else _SUMS
+        floats = _EXPECTATION_SUMS if expectation else _SUMS
         out = student.new_empty(n, dtype=torch.float32)
         redo = student.new_empty(n, dtype=torch.bool)
-        slot = _C.slot(spec.vocab, kept)
+        slot = _C.step_bytes(spec.vocab, kept)
         memory = _C.scratch(waiting * together * slot)
         if memory == 0:
             raise MemoryError(f"group: no memory for {waiting * together * slot} bytes")
@@ -311,17 +311,17 @@ class CPU(Backend):
             held = (keep, label, scale)  # named until the last stage is over
             own = memory + start // together % waiting * together * slot
             if start not in begun:
-                _C.stage(0, *operands, own, begin(start), _NOWHERE)
+                _C.vocab_parallel_step(0, *operands, own, begin(start), _NOWHERE)
             sent = begun.pop(start)
             size = sent.shape[0]
             sums, rates = (yield sent), None
             if expectation is None:
                 sent = out.new_empty(size, _RATES, dtype=torch.float64)
                 some = start, size, sent.data_ptr(), _read(sums), 0
-                _C.stage(1, *operands, own, some, _NOWHERE)
+                _C.vocab_parallel_step(1, *operands, own, some, _NOWHERE)
                 rates = yield sent
             some = start, size, 0, _read(sums), _address(rates)
-            _C.stage(2, *operands, own, some, begin(start + waiting * together))
+            _C.vocab_parallel_step(2, *operands, own, some, begin(start + waiting * together))
             del held
 
         return Staged(out, redo, (one(start) for start in range(0, n, together)), waiting)
@@ -333,10 +333,10 @@ class CPU(Backend):
         if label.dtype is not torch.int64 or not label.is_contiguous():
             label = label.to(torch.int64).contiguous()
         n, keep = label.shape[0], None
-        wrong, kept = _C.count(n, _read(label), ignore_index, vocab, 0)
+        wrong, kept = _C.count_labels(n, _read(label), ignore_index, vocab, 0)
         if kept != n and wrong < 0:
             keep = label.new_empty(n, dtype=torch.bool)
-            _C.count(n, _read(label), ignore_index, vocab, keep.data_ptr())
+            _C.count_labels(n, _read(label), ignore_index, vocab, keep.data_ptr())
         return keep, label, kept, wrong
 
     def first_fault(
@@ -345,20 +345,20 @@ class CPU(Backend):
         n, k = logprobs.shape
         wide = logprobs.dtype is torch.float64
         addresses = _read(logprobs), _read(indices), _address(keep)
-        fault, row, place = _C.admit(wide, n, k, *addresses, vocab)
+        fault, row, place = _C.validate_topk(wide, n, k, *addresses, vocab)
         return FAULTS[fault], row, place
 
     def weigh(self, keep: Tensor | None, weight: Tensor, mean: bool, acc: torch.dtype) -> Tensor:
         by = weight.detach().resolve_neg().reshape(-1).to(acc).contiguous()
         scale = torch.empty_like(by)
         wide, addresses = acc == torch.float64, (_address(keep), _read(by))
-        _C.weigh(wide, by.numel(), *addresses, mean, scale.data_ptr())
+        _C.row_scale(wide, by.numel(), *addresses, mean, scale.data_ptr())
         return scale
 
     def total(self, loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
         out = torch.empty_like(_NUMBER[loss.dtype])
         wide = loss.dtype == torch.float64
-        _C.total(wide, _read(loss), _address(scale), factor, loss.numel(), out.data_ptr())
+        _C.weighted_sum(wide, _read(loss), _address(scale), factor, loss.numel(), out.data_ptr())
         return out
 
     def empty_gradient(self, like: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ namespace check {
 
 // Largest error in units in the last place of the exact result.
 template <class F>
-double worst_ulp(void (*ours)(const float*, float*, int64_t), F exact, const std::vector<float>& x) {
+double worst_ulp(void (*ours)(const float*, float*, int64_t), F exact,
+                 const std::vector<float>& x) {
   std::vector<float> y(x.size());
   ours(x.data(), y.data(), static_cast<int64_t>(x.size()));
   double worst = 0.0;
@@ -58,7 +59,8 @@ inline void functions(const fastkd::Isa& isa, Report& report) {
   report.expect(got[0] == 0.0f, "log of 1");
 }
 
-// Every number of 16 bits: read exactly (the maximum of one column), and written rounded to nearest.
+// Every number of 16 bits: read exactly (the maximum of one column), and written rounded to
+// nearest.
 inline void halves(const fastkd::Isa& isa, Report& report) {
   for (DType dtype : {DType::bf16, DType::f16}) {
     report.about = std::string(isa.name) + ", every " + name_of(dtype);

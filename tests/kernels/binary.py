@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RECORD = HERE / "aarch64.json"
-# sources of the extension that the binary has not: it brings a scratch and threads of its own
-NOT_IN_IT = ("module.cpp", "threads.cpp")
+# Files of the extension that the binary does not contain: it brings its own scratch and threads.
+NOT_IN_IT = ("module.cpp", "arguments.h", "host_loops.h", "threads.cpp", "threads.h")
 JOBS = 2
 
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
@@ -135,8 +135,10 @@ def _compile(command: list[str]) -> None:
 def version(variant: Variant) -> list[str]:
     """The first line that each of the variant's tools says of itself."""
     tools = [variant.compiler, *variant.runner]
-    told = [subprocess.run([tool, "--version"], capture_output=True, text=True) for tool in tools]
-    return [answer.stdout.splitlines()[0] for answer in told]
+    answers = [
+        subprocess.run([tool, "--version"], capture_output=True, text=True) for tool in tools
+    ]
+    return [answer.stdout.splitlines()[0] for answer in answers]
 
 
 def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:

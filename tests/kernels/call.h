@@ -1,6 +1,6 @@
-// The one place where a row kernel is called, and what it asks of its surroundings: a team of
-// threads, a scratch, and whether subnormal numbers are flushed to 0 (torch has a switch for that,
-// torch.set_flush_denormal, and whoever sets it calls the kernels so).
+// The one place where a pass is called, with what it needs: a thread pool, a scratch, and the
+// processor's state. torch.set_flush_denormal flushes subnormal numbers to 0, and passes must work
+// under it.
 #pragma once
 
 #include <memory>
@@ -47,34 +47,34 @@ class Flushing {
 
 // Threads that take the tasks from the last to the first, so that an order is no help.
 struct Backwards {
-  static fastkd::Team team(int threads) { return {threads, run}; }
+  static fastkd::ThreadPool pool(int threads) { return {threads, run}; }
   static void run(int threads, int64_t tasks, void (*task)(void*, int64_t), void* argument) {
     const auto share = [=](int64_t from) {
       for (int64_t i = tasks - 1 - from; i >= 0; i -= threads) task(argument, i);
     };
-    std::vector<std::thread> others;
-    for (int k = 1; k < threads; ++k) others.emplace_back(share, k);
+    std::vector<std::thread> check_more;
+    for (int k = 1; k < threads; ++k) check_more.emplace_back(share, k);
     share(0);
-    for (std::thread& other : others) other.join();
+    for (std::thread& other : check_more) other.join();
   }
 };
 
-// Whether there is memory for a scratch: without it the kernels have a second way.
+// Whether the kernels get a scratch. Without one they use their slow form.
 inline bool scratch_given = true;
 
-// A row kernel of either kind, called as whoever has set `flush` does.
-inline void call(fastkd::Rows kernel, const fastkd::Args& a, int64_t begin, int64_t end,
+// Calls a pass, with subnormal numbers flushed or not.
+inline void call(fastkd::Pass kernel, const fastkd::Args& a, int64_t begin, int64_t end,
                  bool flush) {
   const Flushing flushing(flush);
   kernel(a, begin, end);
 }
-inline void call(fastkd::TeamRows kernel, const fastkd::Args& a, int64_t begin, int64_t end,
-                 bool flush, const fastkd::Team& team = {}) {
+inline void call(fastkd::ThreadedPass kernel, const fastkd::Args& a, int64_t begin, int64_t end,
+                 bool flush, const fastkd::ThreadPool& pool = {}) {
   const Flushing flushing(flush);
-  kernel(a, begin, end, team);
+  kernel(a, begin, end, pool);
 }
 
-// What the kernels' scratch() is here: new for every call, between guard pages, and full of NaN.
+// The kernels' scratch() in this binary: new for every call, between guard pages, full of NaN.
 inline char* fresh_scratch(int64_t bytes) {
   static thread_local std::unique_ptr<Guarded> given;
   given.reset();

@@ -1,4 +1,4 @@
-// What one case computes: everything follows from its numbers, so that a seed repeats it.
+// One case: its seed and settings determine everything, so that a seed repeats it.
 #pragma once
 
 #include <cstdio>
@@ -13,12 +13,12 @@ using fastkd::kDivergenceCount;
 using fastkd::kDivergences;
 
 enum class Content {
-  normal,     // 3 x randn
-  flat,       // 0.1 x randn: every column counts
-  wide,       // uniform in +-1e4
-  far,        // ordinary differences far from 0
-  peaked,     // nearly all mass on one column
-  ties,       // few different values
+  normal,  // 3 x randn
+  flat,    // 0.1 x randn: every column counts
+  wide,    // uniform in +-1e4
+  far,     // ordinary differences far from 0
+  peaked,  // nearly all mass on one column
+  ties,    // few different values
   constant,
   plateau,    // one number in all columns but one
   masked,     // a third of the columns -inf, on both sides alike
@@ -37,15 +37,15 @@ enum class Content {
   any = count,  // drawn by row
 };
 
-// What the teacher gives: logits, or some columns with what is made of the rest (fastkd.TopK).
-enum class Given { logits, bucket, renormalize, restricted, drop, count };
+// The kind of teacher: logits, or a top-k teacher with its kind of tail (fastkd.TopK).
+enum class TeacherKind { logits, bucket, renormalize, restricted, drop, count };
 
-inline const char* name_of(Given given) {
+inline const char* name_of(TeacherKind kind) {
   static const char* const names[] = {"logits", "bucket", "renormalize", "restrict", "drop"};
-  return names[static_cast<int>(given)];
+  return names[static_cast<int>(kind)];
 }
 
-// What the log-probabilities of a stored teacher's row are.
+// The log-probabilities of a top-k teacher's row.
 enum class Mass {
   drawn,         // a softmax of few or many
   student,       // the student's own probabilities
@@ -65,9 +65,9 @@ struct Case {
   double temperature = 1.0, param = 0.5, soft = 1.0, hard = 0.0, smoothing = 0.0, factor = 1.0;
   bool keep = false, scale = false, equal = false, threads = false, flush = false;
   Content content = Content::any, of_teacher = Content::any;  // any: as the student's
-  Given given = Given::logits;
+  TeacherKind kind = TeacherKind::logits;
   Mass mass = Mass::any;
-  int64_t k = 0;  // places of a stored teacher's row
+  int64_t k = 0;  // columns that a top-k teacher gives per row
 
   bool wide() const { return student == DType::f64 || teacher == DType::f64; }
   int64_t rows() const { return a * b; }
@@ -75,15 +75,15 @@ struct Case {
 
   std::string text() const {
     char line[440], teachers[40];
-    std::snprintf(teachers, sizeof teachers, given == Given::logits ? "%s" : "%s (%lld places)",
-                  name_of(given), static_cast<long long>(k));
+    std::snprintf(teachers, sizeof teachers,
+                  kind == TeacherKind::logits ? "%s" : "%s (%lld places)", name_of(kind),
+                  static_cast<long long>(k));
     std::snprintf(line, sizeof line,
                   "seed %llu: %s, student %s, teacher %s %s, gradient %s, rows %lld x %lld, vocab "
                   "%lld of %lld, T %g, param %g, soft %g, hard %g, smoothing %g, factor "
                   "%g%s%s%s%s",
-                  static_cast<unsigned long long>(seed), kDivergences[divergence],
-                  name_of(student), name_of(teacher), teachers, name_of(grad),
-                  static_cast<long long>(a),
+                  static_cast<unsigned long long>(seed), kDivergences[divergence], name_of(student),
+                  name_of(teacher), teachers, name_of(grad), static_cast<long long>(a),
                   static_cast<long long>(b), static_cast<long long>(vocab),
                   static_cast<long long>(width), temperature, param, soft, hard, smoothing, factor,
                   keep ? ", keep" : "", scale ? ", scale" : "", equal ? ", equal sides" : "",
@@ -145,7 +145,7 @@ inline Case draw(uint64_t seed) {
   if (random.chance(0.5)) c.content = static_cast<Content>(random.below(int(Content::count)));
   if (random.chance(0.3)) c.of_teacher = static_cast<Content>(random.below(int(Content::count)));
   if (random.chance(0.4)) {
-    c.given = static_cast<Given>(random.between(1, int(Given::count) - 1));
+    c.kind = static_cast<TeacherKind>(random.between(1, int(TeacherKind::count) - 1));
     c.k = random.chance(0.2) ? c.vocab + 3 : random.chance(0.1) ? 0 : 70;
     c.k = std::min<int64_t>(c.k, random.chance(0.3) ? 70 : random.between(1, 12));
   }
@@ -155,11 +155,11 @@ inline Case draw(uint64_t seed) {
 inline Layout draw_layout(Random& random, bool read_only) {
   Layout layout;
   const double kind = random.unit();
-  layout.placing = kind < 0.5                 ? Placing::packed
-                   : kind < 0.6               ? Placing::transposed
-                   : kind < 0.7 && read_only  ? Placing::shared
-                   : kind < 0.9               ? Placing::paged
-                                              : Placing::packed;
+  layout.placing = kind < 0.5                ? Placing::packed
+                   : kind < 0.6              ? Placing::transposed
+                   : kind < 0.7 && read_only ? Placing::shared
+                   : kind < 0.9              ? Placing::paged
+                                             : Placing::packed;
   layout.gap = random.chance(0.5) ? random.between(0, 3) : random.between(0, 70);
   if (random.chance(0.2)) layout.gap = 0;
   if (random.chance(0.3)) layout.extra = random.between(0, 20);

@@ -5,8 +5,8 @@
 //   case SEED            one of those again
 //
 // Exit status: 0 all good, 1 a wrong result, 2 wrong usage, 3 a byte touched that must not be.
-#include <csignal>
 #include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -14,9 +14,8 @@
 #include "isas.h"
 
 #define FASTKD_ISA baseline
-#include "divergence.h"
-
 #include "arithmetic.h"
+#include "divergence.h"
 #include "fixed.h"
 #include "large.h"
 
@@ -41,9 +40,9 @@ void say(const char* text) {
   if (write(STDOUT_FILENO, text, std::strlen(text)) < 0) _exit(4);
 }
 
-void say_what_was_under_way() {
+void say_current_case() {
   say("FAILED in ");
-  say(check::under_way);
+  say(check::current_case);
   say("\n");
 }
 
@@ -51,7 +50,7 @@ void on_fault(int number) {
   say(number == SIGABRT  ? "FAILED: the memory's book-keeping is broken\n"
       : number == SIGILL ? "FAILED: an instruction that does not run\n"
                          : "FAILED: a byte was touched that must not be\n");
-  say_what_was_under_way();
+  say_current_case();
   _exit(3);
 }
 
@@ -60,7 +59,7 @@ void watch() {
   action.sa_handler = on_fault;
   for (int number : {SIGSEGV, SIGBUS, SIGABRT, SIGILL}) sigaction(number, &action, nullptr);
 #if defined(CHECK_ASAN)
-  __sanitizer_set_death_callback(say_what_was_under_way);
+  __sanitizer_set_death_callback(say_current_case);
 #endif
 }
 
@@ -100,7 +99,7 @@ int fuzz(double limit, uint64_t seed) {
   Report report;
   int64_t cases = 0;
   for (; seconds() - since < limit && report.failures == 0; ++cases)
-    check::attempt(check::draw(seed + static_cast<uint64_t>(cases)), report);
+    check::check_case(check::draw(seed + static_cast<uint64_t>(cases)), report);
   if (report.failures != 0)
     std::printf("again by: case %llu\n",
                 static_cast<unsigned long long>(seed + static_cast<uint64_t>(cases - 1)));
@@ -112,7 +111,7 @@ int one(uint64_t seed) {
   Report report;
   const Case c = check::draw(seed);
   std::printf("%s\n", c.text().c_str());
-  check::attempt(c, report);
+  check::check_case(c, report);
   return finish(report, 1, since);
 }
 

@@ -1,4 +1,4 @@
-// Results held against the definitions, and the report of those that differ.
+// Compares results with the definitions, and reports those that differ.
 #pragma once
 
 #include <string>
@@ -7,8 +7,8 @@
 
 namespace check {
 
-// What is under way, for whoever reports a crash.
-inline char under_way[640] = "nothing";
+// The current case, for the report of a crash.
+inline char current_case[640] = "nothing";
 
 struct Report {
   std::string about;
@@ -16,21 +16,21 @@ struct Report {
 
   void start(const Case& c, const char* isa, const char* pass) {
     about = std::string(isa) + ", " + pass + ": " + c.text();
-    std::snprintf(under_way, sizeof under_way, "%s", about.c_str());
+    std::snprintf(current_case, sizeof current_case, "%s", about.c_str());
   }
-  // Says the first of a pass, and of so many passes; the rest is counted.
+  // Prints the first failure of a pass, for the first 12 passes; the others are only counted.
   void expect(bool good, const std::string& what) {
     if (good) return;
     ++failures;
-    if (about == said || ++passes > 12) return;
-    said = about;
+    if (about == last_shown || ++shown > 12) return;
+    last_shown = about;
     std::printf("FAILED %s\n  in %s\n", what.c_str(), about.c_str());
   }
-  std::string said;
-  int passes = 0;
+  std::string last_shown;
+  int shown = 0;
 };
 
-inline std::string in_words(const char* what, int64_t row, int64_t column, long double got,
+inline std::string describe(const char* what, int64_t row, int64_t column, long double got,
                             long double exact, long double slack) {
   char text[200];
   std::snprintf(text, sizeof text, "%s of row %lld column %lld: %.17Lg, expected %.17Lg +- %.3Lg",
@@ -50,18 +50,17 @@ bool stands_for(double got, R exact, R slack, DType dtype) {
   const R stored = static_cast<R>(dtype == DType::f16 ? f.smallest() : f.smallest_normal());
   const R tiny = R(2) * (stored + std::numeric_limits<T>::min());
   const R allowed = slack + static_cast<R>(f.unit()) * std::fabs(exact) + tiny;
-  if (std::fabs(got) == kInf)
-    return (got > 0 ? exact : -exact) + allowed >= narrow;
+  if (std::fabs(got) == kInf) return (got > 0 ? exact : -exact) + allowed >= narrow;
   return std::fabs(static_cast<R>(got) - exact) <= allowed;
 }
 
 template <class T>
-class Against {
+class Comparison {
   using R = typename Batch<T>::R;
   static constexpr DType kOut = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
  public:
-  Against(const Batch<T>& problem, Report& report)
+  Comparison(const Batch<T>& problem, Report& report)
       : p(problem), c(problem.c), report_(report), n_(c.rows()) {}
 
   void losses(const Guarded& loss) {
@@ -82,15 +81,15 @@ class Against {
         if (of.broken) exact = std::numeric_limits<R>::quiet_NaN();
       }
       report_.expect(stands_for<T>(got, exact, slack, kOut),
-                     in_words("loss", r, 0, got, exact, slack));
+                     describe("loss", r, 0, got, exact, slack));
       if (exactly_nothing(r))
-        report_.expect(got == T(0), in_words("loss of equal sides", r, 0, got, 0, 0));
+        report_.expect(got == T(0), describe("loss of equal sides", r, 0, got, 0, 0));
     }
   }
 
   // Label smoothing is spread over so many classes.
   void gradients(const Table& grad, int64_t classes) {
-    const R even = static_cast<R>(c.smoothing) / static_cast<R>(classes);
+    const R uniform = static_cast<R>(c.smoothing) / static_cast<R>(classes);
     for (int64_t r = 0; r < n_; ++r) {
       const auto& row = p.row(r);
       for (int64_t j = c.vocab; j < c.width; ++j) one(grad, r, j, R(0), R(0));
@@ -109,9 +108,10 @@ class Against {
         const size_t i = static_cast<size_t>(j);
         R exact = soft * row.of.soft_grad[i].value, slack = soft * row.of.soft_grad[i].slack;
         if (c.hard != 0.0) {
-          exact += static_cast<R>(c.hard) * (row.of.hard_grad[i].value - even);
-          slack += static_cast<R>(c.hard) *
-                   (row.of.hard_grad[i].slack + R(kUnits<T>) * std::numeric_limits<T>::epsilon() * even);
+          exact += static_cast<R>(c.hard) * (row.of.hard_grad[i].value - uniform);
+          slack +=
+              static_cast<R>(c.hard) * (row.of.hard_grad[i].slack +
+                                        R(kUnits<T>) * std::numeric_limits<T>::epsilon() * uniform);
         }
         if (exactly_nothing(r)) exact = slack = R(0);
         slack *= std::fabs(factor);
@@ -127,19 +127,19 @@ class Against {
     if (!p.kept(r)) {
       report_.expect(top == T(0) && sum == T(0) && below == T(0), "stats of a dropped row");
     } else if (side.broken) {
-      report_.expect(sum != sum, in_words("sum of a row with NaN", r, 0, sum, NAN, 0));
+      report_.expect(sum != sum, describe("sum of a row with NaN", r, 0, sum, NAN, 0));
     } else {
       // a subnormal logit may count as 0
       const R flushed = R(std::numeric_limits<float>::min());
       report_.expect(static_cast<R>(top) == side.top || std::fabs(top - side.top) <= flushed,
-                     in_words("maximum", r, 0, top, side.top, flushed));
+                     describe("maximum", r, 0, top, side.top, flushed));
       report_.expect(stands_for<T>(sum, side.sum, side.sum_slack, kOut),
-                     in_words("sum", r, 0, sum, side.sum, side.sum_slack));
+                     describe("sum", r, 0, sum, side.sum, side.sum_slack));
       // blocks are summed in T, and may overflow there where the whole does not
       if (side.empty || std::fabs(side.below.value) > std::numeric_limits<T>::max() / 4) return;
       const R slack = side.below.slack + R(2 * c.vocab) * flushed;
       report_.expect(stands_for<T>(below, side.below.value, slack, kOut),
-                     in_words("sum below", r, 0, below, side.below.value, slack));
+                     describe("sum below", r, 0, below, side.below.value, slack));
     }
   }
 
@@ -150,15 +150,16 @@ class Against {
     // with a label the row has no loss, and what of that stands here does not matter
     if (p.kept(r) && row.s.empty && row.t.empty && c.hard != 0.0) return;
     if (!p.kept(r) || (row.s.empty && row.t.empty)) {
-      report_.expect(value == T(0) && slope == T(0), in_words("value or slope where there is nothing", r, 0, value, 0, 0));
+      report_.expect(value == T(0) && slope == T(0),
+                     describe("value or slope where there is nothing", r, 0, value, 0, 0));
     } else if (of.broken || one_empty) {
-      report_.expect(value != value, in_words("value of a broken row", r, 0, value, NAN, 0));
+      report_.expect(value != value, describe("value of a broken row", r, 0, value, NAN, 0));
     } else if (!of.vague) {
       report_.expect(stands_for<T>(value, of.value.value, of.value.slack, kOut),
-                     in_words("value", r, 0, value, of.value.value, of.value.slack));
+                     describe("value", r, 0, value, of.value.value, of.value.slack));
       if (!of.no_gradient)
         report_.expect(stands_for<T>(slope, of.slope.value, of.slope.slack, kOut),
-                       in_words("slope", r, 0, slope, of.slope.value, of.slope.slack));
+                       describe("slope", r, 0, slope, of.slope.value, of.slope.slack));
     }
   }
 
@@ -174,9 +175,9 @@ class Against {
 
   void one(const Table& grad, int64_t r, int64_t j, R exact, R slack) {
     const double got = decode(grad.bits(r, j), c.grad);
-    const bool good = exact == R(0) && slack == R(0) ? got == 0.0
-                                                     : stands_for<T>(got, exact, slack, c.grad);
-    if (!good) report_.expect(false, in_words("gradient", r, j, got, exact, slack));
+    const bool good =
+        exact == R(0) && slack == R(0) ? got == 0.0 : stands_for<T>(got, exact, slack, c.grad);
+    if (!good) report_.expect(false, describe("gradient", r, j, got, exact, slack));
   }
 
   const Batch<T>& p;

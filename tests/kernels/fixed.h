@@ -21,8 +21,8 @@ inline bool has_parameter(int divergence) {
   return name != "kl" && name != "reverse_kl" && name != "tv";
 }
 
-// What was once wrong, in every divergence and pair of dtypes; returns how many cases.
-inline int64_t once_wrong(uint64_t seed, Report& report) {
+// Cases of former faults, in every divergence and pair of dtypes. Returns how many.
+inline int64_t regressions(uint64_t seed, Report& report) {
   Case late;  // what was kept of blocks that are -inf became NaN under a maximum far below 0
   late.vocab = 2100;
   late.b = 4;
@@ -47,7 +47,8 @@ inline int64_t once_wrong(uint64_t seed, Report& report) {
   equal_terms.hard = 0.5;
   equal_terms.smoothing = 0.5;
   equal_terms.content = Content::plateau;
-  Case heavy;  // a factor times a difference of scores was more than a float, and what they made not
+  Case
+      heavy;  // a factor times a difference of scores was more than a float, and what they made not
   heavy.vocab = 3;
   heavy.b = 40;
   heavy.temperature = 1e-5;
@@ -67,7 +68,7 @@ inline int64_t once_wrong(uint64_t seed, Report& report) {
           c.student = c.grad = pair.student;
           c.teacher = pair.teacher;
           c.width = c.classes = c.vocab;
-          attempt(c, report);
+          check_case(c, report);
         }
       }
     }
@@ -83,16 +84,17 @@ inline std::vector<int64_t> small_vocabs() {
   return all;
 }
 
-// Against stored teachers of every kind; returns how many.
-inline int64_t stored_cases(Report& report) {
+// Top-k teachers of every kind. Returns how many cases.
+inline int64_t topk_cases(Report& report) {
   uint64_t seed = 1;
   int64_t number = 0;
   for (int divergence = 0; divergence < kDivergenceCount; ++divergence) {
-    for (Given given : {Given::bucket, Given::renormalize, Given::restricted, Given::drop}) {
+    for (TeacherKind kind : {TeacherKind::bucket, TeacherKind::renormalize, TeacherKind::restricted,
+                             TeacherKind::drop}) {
       for (const Pair& pair : kPairs) {
         Case c;
         c.divergence = divergence;
-        c.given = given;
+        c.kind = kind;
         c.student = c.grad = pair.student;
         c.teacher = pair.teacher;
         const auto run = [&](int64_t vocab, int64_t k, Content content, Mass mass,
@@ -113,7 +115,7 @@ inline int64_t stored_cases(Report& report) {
           c.content = content;
           c.mass = mass;
           ++number;
-          attempt(c, report);
+          check_case(c, report);
         };
         static const int64_t sizes[] = {1, 15, 16, 17, 31, 32, 33, 257};
         static const int64_t large[] = {2047, 2049, 4096, 8191, 8193, 16386};
@@ -160,7 +162,7 @@ inline int64_t fixed_cases(Report& report) {
         c.equal = number % 11 == 4;
         c.content = content;
         ++number;
-        attempt(c, report);
+        check_case(c, report);
       };
       // long double takes its time where it is software (aarch64): fewer long rows of float64
       for (int64_t vocab : small_vocabs())
@@ -173,7 +175,7 @@ inline int64_t fixed_cases(Report& report) {
       c.b = 2;
     }
   }
-  return number + once_wrong(seed, report) + stored_cases(report);
+  return number + regressions(seed, report) + topk_cases(report);
 }
 
 }  // namespace check

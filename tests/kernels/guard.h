@@ -32,7 +32,7 @@ class Guarded {
  public:
   Guarded(int64_t bytes, bool at_end)
       : inside_((std::max<int64_t>(bytes, 1) + page() - 1) / page() * page()), bytes_(bytes) {
-    void* all = mmap(nullptr, whole(), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* all = mmap(nullptr, mapped(), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (all == MAP_FAILED) {
       std::perror("mmap");
       std::exit(2);
@@ -44,7 +44,7 @@ class Guarded {
   }
   ~Guarded() {
     show();
-    munmap(start_ - page(), whole());
+    munmap(start_ - page(), mapped());
   }
   Guarded(const Guarded&) = delete;
   Guarded& operator=(const Guarded&) = delete;
@@ -87,7 +87,7 @@ class Guarded {
   static bool is_canary(char byte) { return static_cast<unsigned char>(byte) == kCanary; }
 
  private:
-  size_t whole() const { return static_cast<size_t>(inside_ + 2 * page()); }
+  size_t mapped() const { return static_cast<size_t>(inside_ + 2 * page()); }
   static void protect(char* from, char* to, int access) {
     if (mprotect(from, static_cast<size_t>(to - from), access) != 0) {
       std::perror("mprotect");

@@ -54,7 +54,7 @@ Dual<R> operator*(R k, Dual<R> a) {
 }
 // w * x, 0 where the weight w is
 template <class R>
-Dual<R> weigh(Dual<R> w, Dual<R> x) {
+Dual<R> weighted(Dual<R> w, Dual<R> x) {
   if (w.x == R(0)) return {R(0), R(0)};
   return {product(w.x, x.x), product(w.d, x.x) + product(w.x, x.d)};
 }
@@ -86,17 +86,17 @@ using Definition = Dual<R> (*)(const Column<R>& c, R a);
 template <class R>
 Definition<R> definition_of(const std::string& name) {
   using C = const Column<R>&;
-  if (name == "kl") return [](C c, R) { return weigh(c.p, c.logp - c.logq); };
-  if (name == "reverse_kl") return [](C c, R) { return weigh(c.q, c.logq - c.logp); };
+  if (name == "kl") return [](C c, R) { return weighted(c.p, c.logp - c.logq); };
+  if (name == "reverse_kl") return [](C c, R) { return weighted(c.q, c.logq - c.logp); };
   if (name == "js")
     return [](C c, R a) {
       const Dual<R> logm = log(a * c.p + (R(1) - a) * c.q);
-      return a * weigh(c.p, c.logp - logm) + (R(1) - a) * weigh(c.q, c.logq - logm);
+      return a * weighted(c.p, c.logp - logm) + (R(1) - a) * weighted(c.q, c.logq - logm);
     };
   if (name == "skew_kl")
-    return [](C c, R a) { return weigh(c.p, c.logp - log(a * c.p + (R(1) - a) * c.q)); };
+    return [](C c, R a) { return weighted(c.p, c.logp - log(a * c.p + (R(1) - a) * c.q)); };
   if (name == "skew_reverse_kl")
-    return [](C c, R a) { return weigh(c.q, c.logq - log((R(1) - a) * c.p + a * c.q)); };
+    return [](C c, R a) { return weighted(c.q, c.logq - log((R(1) - a) * c.p + a * c.q)); };
   if (name == "tv")
     return [](C c, R) {
       const R sign = c.p.x > c.q.x ? R(1) : c.p.x < c.q.x ? R(-1) : R(0);
@@ -131,7 +131,7 @@ struct Softmax {
   std::vector<bool> lost;  // whether its distance from the maximum is more than T can hold
   R spread = R(0);         // see above, of all columns that were summed
   R top = -std::numeric_limits<R>::infinity();
-  R sum = R(0);  // of exp((x - top) / temperature)
+  R sum = R(0);    // of exp((x - top) / temperature)
   Truth<R> below;  // sum of x - top
   R sum_slack = R(0);
   bool empty = false;   // -inf everywhere
@@ -171,9 +171,9 @@ template <class R>
 struct RowTruth {
   bool broken = false;  // NaN in the loss and in every column of the gradient
   bool vague = false;   // beyond what T can hold: only NaN or not is undefined, nothing is checked
-  bool no_gradient = false;  // an infinite loss has none
-  Truth<R> value, slope;     // the divergence and its sum of centred slopes
-  Truth<R> hard;             // the cross-entropy
+  bool no_gradient = false;         // an infinite loss has none
+  Truth<R> value, slope;            // the divergence and its sum of centred slopes
+  Truth<R> hard;                    // the cross-entropy
   std::vector<Truth<R>> soft_grad;  // by column, of the divergence by the logit times T
   std::vector<R> steepness;  // what q times the row's factor is multiplied by, and may underflow
   std::vector<Truth<R>> hard_grad;
@@ -231,18 +231,17 @@ void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax
   row.vague |= !(row.value.slack < inf) && row.value.value < inf;
   row.no_gradient = !(row.value.value < inf) || !(row.slope.slack < inf);
   // kernels may take all slopes relative to that of the most probable column, per unit of q
-  const size_t top = static_cast<size_t>(std::max_element(s.logs.begin(), s.logs.end()) -
-                                         s.logs.begin());
+  const size_t top =
+      static_cast<size_t>(std::max_element(s.logs.begin(), s.logs.end()) - s.logs.begin());
   const R shared = unit * spread * std::fabs(slopes[top].value) / std::exp(s.logs[top]);
   for (size_t i = 0; i < n; ++i) {
     const R q = std::exp(s.logs[i]);
     const R by_q = tiny + product(q, unit * (spread - s.logs[i]));
     const R of_sum = product(q, row.slope.value);
     row.soft_grad.push_back(
-        {slopes[i].value - of_sum,
-         slopes[i].slack + product(by_q, std::fabs(row.slope.value)) +
-             product(q, row.slope.slack + shared) +
-             unit * (std::fabs(slopes[i].value) + std::fabs(of_sum))});
+        {slopes[i].value - of_sum, slopes[i].slack + product(by_q, std::fabs(row.slope.value)) +
+                                       product(q, row.slope.slack + shared) +
+                                       unit * (std::fabs(slopes[i].value) + std::fabs(of_sum))});
     const R rate = q > R(0) ? std::fabs(slopes[i].value / q) : R(0);
     row.steepness.push_back(rate + std::fabs(row.slope.value));
   }

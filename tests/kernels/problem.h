@@ -19,8 +19,8 @@ struct WiderOf<double> {
   using Type = long double;
 };
 
-// The student, the labels and the factors of a case, with the truth about each row; what gives the
-// teacher derives from it.
+// The student, labels and factors of a case, and the truth about each row. Derived classes add the
+// teacher.
 template <class T>  // the kernels' accumulation type
 class Batch {
  public:
@@ -109,7 +109,7 @@ class Batch {
   }
 
   // Differences of the size of the temperature where the dtype has them, else of 1.
-  double unit_of(DType dtype) {
+  double logit_unit(DType dtype) {
     const Format f = format_of(dtype);
     const double largest = f.largest() / 1e5, smallest = f.smallest() * 1e3;
     const bool fits = c.temperature < largest && c.temperature > smallest;
@@ -118,8 +118,8 @@ class Batch {
   Content draw_content(Content given) {
     if (given != Content::any) return given;
     const bool number = random.chance(0.8);
-    return static_cast<Content>(random.below(int(number ? Content::count_of_numbers
-                                                        : Content::count)));
+    return static_cast<Content>(
+        random.below(int(number ? Content::count_of_numbers : Content::count)));
   }
   std::vector<R> numbers(const Table& table, int64_t r) const {
     std::vector<R> x;
@@ -146,14 +146,14 @@ class Batch {
   std::vector<Row> truths_;
 };
 
-// Against logits.
+// A case with a teacher of logits.
 template <class T>
 class Problem final : public Batch<T> {
  public:
   using Base = Batch<T>;
+  using Base::c, Base::random, Base::student, Base::kept, Base::label;
   using typename Base::R;
   using typename Base::Row;
-  using Base::c, Base::random, Base::student, Base::kept, Base::label;
 
   explicit Problem(const Case& given)
       : Base(given), teacher(c.teacher, c.a, c.b, c.vocab, draw_layout(random, true)) {
@@ -191,7 +191,8 @@ class Problem final : public Batch<T> {
  private:
   void fill(int64_t r) override {
     const uint64_t common = random.next();
-    fill_row(random, common, this->draw_content(c.content), student, r, this->unit_of(c.student));
+    fill_row(random, common, this->draw_content(c.content), student, r,
+             this->logit_unit(c.student));
     if (c.equal) {
       for (int64_t i = 0; i < c.vocab; ++i)
         write_bits(teacher.at(r, i), c.teacher,
@@ -200,7 +201,7 @@ class Problem final : public Batch<T> {
                        : encode(decode(student.bits(r, i), c.student), c.teacher));
     } else {
       const Content own = c.of_teacher != Content::any ? c.of_teacher : c.content;
-      fill_row(random, common, this->draw_content(own), teacher, r, this->unit_of(c.teacher));
+      fill_row(random, common, this->draw_content(own), teacher, r, this->logit_unit(c.teacher));
     }
   }
 
@@ -212,12 +213,10 @@ class Problem final : public Batch<T> {
     row.one = softmax<R, T>(x, 1.0);
     row.equal = x == y;
     row.dead = row.s.empty && row.t.empty && c.hard == 0.0;
-    row.of.broken = row.s.broken || row.t.broken ||
-                    ((row.s.empty || row.t.empty) && !row.dead);
+    row.of.broken = row.s.broken || row.t.broken || ((row.s.empty || row.t.empty) && !row.dead);
     if (row.of.broken || row.dead) return row;
     soft_truth<R, T>(kDivergences[c.divergence], static_cast<R>(c.param), row.s, row.t, row.of);
-    if (c.hard != 0.0)
-      hard_truth<R, T>(row.one, label()[r], static_cast<R>(c.smoothing), row.of);
+    if (c.hard != 0.0) hard_truth<R, T>(row.one, label()[r], static_cast<R>(c.smoothing), row.of);
     return row;
   }
 };

@@ -1,40 +1,40 @@
-// One case through every pass of one instruction set.
+// Runs one case through every pass of one instruction set.
 #pragma once
 
-#include "stored.h"
-#include "trip.h"
+#include "row_pass.h"
+#include "topk_problem.h"
 
 namespace check {
 
-// Against logits: the pass that computes all, and the passes one by one.
+// A teacher of logits: the fused pass, the passes one by one, and the vocabulary-parallel steps.
 template <class T>
-class Trial final : public Trip<T> {
+class DenseTrial final : public RowPass<T> {
  public:
-  using Base = Trip<T>;
+  using Base = RowPass<T>;
   using Base::c, Base::isa_, Base::n_, Base::report_, Base::size, Base::truth_;
 
-  Trial(Problem<T>& problem, const fastkd::Isa& isa, Report& report)
+  DenseTrial(Problem<T>& problem, const fastkd::Isa& isa, Report& report)
       : Base(problem, isa, report), p(problem) {}
 
  private:
   static constexpr int kWide = sizeof(T) == 8;
   const fastkd::Passes& passes() const { return isa_.kernels()->passes[c.divergence]; }
 
-  fastkd::TeamRows kernel(bool gradient) const override {
+  fastkd::ThreadedPass kernel(bool gradient) const override {
     const bool same = gradient ? c.same() : c.student == c.teacher;
     return passes().fused[int(same ? c.student : kWide ? DType::f64 : DType::f32)];
   }
 
-  void others(const Table& fresh, const Guarded& loss) override {
+  void check_more(const Table& fresh, const Guarded& loss) override {
     if (c.grad == c.student && p.teacher_is_student())
       this->in_place("in place, the teacher in the same memory", fresh, loss, true);
     multiply(fresh);
-    split();
-    if constexpr (!kWide) staged(fresh, loss);
+    unfused();
+    if constexpr (!kWide) vocab_parallel(fresh, loss);
   }
 
-  // The sums are then others, so against the definitions.
-  void scratchless(const Table& grad, const Guarded& loss) override {
+  // The sums differ in their last digits, so the definitions are the truth.
+  void check_without_scratch(const Table& grad, const Guarded& loss) override {
     truth_.losses(loss);
     truth_.gradients(grad, c.vocab);
   }
@@ -51,20 +51,20 @@ class Trial final : public Trip<T> {
     report_.expect(grad.intact(), "bytes beside the product were written");
     for (int64_t j = 0; j < c.width; ++j) {
       const double x = decode(fresh.bits(n_ - 1, j), c.grad);
-      const double product = c.grad == DType::f64
-                                 ? x * by
-                                 : static_cast<double>(static_cast<float>(x) *
-                                                       static_cast<float>(by));
+      const double product =
+          c.grad == DType::f64
+              ? x * by
+              : static_cast<double>(static_cast<float>(x) * static_cast<float>(by));
       const double rounded = decode(encode(product, c.grad), c.grad);
       const double got = decode(grad.bits(0, j), c.grad);
       const bool good = rounded != rounded ? got != got : got == rounded;
-      if (!good) report_.expect(false, in_words("product", n_ - 1, j, got, rounded, 0));
+      if (!good) report_.expect(false, describe("product", n_ - 1, j, got, rounded, 0));
     }
   }
 
   // ---- the passes one by one
 
-  void split() {
+  void unfused() {
     const Guarded s(3 * n_ * size(), p.random.chance(0.5)), t(3 * n_ * size(), true),
         one(3 * n_ * size(), true);
     stats("stats of the student", p.student, c.temperature, s);
@@ -111,14 +111,26 @@ class Trial final : public Trip<T> {
     report_.expect(out.intact(), "bytes beside the stats were written");
   }
 
-  // ---- the stages, the columns split over ranks
+  // ---- the vocabulary-parallel steps
 
-  void staged(const Table& fresh, const Guarded& first) {
-    this->start("stages over ranks");
+  // The arguments of a rank that holds columns [start, stop).
+  fastkd::Args columns_of(int64_t start, int64_t stop, const Table& grad, bool inside) {
+    fastkd::Args a = p.args();
+    a.grad = grad.operand();
+    if (inside) a.student = a.grad;
+    for (fastkd::Operand* x : {&a.student, &a.teacher, &a.grad})
+      x->data += start * fastkd::size_of(x->dtype);
+    a.vocab = stop - start;
+    a.stream = p.random.chance(0.5);
+    return a;
+  }
+
+  void vocab_parallel(const Table& fresh, const Guarded& first) {
+    this->start("vocabulary-parallel steps");
     const int64_t ranks = p.random.between(1, 3), half = n_ / 2;
-    const auto* stages = passes().stages;
+    const auto* steps = passes().steps;
     const int kind = int(c.same() ? c.student : DType::f32);
-    const bool rates_too = stages[1][kind] != nullptr;
+    const bool rates_too = steps[1][kind] != nullptr;
     const bool inside = c.grad == c.student && p.random.chance(0.5);
     Table grad(c.grad, c.a, c.b, c.width, this->layout());
     Guarded loss(n_ * size(), true), redo(n_, true);
@@ -133,10 +145,10 @@ class Trial final : public Trip<T> {
     while (int64_t(cuts.size()) <= ranks) cuts.push_back(p.random.between(0, c.vocab));
     std::sort(cuts.begin(), cuts.end());
     grad.seal(c.width, p.keep(), true);
-    // some rows, then the others in the same memory
+    // some rows, then the other rows in the same memory
     for (const auto& [begin, end] : {std::pair{int64_t{0}, half}, std::pair{half, n_}}) {
       const int64_t rows = end - begin;
-      const int64_t of_sums = rates_too ? sizeof(fastkd::RowSums) : sizeof(fastkd::WeighedSums);
+      const int64_t of_sums = rates_too ? sizeof(fastkd::RowSums) : sizeof(fastkd::ExpectationSums);
       const Guarded sums(ranks * rows * of_sums, true);
       const Guarded rates(ranks * rows * int64_t{sizeof(fastkd::Rates)}, true);
       std::vector<std::unique_ptr<Guarded>> memories;
@@ -144,14 +156,8 @@ class Trial final : public Trip<T> {
       std::vector<fastkd::Args> own;
       for (int64_t rank = 0; rank < ranks; ++rank) {
         const int64_t start = cuts[size_t(rank)], stop = cuts[size_t(rank) + 1];
-        fastkd::Args a = p.args();
-        a.grad = grad.operand();
-        if (inside) a.student = a.grad;
-        for (fastkd::Operand* x : {&a.student, &a.teacher, &a.grad})
-          x->data += start * fastkd::size_of(x->dtype);
-        a.vocab = stop - start;
+        fastkd::Args a = columns_of(start, stop, grad, inside);
         a.width = (rank + 1 == ranks ? c.width : stop) - start;
-        a.stream = p.random.chance(0.5);
         a.first = begin;
         a.rows = rows;
         a.ranks = ranks;
@@ -160,7 +166,7 @@ class Trial final : public Trip<T> {
         for (int64_t r = 0; a.label != nullptr && r < n_; ++r)
           label.push_back(a.label[r] >= start && a.label[r] < stop ? a.label[r] - start : -1);
         if (a.label != nullptr) a.label = label.data();
-        memories.emplace_back(new Guarded(rows * isa_.kernels()->slot(a.vocab, true), true));
+        memories.emplace_back(new Guarded(rows * isa_.kernels()->step_bytes(a.vocab, true), true));
         a.memory = memories.back()->data();
         a.sums = sums.data();
         a.rates = rates_too ? rates.data() : nullptr;
@@ -168,18 +174,18 @@ class Trial final : public Trip<T> {
         a.redo = reinterpret_cast<uint8_t*>(redo.data());
         own.push_back(a);
       }
-      for (int stage = 0; stage < 3; ++stage) {
-        if (stage == 1 && !rates_too) continue;
-        const Guarded& into = stage == 0 ? sums : rates;
-        const int64_t bytes = stage == 0 ? of_sums : int64_t{sizeof(fastkd::Rates)};
+      for (int step = 0; step < 3; ++step) {
+        if (step == 1 && !rates_too) continue;
+        const Guarded& into = step == 0 ? sums : rates;
+        const int64_t bytes = step == 0 ? of_sums : int64_t{sizeof(fastkd::Rates)};
         for (int64_t rank = ranks - 1; rank >= 0; --rank) {
           fastkd::Args& a = own[size_t(rank)];
           a.sent = into.data() + rank * rows * bytes;
-          const fastkd::Team team = c.threads ? Backwards::team(2) : fastkd::Team{};
-          call(stages[stage][kind], a, begin, end, c.flush, team);
+          const fastkd::ThreadPool pool = c.threads ? Backwards::pool(2) : fastkd::ThreadPool{};
+          call(steps[step][kind], a, begin, end, c.flush, pool);
         }
-        if (stage == 0) sums.read_only();
-        if (stage == 1) rates.read_only();
+        if (step == 0) sums.read_only();
+        if (step == 1) rates.read_only();
       }
       for (const auto& memory : memories)
         report_.expect(memory->intact(), "bytes beside the memory were written");
@@ -187,7 +193,7 @@ class Trial final : public Trip<T> {
     grad.unseal();
     report_.expect(redo.intact(), "bytes beside the marks were written");
     this->finish(grad, loss);
-    for (int64_t r = 0; r < n_; ++r) {  // what is left to the split passes is as they found it
+    for (int64_t r = 0; r < n_; ++r) {  // a row marked `redo` must be untouched
       if (redo.template as<uint8_t>()[r] == 0) continue;
       if (inside)
         report_.expect(std::memcmp(grad.row(r), p.student.row(r),
@@ -203,38 +209,38 @@ class Trial final : public Trip<T> {
   Problem<T>& p;
 };
 
-// Against a stored teacher.
+// A top-k teacher.
 template <class T>
-class StoredTrial final : public Trip<T> {
+class TopKTrial final : public RowPass<T> {
  public:
-  using Base = Trip<T>;
-  using Base::c, Base::isa_, Base::n_, Base::p, Base::report_;
+  using Base = RowPass<T>;
   using Base::Base;
+  using Base::c, Base::isa_, Base::n_, Base::p, Base::report_;
 
  private:
-  fastkd::TeamRows kernel(bool gradient) const override {
+  fastkd::ThreadedPass kernel(bool gradient) const override {
     constexpr bool wide = sizeof(T) == 8;
     const bool native = (c.student == DType::f64) == wide && (!gradient || c.grad == c.student);
     return isa_.kernels()->topk[int(native ? c.student : wide ? DType::f64 : DType::f32)];
   }
-  void others(const Table&, const Guarded&) override {}
-  // There is no second way, and no wrong number is given for a right one.
-  void scratchless(const Table& grad, const Guarded& loss) override {
+  void check_more(const Table&, const Guarded&) override {}
+  // There is no slow form here: every kept row must be NaN.
+  void check_without_scratch(const Table& grad, const Guarded& loss) override {
     for (int64_t r = 0; r < n_; ++r) {
       const T got = loss.template as<T>()[r];
       report_.expect(p.kept(r) ? got != got : got == T(0), "loss of row " + std::to_string(r));
       for (int64_t j = 0; j < c.width; ++j) {
         const double g = decode(grad.bits(r, j), c.grad);
         if (!(p.kept(r) && j < c.vocab ? g != g : g == 0.0))
-          report_.expect(false, in_words("gradient", r, j, g, 0, 0));
+          report_.expect(false, describe("gradient", r, j, g, 0, 0));
       }
     }
   }
 };
 
-// Whether one case holds on every instruction set that this processor runs.
+// Checks one case on every instruction set that this processor runs.
 template <class P, class Each>
-void attempt_as(const Case& c, Report& report) {
+void check_case_on(const Case& c, Report& report) {
   report.start(c, "no instruction set", "making the case");
   P problem(c);
   for (const fastkd::Isa& isa : fastkd::all_isas())
@@ -242,19 +248,19 @@ void attempt_as(const Case& c, Report& report) {
 }
 
 template <class T>
-void attempt_in(const Case& c, Report& report) {
-  if (c.given == Given::logits) {
-    attempt_as<Problem<T>, Trial<T>>(c, report);
+void check_case_in(const Case& c, Report& report) {
+  if (c.kind == TeacherKind::logits) {
+    check_case_on<Problem<T>, DenseTrial<T>>(c, report);
   } else {
-    attempt_as<Stored<T>, StoredTrial<T>>(c, report);
+    check_case_on<TopKProblem<T>, TopKTrial<T>>(c, report);
   }
 }
 
-inline void attempt(const Case& c, Report& report) {
+inline void check_case(const Case& c, Report& report) {
   if (c.wide()) {
-    attempt_in<double>(c, report);
+    check_case_in<double>(c, report);
   } else {
-    attempt_in<float>(c, report);
+    check_case_in<float>(c, report);
   }
 }
 

@@ -117,7 +117,7 @@ def skew_kl(logp, logq, p, q, gap, alpha):
     delta, less, m = _mixture(logp, logq, alpha)
     apart = tl.where(delta > 0, 1.0 - less, less - 1.0)
     slope = ((1.0 - alpha) * (1.0 - alpha)) * (q * (apart * reciprocal(m)))
-    # a sweep for the gradient alone leaves the logarithm out
+    # a loop for the gradient alone leaves the logarithm out
     log_m_p = (_most(delta, 0.0) + log2(m)) * LN2
     return -(p * log_m_p), slope
 

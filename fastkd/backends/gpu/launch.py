@@ -36,9 +36,9 @@ MOST_POINTS = 128  # named columns at a time
 LAST = 2**31 - 1  # above every column
 # Rows of fewer tiles keep their columns in the same lanes wherever they start, and so their bits:
 # most of their time is not in a loop that wider loads would shorten
-SHIFTED_TILES = 2
+UNALIGNED_TILES = 2
 # A contracted product rounds where its twin on the other side does not, and identical logits must
-# cancel exactly. The formulas stand it too (`sweeps.pair`); this keeps every target on one result.
+# cancel exactly. The formulas stand it too (`pair`); this keeps every target on one result.
 PINNED = {"enable_fp_fusion": False}
 
 if interpreted():
@@ -50,20 +50,20 @@ _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 _EXPECTATION = {name: divergences[name].expectation or "none" for name in divergences}
 
 
-class Card(NamedTuple):
+class GpuInfo(NamedTuple):
     arch: str  # as in `tune.TABLE`
     warp: int  # threads of a warp
 
 
 @cache
-def card(device: torch.device) -> Card:
+def gpu_info(device: torch.device) -> GpuInfo:
     """What a device is, asked for once."""
     if on_host(device):  # through the interpreter
-        return Card("default", 32)
+        return GpuInfo("default", 32)
     with torch.get_device_module(device).device(device):
         target = triton.runtime.driver.active.get_current_target()
     arch = f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
-    return Card(arch.partition(":")[0], int(target.warp_size))
+    return GpuInfo(arch.partition(":")[0], int(target.warp_size))
 
 
 def launch(
@@ -80,7 +80,7 @@ def launch(
     try:
         on_cpu = on_host(device)
         with nullcontext() if on_cpu else torch.get_device_module(device).device(device):
-            warps = max(1, threads // card(device).warp)
+            warps = max(1, threads // gpu_info(device).warp)
             kernel[(programs,)](**args, num_warps=warps, **PINNED)
     except Exception as error:
         constants = {k: v for k, v in args.items() if k.isupper()}
@@ -138,7 +138,7 @@ def _tile(
     """The tile of rows, and what of it a launch's arguments take."""
     there = [x for x in operands if x is not None]
     itemsize = max(x.element_size() for x in there)
-    size = tile(vocab, itemsize, card(there[0].device).arch, cluster)
+    size = tile(vocab, itemsize, gpu_info(there[0].device).arch, cluster)
     lanes = {"LANES": size.lanes, "GROUP": size.group}
     return size, lanes if size.ctas == 1 else {**lanes, "num_ctas": size.ctas}
 
@@ -152,34 +152,38 @@ def _steps(x: Tensor, group: int) -> tuple[int, int, int]:
     return b, outer % group, inner % group
 
 
-def _shift(vocab: int, size: Tile, *operands: Tensor) -> int | None:
-    """`_skew` of rows that are wide enough for it to pay."""
-    wide = vocab >= SHIFTED_TILES * size.lanes * size.group
-    return _skew(size.group, *operands) if wide else None
+def _wide_align_offset(vocab: int, size: Tile, *operands: Tensor) -> int | None:
+    """`_align_offset` of rows that are wide enough for it to pay."""
+    wide = vocab >= UNALIGNED_TILES * size.lanes * size.group
+    return _align_offset(size.group, *operands) if wide else None
 
 
-def _skew(group: int, *operands: Tensor) -> int | None:
-    """Columns from a 16-byte boundary to the first row, for `sweeps.row_at`.
+def _align_offset(group: int, *operands: Tensor) -> int | None:
+    """Columns from a 16-byte boundary to the first row, for `tiles.row_at`.
 
     None where all rows start on one, or where operands differ in how theirs do: a program reads
     its row of all operands in the same groups of columns. Where a row starts then decides which
     columns share a lane, and its sums may round otherwise than those of an aligned copy.
     """
     first, size = operands[0], operands[0].element_size()
-    skew, steps = first.data_ptr() % BYTES_PER_LOAD // size, _steps(first, group)
-    if skew == 0 and steps[1:] == (0, 0):
+    align_offset, steps = first.data_ptr() % BYTES_PER_LOAD // size, _steps(first, group)
+    if align_offset == 0 and steps[1:] == (0, 0):
         return None
     for x in operands:
         alike = x.element_size() == size and _steps(x, group) == steps
         # before its storage begins there is no tensor to name
-        if not alike or x.data_ptr() % BYTES_PER_LOAD != skew * size or x.storage_offset() < skew:
+        if (
+            not alike
+            or x.data_ptr() % BYTES_PER_LOAD != align_offset * size
+            or x.storage_offset() < align_offset
+        ):
             return None
-    return skew
+    return align_offset
 
 
-def _back(x: Tensor, skew: int | None) -> Tensor:
+def _aligned(x: Tensor, align_offset: int | None) -> Tensor:
     """The memory of x from the boundary below it, which makes an aligned pointer of it."""
-    return x if not skew else x.as_strided((1,), (1,), x.storage_offset() - skew)
+    return x if not align_offset else x.as_strided((1,), (1,), x.storage_offset() - align_offset)
 
 
 def _scales(spec: LossSpec) -> dict[str, float]:
@@ -194,8 +198,8 @@ def _weights(spec: LossSpec, factor: float) -> dict[str, float]:
     return {
         "soft": spec.soft,
         "hard": spec.hard,
-        "sure": 1.0 - spec.smoothing,
-        "spread": spec.smoothing / spec.classes,
+        "one_minus_eps": 1.0 - spec.smoothing,
+        "eps_over_v": spec.smoothing / spec.classes,
         "factor": factor,
     }
 
@@ -205,47 +209,49 @@ def _registers(most: int | None) -> dict[str, int]:
     return {} if most is None else {"maxnreg": most}
 
 
-def _in_teams(args: dict[str, Any], n: int, parts: int, threads: int, most: int | None) -> bool:
-    """`fused` by teams of programs; False where the device has refused."""
+def _fused_cooperative(
+    args: dict[str, Any], n: int, splits: int, threads: int, most: int | None
+) -> bool:
+    """`fused` by cooperative programs; False where the device has refused."""
     loss = args["loss"]
-    counts = 1, n * parts * split_rows.LEFT.value, n * parts * cooperative.SUMS.value
+    counts = 1, n * splits * split_rows.PARTIALS.value, n * splits * cooperative.SUMS.value
     unknown = torch.full(
-        (sum(counts),), cooperative.MISSING.value, dtype=torch.int32, device=loss.device
+        (sum(counts),), cooperative.UNWRITTEN.value, dtype=torch.int32, device=loss.device
     )
     ticket, partial, sums = unknown.split(counts)
     args = {
         **args,
         **dict(ticket=ticket, partial=partial.view(loss.dtype), sums=sums.view(loss.dtype)),
         **dict(
-            parts=parts,
-            PARTS=cooperative.MOST,
-            SPAN=max(threads, split_rows.LEFT.value * cooperative.MOST),
+            splits=splits,
+            SPLITS=cooperative.MOST,
+            SPAN=max(threads, split_rows.PARTIALS.value * cooperative.MOST),
         ),
         **_registers(most),
     }
     try:
-        launch(cooperative.team_kernel, n * parts, args, threads, loss.device)
+        launch(cooperative.cooperative_kernel, n * splits, args, threads, loss.device)
     except RuntimeError as error:
         cooperative.refuse(loss.device, error)
         return False
     return True
 
 
-def _in_parts(args: dict[str, Any], n: int, parts: int, threads: int) -> None:
+def _fused_split(args: dict[str, Any], n: int, splits: int, threads: int) -> None:
     """`fused` with several programs to a row."""
     loss, grad, by_pairs = args["loss"], args["grad"], args["EXPECTATION"] == "none"
     args = {
         **args,
-        **dict(parts=parts, PARTS=split_rows.MOST),
-        "partial": loss.new_empty(n, split_rows.LEFT.value, parts),
-        "sums": loss.new_empty(n, 2, parts) if by_pairs else None,
+        **dict(splits=splits, SPLITS=split_rows.MOST),
+        "partial": loss.new_empty(n, split_rows.PARTIALS.value, splits),
+        "sums": loss.new_empty(n, 2, splits) if by_pairs else None,
         "constants": None if grad is None else loss.new_empty(n, 6),
     }
     steps = [
-        (split_rows.part_kernel, n * parts, True),
-        (split_rows.pairs_kernel, n * parts, by_pairs),
-        (split_rows.finish_kernel, n, True),
-        (split_rows.grad_part_kernel, n * parts, grad is not None),
+        (split_rows.split_sums_kernel, n * splits, True),
+        (split_rows.split_pairs_kernel, n * splits, by_pairs),
+        (split_rows.split_finish_kernel, n, True),
+        (split_rows.split_grad_kernel, n * splits, grad is not None),
     ]
     for kernel, programs, needed in steps:
         if needed:
@@ -266,10 +272,18 @@ class GPU(Backend):
             return loss
         rows = rows if spec.hard != 0.0 else rows._replace(label=None)
         size, lanes = _tile(spec.vocab, student, teacher, grad)
-        skew = _shift(spec.vocab, size, student, teacher, student if grad is None else grad)
+        align_offset = _wide_align_offset(
+            spec.vocab, size, student, teacher, student if grad is None else grad
+        )
         args = {
-            **dict(student=_back(student, skew), teacher=_back(teacher, skew)),
-            **dict(grad=None if grad is None else _back(grad, skew), skew=skew, loss=loss),
+            **dict(
+                student=_aligned(student, align_offset), teacher=_aligned(teacher, align_offset)
+            ),
+            **dict(
+                grad=None if grad is None else _aligned(grad, align_offset),
+                align_offset=align_offset,
+                loss=loss,
+            ),
             **_options(rows),
             **_width(spec, grad),
             "classes": spec.classes,
@@ -280,28 +294,30 @@ class GPU(Backend):
             **_weights(spec, rows.factor),
             "DIVERGENCE": _divergence(spec),
             "EXPECTATION": _EXPECTATION[spec.divergence],
-            "UNIT": rows.label is not None and spec.temperature != 1.0,
+            "HARD_T1": rows.label is not None and spec.temperature != 1.0,
             "SMOOTH": rows.label is not None and spec.smoothing != 0.0,
             "ACC": _ACC[acc],
             **lanes,
         }
         row_bytes = spec.vocab * (student.element_size() + teacher.element_size())
         columns = size.lanes * size.group
-        # a cluster is another way to the same end; the pattern of MISSING is that of a float32
-        none, arch = size.ctas > 1 or acc == torch.float64, card(student.device).arch
-        light = skew is None and (rows.label is None or args["EXPECTATION"] != "none")
+        # a cluster is another way to the same end; the pattern of UNWRITTEN is that of a float32
+        none, arch = size.ctas > 1 or acc == torch.float64, gpu_info(student.device).arch
+        light = align_offset is None and (rows.label is None or args["EXPECTATION"] != "none")
         most = registers(arch, size.threads, light)
         holds = None if none else cooperative.capacity(student.device, arch)
         resident = OF_PROCESSOR // ((most or 64) * size.threads)
-        parts = cooperative.parts(n, spec.vocab, row_bytes, columns, resident, holds)
-        if parts > 1 and _in_teams(args, n, parts, size.threads, most):
+        splits = cooperative.programs_per_row(n, spec.vocab, row_bytes, columns, resident, holds)
+        if splits > 1 and _fused_cooperative(args, n, splits, size.threads, most):
             return loss
-        parts = split_rows.parts(n, spec.vocab, columns, split_rows.processors(student.device))
-        if parts > 1:
-            _in_parts(args, n, parts, size.threads)
+        splits = split_rows.programs_per_row(
+            n, spec.vocab, columns, split_rows.processors(student.device)
+        )
+        if splits > 1:
+            _fused_split(args, n, splits, size.threads)
         else:
             # of aligned rows ptxas takes no more than lets three or four programs be resident
-            args |= {} if skew is None else _registers(most)
+            args |= {} if align_offset is None else _registers(most)
             launch(kernels.fused_kernel, n, args, size.threads, student.device)
         return loss
 
@@ -320,8 +336,8 @@ class GPU(Backend):
         past = torch.where(indices < 0, LAST, indices).sort(-1).values
         args = {
             **dict(student=student, grad=grad, logprobs=logprobs, indices=indices),
-            **dict(order=torch.nn.functional.pad(past, (0, 1), value=LAST)),
-            "named": None if grad is None else torch.empty_like(logprobs),
+            **dict(sorted_indices=torch.nn.functional.pad(past, (0, 1), value=LAST)),
+            "support_grad": None if grad is None else torch.empty_like(logprobs),
             **dict(tail=tail, loss=loss),
             **_options(rows),
             **dict(vocab=spec.vocab, classes=spec.classes, count=count),
@@ -333,7 +349,7 @@ class GPU(Backend):
             "centre": divergences[spec.divergence].centre(spec.param),
             "DIVERGENCE": _divergence(spec),
             "RESTRICT": restrict,
-            "UNIT": rows.label is not None and spec.temperature != 1.0,
+            "HARD_T1": rows.label is not None and spec.temperature != 1.0,
             "SMOOTH": rows.label is not None and spec.smoothing != 0.0,
             "POINTS": min(MOST_POINTS, triton.next_power_of_2(count)),
             "ACC": _ACC[acc],
@@ -349,9 +365,15 @@ class GPU(Backend):
         if n == 0:
             return out
         size, lanes = _tile(vocab, x)
-        skew = _shift(vocab, size, x)
+        align_offset = _wide_align_offset(vocab, size, x)
         args = {
-            **dict(x=_back(x, skew), stats=out, keep=_vector(keep), vocab=vocab, skew=skew),
+            **dict(
+                x=_aligned(x, align_offset),
+                stats=out,
+                keep=_vector(keep),
+                vocab=vocab,
+                align_offset=align_offset,
+            ),
             **dict(per=x.size(1), outer=x.stride(0), inner=x.stride(1)),
             "exponent": LOG2E / temperature,
             "ACC": _ACC[acc],
@@ -369,9 +391,13 @@ class GPU(Backend):
         if n == 0:
             return out
         size, lanes = _tile(spec.vocab, student, teacher)
-        skew = _shift(spec.vocab, size, student, teacher)
+        align_offset = _wide_align_offset(spec.vocab, size, student, teacher)
         args = {
-            **dict(student=_back(student, skew), teacher=_back(teacher, skew), skew=skew),
+            **dict(
+                student=_aligned(student, align_offset),
+                teacher=_aligned(teacher, align_offset),
+                align_offset=align_offset,
+            ),
             **_stats(stats),
             **dict(loss=out, keep=_vector(rows.keep), vocab=spec.vocab),
             **_place("s", student),
@@ -400,10 +426,12 @@ class GPU(Backend):
         if spec.hard == 0.0:
             rows, stats = rows._replace(label=None), stats._replace(hard=None)
         size, lanes = _tile(spec.vocab, student, teacher, grad)
-        skew = _shift(spec.vocab, size, student, teacher, grad)
+        align_offset = _wide_align_offset(spec.vocab, size, student, teacher, grad)
         args = {
-            **dict(student=_back(student, skew), teacher=_back(teacher, skew)),
-            **dict(grad=_back(grad, skew), skew=skew),
+            **dict(
+                student=_aligned(student, align_offset), teacher=_aligned(teacher, align_offset)
+            ),
+            **dict(grad=_aligned(grad, align_offset), align_offset=align_offset),
             **_stats(stats),
             **dict(stats_hard=_vector(stats.hard), slope=slope.contiguous()),
             **_options(rows),
@@ -414,7 +442,7 @@ class GPU(Backend):
             **_scales(spec),
             **_weights(spec, rows.factor),
             "DIVERGENCE": _divergence(spec),
-            "UNIT": rows.label is not None and spec.temperature != 1.0,
+            "HARD_T1": rows.label is not None and spec.temperature != 1.0,
             "ACC": _ACC[acc_dtype(student, teacher)],
             **lanes,
         }

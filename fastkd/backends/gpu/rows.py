@@ -1,38 +1,34 @@
-"""The row kernels: one program per row, whatever the divergence (an argument, `divergence.py`).
+"""The row kernels: one program per row. The divergence is an argument (see `divergence.py`).
 
-Nothing here waits for the device. Few rows would leave part of it idle: `split.py`.
+Nothing here waits for another program. Few rows leave part of a device idle: see `split_rows.py`.
 """
 
 import triton
 import triton.language as tl
 
 from fastkd.backends.gpu.device_fns import (
-    columns,
-    first_sweep,
-    gradient_sweep,
-    norms,
-    pair_sweep,
+    grad_loop,
+    pair_loop,
     quotient,
-    row_at,
-    row_span,
-    scalar,
-    stats_sweep,
-    store,
+    safe_sums,
+    stats_loop,
+    sum_loop,
 )
+from fastkd.backends.gpu.tiles import columns, row_at, row_span, scalar, store
 
-# how many rows a dimension holds changes from batch to batch, and is not worth a compilation
+# The number of rows in a dimension changes from batch to batch: not worth a compilation.
 _PER = ["per_s", "per_t", "per_g"]
-_FUSED = ["skew", *_PER]
+_FUSED = ["align_offset", *_PER]
 
 
 @triton.jit
 def zero_columns(
-    grad, start, stop, LANES: tl.constexpr, GROUP: tl.constexpr, SHIFTED: tl.constexpr = False
+    grad, start, stop, LANES: tl.constexpr, GROUP: tl.constexpr, UNALIGNED: tl.constexpr = False
 ):
-    """Columns from start to stop of a row; tiles stay aligned, hence the mask at both ends."""
+    """Writes 0 to columns [start, stop). Tiles stay aligned, hence the mask at both ends."""
     zero = tl.zeros([LANES, GROUP], grad.dtype.element_ty)
     for at in range(start // (LANES * GROUP) * (LANES * GROUP), stop, LANES * GROUP):
-        if SHIFTED:
+        if UNALIGNED:
             store(grad, zero, at, start, stop, True, True, LANES, GROUP)
         else:
             column = columns(at, LANES, GROUP)
@@ -41,133 +37,162 @@ def zero_columns(
 
 @triton.jit
 def expectation(d_s, d_t, cross, inverse, EXPECTATION: tl.constexpr):
-    """The divergence of a row that is an expectation, from the sums of its first sweep.
+    """The value of a divergence that is an expectation, from the sums of `sum_loop`.
 
-    Infinite or NaN: an impossible column under a lane's early maximum may yet underflow under the
-    row's, and only the pair, with the row's maximum in hand, knows.
+    It may be wrongly infinite or NaN: an impossible column can have weight under a lane's early
+    maximum, and none under the row's. Only `pair_loop`, which knows the row's maximum, can tell.
     """
-    weigher = d_t if EXPECTATION == "teacher" else d_s
+    weight_sum = d_t if EXPECTATION == "teacher" else d_s
     other = d_s if EXPECTATION == "teacher" else d_t
-    # one logarithm of the ratio: 0 exactly where both sides are the same
-    return cross / weigher * inverse + tl.log(quotient(other, weigher))
+    # one logarithm of the ratio, so that equal sides give exactly 0
+    return cross / weight_sum * inverse + tl.log(quotient(other, weight_sum))
 
 
 @triton.jit
-def expected(
+def expectation_or_pairs(
     student, teacher, start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
-    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, SHIFTED: tl.constexpr,
+    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, UNALIGNED: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """`expectation`, and the pairs' own sum where that is not finite."""
+    """`expectation`, or the sum of the pairs where that is not finite."""
     value = expectation(d_s, d_t, cross, inverse, EXPECTATION)
     if value * 0.0 != 0.0:
-        value, _ = pair_sweep(
+        value, _ = pair_loop(
             student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, param,
-            DIVERGENCE, "evict_last", SHIFTED, ACC, LANES, GROUP,
+            DIVERGENCE, "evict_last", UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
     return value
 
 
 @triton.jit
-def entropy(
-    m_s, unit, drift, at_label, here, vocab, classes, sure, spread,
+def cross_entropy(
+    m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps, eps_over_v,
     SMOOTH: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """log-sum-exp - sure * s[label] - spread * sum(s) of a row of the student at T = 1."""
-    # all relative to the maximum; what is left of the maximum itself is 0 where the row holds the
-    # label and the whole vocabulary
-    rest = tl.where(here, spread * scalar(classes - vocab, ACC), 1.0 - spread * vocab)
-    value = tl.log(unit) + tl.where(here, sure * (m_s - at_label), 0.0)
+    """log-sum-exp - (1 - eps) * s[label] - eps / V * sum(s) of a student's row at T = 1."""
+    # All terms are relative to the maximum. The factor of the maximum itself is 0 where the row
+    # holds its label and the whole vocabulary.
+    rest = tl.where(here, eps_over_v * scalar(classes - vocab, ACC), 1.0 - eps_over_v * vocab)
+    value = tl.log(sum_t1) + tl.where(here, one_minus_eps * (m_s - at_label), 0.0)
     value += tl.where(rest == 0, 0.0, rest * m_s)
     if SMOOTH:
-        value -= spread * drift
+        value -= eps_over_v * sum_shifted
     return value
+
+
+@triton.jit
+def row_value(
+    student, teacher, start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
+    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, UNALIGNED: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The divergence of a row and its sum of centred slopes, from the sums of `sum_loop`."""
+    if EXPECTATION == "none":
+        value, slopes = pair_loop(
+            student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, param,
+            DIVERGENCE, "evict_last", UNALIGNED, ACC, LANES, GROUP,
+        )  # fmt: skip
+    else:
+        value = expectation_or_pairs(
+            student, teacher, start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
+            DIVERGENCE, EXPECTATION, UNALIGNED, ACC, LANES, GROUP,
+        )  # fmt: skip
+        # under the student's expectation the centred slopes are the values; under the teacher's
+        # their sum is known to be 0, and nobody uses this
+        slopes = value
+    return value, slopes
+
+
+@triton.jit
+def label_column(label, row, start, vocab):
+    """The column of a row's label, or -1 where the row has no such column; and whether it has."""
+    index = tl.load(label + row)
+    here = (index >= 0) & (index < vocab)
+    return tl.where(here, index + start, -1).to(tl.int32), here
+
+
+@triton.jit
+def grad_factor(factor, scale, row, ACC: tl.constexpr):
+    """The factor of a row's gradient: factor * scale[row]."""
+    by = scalar(factor, ACC)
+    if scale is not None:
+        by = by * tl.load(scale + row)
+    return by
 
 
 @triton.jit(do_not_specialize=_FUSED)
 def fused_kernel(
-    # pointers: [rows, columns] x3, then one element per row each; None where there is none
+    # pointers: [rows, columns] x3, then one element per row each; None for what is not given
     student, teacher, grad, loss, keep, label, scale,
-    # shapes and strides: row r starts at (r // per) * outer + (r % per) * inner, and `skew` columns
-    # later where rows do not start on 16 bytes (None: they do, or not all in the same way)
-    vocab, classes, width, skew,
-    per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
-    # the spec: log2(e) / T, 1 / T, parameter, weights, 1 - smoothing, smoothing / classes
+    # shape
+    vocab, classes, width,
+    # rows: row r starts at (r // per) * outer + (r % per) * inner; where rows do not start on 16
+    # bytes, align_offset columns later (None: they do, or differ in how they start)
+    align_offset, per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
+    # the loss spec: log2(e) / T, 1 / T, parameter, weights, 1 - eps, eps / V (label smoothing)
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
-    hard: tl.float64, sure: tl.float64, spread: tl.float64, factor: tl.float64,
+    hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, factor: tl.float64,
     # constants
-    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, UNIT: tl.constexpr, SMOOTH: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr,
+    SMOOTH: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """loss = soft sum_v l(log p, log q) + hard CE; grad = its gradient scale factor. One row."""
-    SHIFTED: tl.constexpr = skew is not None
+    UNALIGNED: tl.constexpr = align_offset is not None
     row = tl.program_id(0)
-    start, stop = row_span(row, per_s, outer_s, inner_s, skew, vocab, GROUP)
+    start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
     if grad is not None:
-        grad = row_at(grad, row, per_g, outer_g, inner_g, skew, GROUP)
+        grad = row_at(grad, row, per_g, outer_g, inner_g, align_offset, GROUP)
     if keep is not None:
         if tl.load(keep + row) == 0:
             tl.store(loss + row, scalar(0.0, ACC))
             if grad is not None:
-                zero_columns(grad, start, start + width, LANES, GROUP, SHIFTED)
+                zero_columns(grad, start, start + width, LANES, GROUP, UNALIGNED)
             return
-    student = row_at(student, row, per_s, outer_s, inner_s, skew, GROUP)
-    teacher = row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP)
+    student = row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP)
+    teacher = row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP)
     exponent, inverse = scalar(exponent, ACC), scalar(inverse, ACC)
     param, soft, hard = scalar(param, ACC), scalar(soft, ACC), scalar(hard, ACC)
-    sure, spread = scalar(sure, ACC), scalar(spread, ACC)
+    one_minus_eps, eps_over_v = scalar(one_minus_eps, ACC), scalar(eps_over_v, ACC)
 
     column = -1
     if label is not None:
-        # read before the sweep, whose reductions order it before any store of an in-place gradient
-        wanted = tl.load(label + row)
-        here = (wanted >= 0) & (wanted < vocab)
-        column = tl.where(here, wanted + start, -1).to(tl.int32)
+        # before the first loop: its reductions come before any store of an in-place gradient
+        column, here = label_column(label, row, start, vocab)
         at_label = tl.load(student + column, mask=here, other=0.0).to(ACC)
-    m_s, raw_s, m_t, raw_t, cross, unit, drift = first_sweep(
+    m_s, raw_s, m_t, raw_t, cross, sum_t1, sum_shifted = sum_loop(
         student, teacher, start, stop, exponent,
-        EXPECTATION, UNIT, SMOOTH, SHIFTED, ACC, LANES, GROUP,
+        EXPECTATION, HARD_T1, SMOOTH, UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip
-    d_s, d_t = norms(raw_s, raw_t)
-    if EXPECTATION == "none":
-        value, slopes = pair_sweep(
-            student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, param,
-            DIVERGENCE, "evict_last", SHIFTED, ACC, LANES, GROUP,
-        )  # fmt: skip
-    else:
-        value = expected(
-            student, teacher, start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
-            DIVERGENCE, EXPECTATION, SHIFTED, ACC, LANES, GROUP,
-        )  # fmt: skip
-        # the centred slopes of the weigher's expectation: under q they are the value itself
-        slopes = value
+    d_s, d_t = safe_sums(raw_s, raw_t)
+    value, slopes = row_value(
+        student, teacher, start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
+        DIVERGENCE, EXPECTATION, UNALIGNED, ACC, LANES, GROUP,
+    )  # fmt: skip
     value = soft * value
-
     if label is not None:
-        if not UNIT:
-            unit = raw_s
-        value += hard * entropy(
-            m_s, unit, drift, at_label, here, vocab, classes, sure, spread, SMOOTH, ACC
-        )
+        if not HARD_T1:
+            sum_t1 = raw_s
+        value += hard * cross_entropy(
+            m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps, eps_over_v,
+            SMOOTH, ACC,
+        )  # fmt: skip
     tl.store(loss + row, value)
 
     if grad is not None:
-        by = scalar(factor, ACC)
-        if scale is not None:
-            by = by * tl.load(scale + row)
-        gradient_sweep(
-            grad, student, teacher, start, stop, m_s, d_s, m_t, d_t, slopes, unit,
-            column, exponent, param, soft * inverse * by, hard * by, sure + spread, spread,
-            DIVERGENCE, EXPECTATION == "teacher", label is not None, UNIT,
-            EXPECTATION != "none", SHIFTED, ACC, LANES, GROUP,
+        by = grad_factor(factor, scale, row, ACC)
+        grad_loop(
+            grad, student, teacher, start, stop, m_s, d_s, m_t, d_t, slopes, sum_t1, column,
+            exponent, param, soft * inverse * by, hard * by, one_minus_eps + eps_over_v, eps_over_v,
+            DIVERGENCE, EXPECTATION == "teacher", label is not None, HARD_T1,
+            EXPECTATION != "none", UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
-        zero_columns(grad, stop, start + width, LANES, GROUP, SHIFTED)
+        zero_columns(grad, stop, start + width, LANES, GROUP, UNALIGNED)
 
 
-@triton.jit(do_not_specialize=["skew", "per"])
+@triton.jit(do_not_specialize=["align_offset", "per"])
 def stats_kernel(
     x, stats, keep,
-    vocab, skew, per, outer, inner,
+    vocab, align_offset, per, outer, inner,
     exponent: tl.float64,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -178,19 +203,19 @@ def stats_kernel(
         if tl.load(keep + row) == 0:
             tl.store(stats + tl.arange(0, 4), tl.zeros([4], ACC), mask=tl.arange(0, 4) < 3)
             return
-    start, stop = row_span(row, per, outer, inner, skew, vocab, GROUP)
-    highest, total, drift = stats_sweep(
-        row_at(x, row, per, outer, inner, skew, GROUP), start, stop, scalar(exponent, ACC),
-        skew is not None, ACC, LANES, GROUP,
+    start, stop = row_span(row, per, outer, inner, align_offset, vocab, GROUP)
+    highest, total, sum_shifted = stats_loop(
+        row_at(x, row, per, outer, inner, align_offset, GROUP), start, stop, scalar(exponent, ACC),
+        align_offset is not None, ACC, LANES, GROUP,
     )  # fmt: skip
     tl.store(stats, tl.where(total == 0, -float("inf"), highest))
     tl.store(stats + 1, total)
-    tl.store(stats + 2, drift)
+    tl.store(stats + 2, sum_shifted)
 
 
 @triton.jit
-def side(stats, row, ACC: tl.constexpr):
-    """(max, sum) of a row's stats; a finite stand-in for the maximum of nothing."""
+def load_stats(stats, row, ACC: tl.constexpr):
+    """(max, sum) of a row's stats, with 0 for the maximum of a row that is all -inf."""
     stats = stats + row.to(tl.int64) * 3
     top = tl.load(stats).to(ACC)
     return tl.where(top == -float("inf"), 0.0, top), tl.load(stats + 1).to(ACC)
@@ -199,7 +224,7 @@ def side(stats, row, ACC: tl.constexpr):
 @triton.jit(do_not_specialize=_FUSED)
 def loss_kernel(
     student, teacher, stats_s, stats_t, loss, keep,
-    vocab, skew,
+    vocab, align_offset,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64,
     DIVERGENCE: tl.constexpr,
@@ -212,16 +237,16 @@ def loss_kernel(
         if tl.load(keep + row) == 0:
             tl.store(loss + tl.arange(0, 2), tl.zeros([2], ACC))
             return
-    m_s, d_s = side(stats_s, row, ACC)
-    m_t, d_t = side(stats_t, row, ACC)
-    d_s, d_t = norms(d_s, d_t)
-    start, stop = row_span(row, per_s, outer_s, inner_s, skew, vocab, GROUP)
-    value, slopes = pair_sweep(
-        row_at(student, row, per_s, outer_s, inner_s, skew, GROUP),
-        row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP),
+    m_s, d_s = load_stats(stats_s, row, ACC)
+    m_t, d_t = load_stats(stats_t, row, ACC)
+    d_s, d_t = safe_sums(d_s, d_t)
+    start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
+    value, slopes = pair_loop(
+        row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP),
+        row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP),
         start, stop, m_s, d_s, m_t, d_t,
         scalar(exponent, ACC), scalar(param, ACC),
-        DIVERGENCE, "evict_first", skew is not None, ACC, LANES, GROUP,
+        DIVERGENCE, "evict_first", align_offset is not None, ACC, LANES, GROUP,
     )  # fmt: skip
     tl.store(loss, value)
     tl.store(loss + 1, slopes)
@@ -230,52 +255,48 @@ def loss_kernel(
 @triton.jit(do_not_specialize=_FUSED)
 def grad_kernel(
     student, teacher, grad, stats_s, stats_t, stats_hard, slope, keep, label, scale,
-    vocab, width, skew,
+    vocab, width, align_offset,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
-    hard: tl.float64, sure: tl.float64, spread: tl.float64, factor: tl.float64,
-    DIVERGENCE: tl.constexpr, UNIT: tl.constexpr,
+    hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, factor: tl.float64,
+    DIVERGENCE: tl.constexpr, HARD_T1: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """grad = scale factor (soft (slope_v - q_v sum slope) / T + hard (q - target)). One row."""
-    SHIFTED: tl.constexpr = skew is not None
+    UNALIGNED: tl.constexpr = align_offset is not None
     row = tl.program_id(0)
-    start, stop = row_span(row, per_s, outer_s, inner_s, skew, vocab, GROUP)
-    grad = row_at(grad, row, per_g, outer_g, inner_g, skew, GROUP)
+    start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
+    grad = row_at(grad, row, per_g, outer_g, inner_g, align_offset, GROUP)
     if keep is not None:
         if tl.load(keep + row) == 0:
-            zero_columns(grad, start, start + width, LANES, GROUP, SHIFTED)
+            zero_columns(grad, start, start + width, LANES, GROUP, UNALIGNED)
             return
-    m_s, d_s = side(stats_s, row, ACC)
-    m_t, d_t = side(stats_t, row, ACC)
-    unit = d_s
-    d_s, d_t = norms(d_s, d_t)
-    by = scalar(factor, ACC)
-    if scale is not None:
-        by = by * tl.load(scale + row)
+    m_s, d_s = load_stats(stats_s, row, ACC)
+    m_t, d_t = load_stats(stats_t, row, ACC)
+    sum_t1 = d_s
+    d_s, d_t = safe_sums(d_s, d_t)
+    by = grad_factor(factor, scale, row, ACC)
     column = -1
     if label is not None:
-        _, unit = side(stats_hard, row, ACC)
-        wanted = tl.load(label + row)
-        here = (wanted >= 0) & (wanted < vocab)
-        column = tl.where(here, wanted + start, -1).to(tl.int32)
-    inverse, spread = scalar(inverse, ACC), scalar(spread, ACC)
-    gradient_sweep(
+        _, sum_t1 = load_stats(stats_hard, row, ACC)
+        column, _ = label_column(label, row, start, vocab)
+    inverse, eps_over_v = scalar(inverse, ACC), scalar(eps_over_v, ACC)
+    grad_loop(
         grad,
-        row_at(student, row, per_s, outer_s, inner_s, skew, GROUP),
-        row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP),
-        start, stop, m_s, d_s, m_t, d_t, tl.load(slope + row).to(ACC), unit,
+        row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP),
+        row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP),
+        start, stop, m_s, d_s, m_t, d_t, tl.load(slope + row).to(ACC), sum_t1,
         column, scalar(exponent, ACC), scalar(param, ACC),
         scalar(soft, ACC) * inverse * by, scalar(hard, ACC) * by,
-        scalar(sure, ACC) + spread, spread,
-        DIVERGENCE, False, label is not None, UNIT, False, SHIFTED, ACC, LANES, GROUP,
+        scalar(one_minus_eps, ACC) + eps_over_v, eps_over_v,
+        DIVERGENCE, False, label is not None, HARD_T1, False, UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip
-    zero_columns(grad, stop, start + width, LANES, GROUP, SHIFTED)
+    zero_columns(grad, stop, start + width, LANES, GROUP, UNALIGNED)
 
 
 @triton.jit
 def total_kernel(loss, scale, out, n, factor: tl.float64, BLOCK: tl.constexpr):
-    """out = factor sum_r scale_r loss_r in float64 and one fixed order. One program in all."""
+    """out = factor * sum_r scale_r loss_r, in float64 and in one fixed order. A single program."""
     sums = tl.zeros([BLOCK], tl.float64)
     for start in range(0, n, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -307,7 +328,7 @@ def multiply_kernel(
     width, per, outer, inner,
     LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """grad *= by. One row, left at once where by is 1: the usual case, and grad is not touched."""
+    """grad *= by. One row. by is usually 1, and grad is then not touched."""
     factor = tl.load(by)
     if factor == 1.0:
         return

@@ -1,13 +1,14 @@
-"""Few rows: several programs to a row, each with its part of the columns.
+"""Few rows: several programs share a row, and each takes one split of its columns.
 
-One program to a row leaves multiprocessors idle where the rows are fewer than about two to each.
-Here a row's programs write what they found in their part, and the next launch merges the parts in
-their order: no atomics, and the same bits from run to run. Launches of a loss and its gradient:
+With one program per row, multiprocessors are idle where there are fewer than about two rows for
+each. Here a row's programs write the partial sums of their splits, and the next launch merges them
+in order: no atomics, and the same bits from run to run. Launches of a loss and its gradient:
 
-    part    sums of a part's first sweep                       a program per part
-    pairs   a part's value and slopes, both norms known        a program per part; js, skew, tv
-    finish  the row's loss, and the constants of its gradient  a program per row
-    grad    a part's gradient                                  a program per part
+    split_sums    partial sums of a split                           a program per split
+    split_pairs   value and slopes of a split; only without an      a program per split
+                  expectation
+    split_finish  the row's loss, and constants for its gradient    a program per row
+    split_grad    the gradient of a split                           a program per split
 """
 
 from __future__ import annotations
@@ -22,25 +23,29 @@ from fastkd.backends.base import on_host
 from fastkd.backends.gpu.device_fns import (
     LOWEST32,
     LOWEST64,
-    first_sweep,
-    gradient_sweep,
+    grad_loop,
     merge_sides,
-    norms,
-    pair_sweep,
-    row_at,
-    row_span,
-    scalar,
+    pair_loop,
+    safe_sums,
+    sum_loop,
 )
-from fastkd.backends.gpu.rows import entropy, expected, zero_columns
+from fastkd.backends.gpu.rows import (
+    cross_entropy,
+    expectation_or_pairs,
+    grad_factor,
+    label_column,
+    zero_columns,
+)
+from fastkd.backends.gpu.tiles import row_at, row_span, scalar
 
-# programs wanted for each multiprocessor, fewest tiles of a part, most parts of a row
+# programs wanted per multiprocessor, fewest tiles of a split, most splits of a row
 PROGRAMS, TILES, MOST = 2, 2, 64
-# numbers that a part leaves behind: those of `first_sweep`, and the logit at the label
-LEFT = tl.constexpr(8)
-# of tensors that no device holds: 0 splits nothing under the interpreter
+# numbers that a split writes: those of `sum_loop`, and the logit at the label
+PARTIALS = tl.constexpr(8)
+# processors of the host, under the interpreter: with 0 no row is split
 HOST_PROCESSORS = 0
 
-_PARTS = ["parts", "skew", "per_s", "per_t"]
+_UNSPECIALIZED = ["splits", "align_offset", "per_s", "per_t"]
 
 
 @cache
@@ -50,206 +55,217 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def processors(device: torch.device) -> int:
-    """How many programs a device can start at the same time on hardware of their own."""
-    # a device with memory has an index
+    """The number of multiprocessors of a device."""
+    # only a device with memory has an index
     nowhere = on_host(device) or device.index is None
     return HOST_PROCESSORS if nowhere else _multiprocessors(device)
 
 
-def parts(rows: int, vocab: int, tile_columns: int, processors: int) -> int:
-    """How many programs share a row: 1 where rows or columns do not ask for more.
+def programs_per_row(rows: int, vocab: int, tile_columns: int, processors: int) -> int:
+    """How many programs share a row; 1 where there are rows enough, or too few columns.
 
-    A function of shapes and the device alone: the same call gives the same bits.
+    It depends on shapes and the device alone, so that the same call gives the same bits.
     """
     wanted = -(-PROGRAMS * processors // max(rows, 1))
     return max(1, min(wanted, vocab // (TILES * tile_columns), MOST))
 
 
 @triton.jit
-def bounds(
-    part, parts, start, stop, SHIFTED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr
+def split_bounds(
+    split, splits, start, stop, UNALIGNED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr
 ):
-    """Columns of a part of a row's [start, stop): whole tiles, as evenly as they go."""
+    """Columns of a split of [start, stop): whole tiles, shared as evenly as possible."""
     tiles = tl.cdiv(stop, LANES * GROUP)
-    own_start = part * tiles // parts * (LANES * GROUP)
-    own_stop = (part + 1) * tiles // parts * (LANES * GROUP)
-    if SHIFTED:
-        own_start = tl.maximum(own_start, start)
-    return own_start, tl.minimum(own_stop, stop)
+    begin = split * tiles // splits * (LANES * GROUP)
+    end = (split + 1) * tiles // splits * (LANES * GROUP)
+    if UNALIGNED:
+        begin = tl.maximum(begin, start)
+    return begin, tl.minimum(end, stop)
 
 
 @triton.jit
-def numbers(x, row, parts, COUNT: tl.constexpr):
-    """A row of x [rows, COUNT, parts]: COUNT numbers of each of its parts."""
-    return x + row.to(tl.int64) * COUNT * parts
+def partials_of(x, row, splits, COUNT: tl.constexpr):
+    """A row of x [rows, COUNT, splits]: COUNT numbers of each split."""
+    return x + row.to(tl.int64) * COUNT * splits
 
 
 @triton.jit
-def gathered(x, parts, n, other, PARTS: tl.constexpr):
-    """Number n of all parts of the row whose numbers are at x.
+def load_partials(x, splits, n, other, SPLITS: tl.constexpr):
+    """Number n of all splits of the row at x.
 
-    volatile: a program of this very launch may have written it (`team.py`), and not into the cache
-    of this multiprocessor.
+    volatile: another program of the same launch may have written it (`cooperative.py`), and this
+    multiprocessor's cache would not know.
     """
-    part = tl.arange(0, PARTS)
-    return tl.load(x + n * parts + part, mask=part < parts, other=other, volatile=True)
+    split = tl.arange(0, SPLITS)
+    return tl.load(x + n * splits + split, mask=split < splits, other=other, volatile=True)
 
 
 @triton.jit
-def left(m_s, d_s, m_t, d_t, cross, unit, drift, at_label):
-    """[LEFT]: what a part leaves behind, in the order that `merged` wants."""
-    n = tl.arange(0, LEFT)
+def pack_partials(m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, at_label):
+    """[PARTIALS]: the numbers of a split, in the order that `merge_partials` reads."""
+    n = tl.arange(0, PARTIALS)
     x = tl.where(n == 0, m_s, tl.where(n == 1, d_s, tl.where(n == 2, m_t, d_t)))
-    y = tl.where(n == 4, cross, tl.where(n == 5, unit, tl.where(n == 6, drift, at_label)))
+    y = tl.where(n == 4, cross, tl.where(n == 5, sum_t1, tl.where(n == 6, sum_shifted, at_label)))
     return tl.where(n < 4, x, y)
 
 
 @triton.jit
-def merged(
-    partial, parts, start, stop, exponent,
-    EXPECTATION: tl.constexpr, UNIT: tl.constexpr, DRIFT: tl.constexpr, SHIFTED: tl.constexpr,
-    PARTS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+def merge_partials(
+    partial, splits, start, stop, exponent,
+    EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr, SUM_SHIFTED: tl.constexpr,
+    UNALIGNED: tl.constexpr,
+    SPLITS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """What `first_sweep` would return for the whole row."""
+    """What `sum_loop` would return for the whole row."""
     lowest: tl.constexpr = LOWEST64 if ACC == tl.float64 else LOWEST32
-    m_s = gathered(partial, parts, 0, lowest, PARTS)
-    d_s = gathered(partial, parts, 1, 0.0, PARTS)
-    m_t = gathered(partial, parts, 2, lowest, PARTS)
-    d_t = gathered(partial, parts, 3, 0.0, PARTS)
-    cross = gathered(partial, parts, 4, 0.0, PARTS)
-    unit = gathered(partial, parts, 5, 0.0, PARTS)
-    top_s, sum_s, top_t, sum_t, all_cross, all_unit = merge_sides(
-        m_s, d_s, m_t, d_t, cross, unit, exponent, EXPECTATION, UNIT
+    m_s = load_partials(partial, splits, 0, lowest, SPLITS)
+    d_s = load_partials(partial, splits, 1, 0.0, SPLITS)
+    m_t = load_partials(partial, splits, 2, lowest, SPLITS)
+    d_t = load_partials(partial, splits, 3, 0.0, SPLITS)
+    cross = load_partials(partial, splits, 4, 0.0, SPLITS)
+    sum_t1 = load_partials(partial, splits, 5, 0.0, SPLITS)
+    top_s, sum_s, top_t, sum_t, all_cross, all_t1 = merge_sides(
+        m_s, d_s, m_t, d_t, cross, sum_t1, exponent, EXPECTATION, HARD_T1
     )
-    all_drift = scalar(0.0, ACC)
-    if DRIFT:
-        begin, end = bounds(tl.arange(0, PARTS), parts, start, stop, SHIFTED, LANES, GROUP)
-        drift = gathered(partial, parts, 6, 0.0, PARTS)
-        drift += tl.maximum(end - begin, 0).to(ACC) * (m_s - top_s)
-        all_drift = tl.sum(tl.where(tl.arange(0, PARTS) < parts, drift, 0.0), 0)
-    return top_s, sum_s, top_t, sum_t, all_cross, all_unit, all_drift
+    all_shifted = scalar(0.0, ACC)
+    if SUM_SHIFTED:
+        split = tl.arange(0, SPLITS)
+        begin, end = split_bounds(split, splits, start, stop, UNALIGNED, LANES, GROUP)
+        sum_shifted = load_partials(partial, splits, 6, 0.0, SPLITS)
+        sum_shifted += tl.maximum(end - begin, 0).to(ACC) * (m_s - top_s)
+        all_shifted = tl.sum(tl.where(split < splits, sum_shifted, 0.0), 0)
+    return top_s, sum_s, top_t, sum_t, all_cross, all_t1, all_shifted
 
 
 @triton.jit
-def label_logit(student, label, row, part, start, vocab, ACC: tl.constexpr):
-    """The logit at a row's label for part 0, 0 for the others, which the row's sum leaves alone."""
-    wanted = tl.load(label + row)
-    here = (wanted >= 0) & (wanted < vocab) & (part == 0)
-    column = tl.where(here, wanted + start, -1).to(tl.int32)
-    return tl.load(student + column, mask=here, other=0.0).to(ACC)
+def label_logit(student, label, row, split, start, vocab, ACC: tl.constexpr):
+    """The logit at a row's label for split 0, and 0 for the others: the splits are summed."""
+    column, here = label_column(label, row, start, vocab)
+    return tl.load(student + column, mask=here & (split == 0), other=0.0).to(ACC)
 
 
-@triton.jit(do_not_specialize=_PARTS)
-def part_kernel(
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def split_sums_kernel(
     student, teacher, partial, keep, label,
-    vocab, parts, skew,
+    vocab, splits, align_offset,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64,
-    EXPECTATION: tl.constexpr, UNIT: tl.constexpr, SMOOTH: tl.constexpr,
+    EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr, SMOOTH: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """partial[row, :, part] = sums of the first sweep, and part 0's logit at the label."""
-    SHIFTED: tl.constexpr = skew is not None
-    row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    start, stop = row_span(row, per_s, outer_s, inner_s, skew, vocab, GROUP)
-    begin, end = bounds(part, parts, start, stop, SHIFTED, LANES, GROUP)
+    """partial[row, :, split] = the sums of a split, and split 0's logit at the label."""
+    UNALIGNED: tl.constexpr = align_offset is not None
+    row, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
+    begin, end = split_bounds(split, splits, start, stop, UNALIGNED, LANES, GROUP)
     if keep is not None:
         if tl.load(keep + row) == 0:
             return
-    student = row_at(student, row, per_s, outer_s, inner_s, skew, GROUP)
-    teacher = row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP)
+    student = row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP)
+    teacher = row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP)
     at_label = scalar(0.0, ACC)
-    if label is not None:  # here, where no part of an in-place gradient is written yet
-        at_label = label_logit(student, label, row, part, start, vocab, ACC)
-    m_s, d_s, m_t, d_t, cross, unit, drift = first_sweep(
+    if label is not None:  # now, before any split of an in-place gradient is written
+        at_label = label_logit(student, label, row, split, start, vocab, ACC)
+    m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted = sum_loop(
         student, teacher, begin, end, scalar(exponent, ACC),
-        EXPECTATION, UNIT, SMOOTH, SHIFTED, ACC, LANES, GROUP,
+        EXPECTATION, HARD_T1, SMOOTH, UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip
-    found = left(m_s, d_s, m_t, d_t, cross, unit, drift, at_label)
-    tl.store(numbers(partial, row, parts, LEFT) + tl.arange(0, LEFT) * parts + part, found)
+    found = pack_partials(m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, at_label)
+    partial = partials_of(partial, row, splits, PARTIALS)
+    tl.store(partial + tl.arange(0, PARTIALS) * splits + split, found)
 
 
-@triton.jit(do_not_specialize=_PARTS)
-def pairs_kernel(
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def split_pairs_kernel(
     student, teacher, partial, sums, keep,
-    vocab, parts, skew,
+    vocab, splits, align_offset,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64,
-    DIVERGENCE: tl.constexpr, PARTS: tl.constexpr,
+    DIVERGENCE: tl.constexpr, SPLITS: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """sums[row, :, part] = (sum of the values, sum of the centred slopes) of a part."""
-    SHIFTED: tl.constexpr = skew is not None
-    row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    start, stop = row_span(row, per_s, outer_s, inner_s, skew, vocab, GROUP)
-    begin, end = bounds(part, parts, start, stop, SHIFTED, LANES, GROUP)
+    """sums[row, :, split] = (sum of the values, sum of the centred slopes) of a split."""
+    UNALIGNED: tl.constexpr = align_offset is not None
+    row, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
+    begin, end = split_bounds(split, splits, start, stop, UNALIGNED, LANES, GROUP)
     if keep is not None:
         if tl.load(keep + row) == 0:
             return
     exponent = scalar(exponent, ACC)
-    m_s, d_s, m_t, d_t, _, _, _ = merged(
-        numbers(partial, row, parts, LEFT), parts, start, stop, exponent,
-        "none", False, False, SHIFTED, PARTS, ACC, LANES, GROUP,
+    m_s, d_s, m_t, d_t, _, _, _ = merge_partials(
+        partials_of(partial, row, splits, PARTIALS), splits, start, stop, exponent,
+        "none", False, False, UNALIGNED, SPLITS, ACC, LANES, GROUP,
     )  # fmt: skip
-    d_s, d_t = norms(d_s, d_t)
-    value, slopes = pair_sweep(
-        row_at(student, row, per_s, outer_s, inner_s, skew, GROUP),
-        row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP),
+    d_s, d_t = safe_sums(d_s, d_t)
+    value, slopes = pair_loop(
+        row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP),
+        row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP),
         begin, end, m_s, d_s, m_t, d_t, exponent, scalar(param, ACC),
-        DIVERGENCE, "evict_last", SHIFTED, ACC, LANES, GROUP,
+        DIVERGENCE, "evict_last", UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip
-    sums = numbers(sums, row, parts, 2) + part
+    sums = partials_of(sums, row, splits, 2) + split
     tl.store(sums, value)
-    tl.store(sums + parts, slopes)
+    tl.store(sums + splits, slopes)
 
 
-@triton.jit(do_not_specialize=_PARTS)
-def finish_kernel(
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def split_finish_kernel(
     student, teacher, partial, sums, constants, loss, keep, label,
-    vocab, classes, parts, skew,
+    vocab, classes, splits, align_offset,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
-    hard: tl.float64, sure: tl.float64, spread: tl.float64,
-    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, UNIT: tl.constexpr, SMOOTH: tl.constexpr,
-    PARTS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64,
+    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    SPLITS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """loss as in `rows.fused_kernel`; constants = (max, sum) of both sides, slopes, unit."""
-    SHIFTED: tl.constexpr = skew is not None
+    """loss as in `rows.fused_kernel`; constants: (max, sum) of both sides, slopes, sum at T = 1."""
+    UNALIGNED: tl.constexpr = align_offset is not None
     row = tl.program_id(0)
-    start, stop = row_span(row, per_s, outer_s, inner_s, skew, vocab, GROUP)
+    start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
     if keep is not None:
         if tl.load(keep + row) == 0:
             tl.store(loss + row, scalar(0.0, ACC))
             return
     exponent, inverse = scalar(exponent, ACC), scalar(inverse, ACC)
-    sure, spread = scalar(sure, ACC), scalar(spread, ACC)
-    partial = numbers(partial, row, parts, LEFT)
-    m_s, raw_s, m_t, raw_t, cross, unit, drift = merged(
-        partial, parts, start, stop, exponent,
-        EXPECTATION, UNIT, SMOOTH, SHIFTED, PARTS, ACC, LANES, GROUP,
+    one_minus_eps, eps_over_v = scalar(one_minus_eps, ACC), scalar(eps_over_v, ACC)
+    partial = partials_of(partial, row, splits, PARTIALS)
+    m_s, raw_s, m_t, raw_t, cross, sum_t1, sum_shifted = merge_partials(
+        partial, splits, start, stop, exponent,
+        EXPECTATION, HARD_T1, SMOOTH, UNALIGNED, SPLITS, ACC, LANES, GROUP,
     )  # fmt: skip
-    d_s, d_t = norms(raw_s, raw_t)
+    d_s, d_t = safe_sums(raw_s, raw_t)
     if EXPECTATION == "none":
-        sums = numbers(sums, row, parts, 2)
-        value = tl.sum(gathered(sums, parts, 0, 0.0, PARTS), 0)
-        slopes = tl.sum(gathered(sums, parts, 1, 0.0, PARTS), 0)
+        sums = partials_of(sums, row, splits, 2)
+        value = tl.sum(load_partials(sums, splits, 0, 0.0, SPLITS), 0)
+        slopes = tl.sum(load_partials(sums, splits, 1, 0.0, SPLITS), 0)
     else:
-        value = expected(
-            row_at(student, row, per_s, outer_s, inner_s, skew, GROUP),
-            row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP),
+        value = expectation_or_pairs(
+            row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP),
+            row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP),
             start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, scalar(param, ACC),
-            DIVERGENCE, EXPECTATION, SHIFTED, ACC, LANES, GROUP,
+            DIVERGENCE, EXPECTATION, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
         slopes = value
     value = scalar(soft, ACC) * value
-    if not UNIT:
-        unit = raw_s
+    if not HARD_T1:
+        sum_t1 = raw_s
     if label is not None:
-        wanted = tl.load(label + row)
-        here = (wanted >= 0) & (wanted < vocab)
-        at_label = tl.sum(gathered(partial, parts, 7, 0.0, PARTS), 0)
-        value += scalar(hard, ACC) * entropy(
-            m_s, unit, drift, at_label, here, vocab, classes, sure, spread, SMOOTH, ACC
+        _, here = label_column(label, row, start, vocab)
+        at_label = tl.sum(load_partials(partial, splits, 7, 0.0, SPLITS), 0)
+        value += scalar(hard, ACC) * cross_entropy(
+            m_s,
+            sum_t1,
+            sum_shifted,
+            at_label,
+            here,
+            vocab,
+            classes,
+            one_minus_eps,
+            eps_over_v,
+            SMOOTH,
+            ACC,
         )
     tl.store(loss + row, value)
     if constants is not None:
@@ -259,50 +275,46 @@ def finish_kernel(
         tl.store(constants + 2, m_t)
         tl.store(constants + 3, d_t)
         tl.store(constants + 4, slopes)
-        tl.store(constants + 5, unit)
+        tl.store(constants + 5, sum_t1)
 
 
-@triton.jit(do_not_specialize=[*_PARTS, "per_g"])
-def grad_part_kernel(
+@triton.jit(do_not_specialize=[*_UNSPECIALIZED, "per_g"])
+def split_grad_kernel(
     student, teacher, grad, constants, keep, label, scale,
-    vocab, width, parts, skew,
+    vocab, width, splits, align_offset,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
-    hard: tl.float64, sure: tl.float64, spread: tl.float64, factor: tl.float64,
-    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, UNIT: tl.constexpr,
+    hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, factor: tl.float64,
+    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of `rows.fused_kernel` in the columns of a part; the last one's reach width."""
-    SHIFTED: tl.constexpr = skew is not None
-    row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    start, stop = row_span(row, per_s, outer_s, inner_s, skew, vocab, GROUP)
-    begin, end = bounds(part, parts, start, stop, SHIFTED, LANES, GROUP)
-    grad = row_at(grad, row, per_g, outer_g, inner_g, skew, GROUP)
-    last = tl.where(part == parts - 1, start + width, end)
+    """The gradient of `rows.fused_kernel` in one split; the last split reaches to `width`."""
+    UNALIGNED: tl.constexpr = align_offset is not None
+    row, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
+    begin, end = split_bounds(split, splits, start, stop, UNALIGNED, LANES, GROUP)
+    grad = row_at(grad, row, per_g, outer_g, inner_g, align_offset, GROUP)
+    last = tl.where(split == splits - 1, start + width, end)
     if keep is not None:
         if tl.load(keep + row) == 0:
-            zero_columns(grad, begin, last, LANES, GROUP, SHIFTED)
+            zero_columns(grad, begin, last, LANES, GROUP, UNALIGNED)
             return
     column = -1
     if label is not None:
-        wanted = tl.load(label + row)
-        here = (wanted >= 0) & (wanted < vocab)
-        column = tl.where(here, wanted + start, -1).to(tl.int32)
-    by = scalar(factor, ACC)
-    if scale is not None:
-        by = by * tl.load(scale + row)
-    inverse, spread = scalar(inverse, ACC), scalar(spread, ACC)
+        column, _ = label_column(label, row, start, vocab)
+    by = grad_factor(factor, scale, row, ACC)
+    inverse, eps_over_v = scalar(inverse, ACC), scalar(eps_over_v, ACC)
     constants = constants + row * 6
-    gradient_sweep(
+    grad_loop(
         grad,
-        row_at(student, row, per_s, outer_s, inner_s, skew, GROUP),
-        row_at(teacher, row, per_t, outer_t, inner_t, skew, GROUP),
+        row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP),
+        row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP),
         begin, end, tl.load(constants), tl.load(constants + 1), tl.load(constants + 2),
         tl.load(constants + 3), tl.load(constants + 4), tl.load(constants + 5),
         column, scalar(exponent, ACC), scalar(param, ACC),
         scalar(soft, ACC) * inverse * by, scalar(hard, ACC) * by,
-        scalar(sure, ACC) + spread, spread,
-        DIVERGENCE, EXPECTATION == "teacher", label is not None, UNIT,
-        EXPECTATION != "none", SHIFTED, ACC, LANES, GROUP,
+        scalar(one_minus_eps, ACC) + eps_over_v, eps_over_v,
+        DIVERGENCE, EXPECTATION == "teacher", label is not None, HARD_T1,
+        EXPECTATION != "none", UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip
-    zero_columns(grad, end, last, LANES, GROUP, SHIFTED)
+    zero_columns(grad, end, last, LANES, GROUP, UNALIGNED)

@@ -1,99 +1,106 @@
-"""The row kernel of stored teachers: K columns of a row and, with a tail, one outcome more.
+"""The row kernel of top-k teachers: K columns of a row (its support) and, with a tail, one more.
 
-The sweep sums the columns that are not named, by themselves: their indices come sorted, so that a
-tile is compared with the few that lie in it. The points follow, POINTS of them at a time, then the
-gradient: every column by its exponential and one factor of the row, the named ones last.
+The tail is one outcome for all columns off the support. The rest loop sums these columns. The
+indices come sorted, so that a tile is compared only with those that lie in it. The pairs of the
+support follow, POINTS of them at a time. Then comes the gradient: off the support it is a column's
+exponential times one factor of the row; the support is written last.
 """
 
 import triton
 import triton.language as tl
 
-from fastkd.backends.gpu.device_fns import LOG2E, columns, empty, fold, load, merge, row_at, scalar
-from fastkd.backends.gpu.rows import zero_columns
+from fastkd.backends.gpu.device_fns import LOG2E, initial_sums, merge_lanes, online_update
+from fastkd.backends.gpu.rows import grad_factor, label_column, zero_columns
+from fastkd.backends.gpu.tiles import columns, load, row_at, scalar
+
+NOTHING = tl.constexpr(-float("inf"))  # the logarithm of 0
 
 
 @triton.jit
 def rest_tile(
-    x, start, vocab, top, total, unit, drift, base, order, place, coming, exponent,
-    UNIT: tl.constexpr, DRIFT: tl.constexpr,
+    x, start, vocab, top, total, sum_t1, sum_shifted, base, sorted_indices, position, next_index,
+    exponent,
+    HARD_T1: tl.constexpr, SUM_SHIFTED: tl.constexpr,
     MASKED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A tile without its named columns; place: how many have been met, coming: the next one."""
+    """Adds a tile without its support. position: columns of the support so far, in index order."""
     tile = load(x, start, vocab, MASKED, "evict_last", ACC, LANES, GROUP)
     at = columns(start, LANES, GROUP)
     rest = tile
-    while coming < start + LANES * GROUP:
-        rest = tl.where(at == coming, -float("inf"), rest)
-        place += 1
-        coming = tl.load(order + place)
-    new, total, rest, _, _ = fold(rest, top, total, exponent)
-    if UNIT:
-        unit = unit * tl.exp2((top - new) * LOG2E) + tl.sum(tl.exp2(rest * LOG2E), 1)
-    if DRIFT:
+    while next_index < start + LANES * GROUP:
+        rest = tl.where(at == next_index, -float("inf"), rest)
+        position += 1
+        next_index = tl.load(sorted_indices + position)
+    new, total, rest, _, _ = online_update(rest, top, total, exponent)
+    if HARD_T1:
+        sum_t1 = sum_t1 * tl.exp2((top - new) * LOG2E) + tl.sum(tl.exp2(rest * LOG2E), 1)
+    if SUM_SHIFTED:
         tile = tile - base
         if MASKED:
             tile = tl.where(at < vocab, tile, 0.0)
-        drift += tl.sum(tile, 1)
-    return new, total, unit, drift, place, coming
+        sum_shifted += tl.sum(tile, 1)
+    return new, total, sum_t1, sum_shifted, position, next_index
 
 
 @triton.jit
-def rest_sweep(
-    x, vocab, base, order, exponent,
-    UNIT: tl.constexpr, DRIFT: tl.constexpr,
+def rest_loop(
+    x, vocab, base, sorted_indices, exponent,
+    HARD_T1: tl.constexpr, SUM_SHIFTED: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """(max, sum, sum at T = 1) of the columns not named, and the sum of x - base over all."""
-    top, total = empty(ACC, LANES)
-    unit, drift = total, total
-    place = 0
-    coming = tl.load(order)
+    """(max, sum, sum at T = 1) of the columns off the support, and the sum of x - base over all."""
+    top, total = initial_sums(ACC, LANES)
+    sum_t1, sum_shifted = total, total
+    position = 0
+    next_index = tl.load(sorted_indices)
     full = vocab // (LANES * GROUP) * (LANES * GROUP)
     for start in range(0, full, LANES * GROUP):
-        top, total, unit, drift, place, coming = rest_tile(
-            x, start, vocab, top, total, unit, drift, base, order, place, coming, exponent,
-            UNIT, DRIFT, False, ACC, LANES, GROUP,
+        top, total, sum_t1, sum_shifted, position, next_index = rest_tile(
+            x, start, vocab, top, total, sum_t1, sum_shifted, base, sorted_indices, position,
+            next_index, exponent,
+            HARD_T1, SUM_SHIFTED, False, ACC, LANES, GROUP,
         )  # fmt: skip
     if full < vocab:
-        top, total, unit, drift, place, coming = rest_tile(
-            x, full, vocab, top, total, unit, drift, base, order, place, coming, exponent,
-            UNIT, DRIFT, True, ACC, LANES, GROUP,
+        top, total, sum_t1, sum_shifted, position, next_index = rest_tile(
+            x, full, vocab, top, total, sum_t1, sum_shifted, base, sorted_indices, position,
+            next_index, exponent,
+            HARD_T1, SUM_SHIFTED, True, ACC, LANES, GROUP,
         )  # fmt: skip
-    highest, total, _ = merge(top, total, exponent)
-    if UNIT:
-        unit = unit * tl.exp2((top - highest) * LOG2E)
-    return highest, total, tl.sum(unit, 0), tl.sum(drift, 0)
+    highest, total, _ = merge_lanes(top, total, exponent)
+    if HARD_T1:
+        sum_t1 = sum_t1 * tl.exp2((top - highest) * LOG2E)
+    return highest, total, tl.sum(sum_t1, 0), tl.sum(sum_shifted, 0)
 
 
 @triton.jit
-def named_logits(x, indices, start, count, ACC: tl.constexpr, POINTS: tl.constexpr):
-    """(place, index, which are columns, their logits) of POINTS of the named columns."""
-    place = start + tl.arange(0, POINTS)
-    index = tl.load(indices + place, mask=place < count, other=-1)
+def support_logits(x, indices, start, count, ACC: tl.constexpr, POINTS: tl.constexpr):
+    """(position, index, whether it is a column, logit) of POINTS columns of the support."""
+    position = start + tl.arange(0, POINTS)
+    index = tl.load(indices + position, mask=position < count, other=-1)
     there = index >= 0
     logit = tl.load(x + index, mask=there, other=-float("inf")).to(ACC)
-    return place, index, there, logit
+    return position, index, there, logit
 
 
 @triton.jit
 def points(
     logit, top, log_total, exponent, logp, param, centre,
-    DIVERGENCE: tl.constexpr, ALONE: tl.constexpr,
+    DIVERGENCE: tl.constexpr, NO_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Value and slope at named columns, and q; without a tail the slope itself, not centred."""
+    """Value, slope and q at columns of the support; without a tail the slope is not centred."""
     logp = logp * LOG2E
     logq = tl.fma(logit - top, exponent, -log_total)
     p, q = tl.exp2(logp), tl.exp2(logq)
     value, slope = DIVERGENCE(logp, logq, p, q, q - p, param)
-    if ALONE:
+    if NO_TAIL:
         slope = slope + centre * q
     return value, slope, q
 
 
 @triton.jit
-def factor_tile(
-    grad, x, start, vocab, top, top_unit, by, exponent, column, hard, target, spread,
-    HARD: tl.constexpr, UNIT: tl.constexpr, RESTRICT: tl.constexpr,
+def topk_grad_tile(
+    grad, x, start, vocab, top, top_t1, by, exponent, column, hard, target, other,
+    HARD: tl.constexpr, HARD_T1: tl.constexpr, RESTRICT: tl.constexpr,
     MASKED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tile = load(x, start, vocab, MASKED, "evict_first", ACC, LANES, GROUP)
@@ -102,7 +109,7 @@ def factor_tile(
         out = tl.exp2((tile - top) * exponent) * by
     at = columns(start, LANES, GROUP)
     if HARD:
-        out += hard * tl.exp2((tile - top_unit) * LOG2E) - tl.where(at == column, target, spread)
+        out += hard * tl.exp2((tile - top_t1) * LOG2E) - tl.where(at == column, target, other)
     out = out.to(grad.dtype.element_ty)
     if MASKED:
         tl.store(grad + at, out, mask=at < vocab, eviction_policy="evict_first")
@@ -110,26 +117,213 @@ def factor_tile(
         tl.store(grad + at, out, eviction_policy="evict_first")
 
 
+@triton.jit
+def topk_grad_loop(
+    grad, x, vocab, top, top_t1, by, exponent, column, hard, target, other,
+    HARD: tl.constexpr, HARD_T1: tl.constexpr, RESTRICT: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradient off the support, from the last whole tile to the first."""
+    full = vocab // (LANES * GROUP) * (LANES * GROUP)
+    for step in range(0, full, LANES * GROUP):
+        topk_grad_tile(
+            grad, x, full - LANES * GROUP - step, vocab, top, top_t1, by,
+            exponent, column, hard, target, other,
+            HARD, HARD_T1, RESTRICT, False, ACC, LANES, GROUP,
+        )  # fmt: skip
+    if vocab % (LANES * GROUP) != 0:
+        topk_grad_tile(
+            grad, x, full, vocab, top, top_t1, by,
+            exponent, column, hard, target, other,
+            HARD, HARD_T1, RESTRICT, True, ACC, LANES, GROUP,
+        )  # fmt: skip
+
+
+@triton.jit
+def support_sums(
+    student, indices, count, m_rest, d_rest, exponent,
+    HARD: tl.constexpr, RESTRICT: tl.constexpr, ACC: tl.constexpr, POINTS: tl.constexpr,
+):  # fmt: skip
+    """(max of the softmax, max of the row, log2 of the softmax's sum, share, the support's sums).
+
+    The softmax is over the row, or over the support alone (RESTRICT). share: what a unit of d_rest,
+    the sum off the support, has of the softmax. The last result is the support's sum at T = 1.
+    """
+    tops, sums = tl.full([POINTS], NOTHING, ACC), tl.zeros([POINTS], ACC)
+    for start in range(0, count, POINTS):
+        _, _, _, logit = support_logits(student, indices, start, count, ACC, POINTS)
+        tops = tl.maximum(tops, logit)
+    m_support = tl.max(tops, 0)
+    m_row = tl.maximum(m_support, m_rest)
+    m_soft = m_support if RESTRICT else m_row
+    m_soft = tl.where(m_soft == NOTHING, 0.0, m_soft)
+    sums_t1 = sums
+    for start in range(0, count, POINTS):
+        _, _, _, logit = support_logits(student, indices, start, count, ACC, POINTS)
+        sums += tl.exp2((logit - m_soft) * exponent)
+        if HARD:
+            sums_t1 += tl.exp2((logit - m_row) * LOG2E)
+    total = tl.sum(sums, 0)
+    share = scalar(0.0, ACC)
+    if not RESTRICT:
+        share = tl.exp2((m_rest - m_soft) * exponent)
+        total += d_rest * share
+    return m_soft, m_row, tl.log2(total), share / total, tl.sum(sums_t1, 0)
+
+
+@triton.jit
+def support_values(
+    student, indices, logprobs, count, m_soft, log_total, exponent, param, centre,
+    DIVERGENCE: tl.constexpr, NO_TAIL: tl.constexpr, ACC: tl.constexpr, POINTS: tl.constexpr,
+):  # fmt: skip
+    """Sums of values and slopes over the support, and how many log-probabilities are NaN."""
+    values, slopes = tl.zeros([POINTS], ACC), tl.zeros([POINTS], ACC)
+    invalid = tl.zeros([POINTS], ACC)
+    for start in range(0, count, POINTS):
+        position, _, _, logit = support_logits(student, indices, start, count, ACC, POINTS)
+        logp = tl.load(logprobs + position, mask=position < count, other=NOTHING)
+        value, slope, _ = points(
+            logit, m_soft, log_total, exponent, logp, param, centre, DIVERGENCE, NO_TAIL
+        )
+        # an invalid index may stand in padding, and a weight of 0 must not hide it
+        invalid += tl.where(logp != logp, 1.0, 0.0)
+        dead = (position >= count) | ((logp == NOTHING) & (logit == NOTHING))
+        values += tl.where(dead, 0.0, value)
+        slopes += tl.where(dead, 0.0, slope)
+    return tl.sum(values, 0), tl.sum(slopes, 0), tl.sum(invalid, 0)
+
+
+@triton.jit
+def tail_pair(
+    tail_logp, d_rest, share, m_rest, m_soft, log_total, exponent, param, DIVERGENCE: tl.constexpr
+):
+    """Value and slope of the tail, one outcome for all columns off the support."""
+    tail_logq = (m_rest - m_soft) * exponent + (tl.log2(d_rest) - log_total)
+    tail_p, tail_q = tl.exp2(tail_logp), d_rest * share
+    value, slope = DIVERGENCE(tail_logp, tail_logq, tail_p, tail_q, tail_q - tail_p, param)
+    dead = (d_rest == 0) & (tail_logp == NOTHING)
+    return tl.where(dead, 0.0, value), tl.where(dead, 0.0, slope)
+
+
+@triton.jit
+def topk_value(
+    student, indices, logprobs, tail, row, count, m_rest, d_rest, m_soft, log_total, share,
+    exponent, param, centre, soft,
+    DIVERGENCE: tl.constexpr, NO_TAIL: tl.constexpr, ACC: tl.constexpr, POINTS: tl.constexpr,
+):  # fmt: skip
+    """(soft * divergence, sum of slopes, the tail's slope per unit of d_rest) of a row."""
+    value, slope_sum, invalid = support_values(
+        student, indices, logprobs, count, m_soft, log_total, exponent, param, centre,
+        DIVERGENCE, NO_TAIL, ACC, POINTS,
+    )  # fmt: skip
+    of_rest = scalar(0.0, ACC)
+    if tail is not None:
+        tail_logp = tl.load(tail + row).to(ACC) * LOG2E
+        invalid += tl.where(tail_logp != tail_logp, 1.0, 0.0)
+        tail_value, tail_slope = tail_pair(
+            tail_logp, d_rest, share, m_rest, m_soft, log_total, exponent, param, DIVERGENCE
+        )
+        value += tail_value
+        slope_sum += tail_slope
+        of_rest = tl.where(d_rest == 0, 0.0, tail_slope / d_rest)
+    value = tl.where((log_total == NOTHING) | (invalid > 0), float("nan"), soft * value)
+    return value, tl.where(invalid > 0, float("nan"), slope_sum), of_rest
+
+
+@triton.jit
+def support_gradient(
+    support_grad, student, indices, logprobs, count, m_soft, m_row, log_total, slope_sum,
+    exponent, param, centre, soft, hard, column, target, other,
+    DIVERGENCE: tl.constexpr, NO_TAIL: tl.constexpr, HARD: tl.constexpr,
+    ACC: tl.constexpr, POINTS: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradient on the support to support_grad, while the logits are still there."""
+    for start in range(0, count, POINTS):
+        position, index, there, logit = support_logits(student, indices, start, count, ACC, POINTS)
+        logp = tl.load(logprobs + position, mask=position < count, other=NOTHING)
+        _, slope, q = points(
+            logit, m_soft, log_total, exponent, logp, param, centre, DIVERGENCE, NO_TAIL
+        )
+        slope = tl.where((logp == NOTHING) & (logit == NOTHING), 0.0, slope)
+        out = soft * (slope - q * slope_sum)
+        if HARD:
+            out += hard * tl.exp2((logit - m_row) * LOG2E)
+            out -= tl.where(index == column, target, other)
+        tl.store(support_grad + position, out, mask=there)
+
+
+@triton.jit
+def topk_gradient(
+    grad, support_grad, student, indices, logprobs, vocab, count, m_rest, m_soft, m_row, log_total,
+    share, value, slope_sum, of_rest, sum_t1, exponent, param, centre, soft, hard, column, target,
+    eps_over_v,
+    DIVERGENCE: tl.constexpr, NO_TAIL: tl.constexpr, HARD: tl.constexpr, HARD_T1: tl.constexpr,
+    RESTRICT: tl.constexpr, POINTS: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The gradient: that of the support to support_grad, that of all other columns to grad."""
+    target, other = hard * target, hard * eps_over_v
+    hard = tl.where(sum_t1 == 0, float("nan"), hard / sum_t1)
+    support_gradient(
+        support_grad, student, indices, logprobs, count, m_soft, m_row, log_total, slope_sum,
+        exponent, param, centre, soft, hard, column, target, other,
+        DIVERGENCE, NO_TAIL, HARD, ACC, POINTS,
+    )  # fmt: skip
+    # q of a column is `share` times its exponential relative to m_rest
+    by_rest = soft * (of_rest - share * slope_sum)
+    by_rest = tl.where(value != value, float("nan"), by_rest)
+    topk_grad_loop(
+        grad, student, vocab, m_rest, m_row, by_rest, exponent, column, hard, target, other,
+        HARD, HARD_T1, RESTRICT, ACC, LANES, GROUP,
+    )  # fmt: skip
+
+
+@triton.jit
+def scatter_support(grad, support_grad, indices, count, POINTS: tl.constexpr):
+    """Copies support_grad to the columns of the support."""
+    for start in range(0, count, POINTS):
+        position = start + tl.arange(0, POINTS)
+        index = tl.load(indices + position, mask=position < count, other=-1)
+        out = tl.load(support_grad + position, mask=index >= 0, other=0.0)
+        tl.store(grad + index, out.to(grad.dtype.element_ty), mask=index >= 0)
+
+
+@triton.jit
+def topk_cross_entropy(
+    sum_t1, m_row, at_label, here, near, sum_shifted, vocab, classes, one_minus_eps, eps_over_v,
+    SMOOTH: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """As `rows.cross_entropy`, where sum_shifted is the sum of x - near."""
+    rest = tl.where(here, eps_over_v * scalar(classes - vocab, ACC), 1.0 - eps_over_v * vocab)
+    value = tl.log(sum_t1) + tl.where(here, one_minus_eps * (m_row - at_label), 0.0)
+    value += tl.where(rest == 0, 0.0, rest * m_row)
+    if SMOOTH:
+        value -= eps_over_v * (sum_shifted + vocab * (near - m_row))
+    return value
+
+
 @triton.jit(do_not_specialize=["per_s", "per_g", "count"])
 def topk_kernel(
-    # pointers: the student [rows, columns], [rows, count] x3 with order [rows, count + 1], then one
-    # element per row each; None where there is none
-    student, grad, logprobs, indices, order, named, tail, loss, keep, label, scale,
-    # shapes and strides
-    vocab, classes, width, count,
-    per_s, outer_s, inner_s, per_g, outer_g, inner_g,
-    # the spec
+    # pointers: the student [rows, columns]; of the teacher [rows, count] x3, but sorted_indices
+    # [rows, count + 1]; then one element per row each; None for what is not given
+    student, grad, logprobs, indices, sorted_indices, support_grad, tail, loss, keep, label, scale,
+    # shape and rows
+    vocab, classes, width, count, per_s, outer_s, inner_s, per_g, outer_g, inner_g,
+    # the loss spec, as in `rows.fused_kernel`
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
-    hard: tl.float64, sure: tl.float64, spread: tl.float64, factor: tl.float64, centre: tl.float64,
+    hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, factor: tl.float64,
+    centre: tl.float64,
     # constants
-    DIVERGENCE: tl.constexpr, RESTRICT: tl.constexpr, UNIT: tl.constexpr, SMOOTH: tl.constexpr,
+    DIVERGENCE: tl.constexpr, RESTRICT: tl.constexpr, HARD_T1: tl.constexpr, SMOOTH: tl.constexpr,
     POINTS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """loss = soft D + hard CE against K named columns; grad = its gradient scale factor. One row.
+    """loss = soft D + hard CE against K columns; grad = its gradient * scale * factor. One row.
 
-    order: the named columns by rising index, then a number above every column. named: [rows, K]
-    for the gradients at the named columns, which the sweep's stores would overwrite.
+    sorted_indices: the support in rising order, then a number above every column. support_grad:
+    memory for the gradient on the support, which the loop over all columns would overwrite.
     """
+    HARD: tl.constexpr = label is not None
+    NO_TAIL: tl.constexpr = tail is None and not RESTRICT
     row = tl.program_id(0)
     if grad is not None:
         grad = row_at(grad, row, per_g, outer_g, inner_g)
@@ -142,133 +336,47 @@ def topk_kernel(
     student = row_at(student, row, per_s, outer_s, inner_s)
     base = row.to(tl.int64) * count
     logprobs, indices = logprobs + base, indices + base
-    order = order + row.to(tl.int64) * (count + 1)
-    exponent = scalar(exponent, ACC)
-    param, soft, hard = scalar(param, ACC), scalar(soft, ACC), scalar(hard, ACC)
-    sure, spread, centre = scalar(sure, ACC), scalar(spread, ACC), scalar(centre, ACC)
-    nothing: tl.constexpr = -float("inf")
+    sorted_indices = sorted_indices + row.to(tl.int64) * (count + 1)
+    exponent, param, centre = scalar(exponent, ACC), scalar(param, ACC), scalar(centre, ACC)
+    soft, hard = scalar(soft, ACC), scalar(hard, ACC)
+    one_minus_eps, eps_over_v = scalar(one_minus_eps, ACC), scalar(eps_over_v, ACC)
 
     column, near = -1, scalar(0.0, ACC)
-    if label is not None:
-        wanted = tl.load(label + row)
-        here = (wanted >= 0) & (wanted < vocab)
-        column = tl.where(here, wanted, -1).to(tl.int32)
+    if HARD:
+        column, here = label_column(label, row, 0, vocab)
         at_label = tl.load(student + column, mask=here, other=0.0).to(ACC)
-        near = tl.where(at_label - at_label == 0, at_label, 0.0)  # what the scores lie around
-    m_rest, d_rest, u_rest, drift = rest_sweep(
-        student, vocab, near, order, exponent, UNIT, SMOOTH, ACC, LANES, GROUP
+        near = tl.where(at_label - at_label == 0, at_label, 0.0)  # a number near the scores
+    m_rest, d_rest, t1_rest, sum_shifted = rest_loop(
+        student, vocab, near, sorted_indices, exponent, HARD_T1, SMOOTH, ACC, LANES, GROUP
     )
-
-    # the maximum and the sums of the named columns, and with the rest of the row
-    tops, sums = tl.full([POINTS], nothing, ACC), tl.zeros([POINTS], ACC)
-    for start in range(0, count, POINTS):
-        _, _, _, logit = named_logits(student, indices, start, count, ACC, POINTS)
-        tops = tl.maximum(tops, logit)
-    m_named = tl.max(tops, 0)
-    m_row = tl.maximum(m_named, m_rest)
-    m_soft = m_named if RESTRICT else m_row
-    m_soft = tl.where(m_soft == nothing, 0.0, m_soft)
-    units = sums
-    for start in range(0, count, POINTS):
-        _, _, _, logit = named_logits(student, indices, start, count, ACC, POINTS)
-        sums += tl.exp2((logit - m_soft) * exponent)
-        if label is not None:
-            units += tl.exp2((logit - m_row) * LOG2E)
-    total = tl.sum(sums, 0)
-    share = scalar(0.0, ACC)  # of the row's sum, a unit of d_rest
-    if not RESTRICT:
-        share = tl.exp2((m_rest - m_soft) * exponent)
-        total += d_rest * share
-    log_total = tl.log2(total)
-    share = share / total
-
-    values, slopes = tl.zeros([POINTS], ACC), tl.zeros([POINTS], ACC)
-    wrong = tl.zeros([POINTS], ACC)
-    for start in range(0, count, POINTS):
-        place, _, there, logit = named_logits(student, indices, start, count, ACC, POINTS)
-        logp = tl.load(logprobs + place, mask=place < count, other=nothing)
-        value, slope, _ = points(
-            logit, m_soft, log_total, exponent, logp, param, centre,
-            DIVERGENCE, tail is None and not RESTRICT,
+    m_soft, m_row, log_total, share, t1_support = support_sums(
+        student, indices, count, m_rest, d_rest, exponent, HARD, RESTRICT, ACC, POINTS
+    )
+    value, slope_sum, of_rest = topk_value(
+        student, indices, logprobs, tail, row, count, m_rest, d_rest, m_soft, log_total, share,
+        exponent, param, centre, soft, DIVERGENCE, NO_TAIL, ACC, POINTS,
+    )  # fmt: skip
+    sum_t1 = scalar(1.0, ACC)
+    if HARD:
+        if not HARD_T1:
+            t1_rest = d_rest
+        sum_t1 = t1_support + t1_rest * tl.exp2((m_rest - m_row) * LOG2E)
+        value += hard * topk_cross_entropy(
+            sum_t1, m_row, at_label, here, near, sum_shifted, vocab, classes, one_minus_eps,
+            eps_over_v, SMOOTH, ACC,
         )  # fmt: skip
-        # of a bad index, in padding: a weight of 0 must not hide it
-        wrong += tl.where(logp != logp, 1.0, 0.0)
-        dead = (place >= count) | ((logp == nothing) & (logit == nothing))
-        values += tl.where(dead, 0.0, value)
-        slopes += tl.where(dead, 0.0, slope)
-    value, slope_sum = tl.sum(values, 0), tl.sum(slopes, 0)
-    of_rest = scalar(0.0, ACC)
-    spoilt = tl.sum(wrong, 0)
-    if tail is not None:
-        tail_p = tl.load(tail + row).to(ACC) * LOG2E
-        spoilt += tl.where(tail_p != tail_p, 1.0, 0.0)
-        tail_q = (m_rest - m_soft) * exponent + (tl.log2(d_rest) - log_total)
-        p_tail, q_tail = tl.exp2(tail_p), d_rest * share
-        at_tail, tail_slope = DIVERGENCE(tail_p, tail_q, p_tail, q_tail, q_tail - p_tail, param)
-        none = (d_rest == 0) & (tail_p == nothing)
-        value += tl.where(none, 0.0, at_tail)
-        tail_slope = tl.where(none, 0.0, tail_slope)
-        slope_sum += tail_slope
-        of_rest = tl.where(d_rest == 0, 0.0, tail_slope / d_rest)
-    value = tl.where((log_total == nothing) | (spoilt > 0), float("nan"), soft * value)
-    slope_sum = tl.where(spoilt > 0, float("nan"), slope_sum)
-
-    unit = scalar(1.0, ACC)
-    if label is not None:
-        if not UNIT:
-            u_rest = d_rest
-        unit = tl.sum(units, 0) + u_rest * tl.exp2((m_rest - m_row) * LOG2E)
-        rest = tl.where(here, spread * scalar(classes - vocab, ACC), 1.0 - spread * vocab)
-        entropy = tl.log(unit) + tl.where(here, sure * (m_row - at_label), 0.0)
-        entropy += tl.where(rest == 0, 0.0, rest * m_row)
-        if SMOOTH:
-            entropy -= spread * (drift + vocab * (near - m_row))
-        value += hard * entropy
     tl.store(loss + row, value)
 
     if grad is not None:
-        by = scalar(factor, ACC)
-        if scale is not None:
-            by = by * tl.load(scale + row)
-        soft = soft * scalar(inverse, ACC) * by
-        hard = hard * by
-        target, spread = hard * (sure + spread), hard * spread
-        hard = tl.where(unit == 0, float("nan"), hard / unit)
-        named = named + base
-        for start in range(0, count, POINTS):
-            place, index, there, logit = named_logits(student, indices, start, count, ACC, POINTS)
-            logp = tl.load(logprobs + place, mask=place < count, other=nothing)
-            _, slope, q = points(
-                logit, m_soft, log_total, exponent, logp, param, centre,
-                DIVERGENCE, tail is None and not RESTRICT,
-            )  # fmt: skip
-            slope = tl.where((logp == nothing) & (logit == nothing), 0.0, slope)
-            out = soft * (slope - q * slope_sum)
-            if label is not None:
-                out += hard * tl.exp2((logit - m_row) * LOG2E)
-                out -= tl.where(index == column, target, spread)
-            tl.store(named + place, out, mask=there)
-        # q of a column is share times its exponential under the rest's own maximum
-        by_rest = soft * (of_rest - share * slope_sum)
-        by_rest = tl.where(value != value, float("nan"), by_rest)
-        full = vocab // (LANES * GROUP) * (LANES * GROUP)
-        for step in range(0, full, LANES * GROUP):
-            factor_tile(
-                grad, student, full - LANES * GROUP - step, vocab, m_rest, m_row, by_rest,
-                exponent, column, hard, target, spread,
-                label is not None, UNIT, RESTRICT, False, ACC, LANES, GROUP,
-            )  # fmt: skip
-        if vocab % (LANES * GROUP) != 0:
-            factor_tile(
-                grad, student, full, vocab, m_rest, m_row, by_rest,
-                exponent, column, hard, target, spread,
-                label is not None, UNIT, RESTRICT, True, ACC, LANES, GROUP,
-            )  # fmt: skip
+        by = grad_factor(factor, scale, row, ACC)
+        topk_gradient(
+            grad, support_grad + base, student, indices, logprobs, vocab, count, m_rest, m_soft,
+            m_row, log_total, share, value, slope_sum, of_rest, sum_t1, exponent, param, centre,
+            soft * scalar(inverse, ACC) * by, hard * by, column,
+            one_minus_eps + eps_over_v, eps_over_v,
+            DIVERGENCE, NO_TAIL, HARD, HARD_T1, RESTRICT, POINTS, ACC, LANES, GROUP,
+        )  # fmt: skip
         zero_columns(grad, vocab, width, LANES, GROUP)
-        # other threads have written these columns, too
+        # other threads have written the columns of the support, too
         tl.debug_barrier()
-        for start in range(0, count, POINTS):
-            place = start + tl.arange(0, POINTS)
-            index = tl.load(indices + place, mask=place < count, other=-1)
-            out = tl.load(named + place, mask=index >= 0, other=0.0)
-            tl.store(grad + index, out.to(grad.dtype.element_ty), mask=index >= 0)
+        scatter_support(grad, support_grad + base, indices, count, POINTS)

@@ -1,14 +1,14 @@
-"""The one table of tiles: columns, threads and cluster, by width of the row, dtype and card.
+"""The one table of tiles: columns, threads and cluster, by width of the row, dtype and GPU.
 
-No card has measured it yet. It starts from published sweeps of kernels of this kind (4096 columns
-of bfloat16 on 8 warps for Hopper; 8192 on 8 warps for an A100) as far as they compile without
-spills (`python -m bench.aot`). The tile never grows with the vocabulary.
+It was not measured on a GPU yet. It starts from published tile sizes of similar kernels (4096
+columns of bfloat16 on 8 warps for Hopper; 8192 on 8 warps for an A100), as far as they compile
+without spills (`python -m bench.aot`). The tile never grows with the vocabulary.
 
-FASTKD_GPU_TILE="bytes:threads:ctas", read when this is imported, replaces the table for every row:
-for measurements only (`make gpu`), and the only way to a cluster today. A cluster of `ctas` blocks
-works on one row with a tile `ctas` times as wide, so that as many rows fewer are in flight and
-their first sweep is still in the L2 cache when the second comes. It is refused, by one block to a
-row, where it cannot work: see `clusters`.
+FASTKD_GPU_TILE="bytes:threads:ctas" is read when this module is imported, and replaces the table
+for every row. It is for measurements (`make gpu`), and today the only way to a cluster. A cluster
+of `ctas` blocks works on one row, with a tile `ctas` times as wide. So fewer rows are in flight,
+and the L2 cache still holds what the sum loop has read when the gradient loop comes. Where a
+cluster cannot work, one block takes the row instead: see `clusters`.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ TABLE: dict[str, dict[int, tuple[Entry, ...]]] = {
     "gfx942": {2: _WIDE, 4: _WIDE, 8: _WIDE},
 }
 
-# Registers of a thread, at most, of the kernels that read a row several times: as they come, and
-# where rows do not start on 16 bytes or labels come on top of a divergence's own sweep. ptxas
-# otherwise settles for some spills, or for half as many resident programs; what spills nothing is
-# found by compiling (`python -m bench.aot`). Other architectures than CUDA's have no such limit.
+# The most registers of a thread, for kernels that read a row several times: (usual rows; rows that
+# do not start on 16 bytes, or labels beside a divergence with a pair loop). Without a limit ptxas
+# accepts some spills, or half as many resident programs. `python -m bench.aot` shows which limits
+# spill nothing. Only CUDA has such a limit.
 REGISTERS = (80, 128)
 PAIRS, PAIRED_REGISTERS = 100, (128, 128)  # from sm_100 on, which computes in packed pairs
-OF_PROCESSOR = 65_536  # on every CUDA card since sm_70
+OF_PROCESSOR = 65_536  # registers of a multiprocessor: every CUDA GPU since sm_70
 
 # the first version whose reductions across the blocks of a cluster are said to be right
 CLUSTERS_SINCE = (3, 9)
-MOST_CTAS = 8  # of a cluster that every Hopper card accepts
+MOST_CTAS = 8  # blocks of a cluster that every Hopper GPU accepts
 
 
 def override(text: str) -> Entry | None:
@@ -90,7 +90,7 @@ OVERRIDE = override(os.environ.get(VARIABLE, ""))
 
 @cache
 def registers(arch: str, threads: int, light: bool) -> int | None:
-    """The most registers of a thread, by the card and a program's threads; None for no limit."""
+    """The most registers of a thread, by the GPU and a program's threads; None for no limit."""
     if not arch.startswith("sm_"):
         return None
     limits = PAIRED_REGISTERS if int(arch[3:]) >= PAIRS else REGISTERS

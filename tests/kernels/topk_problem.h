@@ -1,5 +1,5 @@
-// A stored teacher: some columns of each row with their log-probabilities, and what is made of the
-// rest, as the kernels get it (TopKRows in fastkd/backends/base.py, made by fastkd/topk.py).
+// The inputs of a case with a top-k teacher, as the kernels get them (TopKRows in
+// fastkd/backends/base.py): some columns of each row with their log-probabilities, and the tail.
 #pragma once
 
 #include <string>
@@ -11,14 +11,14 @@
 namespace check {
 
 template <class T>
-class Stored final : public Batch<T> {
+class TopKProblem final : public Batch<T> {
  public:
   using Base = Batch<T>;
+  using Base::c, Base::random, Base::student, Base::kept, Base::label;
   using typename Base::R;
   using typename Base::Row;
-  using Base::c, Base::random, Base::student, Base::kept, Base::label;
 
-  explicit Stored(const Case& given)
+  explicit TopKProblem(const Case& given)
       : Base(given),
         logprobs(kOut, 1, c.rows(), c.k, flat()),
         indices(DType::f64, 1, c.rows(), c.k, flat()),  // of the size of an index
@@ -42,10 +42,10 @@ class Stored final : public Batch<T> {
     a.indices = reinterpret_cast<const int64_t*>(indices.row(0));
     a.tail = has_tail() ? tail.row(0) : nullptr;
     a.k = c.k;
-    a.restricted = c.given == Given::restricted;
+    a.restricted = c.kind == TeacherKind::restricted;
     const auto definition = definition_of<double>(kDivergences[c.divergence]);
     a.centre = centre_of(definition, c.param);
-    // in double whatever the rows are, and so not of every instruction set
+    // always in double, and so only in the baseline's table
     a.points = fastkd::all_isas().front().kernels()->passes[c.divergence].points;
     return a;
   }
@@ -54,7 +54,9 @@ class Stored final : public Batch<T> {
   static constexpr DType kOut = sizeof(T) == 8 ? DType::f64 : DType::f32;
   static constexpr R inf = std::numeric_limits<R>::infinity();
 
-  bool has_tail() const { return c.given == Given::bucket || c.given == Given::renormalize; }
+  bool has_tail() const {
+    return c.kind == TeacherKind::bucket || c.kind == TeacherKind::renormalize;
+  }
   Layout flat() {
     Layout layout;
     layout.at_end = random.chance(0.5);
@@ -71,14 +73,14 @@ class Stored final : public Batch<T> {
 
   void fill(int64_t r) override {
     fill_row(random, random.next(), this->draw_content(c.content), student, r,
-             this->unit_of(c.student));
+             this->logit_unit(c.student));
     if (!kept(r)) return garbage(r);
     name_columns(r);
     const std::vector<R> x = this->numbers(student, r);
     draw_mass(r, softmax<R, T>(x, c.temperature));
   }
 
-  // What a row may hold that nobody reads.
+  // Fills a row that must not be read.
   void garbage(int64_t r) {
     for (int64_t i = 0; i < c.k; ++i) {
       write_bits(indices.at(r, i), indices.dtype(), random.next());
@@ -87,35 +89,35 @@ class Stored final : public Batch<T> {
     write_bits(tail.at(r, 0), kOut, random.next());
   }
 
-  // Where it is named, little may be left of the student's row.
+  // With this column in the support, little of the student's mass may be left for the tail.
   int64_t most_probable(int64_t r) const {
     const std::vector<R> x = this->numbers(student, r);
     return std::max_element(x.begin(), x.end()) - x.begin();
   }
 
-  // Each column once at most, in any order, with padding between.
+  // Draws the support: each column at most once, in any order, with padding between.
   void name_columns(int64_t r) {
     const double padding = random.chance(0.5) ? 0.0 : random.unit();
     const bool together = random.chance(0.2), all = random.chance(0.3), top = random.chance(0.4);
-    std::vector<int64_t> named;
+    std::vector<int64_t> support;
     std::vector<bool> seen(static_cast<size_t>(c.vocab));
     const int64_t first = random.below(c.vocab);
-    for (int64_t i = 0; i < c.k && static_cast<int64_t>(named.size()) < c.vocab; ++i) {
+    for (int64_t i = 0; i < c.k && static_cast<int64_t>(support.size()) < c.vocab; ++i) {
       if (!all && random.chance(padding)) continue;
-      int64_t column = together             ? (first + i) % c.vocab
-                       : top && named.empty() ? most_probable(r)
+      int64_t column = together                      ? (first + i) % c.vocab
+                       : top && support.empty()      ? most_probable(r)
                        : i < 2 && random.chance(0.3) ? (i == 0 ? c.vocab - 1 : 0)
                                                      : random.below(c.vocab);
       while (seen[static_cast<size_t>(column)]) column = (column + 1) % c.vocab;
       seen[static_cast<size_t>(column)] = true;
-      named.push_back(column);
+      support.push_back(column);
     }
-    named.resize(static_cast<size_t>(c.k), -1);
+    support.resize(static_cast<size_t>(c.k), -1);
     for (int64_t i = c.k - 1; i > 0; --i)
-      std::swap(named[static_cast<size_t>(i)], named[static_cast<size_t>(random.below(i + 1))]);
+      std::swap(support[static_cast<size_t>(i)], support[static_cast<size_t>(random.below(i + 1))]);
     for (int64_t i = 0; i < c.k; ++i)
       write_bits(indices.at(r, i), indices.dtype(),
-                 static_cast<uint64_t>(named[static_cast<size_t>(i)]));
+                 static_cast<uint64_t>(support[static_cast<size_t>(i)]));
   }
 
   void draw_mass(int64_t r, const Softmax<R>& s) {
@@ -124,40 +126,41 @@ class Stored final : public Batch<T> {
                                      : static_cast<Mass>(random.below(int(Mass::any)));
     if (mass == Mass::student && (s.broken || s.empty)) mass = Mass::drawn;
     const size_t k = static_cast<size_t>(c.k);
-    std::vector<size_t> named;
+    std::vector<size_t> support;
     for (size_t i = 0; i < k; ++i)
-      if (index(r, static_cast<int64_t>(i)) >= 0) named.push_back(i);
+      if (index(r, static_cast<int64_t>(i)) >= 0) support.push_back(i);
     std::vector<R> logp(k, -inf);
     R rest = -inf;
     const R width = random.chance(0.2) ? R(30) : R(3);
-    const int64_t count = static_cast<int64_t>(named.size());
-    const size_t hot = named.empty() ? 0 : named[static_cast<size_t>(random.below(count))];
+    const int64_t count = static_cast<int64_t>(support.size());
+    const size_t hot = support.empty() ? 0 : support[static_cast<size_t>(random.below(count))];
     if (mass == Mass::drawn) {
       R sum = R(0);
-      for (size_t i : named) sum += std::exp(logp[i] = width * static_cast<R>(random.normal()));
+      for (size_t i : support) sum += std::exp(logp[i] = width * static_cast<R>(random.normal()));
       if (random.chance(0.8)) rest = width * static_cast<R>(random.normal());
       const R log_sum = std::log(sum + std::exp(rest));
-      for (size_t i : named) logp[i] -= log_sum;
+      for (size_t i : support) logp[i] -= log_sum;
       rest -= log_sum;
-      if (random.chance(0.2) && !named.empty()) logp[hot] = -inf;
+      if (random.chance(0.2) && !support.empty()) logp[hot] = -inf;
     } else if (mass == Mass::student) {
-      for (size_t i : named)
+      for (size_t i : support)
         logp[i] = s.logs[static_cast<size_t>(index(r, static_cast<int64_t>(i)))];
       rest = log_sum_of(off(r, s.logs));
     } else if (mass == Mass::shared) {
-      const R log_share = std::log(R(0.5)) * std::ceil(std::log2(static_cast<R>(named.size() + 1)));
-      for (size_t i : named) logp[i] = log_share;
-      const R left = R(1) - static_cast<R>(named.size()) * std::exp(log_share);
+      const R log_share =
+          std::log(R(0.5)) * std::ceil(std::log2(static_cast<R>(support.size() + 1)));
+      for (size_t i : support) logp[i] = log_share;
+      const R left = R(1) - static_cast<R>(support.size()) * std::exp(log_share);
       if (random.chance(0.5)) rest = std::log(std::max(left, R(0)));
     } else if (mass == Mass::one_hot) {
-      if (!named.empty()) logp[hot] = R(0);
+      if (!support.empty()) logp[hot] = R(0);
     } else if (mass == Mass::extreme) {
-      static const double some[] = {-0.0, -1e-40, -1e-310, -1e-7, -87.5, -103.9, -104.1,
-                                    -708.5, -745.2, -1e4,  -1e30, -3e38};
-      for (size_t i : named) logp[i] = static_cast<R>(random.pick(some));
+      static const double some[] = {-0.0,   -1e-40, -1e-310, -1e-7, -87.5, -103.9,
+                                    -104.1, -708.5, -745.2,  -1e4,  -1e30, -3e38};
+      for (size_t i : support) logp[i] = static_cast<R>(random.pick(some));
       rest = random.chance(0.5) ? static_cast<R>(random.pick(some)) : -inf;
     }
-    if (c.given == Given::renormalize || c.given == Given::restricted) {
+    if (c.kind == TeacherKind::renormalize || c.kind == TeacherKind::restricted) {
       const R log_sum = log_sum_of(logp);
       for (R& x : logp) x -= log_sum;  // NaN where there is nothing, as torch has it
       rest = -inf;
@@ -166,7 +169,7 @@ class Stored final : public Batch<T> {
       put(logprobs, r, i, std::min(logp[static_cast<size_t>(i)], R(0)));
     put(tail, r, 0, std::min(rest, R(0)));
     if (mass != Mass::not_a_number) return;
-    // in padding, too: where a bad index was
+    // also in padding, where an index was invalid
     constexpr R nan = std::numeric_limits<R>::quiet_NaN();
     if (c.k == 0 || random.chance(0.2)) {
       put(tail, r, 0, nan);
@@ -189,7 +192,7 @@ class Stored final : public Batch<T> {
     for (R y : x) sum += std::exp(y - top);
     return top + std::log(sum);
   }
-  // Of the columns that are named; `none` stands for padding.
+  // x on the support; `none` stands for padding.
   std::vector<R> on(int64_t r, const std::vector<R>& x, R none) const {
     std::vector<R> y;
     for (int64_t i = 0; i < c.k; ++i)
@@ -199,8 +202,8 @@ class Stored final : public Batch<T> {
 
   Row truth(int64_t r) const override {
     Row row;
-    const bool hard = c.hard != 0.0, restricted = c.given == Given::restricted;
-    const bool partial = c.given == Given::drop;
+    const bool hard = c.hard != 0.0, restricted = c.kind == TeacherKind::restricted;
+    const bool partial = c.kind == TeacherKind::drop;
     const std::vector<R> x = this->numbers(student, r);
     const Softmax<R> whole = softmax<R, T>(x, c.temperature);
     row.one = softmax<R, T>(x, 1.0);
@@ -213,8 +216,8 @@ class Stored final : public Batch<T> {
       row.of.broken |= y != y;
     }
     row.dead = row.s.empty && !some && !hard;
-    row.of.broken |= row.s.broken || (hard && whole.broken) ||
-                     ((row.s.empty || !some) && !row.dead);
+    row.of.broken |=
+        row.s.broken || (hard && whole.broken) || ((row.s.empty || !some) && !row.dead);
     if (row.of.broken || row.dead) return row;
     row.t.lost.resize(row.t.logs.size(), false);
     if (!restricted) {
@@ -231,13 +234,14 @@ class Stored final : public Batch<T> {
     }
     soft_truth<R, T>(kDivergences[c.divergence], static_cast<R>(c.param), row.s, row.t, row.of,
                      partial);
-    spread_out(r, whole.logs, row);
+    to_columns(r, whole.logs, row);
     if (hard) hard_truth<R, T>(row.one, label()[r], static_cast<R>(c.smoothing), row.of);
     return row;
   }
 
-  // From the gradient by outcomes to that by columns, each of which has its share of the rest's.
-  void spread_out(int64_t r, const std::vector<R>& logs, Row& row) const {
+  // Turns the gradient by outcomes into one by columns: each column off the support has its share
+  // of the tail's.
+  void to_columns(int64_t r, const std::vector<R>& logs, Row& row) const {
     constexpr R unit = R(kUnits<T>) * std::numeric_limits<T>::epsilon();
     // exponentials under their block's shift, which need not be its maximum, times a factor
     constexpr R kMost = R(4096);
@@ -245,13 +249,13 @@ class Stored final : public Batch<T> {
     const std::vector<Truth<R>> of = row.of.soft_grad;
     row.of.soft_grad.assign(n, {});
     row.of.steepness.assign(n, R(0));
-    if (c.given != Given::restricted) {
+    if (c.kind != TeacherKind::restricted) {
       const R log_rest = row.s.logs.back();
       const Truth<R> rest = of.back();
       // An exponential that T cannot hold beside the row's largest counts as 0. Where the teacher
       // gives the rest mass, its columns keep their digits however little the student's have.
       const R tiny = R(8) * std::numeric_limits<T>::min();
-      const R lost = log_rest == -inf          ? R(0)
+      const R lost = log_rest == -inf           ? R(0)
                      : row.t.logs.back() > -inf ? std::min(tiny / std::exp(log_rest), R(1e-12))
                                                 : tiny / std::exp(log_rest);
       for (size_t j = 0; j < n; ++j) {

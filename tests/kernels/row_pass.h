@@ -1,5 +1,5 @@
-// One case through a pass that computes losses and gradients in one: against the definitions, and
-// bit for bit against the same computed another way.
+// Runs one case through a pass that computes losses and gradients together. The results are
+// compared with the definitions, and bit for bit with other ways of the same call.
 #pragma once
 
 #include <thread>
@@ -10,19 +10,19 @@
 namespace check {
 
 template <class T>
-class Trip {
+class RowPass {
  public:
-  Trip(Batch<T>& problem, const fastkd::Isa& isa, Report& report)
+  RowPass(Batch<T>& problem, const fastkd::Isa& isa, Report& report)
       : p(problem),
         c(problem.c),
         isa_(isa),
         report_(report),
         truth_(problem, report),
         n_(c.rows()) {}
-  virtual ~Trip() = default;
+  virtual ~RowPass() = default;
 
   void run() {
-    const fastkd::TeamRows none = kernel(false);
+    const fastkd::ThreadedPass none = kernel(false);
     fused_ = kernel(true);
     if (fused_ == nullptr || none == nullptr) return;  // float64 is the baseline's alone
     no_gradient(none);
@@ -37,22 +37,22 @@ class Trip {
     if (c.threads) on_threads(fresh, loss);
     if (p.random.chance(0.2)) without_scratch();
     if (c.grad == c.student) in_place("in place", fresh, loss, false);
-    others(fresh, loss);
+    check_more(fresh, loss);
   }
 
  protected:
   static constexpr int64_t size() { return int64_t{sizeof(T)}; }
   Layout layout() { return draw_layout(p.random, false); }
 
-  virtual fastkd::TeamRows kernel(bool gradient) const = 0;
-  // Whatever else this case goes through.
-  virtual void others(const Table& fresh, const Guarded& loss) = 0;
-  // What a row comes to where there is no memory for a scratch.
-  virtual void scratchless(const Table& grad, const Guarded& loss) = 0;
+  virtual fastkd::ThreadedPass kernel(bool gradient) const = 0;
+  // Further checks of this case.
+  virtual void check_more(const Table& fresh, const Guarded& loss) = 0;
+  // Checks the result of a call that got no scratch.
+  virtual void check_without_scratch(const Table& grad, const Guarded& loss) = 0;
 
   void start(const char* pass) { report_.start(c, isa_.name, pass); }
 
-  void no_gradient(fastkd::TeamRows kernel) {
+  void no_gradient(fastkd::ThreadedPass kernel) {
     start("fused without a gradient");
     Guarded loss(n_ * size(), p.random.chance(0.5));
     fastkd::Args a = p.args();
@@ -97,7 +97,7 @@ class Trip {
     same(grad, loss, fresh, first);
   }
 
-  // Rows over threads, and the chunks of a row over a team: in any split the same bits.
+  // Rows over threads, and the chunks of a row over threads: the bits stay the same.
   void on_threads(const Table& fresh, const Guarded& first) {
     start("fused on several threads");
     const int threads = static_cast<int>(p.random.between(2, 4));
@@ -108,7 +108,7 @@ class Trip {
     a.out = loss.data();
     const int64_t at = p.random.between(0, n_);
     grad.seal(c.width, p.keep(), true);
-    std::thread other([&] { call(fused_, a, at, n_, c.flush, Backwards::team(threads)); });
+    std::thread other([&] { call(fused_, a, at, n_, c.flush, Backwards::pool(threads)); });
     call(fused_, a, 0, at, c.flush);
     other.join();
     grad.unseal();
@@ -123,7 +123,7 @@ class Trip {
     Guarded loss(n_ * size(), p.random.chance(0.5));
     fused("fused without a scratch", grad, loss, false);
     scratch_given = true;
-    scratchless(grad, loss);
+    check_without_scratch(grad, loss);
   }
 
   void in_place(const char* pass, const Table& fresh, const Guarded& first, bool alias) {
@@ -131,8 +131,7 @@ class Trip {
     Guarded loss(n_ * size(), p.random.chance(0.5));
     p.unseal();
     for (int64_t r = 0; r < n_; ++r)
-      std::memcpy(grad.row(r), p.student.row(r),
-                  static_cast<size_t>(c.vocab * size_of(c.student)));
+      std::memcpy(grad.row(r), p.student.row(r), static_cast<size_t>(c.vocab * size_of(c.student)));
     p.seal();
     start(pass);
     fastkd::Args a = p.args();
@@ -150,11 +149,11 @@ class Trip {
   const Case& c;
   const fastkd::Isa& isa_;
   Report& report_;
-  Against<T> truth_;
+  Comparison<T> truth_;
   int64_t n_;
 
  private:
-  fastkd::TeamRows fused_ = nullptr;
+  fastkd::ThreadedPass fused_ = nullptr;
 };
 
 }  // namespace check

@@ -1,0 +1,106 @@
+"""Where a row lies, and how a tile of its columns is loaded and stored.
+
+A tile is [LANES, GROUP]: GROUP neighbouring columns are one 16-byte load and belong to one lane. A
+tile loop covers columns [start, stop) of a row. start is a multiple of a tile, and 0 where the
+program has the row to itself. Only the last, partial tile is masked.
+
+UNALIGNED: the row starts inside a group of columns, as rows of an odd vocabulary do. Its pointer is
+then the 16-byte boundary below, start is the number of columns in between, and the first tile is
+masked as well. Both ends are read in whole groups and cut afterwards: the memory of a group that
+holds a column of the row may be read, and one mask per column would turn a load into eight.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def scalar(x, ACC: tl.constexpr):
+    """A float argument in the accumulation dtype: the interpreter passes Python floats."""
+    return tl.full((), x, ACC)
+
+
+@triton.jit
+def row_at(x, row, per, outer, inner, align_offset=None, GROUP: tl.constexpr = 1):
+    """The start of row [row // per, row % per]; 64 bits, since rows * columns passes 2^31.
+
+    align_offset: columns from x, a 16-byte boundary, to the first row. The boundary below the row
+    is then returned.
+    """
+    offset = (row // per).to(tl.int64) * outer + (row % per).to(tl.int64) * inner
+    if align_offset is not None:
+        offset = (offset + align_offset) // GROUP * GROUP
+    return x + offset
+
+
+@triton.jit
+def row_span(row, per, outer, inner, align_offset, vocab, GROUP: tl.constexpr):
+    """Columns [start, stop) of a row, counted from the pointer that `row_at` returns."""
+    start = 0
+    if align_offset is not None:
+        offset = (row // per).to(tl.int64) * outer + (row % per).to(tl.int64) * inner
+        start = ((offset + align_offset) % GROUP).to(tl.int32)
+    return start, start + vocab
+
+
+@triton.jit
+def columns(start, LANES: tl.constexpr, GROUP: tl.constexpr):
+    return start + (tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :])
+
+
+@triton.jit
+def load(
+    x,
+    at,
+    stop,
+    MASKED: tl.constexpr,
+    POLICY: tl.constexpr,
+    ACC: tl.constexpr,
+    LANES: tl.constexpr,
+    GROUP: tl.constexpr,
+    start=0,
+    UNALIGNED: tl.constexpr = False,
+):
+    here = columns(at, LANES, GROUP)
+    if MASKED and UNALIGNED:
+        group = at + tl.arange(0, LANES)[:, None] * GROUP
+        some = (group + GROUP > start) & (group < stop)
+        tile = tl.load(x + here, mask=some, other=-float("inf"), eviction_policy=POLICY)
+        tile = tl.where((here >= start) & (here < stop), tile.to(ACC), -float("inf"))
+    elif MASKED:
+        tile = tl.load(x + here, mask=here < stop, other=-float("inf"), eviction_policy=POLICY)
+    else:
+        tile = tl.load(x + here, eviction_policy=POLICY)
+    return tile.to(ACC)
+
+
+@triton.jit
+def store(
+    x, tile, at, start, stop,
+    MASKED: tl.constexpr, UNALIGNED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    here = columns(at, LANES, GROUP)
+    if MASKED and UNALIGNED:
+        group = at + tl.arange(0, LANES)[:, None] * GROUP
+        complete = (group >= start) & (group + GROUP <= stop)
+        tl.store(x + here, tile, mask=complete, eviction_policy="evict_first")
+        # groups shared with a neighbouring row: column by column
+        cut = (here >= start) & (here < stop) & (complete == 0)
+        tl.store(x + here, tile, mask=cut, eviction_policy="evict_first")
+    elif MASKED:
+        tl.store(x + here, tile, mask=here < stop, eviction_policy="evict_first")
+    else:
+        tl.store(x + here, tile, eviction_policy="evict_first")
+
+
+@triton.jit
+def unmasked(start, stop, UNALIGNED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr):
+    """Columns [first, full) of whole tiles, and whether a partial tile comes before them."""
+    full = stop // (LANES * GROUP) * (LANES * GROUP)
+    first = start
+    head = False
+    if UNALIGNED:
+        first = tl.cdiv(start, LANES * GROUP) * (LANES * GROUP)
+        # a row within a single tile has no head: it is the last tile
+        head = (start < first) & (first <= full)
+    return first, full, head
