@@ -60,7 +60,7 @@ def test_a_stored_column_that_no_term_reads() -> None:
         assert not said(linear(), distill.soft(), batch)
 
 
-def test_taps_and_members_are_a_reading() -> None:
+def test_features_and_members_are_a_reading() -> None:
     hint = distill.feature("", "", F.mse_loss)
     assert not said(linear(), hint, teacher=linear(1))
     apart = distill.Term("apart", lambda s, t, _: F.mse_loss(s.logits, t.members[1].logits))
