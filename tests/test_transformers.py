@@ -215,7 +215,7 @@ def test_padded_vocabularies(linear: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["logits", "topk"])
 def test_stored_teacher(form: str, eager: Any, tmp_path: Path) -> None:
-    """A collator that adds what the teacher said stands in for the teacher itself."""
+    """A collator that adds the teacher's outputs stands in for the teacher itself."""
     teacher, data = llama(9).eval(), ragged()
     for row in data:
         inputs = {k: row[k][None] for k in ("input_ids", "attention_mask")}

@@ -61,7 +61,7 @@ def run(
         progress: print stages and show bars, on stderr.
 
     Returns:
-        The result as in result.json: "rows" of teacher and students, "bars", "samples", ...
+        The result as in result.json: "rows" of teacher and students, "thresholds", "samples", ...
 
     Raises:
         ImportError: transformers, tokenizers, safetensors, numpy or matplotlib is missing.
@@ -188,7 +188,7 @@ def _write(file: Path, value: Any) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what transformers says of models made from scratch, and its bars."""
+    """Without transformers' warnings of models made from scratch, and its bars."""
     logs = needed("transformers", USER, corpus.EXTRA).utils.logging
     level, bars = (
         logs.get_verbosity(),

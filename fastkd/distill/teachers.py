@@ -1,4 +1,4 @@
-"""Teacher sources behind one protocol: a live model, an average, a function, stored outputs."""
+"""Teacher sources behind one protocol: a model, its moving average, a function, cached outputs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Teacher:
     reads_batch: bool = True
 
     def __call__(self, batch: Batch) -> Outputs:
-        """What the teacher says of a micro-batch, without gradient; called once for each."""
+        """The teacher's outputs on a micro-batch, without gradient; called once for each."""
         raise NotImplementedError
 
     @contextmanager
@@ -259,7 +259,7 @@ def check_one_source(teacher: Teacher, batch: Batch) -> None:
     if batch.teacher is not None and not teacher.reads_batch:
         got = type(teacher).__name__
         raise ValueError(
-            f"teacher: got a model or a function ({got}) and also a batch with what it said, "
+            f"teacher: got a model or a function ({got}) and also a batch with its outputs, "
             "expected one of them: leave out train(teacher=...), or the batch's third entry (key "
             "'teacher'); sample weights go into a dict, under a key of their own"
         )

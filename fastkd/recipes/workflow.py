@@ -1,7 +1,7 @@
 """Steps of the workflow, each beside its control: noise, search, transfer, layers.
 
 Unless said, students are MLPs with 16 hidden units that have 100 labels, and of another 900 inputs
-at most what the teacher says.
+at most the teacher's outputs.
 """
 
 from __future__ import annotations

@@ -114,7 +114,8 @@ def align_labelled(student: Tensor, teacher: Tensor, *, ignore_index: int = IGNO
 
 
 def first_positions(count: int, student_length: int, teacher_length: int) -> tuple[Tensor, Tensor]:
-    """The first min(mine, its) positions of `count` sequences, flat on either side."""
+    """The first min(student_length, teacher_length) positions of `count` sequences, flat on "
+    "either side."""
     row, at = torch.arange(count).unsqueeze(-1), torch.arange(min(student_length, teacher_length))
     return (row * student_length + at).flatten(), (row * teacher_length + at).flatten()
 
