@@ -182,7 +182,7 @@ RECIPES = (
     ),
     Recipe(
         name="automatic",
-        about="weight, temperature and learning rate by 20 trials, judged on 200 images",
+        about="weight, temperature and learning rate by 20 trials, chosen on 200 images",
         paper="Bergstra and Bengio 2012",
         run=tuned,
         gains=(
