@@ -21,7 +21,7 @@ from .serialization import array
 
 
 class Teacher:
-    """What the trainer asks of a teacher. Override `__call__`; the rest has a default.
+    """The interface between the trainer and a teacher. Override `__call__`; the rest has a default.
 
     Attributes:
         models: modules moved to the device, given their modes back, and kept out of the student's
@@ -48,7 +48,7 @@ class Teacher:
         yield
 
     def beside(self, student: nn.Module) -> None:
-        """At the start of a run: whom it teaches, maybe with modules that are its own, too."""
+        """At the start of a run: `student` is its student, and may share modules with it."""
 
     def begin(self) -> None:
         """At the start of an epoch."""
@@ -64,7 +64,7 @@ class Teacher:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take `state_dict` back."""
+        """Restore what `state_dict` gave."""
 
     def identity(self) -> Any:
         """JSON value that says which teacher this is; a resumed run must have the same."""
@@ -177,7 +177,7 @@ class EMATeacher(ModelTeacher):
 
 
 class CallableTeacher(Teacher):
-    """Any function of the inputs, run without gradient: a server's client, a formula."""
+    """Any function of the inputs, run without gradient: a client of a server, a formula."""
 
     reads_batch = False
 
@@ -229,7 +229,7 @@ class CachedTeacher(Teacher):
 
 
 class BatchTeacher(Teacher):
-    """No teacher but what batches may bring."""
+    """No teacher of its own: the outputs that batches may bring."""
 
     def __call__(self, batch: Batch) -> Outputs:
         return Outputs(batch.teacher)
