@@ -67,23 +67,26 @@ def test_cut_at_the_left_and_at_the_right() -> None:
     assert pairs(distill.align([whole], [late])) == [(1, 0), (3, 2)]
     early = spans("a", "bc", "d")
     with pytest.raises(
-        ValueError, match=r"characters 0 to 4 of sequence 0, .* 0 to 6; whole=False"
+        ValueError, match=r"characters 0 to 4 of sequence 0, .* 0 to 6; complete=False"
     ):
         distill.align([whole], [early])
-    assert pairs(distill.align([whole], [early], whole=False)) == [(1, 1)]
+    assert pairs(distill.align([whole], [early], complete=False)) == [(1, 1)]
 
 
 def test_a_cut_within_a_character_of_offsets() -> None:
     """Its first byte has the offsets of the whole character, which the other has read."""
     text = "abécd"
     cut, other = [(0, 1), (1, 2), (2, 3)], [(0, 2), (2, 3), (3, 5)]
-    found = distill.align([cut], [other], text=[text], whole=False)
+    found = distill.align([cut], [other], text=[text], complete=False)
     assert pairs(found) == [(1, 0)]
-    assert pairs(distill.align([other], [cut], text=[text], whole=False)) == [(0, 1)]
+    assert pairs(distill.align([other], [cut], text=[text], complete=False)) == [(0, 1)]
     # a character of one byte, and a text read to its end: nothing to doubt
-    plain = distill.align([cut], [other], text=["abecd"], whole=False)
+    plain = distill.align([cut], [other], text=["abecd"], complete=False)
     assert pairs(plain) == [(1, 0), (2, 1)]
-    assert pairs(distill.align([cut], [other[:2]], text=["abé"], whole=False)) == [(1, 0), (2, 1)]
+    assert pairs(distill.align([cut], [other[:2]], text=["abé"], complete=False)) == [
+        (1, 0),
+        (2, 1),
+    ]
 
 
 def test_white_space_that_no_token_has() -> None:
@@ -99,7 +102,7 @@ def test_bytes_of_tokens() -> None:
     mine, its = [b"", b"a", b"\xe2", b"\x82\xac!"], [b"a\xe2", b"\x82", b"\xac!", b""]
     assert pairs(distill.align([mine], [its])) == [(2, 0), (3, 2)]
     assert pairs(distill.align([[b"ab", b"c"]], [[b"b", b"c"]])) == [(0, 0), (1, 1)]
-    assert pairs(distill.align([[b"ab", b"c"]], [[b"a", b"b"]], whole=False)) == [(0, 1)]
+    assert pairs(distill.align([[b"ab", b"c"]], [[b"a", b"b"]], complete=False)) == [(0, 1)]
 
 
 TEXTS = st.lists(
@@ -183,7 +186,7 @@ def test_what_is_paired_has_read_the_same(
             {},
             "teacher: got b'Cat' at byte 4 of sequence 0 after b'the ', expected .* b'cat'",
         ),
-        ([[b"abc"]], [[b"ab"]], {}, "at byte 2 .* whole=False"),
+        ([[b"abc"]], [[b"ab"]], {}, "at byte 2 .* complete=False"),
         ([[b"abc"]], [[(0, 3)]], {}, "got bytes beside offsets"),
         ([["abc"]], [["abc"]], {}, r"student: got 'abc' for a token, expected \(start, end\)"),
     ],

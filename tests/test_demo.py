@@ -72,7 +72,7 @@ def test_table(whole: tuple[Path, dict[str, Any]]) -> None:
     assert all(row["step_s"] > 0 and row["peak_bytes"] > 0 for row in students)
     assert {name for name, row in rows.items() if "loss_s" in row} == {"eager", "dense"}
     assert found["text"]["files"] == 12 and found["text"]["vocab"] == 300
-    assert set(found["bars"]) == {"gain", "loss", "step", "peak"}
+    assert set(found["thresholds"]) == {"gain", "loss", "step", "peak"}
     assert json.loads((out / "result.json").read_text()) == found
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert all(found["samples"].values())

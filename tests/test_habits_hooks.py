@@ -152,7 +152,7 @@ def test_features_of_a_model_that_is_recomputed() -> None:
     assert step(student, teacher, term).terms["feature"] == pytest.approx(want, rel=1e-6)
 
 
-def test_taps_by_hand() -> None:
+def test_hooks_by_hand() -> None:
     net, _ = pair(lambda: Body(nn.ReLU(inplace=True)))
     x, _ = batch()
     with torch.inference_mode(), distill.Hooks(net, ["first"]) as hooks:

@@ -81,7 +81,7 @@ def test_a_term_may_read_the_batchs_own_column() -> None:
     assert "no term that reads it: ['blind']" in text
 
 
-def test_taps_and_members_are_a_reading() -> None:
+def test_features_and_members_are_a_reading() -> None:
     hint = distill.feature("", "", F.mse_loss)
     assert not said(linear(), hint, teacher=linear(1))
     apart = distill.Term("apart", lambda s, t, _: F.mse_loss(s.logits, t.members[1].logits))

@@ -131,7 +131,7 @@ TWICE: dict[str, Any] = {
 def test_a_live_teacher_and_a_stored_one_are_one_too_many(kind: str, batch: str) -> None:
     student = linear()
     make = {**TEACHERS, "average": lambda _: distill.EMATeacher(student)}[kind]
-    with pytest.raises(ValueError, match=r"also a batch with what it said.*sample weights") as got:
+    with pytest.raises(ValueError, match=r"also a batch with its outputs.*sample weights") as got:
         quiet(student, batch=TWICE[batch], teacher=make(linear(1)))
     assert len(str(got.value)) <= 500
 

@@ -139,7 +139,7 @@ def test_a_term_at_a_head_is_the_term_of_its_logits() -> None:
         with_head(distill.soft(), "new").function(Outputs(student), Outputs(None), batch)
 
 
-def test_taps_reach_a_term_at_a_head() -> None:
+def test_features_reach_a_term_of_a_head() -> None:
     seen = []
 
     def function(student: Outputs, teacher: Outputs, _: Batch) -> Tensor:

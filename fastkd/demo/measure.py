@@ -70,7 +70,7 @@ class Step:
         self.teacher = Language(teacher, self.variant.linear).eval()
         self.weights = list(self.student.parameters())
         self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4)
-        self.reader = stages.reader(teacher) if self.variant.teacher == "stored" else None
+        self.reader = stages.reader(teacher) if self.variant.teacher == "cached" else None
 
     def __call__(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -15,7 +15,7 @@ from fastkd.distill.serialization import needed
 
 from .stages import CACHED, DENSE, EAGER, HARD, LINEAR, TEACHER, VARIANTS, Stages
 
-BARS = {  # what the default size is to reach
+THRESHOLDS = {  # what the default size is to reach
     "gain": ("held-out nats below hard labels, linear", 0.15),
     "loss": ("the dense loss beside the eager one", 8.0),
     "step": ("the whole step beside the eager one", 1.3),
@@ -51,7 +51,10 @@ def result(
         "machine": machine(stages.device),
         **facts,
         "rows": rows,
-        "bars": {k: {"about": v[0], "bar": v[1], "reached": reached[k]} for k, v in BARS.items()},
+        "thresholds": {
+            name: {"about": about, "threshold": least, "reached": reached[name]}
+            for name, (about, least) in THRESHOLDS.items()
+        },
     }
 
 
@@ -122,7 +125,7 @@ def _beside(value: float | None, eager: float, factor: float, unit: str) -> str:
 
 
 def notes(found: dict[str, Any]) -> str:
-    """What the table needs to be read, and how far the bars were reached."""
+    """What the table needs to be read, and how far the thresholds were reached."""
     by = {row["name"]: row for row in found["rows"]}
     corpus, cache = found["text"], found["cache"]
     at, eager = by[EAGER]["curve"][-1]
@@ -143,9 +146,10 @@ def notes(found: dict[str, Any]) -> str:
         f"{cache['seconds']:.0f} s; its step runs without the teacher"
     )
     if found["default"]:
-        for bar in found["bars"].values():
-            met = "met" if bar["reached"] >= bar["bar"] else "MISSED"
-            lines.append(f"{met}: {bar['about']} {bar['reached']:.2f}, expected {bar['bar']:g}")
+        for each in found["thresholds"].values():
+            reached, least = each["reached"], each["threshold"]
+            met = "met" if reached >= least else "MISSED"
+            lines.append(f"{met}: {each['about']} {reached:.2f}, expected {least:g}")
     return "\n".join(lines)
 
 

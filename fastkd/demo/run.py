@@ -16,7 +16,7 @@ import torch
 
 from fastkd.distill.serialization import needed
 
-from . import corpus, judge, measure, report
+from . import corpus, held_out, measure, report
 from .model import USER, export, parameters
 from .presets import DEFAULT, PRESETS, Preset
 from .stages import CACHED, DENSE, EAGER, HARD, LINEAR, TEACHER, Stages
@@ -61,7 +61,7 @@ def run(
         progress: print stages and show bars, on stderr.
 
     Returns:
-        The result as in result.json: "rows" of teacher and students, "bars", "samples", ...
+        The result as in result.json: "rows" of teacher and students, "thresholds", "samples", ...
 
     Raises:
         ImportError: transformers, tokenizers, safetensors, numpy or matplotlib is missing.
@@ -84,14 +84,14 @@ def run(
     with quiet():
         models = _models(stages, clock)
         with clock.stage("held-out text"):
-            scores = _kept(folder / "scores.json", lambda: judge.evaluated(stages, models))
+            scores = _kept(folder / "scores.json", lambda: held_out.evaluate(stages, models))
         with clock.stage("time and memory of a step, in turns"):
             figures = _kept(
                 folder / "measured.json",
                 lambda: measure.measured(stages, stages.model(LINEAR), models[TEACHER]),
             )
         with clock.stage("samples"):
-            samples = _kept(folder / "samples.json", lambda: judge.samples(stages, models))
+            samples = _kept(folder / "samples.json", lambda: held_out.samples(stages, models))
         if not (folder / STUDENT).exists():
             export(models[LINEAR], text.tokenizer, folder / STUDENT)
     cache = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
@@ -188,7 +188,7 @@ def _write(file: Path, value: Any) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what transformers says of models made from scratch, and its bars."""
+    """Without transformers' warnings of models made from scratch, and its bars."""
     logs = needed("transformers", USER, corpus.EXTRA).utils.logging
     level, bars = (
         logs.get_verbosity(),

@@ -50,19 +50,21 @@ class Variant(NamedTuple):
 
     loss: Callable[[Any, Any, Any], Tensor]
     linear: bool
-    teacher: str  # "", "live" or "stored"
+    teacher: str  # "", "model" or "cached"
     about: str
 
 
 VARIANTS = {
     HARD: Variant(hard_loss, True, "", "cross-entropy with the text itself, no teacher"),
     EAGER: Variant(
-        eager_loss, False, "live", "F.kl_div(F.log_softmax(s), F.softmax(t)) in plain torch"
+        eager_loss, False, "model", "F.kl_div(F.log_softmax(s), F.softmax(t)) in plain torch"
     ),
-    DENSE: Variant(fused_loss, False, "live", "fastkd.kl_div of logits"),
-    LINEAR: Variant(fused_loss, True, "live", "fastkd.kl_div of LinearLogits: no logits are built"),
+    DENSE: Variant(fused_loss, False, "model", "fastkd.kl_div of logits"),
+    LINEAR: Variant(
+        fused_loss, True, "model", "fastkd.kl_div of LinearLogits: no logits are built"
+    ),
     CACHED: Variant(
-        fused_loss, True, "stored", "the same, the teacher's best or drawn tokens from disk"
+        fused_loss, True, "cached", "the same, the teacher's best or drawn tokens from disk"
     ),
 }
 
@@ -134,10 +136,10 @@ class Stages:
         student = Language(model, variant.linear)
         samples: Any = self.batches(name, steps)
         source: Any = None
-        if variant.teacher == "live":
+        if variant.teacher == "model":
             source = Language(teacher, variant.linear)
         collate = None
-        if variant.teacher == "stored":
+        if variant.teacher == "cached":
             source = self.reader(teacher)
             samples = store.Paired(self.batches(name), source)
             collate = store.collate

@@ -23,7 +23,7 @@ class Batch:
     Args:
         inputs: tensor, or a dict of the model's keyword arguments.
         labels: int [...], -100 where a row has none; None without labels.
-        teacher: what the teacher said beforehand (logits, TopK ...), where the loader brings it.
+        teacher: the teacher's outputs, made beforehand (logits, TopK ...), where a loader has them.
         teacher_inputs: what the teacher sees where that differs from `inputs`.
         extra: whatever else a loader's dict holds.
 
@@ -70,7 +70,7 @@ class Outputs:
     """What a model returned: `logits`, hooked `features` by module name, and `raw`, all of it.
 
     `logits` is `raw`, or its attribute or entry of that name. `members` are the outputs of each
-    teacher where there are several. `role` is who has said it, such as "student" or "teacher":
+    teacher where there are several. `role` is whose they are, such as "student" or "teacher":
     reading `logits` of an answer that has none is then an error that names it; of nobody they are
     None.
     """

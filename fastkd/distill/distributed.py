@@ -1,4 +1,4 @@
-"""The processes that share a run: who they are, and what they tell each other.
+"""The processes (ranks) that share a run, and what they exchange.
 
 A student in DistributedDataParallel, or one whose parameters are DTensors (`fully_shard`, tensor
 parallel), is trained by several. Each of them normalises its loss by the mean over ranks of their
@@ -40,7 +40,7 @@ def local(x: Any) -> Any:
 
 
 def matching_shards(x: Any, other: Any) -> tuple[Tensor, Tensor]:
-    """Memory of x, and of what stands at the same places of `other`, sharded or not."""
+    """The local tensor of x, and the part of `other` at the same places."""
     if is_dtensor(x) and is_dtensor(other):
         other = other.redistribute(x.device_mesh, x.placements)
     elif is_dtensor(x):
@@ -54,13 +54,13 @@ def _sharded_module() -> Any:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of what `fully_shard` gathered for a forward that no backward follows."""
+    """Free what `fully_shard` gathered for a forward without a backward."""
     if isinstance(model, _sharded_module()):
         model.reshard()
 
 
 def class_name(model: nn.Module) -> str:
-    """That of its class, sharded or not."""
+    """The name of its class, without the one that `fully_shard` puts in front."""
     sharded = _sharded_module()
     return next(
         c for c in type(model).__mro__ if not sharded or not issubclass(c, sharded)
@@ -114,7 +114,7 @@ class Ranks:
         return float(self.mean_(torch.tensor(value, dtype=torch.float64, device=device)))
 
     def gathered(self, value: Any) -> list[Any]:
-        """What every rank has, in the order of the ranks; any object."""
+        """The `value` of every rank, in the order of the ranks; any object."""
         found = [value]
         for group in reversed(self._groups):
             parts: list[Any] = [None] * dist.get_world_size(group)
@@ -124,7 +124,7 @@ class Ranks:
 
     @property
     def rank(self) -> int:
-        """This process's place in `gathered`."""
+        """The index of this process in the list that `gathered` returns."""
         place = 0
         for group in self._groups:
             place = place * dist.get_world_size(group) + dist.get_rank(group)
@@ -170,13 +170,13 @@ class Ranks:
         return self.student.no_sync()
 
     def share(self, modules: nn.Module) -> None:
-        """What the terms learn begins as the first rank has it, as the student does."""
+        """Copy the first rank's `modules`, which the terms learn, to all ranks."""
         for group in self._groups:
             for x in (*modules.parameters(), *modules.buffers()):
                 dist.broadcast(x.detach(), dist.get_global_rank(group, 0), group=group)
 
     def average_gradients(self, modules: nn.Module) -> None:
-        """What the student's wrapper does for the student, for what the terms learn."""
+        """Average the gradients of `modules` over ranks, as the student's wrapper does for it."""
         if self.size == 1:
             return
         for p in modules.parameters():

@@ -25,7 +25,7 @@ REDRAW = 0.2  # seconds between two looks of the bar
 def progress_bar(shown: bool = True, over: Iterable[Any] | None = None, **options: Any) -> Any:
     """A tqdm bar, around what it counts if that is given, with tqdm's options.
 
-    Where it is not shown, or tqdm is not there (said once), one that counts nothing.
+    Where it is not shown, or tqdm is not there (one warning), one that counts nothing.
     """
     if shown:
         try:

@@ -123,7 +123,7 @@ class Accelerated(Stepping):
 def stepping(
     accelerator: Any, device: torch.device, amp: torch.dtype | None, ranks: Ranks
 ) -> Stepping:
-    """What takes the steps of a run on `device`."""
+    """The `Stepping` of a run on `device`."""
     if accelerator is None:
         return Stepping(device, amp, ranks)
     if amp is not None:

@@ -100,7 +100,7 @@ class RunWarnings:
             return
         is_stored = isinstance(self.teacher, (BatchTeacher, CachedTeacher))
         if is_stored and batch.teacher is not None:
-            got = "loader: got batches with what a teacher said ('teacher')"
+            got = "loader: got batches with a teacher's outputs ('teacher')"
         elif isinstance(self.teacher, BatchTeacher):
             return
         else:
@@ -117,7 +117,7 @@ class RunWarnings:
         if not silent:
             return
         if self._width == 1 and self.objective.plain is None:
-            return  # its terms have said so
+            return  # its terms have warned already
         if self._width == 1:
             why = (
                 "the student has a single logit, and a softmax over one logit is 1 whatever it is; "
@@ -144,7 +144,7 @@ def _no_weights(logits: Any, teacher: Any) -> None:
     dims = len(shape) - (len(shape) == len(expected) and shape[-1:] == (1,))
     if shape != expected and dims < len(expected) and shape[:dims] == expected[:dims]:
         raise ValueError(
-            f"loader: got {list(shape)} as what the teacher said for logits {list(expected)} of "
+            f"loader: got {list(shape)} as the teacher's outputs for logits {list(expected)} of "
             "the "
             "student, expected logits; weights of samples go into a dict, {'inputs': ..., "
             "'labels': ..., 'weights': ...}, and a Term reads them from batch.extra['weights']"

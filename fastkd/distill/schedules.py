@@ -116,7 +116,7 @@ class Rates:
         return self._now() if self.schedule is None else self._start
 
     def restore(self, rates: Sequence[float]) -> None:
-        """Take `base` of another run."""
+        """Restore the rates that `base` of another run gave."""
         self._start, self._written = list(rates), None
         self._write(self._start)
 

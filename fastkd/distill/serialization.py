@@ -164,7 +164,7 @@ def needed(module: str, user: str, extra: str = "train") -> Any:
 
 
 def absent(module: str, user: str, extra: str, error: ImportError | None = None) -> str:
-    """What is said where an optional module does not import.
+    """The message where an optional module does not import.
 
     fastkd is on no package index: its extras are installed from its checkout.
     """

@@ -53,7 +53,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], tree: Any, ranks: Ranks) ->
 def read(
     path: Path, current: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], Any]:
-    """Tensors and tree; each tensor is placed as the one of that name in `ours`.
+    """Tensors and tree; each tensor is placed as the one of that name in `current`.
 
     The state of an optimizer that has made no step yet is placed as its parameters.
     """

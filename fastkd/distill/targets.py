@@ -1,4 +1,4 @@
-"""What a term asks of logits and labels, and what to write where they are of another kind.
+"""Checks of the logits and labels of a term; their errors say what to write instead.
 
 Classes lie along the last dimension and a label is the number of one. What looks otherwise (maps
 [B, C, H, W], probabilities, several labels of a sample, numbers) would run and mean something else,

@@ -1,4 +1,4 @@
-"""Teacher sources behind one protocol: a live model, an average, a function, stored outputs."""
+"""Teacher sources behind one protocol: a model, its moving average, a function, cached outputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .serialization import array
 
 
 class Teacher:
-    """What the trainer asks of a teacher. Override `__call__`; the rest has a default.
+    """The interface between the trainer and a teacher. Override `__call__`; the rest has a default.
 
     Attributes:
         models: modules moved to the device, given their modes back, and kept out of the student's
@@ -46,7 +46,7 @@ class Teacher:
     reads_batch: bool = True
 
     def __call__(self, batch: Batch) -> Outputs:
-        """What the teacher says of a micro-batch, without gradient; called once for each."""
+        """The teacher's outputs on a micro-batch, without gradient; called once for each."""
         raise NotImplementedError
 
     @contextmanager
@@ -59,7 +59,7 @@ class Teacher:
         yield
 
     def beside(self, student: nn.Module) -> None:
-        """At the start of a run: whom it teaches, maybe with modules that are its own, too."""
+        """At the start of a run: `student` is its student, and may share modules with it."""
 
     def begin(self) -> None:
         """At the start of an epoch."""
@@ -75,7 +75,7 @@ class Teacher:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take `state_dict` back."""
+        """Restore what `state_dict` gave."""
 
     def identity(self) -> Any:
         """JSON value that says which teacher this is; a resumed run must have the same."""
@@ -188,7 +188,7 @@ class EMATeacher(ModelTeacher):
 
 
 class CallableTeacher(Teacher):
-    """Any function of the inputs, run without gradient: a server's client, a formula."""
+    """Any function of the inputs, run without gradient: a client of a server, a formula."""
 
     reads_batch = False
 
@@ -240,7 +240,7 @@ class CachedTeacher(Teacher):
 
 
 class BatchTeacher(Teacher):
-    """No teacher but what batches may bring."""
+    """No teacher of its own: the outputs that batches may bring."""
 
     def __call__(self, batch: Batch) -> Outputs:
         return Outputs(batch.teacher)
@@ -270,7 +270,7 @@ def check_one_source(teacher: Teacher, batch: Batch) -> None:
     if batch.teacher is not None and not teacher.reads_batch:
         got = type(teacher).__name__
         raise ValueError(
-            f"teacher: got a model or a function ({got}) and also a batch with what it said, "
+            f"teacher: got a model or a function ({got}) and also a batch with its outputs, "
             "expected one of them: leave out train(teacher=...), or the batch's third entry (key "
             "'teacher'); sample weights go into a dict, under a key of their own"
         )

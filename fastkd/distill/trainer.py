@@ -1,7 +1,7 @@
 """A minimal trainer: read `train` from top to bottom, the loss is one line of it.
 
 A loader is anything that, once per epoch, gives batches: (inputs, labels), inputs alone,
-(inputs, labels, what the teacher said), or a `Batch`. A model is any module that turns inputs into
+(inputs, labels, the teacher's outputs), or a `Batch`. A model is any module that turns inputs into
 logits [..., V]. Only safetensors and JSON are read or written.
 
 Under torchrun a student in DistributedDataParallel, or one that `fully_shard` has put in shards, is

@@ -291,7 +291,7 @@ class DistillationLoss:
         if (teacher is None) == (stored is None):
             got = "neither a model nor" if teacher is None else "a model and also"
             raise ValueError(
-                f"teacher: got {got} a batch with what it said, expected one of them: teacher=, "
+                f"teacher: got {got} a batch with its outputs, expected one of them: teacher=, "
                 "or the batch's key 'teacher' (logits [B, L, V] or a TopK; the plain Trainer drops "
                 "such a column unless TrainingArguments(remove_unused_columns=False))"
             )
@@ -334,8 +334,8 @@ def _check_embeddings(embeddings: Any, teacher: Any) -> None:
         return
     raise ValueError(
         f"inputs_embeds: got vectors of {embeddings.size(-1)} for a teacher of {table.size(-1)}, "
-        "expected input_ids, of which each model makes its own, or a batch with what the teacher "
-        "said (key 'teacher')"
+        "expected input_ids, of which each model makes its own, or a batch with the teacher's "
+        "outputs (key 'teacher')"
     )
 
 

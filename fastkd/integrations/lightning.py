@@ -84,7 +84,7 @@ class Distillation(_callbacks.Callback):  # type: ignore[misc]
     Args:
         teacher: a module, inputs -> logits [..., V] or an output with `logits`. Frozen here: eval
             mode, no parameter requires grad; frozen modules that the student has, too, keep their
-            own mode there. None where each step is given what the teacher said.
+            own mode there. None where each step is given the teacher's outputs.
         **options: of `fastkd.distillation_loss` (temperature, alpha, divergence, ...); those of
             `distillation_step` come on top.
 
@@ -129,8 +129,8 @@ class Distillation(_callbacks.Callback):  # type: ignore[misc]
                 `fastkd.LinearLogits`.
             inputs: what the teacher sees: a tensor, or a dict of its keyword arguments.
             labels: [...] integers; may be None with alpha=0.
-            teacher: with `Distillation(None)`, what a stored teacher said: logits [..., V] or a
-                `fastkd.TopK` [..., K].
+            teacher: with `Distillation(None)`, the outputs of a cached teacher: logits [..., V] or
+                a `fastkd.TopK` [..., K].
             **options: of `fastkd.distillation_loss`, before those of the constructor.
 
         Raises:
@@ -139,7 +139,7 @@ class Distillation(_callbacks.Callback):  # type: ignore[misc]
         if (self.teacher is None) == (teacher is None):
             got = "neither a module nor" if teacher is None else "a module and also"
             raise ValueError(
-                f"teacher: got {got} what a stored one said, expected one of them: "
+                f"teacher: got {got} the outputs of a cached one, expected one of them: "
                 "Distillation(teacher), or Distillation(None) and distillation_step(..., teacher=)"
             )
         options = {**self.options, **options}

@@ -96,18 +96,18 @@ def generalized_jsd_loss(
             f"teacher_logits: got {columns[1]} columns, expected the student's {columns[0]}; where "
             "one vocabulary is padded further, cut both: logits[..., :n] of the columns in use"
         )
-    sparse = 0 < top_k < student_logits.size(-1)
+    in_top_k = 0 < top_k < student_logits.size(-1)
     if logits_are_probs or (reduction == "none" and num_items_in_batch is None):
         if isinstance(student_logits, fastkd.LinearLogits):
             raise TypeError("student_logits: got LinearLogits, expected a tensor [..., V]")
-        if sparse:
+        if in_top_k:
             raise ValueError(f"top_k: got {top_k} with reduction='none' or probabilities; use 0")
         side = partial(_log_probs, are_probabilities=logits_are_probs, temperature=temperature)
         cells = entry.value(side(teacher_logits), side(student_logits), entry.param)
         kept = cells if labels is None else cells[labels != -100]
         return _reduced(kept, labels, reduction, num_items_in_batch)
     teacher: Any = teacher_logits
-    if sparse:
+    if in_top_k:
         teacher = _support(student_logits, teacher_logits, beta, temperature, top_k, add_tail)
     loss = partial(
         fastkd.distillation_loss,
@@ -126,7 +126,7 @@ def generalized_jsd_loss(
         return loss(reduction="sum")
     if reduction == "batchmean" and labels is None:
         return loss(reduction="batchmean")
-    if reduction == "mean" and not sparse:
+    if reduction == "mean" and not in_top_k:
         return loss() / student_logits.size(-1)
     if reduction == "mean":
         raise ValueError("reduction: got 'mean' with top_k, expected 'batchmean' or 'sum'")

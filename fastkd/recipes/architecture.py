@@ -19,7 +19,9 @@ from .recipe import Figures, Gain, Recipe
 from .training import accuracy, fit, held_out, sample_batches, scaled, seen_labels
 
 MOST = 1100  # parameters
-TRAINING = 800  # the other 200 of the pool, without their labels, judge the distilled candidates
+TRAINING = (
+    800  # the other 200 of the pool, without their labels, choose among the distilled candidates
+)
 ROUNDS = (40, 40, 80, 160)  # steps
 
 
@@ -72,7 +74,7 @@ def parameters(model: nn.Module) -> int:
 
 DEFAULT = (dense, 14, 1, "relu", False)
 CANDIDATES = 16
-JUDGES = 30  # of the 100 labels, where labels judge
+VALIDATION = 30  # of the 100 labels, where labels choose
 KD = [distill.hard(0.1), distill.soft(0.9, temperature=4.0)]
 
 
@@ -111,14 +113,14 @@ def compare(seed: int, size: float) -> Figures:
     distilled = sample_batches(
         seed, steps, 100, data.images[:TRAINING], seen_labels(data)[:TRAINING]
     )
-    few, judging = LABELLED - JUDGES, slice(LABELLED - JUDGES, LABELLED)
+    few, validation = LABELLED - VALIDATION, slice(LABELLED - VALIDATION, LABELLED)
     labelled = sample_batches(seed, steps, few, data.images[:few], data.labels[:few])
 
     def agreed(model: nn.Module) -> float:
         return distill.agreement(model, live, [data.images[TRAINING:POOL]])
 
     def right(model: nn.Module) -> float:
-        return accuracy(model, data.images[judging], data.labels[judging])
+        return accuracy(model, data.images[validation], data.labels[validation])
 
     def chosen(students: list[Started], value: Callable[[nn.Module], float]) -> Make:
         """Successive halving: the better half is trained on, round after round."""

@@ -26,7 +26,7 @@ def neighbour_graph(features: Tensor, k: int) -> Tensor:
         D^-1/2 (A + I) D^-1/2,  A_ij = 1 where i is among the k nearest of j, or j of i
 
     D is the diagonal of the row sums of A + I. A student that is to do without the graph learns
-    from what the teacher says of the nodes: a loader of (features, labels, teacher's logits).
+    from the teacher's outputs on the nodes: a loader of (features, labels, teacher's logits).
 
     Args:
         features: floating point [N, C]; nearest is least Euclidean distance.

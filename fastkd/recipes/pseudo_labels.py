@@ -1,4 +1,4 @@
-"""Pseudo-labels: what a teacher says, averaged within clusters of what it says."""
+"""Pseudo-labels: a teacher's outputs, averaged within clusters of them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """No teacher but itself: 40 % of the labels are wrong, and the model can learn them by heart.
 
-What a model says of an image is righter than such a label: an average of its weights, an earlier
+A model's answer to an image is righter than such a label: an average of its weights, an earlier
 generation, peers of its kind, or its own last layer say it. A model that learns slowly learns fewer
 of them by heart: "plain, slow" has the learning rate that suits it best, and most of what schemes
 gain over "plain" is not gained over that one.

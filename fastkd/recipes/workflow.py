@@ -1,7 +1,7 @@
 """Steps of the workflow, each beside its control: noise, search, transfer, layers.
 
 Unless said, students are MLPs with 16 hidden units that have 100 labels, and of another 900 inputs
-at most what the teacher says.
+at most the teacher's outputs.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ RECIPES = (
     ),
     Recipe(
         name="automatic",
-        about="weight, temperature and learning rate by 20 trials, judged on 200 images",
+        about="weight, temperature and learning rate by 20 trials, chosen on 200 images",
         paper="Bergstra and Bengio 2012",
         run=tuned,
         gains=(

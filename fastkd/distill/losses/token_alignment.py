@@ -40,7 +40,7 @@ class Alignment(NamedTuple):
 
 
 def align(
-    student: Any, teacher: Any, *, text: Sequence[str] | None = None, whole: bool = True
+    student: Any, teacher: Any, *, text: Sequence[str] | None = None, complete: bool = True
 ) -> Alignment:
     """Positions of student and teacher whose tokens end at the same place of the text.
 
@@ -55,7 +55,7 @@ def align(
             characters, as a fast tokenizer's return_offsets_mapping=True gives (lists, or int
             [N, L, 2]); or the bytes of each token, b"" for padding and special tokens.
         text: of each sequence, of offsets: then gaps between tokens must be white space.
-        whole: both must reach the same end. False where a tokenizer cut a text off at the right
+        complete: both must reach the same end. False where a tokenizer cut a text off at the right
             (truncation=True). Of offsets it may have cut within a character's bytes: with `text`
             an end behind a character of several bytes is then left out.
 
@@ -74,10 +74,10 @@ def align(
     lengths = [len(side[0]) if count else 0 for side in sides]
     for row in range(count):
         spans = _spans(
-            row, [side[row] for side in sides], None if text is None else text[row], whole
+            row, [side[row] for side in sides], None if text is None else text[row], complete
         )
         ends = [_ends(side) for side in spans]
-        if text is not None and not whole:
+        if text is not None and not complete:
             ends = [_sure(side, text[row]) for side in ends]
         first = [min((a for a, b in side if b > a), default=0) for side in spans]
         for end, at in ends[0].items():
@@ -114,7 +114,8 @@ def align_labelled(student: Tensor, teacher: Tensor, *, ignore_index: int = IGNO
 
 
 def first_positions(count: int, student_length: int, teacher_length: int) -> tuple[Tensor, Tensor]:
-    """The first min(mine, its) positions of `count` sequences, flat on either side."""
+    """The first min(student_length, teacher_length) positions of `count` sequences, flat on "
+    "either side."""
     row, at = torch.arange(count).unsqueeze(-1), torch.arange(min(student_length, teacher_length))
     return (row * student_length + at).flatten(), (row * teacher_length + at).flatten()
 
@@ -139,13 +140,13 @@ def _sequences(name: str, tokens: Any) -> list[list[Any]]:
     return rows
 
 
-def _spans(row: int, sides: list[list[Any]], text: str | None, whole: bool) -> list[list[Span]]:
+def _spans(row: int, sides: list[list[Any]], text: str | None, complete: bool) -> list[list[Span]]:
     """Start and end of each token in what both have in common."""
     is_bytes = [isinstance(token, bytes) for side in sides for token in side]
     if any(is_bytes) and not all(is_bytes):
         raise TypeError("teacher: got bytes beside offsets, expected one of them on both sides")
     if any(is_bytes):
-        return _of_bytes(row, sides, whole)
+        return _of_bytes(row, sides, complete)
     for name, side in zip(("student", "teacher"), sides, strict=True):
         _forwards(name, row, side, text)
     reach = [(min(a for a, b in s if b > a), max(b for _, b in s)) for s in sides if _any(s)]
@@ -153,8 +154,8 @@ def _spans(row: int, sides: list[list[Any]], text: str | None, whole: bool) -> l
         return sides
     (a, b), (c, d) = reach
     apart = min(b, d) <= max(a, c)
-    if apart or (whole and b != d and not _blank(text, min(b, d), max(b, d))):
-        hint = "" if apart else "; whole=False where a text was cut off at the right"
+    if apart or (complete and b != d and not _blank(text, min(b, d), max(b, d))):
+        hint = "" if apart else "; complete=False where a text was cut off at the right"
         if text is None and not apart:
             hint += ", text= where white space has no token"
         raise ValueError(
@@ -197,17 +198,17 @@ def _forwards(name: str, row: int, side: list[Span], text: str | None) -> None:
         before, last = at, end
 
 
-def _of_bytes(row: int, sides: list[list[bytes]], whole: bool) -> list[list[Span]]:
+def _of_bytes(row: int, sides: list[list[bytes]], complete: bool) -> list[list[Span]]:
     student_bytes, teacher_bytes = (b"".join(side) for side in sides)
     shifts = [0, 0]
     if student_bytes != teacher_bytes and student_bytes and teacher_bytes:
         short, long = sorted((student_bytes, teacher_bytes), key=len)
         if long.endswith(short):  # cut at the left
             shifts[student_bytes is not short] = len(long) - len(short)
-        elif whole or not long.startswith(short):
+        elif complete or not long.startswith(short):
             both = enumerate(zip(student_bytes, teacher_bytes, strict=False))
             at = next((i for i, (a, b) in both if a != b), len(short))
-            hint = "" if at < len(short) else "; whole=False where one was cut off at the right"
+            hint = "" if at < len(short) else "; complete=False where one was cut off at the right"
             before = max(at - SHOWN // 2, 0)
             raise ValueError(
                 f"teacher: got {teacher_bytes[at : at + SHOWN]!r} at byte {at} of sequence {row} "

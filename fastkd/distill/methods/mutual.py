@@ -43,7 +43,7 @@ def mutual(
         models: two or more modules, inputs -> logits [..., V]; may differ in kind.
         loader: as the trainer's.
         loss: terms of each model, none of which learns something of its own; None: `hard()`.
-        weight: of what the others say; factor, or step -> factor.
+        weight: of the others' part; factor, or step -> factor.
         temperature: T, above 0; 1 in the paper.
         optimizer: model -> its optimizer; None makes AdamW at `lr`.
         lr: learning rate of the AdamW made here.

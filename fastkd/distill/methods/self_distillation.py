@@ -95,7 +95,7 @@ def born_again(
         generations: how many learn from one before them, at least 1.
         loss: terms of each, none of which learns something of its own; None: `hard()`.
         hard_weight: of the loss in later generations, at least 0; at 0 they see no label.
-        weight: of what the one before says; factor, or step -> factor.
+        weight: of the part of the one before; factor, or step -> factor.
         temperature: T, or step -> T; 1 in the paper.
         optimizer: model -> its optimizer; None makes AdamW at the `lr` of the options.
         checkpoint: a `Checkpoints` or a folder, with a folder within it for each generation; a
@@ -154,7 +154,7 @@ def self_distillation(
         heads: name of a student's module -> head, its output -> logits [..., V]; the heads learn
             with the student, outside of its state dict. The gradient reaches the layers below.
         weight: of all exits; factor, or step -> factor.
-        alpha: share of what the last layer says, in [0, 1]; 0 is the control, heads alone.
+        alpha: share of the last layer's part, in [0, 1]; 0 is the control, heads alone.
         temperature: T, above 0.
 
     Returns:

@@ -15,7 +15,7 @@ from .stages import HARD, LINEAR, TEACHER, Stages, hard_loss
 
 
 @torch.no_grad()
-def evaluated(stages: Stages, models: dict[str, Any]) -> dict[str, dict[str, float]]:
+def evaluate(stages: Stages, models: dict[str, Any]) -> dict[str, dict[str, float]]:
     """name -> "nats" a token and "agreement", the share of tokens where the best is the teacher's.
 
     Args:
