@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -18,8 +19,6 @@ COMPILER = os.environ.get("CXX") or "c++"
 FLAGS = ["-std=c++17", "-O0", "-fPIC", "-pthread", "-fopenmp"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-w"]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-# whose faults reach one object, and not the kernels'
-ALONE = {"module.cpp": "module", "threads.cpp": "threads"}
 
 
 class DoesNotBuild(Exception):
@@ -71,10 +70,25 @@ def compiled(tree: Path, unit: str, cache: Path) -> Path:
     return to
 
 
+def included(tree: Path, file: str) -> set[str]:
+    """The names of a source of csrc and of what it includes."""
+    found, left = set[str](), [file]
+    while left:
+        name = left.pop()
+        if name in found or not (tree / "csrc" / name).exists():
+            continue
+        found.add(name)
+        left += re.findall(r'^#include "(\S+)"', (tree / "csrc" / name).read_text(), re.MULTILINE)
+    return found
+
+
 def objects(tree: Path, plain: Path, cache: Path, units: list[str], file: str | None) -> list[Path]:
-    """Of the faulty tree what the fault in `file` reaches, of the plain tree the rest."""
-    reached = {ALONE.get(file, "isa_baseline")} if file else set()
-    return [compiled(tree if unit in reached else plain, unit, cache) for unit in units]
+    """Of the faulty tree what the fault in `file` reaches, of the plain tree the rest.
+
+    A file of the kernels reaches the kernels alone: the others take its types from it at most.
+    """
+    reached = [] if file is None else [x for x in units if file in included(tree, f"{x}.cpp")]
+    return [compiled(tree if unit in reached[:1] else plain, unit, cache) for unit in units]
 
 
 def extension(tree: Path, plain: Path, cache: Path, file: str | None) -> None:

@@ -9,11 +9,12 @@ An entry of `csrc.txt`, `python.txt`, `triton.txt` and `parallel.txt`:
 
 The first line names the fault and the file, found by its name wherever it lies in the tree. `-` is
 the old text and `+` the new one; several lines of each are joined. The old text must occur once in
-the file, or once behind a line `@ text`, which must itself occur once: there the first one counts.
+the file, or behind a line `@ text`, which must itself occur once: there the first one counts. Where
+the file has it no longer, one other file of the area must.
 A line `hangs` says that a run without end is how the fault shows.
 
 A line `tests:` at the left margin names the tests of all entries below it, by function, or by
-`file::function` where several files have one of that name. `binary` is the kernels' own test.
+`file::function` where several files have one. `binary` is the kernels' own test.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 AREAS = ("csrc", "python", "triton", "parallel")
 LEAST = 80
+SUFFIXES = (".py", ".h", ".inl", ".cpp")
 BINARY = "binary"
 
 
@@ -42,39 +44,33 @@ class Fault:
     hangs: bool = False
     lines: dict[str, list[str]] = field(default_factory=dict)
 
-    def path(self, root: Path = ROOT) -> Path:
-        """The one file of this name in csrc or fastkd.
+    def place(self, root: Path = ROOT) -> tuple[Path, str]:
+        """The file that the fault goes into, and its text with the fault in it.
 
         Raises:
-            ValueError: there is none, or more than one; an entry may then name a folder too.
+            ValueError: the old text is in no file of the area, or in several, or twice in one.
         """
-        folders = [root / "csrc"] if self.area == "csrc" else [root / "fastkd"]
-        name = Path(self.file).name
-        found = [path for folder in folders for path in sorted(folder.rglob(name))]
-        found = [path for path in found if path.as_posix().endswith("/" + self.file)]
-        if len(found) != 1:
-            raise ValueError(f"{self.id}: {len(found)} files are called {self.file}, expected one")
-        return found[0]
+        folder = root / ("csrc" if self.area == "csrc" else "fastkd")
+        texts = {
+            path: path.read_text() for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES
+        }
+        named = [path for path in texts if path.as_posix().endswith("/" + self.file)]
+        fits = [path for path in named if self._fits(texts[path])]
+        if not fits:  # code that has moved is the same fault
+            fits = [path for path in texts if self._fits(texts[path])]
+        if len(fits) != 1:
+            raise ValueError(f"{self.id}: its old text stands in {len(fits)} files, expected one")
+        return fits[0], self._applied(texts[fits[0]])
 
-    def applied(self, text: str) -> str:
-        """The file's text with the fault in it.
+    def _fits(self, text: str) -> bool:
+        before, behind = text.count(self.after), text.count(self.old)
+        if not self.after:
+            return behind == 1
+        return before == 1 and self.old in text[text.index(self.after) :]
 
-        Raises:
-            ValueError: the old text is not there, or there more than once.
-        """
-        start = 0
-        if self.after:
-            if text.count(self.after) != 1:
-                raise ValueError(self._counted("the text after @", text.count(self.after)))
-            start = text.index(self.after) + len(self.after)
-        count = text.count(self.old, start)
-        if count == 0 or (count > 1 and not self.after):
-            raise ValueError(self._counted("the old text", count))
-        at = text.index(self.old, start)
+    def _applied(self, text: str) -> str:
+        at = text.index(self.old, text.index(self.after) + len(self.after))
         return text[:at] + self.new + text[at + len(self.old) :]
-
-    def _counted(self, what: str, count: int) -> str:
-        return f"{self.id}: {what} occurs {count} times in {self.file}, expected once"
 
 
 def read(area: str) -> list[Fault]:
@@ -128,7 +124,8 @@ def nodes(tests: tuple[str, ...], files: dict[str, list[Path]], root: Path = ROO
         if name == BINARY:
             continue
         stem, _, function = name.rpartition("::")
-        there = [path for path in files.get(function, []) if stem in ("", path.stem)]
+        every = files.get(function, [])
+        there = [path for path in every if path.stem == stem] or every
         if len(there) != 1:
             raise ValueError(f"tests: {len(there)} test files have {name}, expected one")
         out.append(f"{there[0].relative_to(root).as_posix()}::{function}")
@@ -151,7 +148,7 @@ def problems() -> list[str]:
         try:
             if not (fault.words and fault.old and fault.tests) or fault.old == fault.new:
                 raise ValueError(f"{fault.id}: no words, no tests, or nothing that it changes")
-            fault.applied(fault.path().read_text())
+            fault.place()
             nodes(fault.tests, files)
         except ValueError as error:
             said.append(str(error))

@@ -3,7 +3,7 @@
     python tests/mutants/run.py [--check] [--area AREA] [--only ID] [-j N] [--json FILE]
 
 Each fault goes into a copy of the tree; the tests that its entry names run there, up to the first
-that fails. They run on the tree as it is first: a selection that fails there says nothing.
+that fails. They run on the tree as it is, too: a selection that fails there says nothing.
 
 Exit status: 0 if the share caught is reached and every fault builds, 1 if not, 2 for wrong usage.
 """
@@ -15,14 +15,17 @@ import difflib
 import json
 import multiprocessing
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -32,8 +35,12 @@ from mutants import build, faults  # noqa: E402
 from mutants.faults import BINARY, ROOT, Fault  # noqa: E402
 
 SHARE = 0.95
-# of the kernels' own test: random cases, which stop at the first failure, then the fixed ones
-FUZZ = ("fuzz", "20", "1")
+# Of the kernels' own test: random cases, which stop at the first failure, then the fixed ones. Its
+# seconds are those of a clock; what ends it is how many the processor has worked, so that a busy
+# machine sees as many cases.
+FUZZ, FUZZ_SECONDS = ("fuzz", "3600", "1"), 15
+# a run that waits and does not work is ended by the clock, after so many times its seconds
+PATIENCE = 20
 LEFT_OUT = (".git", ".venv", "build", "dist", "demo", "results", "__pycache__", ".*_cache", "*.so")
 # pytest's exit statuses
 PASSED, FAILED = 0, 1
@@ -55,8 +62,8 @@ class Outcome:
 class Workshop:
     """The copies of the tree, one for each worker and one that stays as it is."""
 
-    def __init__(self, folder: Path, workers: int, timeout: float) -> None:
-        self.folder, self.timeout = folder, timeout
+    def __init__(self, folder: Path, workers: int, seconds: int) -> None:
+        self.folder, self.seconds = folder, seconds
         self.cache = ROOT / "build" / "mutants"
         self.cache.mkdir(parents=True, exist_ok=True)
         self.plain = self._copy("plain")
@@ -84,38 +91,45 @@ class Workshop:
 
     # ---- one run
 
-    def noticed(self, tree: Path, fault: Fault | None, tests: tuple[str, ...]) -> tuple[str, str]:
-        """(result, what failed first) of the tests in a tree."""
-        file = None if fault is None else Path(fault.file).name
-        of_csrc = fault is None or fault.area == "csrc"
-        if BINARY in tests:
-            path = build.binary(tree, self.plain, self.cache, file)
-            for words in (FUZZ, ("check",)):
-                result, said = self._binary(path, words)
-                if result != SURVIVED:
-                    return result, said
-        nodes = faults.nodes(tests, self.files)
+    def noticed(self, tree: Path, fault: Fault, file: str | None) -> tuple[str, str]:
+        """(result, what failed first) of the fault's tests; file: where the fault is, if any."""
+        if BINARY in fault.tests:
+            result, said = self._binary(build.binary(tree, self.plain, self.cache, file))
+            if result != SURVIVED:
+                return result, said
+        nodes = faults.nodes(fault.tests, self.files)
         if not nodes:
             return SURVIVED, ""
-        if of_csrc and fault is not None:
+        if fault.area == "csrc":
             build.extension(tree, self.plain, self.cache, file)
-        return self._pytest(tree, nodes, "" if fault is None else fault.area)
+        return self._pytest(tree, nodes, fault.area)
 
-    def _binary(self, path: Path, words: tuple[str, ...]) -> tuple[str, str]:
-        try:
-            done = subprocess.run(
-                [str(path), *words], capture_output=True, text=True, timeout=self.timeout
-            )
-        except subprocess.TimeoutExpired:
-            return ENDLESS, ""
-        said = next((line for line in done.stdout.splitlines() if line.strip()), "")
-        return (SURVIVED if done.returncode == 0 else CAUGHT), f"binary: {said}"
+    def _binary(self, path: Path) -> tuple[str, str]:
+        for words, seconds in ((FUZZ, FUZZ_SECONDS), (("check",), self.seconds)):
+            try:
+                done = subprocess.run(
+                    [str(path), *words],
+                    capture_output=True,
+                    text=True,
+                    timeout=PATIENCE * seconds,
+                    preexec_fn=partial(_work_at_most, seconds),
+                )
+            except subprocess.TimeoutExpired:
+                return ENDLESS, ""
+            said = next((line for line in done.stdout.splitlines() if line.strip()), "")
+            if done.returncode == -signal.SIGXCPU:
+                if words != FUZZ:
+                    return ENDLESS, ""
+            elif done.returncode != 0:
+                return CAUGHT, f"binary: {said}"
+        return SURVIVED, ""
 
     def _pytest(self, tree: Path, nodes: list[str], area: str) -> tuple[str, str]:
         log = tree / "pytest.log"
-        process = self.forks.Process(target=_run_tests, args=(str(tree), nodes, str(log), area))
+        work = (str(tree), nodes, str(log), area, self.seconds)
+        process = self.forks.Process(target=_run_tests, args=work)
         process.start()
-        process.join(self.timeout)
+        process.join(PATIENCE * self.seconds)
         if process.is_alive():
             process.kill()
             process.join()
@@ -123,6 +137,8 @@ class Workshop:
         said = log.read_text(errors="replace").splitlines() if log.exists() else []
         if process.exitcode == PASSED:
             return SURVIVED, ""
+        if process.exitcode == -signal.SIGXCPU:
+            return ENDLESS, ""
         first = next((line for line in said if line.startswith(("FAILED", "ERROR "))), "")
         if process.exitcode == FAILED and not first.startswith("ERROR "):
             return CAUGHT, first.removeprefix("FAILED ") or f"exit status {process.exitcode}"
@@ -136,18 +152,8 @@ class Workshop:
         """What the tests of a fault say of the tree as it is: nothing, if they pass."""
         tree = self.borrow()
         try:
-            if fault.area == "csrc" and fault.tests != (BINARY,):
-                build.extension(tree, self.plain, self.cache, None)
-            elif fault.area != "csrc":
-                self._give_extension(tree)
-            if BINARY in fault.tests:
-                path = build.binary(tree, self.plain, self.cache, None)
-                for words in (FUZZ, ("check",)):
-                    result, said = self._binary(path, words)
-                    if result != SURVIVED:
-                        return f"{result}: {said}"
-            nodes = faults.nodes(fault.tests, self.files)
-            result, said = self._pytest(tree, nodes, fault.area) if nodes else (SURVIVED, "")
+            self._give_extension(tree)
+            result, said = self.noticed(tree, fault, None)
             return "" if result == SURVIVED else f"{result}: {said}"
         finally:
             self.give_back(tree)
@@ -159,14 +165,13 @@ class Workshop:
     def seed(self, fault: Fault) -> Outcome:
         start = time.monotonic()
         tree = self.borrow()
-        path = tree / fault.path().relative_to(ROOT)
+        path, faulty = fault.place(tree)
         text = path.read_text()
-        faulty = fault.applied(text)
         path.write_text(faulty)
         try:
             if fault.area != "csrc":
                 self._give_extension(tree)
-            result, by = self.noticed(tree, fault, fault.tests)
+            result, by = self.noticed(tree, fault, path.name)
         except build.DoesNotBuild as error:
             result, by = BROKEN, str(error)
         finally:
@@ -183,8 +188,13 @@ class Workshop:
         return Outcome(fault.id, fault.area, name, result, round(took, 1), by, fault.words, diff)
 
 
-def _run_tests(tree: str, nodes: list[str], log: str, area: str) -> None:
+def _work_at_most(seconds: int) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+
+
+def _run_tests(tree: str, nodes: list[str], log: str, area: str, seconds: int) -> None:
     """In a process of its own: pytest in the tree, up to the first failure."""
+    _work_at_most(seconds)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -211,16 +221,18 @@ def _run_tests(tree: str, nodes: list[str], log: str, area: str) -> None:
 
 
 def run_all(
-    chosen: list[Fault], jobs: int, timeout: float, to: Path | None
+    chosen: list[Fault], jobs: int, seconds: int, to: Path | None
 ) -> tuple[list[Outcome], list[str]]:
     """What came of every fault, and the selections that fail without one."""
     selections = {(fault.area == "csrc", fault.tests): fault for fault in chosen}
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        workshop = Workshop(Path(folder), jobs, timeout)
+        workshop = Workshop(Path(folder), jobs, seconds)
         with ThreadPoolExecutor(jobs) as pool:
+            seeded = [pool.submit(workshop.seed, fault) for fault in chosen]
             plain = [pool.submit(workshop.baseline, fault) for fault in selections.values()]
-            for outcome in pool.map(workshop.seed, chosen):
+            for future in as_completed(seeded):
+                outcome = future.result()
                 outcomes.append(outcome)
                 print(f"{outcome.id}: {outcome.result} ({outcome.seconds} s) {outcome.by[:100]}")
                 sys.stdout.flush()
@@ -261,7 +273,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", metavar="ID")
     parser.add_argument("-j", "--jobs", type=int, default=1)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds of one run")
+    parser.add_argument("--seconds", type=int, default=300, help="of work in one run, at most")
     options = parser.parse_args()
     said = faults.problems()
     if options.check and len(faults.every()) < faults.LEAST:
@@ -276,7 +288,7 @@ def main() -> int:
         print(f"{len(chosen)} faults, each applies once")
         return 0 if chosen else 2
     start = time.monotonic()
-    outcomes, wrong = run_all(chosen, max(1, options.jobs), options.timeout, options.json)
+    outcomes, wrong = run_all(chosen, max(1, options.jobs), options.seconds, options.json)
     print(table(outcomes, time.monotonic() - start))
     print("\n".join(wrong))
     caught = sum(x.result == CAUGHT for x in outcomes)
