@@ -17,7 +17,7 @@ import fastkd
 pytest.importorskip("triton")
 from bench.aot.budget import BUDGETS, MERGES, Budget, budget, judge, share, total, usual
 from bench.aot.cases import DTYPES, ODD, TARGETS, WHOLE, Case, cases, kernels, places, recorded
-from bench.aot.read import Report, Sweep, loops
+from bench.aot.read import Report, TileLoop, loops
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,17 +90,21 @@ def test_nothing_spills_calls_or_reads_narrowly(table: list[dict[str, Any]]) -> 
         assert wide or row["vocab"] == ODD or not row["rows"], row
 
 
-def test_the_counts_are_of_all_sweeps(table: list[dict[str, Any]]) -> None:
-    """An expectation has its first sweep, the one for rows that overflow, and the gradient's."""
+def test_the_counts_are_of_all_loops(table: list[dict[str, Any]]) -> None:
+    """An expectation has its first loop, the one for rows that overflow, and the gradient's."""
     for row in table:
         if row["kernel"] in WHOLE and row["vocab"] != ODD:
-            assert [sweep["writes"] for sweep in row["sweeps"]] == [False, False, True], row
+            assert [loop["writes"] for loop in row["loops"]] == [
+                False,
+                False,
+                True,
+            ], row
             assert row["share"] and 0 < row["share"] <= 1, row
 
 
 def _report(**changes: Any) -> Report:
     plain = Report("fused", "kl", "bf16", "sm_90", hard=False, bytes=16)
-    plain.sweeps = [Sweep(2.25, 20, False), Sweep(2, 16, True)]
+    plain.loops = [TileLoop(2.25, 20, False), TileLoop(2, 16, True)]
     return replace(plain, **changes)
 
 
@@ -117,9 +121,15 @@ def test_a_report_within_its_budget_is_no_problem() -> None:
         ({"calls": 1}, "calls: 1"),
         ({"bytes": 4}, "an access of 4 bytes"),
         ({"narrow": 30, "pointers": 7}, "30 narrow accesses for 7 pointers"),
-        ({"sweeps": []}, "no loop that reads a row"),
-        ({"sweeps": [Sweep(3.3, 20, False), Sweep(2, 16, True)]}, "special: 5.3 a column, over"),
-        ({"sweeps": [Sweep(2, 30, False), Sweep(2, 16, True)]}, "instructions: 46 a column, over"),
+        ({"loops": []}, "no loop that reads a row"),
+        (
+            {"loops": [TileLoop(3.3, 20, False), TileLoop(2, 16, True)]},
+            "special: 5.3 a column, over",
+        ),
+        (
+            {"loops": [TileLoop(2, 30, False), TileLoop(2, 16, True)]},
+            "instructions: 46 a column, over",
+        ),
     ],
 )
 def test_what_is_a_problem(changes: dict[str, Any], problem: str) -> None:
@@ -128,9 +138,9 @@ def test_what_is_a_problem(changes: dict[str, Any], problem: str) -> None:
     assert len(report.problems) == 1 and problem in report.problems[0]
 
 
-def test_the_sweep_of_rows_that_overflow_is_not_an_ordinary_rows() -> None:
-    rare = Sweep(1, 17, False)
-    report = _report(sweeps=[Sweep(2, 20, False), rare, Sweep(2, 16, True)])
+def test_the_loop_of_rows_that_overflow_is_not_an_ordinary_rows() -> None:
+    rare = TileLoop(1, 17, False)
+    report = _report(loops=[TileLoop(2, 20, False), rare, TileLoop(2, 16, True)])
     assert rare not in usual(report) and total(report) == (4, 36)
     report.divergence = "js"
     assert rare in usual(report) and total(report) == (5, 53)
@@ -147,7 +157,7 @@ def test_budgets() -> None:
 
 def test_the_share_of_the_floor() -> None:
     """Twice the instructions that an H200 has time for leave half of the floor."""
-    report = _report(sweeps=[Sweep(0, 82.7, True)])
+    report = _report(loops=[TileLoop(0, 82.7, True)])
     assert share(report) == pytest.approx(0.5, abs=0.01)
     assert share(_report(target="sm_86")) is None
 

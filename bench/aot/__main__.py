@@ -3,7 +3,7 @@
 `python -m bench.aot` prints a line per kernel, divergence, dtype and target, and fails (exit
 status 1) where a kernel spills registers, still calls a function, reads or writes an aligned row by
 less than 16 bytes at a time, or costs more than its budget. Counts are of the machine code inside
-the loops that read rows, per column: one number per sweep; "sum" is of an ordinary row's sweeps
+the loops that read rows, per column: one number per tile loop; "sum" is of an ordinary row's
 (special-function operations/instructions), and "share" is the most of the floor's speed that they
 leave on the target's GPU. A vocabulary that no vector width divides is shown, and not judged.
 """

@@ -1,4 +1,4 @@
-"""What a kernel may cost in arithmetic, per column and in all its sweeps, and what is a problem.
+"""What a kernel may cost in arithmetic, per column in all its tile loops; what is a problem.
 
 At the floor an H200 moves 0.72e12 columns of bfloat16 a second (3 streams at the copy's expected
 bandwidth), and has time for 5.2 special-function operations and 41 instructions of
@@ -7,8 +7,8 @@ one beyond reaches at most the share of the floor that `share` says, however wel
 
 The budgets are ceilings against growth, of bfloat16. Only the KL pair without labels is within the
 GPU's own. Hard labels at T != 1 cost two exponentials more, of the student at T = 1; js and the
-skew pair a logarithm and an exponential or two of each column in each of two sweeps; tv both sides'
-exponentials in all three.
+skew pair a logarithm and an exponential or two of each column in each of two tile loops; tv both
+sides' exponentials in all three.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from bench.aot.cases import DTYPES, ODD, WHOLE
-from bench.aot.read import Report, Sweep
+from bench.aot.read import Report, TileLoop
 
 STREAMS = 3
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
@@ -76,25 +76,25 @@ def budget(report: Report) -> Budget | None:
     return Budget(special, instructions)
 
 
-def usual(report: Report) -> list[Sweep]:
-    """The sweeps of an ordinary row.
+def usual(report: Report) -> list[TileLoop]:
+    """The tile loops of an ordinary row.
 
-    Between the sweep of the sums and that of the gradient a divergence that is an expectation has
+    Between the loop of the sums and that of the gradient a divergence that is an expectation has
     one more, for rows whose loss is infinite or NaN after the first.
     """
     from fastkd.divergence import divergences
 
     entry = divergences[report.divergence] if report.divergence != "-" else None
     if report.kernel not in WHOLE or entry is None or not entry.expectation:
-        return report.sweeps
-    return report.sweeps[:1] + [sweep for sweep in report.sweeps[1:] if sweep.writes]
+        return report.loops
+    return report.loops[:1] + [loop for loop in report.loops[1:] if loop.writes]
 
 
 def total(report: Report) -> Budget:
     """Special-function operations and instructions of an ordinary row's column."""
-    sweeps = usual(report)
-    special = sum(sweep.special for sweep in sweeps)
-    return Budget(round(special, 2), round(sum(sweep.instructions for sweep in sweeps), 1))
+    loops = usual(report)
+    special = sum(loop.special for loop in loops)
+    return Budget(round(special, 2), round(sum(loop.instructions for loop in loops), 1))
 
 
 def share(report: Report) -> float | None:
@@ -117,10 +117,10 @@ def judge(report: Report) -> None:
     if report.calls:
         say(f"calls: {report.calls}")
     merges = report.kernel in MERGES
-    if report.rows and not (merges and not report.sweeps):
+    if report.rows and not (merges and not report.loops):
         if report.bytes < 16 and report.vocab != ODD:
             say(f"an access of {report.bytes} bytes in a loop over an aligned row")
-        if not report.sweeps:
+        if not report.loops:
             say("no loop that reads a row was found")
     if report.narrow > 2 * report.pointers and report.vocab != ODD and not merges:
         say(f"{report.narrow} narrow accesses for {report.pointers} pointers")

@@ -141,7 +141,7 @@ def _home(value: Any) -> str | None:
 def places() -> dict[str, tuple[str, int, bool]]:
     """Where each kernel is launched first: (pass, rows, whether it takes the divergence).
 
-    js for its second sweep, which the expectations do without.
+    js for its second tile loop, which the expectations do without.
     """
     found: dict[str, tuple[str, int, bool]] = {}
     for rows in (ROWS, FEW):

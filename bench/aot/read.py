@@ -14,7 +14,7 @@ from bench.aot.cases import ODD, Case, recorded
 
 
 @dataclass
-class Sweep:
+class TileLoop:
     """A loop that reads rows, per column."""
 
     special: float  # exp, log, reciprocal units
@@ -32,7 +32,7 @@ class Report(Case):
     bytes: int = 0  # the narrowest access to a row inside a loop
     narrow: int = 0  # accesses below 16 bytes outside the loops: one per scalar, none per tile
     calls: int = 0
-    sweeps: list[Sweep] = field(default_factory=list)
+    loops: list[TileLoop] = field(default_factory=list)
     pointers: int = 0
     rows: bool = True  # whether it is the rows' columns that it loops over
     share: float | None = None  # of the floor, at most, by the counts: see `budget`
@@ -40,11 +40,11 @@ class Report(Case):
 
     @property
     def special(self) -> list[float]:
-        return [sweep.special for sweep in self.sweeps]
+        return [loop.special for loop in self.loops]
 
     @property
     def instructions(self) -> list[float]:
-        return [sweep.instructions for sweep in self.sweeps]
+        return [loop.instructions for loop in self.loops]
 
 
 class Loops(NamedTuple):
@@ -136,8 +136,8 @@ def count(
         if any(re.search(load, line) for line in body):
             hits = sum(bool(re.search(special, line)) for line in body)
             writes = any(re.search(store, line) for line in body)
-            sweep = Sweep(round(hits / columns, 2), round(len(body) / columns, 1), writes)
-            report.sweeps.append(sweep)
+            loop = TileLoop(round(hits / columns, 2), round(len(body) / columns, 1), writes)
+            report.loops.append(loop)
 
 
 def gathers(report: Report) -> bool:
