@@ -114,7 +114,7 @@ def _cache_merge(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    of = reader.plan.total
+    of = reader.spec.total
     samples = f"{len(reader)} samples" + ("" if of is None else f" of {of}")
     facts = f"{samples} in {len(reader.table)} shards of {len(reader.contents.sources)} ranks"
     print(f"{arguments.path}: {facts}, {'merged' if changed else 'merged before'}")

@@ -124,7 +124,7 @@ def test_samples_of_a_teacher_are_exact(tmp_path: Path) -> None:
     )
     k = drawn.size(-1)
     reader = written(tmp_path, [drawn], k=k, method="sample", tail=drawn.tail)
-    assert reader.plan.encoding == "counts"
+    assert reader.spec.encoding == "counts"
     torch.testing.assert_close(reader[0].logprobs.exp(), drawn.logprobs.exp(), rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="expected whole draws"):
         with store.Writer(tmp_path / "b", vocab_size=V, k=k, method="sample", tail=drawn.tail) as w:
@@ -271,7 +271,7 @@ def test_capture_stores_what_the_teacher_says(tmp_path: Path, linear: bool) -> N
     assert done == 7 and teacher.training and teacher.drop.training
     reader = store.Reader(tmp_path)
     assert [x.size(0) for x in reader] == [4, 6, 0, 6, 6, 6, 6]
-    assert reader[1].indices[:2].eq(-1).all() and reader.plan.temperature == 2.0
+    assert reader[1].indices[:2].eq(-1).all() and reader.spec.temperature == 2.0
     with torch.no_grad():
         logits = Head(False).eval()(inputs)
     wanted = fastkd.topk_from_logits(logits[3], K, temperature=2.0)

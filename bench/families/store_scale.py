@@ -24,16 +24,16 @@ from bench.harness.family import Family, Input
 from bench.harness.result import Group, Result, named
 from bench.harness.timing import Say, summarise
 from fastkd.teachers import store
-from fastkd.teachers.store.format import Part, Plan, Shard, index_name, save_part, shard_name
+from fastkd.teachers.store.format import Part, CacheSpec, Shard, index_name, save_part, shard_name
 from fastkd.teachers.store.merge import MERGED
 
 SIZES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "I64": 8}
 BATCH = 8  # samples looked up at a time
 
 
-def plan_of(a: argparse.Namespace, total: int) -> Plan:
+def plan_of(a: argparse.Namespace, total: int) -> CacheSpec:
     """The identity of a cache of top-k rows."""
-    return Plan(
+    return CacheSpec(
         model="teacher",
         tokenizer="sha256:" + "0" * 64,
         data="data",
@@ -50,7 +50,7 @@ def plan_of(a: argparse.Namespace, total: int) -> Plan:
     )
 
 
-def row_bytes(plan: Plan, length: int) -> float:
+def row_bytes(plan: CacheSpec, length: int) -> float:
     """Bytes of a token, with its part of what a sample of `length` has."""
     sizes = {name: SIZES[kind] * math.prod(shape) for name, (kind, shape) in plan.shapes.items()}
     of_sample = sizes.pop("ends") + sizes.pop("samples")

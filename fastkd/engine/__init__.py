@@ -1,1 +1,1 @@
-"""x"""
+"""How a loss is run: from the checked arguments to the passes of a backend."""

@@ -1,1 +1,1 @@
-"""x"""
+"""Teachers that do not run beside the student: what they said, kept where a student finds it."""

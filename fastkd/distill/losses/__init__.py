@@ -1,1 +1,1 @@
-"""x"""
+"""The losses of the workflow beside the divergences, as functions and as terms of a run."""

@@ -21,10 +21,10 @@ from fastkd.distill.sample_order import check_order, watched
 
 from .assignment import only, share, size_of
 from .format import INDEXES
-from .rank_watch import Job
+from .rank_watch import RankWatch
 from .reader import Reader
-from .requests import LABELS, Asked, answer, asked, check_labels, trimmed
 from .same_teacher import SAMPLES, check_same
+from .teacher_inputs import LABELS, TeacherInputs, answer, check_labels, teacher_inputs, trimmed
 from .writer import Writer
 
 
@@ -105,10 +105,10 @@ def capture(
     check_order(loader, order, rank=rank or 0, ranks=options.get("ranks", 1))
     chosen: dict[str, Any] = {"method": method, "temperature": temperature, "tail": tail}
     numbers: Iterable[list[int] | None] = repeat(None)
-    job: Job | None = None
+    job: RankWatch | None = None
     if group is not None:
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-        job = Job(group, path)
+        job = RankWatch(group, path)
     with job or nullcontext():
         if shared := world_size is not None or samples is not None:
             total = size_of(loader)
@@ -130,7 +130,7 @@ def capture(
             for batch, named in zip(watched(loader, order), numbers, strict=False):
                 if job:
                     job.look()
-                whole = asked(batch)
+                whole = teacher_inputs(batch)
                 check_labels(whole, labels)
                 size = len(whole)
                 known, seen = min(max(start - seen, 0), size), seen + size
@@ -168,7 +168,7 @@ class _Teach:
         self._labels, self._chosen = labels, chosen
 
     def __call__(
-        self, given: Asked, generator: torch.Generator | None = None, **other: Any
+        self, given: TeacherInputs, generator: torch.Generator | None = None, **other: Any
     ) -> tuple[Any, Tensor | None]:
         """Outputs of a batch, and how many rows each sample has."""
         inputs = given.inputs if self._device is None else to(given.inputs, self._device)
@@ -185,7 +185,7 @@ class _Teach:
             )
         return trimmed(output, given, self._labels)
 
-    def probe(self, path: Any, given: Asked, numbers: Sequence[int]) -> None:
+    def probe(self, path: Any, given: TeacherInputs, numbers: Sequence[int]) -> None:
         """Ask for some samples that are stored, and compare."""
         reader = Reader(path)
         numbers, given = numbers[:SAMPLES], given.part(0, min(len(numbers), SAMPLES))
@@ -202,7 +202,7 @@ class _Teach:
                     f"{[x.size(0) for x in stored]} stored in {str(path)[:150]}: other data or "
                     "labels"
                 )
-            check_same(path, reader.plan, stored, said, self.dtype)
+            check_same(path, reader.spec, stored, said, self.dtype)
 
     def probe_dataset(self, path: Any, loader: Any) -> None:
         """The same of a shared cache's first samples, from the dataset itself."""
@@ -213,7 +213,7 @@ class _Teach:
             shard = int(reader.table.first.argmin())
             numbers = reader.of_shard(shard)[:SAMPLES].tolist()
             batch = loader.collate_fn([loader.dataset[number] for number in numbers])
-            self.probe(path, asked(batch), numbers)
+            self.probe(path, teacher_inputs(batch), numbers)
 
 
 @contextmanager
@@ -233,7 +233,7 @@ def _modes(teacher: Any) -> Iterator[torch.device | None]:
             module.training = training
 
 
-def _of_batch(logits: Any, given: Asked, k: int | None) -> None:
+def _of_batch(logits: Any, given: TeacherInputs, k: int | None) -> None:
     """Does each sample have its logits?"""
     if not isinstance(logits, (Tensor, fastkd.LinearLogits) if k else Tensor):
         expected = "a tensor of logits" + (" or LinearLogits" if k else ", as k is None")

@@ -11,7 +11,7 @@ from torch import Tensor
 import fastkd
 
 from .padding import padded, teachers
-from .requests import rows_at, without
+from .teacher_inputs import rows_at, without
 
 TEACHER = "teacher"
 

@@ -24,7 +24,7 @@ from fastkd.arguments.messages import shown
 
 from .atomic_io import write_whole
 from .codec import LOGITS, MOST_DRAWS, bound_facts, index_bits
-from .limits import plan_fault, shard_fault, size_faults
+from .limits import shard_fault, size_faults, spec_fault
 
 FORMAT, VERSION = "fastkd teacher cache", 2
 READABLE = (1, VERSION)
@@ -38,7 +38,7 @@ class CacheError(ValueError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class CacheSpec:
     """What a cache holds: equal in all of its indexes."""
 
     model: str
@@ -55,10 +55,10 @@ class Plan:
     measured: bool | None = None  # with tail_logprob
     total: int | None = None  # samples of all ranks, where they share them
 
-    def other(self, plan: Plan) -> str | None:
+    def other(self, spec: CacheSpec) -> str | None:
         """The first difference, as "name: got this, expected that"; what is None is not known."""
         for name in (field.name for field in fields(self)):
-            got, wanted = getattr(plan, name), getattr(self, name)
+            got, wanted = getattr(spec, name), getattr(self, name)
             unknown = name in ("sequences", "measured") and None in (got, wanted)
             if got != wanted and not unknown:
                 return f"{name}: got {shown(got)}, expected {wanted!r}"
@@ -103,7 +103,7 @@ class Shard:
 class Part:
     """An index: what one rank has written. complete: its writer was closed, and not stopped."""
 
-    plan: Plan
+    spec: CacheSpec
     rank: int
     shards: list[Shard]
     complete: bool = False
@@ -121,8 +121,8 @@ class Part:
             "version": VERSION,
             "rank": self.rank,
             "complete": self.complete,
-            "teacher": asdict(self.plan),
-            "bound": bound_facts(self.plan.encoding, self.plan.k),
+            "teacher": asdict(self.spec),
+            "bound": bound_facts(self.spec.encoding, self.spec.k),
             "shards": [asdict(shard) for shard in self.shards],
         }
 
@@ -130,7 +130,7 @@ class Part:
 def settled(
     k: int | None, method: str, temperature: float, tail: str, encoding: str | None
 ) -> dict[str, Any]:
-    """The fields of a `Plan` that depend on each other, checked, defaults filled in."""
+    """The fields of a `CacheSpec` that depend on each other, checked, defaults filled in."""
     if method not in METHODS:
         raise ValueError(f"method: got {shown(method)}, expected one of {', '.join(METHODS)}")
     if tail not in TAILS:
@@ -214,8 +214,8 @@ def load_part(path: Path) -> Part:
         raise CacheError(f"{path}: the index was altered after it was written (its hash differs)")
     try:
         shards = [Shard(**shard) for shard in document["shards"]]
-        plan, rank = Plan(**document["teacher"]), document["rank"]
-        part = Part(plan, rank, shards, document["complete"], len(data), digest)
+        spec, rank = CacheSpec(**document["teacher"]), document["rank"]
+        part = Part(spec, rank, shards, document["complete"], len(data), digest)
     except (KeyError, TypeError) as error:
         why = str(error)[:100]
         raise CacheError(f"{path}: got fields that version {version} has not ({why})") from None
@@ -230,27 +230,27 @@ def load_part(path: Path) -> Part:
         expected = [shard_name(rank, number, folder=folder) for folder in (False, True)]
         if shard.file not in expected:
             raise CacheError(f"{path}: got a shard {shard.file!r:.60}, expected {expected[0]!r}")
-    check_parts(path, plan, part.shards)
+    check_parts(path, spec, part.shards)
     return part
 
 
-def check_parts(path: Path, plan: Plan, shards: Iterable[Shard]) -> None:
+def check_parts(path: Path, spec: CacheSpec, shards: Iterable[Shard]) -> None:
     """Raise CacheError for what cannot be so; nothing of the sizes named is made."""
-    if fault := plan_fault(plan):
+    if fault := spec_fault(spec):
         raise CacheError(f"{path}: {fault}")
     sizes = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "I64": 8}
     row = sum(
         sizes[kind] * math.prod(shape)
-        for name, (kind, shape) in plan.shapes.items()
+        for name, (kind, shape) in spec.shapes.items()
         if name not in ("ends", "samples")
     )
     shards = list(shards)
     for number, shard in enumerate(shards):
         if fault := shard_fault(shard, row):
             raise CacheError(f"{path}: shard {number}: {fault}")
-        if not plan.sequences and shard.tokens != shard.samples:
+        if not spec.sequences and shard.tokens != shard.samples:
             got = f"{shard.tokens} tokens of {shard.samples} samples of one row each"
-            raise CacheError(f"{path}: shard {number}: sequences: got {plan.sequences!r}, {got}")
+            raise CacheError(f"{path}: shard {number}: sequences: got {spec.sequences!r}, {got}")
     for fault in size_faults(path.parent, iter(shards)):
         raise CacheError(fault)
 

@@ -23,36 +23,36 @@ def _quoted(x: Any) -> str:
     return f"{type(x).__name__} {x!r:.60}" if isinstance(x, str) else type(x).__name__
 
 
-def plan_fault(plan: Any) -> str | None:
-    """What of a `Plan` cannot be so, as "name: got this, expected that"."""
+def spec_fault(spec: Any) -> str | None:
+    """What of a `CacheSpec` cannot be so, as "name: got this, expected that"."""
     known = 2**31
     wanted: dict[str, tuple[bool, str]] = {
-        name: (type(x := getattr(plan, name)) is str and len(x) <= TEXT, "a short text")
+        name: (type(x := getattr(spec, name)) is str and len(x) <= TEXT, "a short text")
         for name in ("model", "tokenizer", "data", "encoding", "method")
     }
-    wanted["vocab_size"] = (_whole(plan.vocab_size, 1, known - 1), "1 to 2**31 - 1")
-    wanted["k"] = (plan.k is None or _whole(plan.k, 1, known - 1), "1 to 2**31 - 1, or null")
-    heat = type(plan.temperature) in (int, float) and 1e-18 <= plan.temperature <= 1e18
+    wanted["vocab_size"] = (_whole(spec.vocab_size, 1, known - 1), "1 to 2**31 - 1")
+    wanted["k"] = (spec.k is None or _whole(spec.k, 1, known - 1), "1 to 2**31 - 1, or null")
+    heat = type(spec.temperature) in (int, float) and 1e-18 <= spec.temperature <= 1e18
     wanted["temperature"] = (heat, "a positive finite number")
-    of_k = ("uint8", "float16", "counts") if plan.k is not None else ("float32",)
-    of_logits = () if plan.k is not None else ("bfloat16", "float16")
+    of_k = ("uint8", "float16", "counts") if spec.k is not None else ("float32",)
+    of_logits = () if spec.k is not None else ("bfloat16", "float16")
     encodings = (*of_k, *of_logits)
-    good = type(plan.encoding) is str and plan.encoding in encodings
+    good = type(spec.encoding) is str and spec.encoding in encodings
     wanted["encoding"] = (good, f"one of {', '.join(encodings)}")
-    methods = ("logits",) if plan.k is None else ("top", "sample")
-    good = type(plan.method) is str and plan.method in methods
+    methods = ("logits",) if spec.k is None else ("top", "sample")
+    good = type(spec.method) is str and spec.method in methods
     wanted["method"] = (good, f"one of {', '.join(methods)}")
-    tails: tuple[Any, ...] = (None,) if plan.k is None else STATED
-    good = type(plan.tail) in (str, type(None)) and plan.tail in tails
+    tails: tuple[Any, ...] = (None,) if spec.k is None else STATED
+    good = type(spec.tail) in (str, type(None)) and spec.tail in tails
     wanted["tail"] = (good, f"one of {', '.join(map(str, tails))}")
     for name, low, high in (("ranks", 1, known), ("total", 0, MOST)):
-        x = getattr(plan, name)
+        x = getattr(spec, name)
         wanted[name] = (x is None or _whole(x, low, high), f"{low} to {high}, or null")
     for name in ("sequences", "measured"):
-        wanted[name] = (type(getattr(plan, name)) in (bool, type(None)), "true, false or null")
+        wanted[name] = (type(getattr(spec, name)) in (bool, type(None)), "true, false or null")
     for name, (sound, expected) in wanted.items():
         if not sound:
-            return f"{name}: got {_quoted(getattr(plan, name))}, expected {expected}"
+            return f"{name}: got {_quoted(getattr(spec, name))}, expected {expected}"
     return None
 
 

@@ -27,7 +27,7 @@ from .format import (
     INDEXES,
     VERSION,
     CacheError,
-    Plan,
+    CacheSpec,
     check_parts,
     index_name,
     load_part,
@@ -54,7 +54,7 @@ class Source:
 class Contents:
     """What all indexes of a cache say."""
 
-    plan: Plan
+    spec: CacheSpec
     sources: list[Source]
     table: Table
     checked: bool = False  # merged as it is: no sample is there twice
@@ -62,10 +62,10 @@ class Contents:
     @property
     def complete(self) -> bool:
         """All samples are there, as far as their number tells."""
-        if self.plan.total is not None:
+        if self.spec.total is not None:
             last = int(self.table.last.max()) if len(self.table) else -1
-            return int(self.table.samples.sum()) == self.plan.total > last
-        return len(self.sources) == self.plan.ranks and all(s.complete for s in self.sources)
+            return int(self.table.samples.sum()) == self.spec.total > last
+        return len(self.sources) == self.spec.ranks and all(s.complete for s in self.sources)
 
 
 def contents(folder: Path) -> Contents:
@@ -92,11 +92,11 @@ def contents(folder: Path) -> Contents:
         return merged
     parts = [load_part(folder / name) for name in fresh]
     # what is not known before a first sample is known to a rank that has one
-    plan = next((part.plan for part in parts if part.shards), parts[0].plan)
+    spec = next((part.spec for part in parts if part.shards), parts[0].spec)
     if merged is not None and len(merged.table):
-        plan = merged.plan
+        spec = merged.spec
     for name, part in zip(fresh, parts, strict=True):
-        if difference := plan.other(part.plan):
+        if difference := spec.other(part.spec):
             raise CacheError(f"{folder / name}: not of one cache with its neighbours; {difference}")
     new = {part.rank: part for part in parts}
     old = {source.rank: source for source in merged.sources} if merged else {}
@@ -109,7 +109,7 @@ def contents(folder: Path) -> Contents:
         elif merged is not None:
             sources.append(old[rank])
             tables.append(merged.table.of_rank(rank))
-    return Contents(plan, sources, Table.join(tables))
+    return Contents(spec, sources, Table.join(tables))
 
 
 def places(folder: Path, of: Contents, listed: Callable[[int], Tensor]) -> Places:
@@ -162,7 +162,7 @@ def _bytes(of: Contents) -> bytes:
     facts = {
         "format": FORMAT,
         "version": VERSION,
-        "teacher": asdict(of.plan),
+        "teacher": asdict(of.spec),
         "sources": [asdict(source) for source in of.sources],
     }
     columns = {name: x.contiguous() for name, x in of.table.columns().items()}
@@ -212,12 +212,12 @@ def load_merged(folder: Path) -> Contents | None:
         raise CacheError(f"{file}: altered: got columns {shapes}, expected {wanted}")
     try:
         sources = [Source(**source) for source in facts["sources"]]
-        plan = Plan(**facts["teacher"])
+        spec = CacheSpec(**facts["teacher"])
     except (KeyError, TypeError) as error:
         raise CacheError(f"{file}: altered: got other fields ({str(error)[:100]})") from None
     table = Table(**columns)
     low = torch.stack([table.tokens, table.first, table.last, table.step]).amin(0) < 0
     none, much = table.samples < 1, table.samples > table.bytes // LEAST_BYTES
     odd = low | none | much | (table.samples > LOOKED_UP)  # the others can be no trouble
-    check_parts(file, plan, map(table.shard, odd.nonzero().flatten().tolist()))
-    return Contents(plan, sources, table, checked=True)
+    check_parts(file, spec, map(table.shard, odd.nonzero().flatten().tolist()))
+    return Contents(spec, sources, table, checked=True)

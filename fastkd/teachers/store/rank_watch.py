@@ -23,7 +23,7 @@ from .atomic_io import Lock, died, write_whole
 EVERY = 1.0  # seconds between two looks at the others while there is work
 
 
-class Job:
+class RankWatch:
     """A context manager around this rank's part, from the first merge to the last.
 
     Every rank looks whether another has failed, and whether the next one in a ring is alive.
@@ -42,7 +42,7 @@ class Job:
     def _failed(self) -> Path:
         return self.folder / ".failed"
 
-    def __enter__(self) -> Job:
+    def __enter__(self) -> RankWatch:
         together(self.group, self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ class Job:
         return f"rank {rank} of {self.size} {words}"
 
     def look(self, *, now: bool = False) -> None:
-        """Are the others still there? Asked again and again.
+        """Are the others still there? TeacherInputs again and again.
 
         Raises:
             RuntimeError: one is not; names it, and its error.

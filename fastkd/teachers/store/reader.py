@@ -45,7 +45,7 @@ class Reader(Dataset[Any]):
         CacheError: a cache of another version or for something else, an altered index, or indexes
             that do not belong together.
 
-    `plan` tells what the cache holds: vocab_size, k, method, temperature, tail, encoding, ...
+    `spec` tells what the cache holds: vocab_size, k, method, temperature, tail, encoding, ...
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class Reader(Dataset[Any]):
     ) -> None:
         self.path = Path(path)
         found = contents(self.path)
-        plan = found.plan
+        spec = found.spec
         name = None if tokenizer is None else tokenizer_name(tokenizer)
         asked = {"vocab_size": vocab_size, "tokenizer": name, "model": model, "data": data}
         for key, wanted in asked.items():
-            if wanted is not None and wanted != (got := getattr(plan, key)):
+            if wanted is not None and wanted != (got := getattr(spec, key)):
                 raise CacheError(f"{self.path}: made for {key}={got!r}, expected {wanted!r}")
-        self.plan, self.contents, self.table = plan, found, found.table
+        self.spec, self.contents, self.table = spec, found, found.table
         self._open: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
         self._places: Places | None = None
 
@@ -107,7 +107,7 @@ class Reader(Dataset[Any]):
         if not len(numbers):
             return []
         output, lengths = self._rows(torch.as_tensor(list(numbers), dtype=torch.int64))
-        if not self.plan.sequences:
+        if not self.spec.sequences:
             return [output[row] for row in range(len(lengths))]
         ends = lengths.cumsum(0).tolist()
         return [output[end - size : end] for end, size in zip(ends, lengths.tolist(), strict=True)]
@@ -120,7 +120,7 @@ class Reader(Dataset[Any]):
         """Which cache this is, in a checkpoint: what it is of, and a hash of its shards' hashes."""
         digests = bytes(array(self.table.sha256.flatten(), "a teacher cache"))
         shards = json.dumps([digests[i : i + 32].hex() for i in range(0, len(digests), 32)])
-        made = {key: getattr(self.plan, key) for key in ("model", "tokenizer", "data")}
+        made = {key: getattr(self.spec, key) for key in ("model", "tokenizer", "data")}
         return {**made, "shards": hashlib.sha256(shards.encode()).hexdigest()}
 
     def verify(self, *, progress: bool = False) -> None:
@@ -166,11 +166,11 @@ class Reader(Dataset[Any]):
     def facts(self) -> dict[str, Any]:
         """What is in the cache, JSON-ready."""
         size, sources = self._bytes, self.contents.sources
-        document = Part(self.plan, sources[0].rank, []).document()
+        document = Part(self.spec, sources[0].rank, []).document()
         return {
             "path": str(self.path),
             **{name: document[name] for name in ("format", "version", "bound")},
-            "teacher": asdict(self.plan),
+            "teacher": asdict(self.spec),
             "samples": len(self),
             "tokens": self.tokens,
             "bytes": size,
@@ -210,7 +210,7 @@ class Reader(Dataset[Any]):
             self._open.move_to_end(at)
             return self._open[at]
         shard = self.table.shard(at)
-        tensors = _map(self.path / shard.file, shard, self.plan.shapes)
+        tensors = _map(self.path / shard.file, shard, self.spec.shapes)
         self._open[at] = tensors
         while len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)
@@ -260,20 +260,20 @@ class Reader(Dataset[Any]):
         return self._decoded(stored, [self.table.shard(at) for at in used]), length
 
     def _decoded(self, stored: dict[str, Tensor], shards: list[Shard]) -> Any:
-        plan = self.plan
-        if plan.k is None:
+        spec = self.spec
+        if spec.k is None:
             return stored["logits"]
-        indices = unpack(stored["indices"], plan.k, plan.vocab_size)
-        if indices.numel() and int(indices.max()) >= plan.vocab_size:
+        indices = unpack(stored["indices"], spec.k, spec.vocab_size)
+        if indices.numel() and int(indices.max()) >= spec.vocab_size:
             files = " or ".join(str(self.path / shard.file) for shard in shards)
             raise CacheError(f"{files}: altered: got an index of {int(indices.max())}")
-        tail = stored["tail_logprob"].float() if plan.measured else None
+        tail = stored["tail_logprob"].float() if spec.measured else None
         return fastkd.TopK(
-            decode(stored, plan.encoding),
+            decode(stored, spec.encoding),
             indices,
             tail_logprob=tail,
-            temperature=plan.temperature,
-            tail=plan.tail,  # type: ignore[arg-type]
+            temperature=spec.temperature,
+            tail=spec.tail,  # type: ignore[arg-type]
         )
 
 

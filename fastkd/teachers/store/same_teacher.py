@@ -16,11 +16,11 @@ SAMPLES, ROWS = 4, 16  # asked for again, at most
 SLACK, SLACK_16 = 0.02, 0.15  # nats: what another batch size or 16 bits may move a mean by
 
 
-def check_same(path: Any, plan: Any, stored: list[Any], said: Any, dtype: Any) -> None:
+def check_same(path: Any, spec: Any, stored: list[Any], said: Any, dtype: Any) -> None:
     """Compare samples of the cache with what the teacher says of them now.
 
     Args:
-        path, plan: of the cache.
+        path, spec: of the cache.
         stored: its samples, `TopK` [L, K] or [K], or logits.
         said: the same of the teacher at work: the k best columns where the cache has draws.
         dtype: of the teacher's logits.
@@ -37,7 +37,7 @@ def check_same(path: Any, plan: Any, stored: list[Any], said: Any, dtype: Any) -
             apart = float((one - two)[rows].abs().mean()) if bool(rows.any()) else 0.0
             apart -= 2.0**-8 * float(one[rows].abs().mean()) if bool(rows.any()) else 0.0
         else:
-            apart = _apart(plan, old, new)
+            apart = _apart(spec, old, new)
         if apart > slack:
             raise ValueError(
                 f"teacher: got outputs {apart:.3g} nats off what is stored of the same samples in "
@@ -47,7 +47,7 @@ def check_same(path: Any, plan: Any, stored: list[Any], said: Any, dtype: Any) -
             )
 
 
-def _apart(plan: Any, old: Any, new: fastkd.TopK) -> float:
+def _apart(spec: Any, old: Any, new: fastkd.TopK) -> float:
     """Mean distance of the log-probabilities of columns that both have; 1 where few are."""
     if old.dim() == 1:
         old, new = old[None], new[None]
@@ -58,15 +58,15 @@ def _apart(plan: Any, old: Any, new: fastkd.TopK) -> float:
     columns, given = old.indices[some].long(), old.logprobs[some].double()
     there, now = new.indices[some.to(new.device)].long().cpu(), new.logprobs.double().cpu()[some]
     both = (columns[:, :, None] == there[:, None, :]) & (columns >= 0)[:, :, None]
-    if plan.method == "sample":  # are as many draws among the best columns as these have mass?
+    if spec.method == "sample":  # are as many draws among the best columns as these have mass?
         share = float(torch.where(both.any(-1), given.exp(), 0.0).sum(-1).mean())
         mass = float(now.exp().sum(-1).mean())
-        noise = math.sqrt(max(mass * (1 - mass), 0.0) / (plan.k * len(some)))
+        noise = math.sqrt(max(mass * (1 - mass), 0.0) / (spec.k * len(some)))
         return max(abs(share - mass) - 6 * noise, 0.0)
     named = float((columns >= 0).sum())
     if float(both.sum()) < 0.5 * named:
         return 1.0
     apart = (given[:, :, None] - now[:, None, :]).abs()
-    bound = logprob_bound(plan.encoding, plan.k, given)[:, :, None].expand_as(apart)
+    bound = logprob_bound(spec.encoding, spec.k, given)[:, :, None].expand_as(apart)
     sure = both & apart.isfinite() & bound.isfinite()
     return float((apart - bound)[sure].mean()) if bool(sure.any()) else 1.0

@@ -20,8 +20,8 @@ from fastkd.arguments.messages import shown
 from .atomic_io import Lock, shard_bytes, write_whole
 from .format import (
     CacheError,
+    CacheSpec,
     Part,
-    Plan,
     Shard,
     index_name,
     load_part,
@@ -104,7 +104,7 @@ class Writer:
         if vocab_size >= 2**31:
             raise ValueError(f"vocab_size: got {vocab_size}, expected less than 2**31")
         made = settled(k, method, float(temperature), tail, encoding)
-        self._plan = Plan(
+        self._plan = CacheSpec(
             model=model,
             tokenizer=tokenizer_name(tokenizer),
             data=data,
@@ -131,10 +131,10 @@ class Writer:
             path = self._folder / index_name(of)
             if path.exists():
                 part = load_part(path)
-                if difference := part.plan.other(self._plan):
+                if difference := part.spec.other(self._plan):
                     raise CacheError(f"{path}: another cache is there; {difference}")
                 self._plan = replace(
-                    self._plan, sequences=part.plan.sequences, measured=part.plan.measured
+                    self._plan, sequences=part.spec.sequences, measured=part.spec.measured
                 )
         path = self._folder / index_name(rank)
         part = load_part(path) if path.exists() else Part(self._plan, rank, [])
@@ -222,14 +222,14 @@ class Writer:
     ) -> None:
         """outputs [B, L, ...]; checks everything before it keeps anything."""
         self._alive()
-        plan, size = self._plan, outputs.size(0)
+        spec, size = self._plan, outputs.size(0)
         measured = None
         if isinstance(outputs, fastkd.TopK):
             measured = outputs.tail_logprob is not None
         known = replace(
-            plan,
-            sequences=plan.sequences if plan.sequences is not None else sequences,
-            measured=plan.measured if plan.measured is not None else measured,
+            spec,
+            sequences=spec.sequences if spec.sequences is not None else sequences,
+            measured=spec.measured if spec.measured is not None else measured,
         )
         if sequences != known.sequences:
             shapes = ("[K] or [V]", "[L, K] or [L, V]")
@@ -242,7 +242,7 @@ class Writer:
         counts = row_counts(lengths, size, outputs.size(1))
         keep = torch.arange(outputs.size(1)) < counts[:, None]
         where = Where(numbers, keep)
-        rows = topk_rows(outputs, keep, known, where) if plan.k else None
+        rows = topk_rows(outputs, keep, known, where) if spec.k else None
         piece = rows if rows is not None else logit_rows(outputs, keep, known, where)
         self._plan = known
         self._pieces.append(piece)
@@ -325,7 +325,7 @@ class Writer:
         file = self._folder / shard.file
         file.parent.mkdir(exist_ok=True)
         write_whole(file, data)
-        part = replace(self._part, plan=self._plan, shards=[*self._part.shards, shard])
+        part = replace(self._part, spec=self._plan, shards=[*self._part.shards, shard])
         part.complete = False
         save_part(self._folder, part)
         self._part = part
@@ -338,7 +338,7 @@ class Writer:
             return
         try:
             self.flush()
-            self._part = replace(self._part, plan=self._plan, complete=True)
+            self._part = replace(self._part, spec=self._plan, complete=True)
             save_part(self._folder, self._part)
         finally:
             self._lock.release()

@@ -17,7 +17,7 @@ NOT_ASKED = ("labels", "teacher", "index")  # of a dict that holds the model's a
 
 
 @dataclass(frozen=True)
-class Asked:
+class TeacherInputs:
     """inputs: a tensor, or a dict of the model's keyword arguments; labels [B, L], [B] or None."""
 
     inputs: Any
@@ -38,7 +38,7 @@ class Asked:
         mask = self.inputs.get("attention_mask") if isinstance(self.inputs, Mapping) else None
         return mask != 0 if isinstance(mask, Tensor) and list(mask.shape) == shape else None
 
-    def part(self, start: int, stop: int | None = None) -> Asked:
+    def part(self, start: int, stop: int | None = None) -> TeacherInputs:
         """Samples start to stop of the batch."""
         size = len(self)
 
@@ -48,21 +48,21 @@ class Asked:
         return replace(self, inputs=mapped(self.inputs, cut), labels=mapped(self.labels, cut))
 
 
-def asked(given: Any) -> Asked:
+def teacher_inputs(given: Any) -> TeacherInputs:
     """A loader's batch: inputs, (inputs, labels), {"inputs", "labels"}, a model's own arguments
     with "labels" among them, or a `Batch`."""
     if isinstance(given, Batch):
-        made = Asked(given.inputs, given.labels)
+        made = TeacherInputs(given.inputs, given.labels)
     elif isinstance(given, Mapping):
         inputs = given["inputs"] if "inputs" in given else None
         if inputs is None:
             inputs = {name: x for name, x in given.items() if name not in NOT_ASKED}
-        made = Asked(inputs, given.get("labels"))
+        made = TeacherInputs(inputs, given.get("labels"))
     else:
         parts = list(given) if isinstance(given, (tuple, list)) else [given]
-        made = Asked(parts[0] if parts else None, parts[1] if len(parts) > 1 else None)
+        made = TeacherInputs(parts[0] if parts else None, parts[1] if len(parts) > 1 else None)
         if len(parts) > 2:
-            made = Asked(None, None)
+            made = TeacherInputs(None, None)
     kinds = isinstance(made.inputs, (Tensor, Mapping)) and isinstance(
         made.labels, (Tensor, type(None))
     )
@@ -113,7 +113,7 @@ def _beyond(teacher: Any, inputs: Any) -> str | None:
     return None
 
 
-def check_labels(asked: Asked, labels: str | None) -> None:
+def check_labels(asked: TeacherInputs, labels: str | None) -> None:
     """Refuse labels that are the inputs themselves, unless it was said what they are."""
     ids, own = asked.ids, asked.labels
     if labels is not None or ids is None or own is None or ids.shape != own.shape:
@@ -129,7 +129,7 @@ def check_labels(asked: Asked, labels: str | None) -> None:
         )
 
 
-def kept_rows(asked: Asked, lead: list[int], labels: str | None) -> Tensor | None:
+def kept_rows(asked: TeacherInputs, lead: list[int], labels: str | None) -> Tensor | None:
     """Which rows [B, L] count; None: all, or logits are not of sequences."""
     own, mask = asked.labels, asked.mask(lead)
     if own is None or own.dim() != 2:
@@ -140,7 +140,7 @@ def kept_rows(asked: Asked, lead: list[int], labels: str | None) -> Tensor | Non
     return kept if mask is None else kept & mask.to(kept.device)
 
 
-def trimmed(output: Any, asked: Asked, labels: str | None) -> tuple[Any, Tensor | None]:
+def trimmed(output: Any, asked: TeacherInputs, labels: str | None) -> tuple[Any, Tensor | None]:
     """A teacher's output with nothing in the rows that do not count, and rows of each sample.
 
     Padding in front of a sample, by its attention_mask, is left out: its row 0 is that of its
