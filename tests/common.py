@@ -215,23 +215,25 @@ FORM_PAIRS = [PAIRS[name] for name in ("fp32", "bf16", "bf16-fp32")]
 FORM_DTYPES = [DTYPES[name] for name in ("fp32", "bf16")]
 FORM_INPUTS = [INPUTS[name] for name in ("random", "equal", "large")]
 FORM_DIVERGENCES = [fastkd.divergences[name] for name in ("kl", "js")]
+FORM_REDUCTIONS = ["mean", "none"]  # one number, or one of each row
+FORM_AXES: dict[str, list[Any]] = {
+    "pair": FORM_PAIRS,
+    "make": FORM_INPUTS,
+    "dtype": FORM_DTYPES,
+    "divergence": FORM_DIVERGENCES,
+    "reduction": FORM_REDUCTIONS,
+}
 
 
 def runs_in_its_form(arguments: dict[str, Any], sampled: bool = True) -> bool:
     """Whether a case of a test, of these arguments, is run: all that are dense."""
     if arguments.get("form", "dense") == "dense":
         return True
-    rest = {
-        name: arguments[name]
-        for name in ("pair", "make", "dtype", "divergence")
-        if name in arguments
-    }
-    if rest.get("pair", FORM_PAIRS[0]) not in FORM_PAIRS:
-        return False
-    if rest.get("make") in INPUTS.values() and rest["make"] not in FORM_INPUTS:
-        return False
-    few = rest.get("dtype", torch.float32) in FORM_DTYPES
-    return not sampled or (few and rest.get("divergence", FORM_DIVERGENCES[0]) in FORM_DIVERGENCES)
+    given = {name: value for name, value in arguments.items() if name in FORM_AXES}
+    if given.get("make") not in INPUTS.values():  # another test's own
+        given.pop("make", None)
+    always = ("pair", "make")
+    return all(given[name] in FORM_AXES[name] for name in given if sampled or name in always)
 
 
 def in_form(student: Tensor, teacher: Tensor, form: str) -> tuple[Any, Any]:

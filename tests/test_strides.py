@@ -48,6 +48,7 @@ def test_leading_dimensions(
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "padded-rows": lambda x: x.view(6, 32)[:, :21],
+    "padded-rows-of-two-dimensions": lambda x: x.view(2, 3, 32)[..., :21],
     "from-an-odd-column": lambda x: x.view(6, 32)[:, 3:24],
     "every-other-row": lambda x: x.view(6, 32)[::2, :21],
     "without-the-last-position": lambda x: x.view(2, 3, 32)[:, :-1, :21],

@@ -95,6 +95,18 @@ def test_bucket_is_at_most_the_full_divergence_and_zero_where_equal(
         assert float(same.student.abs().max()) < 1e-6
 
 
+@pytest.mark.parametrize("tail", [None, -9.0])
+def test_a_row_of_all_columns_has_no_tail(backend: Backend, tail: float | None) -> None:
+    """Whatever rounding has left of its mass: a tail of no columns would make the loss infinite."""
+    student, teacher = random(backend, 3, 10)
+    logprobs = teacher.log_softmax(-1) - 1e-4
+    columns = torch.arange(10, device=backend.device).expand(3, 10)
+    measured = None if tail is None else torch.full((3,), tail, device=backend.device)
+    kept = fastkd.TopK(logprobs, columns, tail_logprob=measured)
+    loss = fastkd.kl_div(student, kept)
+    torch.testing.assert_close(loss, fastkd.kl_div(student, teacher), rtol=1e-3, atol=1e-3)
+
+
 def test_drop_may_fall_below_zero(backend: Backend) -> None:
     teacher = torch.tensor([[2.0, 1.0, 0.0, 0.0]], device=backend.device)
     student = torch.tensor([[9.0, 0.0, 0.0, 0.0]], device=backend.device)
