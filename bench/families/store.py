@@ -31,6 +31,10 @@ BATCH = 4  # samples
 CALLS = 5  # of the loss, timed as one
 READ, LOSS = "read", "loss"
 TOY = {"vocab": 500, "k": 4, "length": 8, "samples": 9}
+HELP = {
+    **{"vocab": "columns of the logits", "k": "columns stored of each row"},
+    **{"length": "tokens of a sample", "samples": "samples in the store"},
+}
 SIZES = {"vocab": 128_256, "k": 32, "length": 64, "samples": 512}
 
 
@@ -123,7 +127,8 @@ class Store(Family):
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         whole = positive(int, "size")
         for name, size in SIZES.items():
-            parser.add_argument(f"--{name}", type=whole, help=f"(default: {size})")
+            told = f"{HELP[name]} (default: {size})"
+            parser.add_argument(f"--{name}", type=whole, help=told)
         parser.add_argument("--encoding", default="uint8", choices=("uint8", "float16"))
         told = "of the DataLoader (default: 0)"
         parser.add_argument("--workers", type=int, default=0, help=told)

@@ -132,7 +132,8 @@ class Family:
 
     def measure(self, one: Input, a: argparse.Namespace, say: Say) -> list[Result]:
         """One input, from nothing to its results; `--toy` runs everything once."""
-        start_afresh(a.device)
+        if self.devices:
+            start_afresh(a.device)
         say("making its inputs")
         rounds, warm_up = ((1, 1), 0) if a.toy else (self.rounds, self.warm_up)
         results = measure(self.comparison(one, a), TimingPlan(a.seconds, rounds, warm_up), say)
