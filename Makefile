@@ -1,7 +1,6 @@
 # make demo   a language model distilled on real text, each way beside torch's own loss
 # make test   everything that is checked: lint, types, sdist, tests on every backend, toy benchmark
 # make kernels, sanitize, aarch64: the C++ kernels alone, see below
-# make mutants  the share of seeded faults that the suite notices
 # make gpu    on a machine with a GPU and its own torch and triton: build, test, measure
 #
 # An interrupted demo goes on where it was; `rm -r demo` begins anew.
@@ -22,7 +21,7 @@ PRESET ?= small
 # without them.
 export FASTKD_REQUIRE_CPU ?= 1
 
-.PHONY: demo test lint sdist kernels sanitize aarch64 mutants gpu clean
+.PHONY: demo test lint sdist kernels sanitize aarch64 gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -57,6 +56,7 @@ aarch64: $(VENV)/ready
 # Faults, one at a time, in a copy of the tree: does the suite notice? See tests/mutants/README.md.
 # AREA= one of csrc, python, triton, parallel
 JOBS ?= 2
+.PHONY: mutants
 mutants: $(VENV)/ready
 	$(RUN) tests/mutants/run.py -j $(JOBS) $(addprefix --area ,$(AREA)) --json build/mutants.json
 
