@@ -2,7 +2,6 @@
 # make check  for every save: lint, types and the two minutes of tests that catch most
 # make test   everything that is checked: lint, types, sdist, tests on every backend, toy benchmark
 # make kernels, sanitize, aarch64: the C++ kernels alone, see below
-# make mutants  the share of seeded faults that the suite notices
 # make gpu    on a machine with a GPU and its own torch and triton: build, test, measure
 #
 # An interrupted demo goes on where it was; `rm -r demo` begins anew.
@@ -72,6 +71,7 @@ aarch64: $(VENV)/ready
 # Faults, one at a time, in a copy of the tree: does the suite notice? See tests/mutants/README.md.
 # AREA= one of csrc, python, triton, parallel
 JOBS ?= 2
+.PHONY: mutants
 mutants: $(VENV)/ready
 	$(RUN) tests/mutants/run.py -j $(JOBS) $(addprefix --area ,$(AREA)) --json build/mutants.json
 

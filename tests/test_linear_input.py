@@ -176,6 +176,10 @@ def test_rows_of_a_chunk() -> None:
     # up to twice the budget, so as not to pass 8 chunks
     assert -(-12 * fits // chunk_rows(12 * fits, row, CPU, None)) == 8
     assert chunk_rows(1000 * fits, row, CPU, None) <= 2 * fits
+    # narrow rows on a GPU: no more of them than a product gains by
+    gpu = torch.device("cuda", 0)
+    most = chunks(gpu).rows[1]
+    assert chunk_rows(10 * most, 1, gpu, None) == most
 
 
 def test_the_smaller_chunk_of_two_sides_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

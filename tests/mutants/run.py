@@ -15,6 +15,7 @@ import difflib
 import json
 import multiprocessing
 import os
+import pty
 import resource
 import shutil
 import signal
@@ -38,12 +39,13 @@ SHARE = 0.95
 # Of the kernels' own test: random cases, which stop at the first failure, then the fixed ones. Its
 # seconds are those of a clock; what ends it is how many the processor has worked, so that a busy
 # machine sees as many cases.
-FUZZ, FUZZ_SECONDS = ("fuzz", "3600", "1"), 15
+FUZZ, FUZZ_SECONDS = ("fuzz", "3600", "1"), 5
 # a run that waits and does not work is ended by the clock, after so many times its seconds
-PATIENCE = 20
+PATIENCE = 60
 LEFT_OUT = (".git", ".venv", "build", "dist", "demo", "results", "__pycache__", ".*_cache", "*.so")
 # pytest's exit statuses
 PASSED, FAILED = 0, 1
+OUT_OF_TIME = (-signal.SIGXCPU, -signal.SIGKILL)
 CAUGHT, SURVIVED, BROKEN, ENDLESS = "caught", "SURVIVED", "does not build", "timed out"
 
 
@@ -106,22 +108,11 @@ class Workshop:
 
     def _binary(self, path: Path) -> tuple[str, str]:
         for words, seconds in ((FUZZ, FUZZ_SECONDS), (("check",), self.seconds)):
-            try:
-                done = subprocess.run(
-                    [str(path), *words],
-                    capture_output=True,
-                    text=True,
-                    timeout=PATIENCE * seconds,
-                    preexec_fn=partial(_work_at_most, seconds),
-                )
-            except subprocess.TimeoutExpired:
-                return ENDLESS, ""
-            said = next((line for line in done.stdout.splitlines() if line.strip()), "")
-            if done.returncode == -signal.SIGXCPU:
-                if words != FUZZ:
-                    return ENDLESS, ""
-            elif done.returncode != 0:
+            status, said = _first_failure([str(path), *words], seconds)
+            if said or status not in (0, *OUT_OF_TIME):
                 return CAUGHT, f"binary: {said}"
+            if status != 0 and words != FUZZ:
+                return ENDLESS, ""
         return SURVIVED, ""
 
     def _pytest(self, tree: Path, nodes: list[str], area: str) -> tuple[str, str]:
@@ -137,7 +128,7 @@ class Workshop:
         said = log.read_text(errors="replace").splitlines() if log.exists() else []
         if process.exitcode == PASSED:
             return SURVIVED, ""
-        if process.exitcode == -signal.SIGXCPU:
+        if process.exitcode in OUT_OF_TIME:
             return ENDLESS, ""
         first = next((line for line in said if line.startswith(("FAILED", "ERROR "))), "")
         if process.exitcode == FAILED and not first.startswith("ERROR "):
@@ -190,6 +181,27 @@ class Workshop:
 
 def _work_at_most(seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+
+
+def _first_failure(command: list[str], seconds: int) -> tuple[int, str]:
+    """(exit status, first line of a failure), after which the command is not waited for."""
+    ours, its = pty.openpty()  # to a terminal, a line is written when it is there
+    work = partial(_work_at_most, seconds)
+    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its, preexec_fn=work) as process:
+        os.close(its)
+        timer = threading.Timer(PATIENCE * seconds, process.kill)
+        timer.start()
+        try:
+            with os.fdopen(ours, errors="replace") as lines:
+                for line in lines:
+                    if line.startswith("FAILED"):
+                        process.kill()
+                        return 1, line.strip()
+        except OSError:  # the other end is closed: the command is over
+            pass
+        finally:
+            timer.cancel()
+    return process.returncode, ""
 
 
 def _run_tests(tree: str, nodes: list[str], log: str, area: str, seconds: int) -> None:
