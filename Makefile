@@ -1,6 +1,8 @@
 # make demo   a language model distilled on real text, each way beside torch's own loss
+# make check  for every save: lint, types and the two minutes of tests that catch most
 # make test   everything that is checked: lint, types, sdist, tests on every backend, toy benchmark
 # make kernels, sanitize, aarch64: the C++ kernels alone, see below
+# make mutants  the share of seeded faults that the suite notices
 # make gpu    on a machine with a GPU and its own torch and triton: build, test, measure
 #
 # An interrupted demo goes on where it was; `rm -r demo` begins anew.
@@ -21,14 +23,28 @@ PRESET ?= small
 # without them.
 export FASTKD_REQUIRE_CPU ?= 1
 
-.PHONY: demo test lint sdist kernels sanitize aarch64 gpu clean
+.PHONY: demo check test pytest lint sdist kernels sanitize aarch64 mutants gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
 	$(RUN) -m fastkd demo $(TEXT) --preset $(PRESET) --out demo
 
-test: $(VENV)/ready lint sdist
-	FASTKD_TEST_SEED=$(SEED) $(RUN) -m pytest -n auto --maxprocesses 8
+# Every formula, option, dtype and edge of the core on the CPU's kernels and on the reference; not
+# Triton's interpreter, other processes, compiled steps or whole trainings (tests/README.md).
+CHECK = tests/test_losses.py tests/test_options.py tests/test_weights.py tests/test_edges.py \
+  tests/test_autograd.py tests/test_inplace.py tests/test_strides.py tests/test_linear.py \
+  tests/test_topk.py tests/test_topk_refused.py tests/test_divergence.py tests/test_errors.py \
+  tests/test_widths.py tests/test_conventions.py tests/test_layers.py tests/test_distill.py \
+  tests/test_responses.py
+
+check: $(VENV)/ready lint
+	$(RUN) -m pytest -n auto --maxprocesses 8 -x $(CHECK) -k "not gpu"
+
+test: lint sdist pytest
+
+# One line a minute says where the tests are.
+pytest: $(VENV)/ready
+	FASTKD_TEST_SEED=$(SEED) FASTKD_TEST_PROGRESS=60 $(RUN) -m pytest -n auto --maxprocesses 8
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
@@ -52,6 +68,12 @@ sanitize: $(VENV)/ready
 # Cross-compiled and run under qemu; writes tests/kernels/aarch64.json, which says when it passed.
 aarch64: $(VENV)/ready
 	$(KERNELS) --fuzz $(SECONDS) aarch64
+
+# Faults, one at a time, in a copy of the tree: does the suite notice? See tests/mutants/README.md.
+# AREA= one of csrc, python, triton, parallel
+JOBS ?= 2
+mutants: $(VENV)/ready
+	$(RUN) tests/mutants/run.py -j $(JOBS) $(addprefix --area ,$(AREA)) --json build/mutants.json
 
 # The package as a user gets it: sdist, the wheel built from it, and that wheel in an environment of
 # its own, where the checkout cannot be found.

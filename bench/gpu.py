@@ -1,4 +1,4 @@
-"""python -m bench.gpu: everything that needs a card, in ten minutes, with nothing downloaded.
+"""python -m bench.gpu: everything that needs a GPU, in ten minutes, with nothing downloaded.
 
 Builds, tests and measures in steps. A step that fails or runs out of time hides none of the others;
 the exit status is 1 where one that must pass did not. `--dry-run` prints the steps. What a step
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="ROWSxVOCAB,... or '' for all: the whole grid of cases, dtypes and providers on them, "
         "without a limit of time (default: fit, what fits ten minutes)",
     )
-    p.add_argument("--linear", default="gpu", metavar="SHAPES", help="of bench.linear")
+    p.add_argument("--linear", default="gpu", metavar="SHAPES", help="shapes of the linear losses")
     p.add_argument("--minutes", type=float, default=MINUTES, help="for all steps, by default 10")
     p.add_argument("--only", default="", metavar="STEP,...", help="these steps alone")
     p.add_argument("--dry-run", action="store_true", help="print the steps, and stop")

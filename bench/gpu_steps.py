@@ -1,4 +1,4 @@
-"""The steps of `bench.gpu`: what is run on a machine with a card, in which order, for how long."""
+"""The steps of `bench.gpu`: what is run on a machine with a GPU, in which order, for how long."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ PROCESSES = 8  # of the tests: their time is the compiler's, on the host
 OWN = "fastkd,fastkd-inplace,fastkd-scaled"
 EVERYONE = f"eager,compile,compile-max,liger,liger-scaled,{OWN},fastkd-inplace-scaled"
 # Threads of a program and blocks of a cluster decide how many rows are in flight, and so what of
-# them the second sweep finds in the cache (`bench.traffic`). As in fastkd/backends/gpu/tune.py.
+# them the second tile loop finds in the cache. As in fastkd/backends/gpu/tune.py.
 TILES = ("8192:256:1", "16384:512:1", "32768:1024:1", "8192:256:2", "8192:256:4")
-WITHOUT_A_CARD = "sm_90"  # what --dry-run writes where there is no card to ask
+WITHOUT_A_GPU = "sm_90"  # what --dry-run writes where there is no GPU to ask
 FIT = {  # what fits: name -> (cases, shapes, dtypes, providers, seconds each, limit)
     "peers": ("kl_div js_div", "64x128256,8192x128256", "bfloat16", EVERYONE, 1.0, 150),
     "cases": ("", "8192x32000,8192x128256", "bfloat16", f"eager,{OWN}", 0.4, 80),
     "wide": ("kl_div", "512x50257,8192x151936,8192x256000", "bfloat16", f"eager,{OWN}", 0.4, 40),
     "fp32": ("kl_div", "64x32000,4096x128256", "float32", f"eager,compile,{OWN}", 0.4, 40),
 }
-# Programs that share a row (`fastkd/backends/gpu/cooperative.py`): about as many as it would take
-# itself. The tiles are those of one program.
+# Programs that cooperate on a row (fastkd/backends/gpu/cooperative.py): about as many as it would
+# take itself. The tiles are those of one program.
 TEAMS = ("4", "8", "16")
 TILE_SHAPES = "8192x32000,8192x128256,8192x256000"
 FITTING = "fit"
@@ -67,11 +67,11 @@ class Step:
 
 
 def target() -> str:
-    """The card as `bench.aot` names it."""
+    """The GPU as `bench.aot` names it."""
     import torch
 
     if not torch.cuda.is_available():
-        return WITHOUT_A_CARD
+        return WITHOUT_A_GPU
     if torch.version.hip:
         return str(torch.cuda.get_device_properties(0).gcnArchName).partition(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability())
@@ -88,16 +88,6 @@ def has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _json(results: Path, name: str) -> list[str]:
-    return ["--json", str(results / f"gpu-{name}.json")]
-
-
-def _files(results: Path, name: str) -> list[str]:
-    """Its JSON and, where matplotlib is, its plot."""
-    plot = ["--plot", str(results / f"gpu-{name}.png")] if has("matplotlib") else []
-    return [*_json(results, name), *plot]
-
-
 def _bench(
     results: Path, name: str, cases: str, shapes: str, dtypes: str, providers: str, seconds: float
 ) -> list[str]:
@@ -108,6 +98,12 @@ def _bench(
     ]
 
 
+def _files(results: Path, name: str) -> list[str]:
+    """Its JSON and, where matplotlib is, its plot."""
+    plot = ["--plot", str(results / f"gpu-{name}.png")] if has("matplotlib") else []
+    return ["--json", str(results / f"gpu-{name}.json"), *plot]
+
+
 def steps(results: Path, shapes: str, arch: str, linear: str = "gpu") -> list[Step]:
     """All steps in their order; what matters most comes first.
 
@@ -115,144 +111,84 @@ def steps(results: Path, shapes: str, arch: str, linear: str = "gpu") -> list[St
         results: folder of all files.
         shapes: "fit" for what fits ten minutes; ROWSxVOCAB,..., or "" for all shapes, for the
             whole grid of cases, dtypes and providers on them.
-        arch: the card as `bench.aot` names it.
-        linear: shapes of `bench.linear`.
+        arch: the GPU as `bench.aot` names it.
+        linear: shapes of the linear losses.
     """
-    card = _card(arch)
+    limited = shapes == FITTING
+
+    def limit(seconds: float) -> float | None:
+        return seconds if limited else None
+
     xdist = ["-n", str(min(PROCESSES, os.cpu_count() or 1))] if has("xdist") else []
     pytest = ["-m", "pytest", *xdist, "--continue-on-collection-errors", "-p", "no:cacheprovider"]
-    limited = shapes == FITTING
-    out = [
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv"]
+    unnamed = "" if shutil.which("nvidia-smi") else "nvidia-smi is not on this machine"
+    build = ["setup.py", "build_ext", "--inplace"]
+    first = [
+        Step("build", build, 120, env={"FASTKD_REQUIRE_CPU": "1"}),
+        Step("driver", query, 20, skip=unnamed),
+        Step("info", ["-m", "fastkd", "info", "--json"], 60, must=True),
         Step(
-            "build",
-            ["setup.py", "build_ext", "--inplace"],
-            120,
-            env={"FASTKD_REQUIRE_CPU": "1"},
-        ),
-        Step(
-            "driver",
-            ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv"],
-            20,
-            skip="" if shutil.which("nvidia-smi") else "nvidia-smi is not on this machine",
-        ),
-        Step("info", ["-m", "fastkd", "info", "--json"], 60, must=True, out="txt"),
-        Step(
-            "tests-passes",
-            [*pytest, *_passes(), "-k", "gpu or topk or tune"],
-            150 if limited else None,
+            *("tests-passes", [*pytest, *_passes(), "-k", "gpu or topk or tune"], limit(150)),
             must=True,
-        ),
-        Step(
-            "bench-peers",
-            _bench(results, "bench-peers", *FIT["peers"][:5]),
-            FIT["peers"][5],
-            must=True,
-            out="md",
-        ),
-        *(
-            Step(
-                f"bench-{name}",
-                _bench(results, f"bench-{name}", *fit[:5]),
-                fit[5],
-                must=True,
-                out="md",
-            )
-            for name, fit in FIT.items()
-            if name != "peers"
         ),
     ]
+    grid = FIT
     if not limited:
-        grid = shapes or "gpu"
-        both = "bfloat16,float32"
-        command = _bench(results, "bench-grid", "", grid, both, EVERYONE, 2.0)
-        out = [step for step in out if not step.name.startswith("bench-")]
-        out.append(Step("bench-grid", command, None, must=True, out="md"))
-    out += _tiles(results, arch, limited)
+        grid = {"grid": ("", shapes or "gpu", "bfloat16,float32", EVERYONE, 2.0, 0)}
+    measured = [
+        Step(
+            f"bench-{name}",
+            _bench(results, f"bench-{name}", *fit[:5]),
+            limit(fit[5]),
+            must=True,
+            out="md",
+        )
+        for name, fit in grid.items()
+    ]
     tool = sanitizer()
     small = ["-m", "bench", "kl_div", "js_div", "distillation_loss", "kl_div_top64", "--toy"]
-    small += ["--device", "cuda", "--providers", OWN]
-    out += [
+    memcheck = [tool or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    aot = ["-m", "bench.aot", "--quick", "--targets", arch]
+    rest = [*pytest, "tests", "-k", "gpu", *(f"--ignore={path}" for path in _passes())]
+    product = ["-m", "bench", "linear", "--device", "cuda", "--shapes", linear, "--seconds", "1"]
+    last = [
         Step(
             "memcheck",
-            [
-                *(tool or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"),
-                *(sys.executable, *small),
-            ],
+            [*memcheck, sys.executable, *small, "--device", "cuda", "--providers", OWN],
             60,
             must=True,
             env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             skip="" if tool else "compute-sanitizer is not on this machine",
         ),
-        Step(
-            "aot",
-            [
-                *("-m", "bench.aot", "--quick", "--targets", arch),
-                "--json",
-                str(results / "gpu-aot.json"),
-            ],
-            60 if limited else None,
-            must=True,
-        ),
-        Step(
-            "traffic",
-            [
-                *("-m", "bench.traffic", "--cards", _card(arch) or "H200"),
-                "--json",
-                str(results / "gpu-traffic.json"),
-            ],
-            40,
-            out="md",
-            skip="" if card else f"no data sheet of a card of {arch} in bench/cards.py",
-        ),
-        Step(
-            "tests-all",
-            [*pytest, "tests", "-k", "gpu", *(f"--ignore={path}" for path in _passes())],
-            150 if limited else None,
-            must=True,
-        ),
-        Step(
-            "linear",
-            [
-                *("-m", "bench.linear", "--device", "cuda", "--shapes", linear, "--seconds", "1"),
-                *_files(results, "linear"),
-            ],
-            60 if limited else None,
-            out="md",
-        ),
+        Step("aot", [*aot, "--json", str(results / "gpu-aot.json")], limit(60), must=True),
+        Step("tests-all", rest, limit(150), must=True),
+        Step("linear", [*product, *_files(results, "linear")], limit(60), out="md"),
     ]
-    return out
+    return [*first, *measured, *_variants(results, arch, limit(25)), *last]
 
 
 def _passes() -> list[str]:
     """The files of tests about the Triton passes themselves."""
-    own = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu*.py"))
-    return [*own, "tests/test_topk.py", "tests/test_tune.py"]
+    named = ("test_gpu*.py", "gpu/test_*.py", "test_topk*.py", "test_tune.py")
+    found = {path for name in named for path in (ROOT / "tests").rglob(name)}
+    return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
-def _card(arch: str) -> str | None:
-    from bench.cards import BY_ARCH
-
-    card = BY_ARCH.get(arch)
-    return card.name if card else None
-
-
-def _tiles(results: Path, arch: str, limited: bool) -> list[Step]:
-    """Wide rows under other teams and tiles and, where Triton and the card have them, clusters."""
+def _variants(results: Path, arch: str, limit: float | None) -> list[Step]:
+    """Wide rows under other teams and tiles and, where Triton and the GPU have them, clusters."""
     try:
         from fastkd.backends.gpu.tune import clusters
     except ImportError as error:
         return [Step("tiles", ["-m", "bench"], skip=f"the gpu backend does not import: {error}")]
     # name, environment, why not
-    ways = [(f"team-{number}", {"FASTKD_GPU_TEAM": number}, "") for number in TEAMS]
+    variants = [(f"team-{number}", {"FASTKD_GPU_TEAM": number}, "") for number in TEAMS]
     for text in TILES:
         refused = clusters(arch) if text.rpartition(":")[2] != "1" else None
         env = {"FASTKD_GPU_TILE": text, "FASTKD_GPU_TEAM": "0"}
-        ways.append((f"tile-{text.replace(':', '-')}", env, refused or ""))
-    out = []
-    for name, env, skip in ways:
-        command = _bench(
-            results, name, "kl_div js_div", TILE_SHAPES, "bfloat16", "fastkd-inplace", 0.2
-        )
-        limit = 25 if limited else None
-        out.append(Step(name, command, limit, env=env, out="md", skip=skip))
-    return out
+        variants.append((f"tile-{text.replace(':', '-')}", env, refused or ""))
+    grid = ("kl_div js_div", TILE_SHAPES, "bfloat16", "fastkd-inplace", 0.2)
+    return [
+        Step(name, _bench(results, name, *grid), limit, env=env, out="md", skip=skip)
+        for name, env, skip in variants
+    ]

@@ -2,11 +2,11 @@
 // fastkd/divergence.py for the table, the formulas in torch and what "centred" means.
 //
 // An expectation gives value l(log p, log q) and centred slope. Any other divergence gives value
-// and rate, of p and q: the rate is the slope per unit of q, up to a constant that all columns share
-// (a row's gradient is q times its rates, less their mean). Two constants leave the digits: where p
-// and q are near, the one that makes the rate 0 at p = q; where p is far below q, the one that makes
-// it 0 at p = 0. The second is `far` above the first, and a row takes its rates relative to one of its
-// own (see Origin), so that what all columns share leaves no rounding behind.
+// and rate, of p and q: the rate is the slope per unit of q, up to a constant that all columns
+// share (a row's gradient is q times its rates, less their mean). Two constants leave the digits:
+// where p and q are near, the one that makes the rate 0 at p = q; where p is far below q, the one
+// that makes it 0 at p = 0. The second is `far` above the first, and a row takes its rates relative
+// to one of its own (see Origin), so that what all columns share leaves no rounding behind.
 //
 // Every pair is finite or rightly infinite when p or q is 0 (log -inf), and 0 when both are. No pair
 // is asked about a row with a NaN.
@@ -63,11 +63,18 @@ FASTKD_INLINE V weighted(V w, V x) {
   return w * zero_unless<V>(w != V{}, x);
 }
 
+// 1 / x, finite where x is 0.
+template <class V>
+FASTKD_INLINE V over(V x) {
+  using T = std::conditional_t<std::is_same<V, double>::value, double, float>;
+  constexpr T least = std::is_same<T, float>::value ? T(__FLT_MIN__) : T(__DBL_MIN__);
+  return inverse(larger(splat(least), x));
+}
+
 // 1 over the mixture a * p + (1 - a) * q; finite where both are 0.
 template <class V, class T>
 FASTKD_INLINE V over_mixture(V p, V q, T a) {
-  constexpr T least = std::is_same<T, float>::value ? T(__FLT_MIN__) : T(__DBL_MIN__);
-  return inverse(larger(splat(least), fma(splat(a), p, splat(T(1) - a) * q)));
+  return over(fma(splat(a), p, splat(T(1) - a) * q));
 }
 
 struct KL {
@@ -94,35 +101,58 @@ FASTKD_INLINE auto small(V share) {
   return share < V{} + 0.5f;
 }
 
-// The same of both sides: at beta = 1/2 exchanging them gives the same bits, and so do all the
-// operations in which they meet.
-struct JS {
+// beta = 1/2, by the smaller and the larger of p and q: exchanging the sides gives the same bits.
+// m is half the sum, so that the larger over m is at most 2 and its logarithm needs no exponent.
+struct EvenJS {
   static constexpr Expectation expectation = Expectation::none;
-  template <class T>
-  static FASTKD_INLINE T far(T beta) {
-    return against(T(1) - beta);
-  }
-  // -share log(share), of the share itself: 1 less the other one is 0 where the other rounds to 1
-  template <class T>
-  static FASTKD_INLINE T against(T share) {
-    return share > T(0) ? -share * static_cast<T>(__builtin_log(static_cast<double>(share))) : T(0);
-  }
-  // rest times log(q / m); where p / m is small, log(q / m * rest)
   template <class V, class T>
-  static FASTKD_INLINE V part(V share, V other, V gap, T of_share, T rest) {
-    const V above = of_share * (small(share) ? -share : gap);
-    return rest * log(small(share) ? T(1) + above : other, above);
+  static FASTKD_INLINE Rated<V> at(V p, V q, T) {
+    const T half = T(0.5);
+    const V less = smaller(p, q), more = larger(p, q), over_sum = over(p + q);
+    const V share = less * over_sum, gap = (less - more) * over_sum;
+    const auto apart = share < V{} + kLog1pBelow<T>;
+    // of more / m, or of half of it, which is 1 where less is 0
+    const V of_more = log1p(-(apart ? share : gap)), of_less = log(share + share, gap);
+    const V whole = of_more + zero_unless<V>(apart, V{} + static_cast<T>(kLn2));
+    const auto above = q >= p;
+    using Where = typename Rated<V>::Where;
+    return {half * fma(less, of_less, more * whole), half * (above ? of_more : of_less),
+            static_cast<Where>(apart & above)};
   }
+};
+
+// Any other: log(p / m) enters the value alone, whose digits do not depend on how it is taken.
+struct UnevenJS {
+  static constexpr Expectation expectation = Expectation::none;
   template <class V, class T>
   static FASTKD_INLINE Rated<V> at(V p, V q, T beta) {
     const T rest = T(1) - beta;
-    const V over_m = over_mixture(p, q, beta), gap = (q - p) * over_m;
-    const V of_p = p * over_m, of_q = q * over_m;
-    const auto apart = small(of_p);
-    const V rate = part(of_p, of_q, gap, beta, rest), other = part(of_q, of_p, -gap, rest, beta);
-    const V value_q = q * (rate + zero_unless<V>(apart, V{} + against(rest)));
-    const V value_p = p * (other + zero_unless<V>(small(of_q), V{} + against(beta)));
-    return {value_p + value_q, rate, apart};
+    const V weight = beta * p, over_m = over(fma(splat(rest), q, weight));
+    const V gap = (p - q) * over_m, share = p * over_m;
+    const auto apart = small(share);
+    const V above = -beta * (apart ? share : gap);
+    // of q / m, or of rest * q / m
+    const V rate = rest * log(apart ? T(1) + above : q * over_m, above);
+    const V value_q = q * (rate - zero_unless<V>(apart, rest * log(splat(rest))));
+    return {fma(weight, log(share, rest * gap), value_q), rate, apart};
+  }
+};
+
+struct JS {
+  static constexpr Expectation expectation = Expectation::none;
+  // 0 where the share rounds to 0: log 0 is finite
+  template <class T>
+  static FASTKD_INLINE T far(T beta) {
+    const double rest = static_cast<double>(T(1) - beta);
+    return static_cast<T>(-rest * log(rest));
+  }
+  template <class V, class T>
+  static FASTKD_INLINE Rated<V> at(V p, V q, T beta) {
+    return is_even(beta) ? EvenJS::at(p, q, beta) : UnevenJS::at(p, q, beta);
+  }
+  template <class T>
+  static FASTKD_INLINE bool is_even(T beta) {
+    return beta == T(0.5);
   }
 };
 
@@ -173,6 +203,13 @@ struct TV {
     return {half * larger(gap, -gap), gap > V{} ? half : gap < V{} ? -half : V{}, V{} < V{}};
   }
 };
+
+// The origin of centred rates.
+template <class D, class T>
+inline Origin<T> centred(T param) {
+  if constexpr (D::expectation == Expectation::none) return {0, D::far(param)};
+  return {};
+}
 
 }  // namespace
 }  // namespace FASTKD_ISA

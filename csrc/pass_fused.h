@@ -291,15 +291,8 @@ struct Top {
   T rate = 0;
 };
 
-template <class T, class D>
-inline Top<T> centred(const Args& a) {
-  if constexpr (D::expectation == Expectation::none)
-    return {{0, D::far(static_cast<T>(a.param))}};
-  return {};
-}
-
-// The rate at the student's most probable column, as an origin that makes it 0. Where one column has most of the mass, its block
-// has; where none has, it does not matter which is taken.
+// The rate at the student's most probable column, as an origin that makes it 0. Where one column
+// has most of the mass, its block has; where none has, it does not matter which is taken.
 template <class T, class D>
 __attribute__((noinline)) Top<T> top_rate(const Args& a, const Scratch<T>& scratch, const Part& row) {
   using V = Vec<T>;
@@ -320,7 +313,7 @@ __attribute__((noinline)) Top<T> top_rate(const Args& a, const Scratch<T>& scrat
   const V p = splat(other) * splat(static_cast<T>(to.p));
   const Rated<V> point = D::at(p, q, static_cast<T>(a.param));
   T own[Simd<T>::lanes], centred_one[Simd<T>::lanes], where[Simd<T>::lanes];
-  const Origin<T> centre = centred<T, D>(a).origin;
+  const Origin<T> centre = centred<D>(static_cast<T>(a.param));
   storeu(own, point.rate);
   storeu(centred_one, centre(point));
   storeu(where, point.apart ? V{} + T(1) : V{});
@@ -332,6 +325,11 @@ __attribute__((noinline)) Top<T> top_rate(const Args& a, const Scratch<T>& scrat
 template <class T, class D>
 __attribute__((noinline)) void rate_sweep(const Args& a, int64_t chunk, const Scratch<T>& scratch,
                                           const Part& row, Origin<T> origin, Part& out) {
+  if constexpr (std::is_same<D, JS>::value) {  // a loop of either kind, with its own registers
+    return JS::is_even(static_cast<T>(a.param))
+               ? rate_sweep<T, EvenJS>(a, chunk, scratch, row, origin, out)
+               : rate_sweep<T, UnevenJS>(a, chunk, scratch, row, origin, out);
+  }
   using V = Vec<T>;
   constexpr int64_t lanes = Simd<T>::lanes;
   const T param = static_cast<T>(a.param);

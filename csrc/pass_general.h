@@ -125,14 +125,14 @@ struct Sides {
   }
 };
 
-// Value and centred slope at a column.
+// Value and centred slope at a column; `centre` is of `centred`.
 template <class D, class V, class T>
-FASTKD_INLINE Sloped<V> pair_at(const Column<V>& at, T param) {
+FASTKD_INLINE Sloped<V> pair_at(const Column<V>& at, T param, Origin<T> centre) {
   if constexpr (D::expectation != Expectation::none) {
     return D::at(at.logp, at.logq, at.p, at.q);
   } else {
     const Rated<V> point = D::at(at.p, at.q, param);
-    return {point.value, at.q * Origin<T>{0, D::far(param)}(point)};
+    return {point.value, at.q * centre(point)};
   }
 }
 
@@ -141,13 +141,14 @@ inline void pair_sweep(const Args& a, const Plain<T>& student, const Plain<T>& t
                        const Sides<T>& sides, double& value, double& slope) {
   using V = Vec<T>;
   const T param = static_cast<T>(a.param);
+  const Origin<T> centre = centred<D>(param);
   for (int64_t at = (a.vocab - 1) / kBlock * kBlock; at >= 0; at -= kBlock) {
     const int64_t n = least(kBlock, a.vocab - at);
     const T* x = student(at, n);
     const T* y = teacher(at, n);
     V values{}, slopes{};
     for (int64_t i = 0; i < padded<T>(n); i += Simd<T>::lanes) {
-      const Sloped<V> point = pair_at<D>(sides(loadu<V>(x + i), loadu<V>(y + i)), param);
+      const Sloped<V> point = pair_at<D>(sides(loadu<V>(x + i), loadu<V>(y + i)), param, centre);
       values += point.value;
       slopes += point.slope;
     }
@@ -200,6 +201,7 @@ inline void grad_sweep(const Args& a, int64_t r, const Plain<T>& student, const 
   using V = Vec<T>;
   const Factors f(a, r, w.scale);
   const T param = static_cast<T>(a.param), k = static_cast<T>(f.k);
+  const Origin<T> centre = centred<D>(param);
   const V slope = splat(static_cast<T>(-w.slope));
   const V h = splat(static_cast<T>(f.h)), even = splat(static_cast<T>(f.even));
   const Writer<kNative<T>> write{a.grad.row(r), a.grad.dtype, buffer};
@@ -211,7 +213,7 @@ inline void grad_sweep(const Args& a, int64_t r, const Plain<T>& student, const 
     for (int64_t i = 0; i < padded<T>(n); i += Simd<T>::lanes) {
       const V logits = loadu<V>(x + i);
       const Column<V> column = w.sides(logits, loadu<V>(y + i));
-      V out = k * fma(slope, column.q, pair_at<D>(column, param).slope);
+      V out = k * fma(slope, column.q, pair_at<D>(column, param, centre).slope);
       if (a.hard != 0.0) out += fma(h, exp2(w.hard_of(logits)), -even);
       storeu(g + i, out);
     }

@@ -204,7 +204,8 @@ inline double row_by_trip(const Args& a, int64_t r, const Team& team,
   }
   if constexpr (E == Expectation::none)
     rates_trip<T, D>(a, team, scratch, row,
-                     (grad ? top_rate<T, D>(a, scratch, row) : centred<T, D>(a)).origin);
+                     grad ? top_rate<T, D>(a, scratch, row).origin
+                          : centred<D>(static_cast<T>(a.param)));
   if (!expected<E>(row) || (grad && steep<T>(a, r, row))) return row_by_sweeps<T, D>(a, r);
   const double loss = loss_of<T>(a, row, a.hard != 0.0 ? label_logit(a, r) : 0.0);
   if (grad) gradient_of<K, E>(a, r, team, scratch, row);

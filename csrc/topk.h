@@ -49,11 +49,12 @@ inline void exp2_all(double* x, int64_t n) {
 template <class D>
 void points_of(Points& x) {
   const double param = x.param;
+  const Origin<double> centre = centred<D>(param);
   double sum = 0.0;
   x.value = 0.0;
   const auto slope_at = [&](double logp, double logq, double p, double q) {
     if (p == 0.0 && q == 0.0) return 0.0;
-    const Sloped<double> point = pair_at<D>(Column<double>{logp, logq, p, q}, param);
+    const Sloped<double> point = pair_at<D>(Column<double>{logp, logq, p, q}, param, centre);
     x.value += point.value;
     return point.slope;
   };

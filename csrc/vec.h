@@ -206,17 +206,11 @@ FASTKD_INLINE F exp2(F x) {
 }
 #endif
 
-// Natural logarithm for normal, finite x > 0: at most kLogUlp ulp, exactly 0 at 1. Finite for 0 and
-// for subnormal x, so that 0 * log(0) is 0 without a test; rows with a NaN never come here.
-// x = 2^k * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and log(1 + f) = f * P(f) with minimax P of
-// degree 9 and P(0) = 1 (relative error 4.1e-9).
-// Given `above` = x - 1 with more digits than x has, it stands in for f where k = 0.
-template <bool Given>
-FASTKD_INLINE F log_of(F x, F above) {
-  const U offset = bits<U>(x) - 0x3F3504F3u;
-  const I k = bits<I>(offset) >> 23;
-  F f = bits<F>((offset & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
-  if constexpr (Given) f = k == I{} ? above : f;
+// log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)): f * P(f) with minimax P of degree 9 and P(0) = 1
+// (relative error 4.1e-9). kLog1pBelow is 1 - sqrt(1/2).
+template <class T>
+constexpr T kLog1pBelow = T(0.29289321881345248);
+FASTKD_INLINE F log1p(F f) {
   F p = fma(splat(-0.07621777802705765f), f, splat(0.1290443390607834f));
   p = fma(p, f, splat(-0.13242988288402557f));
   p = fma(p, f, splat(0.14181825518608093f));
@@ -226,7 +220,20 @@ FASTKD_INLINE F log_of(F x, F above) {
   p = fma(p, f, splat(0.33333325386047363f));
   p = fma(p, f, splat(-0.49999988079071045f));
   p = fma(p, f, splat(1.0f));
-  return fma(__builtin_convertvector(k, F), splat(static_cast<float>(kLn2)), p * f);
+  return p * f;
+}
+
+// Natural logarithm for normal, finite x > 0: at most kLogUlp ulp, exactly 0 at 1. Finite for 0 and
+// for subnormal x, so that 0 * log(0) is 0 without a test; rows with a NaN never come here.
+// x = 2^k * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
+// Given `above` = x - 1 with more digits than x has, it stands in for f where k = 0.
+template <bool Given>
+FASTKD_INLINE F log_of(F x, F above) {
+  const U offset = bits<U>(x) - 0x3F3504F3u;
+  const I k = bits<I>(offset) >> 23;
+  F f = bits<F>((offset & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
+  if constexpr (Given) f = k == I{} ? above : f;
+  return fma(__builtin_convertvector(k, F), splat(static_cast<float>(kLn2)), log1p(f));
 }
 FASTKD_INLINE F log(F x) { return log_of<false>(x, x); }
 FASTKD_INLINE F log(F x, F above) { return log_of<true>(x, above); }
@@ -265,6 +272,7 @@ FASTKD_INLINE double inverse(double x) { return 1.0 / x; }
 // ratio of two probabilities stays finite.
 FASTKD_INLINE double exp2(double x) { return x < -1022.0 ? 0.0 : __builtin_exp2(x); }
 FASTKD_INLINE double log(double x) { return __builtin_log(x == 0.0 ? __DBL_MIN__ : x); }
+FASTKD_INLINE double log1p(double f) { return __builtin_log1p(f); }
 FASTKD_INLINE double log(double x, double above) {
   return x > 0.5 && x < 2.0 ? __builtin_log1p(above) : log(x);
 }

@@ -104,7 +104,8 @@ void rate_stage(const Args& a, int64_t begin, int64_t end, const Team& team) {
     if (row.strange || degenerate(a, row.s.sum, row.t.sum, result)) continue;
     const Scratch<float> scratch = slot_of<D>(a, r);
     const Top<float> top =
-        a.grad.data == nullptr ? centred<float, D>(a) : top_rate<float, D>(a, scratch, row);
+        a.grad.data == nullptr ? Top<float>{centred<D>(static_cast<float>(a.param))}
+                               : top_rate<float, D>(a, scratch, row);
     rates_trip<float, D>(a, team, scratch, row, top.origin);
     out = {row.value, static_cast<float>(row.slope), top.rate};
   }

@@ -1,7 +1,7 @@
 """fastkd: the loss of knowledge distillation in one trip through memory."""
 
 from fastkd import nn
-from fastkd.backends.base import use_backend
+from fastkd.backends.choice import use_backend
 from fastkd.divergence import divergences
 from fastkd.engine.reduction import checked
 from fastkd.info import __version__, info

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastkd.backends.base import forced
+from fastkd.backends.choice import forced
 
 __version__ = "0.1.0"
 

@@ -44,7 +44,8 @@ from typing_extensions import Unpack
 from fastkd import topk
 from fastkd.arguments.messages import kind
 from fastkd.backends import reference
-from fastkd.backends.base import LossSpec, TopKRows, Trips, acc_dtype, pick, transformed
+from fastkd.backends.base import Backend, LossSpec, TopKRows, acc_dtype
+from fastkd.backends.choice import in_functorch, pick
 from fastkd.divergence import Divergence, divergences
 from fastkd.engine import autograd, linear, ops, validate
 from fastkd.engine.reduction import fold, mask, reduce, wants_grad
@@ -389,7 +390,7 @@ def _loss(
 
         named = dict(zip(_OPTIONS_IN_ORDER, rows, strict=True))
         return call(_loss, name, student, teacher, divergence, *given, **named)
-    if group is not None and transformed():
+    if group is not None and in_functorch():
         raise NotImplementedError(
             "group: torch.func and forward-mode AD over a split vocabulary are not supported; "
             "gather the logits and leave group out"
@@ -423,7 +424,7 @@ def _loss(
         return linear.loss(
             student, teacher, spec, labels, ignore_index, weight, reduction, normalizer, ranks
         )
-    if inplace and not torch.compiler.is_compiling() and not transformed():  # where it is ignored
+    if inplace and not torch.compiler.is_compiling() and not in_functorch():  # where it is ignored
         validate.inplace(student, teacher)
     # kernels read memory as it is, and a view may be one whose numbers are to be negated
     student = student.resolve_neg()
@@ -434,13 +435,15 @@ def _loss(
         nothing = linear.no_part(other)
         other = student.detach() if acc != torch.float64 else student.detach().to(acc)
     compiling = torch.compiler.is_compiling()
-    passes: Trips = reference if compiling else pick(student.device)
+    passes: Backend = reference.BACKEND if compiling else pick(student.device)
     if ranks is not None:
         passes = ranks
     # torch's own autograd: what is chosen by hand, or has no kernel, or no dual for the teacher
     no_dual = isinstance(other, TopK) or divergence.dual is None
     teacher_grad = other.requires_grad and torch.is_grad_enabled()
-    plain = (teacher_grad and no_dual) or (transformed() if compiling else passes is reference)
+    plain = (teacher_grad and no_dual) or (
+        in_functorch() if compiling else passes is reference.BACKEND
+    )
     if plain and ranks is not None:
         raise layout.no_teacher_gradient()
 

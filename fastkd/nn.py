@@ -39,9 +39,9 @@ class _Loss(torch.nn.Module):
         super().__init__()
         validate.reduction(reduction)
         self.temperature = validate.temperature(temperature)
-        self.ignore_index = ignore_index
+        self.ignore_index = validate.ignored(ignore_index)
         self.reduction: Reduction = reduction
-        self.vocab_size = vocab_size
+        self.vocab_size = None if vocab_size is None else validate.columns(vocab_size, least=1)
         self.inplace = inplace
 
     def _rows(self, weight: Tensor | None, normalizer: float | Tensor | None) -> MixedOptions:
@@ -73,6 +73,11 @@ class _Divergence(_Loss):
     divergence: Divergence
 
     def __init__(self, **options: Unpack[Options]) -> None:
+        for option in options:
+            if option not in Options.__annotations__:
+                name = self.divergence.parameter  # taken by the class's own constructor
+                known = [*([name] if name else []), *Options.__annotations__]
+                validate.refuse_option(type(self).__name__, option, known)
         super().__init__(**options)
 
     def forward(
@@ -114,12 +119,27 @@ class ReverseKLDiv(_Divergence):
         return "KL(q || p)"
 
 
+def _parameter(name: str) -> property:
+    """The divergence's parameter under its own name, which a schedule may set."""
+
+    def get(module: _Divergence) -> float:
+        return module.divergence.param
+
+    def put(module: _Divergence, value: float) -> None:
+        module.divergence = module.divergence(**{name: value})
+
+    return property(get, put)
+
+
 class JSDiv(_Divergence):
     """Module of `fastkd.js_div`."""
 
+    divergence = divergences.js
+    beta = _parameter("beta")
+
     def __init__(self, *, beta: float = 0.5, **options: Unpack[Options]) -> None:
         super().__init__(**options)
-        self.divergence = divergences.js(beta=beta)
+        self.beta = beta
 
     def formula(self) -> str:
         b = self.divergence.param
@@ -129,9 +149,12 @@ class JSDiv(_Divergence):
 class SkewKLDiv(_Divergence):
     """Module of `fastkd.skew_kl_div`."""
 
+    divergence = divergences.skew_kl
+    alpha = _parameter("alpha")
+
     def __init__(self, *, alpha: float = 0.1, **options: Unpack[Options]) -> None:
         super().__init__(**options)
-        self.divergence = divergences.skew_kl(alpha=alpha)
+        self.alpha = alpha
 
     def formula(self) -> str:
         a = self.divergence.param
@@ -141,9 +164,12 @@ class SkewKLDiv(_Divergence):
 class SkewReverseKLDiv(_Divergence):
     """Module of `fastkd.skew_reverse_kl_div`."""
 
+    divergence = divergences.skew_reverse_kl
+    alpha = _parameter("alpha")
+
     def __init__(self, *, alpha: float = 0.1, **options: Unpack[Options]) -> None:
         super().__init__(**options)
-        self.divergence = divergences.skew_reverse_kl(alpha=alpha)
+        self.alpha = alpha
 
     def formula(self) -> str:
         a = self.divergence.param

@@ -1,4 +1,4 @@
-"""Stored teachers: from a `TopK` to what the passes take, and from logits to a `TopK`."""
+"""Stored teachers: from a `TopK` to what the backend take, and from logits to a `TopK`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from fastkd.arguments.messages import kind, shown
 from fastkd.arguments.numbers import whole
 from fastkd.backends import reference
 from fastkd.backends.base import (
-    Passes,
+    Backend,
     TopKRows,
-    Trips,
     chunks,
-    host_passes,
-    pick,
     without_autocast,
 )
+from fastkd.backends.choice import pick
 from fastkd.engine import validate
 from fastkd.engine.reduction import reads_values
 from fastkd.operands import LinearLogits, Operand, Tail, TopK, build, most_mass
@@ -34,9 +32,9 @@ def topk(
     vocab: int,
     keep: Tensor | None,
     acc: torch.dtype,
-    passes: Trips,
+    backend: Backend,
 ) -> TopKRows:
-    """The rows of a stored teacher as the passes take them: copies, which nobody else changes.
+    """The rows of a stored teacher as the backend take them: copies, which nobody else changes.
 
     keep: [...] or [N] bool: rows that are not kept are not looked at.
 
@@ -58,7 +56,7 @@ def topk(
     tail = teacher.tail_logprob
     look = reads_values(teacher.logprobs)
     if look:
-        _admit(passes, teacher, logprobs.detach(), indices, tail, keep, vocab)
+        _admit(backend, teacher, logprobs.detach(), indices, tail, keep, vocab)
     else:
         bad = (indices >= vocab) | (indices < -1)
         # a row without a column says nothing: it is no row of a teacher, either
@@ -101,7 +99,7 @@ def _temperatures(teacher: TopK, temperature: float) -> str:
 
 
 def _admit(
-    passes: Trips,
+    backend: Backend,
     teacher: TopK,
     logprobs: Tensor,
     indices: Tensor,
@@ -109,10 +107,9 @@ def _admit(
     keep: Tensor | None,
     vocab: int,
 ) -> None:
-    if (host := host_passes(passes)) is not None:
-        fault, row, place = host.admit(logprobs.contiguous(), indices.contiguous(), keep, vocab)
-    else:
-        fault, row, place = _first_fault(logprobs, indices, keep, vocab)
+    fault, row, place = backend.first_fault(
+        logprobs.contiguous(), indices.contiguous(), keep, vocab
+    )
     if fault:
         raise ValueError(_fault(fault, row, place, logprobs, indices, vocab))
     if (row := _first((indices < 0).all(-1), keep)) >= 0:
@@ -142,26 +139,6 @@ def _first(wrong: Tensor, keep: Tensor | None) -> int:
     """The first kept row that is wrong, or -1."""
     wrong = wrong if keep is None else wrong & keep
     return int(wrong.nonzero()[0, 0]) if bool(wrong.any()) else -1
-
-
-def _first_fault(
-    logprobs: Tensor, indices: Tensor, keep: Tensor | None, vocab: int
-) -> tuple[str, int, int]:
-    """As `HostPasses.admit`, in torch."""
-    named = indices >= 0
-    order = indices.sort(-1)
-    again = (order.values[:, 1:] == order.values[:, :-1]) & (order.values[:, 1:] >= 0)
-    twice = torch.zeros_like(named).scatter_(-1, order.indices[:, 1:], again)
-    for fault, wrong in (
-        ("index", (indices < -1) | (indices >= vocab)),
-        ("twice", twice),
-        ("value", named & ~(logprobs <= 0.0)),
-    ):
-        wrong = wrong if keep is None else wrong & keep.unsqueeze(-1)
-        if bool(wrong.any()):
-            row, place = wrong.nonzero()[0]
-            return fault, int(row), int(place)
-    return "", -1, -1
 
 
 def _fault(fault: str, row: int, place: int, logprobs: Tensor, indices: Tensor, vocab: int) -> str:
@@ -245,13 +222,13 @@ def topk_from_logits(
         raise ValueError(f"k: got {shown(k)}, expected 1 <= k{upper}")
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     lead = logits.shape[:-1]
-    passes: Passes = reference if torch.compiler.is_compiling() else pick(logits.device)
+    backend: Backend = reference.BACKEND if torch.compiler.is_compiling() else pick(logits.device)
     parts = []
     for x in _blocks(logits, vocab):
         if method == "top":
-            parts.append(_top(passes, x, k, temperature, acc))
+            parts.append(_top(backend, x, k, temperature, acc))
         else:
-            parts.append(_sample(passes, x, k, temperature, acc, generator))
+            parts.append(_sample(backend, x, k, temperature, acc, generator))
     logprobs, indices, rest = (torch.cat(column) for column in zip(*parts, strict=True))
     return TopK(
         logprobs.view(*lead, k),
@@ -284,12 +261,12 @@ def _blocks(logits: Operand, vocab: int) -> Iterator[Tensor]:
 
 
 def _top(
-    passes: Passes, x: Tensor, k: int, temperature: float, acc: torch.dtype
+    backend: Backend, x: Tensor, k: int, temperature: float, acc: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     best = x.topk(k, -1)
-    top, total, _ = passes.stats(x.unsqueeze(0), temperature, x.size(-1), None).to(acc).unbind(-1)
+    top, total, _ = backend.stats(x.unsqueeze(0), temperature, x.size(-1), None).to(acc).unbind(-1)
     others = x.scatter(-1, best.indices, -INF)
-    theirs = passes.stats(others.unsqueeze(0), temperature, x.size(-1), None).to(acc)
+    theirs = backend.stats(others.unsqueeze(0), temperature, x.size(-1), None).to(acc)
     log_total = total.log()
     logprobs = (best.values.to(acc) - top.unsqueeze(-1)) / temperature - log_total.unsqueeze(-1)
     rest = (theirs[:, 0] - top) / temperature + theirs[:, 1].log() - log_total
@@ -299,7 +276,7 @@ def _top(
 
 
 def _sample(
-    passes: Passes,
+    backend: Backend,
     x: Tensor,
     k: int,
     temperature: float,
@@ -308,7 +285,7 @@ def _sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Inverse of the distribution function: first the piece of the row, then the column in it."""
     size = _piece(x.size(-1), k)
-    mass, top = _masses(passes, x, size, temperature, acc)
+    mass, top = _masses(backend, x, size, temperature, acc)
     below = mass.cumsum(-1)
     total = below[:, -1:]
     where = torch.rand((x.size(0), k), dtype=torch.float64, device=x.device, generator=generator)
@@ -348,7 +325,7 @@ def _piece(vocab: int, k: int) -> int:
 
 
 def _masses(
-    passes: Passes, x: Tensor, size: int, temperature: float, acc: torch.dtype
+    backend: Backend, x: Tensor, size: int, temperature: float, acc: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """float64 [rows, pieces], sum of exp((x - largest of the row) / T), and [rows, 1] the largest.
 
@@ -364,7 +341,7 @@ def _masses(
     if whole < vocab:
         parts.append(x[:, None, whole:])
     stats = [
-        passes.stats(part, temperature, part.size(-1), None)[:, :2].reshape(rows, -1, 2)
+        backend.stats(part, temperature, part.size(-1), None)[:, :2].reshape(rows, -1, 2)
         for part in parts
     ]
     tops, totals = torch.cat(stats, 1).unbind(-1)

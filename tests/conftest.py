@@ -14,8 +14,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
 
-import common
-from common import INPUTS, PAIRS, Backend, require
+import pairwise
+from common import Backend, require
+from progress import Progress
 
 import fastkd
 
@@ -27,6 +28,9 @@ torch.set_num_threads(1)
 # Triton's interpreter costs a tenth of a second a case: it runs this many of a test's cases, and
 # all of them where FASTKD_TEST_ALL=1
 INTERPRETED_CASES = 2
+# The reference is torch under autograd, held to torch under autograd: it runs one case of so many,
+# and of a test of few cases this many.
+REFERENCE_SHARE, REFERENCE_CASES = 8, 4
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,48 +39,47 @@ def pytest_configure(config: pytest.Config) -> None:
         f"interpreted(n): n cases run in Triton's interpreter, not {INTERPRETED_CASES}",
     ):
         config.addinivalue_line("markers", mark)
-
-
-# A linear form runs these of the large tests' cases: what it adds does not depend on the rest.
-FORM_PAIRS = [PAIRS[name] for name in ("fp32", "bf16", "bf16-fp32")]
-FORM_INPUTS = [INPUTS[name] for name in ("random", "equal", "large")]
-
-
-def _of_another_form(item: pytest.Item) -> bool:
-    """Left out: a case of a linear form that is not among those above."""
-    callspec = getattr(item, "callspec", None)
-    if callspec is None or callspec.params.get("form", "dense") == "dense":
-        return False
-    pair, make = callspec.params.get("pair"), callspec.params.get("make")
-    if make in INPUTS.values() and make not in FORM_INPUTS:
-        return True
-    return pair is not None and pair not in FORM_PAIRS
+    if "FASTKD_TEST_PROGRESS" in os.environ and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Progress(float(os.environ["FASTKD_TEST_PROGRESS"])))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items[:] = [item for item in items if not _of_another_form(item)]
-    if torch.cuda.is_available() or os.environ.get("FASTKD_TEST_ALL") == "1":
+    """Leaves out the cases that a backend does not run (tests/README.md, "What is left out")."""
+    if pairwise.ALL:
         return
-    groups: dict[str, list[pytest.Item]] = {}
+    groups: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
-        if _is_gpu(item):
-            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        key = item.nodeid.partition("[")[0], _backend_of(item)
+        groups.setdefault(key, []).append(item)
     left_out: set[pytest.Item] = set()
-    for group in groups.values():
-        light = [item for item in group if not item.get_closest_marker("not_interpreted")]
-        mark = group[0].get_closest_marker("interpreted")
-        # in the order of a hash: a sample along all axes, the same one every time
-        light.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        left_out |= set(group) - set(light[: mark.args[0] if mark else INTERPRETED_CASES])
+    for (_, name), group in groups.items():
+        if name == "reference":
+            left_out |= set(group) - _sample(
+                group, max(REFERENCE_CASES, len(group) // REFERENCE_SHARE)
+            )
+        if name == "gpu" and not torch.cuda.is_available():
+            light = [item for item in group if not item.get_closest_marker("not_interpreted")]
+            mark = group[0].get_closest_marker("interpreted")
+            left_out |= set(group) - _sample(light, mark.args[0] if mark else INTERPRETED_CASES)
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
 
 
-def _is_gpu(item: pytest.Item) -> bool:
-    callspec = getattr(item, "callspec", None)
-    names = ("backend", "kernels")
-    return callspec is not None and any(callspec.params.get(name) == "gpu" for name in names)
+def _sample(items: list[pytest.Item], n: int) -> set[pytest.Item]:
+    """n of them, the first ones in the order of a hash: along all axes, the same in every run."""
+
+    def order(item: pytest.Item) -> int:
+        return zlib.crc32(item.nodeid.rpartition("/")[2].encode())
+
+    return set(sorted(items, key=order)[:n])
+
+
+def _backend_of(item: pytest.Item) -> str:
+    """The backend that a case runs on; "" for one that is not of the tests of backends."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    alone = "gpu" if item.get_closest_marker("interpreted") else ""
+    return str(parameters.get("backend", parameters.get("kernels", alone)))
 
 
 @pytest.fixture(autouse=True)
@@ -127,10 +130,3 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Backend]:
     on_gpu = request.param == "gpu" and torch.cuda.is_available()
     with fastkd.use_backend(request.param):
         yield Backend(request.param, torch.device("cuda" if on_gpu else "cpu"))
-
-
-@pytest.fixture
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How the operands are given (common.FORMS), in force for what calls `differentiate`."""
-    monkeypatch.setattr(common, "form_in_force", request.param)
-    return str(request.param)

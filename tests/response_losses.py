@@ -8,13 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from common import (
-    FLOORS,
-    assert_gradients,
-    assert_values,
-    oracle,
-    row_factor,
-)
+from oracle import FLOORS, assert_gradients, assert_values, oracle, row_factor
 from torch import Tensor
 
 from fastkd import distill

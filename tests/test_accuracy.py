@@ -19,15 +19,22 @@ import fastkd
 # bench is no part of the installed package; last, so that an installed fastkd stays the one tested
 sys.path.append(str(Path(__file__).parents[1]))
 
-from bench import gate
-from bench.accuracy import oracle, report
+from bench.accuracy import oracle
 from bench.accuracy.__main__ import main
-from bench.accuracy.errors import FLOOR, SHARE, Errors, Target, above, compare, target
-from bench.accuracy.inputs import DISTRIBUTIONS, batches
-from bench.accuracy.points import Point, Runs, points
-from bench.cases import DENSE as CASES
-from bench.cases import Case
-from bench.providers import PROVIDERS, Call, Provider
+from bench.accuracy.points import (
+    DISTRIBUTIONS,
+    FLOOR,
+    Errors,
+    Target,
+    above,
+    batches,
+    compare,
+    target,
+)
+from bench.families.loss_cases import DENSE as CASES
+from bench.families.loss_cases import Case
+from bench.families.loss_providers import PROVIDERS, Call, Provider
+from bench.harness import gate
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -48,14 +55,10 @@ def ldexp(significand: float, exponent: int) -> Any:
 # ---- the truth
 
 
-def test_every_case_has_a_truth() -> None:
-    assert {case.divergence.name for case in CASES.values()} <= set(oracle.PAIRS)
-    assert set(oracle.PAIRS) == set(fastkd.divergences)
-
-
 @each_case
 @pytest.mark.parametrize("temperature", [0.5, 2.0, 30.0])
 def test_truth_is_the_tables_formula_in_float64(case: Case, temperature: float) -> None:
+    assert set(oracle.PAIRS) == set(fastkd.divergences)
     case = case.at(temperature)
     (batch, *_) = batches("normal", 100, torch.float32, CPU)
     x = oracle.sides(batch.student, batch.teacher, temperature)
@@ -80,7 +83,7 @@ def test_truth_has_digits_where_float64_has_none() -> None:
 # ---- what a dtype can hold
 
 
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=report.spelled)
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
 def test_rounding_is_torchs(dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
     generator = torch.Generator().manual_seed(0)
@@ -104,17 +107,6 @@ def test_rounding_is_done_once() -> None:
     x = np.array([1 + ldexp(1, -8) + ldexp(1, -40), 1 + ldexp(1, -8)])
     assert oracle.rounded(x, torch.bfloat16).tolist() == [1 + 2**-7, 1.0]
     assert torch.tensor(float(x[0]), dtype=torch.float64).bfloat16().item() == 1.0  # torch's way
-
-
-@pytest.mark.parametrize("dtype", [*HALF, torch.float32, torch.float64], ids=report.spelled)
-def test_unit_in_the_last_place(dtype: torch.dtype) -> None:
-    info = torch.finfo(dtype)
-    smallest = info.tiny * info.eps
-    for x, unit in ((1.0, info.eps), (1.9, info.eps), (2.0, 2 * info.eps), (0.99, info.eps / 2)):
-        assert oracle.ulp(np.longdouble(x), dtype) == oracle.ulp(np.longdouble(-x), dtype) == unit
-    for x in (0.0, smallest, info.tiny):
-        assert oracle.ulp(np.longdouble(x), dtype) == smallest
-    assert oracle.rounded(np.array([np.longdouble(info.max) * 2]), dtype).tolist() == [np.inf]
 
 
 # ---- the statistics, on hand-made arrays
@@ -148,24 +140,22 @@ def off(row: int, column: int, by: float) -> Callable[[Any, Any], None]:
 
 
 def test_exact_results_have_no_error() -> None:
-    assert judged() == Errors(0, 0, 0, 0, 0, 0, right=4, right_of_all=6)
+    assert judged() == Errors(0, 0, 0, 0, right=4)
     assert hand_made().counted.tolist() == [[True, True, False], [False, True, True]]
 
 
 def test_a_gradient_is_judged_by_the_largest_of_its_row() -> None:
     found = judged(off(1, 1, 2.0**-9))
-    assert found.grad == 2.0**-9 / 2.0**-4 and found.grad_mean == found.grad / 6
+    assert found.grad == 2.0**-9 / 2.0**-4
     assert found.grad_ulp == 2.0**-9 / 2.0**-11  # a bfloat16 has 8 bits: 2^-4 * 2^-7
     assert judged(off(0, 1, 2.0**-9)).grad == 2.0**-9
     assert judged(off(1, 1, 2.0**-9), torch.float32).grad_ulp == 2.0**-9 / 2.0**-27
 
 
 def test_a_gradient_rounded_wrongly_is_counted() -> None:
-    wrong = judged(off(0, 1, 2.0**-10))  # the next bfloat16 after 2^-3
-    assert (wrong.right, wrong.right_of_all) == (3, 5)
+    assert judged(off(0, 1, 2.0**-10)).right == 3  # the next bfloat16 after 2^-3
     small = judged(off(0, 2, 2.0**-30))  # of no weight, and still not the right one
-    assert (small.right, small.right_of_all) == (4, 5)
-    assert small.grad > 0
+    assert small.right == 4 and small.grad > 0
 
 
 def test_a_loss_is_judged_by_itself_or_a_nat() -> None:
@@ -173,7 +163,7 @@ def test_a_loss_is_judged_by_itself_or_a_nat() -> None:
         losses += (0.5, 0.5)
 
     found = judged(change)
-    assert (found.loss, found.loss_mean) == (0.5, 0.375)  # 0.5 / 2 and 0.5 / 1 nat
+    assert found.loss == 0.5  # the worse of 0.5 / 2 and 0.5 / 1 nat
     assert found.loss_ulp == 0.5 / 2.0**-23
     case = CASES["distillation_loss"].at(10.0)
     true = oracle.Truth(np.longdouble(1e-3), np.ones((1, 1), np.longdouble))
@@ -199,12 +189,6 @@ def test_the_floor() -> None:
     assert above(3.0, 2.9) and not above(3.0, 3.0) and not above(3.0, 2.9, floor=4.0)
 
 
-def test_a_gradient_of_another_shape_is_refused() -> None:
-    true = hand_made()
-    with pytest.raises(ValueError, match="expected \\(2, 3\\)"):
-        compare(list(true.loss), [true.grad[:1]], true)
-
-
 def test_where_p_is_q_tv_has_two_right_gradients() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, 2.0]])
     other = torch.tensor([[0.0, 1.0, 2.5, 1.0]])  # p = q nowhere
@@ -218,24 +202,6 @@ def test_where_p_is_q_tv_has_two_right_gradients() -> None:
 
 
 # ---- everything in its place
-
-
-@pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_inputs_are_the_same_numbers_in_every_dtype(name: str) -> None:
-    wide = batches(name, 10, torch.float64, CPU)
-    for dtype in HALF:
-        for narrow, exact in zip(batches(name, 10, dtype, CPU), wide, strict=True):
-            assert narrow.student.shape == (4, 10) and narrow.student.isfinite().all()
-            torch.testing.assert_close(narrow.student, exact.student.to(dtype), rtol=0, atol=0)
-            torch.testing.assert_close(narrow.labels, exact.labels)
-
-
-@each_case
-def test_plain_torch_in_float64_is_near_the_truth(case: Case) -> None:
-    (point,) = points([case], torch.float64, "normal", [2.0], 100, Runs(["eager"], CPU))
-    found = point.found["eager"]
-    assert 0 < found.grad < 1e-12 and found.loss < 1e-13
-    assert point.counted <= point.elements == 32 * 100
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, name: str, how: Callable[[Tensor], Tensor]) -> None:
@@ -319,9 +285,9 @@ def test_ours_that_raises_fails_the_run_and_another_does_not(
 
 
 def test_quick_runs_as_a_program(tmp_path: Path) -> None:
-    file, picture = tmp_path / "accuracy.json", tmp_path / "accuracy.png"
-    command = [sys.executable, "-m", "bench.accuracy", "--quick", "--json", str(file)]
-    command += ["--plot", str(picture)]
+    file = tmp_path / "accuracy.json"
+    command = [sys.executable, "-m", "bench.accuracy", "--quick", "--vocab", "10"]
+    command += ["--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     found = document(file)
@@ -332,48 +298,6 @@ def test_quick_runs_as_a_program(tmp_path: Path) -> None:
     }
     assert {r["dtype"] for r in found["results"]} == {"float32", "bfloat16"}
     assert all(set(r["errors"]) == {"eager", "fastkd"} for r in found["results"])
-    for name in ("cpu", "torch", "fastkd", "commit", "date"):
-        assert name in found["machine"]
-    assert found["settings"]["floor_ulp"] == FLOOR
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "wide V 1025 bfloat16" in done.stderr  # progress, away from the tables
-
-
-def test_compile_is_one_function_for_all_shapes_and_temperatures() -> None:
-    runs = Runs(["eager", "compile"], CPU)
-    case = CASES["kl_div"]
-    found: list[Point] = []
-    for vocab in (10, 33):
-        found += points([case], torch.float32, "normal", [0.5, 2.0], vocab, runs)
-    if "compile" in found[0].notes:
-        pytest.skip(found[0].notes["compile"])
-    for point in found:
-        assert point.found["compile"].grad < 1e-4 and point.found["compile"].loss < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("arguments", "got", "expected"),
-    [
-        (["--cases", "kl"], "'kl'", "kl_div"),
-        (["--dtype", "int8"], "'int8'", "float64"),
-        (["--vocab", "0"], "'0'", "a whole number above 0"),
-        (["--vocab", ","], "','", "a whole number above 0"),
-        (["--temperature", "10,hot"], "'hot'", "a number above 0"),
-        (["--distributions", "cauchy"], "'cauchy'", "one-hot"),
-        (["--providers", "jax"], "'jax'", "eager"),
-        (["--json", "no/such/folder/x.json"], "no/such/folder", "a folder that exists"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_arguments(
-    arguments: list[str], got: str, expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert got in said and expected in said
-
-
-def test_what_is_asked_for() -> None:
-    assert SHARE == {torch.bfloat16: 0.999} and FLOOR == 0.5
+    assert found["settings"]["floor_ulp"] == FLOOR == 0.5
+    assert found["settings"]["share"] == {"bfloat16": 0.999}
+    assert "wide V 10 bfloat16" in done.stderr  # progress, away from the tables

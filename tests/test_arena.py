@@ -103,8 +103,8 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _run(megabytes: str) -> subprocess.CompletedProcess[str]:
     code = (
-        "import torch, fastkd; from fastkd import arena; "
-        f"arena.empty(torch.empty({SHAPE})); print(len(arena._kept))"
+        "import torch, fastkd; from fastkd.backends import buffer_pool; "
+        f"buffer_pool.empty(torch.empty({SHAPE})); print(len(buffer_pool._kept))"
     )
     environment = {**os.environ, "FASTKD_ARENA_MB": megabytes}
     return subprocess.run(

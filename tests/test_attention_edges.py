@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from attention_scores import SCORES, mask_of, pair, scores
-from common import FLOORS, unreadable
+from common import unreadable
+from oracle import FLOORS
 from torch import Tensor
 
 from fastkd.distill.losses import attention

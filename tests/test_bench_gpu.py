@@ -1,11 +1,10 @@
-"""The run that needs a card, without one: its steps, and what it makes of their outcomes."""
+"""The run that needs a GPU, without one: its steps, and what it makes of their outcomes."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
 
 pytest.importorskip("triton")
-from bench import __main__ as bench_main
-from bench import gpu, gpu_steps, report
-from bench.cases import CASES
+from bench import gpu
+from bench.__main__ import parser
+from bench.families import FAMILIES, load
+from bench.families.loss_cases import SHAPE_SETS
+from bench.families.loss_providers import PROVIDERS
 from bench.gpu import Outcome, document, main
 from bench.gpu_steps import EVERYONE, Step, steps, target
-from bench.providers import PROVIDERS, UPSTREAM
+from bench.harness import machine
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,26 +44,25 @@ def options_of(step: Step) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("shapes", ["fit", "", "64x32000"])
-def test_every_command_of_a_benchmark_parses(
-    shapes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bench.cli.device", torch.device)
+def test_every_command_of_a_benchmark_parses(shapes: str, tmp_path: Path) -> None:
     for step in steps(tmp_path, shapes, "sm_90"):
         if step.command[:2] == ["-m", "bench"]:
             words = [word if word != "cuda" else "cpu" for word in step.command[2:]]
-            given = bench_main.parser().parse_args(words)
-            assert set(given.cases) <= set(CASES) and given.providers, step.name
+            name = words.pop(0) if words[0] in FAMILIES else "losses"
+            family = load(name)
+            given = parser(family).parse_args(words)
+            assert set(given.cases) <= set(family.cases) and given.shapes, step.name
 
 
 def test_the_whole_grid_is_the_issues(tmp_path: Path) -> None:
     grid = next(step for step in steps(tmp_path, "", "sm_90") if step.name == "bench-grid")
     options = options_of(grid)
     assert options["shapes"] == "gpu" and options["dtype"] == "bfloat16,float32"
-    assert options["providers"].split(",") == EVERYONE.split(",")
-    assert set(PROVIDERS) - set(EVERYONE.split(",")) == {"reference"}
-    shapes = bench_main._shapes("gpu")
-    assert {shape.rows for shape in shapes} == {64, 512, 4096, 8192}
-    assert {shape.vocab for shape in shapes} == {32000, 50257, 128256, 151936, 256000}
+    assert set(PROVIDERS) - set(options["providers"].split(",")) == {"reference"}
+    assert options["providers"] == EVERYONE
+    assert {shape.rows for shape in SHAPE_SETS["gpu"]} == {64, 512, 4096, 8192}
+    vocabs = {shape.vocab for shape in SHAPE_SETS["gpu"]}
+    assert vocabs == {32000, 50257, 128256, 151936, 256000}
     assert grid.limit is None and grid.command[2] == "--device"  # no case named: all of them
 
 
@@ -79,11 +79,10 @@ def test_what_fits_meets_every_case_and_axis(tmp_path: Path) -> None:
 def test_all_files_of_the_passes_are_run_first(tmp_path: Path) -> None:
     names = {step.name: step for step in steps(tmp_path, "fit", "sm_90")}
     first, rest = names["tests-passes"].command, names["tests-all"].command
-    for path in (ROOT / "tests").glob("test_gpu*.py"):
-        assert f"tests/{path.name}" in first
-    assert "tests/test_topk.py" in first and "tests" in rest
+    own = {word for word in first if word.startswith("tests/")}
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_gpu*.py")} <= own
     ignored = {word.partition("=")[2] for word in rest if word.startswith("--ignore=")}
-    assert ignored == {word for word in first if word.startswith("tests/")}
+    assert own == ignored and "tests" in rest
 
 
 def test_clusters_are_measured_where_they_work(
@@ -107,22 +106,6 @@ def test_teams_are_measured_beside_none(tmp_path: Path) -> None:
     assert {env["FASTKD_GPU_TEAM"] for env in found} == {"4", "8", "16"}
     alone = [s.env for s in steps(tmp_path, "fit", "sm_90") if s.name.startswith("tile-")]
     assert all(env["FASTKD_GPU_TEAM"] == "0" for env in alone)
-
-
-def test_memcheck_is_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def memcheck() -> Step:
-        return next(step for step in steps(tmp_path, "fit", "sm_90") if step.name == "memcheck")
-
-    monkeypatch.setattr(gpu_steps, "sanitizer", lambda: None)
-    assert memcheck().skip == "compute-sanitizer is not on this machine"
-    monkeypatch.setattr(gpu_steps, "sanitizer", lambda: "/opt/compute-sanitizer")
-    assert memcheck().skip == "" and memcheck().argv[0] == "/opt/compute-sanitizer"
-
-
-def test_a_card_without_a_data_sheet_has_no_prediction(tmp_path: Path) -> None:
-    named = {step.name: step for step in steps(tmp_path, "fit", "sm_120")}
-    assert "no data sheet of a card of sm_120" in named["traffic"].skip
-    assert "sm_120" in named["aot"].line
 
 
 # ---- the run
@@ -152,11 +135,6 @@ def test_a_failure_hides_nothing_and_fails_the_run(tmp_path: Path) -> None:
     assert whole["machine"] == "m" and whole["runs"]["measured"]["results"] == [1]
 
 
-def test_a_failure_of_what_need_not_pass_is_only_told(tmp_path: Path) -> None:
-    assert gpu._run([script("bad", "raise SystemExit(3)")], tmp_path, 60) == 0
-    assert outcomes(tmp_path)["bad"]["status"] == "failed"
-
-
 def test_a_step_out_of_time_is_stopped_with_its_processes(tmp_path: Path) -> None:
     code = (
         "import subprocess, sys, time, pathlib\n"
@@ -180,33 +158,11 @@ def test_no_step_begins_after_the_runs_time(tmp_path: Path) -> None:
     assert "spent before it" in outcomes(tmp_path)["late"]["note"]
 
 
-def test_a_command_that_is_not_there_fails(tmp_path: Path) -> None:
-    done = gpu.run(Step("gone", [str(tmp_path / "nothing")]), tmp_path, 10)
-    assert done.status == "failed" and "nothing" in done.note
-
-
-def test_environment_and_output_of_a_step(tmp_path: Path) -> None:
-    step = script("say", "import os; print(os.environ['OF_STEP'])", env={"OF_STEP": "x"}, out="md")
-    assert gpu.run(step, tmp_path, 30).status == "ok"
-    assert (tmp_path / "gpu-say.md").read_text() == "x\n"
-    assert step.line.startswith(f"OF_STEP=x {sys.executable} -c ")
-
-
-def test_an_older_runs_file_is_not_this_ones(tmp_path: Path) -> None:
-    (tmp_path / "gpu-old.json").write_text("{}")
-    assert document([Outcome("old", "", "skipped")], tmp_path)["runs"] == {}
-
-
 def test_a_file_cut_off_is_left_out_and_said(tmp_path: Path) -> None:
     (tmp_path / "gpu-slow.json").write_text('{"machine": ')
     whole = document([Outcome("slow", "", "out of time", note="stopped after 5 s")], tmp_path)
     assert whole["runs"] == {} and whole["machine"] is None
     assert whole["steps"][0]["note"] == "stopped after 5 s; gpu-slow.json is cut off"
-
-
-def test_an_unknown_step_says_so(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        main(["--only", "nothing", "--results", str(tmp_path)])
 
 
 def test_make_gpu_is_this() -> None:
@@ -217,33 +173,10 @@ def test_make_gpu_is_this() -> None:
     ]
 
 
-# ---- grad_output that is not 1, and the machine
-
-
-@pytest.mark.parametrize("name", ["fastkd-scaled", "fastkd-inplace-scaled"])
-def test_scaled_providers_scale(name: str) -> None:
-    """Half the gradient is what comes out, and the gate takes it for right."""
-    from bench.cases import Shape
-    from bench.measure import Bench, Plan, measure
-
-    case, shape = CASES["kl_div"], Shape(5, 37, "")
-    bench = Bench(case, shape, torch.float32, torch.device("cpu"))
-    provider = PROVIDERS[name]
-    call = provider.build(case, torch.device("cpu"))
-    _, whole = bench.training(call)()
-    whole = whole.clone()
-    _, half = bench.training(call, upstream=provider.upstream)()
-    assert provider.upstream == UPSTREAM != 1.0
-    assert torch.equal(half, whole * UPSTREAM) and half.any()
-    plan = Plan([name], rounds=(1, 1), warm_up=0)
-    result, _ = measure(case, shape, torch.float32, torch.device("cpu"), plan, lambda text: None)
-    assert result.status == "ok" and result.forward is None and result.training is not None
-
-
 def test_the_machine_names_driver_and_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Wed Jan\nGCC version: 12.3.0"
     monkeypatch.setattr(Path, "read_text", lambda self, **_: text)
-    assert report._driver() == "570.86.15"
+    assert machine.driver() == "570.86.15"
     monkeypatch.undo()
-    assert report.machine(torch.device("cpu"))["driver"] is None
-    assert "triton" in report.machine(torch.device("cpu"))
+    facts = machine.machine(torch.device("cpu"))
+    assert facts["driver"] is None and "triton" in facts

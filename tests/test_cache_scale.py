@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastkd
-from bench import cache_scale
+from bench.__main__ import main as bench_main
+from bench.families import store_scale
 from fastkd import distill
 from fastkd.__main__ import main
 from fastkd.teachers import store
@@ -424,7 +425,7 @@ def table_of(shards: list[list[int]]) -> Table:
         made.append(
             format.Shard(name, len(numbers), 0, 0, "00" * 32, numbers[0], numbers[-1], step)
         )
-    return Table.of(format.Part(cache_scale.plan_of(OPTIONS, 0), 0, made))
+    return Table.of(format.Part(store_scale.plan_of(OPTIONS, 0), 0, made))
 
 
 class OPTIONS:
@@ -640,16 +641,12 @@ def test_ranks_are_taught_each_by_its_own_shards(tmp_path: Path) -> None:
 
 def test_the_benchmark_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "scale.json"
-    toy = ["--shards", "20", "60", "--ranks", "4", "--tokens", "1000000", "--mib", "1", "2"]
-    assert cache_scale.main([*toy, "--folder", str(tmp_path), "--json", str(path)]) == 0
-    result = json.loads(path.read_text())
-    assert [row["shards"] for row in result["measured"]] == [20, 60]
-    one, two = result["models"]
-    assert one["shards"] == -(-one["payload_bytes"] // 2**20) and one["shards"] > two["shards"]
-    assert "extrapolated" in capsys.readouterr().out
+    toy = ["--toy", "--ranks", "4", "--tokens", "1000000", "--mib", "1", "2"]
+    assert bench_main(["store-scale", *toy, "--folder", str(tmp_path), "--json", str(path)]) == 0
+    results = json.loads(path.read_text())["results"]
+    assert [row["shards"] for row in results] == [20, 20, 60, 60]
+    assert "extrapolated, merged: " in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(SystemExit):
-        cache_scale.main(["--shards", "5"])
 
 
 def test_the_benchmark_s_bytes_are_those_of_files(tmp_path: Path) -> None:
@@ -659,7 +656,7 @@ def test_the_benchmark_s_bytes_are_those_of_files(tmp_path: Path) -> None:
         for i in range(samples):
             writer.add(one, sample=i)
     table = store.Reader(tmp_path).table
-    by_format = cache_scale.row_bytes(cache_scale.plan_of(OPTIONS, samples), length)
+    by_format = store_scale.row_bytes(store_scale.plan_of(OPTIONS, samples), length)
     header = 1024
     excess = int(table.bytes.sum()) - by_format * samples * length
     assert len(table) == 1 and 0 < excess < header

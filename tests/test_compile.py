@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from common import Backend, each_form, each_name, in_form, logits
+from pairwise import pairwise
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -108,6 +109,7 @@ def _compiled(loss: Callable[..., Tensor], **options: Any) -> Callable[..., Tens
     return torch.compile(loss, fullgraph=True, **{"backend": "aot_eager", **options})
 
 
+@pairwise
 @each_form
 @each_name
 @pytest.mark.interpreted(1)
@@ -115,11 +117,12 @@ def test_compiled_is_eager(form: str, kernels: Backend, divergence: Divergence) 
     student, teacher = logits(kernels, 4, 9)
 
     def loss(s: Tensor, t: Tensor) -> Tensor:
-        return fastkd.distillation_loss(*in_form(s, t), alpha=0.0, divergence=divergence)
+        return fastkd.distillation_loss(*in_form(s, t, form), alpha=0.0, divergence=divergence)
 
     _close(_run(_compiled(loss), student, teacher), _run(loss, student, teacher))
 
 
+@pairwise
 @each_form
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.interpreted(1)
@@ -131,7 +134,7 @@ def test_compiled_with_every_option(form: str, kernels: Backend, reduction: str)
 
     def loss(s: Tensor, t: Tensor) -> Tensor:
         return fastkd.distillation_loss(
-            *in_form(s, t),
+            *in_form(s, t, form),
             labels,
             divergence="skew_kl",
             label_smoothing=0.1,
@@ -386,3 +389,17 @@ def test_opcheck_of_linear_grads(backend: Backend) -> None:
     )
     wants = [True, True, False, False, True, True]
     torch.library.opcheck(torch.ops.fastkd.linear_grads, (*sides, *rest, wants))
+
+
+@pytest.mark.parametrize("loss", [fastkd.kl_div, fastkd.distillation_loss])
+def test_a_temperature_that_changes_compiles_again(loss: Any) -> None:
+    """What the README says of schedules: another graph for each value, not another value."""
+    torch.compiler.reset()
+    s, t = torch.randn(3, 7), torch.randn(3, 7)
+    options = {"alpha": 0.0} if loss is fastkd.distillation_loss else {}
+    compiled = torch.compile(
+        lambda T: loss(s, t, temperature=T, **options), backend="eager", fullgraph=True
+    )
+    for temperature in (1.0, 1.5, 4, 3, 2.5):
+        want = loss(s, t, temperature=temperature, **options)
+        torch.testing.assert_close(compiled(temperature), want)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from common import INF, Result, assert_gradients, assert_values
+from common import INF
+from oracle import Result, assert_gradients, assert_values
 from peers import PEERS, Options, Peer, Side, decoupled, distillm_js, distillm_skew, truncated
 from torch import Tensor
 

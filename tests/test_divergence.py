@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from common import DIVERGENCES, PLAIN, TABLE, each_divergence, each_name, label_of
+from common import DIVERGENCES, TABLE, each_divergence, each_name, label_of
+from oracle import PLAIN
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 

@@ -7,18 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from common import (
-    INF,
-    INPUTS,
-    Backend,
-    assert_as_good_as_torch,
-    differentiate,
-    each_divergence,
-    each_dtype,
-    each_form,
-    each_name,
-    logits,
-)
+from common import INF, INPUTS, Backend, each_divergence, each_dtype, each_form, each_name, logits
+from oracle import assert_as_good_as_torch, differentiate
+from pairwise import pairwise
 from torch import Tensor
 
 import fastkd
@@ -54,6 +45,7 @@ def _sizes(backend: Backend) -> list[int]:
     return [17, 1025] if interpreted else SIZES
 
 
+@pairwise
 @each_form
 @each_exact
 @each_dtype
@@ -65,12 +57,18 @@ def test_identical_logits_give_exactly_nothing(
         student = (5 * torch.randn(3, vocab)).to(kernels.device, dtype)
         for temperature in (1.0, 2.7):
             ours = differentiate(
-                _soft(divergence), student, student.clone(), wrt="both", temperature=temperature
+                _soft(divergence),
+                student,
+                student.clone(),
+                wrt="both",
+                temperature=temperature,
+                form=form,
             )
             assert not ours.value.any(), (vocab, temperature)
             assert not ours.student.any() and not ours.teacher.any(), (vocab, temperature)
 
 
+@pairwise
 @each_form
 @each_exact
 @pytest.mark.parametrize("make", [(1e4, 0), (1, 1e4), (1, -1e4), (0, 3)], ids=str)
@@ -82,7 +80,7 @@ def test_identical_logits_of_any_size_give_exactly_nothing(
         student = spread * torch.randn(3, vocab, device=kernels.device) + offset
         for temperature in (0.01, 1.0, 1000.0):
             ours = differentiate(
-                _soft(divergence), student, student.clone(), temperature=temperature
+                _soft(divergence), student, student.clone(), temperature=temperature, form=form
             )
             assert not ours.value.any() and not ours.student.any(), (vocab, temperature)
 
@@ -99,6 +97,7 @@ def test_the_same_numbers_in_two_dtypes_give_exactly_nothing(
                 assert not ours.value.any() and not ours.student.any(), (vocab, other)
 
 
+@pairwise
 @each_form
 @each_divergence
 @each_dtype
@@ -106,7 +105,7 @@ def test_identical_logits_give_rounding_at_most(
     form: str, backend: Backend, divergence: Divergence, dtype: torch.dtype
 ) -> None:
     student = (5 * torch.randn(3, 1025)).to(backend.device, dtype)
-    ours = differentiate(_soft(divergence), student, student.clone())
+    ours = differentiate(_soft(divergence), student, student.clone(), form=form)
     assert ours.value.abs().max() < 1e-6 and ours.student.abs().max() < 1e-6
 
 
@@ -223,6 +222,7 @@ def test_a_row_impossible_on_one_side_is_nan_and_stays_alone(
 # ---- NaN and extremes
 
 
+@pairwise
 @each_form
 @each_name
 @each_dtype
@@ -233,9 +233,9 @@ def test_nan_stays_in_its_row(
     form: str, backend: Backend, divergence: Divergence, dtype: torch.dtype, side: str, what: float
 ) -> None:
     student, teacher = logits(backend, 3, 33, (dtype, dtype))
-    clean = differentiate(_soft(divergence), student, teacher)
+    clean = differentiate(_soft(divergence), student, teacher, form=form)
     (student if side == "student" else teacher)[1, 20] = what
-    ours = differentiate(_soft(divergence), student, teacher)
+    ours = differentiate(_soft(divergence), student, teacher, form=form)
     assert ours.value[1].isnan() and ours.student[1].isnan().any()
     for row in (0, 2):
         assert ours.value[row] == clean.value[row]
@@ -269,6 +269,7 @@ def test_nan_in_a_hard_term(backend: Backend) -> None:
     assert ours.student[[0, 2]].isfinite().all()
 
 
+@pairwise
 @each_form
 @each_divergence
 @each_dtype
@@ -279,11 +280,12 @@ def test_large_logits_at_any_temperature(
 ) -> None:
     """Logits of +-1e4; only infinities of the definition itself may come out, and no NaN."""
     student, teacher = ((2e4 * torch.rand(3, 21) - 1e4).to(backend.device, dtype) for _ in range(2))
-    ours = differentiate(_soft(divergence), student, teacher, temperature=temperature)
+    ours = differentiate(_soft(divergence), student, teacher, temperature=temperature, form=form)
     assert ours.value.isfinite().all() and ours.student.isfinite().all()
     assert (ours.value > -1e-6).all()
 
 
+@pairwise
 @each_form
 @each_name
 @pytest.mark.parametrize("temperature", [0.01, 1000.0])
@@ -301,6 +303,7 @@ def test_extreme_temperatures_of_the_whole_loss(
         alpha=0.5,
         t_squared=True,
         reduction="none",
+        form=form,
     )
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from common import FLOORS, unreadable
+from common import unreadable
 from feature_losses import FUNCTIONS, SHAPES, pair, shapes, vectors
+from oracle import FLOORS
 from torch import Tensor, nn
 
 from fastkd.distill.losses import features

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,85 +16,28 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
 
-from common import DTYPES, FLOORS, PAIRS
+from common import DTYPES, PAIRS
 
-import fastkd
-from fastkd.backends import reference
-from fastkd.backends.base import LossSpec, acc_dtype, rows
+from fastkd.backends import base
+from fastkd.backends.base import LossSpec, Stats
+from fastkd.backends.reference import BACKEND as reference
 
 pytest.importorskip("triton")
-from fastkd.backends import gpu
+from gpu_rows import DEVICE, NAMES, Rows, assert_like_reference, each_name, fused, make, plan_of
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from fastkd.backends.gpu import BACKEND as gpu
+
 INF, NAN = math.inf, math.nan
-NAMES = list(fastkd.divergences)
 # 1: one column; 7, 33: less than a tile; 129, 1000: a tile with a tail; 4099: full tiles and a tail
 VOCABS = (1, 7, 33, 129, 1000, 4099)
-
-each_name = pytest.mark.parametrize("name", NAMES)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # numpy's warnings about inf - inf under the interpreter; on a GPU nothing warns
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
-
-class Rows(NamedTuple):
-    """Operands [A, B, V] and what goes with each row."""
-
-    student: Tensor
-    teacher: Tensor
-    keep: Tensor | None
-    label: Tensor | None
-    scale: Tensor | None
-
-
-def plan_of(name: str, vocab: int, **changes: Any) -> LossSpec:
-    param = 0.3 if fastkd.divergences[name].parameter else 0.0
-    return LossSpec(name, param, 2.0, 0.7, 0.0, 0.0, vocab, vocab)._replace(**changes)
-
-
-def make(a: int, b: int, vocab: int, pair: Any = (torch.float32,) * 2, spread: float = 3.0) -> Rows:
-    student, teacher = ((spread * torch.randn(a, b, vocab)).to(DEVICE, dtype) for dtype in pair)
-    n, acc = a * b, acc_dtype(student, teacher)
-    keep = torch.arange(n, device=DEVICE) % 3 != 1
-    label = torch.randint(0, vocab, (n,)).to(DEVICE)
-    scale = torch.rand(n).to(DEVICE, acc)
-    return Rows(student, teacher, keep, label, scale)
-
-
-def fused(passes: Any, x: Rows, spec: LossSpec, grad: Tensor, factor: float = 0.5) -> Tensor:
-    label = x.label if spec.hard else None
-    return passes.fused(x.student, x.teacher, spec, x.keep, label, x.scale, factor, grad)
-
-
-def assert_like_reference(
-    x: Rows, spec: LossSpec, grad: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The rule of `common`: at most twice the error of plain torch, plus the floor."""
-    grad = torch.full_like(x.student, NAN) if grad is None else grad
-    exact = x._replace(student=x.student.double(), teacher=x.teacher.double())
-    shape = (*grad.shape[:2], x.student.size(2))
-    true_grad = torch.zeros(shape, dtype=torch.float64, device=DEVICE)
-    torchs_grad = torch.zeros(shape, dtype=x.student.dtype, device=DEVICE)
-    torchs, true = fused(reference, x, spec, torchs_grad), fused(reference, exact, spec, true_grad)
-    ours = fused(gpu, x, spec, grad)
-    assert ours.dtype == acc_dtype(x.student, x.teacher)
-    floor = FLOORS[ours.dtype]
-    bound = 2 * (torchs - true).abs() + floor * true.abs().clamp_min(1.0)
-    assert ((ours - true).abs() <= bound).all(), (ours - true).abs() / bound
-    wide, width = grad[..., : spec.vocab].double(), spec.vocab
-    largest = true_grad.abs().max()
-    error = (torchs_grad[..., :width].double() - true_grad[..., :width]).abs().max()
-    # the accumulator's floor is relative to the slopes, whose sum it is that cancels (`common`)
-    terms = (true.abs() * x.scale).max() + x.scale.max()
-    stored = 2 * error + FLOORS[grad.dtype] * largest + floor * terms
-    assert ((wide - true_grad[..., :width]).abs() <= stored).all()
-    assert not grad[..., spec.vocab :].any(), "columns past vocab are written 0"
-    return ours, grad
 
 
 # ---- every divergence, dtype and shape
 
 
+@pytest.mark.interpreted(20)
 @each_name
 @pytest.mark.parametrize(
     "pair",
@@ -106,12 +48,14 @@ def test_dtypes(name: str, pair: tuple[torch.dtype, torch.dtype]) -> None:
     assert_like_reference(make(1, 3, 33, pair), plan_of(name, 33, hard=0.3, smoothing=0.1))
 
 
+@pytest.mark.interpreted(14)
 @each_name
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_shapes(name: str, vocab: int) -> None:
     assert_like_reference(make(1, 3, vocab), plan_of(name, vocab))
 
 
+@pytest.mark.interpreted(4)
 @pytest.mark.parametrize("temperature", [0.01, 1.0, 2.0, 1000.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_hard_labels(temperature: float, smoothing: float) -> None:
@@ -154,6 +98,7 @@ def test_no_rows() -> None:
     assert gpu.total(torch.empty(0, device=DEVICE), None, 1.0) == 0
 
 
+@pytest.mark.interpreted(3)
 @each_name
 def test_in_place(name: str) -> None:
     for vocab in (7, 600, 4500):
@@ -201,21 +146,22 @@ def _split(x: Rows, spec: LossSpec, parts: list[slice]) -> tuple[Tensor, Tensor]
         return torch.stack((top, total, (each[..., 2] + columns * shift).sum(0)), -1)
 
     stats_s, stats_t = merged(x.student, spec.temperature), merged(x.teacher, spec.temperature)
-    unit = merged(x.student, 1.0)
+    stats = Stats(stats_s, stats_t, merged(x.student, 1.0))
     local = [spec._replace(vocab=p.stop - p.start) for p in parts]
     sums = sum(
-        gpu.loss(x.student[..., p], x.teacher[..., p], stats_s, stats_t, one, x.keep)
+        gpu.loss(x.student[..., p], x.teacher[..., p], stats, one, base.Rows(x.keep))
         for p, one in zip(parts, local, strict=True)
     )
     assert isinstance(sums, Tensor)
     grad = torch.full_like(x.student, NAN)
     for p, one in zip(parts, local, strict=True):
         label = None if x.label is None else x.label - p.start
-        operands = (x.student[..., p], x.teacher[..., p], stats_s, stats_t, unit, sums[:, 1])
-        gpu.grad(*operands, one, x.keep, label, x.scale, 0.5, grad[..., p])
+        operands = (x.student[..., p], x.teacher[..., p], stats, sums[:, 1])
+        gpu.grad(*operands, one, base.Rows(x.keep, label, x.scale, 0.5), grad[..., p])
     return sums[:, 0], grad
 
 
+@pytest.mark.interpreted(5)
 @each_name
 @pytest.mark.parametrize("vocab", [33, 1300])
 def test_split_passes_compose_to_the_fused(name: str, vocab: int) -> None:
@@ -243,7 +189,9 @@ def test_split_passes_are_the_references(name: str) -> None:
         torch.testing.assert_close(ours, true, rtol=1e-5 if ours.dtype == torch.float32 else 1e-12,
                                    atol=1e-4 if ours.dtype == torch.float32 else 1e-12)  # fmt: skip
     spec = plan_of(name, 200)
-    ours, true = (p.loss(*x[:2], *stats[1], spec, x.keep) for p in (gpu, reference))
+    ours, true = (
+        p.loss(*x[:2], Stats(*stats[1]), spec, base.Rows(x.keep)) for p in (gpu, reference)
+    )
     torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-12)
 
 
@@ -257,6 +205,7 @@ def test_stats_of_nothing() -> None:
 # ---- exact zeros and edges
 
 
+@pytest.mark.interpreted(10)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_identical_logits_give_exactly_nothing(name: str, dtype: torch.dtype) -> None:
@@ -336,8 +285,8 @@ def test_total() -> None:
 def test_a_divergence_without_a_kernel_is_named() -> None:
     x = make(1, 2, 9)
     with pytest.raises(NotImplementedError, match="'no_such'"):
-        gpu.loss(x.student, x.teacher, *[torch.ones(2, 3)] * 2, plan_of("kl", 9)._replace(
-            divergence="no_such"), None)  # fmt: skip
+        spec = plan_of("kl", 9)._replace(divergence="no_such")
+        gpu.loss(x.student, x.teacher, Stats(*[torch.ones(2, 3)] * 2), spec, base.Rows())
 
 
 def test_a_failed_launch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,94 +294,3 @@ def test_a_failed_launch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastkd.backends.gpu.launch._ACC", {torch.float32: None})
     with pytest.raises(RuntimeError, match="fused_kernel could not be compiled or launched"):
         fused(gpu, x, plan_of("kl", 9), torch.empty_like(x.student))
-
-
-# ---- only on a GPU
-
-
-@needs_gpu
-@pytest.mark.parametrize("team", ["", "0"])
-def test_offsets_past_two_to_the_31(team: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTKD_GPU_TEAM", team)
-    n, vocab = 16_500, 131_072
-    student = torch.empty(n, vocab, dtype=torch.bfloat16, device=DEVICE)
-    teacher = torch.randn(1, vocab, device=DEVICE).bfloat16().expand(n, vocab)
-    student[-1] = torch.randn(vocab, device=DEVICE)
-    keep = torch.zeros(n, dtype=torch.bool, device=DEVICE)
-    keep[-1] = True
-    last = student[-1:].clone()
-    spec = plan_of("kl", vocab)
-    loss = gpu.fused(rows(student), rows(teacher), spec, keep, None, None, 1.0, rows(student))
-    small = torch.empty_like(last)
-    alone = gpu.fused(rows(last), rows(teacher[:1]), spec, None, None, None, 1.0, rows(small))
-    # one row alone is shared by more programs than each of many
-    torch.testing.assert_close(loss[-1:], alone, rtol=1e-5, atol=0)
-    torch.testing.assert_close(student[-1:], small, rtol=1e-2, atol=1e-9)
-    assert not loss[:-1].any() and not student[: n // 2].any()
-
-
-@needs_gpu
-@each_name
-@pytest.mark.parametrize(("n", "vocab"), [(64, 5000), (3, 128_256)])
-def test_capture_in_a_graph(name: str, n: int, vocab: int) -> None:
-    x, spec = make(1, n, vocab, (torch.bfloat16,) * 2), plan_of(name, vocab, hard=0.3)
-    grad = torch.empty_like(x.student)
-    fused(gpu, x, spec, grad)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = fused(gpu, x, spec, grad)
-    x.student.copy_(torch.randn_like(x.student))
-    graph.replay()
-    again = torch.empty_like(grad)
-    assert torch.equal(loss, fused(gpu, x, spec, again)) and torch.equal(grad, again)
-
-
-@needs_gpu
-@each_name
-@pytest.mark.parametrize("n", [1, 64, 500])
-@pytest.mark.parametrize("vocab", [50_257, 128_256])
-def test_real_vocabularies(name: str, n: int, vocab: int) -> None:
-    """From many programs to a row to one; rows on a 16-byte boundary, and odd ones."""
-    spec = plan_of(name, vocab, hard=0.3, smoothing=0.1)
-    for pair in ((torch.bfloat16,) * 2, (torch.float32,) * 2):
-        x = make(1, n, vocab, pair)
-        loss, grad = assert_like_reference(x, spec)
-        again = torch.empty_like(grad)
-        assert torch.equal(loss, fused(gpu, x, spec, again)) and torch.equal(grad, again)
-        fused(gpu, x, spec, x.student)
-        assert torch.equal(x.student, grad)
-
-
-@needs_gpu
-@pytest.mark.parametrize("n", [64, 600])
-def test_second_stream(n: int) -> None:
-    x, spec = make(1, n, 50_000), plan_of("js", 50_000)
-    grads = [torch.empty_like(x.student) for _ in range(2)]
-    loss = fused(gpu, x, spec, grads[0])
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        other = fused(gpu, x, spec, grads[1])
-    stream.synchronize()
-    torch.cuda.synchronize()
-    assert torch.equal(loss, other) and torch.equal(*grads)
-
-
-@needs_gpu
-def test_nothing_waits_for_the_device() -> None:
-    student = torch.randn(64, 5000, device=DEVICE, requires_grad=True)
-    teacher, labels = torch.randn_like(student), torch.randint(0, 5000, (64,), device=DEVICE)
-
-    def step() -> None:
-        fastkd.distillation_loss(student, teacher, labels).backward()
-        loss = fastkd.js_div(student, teacher, labels=labels, reduction="none")
-        (3.0 * loss.sum()).backward()
-
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -18,13 +18,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
 
 from common import DTYPES
+from pairwise import pairwise
 
 import fastkd
-from fastkd.backends import reference
-from fastkd.backends.base import LossSpec, TopKRows, acc_dtype
+from fastkd.backends.base import LossSpec, Rows, Stats, TopKRows, acc_dtype
+from fastkd.backends.reference import BACKEND as reference
 
 pytest.importorskip("triton")
-from fastkd.backends import gpu
+from fastkd.backends.gpu import BACKEND as gpu
 from fastkd.backends.gpu import launch, split_rows
 from fastkd.backends.gpu.tune import Tile
 
@@ -62,10 +63,11 @@ def run(passes: Any, s: Tensor, t: Tensor | TopKRows, spec: LossSpec, label: Ten
     dense = not isinstance(t, TopKRows)
     teacher: Any = t.unsqueeze(0) if isinstance(t, Tensor) else t
     act = passes.fused if dense else passes.topk
-    loss = act(s.unsqueeze(0), teacher, spec, None, label, None, 1.0, grad)
+    loss = act(s.unsqueeze(0), teacher, spec, Rows(None, label), grad)
     return loss, grad[0]
 
 
+@pairwise
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("vocab", [7, 9, 17, 300])
 @each_dtype
@@ -78,6 +80,7 @@ def test_nan_stays_in_its_row(name: str, dtype: torch.dtype, vocab: int, side: i
     assert_rows(*run(gpu, *sides, spec, label), *run(reference, *sides, spec, label))
 
 
+@pytest.mark.interpreted(3)
 @pytest.mark.parametrize("vocab", [4096, 5000])
 @pytest.mark.parametrize("name", ["kl", "reverse_kl", "skew_kl"])
 def test_in_wide_rows_of_far_logits(name: str, vocab: int) -> None:
@@ -90,6 +93,7 @@ def test_in_wide_rows_of_far_logits(name: str, vocab: int) -> None:
         assert grad[1].isnan().all() and not grad[0].isnan().any()
 
 
+@pytest.mark.interpreted(6)
 @pytest.mark.parametrize("side", [0, 1])
 @each_name
 def test_where_several_programs_share_a_row(
@@ -103,6 +107,7 @@ def test_where_several_programs_share_a_row(
     assert_rows(*run(gpu, *sides, spec, None), *run(reference, *sides, spec, None))
 
 
+@pytest.mark.interpreted(6)
 @pytest.mark.parametrize("side", [0, 1])
 @each_name
 def test_the_split_passes(name: str, side: int) -> None:
@@ -114,12 +119,13 @@ def test_the_split_passes(name: str, side: int) -> None:
     s, t = (x.unsqueeze(0) for x in sides)
     stats = [gpu.stats(x, 1.0, vocab, None) for x in (s, t)]
     assert stats[side][:, 1].isnan().tolist() == [False, True, True, True, False]
-    both = gpu.loss(s, t, *stats, spec, None)
+    both = gpu.loss(s, t, Stats(*stats), spec, Rows())
     grad = torch.zeros_like(s)
-    gpu.grad(s, t, *stats, None, both[:, 1], spec, None, None, None, 1.0, grad)
+    gpu.grad(s, t, Stats(*stats), both[:, 1], spec, Rows(), grad)
     assert_rows(both[:, 0], grad[0], *run(reference, *sides, spec, None))
 
 
+@pytest.mark.interpreted(9)
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop"])
 @each_name
 def test_a_stored_teacher(name: str, tail: str) -> None:

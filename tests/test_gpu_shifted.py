@@ -11,14 +11,17 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
 
-from common import TABLE, assert_as_good_as_torch
+from common import TABLE
+from oracle import assert_as_good_as_torch
+from pairwise import pairwise
 
 import fastkd
-from fastkd.backends.base import LossSpec, rows
+from fastkd.backends.base import LossSpec, Rows, Stats
+from fastkd.backends.base import rows_of as rows
 from fastkd.divergence import Divergence
 
 pytest.importorskip("triton")
-from fastkd.backends import gpu
+from fastkd.backends.gpu import BACKEND as gpu
 from fastkd.backends.gpu import launch, split_rows
 from fastkd.backends.gpu.tune import Tile
 
@@ -69,6 +72,7 @@ def untouched(x: Tensor) -> bool:
     return int(around(x).isnan().sum()) == around(x).numel() - x.numel()
 
 
+@pairwise
 @each
 @each_dtype
 @each_number
@@ -89,6 +93,7 @@ def test_an_odd_vocabulary(
     assert skews and set(skews) == {0}
 
 
+@pairwise
 @each_dtype
 @each_number
 @pytest.mark.parametrize("inplace", [False, True], ids=["apart", "in-place"])
@@ -111,11 +116,12 @@ def test_nothing_beside_a_row_is_used_or_written(
         out = student if inplace else grad
         aligned, dense = (student.new_empty(3, -(-vocab // 16) * 16) for _ in range(2))
         aligned[:, :vocab], dense[:, :vocab] = student, teacher
-        loss = gpu.fused(rows(student), rows(teacher), spec, keep, label, None, 0.5, rows(out))
+        options = Rows(keep, label, None, 0.5)
+        loss = gpu.fused(rows(student), rows(teacher), spec, options, rows(out))
         assert skews[-1] == at
         assert untouched(student) and untouched(teacher) and untouched(grad)
         true_grad = torch.empty_like(aligned)
-        operands = (rows(aligned[:, :vocab]), rows(dense[:, :vocab]), spec, keep, label, None, 0.5)
+        operands = (rows(aligned[:, :vocab]), rows(dense[:, :vocab]), spec, options)
         true = gpu.fused(*operands, rows(true_grad[:, :vocab]))
         assert skews[-1] is None
         assert not loss[2] and not out[2].any()
@@ -141,11 +147,10 @@ def test_the_passes_one_by_one(dtype: torch.dtype, vocab: int, skews: list[int |
         s, t = rows(student), rows(teacher)
         stats_s, stats_t = (gpu.stats(x, 2.0, vocab, keep) for x in (s, t))
         hard = gpu.stats(s, 1.0, vocab, keep)
-        loss = gpu.loss(s, t, stats_s, stats_t, spec, keep)
+        loss = gpu.loss(s, t, Stats(stats_s, stats_t), spec, Rows(keep))
         slope = loss[:, 1].contiguous()
-        gpu.grad(
-            s, t, stats_s, stats_t, hard, slope, spec, keep, label, None, 0.5, rows(grad)
-        )  # fmt: skip
+        stats, options = Stats(stats_s, stats_t, hard), Rows(keep, label, None, 0.5)
+        gpu.grad(s, t, stats, slope, spec, options, rows(grad))
         found.append((stats_s, stats_t, hard, loss, grad))
     assert skews == [3] * 5 + [None] * 5
     assert all(untouched(x) for x in shifted) and not shifted[2][1].any()
@@ -155,6 +160,7 @@ def test_the_passes_one_by_one(dtype: torch.dtype, vocab: int, skews: list[int |
         torch.testing.assert_close(mine, true, rtol=unit, atol=2e-6 * largest)
 
 
+@pairwise
 @each_dtype
 @each_number
 @pytest.mark.parametrize("name", ["kl", "reverse_kl", "tv"])
@@ -169,7 +175,7 @@ def test_identical_logits_give_exactly_nothing(
     student = odd(3, 387, dtype, 1)
     teacher = odd(3, 387, dtype, 1).copy_(student)
     spec = LossSpec(name, 0.0, 0.7, 1.0, 0.0, 0.0, 387, 387)
-    loss = gpu.fused(rows(student), rows(teacher), spec, None, None, None, 1.0, rows(student))
+    loss = gpu.fused(rows(student), rows(teacher), spec, Rows(), rows(student))
     assert skews[-1] == 1 and not loss.any() and not student.any() and untouched(student)
 
 
@@ -177,7 +183,7 @@ def test_columns_past_the_vocabulary(skews: list[int | None]) -> None:
     student, teacher, grad = (odd(3, 401, torch.bfloat16, 5) for _ in range(3))
     student[:, 300:], teacher[:, 300:] = NAN, NAN
     spec = LossSpec("kl", 0.0, 2.0, 0.7, 0.0, 0.0, 300, 300)
-    loss = gpu.fused(rows(student), rows(teacher), spec, None, None, None, 1.0, rows(grad))
+    loss = gpu.fused(rows(student), rows(teacher), spec, Rows(), rows(grad))
     assert skews == [5] and loss.isfinite().all() and untouched(grad)
     assert grad.isfinite().all() and not grad[:, 300:].any() and grad[:, :300].any(1).all()
 
@@ -191,12 +197,12 @@ def test_two_strides(skews: list[int | None]) -> None:
         torch.randn(2, 3, 261).to(DEVICE)[:, :2, :257] for _ in range(3)
     )  # starts at 0, 261, 783, 1044
     spec = LossSpec("kl", 0.0, 2.0, 0.7, 0.0, 0.0, 257, 257)
-    loss = gpu.fused(rows(student), rows(teacher), spec, None, None, None, 1.0, rows(grad))
+    loss = gpu.fused(rows(student), rows(teacher), spec, Rows(), rows(grad))
     assert skews == [0]
     for i in range(2):
         for j in range(2):
             one = [rows(x[i, j].clone().unsqueeze(0)) for x in (student, teacher, grad)]
-            alone = gpu.fused(one[0], one[1], spec, None, None, None, 1.0, one[2])
+            alone = gpu.fused(one[0], one[1], spec, Rows(), one[2])
             torch.testing.assert_close(loss[2 * i + j], alone[0], rtol=2e-6, atol=2e-6)
             torch.testing.assert_close(grad[i, j], one[2][0, 0], rtol=2e-6, atol=1e-8)
 
@@ -235,7 +241,7 @@ def test_narrow_rows_are_not_shifted() -> None:
         student, teacher = (odd(3, vocab, torch.float32, 1) for _ in range(2))
         spec = LossSpec("kl", 0.0, 2.0, 0.7, 0.0, 0.0, vocab, vocab)
         loss, copied = (
-            gpu.fused(rows(s), rows(t), spec, None, None, None, 1.0, rows(torch.empty_like(s)))
+            gpu.fused(rows(s), rows(t), spec, Rows(), rows(torch.empty_like(s)))
             for s, t in ((student, teacher), (student.clone(), teacher.clone()))
         )
         assert torch.equal(loss, copied)

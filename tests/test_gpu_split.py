@@ -13,7 +13,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
 
-from common import FLOORS, TABLE, assert_as_good_as_torch, differentiate, oracle, plain
+from common import TABLE
+from oracle import FLOORS, assert_as_good_as_torch, differentiate, oracle, plain
 
 import fastkd
 from fastkd.divergence import Divergence
@@ -129,6 +130,7 @@ def test_the_interpreter_does_not_split(launched: Launches) -> None:
 # ---- the same losses
 
 
+@pytest.mark.interpreted(9)
 @each
 @pytest.mark.parametrize(
     ("parts", "dtype"),
@@ -150,6 +152,7 @@ def test_values_and_gradients(
     assert_as_good_as_torch(*make(1, 512, dtype)[:2], divergence=divergence)
 
 
+@pytest.mark.interpreted(3)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_hard_labels(temperature: float, smoothing: float, parts: int) -> None:
@@ -171,6 +174,7 @@ def test_real_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
             assert_as_good_as_torch(student, teacher, labels, divergence=entry, alpha=0.3)
 
 
+@pytest.mark.interpreted(1)
 @each_number
 def test_columns_past_the_vocabulary(parts: int) -> None:
     """Never read as a value, and their gradient is 0: they may be many tiles."""
@@ -193,6 +197,7 @@ def test_columns_past_the_vocabulary(parts: int) -> None:
         assert torch.equal(loss, alone) and torch.equal(leaf.grad[:, :304], narrow.grad)
 
 
+@pytest.mark.interpreted(2)
 @each_number
 def test_rows_left_out_are_not_read(parts: int) -> None:
     student, teacher, labels = make(3, 400)
@@ -206,6 +211,7 @@ def test_rows_left_out_are_not_read(parts: int) -> None:
         assert leaf.grad.isfinite().all() and not leaf.grad[1].any()
 
 
+@pytest.mark.interpreted(3)
 @each
 def test_in_place(divergence: Divergence, parts: int) -> None:
     student, teacher, labels = make(2, 500)
@@ -219,6 +225,7 @@ def test_in_place(divergence: Divergence, parts: int) -> None:
     assert torch.equal(loss, apart.value) and torch.equal(leaf.grad, apart.student)
 
 
+@pytest.mark.interpreted(3)
 @each
 def test_the_bits_are_the_same_from_run_to_run(divergence: Divergence, parts: int) -> None:
     student, teacher, labels = make(2, 450)
@@ -232,6 +239,7 @@ def test_the_bits_are_the_same_from_run_to_run(divergence: Divergence, parts: in
 # ---- edges
 
 
+@pytest.mark.interpreted(3)
 @pytest.mark.parametrize("name", ["kl", "reverse_kl", "tv"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_identical_logits_give_exactly_nothing(name: str, dtype: torch.dtype, parts: int) -> None:
@@ -245,6 +253,7 @@ def test_identical_logits_give_exactly_nothing(name: str, dtype: torch.dtype, pa
         assert not out.value.any() and out.student is not None and not out.student.any()
 
 
+@pytest.mark.interpreted(3)
 @each
 def test_impossible_columns(divergence: Divergence, parts: int) -> None:
     """Some, and all that one program has, on both sides: worth 0 to every divergence."""
@@ -256,6 +265,7 @@ def test_impossible_columns(divergence: Divergence, parts: int) -> None:
     assert out.student is not None and not out.student[:, dead].any()
 
 
+@pytest.mark.interpreted(3)
 @each
 def test_a_row_of_nothing_and_a_row_of_nan(divergence: Divergence, parts: int) -> None:
     student, teacher, _ = make(4, 320)
@@ -275,6 +285,7 @@ def test_a_row_of_nothing_and_a_row_of_nan(divergence: Divergence, parts: int) -
     assert (out.value[3] - exact.value[0]).abs() <= FLOORS[torch.float32] * exact.value.clamp(min=4)
 
 
+@pytest.mark.interpreted(2)
 @each_number
 def test_kl_of_a_probability_that_underflows_is_nothing(parts: int) -> None:
     """An impossible student under one part's maximum that another part's buries."""

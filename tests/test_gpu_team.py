@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
 
-from common import assert_as_good_as_torch, differentiate
+from oracle import assert_as_good_as_torch, differentiate
 
 import fastkd
 

@@ -3,98 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import common
+import oracle
 import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from group_cases import INF, H, N, bounds, cases, compare, logits, near, over_ranks, same_on_all
 from torch import Tensor
 
 import fastkd
 from fastkd.backends import cpu
 from fastkd.divergence import divergences
-from fastkd.parallel import layout, vocab_parallel
-
-N, H = 7, 6
-INF = float("inf")
-
-
-def near(a: Any, b: Any, dtype: torch.dtype, what: str, nat: float = 1e-3) -> None:
-    """Two ways to one number, in the largest error relative to the largest: both only round."""
-    a, b = (torch.as_tensor(x).detach().double() for x in (a, b))
-    assert torch.equal(a.isnan(), b.isnan()), what
-    a, b = a.nan_to_num(), b.nan_to_num()
-    scale = b.abs().max().clamp_min(nat) if b.numel() else 1.0
-    worst = float(((a - b).abs() / scale).max()) if a.numel() else 0.0
-    units = 8 if dtype in (torch.bfloat16, torch.float16) else 64
-    assert worst <= units * torch.finfo(dtype).eps, f"{what}: {worst:.2e}"
-
-
-def same_on_all(x: Tensor, what: str) -> None:
-    x = x.detach().reshape(-1).contiguous()
-    got = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(got, x)
-    for other in got:
-        assert torch.equal(other.view(torch.uint8), got[0].view(torch.uint8)), what
-
-
-def bounds(chance: random.Random, vocab: int, world: int) -> list[int]:
-    """Uneven columns of the ranks, some of them none."""
-    cuts = sorted(chance.randint(0, vocab) for _ in range(world - 1))
-    return [b - a for a, b in zip([0, *cuts], [*cuts, vocab], strict=True)]
-
-
-def logits(generator: torch.Generator, vocab: int, dtype: torch.dtype) -> Tensor:
-    return (3 * torch.randn(N, vocab, generator=generator)).to(dtype)
-
-
-def cases() -> Iterator[tuple[random.Random, dict[str, Any], dict[str, Any]]]:
-    """The same draws on every rank: shape and kind of the operands, options of the loss."""
-    chance = random.Random(11)
-    for name in divergences:
-        for at in range(6):
-            case = {
-                "divergence": name,
-                "vocab": chance.choice((1, 2, 5, 37, 300)),
-                "dtype": chance.choice((torch.float32, torch.bfloat16, torch.float64)),
-                "labels": chance.random() < 0.6,
-                "replicated": chance.random() < 0.3,
-                "padded": chance.random() < 0.4,
-                "alpha": chance.choice((0.0, 0.3)),
-                "teacher_grad": at % 3 == 0,
-                "backend": "reference" if at == 5 else "cpu",
-            }
-            options = {
-                "reduction": chance.choice(("mean", "sum", "batchmean", "none")),
-                "temperature": chance.choice((1.0, 2.0)),
-                "weight": chance.random() < 0.3,
-            }
-            yield chance, case, options
-
-
-def compare(
-    whole: dict[str, Any], part: dict[str, Any], columns: slice, dtype: Any, what: str
-) -> None:
-    near(part["loss"], whole["loss"], torch.float32 if dtype != torch.float64 else dtype, what, 1.0)
-    for name, grad in whole["grads"].items():
-        mine = part["grads"][name]
-        near(mine, grad if mine.shape == grad.shape else grad[..., columns], dtype, what + name)
-
-
-def over_ranks(mine: slice, replicated: bool) -> Callable[..., Tensor]:
-    """`fastkd.distillation_loss` of whole operands by way of this rank's columns of them."""
-    whole = fastkd.distillation_loss
-
-    def loss(s: Tensor, t: Tensor, *labels: Any, **options: Any) -> Tensor:
-        # a rank's gradient is 0 beyond its columns: the sum over ranks is the whole one
-        s = layout.replicated(s, dist.group.WORLD)
-        t = t if replicated else layout.replicated(t, dist.group.WORLD)[:, mine]
-        return whole(s[:, mine], t, *labels, group=dist.group.WORLD, **options)
-
-    return loss
+from fastkd.parallel import vocab_parallel
 
 
 def dense() -> None:
@@ -123,7 +47,7 @@ def dense() -> None:
             vocab_parallel = over_ranks(mine, case["replicated"])
             patch.setattr(fastkd, "distillation_loss", vocab_parallel)
             try:
-                got = common.assert_as_good_as_torch(
+                got = oracle.assert_as_good_as_torch(
                     *(s, t, labels if case["labels"] else None),
                     divergence=fastkd.divergences[case["divergence"]],
                     wrt="both" if case["teacher_grad"] else "student",
@@ -352,9 +276,9 @@ def in_stages() -> None:
     labels[3] = -100
     mine = slice(3000 * rank, 3000 * (rank + 1))
     redone: list[int] = []
-    general = vocab_parallel.Split._in_passes
+    general = vocab_parallel.VocabParallel._in_passes
 
-    def counted(self: vocab_parallel.Split, student: Tensor, *args: Any) -> Tensor:
+    def counted(self: vocab_parallel.VocabParallel, student: Tensor, *args: Any) -> Tensor:
         redone.append(student.size(0) * student.size(1))
         return general(self, student, *args)
 
@@ -372,7 +296,7 @@ def in_stages() -> None:
         return loss.detach(), x.grad
 
     with pytest.MonkeyPatch.context() as patch, fastkd.use_backend("cpu"):
-        patch.setattr(vocab_parallel.Split, "_in_passes", counted)
+        patch.setattr(vocab_parallel.VocabParallel, "_in_passes", counted)
         for name in divergences:
             got = []
             for waiting, threads in ((cpu.WAITING, 1), (1, 1), (1, 2), (300_000, 2)):
@@ -434,29 +358,3 @@ def test_split_over(world: int) -> None:
 
 def test_one_rank_is_the_whole() -> None:
     ranks.run(1, dense)
-
-
-def test_without_torch_distributed_initialised() -> None:
-    x = torch.randn(2, 3)
-    with pytest.raises(RuntimeError, match="not initialised; call init_process_group"):
-        fastkd.kl_div(x, x, group=object())
-
-
-def dies() -> str:
-    x = torch.randn(512, 100, requires_grad=True)
-    for step in range(1000):
-        if dist.get_rank() == 1 and step == 3:
-            import os
-
-            os._exit(1)  # in the middle of a step of the others
-        try:
-            fastkd.kl_div(x, x.detach().roll(1, 0), group=dist.group.WORLD).backward()
-        except RuntimeError as error:
-            return str(error)
-    return "went on without the dead one"
-
-
-def test_a_rank_that_dies_ends_the_others_with_an_error() -> None:
-    with pytest.raises(AssertionError, match="rank 1: died") as found:
-        ranks.run(2, dies)
-    assert "rank 0" not in str(found.value)

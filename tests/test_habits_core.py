@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from fractions import Fraction
 from typing import Any
 
@@ -101,6 +102,23 @@ def refused(labels: Tensor, *shape: int) -> str:
         errors.append(str(error.value))
     assert len(set(errors)) == 1 and len(errors[0]) <= 500
     return errors[0]
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize(
+    ("dtype", "ignore_index"), [(torch.uint8, -100), (torch.uint8, 300), (torch.int32, 2**32 + 2)]
+)
+def test_ignore_index_is_not_wrapped_to_the_dtype_of_labels(
+    backend: str, reduction: Any, dtype: torch.dtype, ignore_index: int
+) -> None:
+    s, t = pair(4, 200)
+    labels = torch.tensor([156, 44, 2, 3], dtype=dtype)
+    for loss in (fastkd.kl_div, torch.compile(fastkd.kl_div, fullgraph=True, backend="eager")):
+        with nullcontext() if backend == "auto" else fastkd.use_backend(backend):
+            got = loss(s, t, labels=labels, ignore_index=ignore_index, reduction=reduction)
+            torch.testing.assert_close(got, fastkd.kl_div(s, t, reduction=reduction))
+    assert fastkd.token_count(labels, ignore_index=ignore_index) == 4
 
 
 def test_soft_labels_are_refused_with_what_to_write() -> None:

@@ -41,6 +41,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.fixture(autouse=True)
 def one_rank(tmp_path: Path) -> Iterator[None]:
+    torch._dynamo.reset()  # code compiled in another test does not see this one's taps
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         yield
@@ -97,6 +98,55 @@ def test_a_wrapped_run_saves_in_validate(tmp_path: Path) -> None:
     distill.train(DDP(model), [batch], distill.hard(), **options)
     distill.load(other, path)
     same(model, other)
+
+
+@pytest.mark.parametrize("into", ["bare", "compile", "compiled part"])
+@pytest.mark.parametrize("name", ["bare", "compile", "compiled part", "DDP of compiled part"])
+def test_a_run_has_bare_names(name: str, into: str, tmp_path: Path) -> None:
+    """The best student's file and a checkpoint fit the model however it is wrapped later."""
+    torch.manual_seed(0)
+    start, teacher, other = net(), net(), net()
+    batch, up = (torch.randn(8, 4), torch.randint(3, (8,))), torch.randn(3, 6)
+
+    def run(model: nn.Module, wrap: Any, folder: str, epochs: int) -> distill.EMATeacher:
+        average = distill.EMATeacher(model)
+        peer = distill.PeerTeacher(wrap(copy.deepcopy(start)), distill.hard())
+        learnt = wrap(copy.deepcopy(start[2]))
+        term = distill.Term(
+            "learnt", lambda s, *_: learnt(s.raw @ up).square().mean(), module=learnt
+        )
+        distill.train(
+            model,
+            [batch],
+            [distill.soft(), term],
+            teacher=[wrap(copy.deepcopy(teacher)), peer],
+            epochs=epochs,
+            ema=average,
+            validate=lambda _: 1.0,
+            checkpoint=distill.Checkpoints(tmp_path / folder, resume=True),
+            progress=False,
+        )
+        return average
+
+    first = WRAPPERS[name](copy.deepcopy(start))
+    run(first, WRAPPERS[name] if name == "compile" else lambda model: model, "cut", 1)
+    best = tmp_path / "cut" / "best.safetensors"
+    assert set(load_file(best)) == set(start.state_dict())
+    distill.load(WRAPPERS[into](other), best)
+    same(other, first)
+    again = WRAPPERS[into](copy.deepcopy(start))
+    average = run(again, lambda model: model, "cut", 2)
+    whole = copy.deepcopy(start)
+    same(average.model, run(whole, lambda model: model, "whole", 2).model)
+    same(again, whole)
+
+
+def test_a_teacher_with_a_compiled_part_is_the_same_teacher(tmp_path: Path) -> None:
+    student, teacher, batch = net(), net(), (torch.randn(8, 4), torch.randint(3, (8,)))
+    for epochs, model in enumerate((teacher, part_compiled(teacher), compiled(teacher)), 1):
+        folder = distill.Checkpoints(tmp_path, resume=True)
+        options: dict[str, Any] = {"epochs": epochs, "checkpoint": folder, "progress": False}
+        assert len(distill.train(student, [batch], distill.soft(), teacher=model, **options)) == 1
 
 
 @pytest.mark.parametrize("name", list(WRAPPERS))

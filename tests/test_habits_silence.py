@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -58,6 +59,26 @@ def test_a_stored_column_that_no_term_reads() -> None:
         (text,) = said(linear(), distill.hard(), batch)
         assert "'teacher'" in text and "no term that reads it" in text
         assert not said(linear(), distill.soft(), batch)
+
+
+def test_a_term_may_read_the_batchs_own_column() -> None:
+    own = distill.Term("own", lambda s, _, b: F.mse_loss(s.logits, b.teacher))
+    for batch in ((X, Y, STORED), {"inputs": X, "labels": Y, "teacher": STORED}):
+        assert not said(linear(), own, batch)
+        assert not said(linear(), own, batch, teacher=distill.CachedTeacher(), accumulate=2)
+
+    @dataclasses.dataclass
+    class Weighted(distill.Batch):
+        sample_weight: Any = None
+
+    def weighted(s: Any, _: Any, b: Any) -> Tensor:
+        return ((s.logits - b.teacher).square().mean(-1) * b.sample_weight).mean()
+
+    batch = Weighted(X, Y, teacher=STORED, sample_weight=torch.rand(8))
+    assert not said(linear(), distill.Term("weighted", weighted), batch)
+    blind = distill.Term("blind", lambda s, _, b: s.logits.square().mean() + 0 * b.samples)
+    (text,) = said(linear(), blind, (X, Y, STORED))
+    assert "no term that reads it: ['blind']" in text
 
 
 def test_features_and_members_are_a_reading() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,3 +250,79 @@ def test_a_projectors_group_of_the_users_own_stays() -> None:
     hint = distill.feature("", "", F.mse_loss, projector=projector)
     quiet(student, hint, teacher=teacher, optimizer=sgd)
     assert [len(group["params"]) for group in sgd.param_groups] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda _: torch.optim.SGD(linear(1).parameters(), 0.1), "none of them the student's"),
+        (lambda _: torch.optim.SGD, "expected a torch optimizer over"),
+        (lambda model: torch.optim.LBFGS(model.parameters()), "got LBFGS"),
+    ],
+    ids=["another model's", "class", "lbfgs"],
+)
+def test_an_optimizer_by_which_nothing_learns_is_refused(make: Any, match: str) -> None:
+    model = linear()
+    with pytest.raises((TypeError, ValueError), match=f"^optimizer: .*{match}") as caught:
+        quiet(model, optimizer=make(model))
+    assert len(str(caught.value)) <= 500
+
+
+def test_an_optimizer_over_what_the_terms_learn_alone() -> None:
+    for model in (linear(), linear().requires_grad_(False)):
+        scale = nn.Linear(3, 3)
+        before = scale.weight.detach().clone(), model.weight.detach().clone()
+        term = distill.feature("", "", F.mse_loss, projector=scale)
+        sgd = torch.optim.SGD(scale.parameters(), 0.1)
+        for optimizer in (sgd, None) if not model.weight.requires_grad else (sgd,):
+            quiet(model, term, teacher=linear(1), optimizer=optimizer)
+        assert not torch.equal(scale.weight, before[0]) and torch.equal(model.weight, before[1])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("epochs", 1.5),
+        ("epochs", "2"),
+        ("accumulate", 2.0),
+        ("schedule", 0.5),
+        ("transform", torch.zeros(2)),
+        ("validate", 0.9),
+        ("log", "run.csv"),
+        ("log", ["run.csv"]),
+    ],
+)
+def test_an_argument_of_another_kind_is_named(option: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{option}: got .*, expected "):
+        quiet(linear(), **{option: value})
+
+
+def test_a_metric_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
+    weights: list[Tensor] = []
+    metrics = iter([math.nan, 0.5, -math.inf, 0.7, math.nan])
+
+    def validate(model: nn.Module) -> float:
+        weights.append(model.weight.detach().clone())
+        return next(metrics)
+
+    with pytest.warns(UserWarning, match="validate: got nan after epoch 0, which is never"):
+        quiet(linear(), epochs=5, validate=validate, checkpoint=tmp_path)
+    best = linear(1)
+    assert distill.load(best, tmp_path / "best.safetensors")["metric"] == 0.7
+    assert torch.equal(best.weight, weights[3])
+    with pytest.raises(TypeError, match="validate: got None from it, expected a number"):
+        quiet(linear(), validate=lambda _: None)
+
+
+@pytest.mark.parametrize("wrong", [3, -1])
+def test_a_label_beyond_the_logits_is_named(wrong: int) -> None:
+    labels = Y.clone()
+    labels[0], labels[1] = wrong, -100
+    wanted = f"from {min(wrong, 0)} to {max(wrong, 2)}, expected 0 to 2"
+    with pytest.raises(IndexError, match=f"term 'hard': labels: got class numbers {wanted}"):
+        distill.train(linear(), [(X, labels)], distill.hard(), progress=False)
+
+
+def test_inputs_by_name_are_refused_at_the_hand_over(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"inputs: got dict .*, expected a tensor"):
+        distill.export(linear(), {"x": X}, tmp_path)  # type: ignore[arg-type]

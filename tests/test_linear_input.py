@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from common import run_python
+from pairwise import pairwise
 from torch import Tensor
 
 import fastkd
@@ -205,6 +206,7 @@ def _width(v: int) -> int:
     return -(-v // ALIGN) * ALIGN
 
 
+@pairwise
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("chunk_size", [None, 64])
 @pytest.mark.parametrize("ignored", [False, True], ids=["all-rows", "some-rows"])

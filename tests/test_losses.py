@@ -12,9 +12,6 @@ from common import (
     TABLE,
     Backend,
     Shape,
-    assert_as_good_as_torch,
-    assert_values,
-    differentiate,
     each_divergence,
     each_form,
     each_input,
@@ -22,18 +19,21 @@ from common import (
     each_pair,
     each_shape,
     logits,
-    oracle,
-    plain,
 )
+from oracle import assert_as_good_as_torch, assert_values, differentiate, oracle, plain
+from pairwise import pairwise
 from torch import Tensor
 
 import fastkd
-from fastkd.backends.base import LossSpec, Passes, pick
+from fastkd.backends.base import Backend as Passes
+from fastkd.backends.base import LossSpec, Rows, Stats
+from fastkd.backends.choice import pick
 from fastkd.divergence import Divergence
 
 Pair = tuple[torch.dtype, torch.dtype]
 
 
+@pairwise
 @each_divergence
 @each_pair
 @each_shape
@@ -46,6 +46,7 @@ def test_shapes(backend: Backend, divergence: Divergence, pair: Pair, shape: Sha
     )
 
 
+@pairwise
 @each_form
 @each_divergence
 @each_pair
@@ -59,9 +60,10 @@ def test_inputs(
     make: Callable[[int, int], tuple[Tensor, Tensor]],
 ) -> None:
     student, teacher = logits(backend, 6, 67, pair, make)
-    assert_as_good_as_torch(student, teacher, divergence=divergence, reduction="none")
+    assert_as_good_as_torch(student, teacher, divergence=divergence, reduction="none", form=form)
 
 
+@pairwise
 @each_name
 @each_pair
 @each_input
@@ -76,6 +78,7 @@ def test_inputs_over_several_blocks(
     assert_as_good_as_torch(student, teacher, divergence=divergence, reduction="none")
 
 
+@pairwise
 @each_form
 @each_divergence
 @each_pair
@@ -86,7 +89,12 @@ def test_temperatures(
 ) -> None:
     student, teacher = logits(backend, 4, 33, pair)
     assert_as_good_as_torch(
-        student, teacher, divergence=divergence, temperature=temperature, reduction="none"
+        student,
+        teacher,
+        divergence=divergence,
+        temperature=temperature,
+        reduction="none",
+        form=form,
     )
 
 
@@ -120,6 +128,7 @@ GIVEN = [
 ]
 
 
+@pairwise
 @each_form
 @pytest.mark.parametrize(("name", "parameters"), GIVEN, ids=str)
 def test_named_function_is_the_soft_term_alone(
@@ -128,7 +137,7 @@ def test_named_function_is_the_soft_term_alone(
     """The functions of one divergence are the general one without labels and without T^2."""
     divergence = fastkd.divergences[name]
     student, teacher = logits(backend, 4, 19)
-    named = differentiate(NAMED[name], student, teacher, temperature=3.0, **parameters)
+    named = differentiate(NAMED[name], student, teacher, temperature=3.0, **parameters, form=form)
     general = differentiate(
         fastkd.distillation_loss,
         student,
@@ -137,6 +146,7 @@ def test_named_function_is_the_soft_term_alone(
         alpha=0.0,
         divergence=divergence(**parameters),
         t_squared=False,
+        form=form,
     )
     assert torch.equal(named.value, general.value)
     assert torch.equal(named.student, general.student)
@@ -159,6 +169,7 @@ def test_temperature_changes_the_result(backend: Backend, divergence: Divergence
     assert (at_one - at_two).abs() > 1e-2
 
 
+@pairwise
 @each_form
 @pytest.mark.parametrize("name", [entry.name for entry in TABLE])
 @pytest.mark.interpreted(6)
@@ -166,9 +177,13 @@ def test_backends_agree(form: str, kernels: Backend, name: str) -> None:
     """The divergence by its name, on the kernels and on the reference: one mathematics."""
     student, teacher = logits(kernels, 5, 130)
     labels = torch.randint(130, (5,), device=kernels.device)
-    here = differentiate(fastkd.distillation_loss, student, teacher, labels, divergence=name)
+    here = differentiate(
+        fastkd.distillation_loss, student, teacher, labels, divergence=name, form=form
+    )
     with fastkd.use_backend("reference"):
-        there = differentiate(fastkd.distillation_loss, student, teacher, labels, divergence=name)
+        there = differentiate(
+            fastkd.distillation_loss, student, teacher, labels, divergence=name, form=form
+        )
     torch.testing.assert_close(here.value, there.value, rtol=4e-6, atol=0)
     torch.testing.assert_close(here.student, there.student, rtol=4e-6, atol=4e-7)
 
@@ -191,9 +206,10 @@ def _gradient_of_split(
     s, t = student.unsqueeze(0), teacher.unsqueeze(0)
     stats = [passes.stats(x, spec.temperature, spec.vocab, keep) for x in (s, t)]
     hard = passes.stats(s, 1.0, spec.vocab, keep) if spec.hard else None
-    slope = passes.loss(s, t, *stats, spec, keep)[:, 1].contiguous()
+    rows = Rows(keep, label)
+    slope = passes.loss(s, t, Stats(*stats), spec, rows)[:, 1].contiguous()
     grad = torch.full_like(s, float("nan"))
-    passes.grad(s, t, *stats, hard, slope, spec, keep, label, None, 1.0, grad)
+    passes.grad(s, t, Stats(*stats, hard), slope, spec, rows, grad)
     return grad[0]
 
 
@@ -211,7 +227,7 @@ def test_split_passes_make_the_fused_one(
     passes = pick(backend.device)
     grad = torch.full_like(student, float("nan"))
     rows = [x.unsqueeze(0) for x in (student, teacher, grad)]
-    passes.fused(rows[0], rows[1], spec, keep, label, None, 1.0, rows[2])
+    passes.fused(rows[0], rows[1], spec, Rows(keep, label), rows[2])
     split = _gradient_of_split(passes, student, teacher, spec, keep, label)
     torch.testing.assert_close(split, grad, rtol=1e-5, atol=1e-6)
     assert not split[2].any() and not split[:, 37:].any()
@@ -230,13 +246,14 @@ def test_split_vocabulary(backend: Backend, divergence: Divergence) -> None:
         for side in (0, 1)
     ]
     sums = [
-        passes.loss(*shard, *whole, spec, None) for shard, spec in zip(shards, plans, strict=True)
+        passes.loss(*shard, Stats(*whole), spec, Rows())
+        for shard, spec in zip(shards, plans, strict=True)
     ]
     value, slope = torch.stack(sums).sum(0).unbind(-1)
     grads = []
     for shard, spec in zip(shards, plans, strict=True):
         grads.append(torch.full_like(shard[0], float("nan")))
-        args = (*shard, *whole, None, slope.contiguous(), spec, None, None, None, 1.0, grads[-1])
+        args = (*shard, Stats(*whole), slope.contiguous(), spec, Rows(), grads[-1])
         passes.grad(*args)
     exact = differentiate(
         plain, student, teacher, divergence=divergence, temperature=2.0, reduction="none"
@@ -261,7 +278,7 @@ def test_stats_of_impossible_rows(backend: Backend, name: str) -> None:
     if name == "stats":
         assert stats[:, 0].tolist() == [-INF, -INF] and stats[:, 1].tolist() == [0, 0]
     else:
-        assert not passes.loss(student, student, stats, stats, spec, None).any()
+        assert not passes.loss(student, student, Stats(stats, stats), spec, Rows()).any()
 
 
 def test_values_of_stats(backend: Backend) -> None:

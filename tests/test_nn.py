@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -138,3 +139,58 @@ def test_modules_have_no_state_and_train() -> None:
     loss = module(student(torch.randn(3, 4)), torch.randn(3, 9), torch.tensor([1, 2, 3]))
     loss.backward()
     assert student.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("twin", "function", "name"),
+    [
+        (fastkd.nn.JSDiv, fastkd.js_div, "beta"),
+        (fastkd.nn.SkewKLDiv, fastkd.skew_kl_div, "alpha"),
+        (fastkd.nn.SkewReverseKLDiv, fastkd.skew_reverse_kl_div, "alpha"),
+        (fastkd.nn.DistillationLoss, fastkd.distillation_loss, "alpha"),
+    ],
+)
+def test_a_parameter_that_a_schedule_sets(twin: Any, function: Any, name: str) -> None:
+    """As temperature is; in one module of two, and in its copies."""
+    torch.manual_seed(0)
+    rows = (torch.randn(3, 9), torch.randn(3, 9), torch.tensor([1, 2, 3]))
+    labels = {"labels": rows[2]}
+    other, module = twin(**{name: 0.3}), twin(**{name: 0.3})
+    setattr(module, name, 0.7)
+    for one, value in ((module, 0.7), (copy.deepcopy(module), 0.7), (other, 0.3)):
+        assert getattr(one, name) == value and f"{value:g}" in repr(one)
+        assert torch.equal(one(*rows), function(*rows[:2], **labels, **{name: value}))
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    for value in (0.7, 0.4):
+        setattr(module, name, value)
+        want = function(*rows[:2], **labels, **{name: value})
+        torch.testing.assert_close(compiled(*rows), want)
+
+
+@pytest.mark.parametrize("name", ["beta", "alpha"])
+def test_a_parameter_set_out_of_range(name: str) -> None:
+    module = fastkd.nn.JSDiv() if name == "beta" else fastkd.nn.SkewKLDiv()
+    with pytest.raises(ValueError, match=rf"^{name}: got 1\.5"):
+        setattr(module, name, 1.5)
+
+
+@each_twin
+def test_faults_at_the_constructor(
+    twin: Twin, function: Any, options: dict[str, Any], says: str
+) -> None:
+    """Where the mistake is, not at the first batch."""
+    for rows, error, says in (
+        ({"ignore_index": "x"}, TypeError, "ignore_index: got str"),
+        ({"ignore_index": 2**63}, ValueError, "ignore_index: got"),
+        ({"vocab_size": 3.0}, TypeError, "vocab_size: got float"),
+        ({"vocab_size": 0}, ValueError, "vocab_size: got 0, expected at least 1"),
+    ):
+        with pytest.raises(error, match=says):
+            twin(**rows)
+
+
+def test_unknown_options_name_the_module_and_what_is_near() -> None:
+    with pytest.raises(TypeError, match=r"^JSDiv\(\) .*'bta', has beta, .*mean 'beta'\?$"):
+        fastkd.nn.JSDiv(bta=0.3)
+    with pytest.raises(TypeError, match=r"^KLDiv\(\) .*'alpha', has temperature, ignore_index"):
+        fastkd.nn.KLDiv(alpha=0.3)

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from common import (
-    TABLE,
-    Backend,
-    Result,
+from common import Backend, each_dtype, each_form, each_name, logits
+from oracle import (
     assert_as_good_as_torch,
-    assert_gradients,
-    assert_values,
     differentiate,
-    each_dtype,
-    each_form,
-    each_name,
-    logits,
-    plain,
 )
+from pairwise import pairwise
 from torch import Tensor
 
 import fastkd
-from fastkd.backends.base import rows
 from fastkd.divergence import Divergence
 
 NAN = float("nan")
@@ -78,6 +66,7 @@ def test_hard_labels_alone_are_cross_entropy(
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
+@pairwise
 @each_form
 @each_name
 @each_reduction
@@ -86,13 +75,14 @@ def test_reductions(form: str, backend: Backend, divergence: Divergence, reducti
     labels = _labels(backend, 7, 29, ignored=0.3)
     labels[0] = 3
     assert_as_good_as_torch(
-        student, teacher, labels, divergence=divergence, alpha=0.3, reduction=reduction
+        student, teacher, labels, divergence=divergence, alpha=0.3, reduction=reduction, form=form
     )
 
 
 # ---- hard labels and soft divergence
 
 
+@pairwise
 @each_form
 @each_name
 @each_dtype
@@ -103,9 +93,10 @@ def test_alpha(
     student, teacher = logits(backend, 3, 37, (dtype, dtype))
     labels = _labels(backend, 3, 37)
     options = {"alpha": alpha, "temperature": 2.0, "t_squared": True, "reduction": "none"}
-    assert_as_good_as_torch(student, teacher, labels, divergence=divergence, **options)
+    assert_as_good_as_torch(student, teacher, labels, divergence=divergence, **options, form=form)
 
 
+@pairwise
 @each_form
 @each_dtype
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
@@ -119,6 +110,7 @@ def test_label_smoothing(form: str, backend: Backend, dtype: torch.dtype, smooth
         alpha=0.5,
         label_smoothing=smoothing,
         reduction="none",
+        form=form,
     )
 
 
@@ -165,7 +157,7 @@ def test_teacher_is_not_read_where_only_labels_count(form: str, backend: Backend
     labels = _labels(backend, 5, 31)
     nothing = torch.full_like(teacher, NAN)
     run = [
-        differentiate(fastkd.distillation_loss, student, t, labels, alpha=1.0)
+        differentiate(fastkd.distillation_loss, student, t, labels, alpha=1.0, form=form)
         for t in (teacher, nothing)
     ]
     assert torch.equal(run[0].value, run[1].value)
@@ -175,6 +167,7 @@ def test_teacher_is_not_read_where_only_labels_count(form: str, backend: Backend
 # ---- ignored rows
 
 
+@pairwise
 @each_form
 @each_name
 @each_reduction
@@ -195,12 +188,14 @@ def test_ignored_rows_are_never_read(
         alpha=alpha,
         reduction=reduction,
         wrt="both",
+        form=form,
     )
     assert not ours.student[ignored].any() and not ours.teacher[ignored].any()
     if reduction == "none":
         assert not ours.value[ignored].any()
 
 
+@pairwise
 @each_form
 @each_reduction
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
@@ -216,6 +211,7 @@ def test_all_rows_ignored(form: str, backend: Backend, reduction: str, alpha: fl
         alpha=alpha,
         reduction=reduction,
         wrt="both",
+        form=form,
     )
     assert not ours.value.any() and not ours.student.any() and not ours.teacher.any()
 
@@ -243,354 +239,3 @@ def test_labels_only_select_in_the_bare_divergences(backend: Backend) -> None:
     ours = fastkd.kl_div(student, teacher, labels=labels)
     kept = fastkd.kl_div(student[labels >= 0].contiguous(), teacher[labels >= 0].contiguous())
     torch.testing.assert_close(ours, kept, rtol=1e-6, atol=0)
-
-
-# ---- weight and normalizer
-
-
-@each_form
-@each_name
-@each_reduction
-@each_dtype
-def test_weight(
-    form: str, backend: Backend, divergence: Divergence, reduction: str, dtype: torch.dtype
-) -> None:
-    student, teacher = logits(backend, 4, 13)
-    weight = torch.rand(4, device=backend.device).to(dtype)
-    weight[1] = 0
-    labels = torch.tensor([1, 2, -100, 3], device=backend.device)
-    options = {"alpha": 0.3, "weight": weight, "reduction": reduction}
-    assert_as_good_as_torch(student, teacher, labels, divergence=divergence, **options)
-
-
-@each_form
-def test_weights_that_sum_to_zero(form: str, backend: Backend) -> None:
-    student, teacher = logits(backend, 4, 13)
-    weight = torch.zeros(4, device=backend.device)
-    ours = differentiate(fastkd.kl_div, student, teacher, weight=weight)
-    assert ours.value == 0 and not ours.student.any()
-
-
-def test_gradient_of_weight(backend: Backend) -> None:
-    student, teacher = logits(backend, 4, 13)
-    weight = torch.rand(4, device=backend.device).requires_grad_()
-    (grad,) = torch.autograd.grad(
-        fastkd.kl_div(student, teacher, weight=weight, reduction="sum"), weight
-    )
-    torch.testing.assert_close(grad, fastkd.kl_div(student, teacher, reduction="none"))
-
-
-def test_gradient_of_normalizer(backend: Backend) -> None:
-    student, teacher = logits(backend, 4, 13)
-    normalizer = torch.tensor(5.0, device=backend.device, requires_grad=True)
-    loss = fastkd.kl_div(student, teacher, normalizer=normalizer)
-    (grad,) = torch.autograd.grad(loss, normalizer)
-    torch.testing.assert_close(grad, -loss.detach() / 5)
-
-
-NORMALIZERS: dict[str, Callable[[torch.device], Any]] = {
-    "int": lambda device: 7,
-    "float": lambda device: 6.5,
-    "tensor": lambda device: torch.tensor(6.5, device=device),
-    "integer-tensor": lambda device: torch.tensor(7, device=device),
-    "bfloat16-tensor": lambda device: torch.tensor(7.0, device=device, dtype=torch.bfloat16),
-    "tensor-on-the-host": lambda device: torch.tensor(6.5),
-    "zero": lambda device: 0,
-    "zero-tensor": lambda device: torch.tensor(0.0, device=device),
-}
-
-
-@each_form
-@pytest.mark.parametrize("make", NORMALIZERS.values(), ids=NORMALIZERS.keys())
-def test_normalizer(form: str, backend: Backend, make: Callable[[torch.device], Any]) -> None:
-    student, teacher = logits(backend, 4, 13)
-    labels = torch.tensor([1, 2, -100, 3], device=backend.device)
-    options = {"alpha": 0.3, "normalizer": make(backend.device)}
-    assert_as_good_as_torch(student, teacher, labels, divergence=KL, **options)
-
-
-@each_form
-@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
-def test_uneven_micro_batches_accumulate_to_the_full_batch(
-    form: str, backend: Backend, as_tensor: bool
-) -> None:
-    student, teacher = logits(backend, 10, 13, (torch.float64, torch.float64))
-    labels = _labels(backend, 10, 13)
-    labels[[0, 4, 8]] = -100
-    kept = (labels >= 0).sum()
-    full = differentiate(fastkd.distillation_loss, student, teacher, labels)
-    parts = [
-        differentiate(
-            fastkd.distillation_loss,
-            student[at],
-            teacher[at],
-            labels[at],
-            normalizer=kept if as_tensor else kept.item(),
-        )
-        for at in (slice(0, 1), slice(1, 7), slice(7, 10))
-    ]
-    value = torch.stack([part.value for part in parts]).sum()
-    torch.testing.assert_close(value, full.value, rtol=1e-13, atol=0)
-    grad = torch.cat([part.student for part in parts])
-    torch.testing.assert_close(grad, full.student, rtol=1e-13, atol=1e-17)
-
-
-# ---- padded vocabularies
-
-
-@each_name
-@each_dtype
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_vocab_size_with_different_paddings(
-    backend: Backend, divergence: Divergence, dtype: torch.dtype, alpha: float
-) -> None:
-    """Columns beyond it may hold NaN; their gradient is exactly 0."""
-    student, teacher = logits(backend, 3, 48, (dtype, dtype))
-    teacher = teacher[:, :41].contiguous()
-    student[:, 33:], teacher[:, 33:] = NAN, NAN
-    ours = assert_as_good_as_torch(
-        student,
-        teacher,
-        _labels(backend, 3, 33),
-        divergence=divergence,
-        alpha=alpha,
-        label_smoothing=0.1,
-        vocab_size=33,
-        reduction="none",
-        wrt="both",
-    )
-    assert not ours.student[:, 33:].any() and not ours.teacher[:, 33:].any()
-
-
-def test_vocab_size_in_a_padded_ignored_row(backend: Backend) -> None:
-    student, teacher = (torch.full((2, 3000), NAN, device=backend.device) for _ in range(2))
-    student[1, :2050], teacher[1, :2050] = 0.0, 1.0
-    labels = torch.tensor([-100, 2049], device=backend.device)
-    ours = differentiate(fastkd.kl_div, student, teacher, labels=labels, vocab_size=2050)
-    assert ours.value.abs() < 1e-6 and ours.student.abs().max() < 1e-6
-
-
-# ---- inplace
-
-
-def _inplace(student: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(the model's logits, the loss, their gradient)."""
-    leaf = student.detach().clone().requires_grad_()
-    computed = leaf * 1
-    loss = fastkd.distillation_loss(computed, *args, inplace=True, **options)
-    (grad,) = torch.autograd.grad(loss, computed)
-    return computed, loss.detach(), grad
-
-
-@each_name
-@each_dtype
-def test_inplace_gives_the_same_bits_in_the_students_memory(
-    kernels: Backend, divergence: Divergence, dtype: torch.dtype
-) -> None:
-    student, teacher = logits(kernels, 5, 37, (dtype, torch.float32))
-    labels = _labels(kernels, 5, 37, ignored=0.3)
-    options = {"divergence": divergence, "label_smoothing": 0.1}
-    usual = differentiate(fastkd.distillation_loss, student, teacher, labels, **options)
-    computed, loss, grad = _inplace(student, teacher, labels, **options)
-    assert grad.data_ptr() == computed.data_ptr()
-    assert torch.equal(loss, usual.value) and torch.equal(grad, usual.student)
-
-
-@pytest.mark.not_interpreted
-def test_inplace_over_several_blocks(kernels: Backend) -> None:
-    student, teacher = logits(kernels, 3, 5003)
-    for divergence in TABLE:
-        usual = differentiate(
-            fastkd.distillation_loss, student, teacher, alpha=0.0, divergence=divergence
-        )
-        _, _, grad = _inplace(student, teacher, alpha=0.0, divergence=divergence)
-        assert torch.equal(grad, usual.student), divergence.name
-
-
-def test_inplace_with_both_gradients(kernels: Backend) -> None:
-    student, teacher = logits(kernels, 5, 37)
-    usual = differentiate(fastkd.kl_div, student, teacher, wrt="both")
-    leaf, other = student.clone().requires_grad_(), teacher.clone().requires_grad_()
-    loss = fastkd.kl_div(leaf * 1, other, inplace=True)
-    grads = torch.autograd.grad(loss, (leaf, other))
-    assert torch.equal(grads[0], usual.student) and torch.equal(grads[1], usual.teacher)
-
-
-def test_inplace_writes_a_view_where_it_lies(kernels: Backend) -> None:
-    """The gradient of x[:, :-1] goes into that view; the last position keeps its logits."""
-    x = torch.randn(2, 4, 9, device=kernels.device)
-    teacher = torch.randn(2, 3, 9, device=kernels.device)
-    usual = differentiate(fastkd.kl_div, x[:, :-1], teacher)
-    leaf = x.clone().requires_grad_()
-    computed = leaf * 1
-    fastkd.kl_div(computed[:, :-1], teacher, inplace=True).backward()
-    assert torch.equal(leaf.grad[:, :-1], usual.student) and not leaf.grad[:, -1].any()
-    assert torch.equal(computed[:, :-1], usual.student)
-    assert torch.equal(computed[:, -1], x[:, -1])
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_inplace_is_heard_by_a_second_consumer(kernels: Backend, reduction: str) -> None:
-    student, teacher = logits(kernels, 5, 37)
-    computed = student.requires_grad_() * 1
-    other = (computed * computed).sum()
-    loss = fastkd.kl_div(computed, teacher, inplace=True, reduction=reduction)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        (loss + other).backward()
-
-
-def test_inplace_hears_that_the_logits_were_modified(kernels: Backend) -> None:
-    student, teacher = logits(kernels, 5, 37)
-    computed = student.requires_grad_() * 1
-    loss = fastkd.kl_div(computed, teacher, inplace=True)
-    with torch.no_grad():
-        computed.zero_()
-    with pytest.raises(RuntimeError, match="inplace"):
-        loss.backward()
-
-
-def test_inplace_is_a_permission(backend: Backend) -> None:
-    """Where nothing is gained by it (the reference, "none", no gradient) it changes nothing."""
-    student, teacher = logits(backend, 5, 37)
-    before = student.clone()
-    fastkd.kl_div(student, teacher, inplace=True)
-    computed = student.clone().requires_grad_() * 1
-    with torch.no_grad():
-        fastkd.kl_div(computed, teacher, inplace=True)
-    assert torch.equal(student, before) and torch.equal(computed, before)
-    loss = fastkd.kl_div(computed, teacher, inplace=True, reduction="none")
-    (grad,) = torch.autograd.grad(loss.sum(), computed)
-    usual = differentiate(fastkd.kl_div, student, teacher, reduction="sum")
-    torch.testing.assert_close(grad, usual.student)
-
-
-def test_inplace_with_one_tensor_on_both_sides(kernels: Backend) -> None:
-    student, _ = logits(kernels, 5, 37)
-    computed = student.requires_grad_() * 1
-    (grad,) = torch.autograd.grad(
-        fastkd.kl_div(computed, computed.detach(), inplace=True), computed
-    )
-    assert not grad.any()
-
-
-# ---- leading dimensions and strides
-
-
-@each_form
-@pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 1, 3), (2, 1, 2, 2)], ids=str)
-@each_reduction
-def test_leading_dimensions(
-    form: str, backend: Backend, lead: tuple[int, ...], reduction: str
-) -> None:
-    student, teacher = (torch.randn(*lead, 11, device=backend.device) for _ in range(2))
-    labels = torch.randint(11, lead, device=backend.device)
-    weight = torch.rand(lead, device=backend.device)
-    options: dict[str, Any] = {"alpha": 0.5, "weight": weight, "reduction": reduction}
-    ours = assert_as_good_as_torch(student, teacher, labels, divergence=KL, **options)
-    assert ours.value.shape == (lead if reduction == "none" else ())
-
-
-VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "padded-rows": lambda x: x.view(6, 32)[:, :21],
-    "from-an-odd-column": lambda x: x.view(6, 32)[:, 3:24],
-    "every-other-row": lambda x: x.view(6, 32)[::2, :21],
-    "without-the-last-position": lambda x: x.view(2, 3, 32)[:, :-1, :21],
-    "without-the-first-position": lambda x: x.view(2, 3, 32)[:, 1:, :21],
-    "transposed": lambda x: x.view(2, 3, 32)[..., :21].transpose(0, 1),
-    "three-strides": lambda x: x.view(2, 3, 1, 32)[..., :21].expand(2, 3, 2, 21).transpose(0, 1),
-    "expanded-rows": lambda x: x.view(6, 32)[:1, :21].expand(5, 21),
-    "expanded-outer": lambda x: x.view(2, 3, 32)[:1, :, :21].expand(3, 3, 21),
-    "expanded-inner": lambda x: x.view(2, 3, 32)[:, :1, :21].expand(2, 3, 21),
-}
-each_view = pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
-
-
-def _check_against_copies(
-    function: Callable[..., Result], student: Tensor, teacher: Tensor
-) -> None:
-    for reduction in ("mean", "none"):
-        strided = function(student, teacher, reduction=reduction)
-        copied = function(student.contiguous(), teacher.contiguous(), reduction=reduction)
-        for one, other in zip(strided, copied, strict=True):
-            assert torch.equal(one, other)
-
-
-def _both(student: Tensor, teacher: Tensor, reduction: str) -> Result:
-    return differentiate(fastkd.js_div, student, teacher, beta=0.3, wrt="both", reduction=reduction)
-
-
-@each_view
-def test_strides_of_the_teacher(backend: Backend, view: Callable[[Tensor], Tensor]) -> None:
-    teacher = view(torch.randn(192, device=backend.device))
-    _check_against_copies(_both, torch.randn_like(teacher).contiguous(), teacher)
-
-
-@each_view
-def test_strides_of_the_student(backend: Backend, view: Callable[[Tensor], Tensor]) -> None:
-    student = view(torch.randn(192, device=backend.device))
-    _check_against_copies(_both, student, torch.randn_like(student).contiguous())
-
-
-@each_dtype
-@pytest.mark.parametrize("start", [1, 2, 3])
-def test_unaligned_rows_of_every_dtype(backend: Backend, dtype: torch.dtype, start: int) -> None:
-    """Rows that start anywhere, at an odd distance from each other."""
-    student, teacher = (torch.randn(3, 39, device=backend.device).to(dtype) for _ in range(2))
-    stop = start + 35
-    _check_against_copies(_both, student[:, start:stop], teacher[:, start - 1 : stop - 1])
-
-
-@pytest.mark.parametrize(
-    "view",
-    [VIEWS[name] for name in VIEWS if name != "three-strides"],
-    ids=[name for name in VIEWS if name != "three-strides"],
-)
-def test_views_are_read_where_they_lie(view: Callable[[Tensor], Tensor]) -> None:
-    x = view(torch.randn(192))
-    seen = rows(x)
-    assert seen.data_ptr() == x.data_ptr() and seen.dim() == 3
-    assert torch.equal(seen.reshape(-1, 21), x.reshape(-1, 21))
-
-
-@each_form
-@each_reduction
-def test_no_rows(form: str, backend: Backend, reduction: str) -> None:
-    for shape in ((0, 7), (2, 0, 7)):
-        student, teacher = (torch.empty(shape, device=backend.device) for _ in range(2))
-        labels = torch.empty(shape[:-1], dtype=torch.int64, device=backend.device)
-        for options in ({"alpha": 0.0}, {"labels": labels}):
-            ours = differentiate(
-                fastkd.distillation_loss, student, teacher, reduction=reduction, **options
-            )
-            assert ours.value.shape == (shape[:-1] if reduction == "none" else ())
-            assert not ours.value.any() and ours.student.shape == shape
-
-
-@each_form
-@each_name
-def test_one_column(form: str, backend: Backend, divergence: Divergence) -> None:
-    """One outcome is certain on both sides: gradient exactly 0, loss 0 within rounding."""
-    student, teacher = logits(backend, 5, 1)
-    labels = torch.zeros(5, dtype=torch.int64, device=backend.device)
-    ours = differentiate(
-        fastkd.distillation_loss, student, teacher, labels, divergence=divergence, wrt="both"
-    )
-    assert ours.value.abs() < 1e-7 and not ours.student.any() and not ours.teacher.any()
-
-
-def test_one_column_of_any_stride(backend: Backend) -> None:
-    """The stride of a dimension of size 1 says nothing."""
-    student, teacher = (torch.randn(1, 5, device=backend.device).t() for _ in range(2))
-    assert fastkd.kl_div(student, teacher) == 0
-
-
-def test_many_rows_of_few_columns(backend: Backend) -> None:
-    n = 100 if backend.name == "gpu" and backend.device.type == "cpu" else 5000
-    student, teacher = logits(backend, n, 3)
-    ours = differentiate(fastkd.kl_div, student, teacher)
-    exact, torchs = (
-        differentiate(plain, student.to(dtype), teacher.to(dtype), divergence=KL)
-        for dtype in (torch.float64, torch.float32)
-    )
-    assert_values(ours.value, torchs.value, exact.value)
-    assert_gradients(ours.student, torchs.student, exact.student)

@@ -154,7 +154,7 @@ def test_unknown_command() -> None:
 
 def test_backend_from_the_environment() -> None:
     code = (
-        "import torch, fastkd; from fastkd.backends.base import pick_name;"
+        "import torch, fastkd; from fastkd.backends.choice import pick_name;"
         "print(pick_name(torch.device('cpu')))"
     )
     assert run_python("-c", code, FASTKD_BACKEND="reference").stdout.strip() == "reference"

@@ -8,15 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import (
-    DTYPES,
-    INF,
-    Backend,
-    assert_as_good_as_torch,
-    differentiate,
-)
+from common import DTYPES, INF, Backend
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
+from oracle import assert_as_good_as_torch, differentiate
 from torch import Tensor
 
 import fastkd

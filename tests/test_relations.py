@@ -8,7 +8,8 @@ from itertools import permutations
 
 import pytest
 import torch
-from common import FLOORS, unreadable
+from common import unreadable
+from oracle import FLOORS
 from relation_losses import FUNCTIONS, samples
 from torch import Tensor, nn
 

@@ -9,14 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common import (
-    FLOORS,
-    INPUTS,
-    Backend,
-    assert_gradients,
-    assert_values,
-    oracle,
-)
+from common import INPUTS, Backend
+from oracle import FLOORS, assert_gradients, assert_values, oracle
 from response_losses import LOSSES, PER_ROW, Loss, assert_right, classes, each, reduced, run
 from torch import Tensor
 

@@ -6,16 +6,10 @@ import math
 
 import pytest
 import torch
-from common import (
-    FLOORS,
-    INF,
-    INPUTS,
-    assert_gradients,
-    assert_values,
-    oracle,
-)
+from common import INF, INPUTS
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
+from oracle import FLOORS, assert_gradients, assert_values, oracle
 from response_losses import (
     BY_NAME,
     LOSSES,

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from common import require, run_python
+from pairwise import pairwise
 from torch import Tensor
 
 import fastkd
@@ -38,6 +39,7 @@ def _loss(name: str, student: Tensor, teacher: Tensor, labels: Tensor) -> tuple[
     return loss.detach(), grad
 
 
+@pairwise
 @pytest.mark.parametrize("name", list(divergences))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

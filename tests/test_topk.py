@@ -2,158 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from common import (
-    FLOORS,
-    INF,
-    TABLE,
-    Backend,
-    Result,
-    assert_gradients,
-    assert_values,
-    each_divergence,
-    each_dtype,
-    each_name,
-    formula,
-    label_of,
-    oracle,
+from common import Backend, each_divergence, each_dtype, each_name
+from pairwise import pairwise
+from stored_teachers import (
+    assert_as_good_as_torch,
+    differentiated,
+    each_size,
+    each_tail,
+    fused,
+    random,
+    stored,
 )
-from torch import Tensor
 
 import fastkd
 from fastkd.divergence import Divergence
-from fastkd.operands import TAILS
-
-each_tail = pytest.mark.parametrize("tail", TAILS)
-# rows, columns, named columns
-SIZES = [(3, 5, 2), (4, 10, 10), (3, 100, 8), (2, 2049, 40), (2, 20_000, 64)]
-each_size = pytest.mark.parametrize(
-    "size",
-    [
-        pytest.param(
-            size,
-            id="x".join(map(str, size)),
-            marks=pytest.mark.not_interpreted if size[1] > 2048 else (),
-        )
-        for size in SIZES
-    ],
-)
 
 
-def stored(
-    logits: Tensor, k: int, tail: str = "bucket", temperature: float = 1.0, **options: Any
-) -> fastkd.TopK:
-    """A teacher whose columns come in no order, a few of its places empty."""
-    top = fastkd.topk_from_logits(logits.double(), k, temperature=temperature)
-    order = torch.rand(top.shape, device=logits.device).argsort(-1)
-    values, at = (x.gather(-1, order) for x in (top.logprobs, top.indices))
-    pad = F.pad(at, (1, 2), value=-1)
-    return fastkd.TopK(
-        F.pad(values, (1, 2), value=7.0).to(torch.float32),
-        pad.to(options.pop("index", torch.int32)),
-        tail_logprob=None if top.tail_logprob is None else top.tail_logprob.float(),
-        temperature=temperature,
-        tail=tail,
-        **options,
-    )
-
-
-def plain(
-    student: Tensor,
-    teacher: fastkd.TopK,
-    labels: Tensor | None = None,
-    *,
-    divergence: Divergence,
-    temperature: float = 1.0,
-    alpha: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """The definitions, one row after the other, in the student's dtype: the mean over rows."""
-    loss_of = formula(divergence)
-    losses = []
-    for row in range(student.size(0)):
-        if labels is not None and labels[row] == -100:
-            continue
-        x = student[row]
-        logq = F.log_softmax(x / temperature, -1)
-        named = teacher.indices[row] >= 0
-        at = teacher.indices[row][named].long()
-        logp = teacher.logprobs[row][named].to(x.dtype)
-        off = torch.ones_like(x, dtype=torch.bool)
-        off[at] = False
-        if teacher.tail in ("renormalize", "restrict"):
-            logp = F.log_softmax(logp * (teacher.temperature / temperature), -1)
-        if teacher.tail == "restrict":
-            p, q = logp, F.log_softmax(x[at] / temperature, -1)
-        elif teacher.tail == "drop":
-            p, q = logp, logq[at]
-        elif teacher.tail == "renormalize":
-            p = torch.full_like(logq, -1e30).index_put((at,), logp)
-            q = logq
-        else:
-            p, q = logp, logq[at]
-            if bool(off.any()):
-                tail = teacher.tail_logprob
-                rest = torch.log1p(-logp.exp().sum()) if tail is None else tail[row].to(x.dtype)
-                p = torch.cat((logp, rest[None].clamp(min=-1e30)))
-                q = torch.cat((q, logq[off].logsumexp(-1, keepdim=True)))
-        loss = loss_of(p[None], q[None], divergence.param)[0]
-        if alpha and labels is not None:
-            hard = F.cross_entropy(x, labels[row], label_smoothing=label_smoothing)
-            loss = (1 - alpha) * loss + alpha * hard
-        losses.append(loss)
-    return torch.stack(losses).mean()
-
-
-def differentiated(
-    function: Callable[..., Tensor],
-    student: Tensor,
-    teacher: fastkd.TopK,
-    *args: Any,
-    **options: Any,
-) -> Result:
-    s = student.detach().requires_grad_(True)
-    value = function(s, teacher, *args, **options)
-    (grad,) = torch.autograd.grad(value, s)
-    return Result(value.detach(), grad, None)
-
-
-def fused(student: Tensor, teacher: fastkd.TopK, *args: Any, **options: Any) -> Tensor:
-    return fastkd.distillation_loss(
-        student, teacher, *args, **{"alpha": 0.0, "temperature": 1.0, "t_squared": False, **options}
-    )
-
-
-def assert_as_good_as_torch(
-    student: Tensor, teacher: fastkd.TopK, labels: Tensor | None = None, **options: Any
-) -> Result:
-    """The one rule, against the definitions in float64."""
-    ours = differentiated(fused, student, teacher, labels, **options)
-    torchs = differentiated(plain, student.float(), teacher, labels, **options)
-    exact = differentiated(plain, oracle(student), teacher, labels, **options)
-    if exact.value > 1e20:  # reverse_kl against a column that the teacher excludes
-        assert ours.value == INF
-        return ours
-    assert_values(ours.value, torchs.value, exact.value)
-    assert ours.student is not None and exact.student is not None and torchs.student is not None
-    assert ours.student.dtype == student.dtype
-    steepness = 1.0 / options.get("temperature", 1.0)
-    rounding = FLOORS[ours.value.dtype] * steepness * (1.0 + float(exact.value.abs()))
-    assert_gradients(ours.student, torchs.student, exact.student, rounding)
-    return ours
-
-
-def random(backend: Backend, n: int, v: int, dtype: torch.dtype = torch.float32) -> Any:
-    student, teacher = 3 * torch.randn(n, v), 3 * torch.randn(n, v)
-    return student.to(backend.device, dtype), teacher.to(backend.device)
-
-
+@pairwise
 @each_size
 @each_tail
 @each_divergence
@@ -165,6 +35,7 @@ def test_definitions(
     assert_as_good_as_torch(student, stored(teacher, k, tail), divergence=divergence)
 
 
+@pairwise
 @each_dtype
 @each_tail
 @each_name
@@ -173,6 +44,7 @@ def test_dtypes(backend: Backend, divergence: Divergence, tail: str, dtype: torc
     assert_as_good_as_torch(student, stored(teacher, 12, tail), divergence=divergence)
 
 
+@pairwise
 @each_tail
 @each_name
 @pytest.mark.parametrize("temperature", [0.05, 2.0, 100.0])
@@ -265,6 +137,7 @@ def test_measured_tail_is_used(backend: Backend) -> None:
     assert float(fastkd.reverse_kl_div(student, coarse)) != pytest.approx(float(exact), rel=5e-3)
 
 
+@pairwise
 @each_tail
 @each_name
 @pytest.mark.parametrize("bias", [False, True])
@@ -311,24 +184,6 @@ def test_reductions_weights_and_ignored_rows(backend: Backend, tail: str, reduct
     torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("tail", ["bucket", "restrict"])
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_inplace(kernels: Backend, tail: str, alpha: float) -> None:
-    student, teacher = random(kernels, 5, 9000)
-    kept = stored(teacher, 20, tail)
-    labels = torch.randint(0, 9000, (5,), device=kernels.device)
-    grads = []
-    for inplace in (False, True):
-        leaf = student.clone().requires_grad_(True)
-        logits = leaf * 1.0
-        loss = fused(logits, kept, labels, alpha=alpha, inplace=inplace)
-        (grad,) = torch.autograd.grad(loss, leaf)
-        grads.append(grad)
-        if inplace:
-            torch.testing.assert_close(logits.detach(), grad)
-    assert torch.equal(*grads)
-
-
 def test_memory_of_one_gradient_and_leading_dimensions(backend: Backend) -> None:
     student, teacher = random(backend, 6, 30)
     kept = stored(teacher, 4)
@@ -345,57 +200,6 @@ def test_memory_of_one_gradient_and_leading_dimensions(backend: Backend) -> None
     assert torch.equal(whole.value, flat.value)
 
 
-def test_rows_share_threads_and_bits(kernels: Backend) -> None:
-    student, teacher = random(kernels, 3, 70_000)
-    kept = stored(teacher, 64)
-    threads, grads = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            grads.append(differentiated(fused, student, kept).student)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
-
-
-def test_second_backward_and_upstream(backend: Backend) -> None:
-    student, teacher = random(backend, 3, 60)
-    student.requires_grad_(True)
-    for reduction in ("mean", "none"):
-        loss = fused(student, stored(teacher, 5), reduction=reduction).sum() * 3.0
-        (first,) = torch.autograd.grad(loss, student, retain_graph=True)
-        (second,) = torch.autograd.grad(loss, student)
-        assert torch.equal(first, second)
-
-
-@pytest.mark.not_interpreted
-@each_tail
-@each_name
-def test_gradcheck(backend: Backend, divergence: Divergence, tail: str) -> None:
-    if divergence.name == "reverse_kl" and tail == "renormalize":
-        pytest.skip("infinite by definition")
-    student = torch.randn(2, 6, dtype=torch.float64, device=backend.device, requires_grad=True)
-    kept = stored(torch.randn(2, 6, device=backend.device), 3, tail)
-    for reduction in ("sum", "none"):
-        run = lambda x: fused(x, kept, divergence=divergence, reduction=reduction)  # noqa: B023, E731
-        assert torch.autograd.gradcheck(run, student)
-    assert torch.autograd.gradgradcheck(run, student)
-
-
-@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
-def test_gradient_of_logprobs(backend: Backend, tail: str) -> None:
-    student, teacher = random(backend, 3, 30)
-    kept = stored(teacher, 4, tail)
-    logprobs = kept.logprobs.masked_fill(kept.indices < 0, -1.0).requires_grad_(True)
-    wanted = fastkd.TopK(logprobs, kept.indices, tail=tail)
-    (grad,) = torch.autograd.grad(fused(student, wanted), logprobs)
-    exact = logprobs.detach().double().requires_grad_(True)
-    again = fastkd.TopK(exact, kept.indices, tail=tail)
-    loss = plain(student.double(), again, divergence=fastkd.divergences.kl)
-    (expected,) = torch.autograd.grad(loss, exact)
-    torch.testing.assert_close(grad.double(), expected, rtol=1e-3, atol=1e-5)
-
-
 @pytest.mark.parametrize("hard", [0.0, 0.5])
 def test_only_labels_count(backend: Backend, hard: float) -> None:
     """alpha = 1: the teacher is not read, whatever it holds."""
@@ -405,333 +209,3 @@ def test_only_labels_count(backend: Backend, hard: float) -> None:
     broken.logprobs.fill_(torch.nan)
     loss = fastkd.distillation_loss(student, broken, labels, alpha=1.0, temperature=1.0)
     torch.testing.assert_close(loss, F.cross_entropy(student, labels))
-
-
-@pytest.mark.parametrize("linear", [False, True], ids=["dense", "linear"])
-@pytest.mark.parametrize("tail", ["bucket", "restrict"])
-def test_compiled(tail: str, linear: bool) -> None:
-    n, v, k, h = 6, 64, 5, 8
-    hidden, weight = torch.randn(n, h), torch.randn(v, h)
-    kept = stored(torch.randn(n, v), k, tail)
-
-    def step(hidden: Tensor, weight: Tensor, logprobs: Tensor, indices: Tensor) -> Tensor:
-        teacher = fastkd.TopK(logprobs, indices, tail=tail)
-        student = fastkd.LinearLogits(hidden, weight) if linear else hidden @ weight.t()
-        return fastkd.kl_div(student, teacher)
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    grads = []
-    for run in (step, compiled):
-        leaves = [hidden.clone().requires_grad_(True), weight.clone().requires_grad_(True)]
-        loss = run(*leaves, kept.logprobs, kept.indices)
-        grads.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
-    for eager, traced in zip(*grads, strict=True):
-        torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-6)
-
-
-def test_opcheck() -> None:
-    kept = stored(torch.randn(3, 20), 4)
-    rows = fastkd.topk.topk(
-        kept, 1.0, 20, None, torch.float32, fastkd.backends.base.pick(kept.device)
-    )
-    plan = ("kl", 0.0, 1.0, 1.0, 0.0, 0.0, 20, 20)
-    student = torch.randn(3, 20, requires_grad=True)
-    torch.library.opcheck(torch.ops.fastkd.topk_loss, (student, *rows, None, None, *plan))
-    scale = torch.rand(3)
-    torch.library.opcheck(
-        torch.ops.fastkd.topk_grad, (student.detach(), *rows, None, None, scale, *plan)
-    )
-
-
-# ---- bad input
-
-
-def test_refused_operands() -> None:
-    p, i = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64)
-    for what, error, build in (
-        ("logprobs: got list", TypeError, lambda: fastkd.TopK([0.0], i)),
-        ("logprobs: got a tensor", TypeError, lambda: fastkd.TopK(i, i)),
-        ("logprobs: got shape", ValueError, lambda: fastkd.TopK(p[:, :0], i[:, :0])),
-        ("indices: got a tensor", TypeError, lambda: fastkd.TopK(p, i.float())),
-        ("indices: got a tensor", TypeError, lambda: fastkd.TopK(p, i.to(torch.int16))),
-        ("indices: got shape", ValueError, lambda: fastkd.TopK(p, i[:1])),
-        ("tail_logprob: got shape", ValueError, lambda: fastkd.TopK(p, i, tail_logprob=p)),
-        ("tail: got 'rest'", ValueError, lambda: fastkd.TopK(p, i, tail="rest")),
-        ("temperature: got 0", ValueError, lambda: fastkd.TopK(p, i, temperature=0)),
-        ("temperature: got str", TypeError, lambda: fastkd.TopK(p, i, temperature="1")),
-    ):
-        with pytest.raises(error, match=what):
-            build()
-
-
-def _kept(**changes: Any) -> fastkd.TopK:
-    given = {"logprobs": [[-1.0, -2.0], [-1.0, -2.0]], "indices": [[0, 3], [4, 1]], **changes}
-    tensors = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in given.items()}
-    return fastkd.TopK(tensors.pop("logprobs"), tensors.pop("indices"), **tensors)
-
-
-REFUSED: dict[str, tuple[str, Callable[[], fastkd.TopK]]] = {
-    "index": (
-        "indices: got 5 in row 1, place 0",
-        lambda: _kept(indices=torch.tensor([[0, 3], [5, 1]])),
-    ),
-    "negative": ("indices: got -2", lambda: _kept(indices=torch.tensor([[0, 3], [4, -2]]))),
-    "twice": ("for the second time", lambda: _kept(indices=torch.tensor([[0, 3], [4, 4]]))),
-    "positive": (
-        "got 0.5 in row 1, place 1, expected a log-probability",
-        lambda: _kept(logprobs=torch.tensor([[-1.0, -2.0], [-9.0, 0.5]])),
-    ),
-    "nan": (
-        "got nan in row 0",
-        lambda: _kept(logprobs=torch.tensor([[-1.0, torch.nan], [-1.0, -2.0]])),
-    ),
-    "mass": ("a mass of 1.2", lambda: _kept(logprobs=torch.tensor([[-1.0, -2.0], [-0.1, -1.1]]))),
-    "tail": (
-        "tail_logprob: got 0.5 in row 0",
-        lambda: _kept(tail_logprob=torch.tensor([0.5, -1.0])),
-    ),
-    "empty": (
-        "no column with a probability above 0 in row 1",
-        lambda: _kept(indices=torch.tensor([[0, 3], [-1, -1]]), tail="restrict"),
-    ),
-    "rows": ("teacher: got shape", lambda: _kept()[:1]),
-    "temperature": (
-        "temperature: got 1 with a teacher stored at 2",
-        lambda: _kept(temperature=2.0),
-    ),
-}
-
-
-@pytest.mark.interpreted(len(REFUSED))
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_by_the_loss(backend: Backend, name: str) -> None:
-    message, make = REFUSED[name]
-    student = torch.randn(2, 5, device=backend.device)
-    before = student.clone()
-    with fastkd.checked(), pytest.raises(ValueError, match=message):
-        fastkd.kl_div(student, make().to(backend.device), inplace=True)
-    assert torch.equal(student, before)
-
-
-@pytest.mark.interpreted(24)
-@pytest.mark.parametrize("divergence", TABLE, ids=label_of)
-@pytest.mark.parametrize("tail", TAILS)
-def test_unchecked_indices_make_their_row_nan(
-    backend: Backend, divergence: Divergence, tail: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a GPU: nothing is read out of bounds."""
-    monkeypatch.setattr("fastkd.topk.reads_values", lambda device: False)
-    student = torch.randn(2, 5, device=backend.device, requires_grad=True)
-    # the good row names all that it may not exclude: reverse_kl has no +inf
-    indices = [[0, 1, 2, 3, 4], [5, 1, 0, 2, 3]]
-    logprobs = torch.full((2, 5), 0.15).log()
-    bad = fastkd.TopK(logprobs, torch.tensor(indices), tail=tail).to(backend.device)
-    loss = fastkd.distillation_loss(
-        student, bad, alpha=0.0, temperature=1.0, divergence=divergence, reduction="none"
-    )
-    assert loss[0].isfinite() and loss[1].isnan()
-    (grad,) = torch.autograd.grad(loss.sum(), student)
-    assert grad[0].isfinite().all() and grad[1].isnan().all()
-
-
-def test_unchecked_indices_make_their_row_nan_compiled() -> None:
-    student = torch.randn(2, 5, requires_grad=True)
-    bad = _kept(indices=[[0, 3], [5, 1]])
-
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def step(x: Tensor) -> Tensor:
-        return fastkd.reverse_kl_div(x, bad, reduction="none")
-
-    loss = step(student)
-    assert loss[0].isfinite() and loss[1].isnan()
-    (grad,) = torch.autograd.grad(loss.sum(), student)
-    assert grad[0].isfinite().all() and grad[1].isnan().all()
-
-
-@pytest.mark.parametrize("tail", ["bucket", "drop"])
-def test_another_temperature_is_refused(tail: str) -> None:
-    kept = _kept(temperature=2.0, tail=tail)
-    with pytest.raises(ValueError, match="stored at 2 and tail="):
-        fastkd.kl_div(torch.randn(2, 5), kept, temperature=1.5)
-
-
-def test_renormalized_at_another_temperature_is_exact(backend: Backend) -> None:
-    teacher = 3 * torch.randn(4, 30, device=backend.device)
-    student = torch.randn(4, 30, device=backend.device)
-    kept = fastkd.topk_from_logits(teacher, 5, temperature=2.0, tail="renormalize")
-    again = fastkd.topk_from_logits(teacher, 5, temperature=0.7, tail="renormalize")
-    ours, expected = (fastkd.kl_div(student, x, temperature=0.7) for x in (kept, again))
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_vocab_size_bounds_the_indices(backend: Backend) -> None:
-    student = torch.randn(2, 9, device=backend.device, requires_grad=True)
-    kept = _kept().to(backend.device)
-    padded = fastkd.kl_div(student, kept, vocab_size=5)
-    torch.testing.assert_close(padded, fastkd.kl_div(student[:, :5].contiguous(), kept))
-    (grad,) = torch.autograd.grad(padded, student)
-    assert not grad[:, 5:].any()
-    with pytest.raises(ValueError, match="vocab_size: got 10"):
-        fastkd.kl_div(student, kept, vocab_size=10)
-
-
-# ---- from logits
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_topk_from_logits(backend: Backend, dtype: torch.dtype, temperature: float) -> None:
-    logits = (4 * torch.randn(2, 5, 700, device=backend.device)).to(dtype)
-    kept = fastkd.topk_from_logits(logits, 11, temperature=temperature)
-    full = F.log_softmax(logits.double() / temperature, -1)
-    best = full.topk(11, -1)
-    assert kept.shape == (2, 5, 11) and kept.indices.dtype == torch.int32
-    torch.testing.assert_close(kept.logprobs.double(), best.values, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        full.gather(-1, kept.indices.long()), best.values, rtol=0.0, atol=1e-12
-    )
-    rest = full.scatter(-1, best.indices, -INF).logsumexp(-1)
-    assert kept.tail_logprob is not None
-    torch.testing.assert_close(kept.tail_logprob.double(), rest, rtol=1e-5, atol=1e-5)
-
-
-def test_tail_is_measured_without_cancellation() -> None:
-    logits = torch.full((1, 1000), -60.0)
-    logits[0, 7] = 0.0
-    kept = fastkd.topk_from_logits(logits, 1)
-    assert kept.tail_logprob is not None
-    assert float(kept.tail_logprob) == pytest.approx(-60 + math.log(999), rel=1e-6)
-    everything = fastkd.topk_from_logits(logits, 1000)
-    assert everything.tail_logprob is not None and float(everything.tail_logprob) == -INF
-
-
-@pytest.mark.parametrize("method", ["top", "sample"])
-def test_from_linear_logits(method: str) -> None:
-    hidden, weight, bias = torch.randn(9, 6), torch.randn(50, 6), torch.randn(50)
-    linear = fastkd.LinearLogits(hidden, weight, bias, scale=0.7, softcap=9.0)
-    dense = torch.tanh(0.7 * F.linear(hidden, weight, bias) / 9.0) * 9.0
-    made = [
-        fastkd.topk_from_logits(x, 4, method=method, generator=torch.Generator().manual_seed(3))
-        for x in (linear, dense)
-    ]
-    torch.testing.assert_close(made[0].logprobs, made[1].logprobs)
-    assert torch.equal(made[0].indices, made[1].indices)
-
-
-def test_samples_are_unbiased() -> None:
-    """The mean of many draws' shares is p, and of kl_div's gradients (q - p)."""
-    torch.manual_seed(11)
-    p_logits, student = torch.randn(1, 12), torch.randn(1, 12).requires_grad_(True)
-    many = p_logits.expand(20_000, 12)
-    kept = fastkd.topk_from_logits(many, 6, method="sample")
-    shares = torch.zeros(20_000, 13).scatter_add_(
-        1, kept.indices.long().where(kept.indices >= 0, 12), kept.logprobs.exp()
-    )[:, :12]
-    torch.testing.assert_close(shares.sum(1), torch.ones(20_000))
-    p = p_logits.softmax(-1)[0]
-    error = (p * (1 - p) / 6 / 20_000).sqrt()
-    assert bool(((shares.mean(0) - p).abs() < 5 * error).all())
-    loss = fastkd.kl_div(student.expand(20_000, 12), kept)
-    (grad,) = torch.autograd.grad(loss, student)
-    exact = student.detach().softmax(-1)[0] - p
-    assert bool(((grad[0] - exact).abs() < 5 * error + 1e-6).all())
-
-
-@pytest.mark.parametrize(("vocab", "k"), [(7, 3), (64, 2), (101, 3), (1000, 4), (1000, 900)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_draws_have_the_probabilities_of_the_columns(
-    vocab: int, k: int, dtype: torch.dtype
-) -> None:
-    """chi^2 over the columns, in pieces of a row that do and do not divide it, and without them."""
-    generator = torch.Generator().manual_seed(vocab + k)
-    logits = (2 * torch.randn(vocab, generator=generator)).to(dtype)
-    logits[::5] = -INF
-    rows = 60_000 // k
-    kept = fastkd.topk_from_logits(
-        logits.expand(rows, vocab), k, method="sample", temperature=1.5, generator=generator
-    )
-    assert torch.equal(
-        (kept.logprobs.double().exp() * k).round().sum(-1), torch.full((rows,), float(k)).double()
-    )
-    columns = kept.indices.long()
-    counts = torch.zeros(vocab + 1, dtype=torch.float64)
-    shares = kept.logprobs.double().exp() * k
-    counts.index_add_(0, columns.where(columns >= 0, vocab).flatten(), shares.flatten())
-    p = (logits.double() / 1.5).softmax(-1)
-    assert not counts[:vocab][p == 0].any() and not counts[vocab]
-    expected = p * rows * k
-    often = expected > 5  # and what is rarer as one
-    found, wanted = (
-        torch.cat([x[often], x[~often].sum().view(1)]) for x in (counts[:vocab], expected)
-    )
-    degrees = int(often.sum()) - int(p[~often].sum() == 0)
-    chi = float(((found - wanted).square() / wanted.clamp_min(1e-30)).sum())
-    # Wilson and Hilferty's normal approximation; 4.5 of it is 3e-6
-    normal = ((chi / degrees) ** (1 / 3) - 1 + 2 / (9 * degrees)) / math.sqrt(2 / (9 * degrees))
-    assert abs(normal) < 4.5, f"chi^2 {chi:.1f} of {degrees} degrees"
-
-
-def test_draws_are_those_of_the_generator_alone() -> None:
-    """Not of the threads, nor of the other rows; pieces or not, they invert one function."""
-    x = torch.randn(40, 999, generator=torch.Generator().manual_seed(1))
-    threads, found = torch.get_num_threads(), []
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        draw = torch.Generator().manual_seed(7)
-        found.append(fastkd.topk_from_logits(x, 5, method="sample", generator=draw))
-    torch.set_num_threads(threads)
-    assert torch.equal(found[0].indices, found[1].indices)
-    assert torch.equal(found[0].logprobs, found[1].logprobs)
-    uniform = torch.rand(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    below = x.double().softmax(-1).cumsum(-1)
-    for row, drawn in enumerate(torch.searchsorted(below, uniform, right=True)):
-        assert found[0].indices[row][found[0].indices[row] >= 0].tolist() == sorted(
-            {*drawn.tolist()}
-        )
-
-
-def test_a_row_without_probabilities_is_nan_when_sampled() -> None:
-    for vocab in (5, 100):
-        x = torch.zeros(3, vocab)
-        x[0, 2], x[1] = math.nan, -INF
-        kept = fastkd.topk_from_logits(x, 2, method="sample")
-        assert kept.logprobs.isnan().all(-1).tolist() == [True, True, False]
-        assert int(kept.indices.max()) < vocab
-
-
-def test_samples_of_a_certain_teacher() -> None:
-    logits = torch.full((2, 5), -INF)
-    logits[:, 3] = 1.0
-    kept = fastkd.topk_from_logits(logits, 4, method="sample")
-    assert kept.indices.tolist() == [[3, -1, -1, -1]] * 2
-    assert kept.logprobs[:, 0].tolist() == [0.0, 0.0]
-
-
-@pytest.mark.parametrize(
-    ("message", "error", "options"),
-    [
-        ("k: got 0", ValueError, {"k": 0}),
-        ("k: got 6, expected 1 <= k <= 5", ValueError, {"k": 6}),
-        ("k: got bool", TypeError, {"k": True}),
-        ("method: got 'best'", ValueError, {"k": 2, "method": "best"}),
-        ("temperature: got -1", ValueError, {"k": 2, "temperature": -1}),
-        ("vocab_size: got 9", ValueError, {"k": 2, "vocab_size": 9}),
-    ],
-)
-def test_topk_from_logits_refuses(
-    message: str, error: type[Exception], options: dict[str, Any]
-) -> None:
-    with pytest.raises(error, match=message):
-        fastkd.topk_from_logits(torch.randn(2, 5), **options)
-
-
-def test_moves_slices_and_says_what_it_is() -> None:
-    kept = _kept(tail_logprob=[-2.0, -3.0])
-    row = kept[1]
-    assert row.shape == (2,) and row.tail_logprob is not None and float(row.tail_logprob) == -3.0
-    assert kept.to("cpu").tail == "bucket" and kept.detach().dtype == torch.float32
-    assert repr(kept) == (
-        "TopK([2, 2] of torch.float32, temperature=1, tail='bucket', tail_logprob)"
-    )
-    with pytest.raises(IndexError):
-        kept[:, :1]

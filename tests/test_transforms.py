@@ -252,7 +252,7 @@ def test_a_model_in_functional_form() -> None:
 
 
 def test_a_kernel_chosen_by_hand_is_refused() -> None:
-    with fastkd.use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' was asked for.*func"):
+    with fastkd.use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' was requested.*func"):
         grad(LOSSES["kl"])(_student())
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from common import INF, assert_gradients, assert_values
+from common import INF
+from oracle import assert_gradients, assert_values
 from torch import Tensor
 
 import fastkd

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common import FLOORS, INF, INPUTS, Backend, assert_gradients, assert_values, oracle, row_factor
+from common import INF, INPUTS, Backend
+from oracle import FLOORS, assert_gradients, assert_values, oracle, row_factor
 from sorted_losses import classes, plain, run, uld
 from torch import Tensor
 

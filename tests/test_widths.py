@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DIVERGENCES, FLOORS, INPUTS, Backend, label_of
+from common import DIVERGENCES, INPUTS, Backend, label_of
+from oracle import FLOORS
+from pairwise import pairwise
 from torch import Tensor
 
 import fastkd
@@ -40,6 +42,7 @@ def operand(form: str, x: Tensor, width: int, what: float) -> tuple[Any, list[Te
 FORMS = [(a, b) for a in ("dense", "linear") for b in ("dense", "linear", "topk")]
 
 
+@pairwise
 @pytest.mark.interpreted(5)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=label_of)
 @pytest.mark.parametrize("forms", FORMS, ids="-".join)

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.cases import Case
+from bench.families.loss_cases import Case
 
 Exact = NDArray[np.longdouble]
 

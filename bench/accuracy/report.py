@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from bench.accuracy.errors import FLOOR, FLOORS, KINK, SHARE
 from bench.accuracy.oracle import WIDER_THAN_FLOAT64
-from bench.accuracy.points import TORCH, Point, Violation
-from bench.providers import PROVIDERS
-from bench.report import machine_line, table
+from bench.accuracy.points import FLOOR, KINK, SHARE, TORCH, Point, Violation
+from bench.families.loss_providers import PROVIDERS
+from bench.harness.family import spelled
+from bench.harness.machine import machine_line
+from bench.harness.table import table
 
-HALF = (torch.bfloat16, torch.float16)
+FLOORS = (FLOOR, 1.0, 2.0, 4.0, 8.0, 64.0)  # violations are counted at each, for their size
 LISTED = 24  # violations on the page; the JSON has all
-FEW = 100  # counted elements of a point below which its share is no percentage worth showing
 
 LEGEND = f"""\
 Errors are against a truth in long double, of the loss relative to the larger of the loss and one
@@ -49,13 +50,12 @@ class Group:
         """Points, however many torches there are."""
         return len({id(v.point) for v in self.violations(of, floor)})
 
-    def median(self, provider: str, of: str) -> float | None:
-        known = [getattr(p.found[provider], of) for p in self.points if provider in p.found]
-        return statistics.median(known) if known else None
+    def median(self, provider: str, of: str) -> float:
+        return statistics.median(getattr(p.found[provider], of) for p in self._with(provider))
 
     def share(self, provider: str) -> float | None:
         """Of the counted elements of all points those that are correctly rounded."""
-        known = [p for p in self.points if provider in p.found]
+        known = self._with(provider)
         counted = sum(p.counted for p in known)
         return sum(p.found[provider].right for p in known) / counted if counted else None
 
@@ -64,17 +64,23 @@ class Group:
         share = self.share(self.ours)
         return share is None or share >= SHARE.get(self.dtype, 0.0)
 
+    def names(self) -> list[str]:
+        """Ours and those that it is held against, as far as they have results."""
+        return [name for name in (self.ours, *TORCH) if self._with(name)]
 
-def groups(points: Sequence[Point]) -> Iterator[Group]:
+    def _with(self, provider: str) -> list[Point]:
+        return [p for p in self.points if provider in p.found]
+
+
+def groups(points: Sequence[Point]) -> list[Group]:
     """By dtype, case and each of ours that has results there."""
-    keys = dict.fromkeys((p.dtype, p.case) for p in points)
-    for dtype, case in sorted(
-        keys, key=lambda key: list(dict.fromkeys(d for d, _ in keys)).index(key[0])
-    ):
-        here = [p for p in points if (p.dtype, p.case) == (dtype, case)]
-        for name in dict.fromkeys(name for p in here for name in (*p.found, *p.notes)):
+    found: dict[tuple[torch.dtype, str, str], list[Point]] = {}
+    for point in points:
+        for name in (*point.found, *point.notes):
             if PROVIDERS[name].ours:
-                yield Group(dtype, case, name, here)
+                found.setdefault((point.dtype, point.case, name), []).append(point)
+    dtypes = list(dict.fromkeys(p.dtype for p in points))
+    return [Group(*key, found[key]) for key in sorted(found, key=lambda k: dtypes.index(k[0]))]
 
 
 def failures(points: Sequence[Point]) -> list[str]:
@@ -89,16 +95,8 @@ def failures(points: Sequence[Point]) -> list[str]:
 
 def holds(points: Sequence[Point]) -> bool:
     """The statement: never above torch, and the share of correctly rounded gradients."""
-    judged = list(groups(points))
-    return (
-        not failures(points)
-        and all(group.enough() for group in judged)
-        and not any(True for point in points for _ in point.violations())
-    )
-
-
-def spelled(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    good = not failures(points) and all(group.enough() for group in groups(points))
+    return good and not any(True for point in points for _ in point.violations())
 
 
 # ---- Markdown
@@ -106,25 +104,24 @@ def spelled(dtype: torch.dtype) -> str:
 
 def markdown(points: Sequence[Point], facts: dict[str, Any]) -> str:
     """All tables, the worst violations and the verdict."""
-    judged = list(groups(points))
+    judged = groups(points)
+    words = ("dtype", "case", "ours", "of")
     lines = ["### accuracy", "", machine_line(facts), ""]
-    lines += [*table([_errors(group) for group in judged], left=("dtype", "case", "ours")), ""]
-    if halves := [group for group in judged if group.dtype in HALF]:
-        lines += ["Gradients that are the correctly rounded ones, of those counted:", ""]
-        lines += [*table([_shares(g) for g in halves], left=("dtype", "case", "ours", "at")), ""]
-    worst = sorted(_worst(judged), key=lambda v: -v.ratio)
+    lines += [*table([_errors(group) for group in judged], words), ""]
+    found = [group.violations(of) for group in judged for of in ("gradient", "loss")]
+    worst = [max(every, key=lambda v: v.ratio) for every in found if every]
+    worst.sort(key=lambda v: -v.ratio)
     if worst:
         lines += ["Points above torch, if the floor were so many units in the last place:", ""]
-        lines += [*table(_by_floor(judged), left=("dtype", "of")), ""]
+        lines += [*table(_by_floor(judged), words), ""]
         lines += [f"The worst of each dtype, case and result ({min(len(worst), LISTED)}):", ""]
         lines += [f"- {_line(v)}" for v in worst[:LISTED]] + [""]
-    lines += _said_once(points)
-    return "\n".join([*lines, LEGEND, "", verdict(points)])
+    return "\n".join([*lines, *_notes(points), LEGEND, "", verdict(points)])
 
 
 def verdict(points: Sequence[Point]) -> str:
     """The statement as it stands here."""
-    judged = list(groups(points))
+    judged = groups(points)
     names = ", ".join(dict.fromkeys(group.ours for group in judged)) or "nobody"
     above = len({id(p) for p in points if any(True for _ in p.violations())})
     text = f"{names}: above torch in {above} of {len(points)} points"
@@ -134,10 +131,8 @@ def verdict(points: Sequence[Point]) -> str:
         if known:
             low = min(known, key=lambda case: known[case])
             missed = [case for case, share in known.items() if share < least]
-            text += (
-                f"; {spelled(dtype)} gradients correctly rounded in at least "
-                f"{_percent(known[low])} ({low})"
-            )
+            text += f"; {spelled(dtype)} gradients correctly rounded in at least "
+            text += f"{_percent(known[low])} ({low})"
             text += f", below {_percent(least)} in {', '.join(missed)}" if missed else ""
     return text + (". The statement holds." if holds(points) else ". The statement does NOT hold.")
 
@@ -145,31 +140,16 @@ def verdict(points: Sequence[Point]) -> str:
 def _errors(group: Group) -> dict[str, str]:
     row = {"dtype": spelled(group.dtype), "case": group.case, "ours": group.ours}
     row["points"] = str(len(group.points))
-    others = [name for name in TORCH if any(name in p.found for p in group.points)]
-    for what in ("grad", "loss"):
-        of = {"grad": "gradient"}.get(what, what)
-        for at, name in enumerate((group.ours, *others)):
-            row[f"{of} ours" if not at else f"{of[:4]} {name}"] = _short(group.median(name, what))
+    for what, of in (("grad", "gradient"), ("loss", "loss")):
+        for name in group.names():
+            row[f"{what} {name}"] = _short(group.median(name, what))
         found = group.violations(of)
-        row[f"{of[:4]} above torch"] = str(group.above(of))
-        row[f"{of[:4]} worst"] = f"{_ratio(max(v.ratio for v in found))}" if found else "-"
-    return row
-
-
-def _shares(group: Group) -> dict[str, str]:
-    row = {"dtype": spelled(group.dtype), "case": group.case, "ours": group.ours}
-    row["counted"] = f"{sum(p.counted for p in group.points):.3g}"
-    others = [name for name in TORCH if any(name in p.found for p in group.points)]
-    for name in (group.ours, *others):
-        share = group.share(name)
-        row["share" if name == group.ours else name] = "-" if share is None else _percent(share)
-    if group.dtype in SHARE:
-        row["enough"] = "yes" if group.enough() else "NO"
-    known = [p for p in group.points if p.counted >= FEW and group.ours in p.found]
-    if known:
-        low = min(known, key=lambda p: p.found[group.ours].right / p.counted)
-        row["lowest"] = _percent(low.found[group.ours].right / low.counted)
-        row["at"] = low.where
+        row[f"{what} above torch"] = str(group.above(of))
+        row[f"{what} worst"] = _ratio(max(v.ratio for v in found)) if found else "-"
+    if group.dtype in (torch.bfloat16, torch.float16):
+        for name in group.names():
+            share = group.share(name)
+            row[f"rounded {name}"] = "-" if share is None else _percent(share)
     return row
 
 
@@ -181,17 +161,8 @@ def _by_floor(judged: Sequence[Group]) -> list[dict[str, str]]:
             row = {"dtype": spelled(dtype), "of": of}
             for floor in FLOORS:
                 row[f"{floor:g}"] = str(sum(group.above(of, floor) for group in here))
-            row["points"] = str(sum(len(group.points) for group in here))
-            rows.append(row)
+            rows.append({**row, "points": str(sum(len(group.points) for group in here))})
     return rows
-
-
-def _worst(judged: Sequence[Group]) -> Iterator[Violation]:
-    for group in judged:
-        for of in ("gradient", "loss"):
-            found = group.violations(of)
-            if found:
-                yield max(found, key=lambda v: v.ratio)
 
 
 def _line(v: Violation) -> str:
@@ -202,7 +173,7 @@ def _line(v: Violation) -> str:
     )
 
 
-def _said_once(points: Sequence[Point]) -> list[str]:
+def _notes(points: Sequence[Point]) -> list[str]:
     lines = dict.fromkeys(failures(points))
     for point in points:
         for name, note in point.notes.items():
@@ -213,8 +184,8 @@ def _said_once(points: Sequence[Point]) -> list[str]:
     return [*(f"- {line}" for line in lines), ""] if lines else []
 
 
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1e}" if value and value < 0.01 else f"{value:.3g}"
+def _short(value: float) -> str:
+    return f"{value:.1e}" if value and value < 0.01 else f"{value:.3g}"
 
 
 def _ratio(value: float) -> str:
@@ -231,75 +202,31 @@ def _percent(share: float) -> str:
 
 def as_json(points: Sequence[Point], facts: dict[str, Any], settings: dict[str, Any]) -> Any:
     """Everything found, JSON-ready: machine, settings, verdict, violations, a record per point."""
-    return {
-        "machine": facts,
-        "settings": {
-            **settings,
-            "floor_ulp": FLOOR,
-            "share": {spelled(dtype): least for dtype, least in SHARE.items()},
-            "oracle_bits": _oracle_bits(),
-        },
-        "holds": holds(points),
-        "verdict": verdict(points),
-        "groups": [_group(group) for group in groups(points)],
-        "violations": [_violation(v) for point in points for v in point.violations()],
-        "failures": failures(points),
-        "results": [_record(point) for point in points],
-    }
-
-
-def _oracle_bits() -> int:
-    import numpy as np
-
-    return int(np.finfo(np.longdouble).nmant) + 1
-
-
-def _group(group: Group) -> dict[str, Any]:
-    return {
-        "dtype": spelled(group.dtype),
-        "case": group.case,
-        "provider": group.ours,
-        "points": len(group.points),
-        "above_torch": {of: group.above(of) for of in ("gradient", "loss")},
-        "correctly_rounded": group.share(group.ours),
-        "enough": group.enough(),
-    }
+    settings |= {"floor_ulp": FLOOR, "oracle_bits": int(np.finfo(np.longdouble).nmant) + 1}
+    settings["share"] = {spelled(dtype): least for dtype, least in SHARE.items()}
+    violations = [
+        {**_where(v.point), "of": v.of, "provider": v.ours, "torch": v.torch}
+        | {"error_ulp": _number(v.error), "torch_error_ulp": _number(v.allowed)}
+        for point in points
+        for v in point.violations()
+    ]
+    document = {"machine": facts, "settings": settings, "violations": violations}
+    document |= {"holds": holds(points), "verdict": verdict(points), "failures": failures(points)}
+    return document | {"results": [_record(point) for point in points]}
 
 
 def _where(point: Point) -> dict[str, Any]:
-    return {
-        "case": point.case,
-        "dtype": spelled(point.dtype),
-        "distribution": point.distribution,
-        "temperature": point.temperature,
-        "vocab": point.vocab,
-    }
-
-
-def _violation(v: Violation) -> dict[str, Any]:
-    return {
-        **_where(v.point),
-        "of": v.of,
-        "provider": v.ours,
-        "torch": v.torch,
-        "error_ulp": _number(v.error),
-        "torch_error_ulp": _number(v.allowed),
-    }
+    names = ("case", "distribution", "temperature", "vocab")
+    return {"dtype": spelled(point.dtype), **{name: getattr(point, name) for name in names}}
 
 
 def _record(point: Point) -> dict[str, Any]:
-    return {
-        **_where(point),
-        "rows": point.rows,
-        "true_loss": _number(point.loss),
-        "elements": point.elements,
-        "counted": point.counted,
-        "errors": {
-            name: {key: _number(value) for key, value in found._asdict().items()}
-            for name, found in point.found.items()
-        },
-        "notes": point.notes,
+    errors = {
+        name: {key: _number(value) for key, value in found._asdict().items()}
+        for name, found in point.found.items()
     }
+    counts = {"elements": point.elements, "counted": point.counted, "notes": point.notes}
+    return _where(point) | counts | {"true_loss": _number(point.loss), "errors": errors}
 
 
 def _number(value: float) -> float | int | str:

@@ -5,7 +5,7 @@ status 1) where a kernel spills registers, still calls a function, reads or writ
 less than 16 bytes at a time, or costs more than its budget. Counts are of the machine code inside
 the loops that read rows, per column: one number per sweep; "sum" is of an ordinary row's sweeps
 (special-function operations/instructions), and "share" is the most of the floor's speed that they
-leave on the target's card. A vocabulary that no vector width divides is shown, and not judged.
+leave on the target's GPU. A vocabulary that no vector width divides is shown, and not judged.
 """
 
 from __future__ import annotations

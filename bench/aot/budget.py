@@ -1,12 +1,12 @@
 """What a kernel may cost in arithmetic, per column and in all its sweeps, and what is a problem.
 
 At the floor an H200 moves 0.72e12 columns of bfloat16 a second (3 streams at the copy's expected
-bandwidth, `bench.cards`), and has time for 5.2 special-function operations and 41 instructions of
+bandwidth), and has time for 5.2 special-function operations and 41 instructions of
 each. float32 has twice the bytes, hence twice the time. A kernel within both is bound by memory;
 one beyond reaches at most the share of the floor that `share` says, however well its reads hit.
 
 The budgets are ceilings against growth, of bfloat16. Only the KL pair without labels is within the
-card's own. Hard labels at T != 1 cost two exponentials more, of the student at T = 1; js and the
+GPU's own. Hard labels at T != 1 cost two exponentials more, of the student at T = 1; js and the
 skew pair a logarithm and an exponential or two of each column in each of two sweeps; tv both sides'
 exponentials in all three.
 """
@@ -17,10 +17,27 @@ from typing import NamedTuple
 
 from bench.aot.cases import DTYPES, ODD, WHOLE
 from bench.aot.read import Report, Sweep
-from bench.cards import BY_ARCH
 
 STREAMS = 3
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+
+
+class GPU(NamedTuple):
+    """A GPU by its data sheet; `copy` is an estimate of what a plain copy reaches of it."""
+
+    processors: int
+    clock: float  # Hz, sustained
+    copy: float  # bytes/s
+    special: int  # exp2, log2 or reciprocals a clock of one processor
+    lanes: int  # instructions of one thread a clock of one processor
+
+
+GPUS = {
+    "sm_90": GPU(132, 1.755e9, 4.3e12, 16, 128),  # H200
+    "sm_80": GPU(108, 1.41e9, 1.75e12, 16, 128),  # A100
+    "sm_100": GPU(148, 1.85e9, 7.0e12, 16, 128),  # B200
+    "gfx942": GPU(304, 2.1e9, 4.2e12, 16, 64),  # MI300X
+}
 
 
 class Budget(NamedTuple):
@@ -39,9 +56,6 @@ BUDGETS = {
 }
 # what hard labels at T != 1 add, and smoothing on top of it
 HARD, SMOOTH = Budget(2.3, 14), Budget(0, 6)
-
-# kernels that promise 16-byte loads of rows that are not aligned, too
-WIDE_ANYWAY: frozenset[str] = frozenset()
 
 # kernels that merge what the parts of a row have left: numbers, one by one; columns only where a
 # row's loss has overflowed
@@ -84,13 +98,13 @@ def total(report: Report) -> Budget:
 
 
 def share(report: Report) -> float | None:
-    """The most of the floor's speed that the counts allow the main kernel on its target's card."""
-    card, itemsize = BY_ARCH.get(report.target), ITEMSIZE[report.dtype]
-    if report.kernel not in WHOLE or card is None or itemsize > 4:
+    """The most of the floor's speed that the counts allow the main kernel on its target's GPU."""
+    gpu, itemsize = GPUS.get(report.target), ITEMSIZE[report.dtype]
+    if report.kernel not in WHOLE or gpu is None or itemsize > 4:
         return None
-    floor = STREAMS * itemsize / card.copy
-    spent = total(report)
-    worst = max(spent.special * card.per_special, spent.instructions * card.per_instruction)
+    spent, a_second = total(report), gpu.processors * gpu.clock
+    worst = max(spent.special / gpu.special, spent.instructions / gpu.lanes) / a_second
+    floor = STREAMS * itemsize / gpu.copy
     return round(min(1.0, floor / worst), 2) if worst else None
 
 
@@ -104,7 +118,7 @@ def judge(report: Report) -> None:
         say(f"calls: {report.calls}")
     merges = report.kernel in MERGES
     if report.rows and not (merges and not report.sweeps):
-        if report.bytes < 16 and (report.vocab != ODD or report.kernel in WIDE_ANYWAY):
+        if report.bytes < 16 and report.vocab != ODD:
             say(f"an access of {report.bytes} bytes in a loop over an aligned row")
         if not report.sweeps:
             say("no loop that reads a row was found")

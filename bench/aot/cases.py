@@ -19,7 +19,7 @@ from unittest import mock
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("bf16", "fp32")
-PROCESSORS, CACHE = 132, 50 << 20  # of the card whose launches are compiled
+PROCESSORS, CACHE = 132, 50 << 20  # of the GPU whose launches are compiled
 ROWS, FEW = 8192, 64  # one program to a row, and several
 VOCAB, SHORT, ODD = 128256, (512, 2048), 50257  # ODD: divisible by no vector width
 NAMED = 64  # columns of a stored teacher
@@ -75,7 +75,7 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
     """(pass, launch) of each pass, or of one, on `rows` rows, in their order."""
     import torch
 
-    from fastkd.backends.base import LossSpec, TopKRows
+    from fastkd.backends.base import LossSpec, Rows, Stats, TopKRows
     from fastkd.backends.gpu import cooperative, launch
     from fastkd.divergence import divergences
 
@@ -95,16 +95,16 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
         name, divergences[name].param, 2.0, 0.5, hard, smoothing, case.vocab, case.vocab
     )
     named = tensor(rows, NAMED), tensor(rows, NAMED, dtype=torch.int64), tensor(rows)
-    rest = spec, keep, label, scale, 1.0
+    rest = spec, Rows(keep, label, scale)
     passes: dict[str, Callable[[], Any]] = {
-        "fused": lambda: launch.fused(x, x, *rest, x),
-        "team": lambda: in_teams(lambda: launch.fused(x, x, *rest, x)),
-        "topk": lambda: launch.topk(x, TopKRows(*named, False), *rest, x),
-        "loss": lambda: launch.loss(x, x, stats, stats, spec, keep),
-        "grad": lambda: launch.grad(x, x, stats, stats, stats, scale, *rest, x),
-        "stats": lambda: launch.stats(x, 2.0, case.vocab, keep),
-        "total": lambda: launch.total(scale, scale, 1.0),
-        "multiply": lambda: launch.multiply(x, tensor()),
+        "fused": lambda: launch.BACKEND.fused(x, x, *rest, x),
+        "team": lambda: in_teams(lambda: launch.BACKEND.fused(x, x, *rest, x)),
+        "topk": lambda: launch.BACKEND.topk(x, TopKRows(*named, False), *rest, x),
+        "loss": lambda: launch.BACKEND.loss(x, x, Stats(stats, stats), *rest),
+        "grad": lambda: launch.BACKEND.grad(x, x, Stats(stats, stats, stats), scale, *rest, x),
+        "stats": lambda: launch.BACKEND.stats(x, 2.0, case.vocab, keep),
+        "total": lambda: launch.BACKEND.total(scale, scale, 1.0),
+        "multiply": lambda: launch.BACKEND.multiply(x, tensor()),
     }
 
     def in_teams(run: Callable[[], Any]) -> None:
@@ -116,9 +116,8 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
     seen: list[tuple[str, Launch]] = []
     card = launch.Card(case.target, 32 if case.target.startswith("sm_") else 64)
     with ExitStack() as stack:
-        split = getattr(launch, "split", None)
-        if split is not None:
-            stack.enter_context(mock.patch.object(split, "HOST_PROCESSORS", PROCESSORS))
+        split_rows = getattr(launch, "split_rows")  # noqa: B009  # not exported
+        stack.enter_context(mock.patch.object(split_rows, "HOST_PROCESSORS", PROCESSORS))
         for which, run in passes.items():
             if entry not in (None, which):
                 continue
@@ -178,7 +177,7 @@ def cases(quick: bool, targets: list[str], divergences: list[str], dtypes: list[
     odd = [(k, d, {"vocab": ODD, **v}) for k, d, v in fused]
     odd += [(k, d, {"vocab": ODD}) for k, d, _ in rest if d in ("-", divergences[0])]
     short = [("fused", divergences[0], {"vocab": v}) for v in SHORT]
-    first = rest[:0] + [("fused", divergences[0], {}) for _ in targets]
+    first: list[tuple[str, str, dict[str, Any]]] = [("fused", divergences[0], {}) for _ in targets]
     # `team.capacity` knows no other devices
     of = {"team": [name for name in targets if name.startswith("sm_")]}
     if quick:

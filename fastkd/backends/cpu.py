@@ -1,7 +1,7 @@
-"""The passes through the C++ extension `fastkd._C` (see `fastkd.backends.base.Passes`).
+"""The passes through the C++ extension `fastkd._C` (see `fastkd.backends.base.Backend`).
 
 Tensors go in as addresses: everything that the kernels take for granted (shapes, strides, dtypes,
-int64 labels, one keep byte per row) is made so here or by the callers in losses.py.
+int64 labels, one keep byte per row) is made so here or by the drivers in `fastkd.engine`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,21 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import buffer_pool
-from fastkd.backends.base import LossSpec, Staged, TopKRows, acc_dtype, rows
+from fastkd.backends.base import (
+    Backend,
+    LossSpec,
+    Rows,
+    Staged,
+    Stats,
+    TopKRows,
+    acc_dtype,
+    rows_of,
+)
 from fastkd.divergence import divergences
 
 try:
     from fastkd import _C
-except ImportError as error:  # backend.pick turns it into the reference
+except ImportError as error:  # `choice.pick` turns it into the reference
     raise ImportError(
         f"its extension is not built or does not load: {error}; reinstall with a C++17 compiler"
     ) from None
@@ -32,6 +41,7 @@ if name := os.environ.get("FASTKD_ISA"):
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _INDEX = {name: index for index, name in enumerate(_C.divergences())}
+_EXPECTATION = {name: divergences[name].expectation for name in divergences}
 _NONE = (0, 0, 1, 0, 0)
 # what a new one is made like: torch.empty, which reads a size and a dtype, takes twice as long
 _NUMBER = {x: torch.empty((), dtype=x, device="cpu") for x in (torch.float32, torch.float64)}
@@ -103,188 +113,42 @@ def _spec(spec: LossSpec) -> tuple[int, float, float, float, float, float, int, 
     return (index, *spec[1:])
 
 
-def fused(
-    student: Tensor,
-    teacher: Tensor,
-    spec: LossSpec,
-    keep: Tensor | None,
-    label: Tensor | None,
-    scale: Tensor | None,
-    factor: float,
-    grad: Tensor | None,
-) -> Tensor:
-    n = student.shape[0] * student.shape[1]
-    out = student.new_empty(n, dtype=acc_dtype(student, teacher))
-    if n != 0:
-        _C.fused(*_fused(n, student, teacher, spec, keep, label, scale, factor, grad, out))
-    return out
-
-
-def fused_total(
-    student: Tensor,
-    teacher: Tensor,
-    spec: LossSpec,
-    keep: Tensor | None,
-    label: Tensor | None,
-    scale: Tensor | None,
-    factor: float,
-    grad: Tensor | None,
-) -> Tensor:
-    n = student.numel() // student.shape[-1]
-    # named until the call is over: `rows` may copy
-    s = student if student.dim() == 2 else rows(student)
-    t = teacher if teacher.dim() == 2 else rows(teacher)
-    g = grad if grad is None or grad.dim() == 2 else rows(grad)
-    out = torch.empty_like(_NUMBER[acc_dtype(student, teacher)])
-    _C.fused_total(*_fused(n, s, t, spec, keep, label, scale, factor, g, out))
-    return out
-
-
 def _fused(
     n: int,
     student: Tensor,
     teacher: Tensor,
     spec: LossSpec,
-    keep: Tensor | None,
-    label: Tensor | None,
-    scale: Tensor | None,
-    factor: float,
+    rows: Rows,
     grad: Tensor | None,
     out: Tensor,
 ) -> tuple[Any, ...]:
     """The arguments of the extension's functions."""
     return (
-        out.dtype is torch.float64,
-        n,
-        _threads(n * spec.vocab),
-        _operand(student),
-        _operand(teacher),
-        _spec(spec),
-        _address(keep),
-        _address(label),
-        _address(scale),
-        factor,
-        _written(grad),
-        0 if grad is None else grad.shape[-1],
-        out.data_ptr(),
+        *(out.dtype is torch.float64, n, _threads(n * spec.vocab)),
+        *(_operand(student), _operand(teacher), _spec(spec)),
+        *(*_options(rows, grad), out.data_ptr()),
     )
 
 
-def topk(
-    student: Tensor,
-    teacher: TopKRows,
-    spec: LossSpec,
-    keep: Tensor | None,
-    label: Tensor | None,
-    scale: Tensor | None,
-    factor: float,
-    grad: Tensor | None,
-) -> Tensor:
-    n = student.shape[0] * student.shape[1]
-    out = torch.empty(n, dtype=teacher.logprobs.dtype)
-    if n == 0:
-        return out
-    logprobs, indices, tail, restrict = teacher
-    _C.topk(
-        out.dtype is torch.float64,
-        n,
-        _threads(n * spec.vocab),
-        _operand(student),
-        (_read(logprobs), _read(indices), _address(tail), logprobs.shape[1], restrict),
-        divergences[spec.divergence].centre(spec.param),
-        _spec(spec),
-        _address(keep),
-        _address(label),
-        _address(scale),
-        factor,
-        _written(grad),
-        0 if grad is None else grad.shape[-1],
-        out.data_ptr(),
+def _in(acc: torch.dtype, stats: Stats) -> Stats:
+    student, teacher, hard = stats
+    hard = None if hard is None else hard.to(acc).contiguous()
+    return Stats(student.to(acc).contiguous(), teacher.to(acc).contiguous(), hard)
+
+
+def _options(rows: Rows, grad: Tensor | None) -> tuple[Any, ...]:
+    """The arguments for a record of rows and a gradient."""
+    keep, label, scale, factor = rows
+    return (
+        *(_address(keep), _address(label), _address(scale), factor),
+        *(_written(grad), 0 if grad is None else grad.shape[-1]),
     )
-    return out
 
 
-def stats(x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
-    a, b, _ = x.shape
-    n, acc = a * b, acc_dtype(x, x)
-    out = x.new_empty(n, 3, dtype=acc)
-    _C.stats(
-        acc == torch.float64,
-        n,
-        _threads(n * vocab),
-        _operand(x),
-        temperature,
-        vocab,
-        _address(keep),
-        out.data_ptr(),
-    )
-    return out
-
-
-def loss(
-    student: Tensor,
-    teacher: Tensor,
-    stats_s: Tensor,
-    stats_t: Tensor,
-    spec: LossSpec,
-    keep: Tensor | None,
-) -> Tensor:
-    a, b, _ = student.shape
-    n, acc = a * b, acc_dtype(student, teacher)
-    out = student.new_empty(n, 2, dtype=acc)
-    stats_s, stats_t = stats_s.to(acc).contiguous(), stats_t.to(acc).contiguous()
-    _C.loss(
-        acc == torch.float64,
-        n,
-        _threads(n * spec.vocab),
-        _operand(student),
-        _operand(teacher),
-        _spec(spec),
-        _read(stats_s),
-        _read(stats_t),
-        _address(keep),
-        out.data_ptr(),
-    )
-    return out
-
-
-def grad(
-    student: Tensor,
-    teacher: Tensor,
-    stats_s: Tensor,
-    stats_t: Tensor,
-    stats_hard: Tensor | None,
-    slope: Tensor,
-    spec: LossSpec,
-    keep: Tensor | None,
-    label: Tensor | None,
-    scale: Tensor | None,
-    factor: float,
-    grad: Tensor,
-) -> None:
-    a, b, _ = student.shape
-    n, acc = a * b, acc_dtype(student, teacher)
-    stats_s, stats_t = stats_s.to(acc).contiguous(), stats_t.to(acc).contiguous()
-    stats_hard = None if stats_hard is None else stats_hard.to(acc).contiguous()
-    slope = slope.to(acc).contiguous()
-    _C.grad(
-        acc == torch.float64,
-        n,
-        _threads(n * spec.vocab),
-        _operand(student),
-        _operand(teacher),
-        _spec(spec),
-        _read(stats_s),
-        _read(stats_t),
-        _address(stats_hard),
-        _read(slope),
-        _address(keep),
-        _address(label),
-        _address(scale),
-        factor,
-        _written(grad),
-        grad.size(-1),
-    )
+def _wide(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """`acc_dtype` of two tensors, without leaving this file: a small loss counts its calls."""
+    wide = torch.float64
+    return wide if student.dtype is wide or teacher.dtype is wide else torch.float32
 
 
 # float64s of a row in its first exchange, of an expectation or not, and its second: csrc/kernels.h
@@ -296,141 +160,7 @@ WAITING = 48 << 20
 _NOWHERE = (0, 0, 0, 0, 0)
 
 
-def staged(
-    student: Tensor,
-    teacher: Tensor,
-    spec: LossSpec,
-    keep: Tensor | None,
-    label: Tensor | None,
-    scale: Tensor | None,
-    factor: float,
-    grad: Tensor | None,
-    ranks: int,
-    rank: int,
-    widest: int,
-) -> Staged | None:
-    expectation = divergences[spec.divergence].expectation
-    kept = grad is not None or expectation is None
-    n = student.shape[0] * student.shape[1]
-    if acc_dtype(student, teacher) is not torch.float32 or widest > _C.most_columns:
-        return None
-    waiting = 2 if expectation else 3
-    # the same on every rank, also on one that wants no gradient
-    most = max(1, min(n, WAITING // (waiting * _C.slot(widest, True))))
-    together = -(-n // -(-n // most)) if n else 1  # in as many trips, evenly
-    floats = _WEIGHED_SUMS if expectation else _SUMS
-    out, redo = student.new_empty(n, dtype=torch.float32), student.new_empty(n, dtype=torch.bool)
-    slot = _C.slot(spec.vocab, kept)
-    memory = _C.scratch(waiting * together * slot)
-    if memory == 0:
-        raise MemoryError(f"group: no memory for {waiting * together * slot} bytes")
-    operands = (
-        (ranks, rank, _threads(min(together, n) * spec.vocab), n),
-        *(_operand(student), _operand(teacher), _spec(spec), _address(keep), _address(label)),
-        *(_address(scale), factor, _written(grad)),
-        *(0 if grad is None else grad.shape[-1], out.data_ptr(), redo.data_ptr()),
-    )
-    begun: dict[int, Tensor] = {}
-
-    def begin(start: int) -> tuple[int, int, int, int, int]:
-        if start >= n:
-            return _NOWHERE
-        size = min(together, n - start)
-        begun[start] = out.new_empty(size, floats, dtype=torch.float64)
-        return start, size, begun[start].data_ptr(), 0, 0
-
-    def trip(start: int) -> Generator[Tensor, Tensor, None]:
-        held = (keep, label, scale)  # named until the last stage is over
-        own = memory + start // together % waiting * together * slot
-        if start not in begun:
-            _C.stage(0, *operands, own, begin(start), _NOWHERE)
-        sent = begun.pop(start)
-        size = sent.shape[0]
-        sums, rates = (yield sent), None
-        if expectation is None:
-            sent = out.new_empty(size, _RATES, dtype=torch.float64)
-            some = start, size, sent.data_ptr(), _read(sums), 0
-            _C.stage(1, *operands, own, some, _NOWHERE)
-            rates = yield sent
-        some = start, size, 0, _read(sums), _address(rates)
-        _C.stage(2, *operands, own, some, begin(start + waiting * together))
-        del held
-
-    return Staged(out, redo, (trip(start) for start in range(0, n, together)), waiting)
-
-
-def count(labels: Tensor, ignore_index: int, vocab: int) -> tuple[Tensor | None, Tensor, int, int]:
-    """(keep or None where all are kept, label, rows kept, first row out of range or -1)."""
-    label = labels if labels.dim() == 1 else labels.reshape(-1)
-    if label.dtype is not torch.int64 or not label.is_contiguous():
-        label = label.to(torch.int64).contiguous()
-    n, keep = label.shape[0], None
-    wrong, kept = _C.count(n, _read(label), ignore_index, vocab, 0)
-    if kept != n and wrong < 0:
-        keep = label.new_empty(n, dtype=torch.bool)
-        _C.count(n, _read(label), ignore_index, vocab, keep.data_ptr())
-    return keep, label, kept, wrong
-
-
 FAULTS = ("", "index", "twice", "value")  # by the extension's numbers
-
-
-def admit(
-    logprobs: Tensor, indices: Tensor, keep: Tensor | None, vocab: int
-) -> tuple[str, int, int]:
-    """(fault, row, place) of the first kept row that is no teacher's, or ("", -1, -1)."""
-    n, k = logprobs.shape
-    fault, row, place = _C.admit(
-        logprobs.dtype is torch.float64,
-        n,
-        k,
-        _read(logprobs),
-        _read(indices),
-        _address(keep),
-        vocab,
-    )
-    return FAULTS[fault], row, place
-
-
-def weigh(keep: Tensor | None, weight: Tensor, mean: bool, acc: torch.dtype) -> Tensor:
-    """scale [N]: weight where kept, divided by its sum for the mean."""
-    by = weight.detach().resolve_neg().reshape(-1).to(acc).contiguous()
-    scale = torch.empty_like(by)
-    _C.weigh(
-        acc == torch.float64,
-        by.numel(),
-        _address(keep),
-        _read(by),
-        mean,
-        scale.data_ptr(),
-    )
-    return scale
-
-
-def total(loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
-    out = torch.empty_like(_NUMBER[loss.dtype])
-    wide = loss.dtype == torch.float64
-    _C.total(wide, _read(loss), _address(scale), factor, loss.numel(), out.data_ptr())
-    return out
-
-
-def empty_gradient(like: Tensor) -> Tensor:
-    return buffer_pool.empty(like)
-
-
-def multiply(grad: Tensor, by: Tensor) -> None:
-    if float(by) == 1.0:  # on the host a look costs less than the call
-        return
-    by, x = by.resolve_neg(), rows(grad)
-    a, b, width = x.shape
-    _C.multiply(
-        _written(x),
-        a * b,
-        width,
-        _threads(x.numel()),
-        by.dtype == torch.float64,
-        _read(by),
-    )
 
 
 def exp2(x: Tensor) -> Tensor:
@@ -445,3 +175,204 @@ def log(x: Tensor) -> Tensor:
     out = torch.empty_like(x)
     _C.log(_read(x), out.data_ptr(), x.numel())
     return out
+
+
+class CPU(Backend):
+    """The C++ kernels; values are where they can be read at once."""
+
+    on_host = has_stages = True
+
+    def fused(
+        self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
+    ) -> Tensor:
+        n = student.shape[0] * student.shape[1]
+        out = student.new_empty(n, dtype=_wide(student, teacher))
+        if n != 0:
+            _C.fused(*_fused(n, student, teacher, spec, rows, grad, out))
+        return out
+
+    def fused_total(
+        self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
+    ) -> Tensor:
+        n = student.numel() // student.shape[-1]
+        # named until the call is over: `rows_of` may copy
+        s = student if student.dim() == 2 else rows_of(student)
+        t = teacher if teacher.dim() == 2 else rows_of(teacher)
+        g = grad if grad is None or grad.dim() == 2 else rows_of(grad)
+        out = torch.empty_like(_NUMBER[_wide(student, teacher)])
+        _C.fused_total(*_fused(n, s, t, spec, rows, g, out))
+        return out
+
+    def topk(
+        self, student: Tensor, teacher: TopKRows, spec: LossSpec, rows: Rows, grad: Tensor | None
+    ) -> Tensor:
+        n = student.shape[0] * student.shape[1]
+        out = torch.empty(n, dtype=teacher.logprobs.dtype)
+        if n == 0:
+            return out
+        logprobs, indices, tail, restrict = teacher
+        points = _read(logprobs), _read(indices), _address(tail), logprobs.shape[1], restrict
+        _C.topk(
+            *(out.dtype is torch.float64, n, _threads(n * spec.vocab), _operand(student), points),
+            *(divergences[spec.divergence].centre(spec.param), _spec(spec)),
+            *(*_options(rows, grad), out.data_ptr()),
+        )
+        return out
+
+    def stats(self, x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
+        a, b, _ = x.shape
+        n, acc = a * b, acc_dtype(x, x)
+        out = x.new_empty(n, 3, dtype=acc)
+        _C.stats(
+            *(acc == torch.float64, n, _threads(n * vocab), _operand(x)),
+            *(temperature, vocab, _address(keep), out.data_ptr()),
+        )
+        return out
+
+    def loss(
+        self, student: Tensor, teacher: Tensor, stats: Stats, spec: LossSpec, rows: Rows
+    ) -> Tensor:
+        a, b, _ = student.shape
+        n, acc = a * b, acc_dtype(student, teacher)
+        out = student.new_empty(n, 2, dtype=acc)
+        stats = _in(acc, stats)
+        _C.loss(
+            *(acc == torch.float64, n, _threads(n * spec.vocab)),
+            *(_operand(student), _operand(teacher), _spec(spec)),
+            *(_read(stats.student), _read(stats.teacher), _address(rows.keep), out.data_ptr()),
+        )
+        return out
+
+    def grad(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        stats: Stats,
+        slope: Tensor,
+        spec: LossSpec,
+        rows: Rows,
+        grad: Tensor,
+    ) -> None:
+        a, b, _ = student.shape
+        n, acc = a * b, acc_dtype(student, teacher)
+        stats = _in(acc, stats)
+        slope = slope.to(acc).contiguous()
+        _C.grad(
+            *(acc == torch.float64, n, _threads(n * spec.vocab)),
+            *(_operand(student), _operand(teacher), _spec(spec)),
+            *(_read(stats.student), _read(stats.teacher), _address(stats.hard), _read(slope)),
+            *_options(rows, grad),
+        )
+
+    def staged(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        spec: LossSpec,
+        rows: Rows,
+        grad: Tensor | None,
+        ranks: int,
+        rank: int,
+        widest: int,
+    ) -> Staged | None:
+        keep, label, scale, factor = rows
+        expectation = _EXPECTATION[spec.divergence]
+        kept = grad is not None or expectation is None
+        n = student.shape[0] * student.shape[1]
+        if _wide(student, teacher) is not torch.float32 or widest > _C.most_columns:
+            return None
+        waiting = 2 if expectation else 3
+        # the same on every rank, also on one that wants no gradient
+        most = max(1, min(n, WAITING // (waiting * _C.slot(widest, True))))
+        together = -(-n // -(-n // most)) if n else 1  # in as many passes, evenly
+        floats = _WEIGHED_SUMS if expectation else _SUMS
+        out = student.new_empty(n, dtype=torch.float32)
+        redo = student.new_empty(n, dtype=torch.bool)
+        slot = _C.slot(spec.vocab, kept)
+        memory = _C.scratch(waiting * together * slot)
+        if memory == 0:
+            raise MemoryError(f"group: no memory for {waiting * together * slot} bytes")
+        operands = (
+            (ranks, rank, _threads(min(together, n) * spec.vocab), n),
+            *(_operand(student), _operand(teacher), _spec(spec), _address(keep), _address(label)),
+            *(_address(scale), factor, _written(grad)),
+            *(0 if grad is None else grad.shape[-1], out.data_ptr(), redo.data_ptr()),
+        )
+        begun: dict[int, Tensor] = {}
+
+        def begin(start: int) -> tuple[int, int, int, int, int]:
+            if start >= n:
+                return _NOWHERE
+            size = min(together, n - start)
+            begun[start] = out.new_empty(size, floats, dtype=torch.float64)
+            return start, size, begun[start].data_ptr(), 0, 0
+
+        def one(start: int) -> Generator[Tensor, Tensor, None]:
+            held = (keep, label, scale)  # named until the last stage is over
+            own = memory + start // together % waiting * together * slot
+            if start not in begun:
+                _C.stage(0, *operands, own, begin(start), _NOWHERE)
+            sent = begun.pop(start)
+            size = sent.shape[0]
+            sums, rates = (yield sent), None
+            if expectation is None:
+                sent = out.new_empty(size, _RATES, dtype=torch.float64)
+                some = start, size, sent.data_ptr(), _read(sums), 0
+                _C.stage(1, *operands, own, some, _NOWHERE)
+                rates = yield sent
+            some = start, size, 0, _read(sums), _address(rates)
+            _C.stage(2, *operands, own, some, begin(start + waiting * together))
+            del held
+
+        return Staged(out, redo, (one(start) for start in range(0, n, together)), waiting)
+
+    def count(
+        self, labels: Tensor, ignore_index: int, vocab: int
+    ) -> tuple[Tensor | None, Tensor, int, int]:
+        label = labels if labels.dim() == 1 else labels.reshape(-1)
+        if label.dtype is not torch.int64 or not label.is_contiguous():
+            label = label.to(torch.int64).contiguous()
+        n, keep = label.shape[0], None
+        wrong, kept = _C.count(n, _read(label), ignore_index, vocab, 0)
+        if kept != n and wrong < 0:
+            keep = label.new_empty(n, dtype=torch.bool)
+            _C.count(n, _read(label), ignore_index, vocab, keep.data_ptr())
+        return keep, label, kept, wrong
+
+    def first_fault(
+        self, logprobs: Tensor, indices: Tensor, keep: Tensor | None, vocab: int
+    ) -> tuple[str, int, int]:
+        n, k = logprobs.shape
+        wide = logprobs.dtype is torch.float64
+        addresses = _read(logprobs), _read(indices), _address(keep)
+        fault, row, place = _C.admit(wide, n, k, *addresses, vocab)
+        return FAULTS[fault], row, place
+
+    def weigh(self, keep: Tensor | None, weight: Tensor, mean: bool, acc: torch.dtype) -> Tensor:
+        by = weight.detach().resolve_neg().reshape(-1).to(acc).contiguous()
+        scale = torch.empty_like(by)
+        wide, addresses = acc == torch.float64, (_address(keep), _read(by))
+        _C.weigh(wide, by.numel(), *addresses, mean, scale.data_ptr())
+        return scale
+
+    def total(self, loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
+        out = torch.empty_like(_NUMBER[loss.dtype])
+        wide = loss.dtype == torch.float64
+        _C.total(wide, _read(loss), _address(scale), factor, loss.numel(), out.data_ptr())
+        return out
+
+    def empty_gradient(self, like: Tensor) -> Tensor:
+        if like.nbytes < buffer_pool.LEAST:
+            return torch.empty_like(like, memory_format=torch.contiguous_format)
+        return buffer_pool.empty(like)
+
+    def multiply(self, grad: Tensor, by: Tensor) -> None:
+        if float(by) == 1.0:  # on the host a look costs less than the call
+            return
+        by, x = by.resolve_neg(), rows_of(grad)
+        a, b, width = x.shape
+        wide = by.dtype == torch.float64
+        _C.multiply(_written(x), a * b, width, _threads(x.numel()), wide, _read(by))
+
+
+BACKEND = CPU()

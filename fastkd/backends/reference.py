@@ -1,8 +1,8 @@
 """The passes in plain torch: the fallback on every device and the oracle of the tests.
 
 `row_loss` is the definition of what fastkd computes, differentiable as often as torch is. The
-passes of `fastkd.backends.base.Passes` are made of it by autograd, so that no gradient is written
-here.
+passes of a `fastkd.backends.base.Backend` are made of it by autograd, so that no gradient is
+written here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastkd.backends.base import LossSpec, TopKRows, acc_dtype
+from fastkd.backends.base import Backend, LossSpec, Rows, Stats, TopKRows, acc_dtype
 from fastkd.divergence import Divergence, divergences
 
 INF = float("inf")
@@ -24,6 +24,17 @@ def entry(spec: LossSpec) -> Divergence:
     """The table's entry with the spec's parameter."""
     divergence = divergences[spec.divergence]
     return divergence(**{divergence.parameter: spec.param}) if divergence.parameter else divergence
+
+
+def dual(spec: LossSpec) -> LossSpec | None:
+    """The spec whose student's gradient is the teacher's gradient of `spec`; no hard term.
+
+    None where the table has no divergence with the sides exchanged.
+    """
+    exchanged = entry(spec).exchanged()
+    if exchanged is None:
+        return None
+    return spec._replace(divergence=exchanged.name, param=exchanged.param, hard=0.0, smoothing=0.0)
 
 
 def pointwise(divergence: Divergence, logp: Tensor, logq: Tensor) -> Tensor:
@@ -47,7 +58,7 @@ def row_loss(
     Args:
         student, teacher: [..., >= vocab] logits, any float dtypes; the teacher may be a TopKRows.
         spec: what is computed.
-        keep, label: [...] as in `Passes`.
+        keep, label: [...] as in `Rows`.
 
     Returns:
         [...] float32 (float64 where an operand is): differentiable in both operands.
@@ -62,7 +73,7 @@ def row_loss(
         # where, not a product: what an ignored row holds (NaN) must not reach value or gradient
         s = torch.where(keep.unsqueeze(-1), s, 0.0)
     if isinstance(teacher, TopKRows):
-        loss = _sparse_divergence(s, teacher, spec, keep)
+        loss = _topk_divergence(s, teacher, spec, keep)
     else:
         t = teacher[..., : spec.vocab].to(acc)
         if keep is not None:
@@ -85,7 +96,7 @@ def _divergence(s: Tensor, t: Tensor, spec: LossSpec) -> Tensor:
     return torch.where(empty.squeeze(-1), 0.0, loss)
 
 
-def _sparse_divergence(s: Tensor, teacher: TopKRows, spec: LossSpec, keep: Tensor | None) -> Tensor:
+def _topk_divergence(s: Tensor, teacher: TopKRows, spec: LossSpec, keep: Tensor | None) -> Tensor:
     logp, at, tail, restrict = teacher
     if keep is not None:
         kept = keep.unsqueeze(-1)
@@ -152,48 +163,6 @@ def _autograd() -> Iterator[None]:
             torch._C._dispatch_tls_set_dispatch_key_excluded(key, was)
 
 
-def fused(
-    student: Tensor,
-    teacher: Tensor | TopKRows,
-    spec: LossSpec,
-    keep: Tensor | None,
-    label: Tensor | None,
-    scale: Tensor | None,
-    factor: float,
-    grad: Tensor | None,
-) -> Tensor:
-    s = student.detach().reshape(-1, student.size(-1))
-    t = teacher
-    if isinstance(t, Tensor):
-        t = t.detach().reshape(-1, t.size(-1))
-    if grad is None:
-        with torch.no_grad():
-            return row_loss(s, t, spec, keep, label)
-    with _autograd():
-        s.requires_grad_(True)
-        loss = row_loss(s, t, spec, keep, label)
-        upstream = torch.full_like(loss, factor) if scale is None else scale * factor
-        (slope,) = torch.autograd.grad(loss, s, upstream)
-    if keep is not None:
-        slope = torch.where(keep.unsqueeze(-1), slope, 0.0)
-    grad[..., : slope.size(-1)].copy_(slope.view(*grad.shape[:-1], -1))
-    return loss.detach()
-
-
-topk = fused
-
-
-def stats(x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x = x[..., :vocab].reshape(-1, vocab).to(acc)
-    if keep is not None:
-        x = torch.where(keep.unsqueeze(-1), x, 0.0)
-    top = x.amax(-1)
-    shifted = x - torch.where(top == -INF, 0.0, top).unsqueeze(-1)
-    out = torch.stack((top, (shifted / temperature).exp().sum(-1), shifted.sum(-1)), -1)
-    return out if keep is None else torch.where(keep.unsqueeze(-1), out, 0.0)
-
-
 def _log_prob(x: Tensor, stats: Tensor, spec: LossSpec, acc: torch.dtype) -> Tensor:
     top, total, _ = stats.to(acc).unbind(-1)
     top = torch.where(top == -INF, 0.0, top)
@@ -202,19 +171,14 @@ def _log_prob(x: Tensor, stats: Tensor, spec: LossSpec, acc: torch.dtype) -> Ten
 
 
 def _value_and_slope(
-    student: Tensor,
-    teacher: Tensor,
-    stats_s: Tensor,
-    stats_t: Tensor,
-    spec: LossSpec,
-    keep: Tensor | None,
+    student: Tensor, teacher: Tensor, stats: Stats, spec: LossSpec, keep: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[N, V] value, centred slope and q."""
     acc = acc_dtype(student, teacher)
-    logq = _log_prob(student, stats_s, spec, acc)
-    logp = _log_prob(teacher, stats_t, spec, acc)
+    logq = _log_prob(student, stats.student, spec, acc)
+    logp = _log_prob(teacher, stats.teacher, spec, acc)
     # total = 0 marks a side that is impossible everywhere: dead if both are, else NaN
-    both = ((stats_s[:, 1] == 0) & (stats_t[:, 1] == 0)).unsqueeze(-1)
+    both = ((stats.student[:, 1] == 0) & (stats.teacher[:, 1] == 0)).unsqueeze(-1)
     logq, logp = (torch.where(both, -INF, x) for x in (logq, logp))
     if keep is not None:
         logq, logp = (torch.where(keep.unsqueeze(-1), x, 0.0) for x in (logq, logp))
@@ -227,60 +191,87 @@ def _value_and_slope(
     return value.detach(), slope - divergence.centre(divergence.param) * q, q
 
 
-def loss(
-    student: Tensor,
-    teacher: Tensor,
-    stats_s: Tensor,
-    stats_t: Tensor,
-    spec: LossSpec,
-    keep: Tensor | None,
-) -> Tensor:
-    value, slope, _ = _value_and_slope(student, teacher, stats_s, stats_t, spec, keep)
-    out = torch.stack((value.sum(-1), slope.sum(-1)), -1)
-    return out if keep is None else torch.where(keep.unsqueeze(-1), out, 0.0)
+class Reference(Backend):
+    """Plain torch on any device."""
+
+    def fused(
+        self,
+        student: Tensor,
+        teacher: Tensor | TopKRows,
+        spec: LossSpec,
+        rows: Rows,
+        grad: Tensor | None,
+    ) -> Tensor:
+        keep, label, scale, factor = rows
+        s = student.detach().reshape(-1, student.size(-1))
+        t = teacher
+        if isinstance(t, Tensor):
+            t = t.detach().reshape(-1, t.size(-1))
+        if grad is None:
+            with torch.no_grad():
+                return row_loss(s, t, spec, keep, label)
+        with _autograd():
+            s.requires_grad_(True)
+            loss = row_loss(s, t, spec, keep, label)
+            upstream = torch.full_like(loss, factor) if scale is None else scale * factor
+            (slope,) = torch.autograd.grad(loss, s, upstream)
+        if keep is not None:
+            slope = torch.where(keep.unsqueeze(-1), slope, 0.0)
+        grad[..., : slope.size(-1)].copy_(slope.view(*grad.shape[:-1], -1))
+        return loss.detach()
+
+    topk = fused
+
+    def stats(self, x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
+        acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x = x[..., :vocab].reshape(-1, vocab).to(acc)
+        if keep is not None:
+            x = torch.where(keep.unsqueeze(-1), x, 0.0)
+        top = x.amax(-1)
+        shifted = x - torch.where(top == -INF, 0.0, top).unsqueeze(-1)
+        out = torch.stack((top, (shifted / temperature).exp().sum(-1), shifted.sum(-1)), -1)
+        return out if keep is None else torch.where(keep.unsqueeze(-1), out, 0.0)
+
+    def loss(
+        self, student: Tensor, teacher: Tensor, stats: Stats, spec: LossSpec, rows: Rows
+    ) -> Tensor:
+        keep = rows.keep
+        value, slope, _ = _value_and_slope(student, teacher, stats, spec, keep)
+        out = torch.stack((value.sum(-1), slope.sum(-1)), -1)
+        return out if keep is None else torch.where(keep.unsqueeze(-1), out, 0.0)
+
+    def grad(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        stats: Stats,
+        slope: Tensor,
+        spec: LossSpec,
+        rows: Rows,
+        grad: Tensor,
+    ) -> None:
+        keep, label, scale, factor = rows
+        _, at, q = _value_and_slope(student, teacher, stats, spec, keep)
+        out = spec.soft * (at - q * slope.unsqueeze(-1)) / spec.temperature
+        if spec.hard != 0.0:
+            assert label is not None and stats.hard is not None
+            unit = spec._replace(temperature=1.0)
+            hard = _log_prob(student, stats.hard, unit, out.dtype).exp()
+            hard = hard - spec.smoothing / spec.classes
+            here = (label >= 0) & (label < spec.vocab)
+            column = torch.where(here, label, 0).unsqueeze(-1)
+            sure = here.to(hard.dtype) * (spec.smoothing - 1.0)
+            hard.scatter_add_(-1, column, sure.unsqueeze(-1))
+            out = out + spec.hard * hard
+        out = out * factor if scale is None else out * (scale * factor).unsqueeze(-1)
+        if keep is not None:
+            out = torch.where(keep.unsqueeze(-1), out, 0.0)
+        grad[..., : spec.vocab].copy_(out.view(*grad.shape[:-1], -1))
+        grad[..., spec.vocab :].zero_()
+
+    def total(self, loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
+        wide = loss.double() if scale is None else loss.double() * scale
+        return (wide.sum() * factor).to(loss.dtype)
 
 
-def grad(
-    student: Tensor,
-    teacher: Tensor,
-    stats_s: Tensor,
-    stats_t: Tensor,
-    stats_hard: Tensor | None,
-    slope: Tensor,
-    spec: LossSpec,
-    keep: Tensor | None,
-    label: Tensor | None,
-    scale: Tensor | None,
-    factor: float,
-    grad: Tensor,
-) -> None:
-    _, at, q = _value_and_slope(student, teacher, stats_s, stats_t, spec, keep)
-    out = spec.soft * (at - q * slope.unsqueeze(-1)) / spec.temperature
-    if spec.hard != 0.0:
-        assert label is not None and stats_hard is not None
-        unit = spec._replace(temperature=1.0)
-        hard = _log_prob(student, stats_hard, unit, out.dtype).exp()
-        hard = hard - spec.smoothing / spec.classes
-        here = (label >= 0) & (label < spec.vocab)
-        column = torch.where(here, label, 0).unsqueeze(-1)
-        sure = here.to(hard.dtype) * (spec.smoothing - 1.0)
-        hard.scatter_add_(-1, column, sure.unsqueeze(-1))
-        out = out + spec.hard * hard
-    out = out * factor if scale is None else out * (scale * factor).unsqueeze(-1)
-    if keep is not None:
-        out = torch.where(keep.unsqueeze(-1), out, 0.0)
-    grad[..., : spec.vocab].copy_(out.view(*grad.shape[:-1], -1))
-    grad[..., spec.vocab :].zero_()
-
-
-def total(loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
-    wide = loss.double() if scale is None else loss.double() * scale
-    return (wide.sum() * factor).to(loss.dtype)
-
-
-def empty_gradient(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
-def multiply(grad: Tensor, by: Tensor) -> None:
-    grad.mul_(by)
+BACKEND = Reference()

@@ -223,6 +223,19 @@ def bare_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def bare_state(model: nn.Module) -> dict[str, Any]:
+    """The state of a model by its bare names, which no wrapper of it or of a part changes."""
+    state = model.state_dict()
+    names = bare_names(model, state)
+    return {names[name]: x for name, x in state.items()}
+
+
+def load_bare_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Take `bare_state` back, wrapped as the model may be now."""
+    own = {bare: name for name, bare in bare_names(model, model.state_dict()).items()}
+    model.load_state_dict({own.get(name, name): x for name, x in state.items()})
+
+
 def within(model: nn.Module) -> nn.Module | None:
     """What one wrapper wraps; None for a module that is none."""
     if isinstance(found := getattr(model, "_orig_mod", None), nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastkd.arguments.messages import shown
 
 from . import sharded_checkpoint
-from .batch import Batch, batches, unwrap
+from .batch import Batch, bare_state, batches, load_bare_state, unwrap
 from .distributed import Ranks, full_tensor, local
 from .objective import Objective
 from .rng_state import generators, random_state, set_random_state
@@ -170,9 +170,9 @@ class Checkpoints:
             "format": FORMAT,
             "position": vars(position) | drawn[0],  # of all ranks the same: one of them writes it
             "ranks": {"others": drawn[1:], "accumulate": parts.accumulate},
-            "student": _state(unwrap(parts.student)),
+            "student": bare_state(parts.student),
             "terms": parts.objective.names,
-            "modules": _state(parts.objective.modules),
+            "modules": bare_state(parts.objective.modules),
             "optimizer": type(parts.optimizer).__name__,
             "optimizer_state": parts.optimizer.state_dict(),
             "rates": parts.rates.base(),
@@ -183,17 +183,17 @@ class Checkpoints:
         }
 
     def write_best(self, parts: Parts, metric: float, step: int) -> None:
-        state = {name: full_tensor(x) for name, x in unwrap(parts.student).state_dict().items()}
+        state = {name: full_tensor(x) for name, x in bare_state(parts.student).items()}
         if parts.ranks.first:
             save_state(state, self.folder / "best.safetensors", {"metric": metric, "step": step})
 
     def _restore(self, path: Path, tree: dict[str, Any], parts: Parts) -> Position:
         """Check everything, then load everything: an error leaves all parts as they were."""
-        bare, modules = unwrap(parts.student), parts.objective.modules
+        student, modules = parts.student, parts.objective.modules
         if not isinstance(tree, dict) or tree.get("format") != FORMAT:
             raise ValueError(f"checkpoint: got {path}, expected a checkpoint of format {FORMAT}")
         got = f"checkpoint: got {path} with"
-        same_shapes(tree["student"], _state(bare), got + " the student's")
+        same_shapes(tree["student"], bare_state(student), got + " the student's")
         current = {
             "terms": parts.objective.names,
             "teacher": self._identity,
@@ -203,7 +203,7 @@ class Checkpoints:
             saved, expected = (unpack(pack(x, {}), {}) for x in (tree[name], value))
             if saved != expected:
                 raise ValueError(f"{got} {name} {shown(saved)}, expected {expected!r}")
-        same_shapes(tree["modules"], _state(modules), got + " the terms'")
+        same_shapes(tree["modules"], bare_state(modules), got + " the terms'")
         groups = tree["optimizer_state"]["param_groups"]
         sizes = [len(group["params"]) for group in groups]
         own_sizes = [len(group["params"]) for group in parts.optimizer.param_groups]
@@ -219,8 +219,8 @@ class Checkpoints:
         if drawn != ready:
             raise ValueError(f"{got} a loader of {drawn} random generators, expected {ready}")
 
-        bare.load_state_dict(tree["student"])
-        modules.load_state_dict(tree["modules"])
+        load_bare_state(student, tree["student"])
+        load_bare_state(modules, tree["modules"])
         parts.optimizer.load_state_dict(tree["optimizer_state"])
         parts.rates.restore(tree["rates"])
         parts.scaler.load_state_dict(tree["scaler"])
@@ -273,10 +273,6 @@ def epoch_batches(
     else:  # the order is drawn once more, what was used is left out, then time goes on
         set_random_state(position.epoch_start, loader, device)
     return batches(loader, when, position.used, catch_up)
-
-
-def _state(model: nn.Module) -> dict[str, Any]:
-    return dict(model.state_dict())
 
 
 def pack(tree: Any, tensors: dict[str, Tensor], at: str = "") -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import warnings
@@ -29,6 +30,30 @@ class _Watched(Outputs):
         return object.__getattribute__(self, name)
 
 
+@functools.cache
+def _watched_class(batch_class: type[Any]) -> Any:
+    """A subclass of a class of batches that notes whether anybody reads the teacher's output."""
+
+    def look(self: Any, name: str) -> Any:
+        if name == "teacher":
+            object.__setattr__(self, "noted", True)
+        return object.__getattribute__(self, name)
+
+    members = {"__slots__": ("noted",), "__getattribute__": look}
+    return type(batch_class.__name__, (batch_class,), members)
+
+
+def _watched_batch(batch: Batch) -> Batch:
+    if batch.teacher is None:
+        return batch
+    batch_class: Any = type(batch)
+    twin: Any = object.__new__(_watched_class(batch_class))
+    names = [field.name for field in dataclasses.fields(batch)]
+    for name in dict.fromkeys((*names, *getattr(batch, "__dict__", ()))):
+        setattr(twin, name, getattr(batch, name))
+    return twin
+
+
 class RunWarnings:
     """Looks at the first step, and at the losses of the first epoch; later it costs nothing.
 
@@ -41,13 +66,16 @@ class RunWarnings:
         self._watching, self._seen, self._first = True, False, True
         self._width = 0
 
-    def watch(self, student: Outputs, teacher: Outputs, batch: Batch) -> Outputs:
-        """The teacher's outputs for the terms; ValueError for weights in a teacher's place."""
+    def watch(self, student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
+        """The teacher's outputs and the batch for the terms.
+
+        ValueError for weights in a teacher's place.
+        """
         # without a role: a student without logits, of several heads, is the terms' business
         logits = Outputs(student.raw).logits
         _no_weights(logits, batch.teacher)
         if not self._watching:
-            return teacher
+            return teacher, batch
         if self._first:
             self._first = False
             shape: tuple[int, ...] = getattr(logits, "shape", ())
@@ -55,18 +83,20 @@ class RunWarnings:
             _copies(logits, batch)
         if self.objective.plain is not None:
             self._watching = False  # a function is given everything, whatever it reads
-            return teacher
-        return _Watched(teacher.raw, teacher.features, teacher.members, teacher.role)
+            return teacher, batch
+        outputs = _Watched(teacher.raw, teacher.features, teacher.members, teacher.role)
+        return outputs, _watched_batch(batch)
 
     def read(self, teacher: Outputs, batch: Batch) -> None:
-        """After the terms had `teacher`."""
+        """After the terms had both, as `watch` gave them."""
         if not isinstance(teacher, _Watched):
             return
         tokens = batch.tokens
         if not isinstance(tokens, Tensor) and not tokens:
             return  # terms have been left out
         self._watching = False
-        if getattr(teacher, "noted", False) or _learns(self.teacher):
+        noted = getattr(teacher, "noted", False) or getattr(batch, "noted", False)
+        if noted or _learns(self.teacher):
             return
         is_stored = isinstance(self.teacher, (BatchTeacher, CachedTeacher))
         if is_stored and batch.teacher is not None:

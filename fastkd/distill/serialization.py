@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .batch import bare_names
+from .batch import bare_names, bare_state
 from .distributed import full_tensor
 from .sharded_checkpoint import placed_like
 
@@ -39,9 +39,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Any = None) -
     Raises:
         TypeError, ValueError: metadata or a state that the format cannot hold.
     """
-    state = model.state_dict()
-    names = bare_names(model, state)
-    save_state({names[name]: full_tensor(x) for name, x in state.items()}, path, metadata)
+    save_state({name: full_tensor(x) for name, x in bare_state(model).items()}, path, metadata)
 
 
 def save_state(state: Mapping[str, Any], path: str | os.PathLike[str], metadata: Any) -> None:

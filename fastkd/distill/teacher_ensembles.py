@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .batch import Batch, Outputs, forward, unwrap
+from .batch import Batch, Outputs, bare_state, forward, load_bare_state, unwrap
 from .distributed import Ranks
 from .hooks import Hooks
 from .objective import Objective
@@ -83,14 +83,14 @@ class PeerTeacher(Teacher):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "model": unwrap(self.model).state_dict(),
-            "modules": self.objective.modules.state_dict(),
+            "model": bare_state(self.model),
+            "modules": bare_state(self.objective.modules),
             "optimizer": self.optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        unwrap(self.model).load_state_dict(state["model"])
-        self.objective.modules.load_state_dict(state["modules"])
+        load_bare_state(self.model, state["model"])
+        load_bare_state(self.objective.modules, state["modules"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def identity(self) -> Any:

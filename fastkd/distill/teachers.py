@@ -14,7 +14,18 @@ from torch import Tensor, nn
 
 from fastkd.arguments.messages import shown
 
-from .batch import Batch, Outputs, forward, in_eval, mapped, tensors, to, unwrap
+from .batch import (
+    Batch,
+    Outputs,
+    bare_state,
+    forward,
+    in_eval,
+    load_bare_state,
+    mapped,
+    tensors,
+    to,
+    unwrap,
+)
 from .distributed import class_name, full_tensor, is_dtensor, matching_shards, reshard
 from .hooks import Hooks
 from .serialization import array
@@ -167,10 +178,10 @@ class EMATeacher(ModelTeacher):
             a.copy_(b)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.model.state_dict()
+        return bare_state(self.model)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state)
+        load_bare_state(self.model, state)
 
     def identity(self) -> Any:
         return ["EMATeacher", self.decay]
@@ -273,9 +284,9 @@ def stacked(rows: Sequence[Any]) -> Any:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of a model's state, in hexadecimal."""
+    """SHA-256 over bare names, shapes, dtypes and bytes of a model's state, in hexadecimal."""
     digest = hashlib.sha256()
-    for name, value in sorted(unwrap(model).state_dict().items()):
+    for name, value in sorted(bare_state(model).items()):
         digest.update(json.dumps([name, str(getattr(value, "dtype", "")), None]).encode())
         if isinstance(value, Tensor):
             flat = full_tensor(value.detach()).cpu().contiguous().view(-1)

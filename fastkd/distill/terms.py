@@ -112,12 +112,20 @@ def hard(weight: Weight = 1.0, *, label_smoothing: float = 0.0, name: str = "har
             )
         if isinstance(logits, Tensor):
             labels = class_numbers(name, logits, labels, f"term {name!r}: ")
-        return F.cross_entropy(
-            logits.flatten(0, -2),
-            labels.flatten(),
-            ignore_index=IGNORED,
-            label_smoothing=label_smoothing,
-        )
+        try:
+            return F.cross_entropy(
+                logits.flatten(0, -2),
+                labels.flatten(),
+                ignore_index=IGNORED,
+                label_smoothing=label_smoothing,
+            )
+        except IndexError as error:  # on the CPU; it names one label, and not what it is for
+            kept = labels[labels != IGNORED]
+            raise IndexError(
+                f"term {name!r}: labels: got class numbers from {int(kept.min())} to "
+                f"{int(kept.max())}, expected 0 to {logits.size(-1) - 1}, the student's logits "
+                f"{list(logits.shape)}, or {IGNORED} for a row without a label"
+            ) from error
 
     return Term(name, function, weight)
 

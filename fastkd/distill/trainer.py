@@ -12,7 +12,9 @@ what they tell each other.
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.arguments.messages import shown
+from fastkd.arguments.numbers import whole
 
 from .batch import Batch, Outputs, device_of, forward, moved, restored_modes
 from .checkpoint import Checkpoints, Parts, Position, epoch_batches
@@ -120,6 +123,7 @@ def train(
     Paper: Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
     """
     _check_numbers(epochs, amp, accumulate, clip_norm)
+    _check_functions(log, schedule=schedule, transform=transform, validate=validate)
     where = device_of(student) if device is None else torch.device(device)
     ranks = Ranks(student)
     stepper = stepping(accelerator, where, amp, ranks)
@@ -200,9 +204,9 @@ def train(
                 run_warnings.epoch(record.steps)
             position.epoch, position.used = epoch + 1, 0
             if validate is not None:
-                metric = ranks.number(float(validate(student)), where)
+                metric = ranks.number(_metric(validate(student)), where)
                 record.tell({"metric": metric})
-                _keep_best(metric, position, parts, checkpoint)
+                _keep_best(metric, epoch, position, parts, checkpoint)
         if checkpoint:
             checkpoint.write(position, parts)
     return record.steps
@@ -225,7 +229,7 @@ def _micro_batch(
             teacher_outputs = check_device(teacher(batch), parts.device)
             raw = forward(parts.student, batch.inputs)
             student_outputs = Outputs(raw, hooks.take(), role="student")
-            teacher_outputs = run_warnings.watch(student_outputs, teacher_outputs, batch)
+            teacher_outputs, batch = run_warnings.watch(student_outputs, teacher_outputs, batch)
             loss, terms = parts.objective(student_outputs, teacher_outputs, batch)
             run_warnings.read(teacher_outputs, batch)
         stepper.backward(loss)
@@ -235,23 +239,53 @@ def _micro_batch(
 
 
 def _keep_best(
-    metric: float, position: Position, parts: Parts, checkpoint: Checkpoints | None
+    metric: float, epoch: int, position: Position, parts: Parts, checkpoint: Checkpoints | None
 ) -> None:
-    if position.best is None or metric > position.best:
+    if not math.isfinite(metric):  # NaN would stay the best: nothing is above it
+        warnings.warn(
+            f"validate: got {metric} after epoch {epoch}, which is never the best; expected a "
+            "finite number",
+            stacklevel=3,
+        )
+    elif position.best is None or metric > position.best:
         position.best = metric
         if checkpoint:
             checkpoint.write_best(parts, metric, position.step)
 
 
+def _check_count(name: str, value: Any) -> None:
+    if whole(value) is None or value < 1:
+        raise ValueError(f"{name}: got {shown(value)}, expected an integer >= 1")
+
+
+def _check_functions(log: Any, **functions: Any) -> None:
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}: got {shown(function)}, expected a function or None")
+    for logger in (log,) if callable(log) or isinstance(log, str) else log or ():
+        if not callable(logger):
+            raise TypeError(
+                f"log: got {shown(logger)}, expected a function of (values, step), such as "
+                "distill.CSVLogger('run.csv')"
+            )
+
+
+def _metric(value: Any) -> float:
+    """What `validate` has returned, as a number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"validate: got {shown(value)} from it, expected a number") from error
+
+
 def _check_numbers(
     epochs: int, amp: torch.dtype | None, accumulate: int | None, clip_norm: float | None
 ) -> None:
-    if epochs < 1:
-        raise ValueError(f"epochs: got {shown(epochs)}, expected an integer >= 1")
+    _check_count("epochs", epochs)
     if amp not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"amp: got {shown(amp)}, expected torch.bfloat16, torch.float16 or None")
-    if accumulate is not None and accumulate < 1:
-        raise ValueError(f"accumulate: got {shown(accumulate)}, expected an integer >= 1")
+    if accumulate is not None:
+        _check_count("accumulate", accumulate)
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm: got {shown(clip_norm)}, expected > 0 or None")
 
@@ -268,6 +302,8 @@ def _optimizer(
     if optimizer is None:
         student_parameters = [p for p in student.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW([{"params": student_parameters}], lr=lr)
+    else:
+        _check_optimizer(optimizer, [*student.parameters(), *learnt])
     in_optimizer = {p for group in optimizer.param_groups for p in group["params"]}
     if missing := {
         n: p for n, p in objective.modules.named_parameters() if p in learnt - in_optimizer
@@ -282,6 +318,27 @@ def _optimizer(
             "models use has requires_grad False and is not in the optimizer"
         )
     return optimizer
+
+
+def _check_optimizer(optimizer: Any, weights: Sequence[nn.Parameter]) -> None:
+    """TypeError or ValueError for an optimizer that cannot step, or of nothing that learns here."""
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"optimizer: got {shown(optimizer)}, expected a torch optimizer over the student's "
+            "parameters, such as torch.optim.AdamW(student.parameters())"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "optimizer: got LBFGS, whose step computes the loss again; expected one that steps "
+            "once on a gradient"
+        )
+    here = {p for group in optimizer.param_groups for p in group["params"]}
+    if here.isdisjoint(weights):
+        raise ValueError(
+            f"optimizer: got {len(here)} parameters, none of them the student's, which would not "
+            "learn; expected an optimizer made over this very student (a copy of it, and one that "
+            "fully_shard has put in shards since, has other parameters)"
+        )
 
 
 def _join(optimizer: Any, missing: dict[str, nn.Parameter]) -> None:

@@ -22,39 +22,39 @@ from torch import Tensor
 
 from fastkd.backends import reference
 from fastkd.backends.base import (
+    Backend,
     LossSpec,
+    Rows,
     TopKRows,
-    Trips,
     acc_dtype,
-    host_passes,
-    rows,
-    transformed,
-    trip,
+    rows_of,
 )
-from fastkd.engine.reduction import Rows
+from fastkd.backends.choice import in_functorch
 
 
 def dual(spec: LossSpec) -> LossSpec:
     """The spec whose student's gradient is the teacher's gradient of `spec`; no hard term."""
-    entry = reference.entry(spec).exchanged()
-    assert entry is not None, "losses.py sends a divergence without a dual to the reference"
-    return spec._replace(divergence=entry.name, param=entry.param, hard=0.0, smoothing=0.0)
+    exchanged = reference.dual(spec)
+    assert exchanged is not None, "losses.py sends a divergence without a dual to the reference"
+    return exchanged
 
 
 def _loss(
-    passes: Trips,
+    backend: Backend,
     student: Tensor,
     teacher: Tensor | TopKRows,
     spec: LossSpec,
     folded: Rows,
     grad: Tensor | None = None,
 ) -> Tensor:
-    other = teacher if isinstance(teacher, TopKRows) else rows(teacher)
-    return trip(passes, rows(student), other, spec, folded, None if grad is None else rows(grad))
+    into = None if grad is None else rows_of(grad)
+    if isinstance(teacher, TopKRows):
+        return backend.topk(rows_of(student), teacher, spec, folded, into)
+    return backend.fused(rows_of(student), rows_of(teacher), spec, folded, into)
 
 
 def _total(
-    passes: Trips,
+    backend: Backend,
     student: Tensor,
     teacher: Tensor | TopKRows,
     spec: LossSpec,
@@ -62,29 +62,28 @@ def _total(
     grad: Tensor | None,
 ) -> Tensor:
     """factor * sum of scale * loss, a 0-d tensor in acc dtype; the gradient into `grad`."""
-    host = host_passes(passes)
-    if host is not None and not isinstance(teacher, TopKRows):
-        return host.fused_total(student, teacher, spec, *folded, grad)
-    loss = _loss(passes, student, teacher, spec, folded, grad)
-    return passes.total(loss, folded.scale, folded.factor)
+    if not isinstance(teacher, TopKRows):
+        return backend.fused_total(student, teacher, spec, folded, grad)
+    loss = _loss(backend, student, teacher, spec, folded, grad)
+    return backend.total(loss, folded.scale, folded.factor)
 
 
 def _gradient(
-    passes: Trips,
+    backend: Backend,
     student: Tensor,
     teacher: Tensor | TopKRows,
     spec: LossSpec,
     folded: Rows,
 ) -> Tensor:
     """The gradient in the student's shape."""
-    grad = passes.empty_gradient(student)
-    _loss(passes, student, teacher, spec, folded, grad)
+    grad = backend.empty_gradient(student)
+    _loss(backend, student, teacher, spec, folded, grad)
     return grad
 
 
-def whole(passes: Trips) -> None:
+def whole(backend: Backend) -> None:
     """Refuse a gradient of a gradient over a split vocabulary."""
-    if hasattr(passes, "group"):
+    if backend.group is not None:
         raise NotImplementedError(
             "group: create_graph=True (double backward) and batched gradients over a split "
             "vocabulary are not supported; gather the logits and leave group out"
@@ -158,17 +157,17 @@ class _FusedTotal(torch.autograd.Function):
         ctx: Any,
         student: Tensor,
         teacher: Tensor | TopKRows,
-        call: tuple[Trips, LossSpec, Rows, bool],
+        call: tuple[Backend, LossSpec, Rows, bool],
     ) -> Tensor:
-        passes, spec, folded, inplace = call
+        backend, spec, folded, inplace = call
         need_s, need_t, _ = ctx.needs_input_grad
         grad_s = grad_t = None
         if need_t and isinstance(teacher, Tensor):
             # first: an inplace student is gone after its own gradient
-            grad_t = _gradient(passes, teacher, student, dual(spec), folded)
+            grad_t = _gradient(backend, teacher, student, dual(spec), folded)
         if need_s:
-            grad_s = student.detach() if inplace else passes.empty_gradient(student)
-        total = _total(passes, student, teacher, spec, folded, grad_s)
+            grad_s = student.detach() if inplace else backend.empty_gradient(student)
+        total = _total(backend, student, teacher, spec, folded, grad_s)
         if need_s and inplace:
             # whoever saved these logits for a backward of his own must hear that they changed
             torch.autograd.graph.increment_version(student)
@@ -181,7 +180,7 @@ class _FusedTotal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() or transformed(upstream):  # a vmap over upstream, say
+        if torch.is_grad_enabled() or in_functorch(upstream):  # a vmap over upstream, say
             grads = _FusedTotal._graph(ctx, upstream)
         elif ctx.first is None:
             grads = _FusedTotal._first(ctx, upstream)
@@ -191,13 +190,13 @@ class _FusedTotal(torch.autograd.Function):
 
     @staticmethod
     def _first(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
-        passes, _, _, inplace = ctx.call
+        backend, _, _, inplace = ctx.call
         grads = list(ctx.grads)
         if inplace:
             _FusedTotal._check_untouched(ctx)
         for grad in grads:
             if grad is not None:
-                passes.multiply(grad, upstream)
+                backend.multiply(grad, upstream)
         ctx.first = upstream.clone() if inplace else upstream
         # an inplace gradient lives in the caller's logits, which a second backward has to find
         ctx.grads = (grads[0] if inplace else None, None)
@@ -214,7 +213,7 @@ class _FusedTotal(torch.autograd.Function):
 
     @staticmethod
     def _again(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
-        passes, spec, folded, inplace = ctx.call
+        backend, spec, folded, inplace = ctx.call
         need_s, need_t, _ = ctx.needs_input_grad
         if inplace and need_s:
             _FusedTotal._check_untouched(ctx)
@@ -233,19 +232,19 @@ class _FusedTotal(torch.autograd.Function):
         student, teacher = _saved_sides(ctx)
         grads: list[Tensor | None] = [None, None]
         if need_s:
-            grads[0] = _gradient(passes, student, teacher, spec, folded)
+            grads[0] = _gradient(backend, student, teacher, spec, folded)
         if need_t:
-            grads[1] = _gradient(passes, teacher, student, dual(spec), folded)
+            grads[1] = _gradient(backend, teacher, student, dual(spec), folded)
         for grad in grads:
             if grad is not None:
-                passes.multiply(grad, upstream)
+                backend.multiply(grad, upstream)
         return grads
 
     @staticmethod
     def _graph(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
-        passes, spec, folded, inplace = ctx.call
+        backend, spec, folded, inplace = ctx.call
         need_s, need_t, _ = ctx.needs_input_grad
-        whole(passes)
+        whole(backend)
         if inplace and need_s:
             raise RuntimeError(
                 "inplace=True has overwritten the student's logits, which create_graph=True "
@@ -269,7 +268,7 @@ def _in_graph(student: Tensor, teacher: Tensor | TopKRows) -> bool:
 
 
 def fused_total(
-    passes: Trips,
+    backend: Backend,
     student: Tensor,
     teacher: Tensor | TopKRows,
     spec: LossSpec,
@@ -278,10 +277,10 @@ def fused_total(
 ) -> Tensor:
     """factor * sum of scale * (loss of each row), a 0-d tensor in acc dtype."""
     if _in_graph(student, teacher):
-        if inplace and rows(student).data_ptr() != student.data_ptr():
+        if inplace and rows_of(student).data_ptr() != student.data_ptr():
             inplace = False  # strides that no view of rows has: read from a copy, so written anew
-        return _FusedTotal.apply(student, teacher, (passes, spec, folded, inplace))
-    return _total(passes, student, teacher, spec, folded, None)
+        return _FusedTotal.apply(student, teacher, (backend, spec, folded, inplace))
+    return _total(backend, student, teacher, spec, folded, None)
 
 
 class _RowLoss(torch.autograd.Function):
@@ -292,7 +291,7 @@ class _RowLoss(torch.autograd.Function):
         teacher: Tensor | TopKRows,
         keep: Tensor | None,
         label: Tensor | None,
-        call: tuple[Trips, LossSpec],
+        call: tuple[Backend, LossSpec],
     ) -> Tensor:
         _save_sides(ctx, student, teacher, keep, label)
         ctx.call = call
@@ -301,13 +300,13 @@ class _RowLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         student, teacher, keep, label = _saved_sides(ctx)
-        needs, (passes, spec) = ctx.needs_input_grad[:2], ctx.call
-        if torch.is_grad_enabled() or transformed(upstream):
-            whole(passes)
+        needs, (backend, spec) = ctx.needs_input_grad[:2], ctx.call
+        if torch.is_grad_enabled() or in_functorch(upstream):
+            whole(backend)
             by = upstream.reshape(-1)
             grads = differentiable(student, teacher, spec, flat(keep), flat(label), by, needs)
         else:
-            grad_of = partial(eager_grad, passes)
+            grad_of = partial(eager_grad, backend)
             grads = row_gradients(student, teacher, keep, label, upstream, spec, needs, grad_of)
         return (*grads, None, None, None)
 
@@ -332,7 +331,7 @@ def row_gradients(
 
 
 def row_loss(
-    passes: Trips,
+    backend: Backend,
     student: Tensor,
     teacher: Tensor | TopKRows,
     spec: LossSpec,
@@ -342,12 +341,12 @@ def row_loss(
     """Loss of each row, in the leading shape of the student; the gradient waits for backward."""
     if _in_graph(student, teacher):
         # a registered operator costs some 10 us a call more than this, as much as a small loss
-        return _RowLoss.apply(student, teacher, keep, label, (passes, spec))
-    return eager_loss(passes, student, teacher, keep, label, spec)
+        return _RowLoss.apply(student, teacher, keep, label, (backend, spec))
+    return eager_loss(backend, student, teacher, keep, label, spec)
 
 
 def eager_loss(
-    passes: Trips,
+    backend: Backend,
     student: Tensor,
     teacher: Tensor | TopKRows,
     keep: Tensor | None,
@@ -355,11 +354,11 @@ def eager_loss(
     spec: LossSpec,
 ) -> Tensor:
     folded = Rows(flat(keep), flat(label), None, 1.0)
-    return _loss(passes, student, teacher, spec, folded).view(student.shape[:-1])
+    return _loss(backend, student, teacher, spec, folded).view(student.shape[:-1])
 
 
 def eager_grad(
-    passes: Trips,
+    backend: Backend,
     student: Tensor,
     teacher: Tensor | TopKRows,
     keep: Tensor | None,
@@ -370,7 +369,7 @@ def eager_grad(
     """Gradient of sum(scale * loss of each row) in the student's shape and dtype."""
     scale = scale.resolve_neg().reshape(-1).to(acc_dtype(student, teacher)).contiguous()
     folded = Rows(flat(keep), flat(label), scale, 1.0)
-    return _gradient(passes, student, teacher, spec, folded)
+    return _gradient(backend, student, teacher, spec, folded)
 
 
 def flat(x: Tensor | None) -> Tensor | None:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd.backends.base import LossSpec, TopKRows, Trips, chunks, rows, trip
-from fastkd.engine.reduction import Rows
+from fastkd.backends.base import Backend, LossSpec, Rows, TopKRows, chunks, rows_of
 from fastkd.engine.sums import Sum, buffer
 from fastkd.operands import Head
 
@@ -68,16 +68,16 @@ class Linear:
         keep: Tensor | None,
         wants: Wants,
         boost: float,
-        passes: Trips,
+        backend: Backend,
     ) -> None:
         hidden, weight, bias = tensors
         assert hidden is not None and weight is not None
-        self.given, self.head, self.vocab, self.passes = tensors, head, vocab, passes
+        self.given, self.head, self.vocab, self.backend = tensors, head, vocab, backend
         self.hidden = hidden.reshape(-1, hidden.size(-1))
         self.weight = weight[:vocab].to(head.dtype)
         self.bias = None if bias is None else bias[:vocab].to(head.dtype)
         # of all ranks, where they share a vocabulary: their chunks must be the same rows
-        self.widest: int = getattr(passes, "widest", vocab)
+        self.widest = vocab if backend.widest is None else backend.widest
         self.index, self.wants, self.any = index, wants, any(wants)
         self.keep = keep if self.any else None
         self.boost = boost if head.dtype == torch.float16 else 1.0
@@ -99,16 +99,16 @@ class Linear:
         """wait: the weight's product of the only chunk is left to `finish`."""
         shape, device = (step, -(-self.vocab // ALIGN) * ALIGN), self.device
         dtype, once = self.dtype, step >= n
-        self.buffers = [buffer(self.passes, shape, dtype, device) for _ in range(self.count)]
+        self.buffers = [buffer(self.backend, shape, dtype, device) for _ in range(self.count)]
         for memory in self.buffers:
             # torch 2.13's bfloat16 product on a CPU with AMX reads on behind a row's end, times 0
             memory[:, self.vocab :].zero_()
         self.wait = wait and once and dtype != torch.float16
         for at, x in enumerate(self.given[1:]):
             if self.wants[at + 1] and x is not None:
-                self.grads[at] = Sum(x, dtype, self.vocab, once, self.passes)
+                self.grads[at] = Sum(x, dtype, self.vocab, once, self.backend)
         if self.wants[0]:
-            self.grad = buffer(self.passes, self.hidden.shape, self.hidden.dtype, device)
+            self.grad = buffer(self.backend, self.hidden.shape, self.hidden.dtype, device)
             if self.index is not None or n == 0:
                 self.grad.zero_()
 
@@ -170,7 +170,7 @@ class Linear:
         grads: list[Tensor | None] = [None] * len(self.given)
         if self.wants[0]:
             if by is not None:
-                self.passes.multiply(self.grad, by)
+                self.backend.multiply(self.grad, by)
             assert self.given[0] is not None
             grads[0] = self.grad.view(self.given[0].shape)
         for at, total in enumerate(self.grads):
@@ -192,14 +192,14 @@ class Dense:
     boost = factor = 1.0
     row_bytes = staticmethod(lambda spare: 0)
 
-    def __init__(self, x: Tensor, index: Tensor | None, want: bool, passes: Trips):
-        self.given, self.x, self.passes = x, rows(x), passes
+    def __init__(self, x: Tensor, index: Tensor | None, want: bool, backend: Backend):
+        self.given, self.x, self.backend = x, rows_of(x), backend
         self.index, self.any, self.dtype, self.device = index, want, x.dtype, x.device
         self.copied = index is not None or self.x.size(0) != 1
 
     def start(self, n: int, step: int, wait: bool) -> None:
         if self.any:
-            self.full = self.passes.empty_gradient(self.given)
+            self.full = self.backend.empty_gradient(self.given)
             self.grad = self.full.view(-1, self.full.size(-1))
             if self.index is not None:
                 self.grad.zero_()
@@ -228,7 +228,7 @@ class Dense:
         if not self.any:
             return [None]
         if by is not None:
-            self.passes.multiply(self.full, by)
+            self.backend.multiply(self.full, by)
         return [self.full]
 
 
@@ -259,12 +259,12 @@ Side = Linear | Dense | Stored
 
 
 def run(
-    passes: Trips,
+    backend: Backend,
     student: Linear | Dense,
     teacher: Side | None,
     plans: tuple[LossSpec, LossSpec | None],
     n: int,
-    folded: Rows,
+    rows: Rows,
     asked: int | None,
     wait: bool,
 ) -> Tensor:
@@ -275,7 +275,8 @@ def run(
     asked: rows of a chunk.
     """
     spec, exchanged = plans
-    keep, label, scale, factor = folded
+    keep, label, scale, factor = rows
+    row_pass: Any = backend.topk if isinstance(teacher, Stored) else backend.fused
     both = student.any and teacher is not None and teacher.any
     sides = [side for side in (student, teacher) if side is not None]
     row_bytes = sum(side.row_bytes(both and side is teacher) for side in sides)
@@ -299,17 +300,17 @@ def run(
             if teacher.any and not isinstance(teacher, Stored) and isinstance(t, Tensor):
                 assert exchanged is not None
                 if not student.any:
-                    loss[at] = trip(passes, rows_s, rows_t, spec, unscaled, None)
+                    loss[at] = row_pass(rows_s, rows_t, spec, unscaled, None)
                 to_t = teacher.target(at, t, last=not student.any)
                 by = Rows(kept, None, scales, factor * teacher.factor)
-                trip(passes, t.unsqueeze(0), rows_s, exchanged, by, to_t.unsqueeze(0))
+                row_pass(t.unsqueeze(0), rows_s, exchanged, by, to_t.unsqueeze(0))
         if student.any:
             to_s = student.target(at, s, last=True).unsqueeze(0)
             by = Rows(kept, labels, scales, factor * student.factor)
-            loss[at] = trip(passes, rows_s, rows_t, spec, by, to_s)
+            loss[at] = row_pass(rows_s, rows_t, spec, by, to_s)
             student.add(at, to_s[0])
         elif to_t is None:
-            loss[at] = trip(passes, rows_s, rows_t, spec, unscaled, None)
+            loss[at] = row_pass(rows_s, rows_t, spec, unscaled, None)
         if to_t is not None:
             assert not isinstance(teacher, Stored) and teacher is not None
             teacher.add(at, to_t)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from fastkd import topk
 from fastkd.backends import reference
-from fastkd.backends.base import LossSpec, TopKRows, Trips, acc_dtype, pick, transformed
+from fastkd.backends.base import Backend, LossSpec, Rows, TopKRows, acc_dtype
+from fastkd.backends.choice import in_functorch, pick
 from fastkd.engine import linear_autograd
 from fastkd.engine.autograd import flat
 from fastkd.engine.linear_autograd import Call, trip
-from fastkd.engine.reduction import Rows, fold, mask, reduce, wants_grad
+from fastkd.engine.reduction import fold, mask, reduce, wants_grad
 from fastkd.operands import Head, LinearLogits, Operand, Teacher, TopK
 from fastkd.parallel.layout import no_teacher_gradient
 
@@ -34,7 +35,7 @@ def loss(
     weight: Tensor | None,
     reduction: str,
     normalizer: float | Tensor | None,
-    split: Trips | None = None,
+    split: Backend | None = None,
 ) -> Tensor:
     """The loss of checked operands, a LinearLogits on one side or both; split: over ranks."""
     acc = both = acc_dtype(student, teacher)
@@ -45,33 +46,35 @@ def loss(
     elif not isinstance(teacher, TopK):
         other = teacher
     compiling = torch.compiler.is_compiling()
-    passes: Trips = reference if compiling else pick(student.device)
+    backend: Backend = reference.BACKEND if compiling else pick(student.device)
     if split is not None:
-        passes = split
+        backend = split
     teacher_grad = nothing is None and teacher.requires_grad and torch.is_grad_enabled()
     no_dual = isinstance(teacher, TopK) or reference.entry(spec).exchanged() is None
-    plain = (teacher_grad and no_dual) or (transformed() if compiling else passes is reference)
+    plain = (teacher_grad and no_dual) or (
+        in_functorch() if compiling else backend is reference.BACKEND
+    )
     if plain and split is not None:
         raise no_teacher_gradient()
 
     def stored(keep: Tensor | None) -> TopKRows | None:
         if nothing is not None or not isinstance(teacher, TopK):
             return None
-        return topk.topk(teacher, spec.temperature, spec.classes, keep, acc, passes)
+        return topk.topk(teacher, spec.temperature, spec.classes, keep, acc, backend)
 
     if plain or compiling or reduction == "none" or wants_grad(weight, normalizer):
         keep, label, bad = mask(labels, ignore_index, spec.classes)
-        run_rows = _plain_rows if plain else partial(_rows, passes)
+        run_rows = _plain_rows if plain else partial(_rows, backend)
         value = run_rows(student, other, spec, keep, label, stored(keep))
         value = reduce(value, reduction, keep, bad, weight, normalizer, student)
     else:
         vocab = spec.classes
         folded = fold(
-            passes, reduction, labels, ignore_index, vocab, weight, normalizer, student, acc
+            backend, reduction, labels, ignore_index, vocab, weight, normalizer, student, acc
         )
         boost = _boost(reduction, normalizer, student)
         sides = (student,) if other is None else (student, other)
-        value = _total(_call(passes, sides, spec, folded, boost, stored(folded.keep)), sides)
+        value = _total(_call(backend, sides, spec, folded, boost, stored(folded.keep)), sides)
     return value if nothing is None else value.to(both) + nothing.to(both)
 
 
@@ -93,7 +96,7 @@ def _head(x: Operand) -> Head | None:
 
 
 def _call(
-    passes: Trips,
+    backend: Backend,
     sides: tuple[Operand, ...],
     spec: LossSpec,
     folded: Rows,
@@ -102,7 +105,7 @@ def _call(
 ) -> Call:
     heads = (_head(sides[0]), _head(sides[1]) if len(sides) > 1 else None)
     pack = any(isinstance(x, LinearLogits) and x.pack for x in sides)
-    return Call(passes, heads, spec, folded, _asked(sides), pack, boost, stored)
+    return Call(backend, heads, spec, folded, _asked(sides), pack, boost, stored)
 
 
 def _asked(sides: tuple[Operand, ...]) -> int | None:
@@ -130,7 +133,7 @@ def _total(call: Call, sides: tuple[Operand, ...]) -> Tensor:
     if torch.is_grad_enabled() and any(side.requires_grad for side in sides):
         return linear_autograd.Total.apply(call, *tensors)
     work = trip(call, tensors, [False] * len(tensors), wait=False)
-    return call.passes.total(work.loss, work.scale, call.folded.factor)
+    return call.backend.total(work.loss, work.scale, call.folded.factor)
 
 
 def _plain_rows(
@@ -149,7 +152,7 @@ def _plain_rows(
 
 
 def _rows(
-    passes: Trips,
+    backend: Backend,
     student: Operand,
     teacher: Operand | None,
     spec: LossSpec,
@@ -166,7 +169,7 @@ def _rows(
             tensors, heads, spec, keep, label, _asked(sides), stored
         )
     folded = Rows(flat(keep), flat(label), None, 1.0)
-    call = _call(passes, sides, spec, folded, 1.0, stored)
+    call = _call(backend, sides, spec, folded, 1.0, stored)
     if torch.is_grad_enabled() and any(side.requires_grad for side in sides):
         return linear_autograd.RowLoss.apply(call, student.shape[:-1], *tensors)
     return linear_autograd.row_values(call, tensors).view(student.shape[:-1])

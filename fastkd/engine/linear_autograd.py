@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import reference
-from fastkd.backends.base import LossSpec, TopKRows, Trips, pick, transformed, without_autocast
+from fastkd.backends.base import Backend, LossSpec, Rows, TopKRows, without_autocast
+from fastkd.backends.choice import in_functorch, pick
 from fastkd.engine.autograd import dual, flat, save_operands, saved_operands, whole
 from fastkd.engine.chunks import Dense, Linear, Side, Stored, Tensors, Wants, run
 from fastkd.engine.ops import PLAN, columns_contiguous
-from fastkd.engine.reduction import Rows
 from fastkd.operands import Head, build
 
 
@@ -35,7 +35,7 @@ class Call(NamedTuple):
     is stored.
     """
 
-    passes: Trips
+    backend: Backend
     heads: tuple[Head | None, Head | None]
     spec: LossSpec
     folded: Rows
@@ -62,7 +62,7 @@ class Work(NamedTuple):
 
 
 def trip(call: Call, tensors: Tensors, wants: Wants, wait: bool) -> Work:
-    passes, heads, spec, folded, asked, pack, boost, stored = call
+    backend, heads, spec, folded, asked, pack, boost, stored = call
     keep, label, scale, factor = folded
     index = None
     if pack and keep is not None:
@@ -77,10 +77,10 @@ def trip(call: Call, tensors: Tensors, wants: Wants, wait: bool) -> Work:
     for at, head in ((slice(cut), heads[0]), (slice(cut, None), heads[1])):
         own, want = tensors[at], wants[at]
         if head is not None:
-            given.append(Linear(own, head, spec.vocab, index, keep, want, boost, passes))
+            given.append(Linear(own, head, spec.vocab, index, keep, want, boost, backend))
         elif own:
             assert own[0] is not None
-            given.append(Dense(own[0], index, want[0], passes))
+            given.append(Dense(own[0], index, want[0], backend))
     first = tensors[0]
     assert first is not None
     n = first.numel() // first.size(-1) if index is None else index.numel()
@@ -90,7 +90,7 @@ def trip(call: Call, tensors: Tensors, wants: Wants, wait: bool) -> Work:
     plans = spec, dual(spec) if teacher is not None and teacher.any else None
     folded = Rows(keep, label, scale, factor)
     with without_autocast(first.device):
-        loss = run(passes, given[0], teacher, plans, n, folded, asked, wait)
+        loss = run(backend, given[0], teacher, plans, n, folded, asked, wait)
     return Work([*given], loss, scale, index)
 
 
@@ -120,7 +120,7 @@ def _graph(
 
     by: [N] scales of the rows, upstream included; None for `upstream` and folded's.
     """
-    whole(call.passes)
+    whole(call.backend)
     keep, label, scale, factor = call.folded
     first = tensors[0]
     assert first is not None
@@ -147,12 +147,12 @@ class Total(torch.autograd.Function):
         work = trip(call, tensors, ctx.needs_input_grad[1:], wait=True)
         save_operands(ctx, *tensors)
         ctx.call, ctx.work = call, work
-        return call.passes.total(work.loss, work.scale, call.folded.factor)
+        return call.backend.total(work.loss, work.scale, call.folded.factor)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         call, wants = ctx.call, ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() or transformed(upstream):
+        if torch.is_grad_enabled() or in_functorch(upstream):
             return (None, *_graph(call, saved_operands(ctx), wants, None, upstream))
         work, ctx.work = ctx.work, None
         if work is None:  # given away by an earlier backward
@@ -189,7 +189,7 @@ class RowLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         tensors, wants = saved_operands(ctx), ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled() or transformed(upstream):
+        if torch.is_grad_enabled() or in_functorch(upstream):
             by = upstream.reshape(-1)
             return (None, None, *_graph(ctx.call, tensors, wants, by, upstream))
         return (None, None, *_row_gradients(ctx.call, tensors, wants, upstream))
@@ -251,9 +251,9 @@ def _parsed(inputs: tuple[Any, ...]) -> tuple[Call, list[Tensor | None], list[in
             tensors.append(columns_contiguous(x))
             places.append(start)
     folded = Rows(flat(keep), flat(label), None, 1.0)
-    passes = pick(inputs[0].device)
+    backend = pick(inputs[0].device)
     call = Call(
-        passes, (heads[0], heads[1]), LossSpec(*spec), folded, chunk or None, False, 1.0, stored
+        backend, (heads[0], heads[1]), LossSpec(*spec), folded, chunk or None, False, 1.0, stored
     )
     return call, tensors, places
 

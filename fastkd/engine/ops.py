@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.backends.base import LossSpec, TopKRows, acc_dtype, pick
+from fastkd.backends.base import LossSpec, TopKRows, acc_dtype
+from fastkd.backends.choice import pick
 from fastkd.engine.autograd import differentiable, eager_grad, eager_loss, flat, row_gradients
 
 PLAN = (

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.backends.base import Trips, host_passes, on_host, valueless
+from fastkd.backends.base import Backend, Rows, on_host
+from fastkd.backends.choice import valueless
 from fastkd.operands import Operand
 
 _checked: ContextVar[bool] = ContextVar(
@@ -44,15 +45,6 @@ def reads_values(x: Tensor) -> bool:
     return (on_host(x.device) or _checked.get()) and not valueless(x)
 
 
-class Rows(NamedTuple):
-    """keep [N] bool, label [N] int64, scale [N] acc (None: all kept, none, 1) and factor."""
-
-    keep: Tensor | None
-    label: Tensor | None
-    scale: Tensor | None
-    factor: float
-
-
 class Mask(NamedTuple):
     """keep and label in the leading shape; bad marks labels out of range that nobody may read."""
 
@@ -62,7 +54,7 @@ class Mask(NamedTuple):
 
 
 def fold(
-    passes: Trips,
+    backend: Backend,
     reduction: str,
     labels: Tensor | None,
     ignore_index: int,
@@ -85,14 +77,14 @@ def fold(
         return Rows(None, None, None, factor)
     mean = reduction == "mean" and normalizer is None
     keep = label = scale = None
-    if (host := host_passes(passes)) is not None:
+    if backend.on_host:
         kept = n
         if labels is not None:
-            keep, label, kept, wrong = host.count(labels, ignore_index, vocab)
+            keep, label, kept, wrong = backend.count(labels, ignore_index, vocab)
             if wrong >= 0:
                 raise _label_error(label, wrong, ignore_index, vocab)
         if weight is not None:
-            scale = host.weigh(keep, weight, mean, acc)
+            scale = backend.weigh(keep, weight, mean, acc)
         elif mean:
             factor = 1.0 / kept if kept else 0.0
     else:
@@ -112,13 +104,16 @@ def fold(
 def mask(labels: Tensor | None, ignore_index: int, vocab: int) -> Mask:
     """keep and label as tensors.
 
+    Labels are compared as int64: torch would wrap ignore_index to a narrower dtype of theirs, and
+    -100 is 156 as uint8, a label that may count.
+
     Labels out of range raise a ValueError where reading them costs nothing (CPU) or was asked for;
     elsewhere `bad` marks them, and their rows become NaN.
     """
     if labels is None:
         return Mask(None, None, None)
-    keep = labels != ignore_index
     label = labels.to(torch.int64)
+    keep = label != ignore_index
     bad = keep & ((label < 0) | (label >= vocab))
     if not reads_values(labels):
         return Mask(keep, label, bad)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastkd.backends.base import Trips, adds_wide
+from fastkd.backends.base import Backend, adds_wide
 
 BLOCK = 2**18  # elements of a product that is added by hand: it stays in a core's own cache
 
@@ -18,18 +18,18 @@ class Sum:
     once: there is one chunk only, whose product torch accumulates in float32 by itself.
     """
 
-    def __init__(self, like: Tensor, dtype: torch.dtype, vocab: int, once: bool, passes: Trips):
+    def __init__(self, like: Tensor, dtype: torch.dtype, vocab: int, once: bool, backend: Backend):
         # float16 has no room for what waits for the gradient of the loss
         exact = dtype.itemsize >= 4 or (once and dtype == like.dtype != torch.float16)
         self.dtype = dtype if exact else torch.float32
-        self.like, self.vocab, self.passes = like, vocab, passes
+        self.like, self.vocab, self.backend = like, vocab, backend
         self.total: Tensor | None = None
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """total[:vocab] += a @ b, in one row for a bias."""
         first = self.total is None
         if self.total is None:
-            self.total = buffer(self.passes, self.like.shape, self.dtype, self.like.device)
+            self.total = buffer(self.backend, self.like.shape, self.dtype, self.like.device)
             self.total[self.vocab :].zero_()
         into = self.total[: self.vocab]
         into = into if into.dim() == 2 else into.unsqueeze(0)
@@ -51,12 +51,14 @@ class Sum:
         if self.total is None:
             return torch.zeros_like(like, memory_format=torch.contiguous_format)
         if by is not None:
-            self.passes.multiply(self.total, by)
+            self.backend.multiply(self.total, by)
         if self.dtype == like.dtype:
             return self.total
-        return buffer(self.passes, like.shape, like.dtype, like.device).copy_(self.total)
+        return buffer(self.backend, like.shape, like.dtype, like.device).copy_(self.total)
 
 
-def buffer(passes: Trips, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def buffer(
+    backend: Backend, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Memory that the backend may have used before."""
-    return passes.empty_gradient(torch.empty((), dtype=dtype, device=device).expand(shape))
+    return backend.empty_gradient(torch.empty((), dtype=dtype, device=device).expand(shape))

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from fastkd.arguments.messages import kind, shown, sizes, warn_once
 from fastkd.arguments.numbers import WAITS, real, whole
-from fastkd.backends.base import forced
+from fastkd.backends.choice import forced
 from fastkd.operands import DTYPES, LinearLogits, Operand, Teacher, TopK, answers_itself, layout
 
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
@@ -97,7 +97,7 @@ def operands(student: Operand, teacher: Teacher, vocab_size: int | None) -> int:
                 "give vocab_size=n where the function takes it"
             )
         return v_s
-    vocab_size = _vocab_size(vocab_size)
+    vocab_size = columns(vocab_size)
     if not 1 <= vocab_size <= min(v_s, v_t):
         raise ValueError(
             f"vocab_size: got {shown(vocab_size)}, expected 1 <= vocab_size <= {min(v_s, v_t)} "
@@ -114,16 +114,17 @@ def shards(student: Operand, teacher: Teacher, vocab_size: int | None) -> int | 
     """As `operands`, for columns of a vocabulary that is split over ranks: there may be none."""
     _sides(student, teacher, least=0)
     if vocab_size is not None:
-        vocab_size = _vocab_size(vocab_size)
-        if vocab_size < 1:
-            raise ValueError(f"vocab_size: got {shown(vocab_size)}, expected at least 1")
+        vocab_size = columns(vocab_size, least=1)
     return vocab_size
 
 
-def _vocab_size(vocab_size: int) -> int:
+def columns(vocab_size: int, least: int | None = None) -> int:
+    """vocab_size as an int."""
     number = whole(vocab_size)
     if number is None:
         raise TypeError(f"vocab_size: got {kind(vocab_size)}, expected an integer")
+    if least is not None and number < least:
+        raise ValueError(f"vocab_size: got {shown(vocab_size)}, expected at least {least}")
     return number
 
 
@@ -190,13 +191,19 @@ def _readable(name: str, x: object) -> None:
     )
 
 
-def rows(student: Operand, labels: Tensor | None, ignore_index: int, weight: Tensor | None) -> int:
+def ignored(ignore_index: int) -> int:
     """ignore_index as an int."""
     number = whole(ignore_index)
     if number is None:
         raise TypeError(f"ignore_index: got {kind(ignore_index)}, expected an integer")
     if not -(2**63) <= number < 2**63:
         raise ValueError(f"ignore_index: got {shown(ignore_index)}, expected a 64-bit integer")
+    return number
+
+
+def rows(student: Operand, labels: Tensor | None, ignore_index: int, weight: Tensor | None) -> int:
+    """ignore_index as an int."""
+    number = ignored(ignore_index)
     if labels is not None:
         _per_row("labels", labels, "integers", student)
     if weight is not None:

@@ -50,11 +50,11 @@ class _Gathering:
         return self.out
 
 
-Trip = Generator[Tensor, Tensor, None]
+Pass = Generator[Tensor, Tensor, None]
 
 
 def _together(parts: list[Tensor], group: Any) -> _Gathering:
-    """What several trips have to say, as one exchange: one costs more than what it moves."""
+    """What several passes have to say, as one exchange: one costs more than what it moves."""
     x = parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1) for part in parts])
     return _Gathering(x, group, aside=True)
 
@@ -67,33 +67,33 @@ def _apart(got: Tensor, parts: list[Tensor]) -> list[Tensor]:
     return [x.contiguous().view(-1, *part.shape) for x, part in zip(split, parts, strict=True)]
 
 
-def pipelined(trips: Iterable[Trip], most: int, group: Any) -> None:
-    """Runs trips that stop for exchanges, some of them at work while an exchange is under way.
+def pipelined(passes: Iterable[Pass], most: int, group: Any) -> None:
+    """Runs passes that stop for exchanges, some of them at work while an exchange is under way.
 
-    A trip yields what is to be gathered and is sent what came of it, most - 1 times; at most `most`
-    are begun and not over. A round sends off, as one exchange, what the trips in their middle and
+    A pass yields what is to be gathered and is sent what came of it, most - 1 times; at most `most`
+    are begun and not over. A round sends off, as one exchange, what the passes in their middle and
     the one begun last have to say, and goes on with the oldest one's last stage and a new one's
-    first. The order of the exchanges follows from the number of trips alone, as it must on every
+    first. The order of the exchanges follows from the number of passes alone, as it must on every
     rank.
     """
-    waiting = iter(trips)
-    begun: list[tuple[Trip, int, Tensor]] = []  # with the exchanges to come and what is to be sent
-    under_way: list[tuple[Trip, int, Tensor]] = []
+    waiting = iter(passes)
+    begun: list[tuple[Pass, int, Tensor]] = []  # with the exchanges to come and what is to be sent
+    under_way: list[tuple[Pass, int, Tensor]] = []
     exchange: _Gathering | None = None
     while True:
-        going_on, ending = list[tuple[Trip, int, Tensor]](), list[tuple[Trip, Tensor]]()
+        going_on, ending = list[tuple[Pass, int, Tensor]](), list[tuple[Pass, Tensor]]()
         if exchange is not None:
             got = _apart(exchange.result(), [sent for _, _, sent in under_way])
-            for (trip, left, _), part in zip(under_way, got, strict=True):
+            for (one, left, _), part in zip(under_way, got, strict=True):
                 if left:
-                    going_on.append((trip, left - 1, trip.send(part)))
+                    going_on.append((one, left - 1, one.send(part)))
                 else:
-                    ending.append((trip, part))
+                    ending.append((one, part))
         under_way = going_on + begun
         exchange = _together([sent for _, _, sent in under_way], group) if under_way else None
-        for trip, part in ending:
+        for one, part in ending:
             with contextlib.suppress(StopIteration):
-                trip.send(part)
+                one.send(part)
         new = next(waiting, None)
         begun = [] if new is None else [(new, most - 2, next(new))]
         if not (under_way or begun):

@@ -122,7 +122,7 @@ def _denominator(
     labels: Tensor | None, weight: Tensor | None, ignore_index: int, groups: Sequence[Any]
 ) -> Tensor:
     """The sum of the kept rows' weights over all ranks."""
-    keep = None if labels is None else labels != ignore_index
+    keep = None if labels is None else labels.long() != ignore_index  # as in reduction.mask
     if weight is None:
         assert keep is not None
         total = keep.sum().double()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.arguments.messages import kind
-from fastkd.backends.base import Passes, on_host
+from fastkd.backends.base import Backend, on_host
 from fastkd.operands import LinearLogits, Operand, Teacher, TopK
 from fastkd.parallel.collectives import gathered
 from fastkd.parallel.vocab_parallel import Columns, VocabParallel
@@ -72,7 +72,7 @@ def token_count(labels: Tensor, group: Any = None, ignore_index: int = -100) -> 
     Returns:
         0-d float64 on the labels' device, the same on every rank.
     """
-    count = (labels != ignore_index).sum().double()
+    count = (labels.long() != ignore_index).sum().double()  # as in reduction.mask
     if group is not None or (dist.is_available() and dist.is_initialized()):
         dist.all_reduce(count, group=None if group is None else process_group(group))
     return count
@@ -144,14 +144,14 @@ def _layout(
 
 
 def prepare(
-    passes: Passes,
+    backend: Backend,
     group: Any,
     student: Operand,
     teacher: Teacher,
     vocab_size: int | None,
     call: str,
 ) -> tuple[VocabParallel, Operand, Teacher]:
-    """The passes, and the operands as this rank's columns of one vocabulary.
+    """The backend, and the operands as this rank's columns of one vocabulary.
 
     Args:
         vocab_size: columns in use of the whole; None: all.
@@ -161,7 +161,7 @@ def prepare(
         ValueError: ranks that differ in more than their columns, or columns of the teacher that are
             neither the student's nor all of them.
     """
-    layout = _layout(group, student, teacher, vocab_size, call, hasattr(passes, "staged"))
+    layout = _layout(group, student, teacher, vocab_size, call, backend.has_stages)
     rank = dist.get_rank(group)
     for other, said in enumerate(layout):
         for name, mine, theirs in (
@@ -203,7 +203,7 @@ def prepare(
     student = _of_rank(student, group)
     if not isinstance(teacher, TopK):
         teacher = _of_rank(teacher, group)
-    return VocabParallel(passes, group, columns), student, teacher
+    return VocabParallel(backend, group, columns), student, teacher
 
 
 def _cut(x: Operand, columns: Columns, group: Any) -> Operand:

@@ -1,4 +1,4 @@
-"""A vocabulary split over ranks: the passes of a backend with an exchange of sums between them.
+"""Vocabulary parallelism: the passes of a backend with an exchange of sums between them.
 
 Each rank holds the columns [start, start + width) of the student's logits and, of the teacher's,
 the same ones or all. Two exchanges make a row whole, a few numbers a row and never a column:
@@ -7,13 +7,13 @@ the same ones or all. Two exchanges make a row whole, a few numbers a row and ne
     loss over the own columns  ->  (sum of values, sum of centred slopes)       ->  the row's loss
     grad of the own columns
 
-That is the general form. A backend with stages (`StagedPasses`) sends the sums of
-both sides and of the value at once, some rows at a time while the next ones are under way.
+That is the general form. A backend with stages (`Backend.staged`) sends the sums of both sides and
+of the value at once, some rows at a time while the next ones are under way.
 
 An exchange is an all-gather whose parts every rank merges in the order of the ranks, so that all of
-them hold the same bits by construction. `VocabParallel` is `Trips` like any other: the
-drivers run on it as they are. A stored teacher names columns of the whole vocabulary and is the
-same on every rank; what its points need of the student goes through the same exchange.
+them hold the same bits by construction. `VocabParallel` is a backend like any other: the drivers
+run on it as they are. A top-k teacher names columns of the whole vocabulary and is the same on
+every rank; what its points need of the student goes through the same exchange.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkd.backends import reference
-from fastkd.backends.base import LossSpec, Passes, TopKRows, acc_dtype, staged_passes
+from fastkd.backends.base import Backend, LossSpec, Rows, Stats, TopKRows, acc_dtype
 from fastkd.parallel import collectives
 
 INF = float("inf")
-BLOCK = 2**22  # elements of a copy of some rows, for a stored teacher
+BLOCK = 2**22  # elements of a copy of some rows, for a top-k teacher
 
 
 class Columns(NamedTuple):
     """What a rank holds of a vocabulary of `whole` columns: [start, start + own), own >= 0.
 
-    widest: the most that any rank holds. staged: every rank's backend has `StagedPasses`.
+    widest: the most that any rank holds. staged: every rank's backend has stages.
     """
 
     start: int
@@ -45,75 +45,71 @@ class Columns(NamedTuple):
     staged: bool
 
 
-class VocabParallel:
-    """`Trips` over this rank's columns; spec.vocab is their number, spec.classes the whole's."""
+class VocabParallel(Backend):
+    """This rank's columns on a backend; spec.vocab is their number, spec.classes the whole's."""
 
-    def __init__(self, passes: Passes, group: Any, columns: Columns) -> None:
-        self.passes, self.group, self.columns = passes, group, columns
+    def __init__(self, backend: Backend, group: Any, columns: Columns) -> None:
+        self.backend, self.group, self.columns = backend, group, columns
         self.widest = columns.widest
-        self.stages = staged_passes(passes) if columns.staged else None
-        self.total, self.multiply = passes.total, passes.multiply
-        self.empty_gradient = passes.empty_gradient
+
+    def total(self, loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
+        return self.backend.total(loss, scale, factor)
+
+    def empty_gradient(self, like: Tensor) -> Tensor:
+        return self.backend.empty_gradient(like)
+
+    def multiply(self, grad: Tensor, by: Tensor) -> None:
+        self.backend.multiply(grad, by)
 
     def gathered(self, x: Tensor) -> Tensor:
         """[R, ...]: what every rank has, in the order of the ranks."""
         return collectives.gathered(x, self.group)
 
     def fused(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        spec: LossSpec,
-        keep: Tensor | None,
-        label: Tensor | None,
-        scale: Tensor | None,
-        factor: float,
-        grad: Tensor | None,
+        self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
     ) -> Tensor:
-        label = label if spec.hard != 0.0 else None
-        staged = self.stages and self.stages.staged(
-            *(student, teacher, spec, keep, self._label(label, spec), scale, factor, grad),
-            *(collectives.size(self.group), collectives.rank(self.group), self.widest),
-        )
+        label = rows.label if spec.hard != 0.0 else None
+        staged = None
+        if self.columns.staged:
+            own = rows._replace(label=self._label(label, spec))
+            ranks = collectives.size(self.group), collectives.rank(self.group)
+            staged = self.backend.staged(
+                student, teacher, spec, own, grad, *ranks, self.columns.widest
+            )
         if not staged:
-            return self._in_passes(student, teacher, spec, keep, label, scale, factor, grad)
-        loss, redo, trips, waiting = staged
-        collectives.pipelined(trips, waiting, self.group)
+            return self._in_passes(student, teacher, spec, rows, grad)
+        loss, redo, passes, waiting = staged
+        collectives.pipelined(passes, waiting, self.group)
         again = redo.nonzero().squeeze(-1)
         if again.numel():
             at = again // student.size(1), again % student.size(1)
-            own = None if grad is None else grad[at].unsqueeze(0)
-            loss[again] = self._in_passes(
-                *(student[at].unsqueeze(0), teacher[at].unsqueeze(0), spec, None),
+            into = None if grad is None else grad[at].unsqueeze(0)
+            some = Rows(
+                None,
                 None if label is None else label[again],
-                None if scale is None else scale[again],
-                *(factor, own),
+                None if rows.scale is None else rows.scale[again],
+                rows.factor,
             )
-            if grad is not None and own is not None:
-                grad[at] = own[0]
+            s, t = student[at].unsqueeze(0), teacher[at].unsqueeze(0)
+            loss[again] = self._in_passes(s, t, spec, some, into)
+            if grad is not None and into is not None:
+                grad[at] = into[0]
         return loss
 
     def _in_passes(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        spec: LossSpec,
-        keep: Tensor | None,
-        label: Tensor | None,
-        scale: Tensor | None,
-        factor: float,
-        grad: Tensor | None,
+        self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
     ) -> Tensor:
         """The general form: any backend, dtype and row."""
-        acc = acc_dtype(student, teacher)
-        label = label if spec.hard != 0.0 else None
+        acc, keep = acc_dtype(student, teacher), rows.keep
+        label = rows.label if spec.hard != 0.0 else None
         mine = self._label(label, spec)
         stats_s, stats_t, hard, entropy = self._stats(
             student, teacher, spec, keep, label, mine, acc
         )
+        stats = Stats(stats_s, stats_t, hard)
         own = stats_s.new_zeros((stats_s.size(0), 2))
         if spec.vocab:
-            own = self.passes.loss(student, teacher, stats_s, stats_t, spec, keep).to(acc)
+            own = self.backend.loss(student, teacher, stats, spec, rows).to(acc)
         value, slope = self.gathered(own).sum(0).unbind(-1)
         loss = spec.soft * value
         if entropy is not None:
@@ -121,10 +117,8 @@ class VocabParallel:
         if keep is not None:
             loss = torch.where(keep, loss, 0.0)
         if grad is not None and spec.vocab:
-            self.passes.grad(
-                *(student, teacher, stats_s, stats_t, hard, slope.contiguous(), spec),
-                *(keep, mine, scale, factor, grad),
-            )
+            mine_only = rows._replace(label=mine)
+            self.backend.grad(student, teacher, stats, slope.contiguous(), spec, mine_only, grad)
         elif grad is not None:
             grad.zero_()
         return loss
@@ -187,7 +181,7 @@ class VocabParallel:
     ) -> Tensor:
         if spec.vocab:
             x = x.to(acc) if acc == torch.float64 else x  # stats are as wide as what they are of
-            return self.passes.stats(x, temperature, spec.vocab, keep)
+            return self.backend.stats(x, temperature, spec.vocab, keep)
         nothing = x.new_zeros((x.size(0) * x.size(1), 3), dtype=acc)
         nothing[:, 0] = -INF if keep is None else torch.where(keep, -INF, 0.0)
         return nothing
@@ -202,16 +196,9 @@ class VocabParallel:
         return torch.where(flat >= 0, found, 0.0).view(place.shape)
 
     def topk(
-        self,
-        student: Tensor,
-        teacher: TopKRows,
-        spec: LossSpec,
-        keep: Tensor | None,
-        label: Tensor | None,
-        scale: Tensor | None,
-        factor: float,
-        grad: Tensor | None,
+        self, student: Tensor, teacher: TopKRows, spec: LossSpec, rows: Rows, grad: Tensor | None
     ) -> Tensor:
+        keep, label, scale, factor = rows
         acc, count = teacher.logprobs.dtype, teacher.logprobs.size(1)
         label = label if spec.hard != 0.0 else None
         mine = self._label(label, spec)
@@ -259,20 +246,20 @@ class VocabParallel:
         out = grad[0] if grad.size(0) == 1 else torch.empty_like(grad.flatten(0, 1))
         step = max(1, BLOCK // max(spec.vocab, 1))
         for start in range(0, loss.numel(), step):
-            rows = slice(start, start + step)
+            some = slice(start, start + step)
             soft = self._soft_gradient(
-                whole[rows], place[rows], points, slope, tail_slope, pull, restrict, spec, rows
+                whole[some], place[some], points, slope, tail_slope, pull, restrict, spec, some
             )
             if hard is not None:
                 assert mine is not None
                 soft = soft + spec.hard * _hard_gradient(
-                    whole[rows, : spec.vocab].to(acc), hard[rows], mine[rows], spec
+                    whole[some, : spec.vocab].to(acc), hard[some], mine[some], spec
                 )
-            soft = soft * by[rows].unsqueeze(-1)
+            soft = soft * by[some].unsqueeze(-1)
             if keep is not None:
-                soft = torch.where(keep[rows].unsqueeze(-1), soft, 0.0)
-            out[rows, : spec.vocab] = soft.to(out.dtype)
-            out[rows, spec.vocab :] = 0
+                soft = torch.where(keep[some].unsqueeze(-1), soft, 0.0)
+            out[some, : spec.vocab] = soft.to(out.dtype)
+            out[some, spec.vocab :] = 0
         if grad.size(0) != 1:
             grad.copy_(out.view(grad.shape))
         return loss
@@ -293,7 +280,7 @@ class VocabParallel:
             at = torch.where(place[rows] >= 0, place[rows], spec.vocab)
             x = x.scatter(-1, at, -INF)[:, : spec.vocab].contiguous()
             kept = None if keep is None else keep[rows].contiguous()
-            found = self.passes.stats(x.unsqueeze(0), spec.temperature, spec.vocab, kept)
+            found = self.backend.stats(x.unsqueeze(0), spec.temperature, spec.vocab, kept)
             out[rows] = found[:, :2].to(acc)
         return out
 
@@ -333,7 +320,7 @@ class VocabParallel:
 
 
 class _Points:
-    """The stored columns of each row, on both sides, and the rest."""
+    """The teacher's columns of each row, on both sides, and the rest."""
 
     def __init__(
         self, logp: Tensor, x: Tensor, stats: Tensor, tail: tuple[Tensor, Tensor] | None
@@ -369,7 +356,7 @@ class _Points:
 
 
 def _of_points(x: Tensor, temperature: float) -> Tensor:
-    """(max, sum, 0) over the stored columns alone."""
+    """(max, sum, 0) over the teacher's columns alone."""
     top = x.amax(-1)
     total = ((x - _finite(top)[:, None]) / temperature).exp().sum(-1)
     return torch.stack((top, total, torch.zeros_like(top)), -1)

@@ -162,6 +162,7 @@ class Source:
         if target is None:
             return None  # labels
         logits, divisors, notes = read.logits(options["input"])
+        logits = read.joined(logits, options["input"], target.dim)
         student = Softmax(logits, divisors, True, target.dim, notes)
         if student.same(target):
             return None  # an entropy
@@ -311,7 +312,8 @@ class Source:
             hints.append(f"two temperatures ({two[0]} and {two[1]}), each divided in its place")
             for i, side in enumerate((student, teacher)):
                 sides[i] = " / ".join((atom(sides[i]), *(atom(x) for x in side.divisors)))
-        plain = next((x.logits for x in (student, teacher) if "(" not in x.logits), "")
+        names = [x.logits.removesuffix(".contiguous()") for x in (student, teacher)]
+        plain = next((x for x in names if "(" not in x), "")
         if isinstance(dim, int) and dim != -1:
             sides = [f"{atom(x)}.movedim({dim}, -1).contiguous()" for x in sides]
         after = ""

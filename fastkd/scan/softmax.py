@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from fastkd.scan.names import Names, arguments, start, written
 
+# what moves another axis to the last place, whose columns then lie apart
+MOVES = {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "T", "mT"}
 PASSED = {"detach", "float", "double", "to", "clone", "contiguous"}  # the same numbers
 SIGNATURES = {"softmax": ("input", "dim"), "log_softmax": ("input", "dim")}
 TWICE = "a softmax of a softmax"
@@ -120,9 +122,37 @@ class Softmaxes:
             return None
         text, divisors, notes = self.logits(logits, depth)
         axis = constant(dim)
+        text = self.joined(text, logits, axis)
         if axis is not None and (isinstance(axis, (bool, str)) or not isinstance(axis, int)):
             axis = str(axis)
         return Softmax(text, divisors, name == "log_softmax", axis, notes)
+
+    def joined(self, text: str, node: ast.expr, axis: object) -> str:
+        """The text of logits, contiguous where the losses would refuse them as they lie."""
+        return f"{atom(text)}.contiguous()" if axis == -1 and self._apart(node) else text
+
+    def _apart(self, node: ast.expr, depth: int = 16) -> bool:
+        """Whether an expression's columns lie apart in memory."""
+        if depth == 0:
+            return False
+        if (parts := self.divided(node)) is not None:
+            return self._apart(parts[0], depth - 1)
+        if isinstance(node, ast.BinOp):  # the T of self.T on its right is a temperature
+            right = not self._number(node.right) and self._apart(node.right, depth - 1)
+            return right or self._apart(node.left, depth - 1)
+        if isinstance(node, ast.Subscript):
+            last = node.slice.elts[-1] if isinstance(node.slice, ast.Tuple) else node.slice
+            stepped = isinstance(last, ast.Slice) and constant(last.step, 1) != 1
+            return stepped or self._apart(node.value, depth - 1)
+        if isinstance(node, ast.Call):
+            if not isinstance(node.func, ast.Attribute) or node.func.attr == "contiguous":
+                return False
+            name, inner = node.func.attr, node.func.value
+            return name in MOVES or (name in PASSED and self._apart(inner, depth - 1))
+        if isinstance(node, ast.Attribute) and node.attr in MOVES:
+            return True
+        value = self.names.follow(node, self.site)
+        return value is not None and self._apart(value, depth - 1)
 
     def _changed(self, node: ast.expr | None, name: str, depth: int) -> Softmax | None:
         inner = None if node is None else self.read(node, depth - 1)

@@ -7,15 +7,6 @@ except ImportError as error:
         "Triton is not installed; it comes with torch on Linux, or by pip install triton"
     ) from error
 
-from fastkd.backends.gpu.launch import (
-    empty_gradient,
-    fused,
-    grad,
-    loss,
-    multiply,
-    stats,
-    topk,
-    total,
-)
+from fastkd.backends.gpu.launch import BACKEND
 
-__all__ = ["empty_gradient", "fused", "grad", "loss", "multiply", "stats", "topk", "total"]
+__all__ = ["BACKEND"]

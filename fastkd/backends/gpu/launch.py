@@ -1,4 +1,4 @@
-"""The passes of `fastkd.backends.base.Passes` on the row kernels: shapes in, launches out."""
+"""The passes of a `fastkd.backends.base.Backend` on the row kernels: shapes in, launches out."""
 
 from __future__ import annotations
 
@@ -12,11 +12,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.backends.base import LossSpec, TopKRows, acc_dtype, interpreted, on_host, rows
+from fastkd.backends.base import (
+    Backend,
+    LossSpec,
+    Rows,
+    Stats,
+    TopKRows,
+    acc_dtype,
+    interpreted,
+    on_host,
+    rows_of,
+)
 from fastkd.backends.gpu import cooperative, split_rows
 from fastkd.backends.gpu import divergence as pairs
 from fastkd.backends.gpu import rows as kernels
-from fastkd.backends.gpu import topk as stored
+from fastkd.backends.gpu import topk as topk_kernels
 from fastkd.backends.gpu.tune import BYTES_PER_LOAD, OF_PROCESSOR, Tile, registers, tile
 from fastkd.divergence import divergences
 
@@ -37,6 +47,7 @@ if interpreted():
     repair()
 
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
+_EXPECTATION = {name: divergences[name].expectation or "none" for name in divergences}
 
 
 class Card(NamedTuple):
@@ -102,6 +113,23 @@ def _place(suffix: str, x: Tensor) -> dict[str, int]:
 
 def _vector(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def _options(rows: Rows) -> dict[str, Tensor | None]:
+    return dict(keep=_vector(rows.keep), label=_vector(rows.label), scale=_vector(rows.scale))
+
+
+def _stats(stats: Stats) -> dict[str, Tensor]:
+    return dict(stats_s=stats.student.contiguous(), stats_t=stats.teacher.contiguous())
+
+
+def _width(spec: LossSpec, grad: Tensor | None) -> dict[str, int]:
+    return {"vocab": spec.vocab, "width": spec.vocab if grad is None else grad.size(2)}
+
+
+def _wide(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """`acc_dtype` of two tensors, without leaving this file: a call counts its own."""
+    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
 def _tile(
@@ -172,63 +200,6 @@ def _weights(spec: LossSpec, factor: float) -> dict[str, float]:
     }
 
 
-def fused(
-    student: Tensor,
-    teacher: Tensor,
-    spec: LossSpec,
-    keep: Tensor | None,
-    label: Tensor | None,
-    scale: Tensor | None,
-    factor: float,
-    grad: Tensor | None,
-) -> Tensor:
-    acc = acc_dtype(student, teacher)
-    n = student.size(0) * student.size(1)
-    loss = torch.empty(n, dtype=acc, device=student.device)
-    if n == 0:
-        return loss
-    label = label if spec.hard != 0.0 else None
-    size, lanes = _tile(spec.vocab, student, teacher, grad)
-    skew = _shift(spec.vocab, size, student, teacher, student if grad is None else grad)
-    args = {
-        **dict(student=_back(student, skew), teacher=_back(teacher, skew)),
-        **dict(grad=None if grad is None else _back(grad, skew), skew=skew, loss=loss),
-        **dict(keep=_vector(keep), label=_vector(label), scale=_vector(scale)),
-        **dict(vocab=spec.vocab, classes=spec.classes),
-        "width": spec.vocab if grad is None else grad.size(2),
-        **_place("s", student),
-        **_place("t", teacher),
-        **_place("g", student if grad is None else grad),
-        **_scales(spec),
-        **_weights(spec, factor),
-        "DIVERGENCE": _divergence(spec),
-        "EXPECTATION": divergences[spec.divergence].expectation or "none",
-        "UNIT": label is not None and spec.temperature != 1.0,
-        "SMOOTH": label is not None and spec.smoothing != 0.0,
-        "ACC": _ACC[acc],
-        **lanes,
-    }
-    row_bytes = spec.vocab * (student.element_size() + teacher.element_size())
-    columns = size.lanes * size.group
-    # a cluster is another way to the same end; the pattern of MISSING is that of a float32
-    none, arch = size.ctas > 1 or acc == torch.float64, card(student.device).arch
-    light = skew is None and (label is None or args["EXPECTATION"] != "none")
-    most = registers(arch, size.threads, light)
-    holds = None if none else cooperative.capacity(student.device, arch)
-    resident = OF_PROCESSOR // ((most or 64) * size.threads)
-    parts = cooperative.parts(n, spec.vocab, row_bytes, columns, resident, holds)
-    if parts > 1 and _in_teams(args, n, parts, size.threads, most):
-        return loss
-    parts = split_rows.parts(n, spec.vocab, columns, split_rows.processors(student.device))
-    if parts > 1:
-        _in_parts(args, n, parts, size.threads)
-    else:
-        # of aligned rows ptxas takes no more than lets three or four programs be resident
-        args |= {} if skew is None else _registers(most)
-        launch(kernels.fused_kernel, n, args, size.threads, student.device)
-    return loss
-
-
 def _registers(most: int | None) -> dict[str, int]:
     """Triton's option of `tune.registers`."""
     return {} if most is None else {"maxnreg": most}
@@ -282,164 +253,196 @@ def _in_parts(args: dict[str, Any], n: int, parts: int, threads: int) -> None:
             launch(kernel, programs, own, threads, loss.device)
 
 
-def topk(
-    student: Tensor,
-    teacher: TopKRows,
-    spec: LossSpec,
-    keep: Tensor | None,
-    label: Tensor | None,
-    scale: Tensor | None,
-    factor: float,
-    grad: Tensor | None,
-) -> Tensor:
-    logprobs, indices, tail, restrict = teacher
-    acc, (n, count) = logprobs.dtype, logprobs.shape
-    loss = torch.empty(n, dtype=acc, device=student.device)
-    if n == 0:
+class GPU(Backend):
+    """The Triton kernels."""
+
+    def fused(
+        self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
+    ) -> Tensor:
+        acc = _wide(student, teacher)
+        n = student.size(0) * student.size(1)
+        loss = torch.empty(n, dtype=acc, device=student.device)
+        if n == 0:
+            return loss
+        rows = rows if spec.hard != 0.0 else rows._replace(label=None)
+        size, lanes = _tile(spec.vocab, student, teacher, grad)
+        skew = _shift(spec.vocab, size, student, teacher, student if grad is None else grad)
+        args = {
+            **dict(student=_back(student, skew), teacher=_back(teacher, skew)),
+            **dict(grad=None if grad is None else _back(grad, skew), skew=skew, loss=loss),
+            **_options(rows),
+            **_width(spec, grad),
+            "classes": spec.classes,
+            **_place("s", student),
+            **_place("t", teacher),
+            **_place("g", student if grad is None else grad),
+            **_scales(spec),
+            **_weights(spec, rows.factor),
+            "DIVERGENCE": _divergence(spec),
+            "EXPECTATION": _EXPECTATION[spec.divergence],
+            "UNIT": rows.label is not None and spec.temperature != 1.0,
+            "SMOOTH": rows.label is not None and spec.smoothing != 0.0,
+            "ACC": _ACC[acc],
+            **lanes,
+        }
+        row_bytes = spec.vocab * (student.element_size() + teacher.element_size())
+        columns = size.lanes * size.group
+        # a cluster is another way to the same end; the pattern of MISSING is that of a float32
+        none, arch = size.ctas > 1 or acc == torch.float64, card(student.device).arch
+        light = skew is None and (rows.label is None or args["EXPECTATION"] != "none")
+        most = registers(arch, size.threads, light)
+        holds = None if none else cooperative.capacity(student.device, arch)
+        resident = OF_PROCESSOR // ((most or 64) * size.threads)
+        parts = cooperative.parts(n, spec.vocab, row_bytes, columns, resident, holds)
+        if parts > 1 and _in_teams(args, n, parts, size.threads, most):
+            return loss
+        parts = split_rows.parts(n, spec.vocab, columns, split_rows.processors(student.device))
+        if parts > 1:
+            _in_parts(args, n, parts, size.threads)
+        else:
+            # of aligned rows ptxas takes no more than lets three or four programs be resident
+            args |= {} if skew is None else _registers(most)
+            launch(kernels.fused_kernel, n, args, size.threads, student.device)
         return loss
-    label = label if spec.hard != 0.0 else None
-    # its barrier holds back one block only, and blocks write into each other's columns
-    size, lanes = _tile(spec.vocab, student, grad, cluster=False)
-    indices = indices.to(torch.int32)
-    past = torch.where(indices < 0, LAST, indices).sort(-1).values
-    args = {
-        **dict(student=student, grad=grad, logprobs=logprobs, indices=indices),
-        **dict(order=torch.nn.functional.pad(past, (0, 1), value=LAST)),
-        "named": None if grad is None else torch.empty_like(logprobs),
-        **dict(tail=tail, loss=loss),
-        **dict(keep=_vector(keep), label=_vector(label), scale=_vector(scale)),
-        **dict(vocab=spec.vocab, classes=spec.classes, count=count),
-        "width": spec.vocab if grad is None else grad.size(2),
-        **_place("s", student),
-        **_place("g", student if grad is None else grad),
-        **_scales(spec),
-        **_weights(spec, factor),
-        "centre": divergences[spec.divergence].centre(spec.param),
-        "DIVERGENCE": _divergence(spec),
-        "RESTRICT": restrict,
-        "UNIT": label is not None and spec.temperature != 1.0,
-        "SMOOTH": label is not None and spec.smoothing != 0.0,
-        "POINTS": min(MOST_POINTS, triton.next_power_of_2(count)),
-        "ACC": _ACC[acc],
-        **lanes,
-    }
-    launch(stored.topk_kernel, n, args, size.threads, student.device)
-    return loss
 
+    def topk(
+        self, student: Tensor, teacher: TopKRows, spec: LossSpec, rows: Rows, grad: Tensor | None
+    ) -> Tensor:
+        logprobs, indices, tail, restrict = teacher
+        acc, (n, count) = logprobs.dtype, logprobs.shape
+        loss = torch.empty(n, dtype=acc, device=student.device)
+        if n == 0:
+            return loss
+        rows = rows if spec.hard != 0.0 else rows._replace(label=None)
+        # its barrier holds back one block only, and blocks write into each other's columns
+        size, lanes = _tile(spec.vocab, student, grad, cluster=False)
+        indices = indices.to(torch.int32)
+        past = torch.where(indices < 0, LAST, indices).sort(-1).values
+        args = {
+            **dict(student=student, grad=grad, logprobs=logprobs, indices=indices),
+            **dict(order=torch.nn.functional.pad(past, (0, 1), value=LAST)),
+            "named": None if grad is None else torch.empty_like(logprobs),
+            **dict(tail=tail, loss=loss),
+            **_options(rows),
+            **dict(vocab=spec.vocab, classes=spec.classes, count=count),
+            "width": spec.vocab if grad is None else grad.size(2),
+            **_place("s", student),
+            **_place("g", student if grad is None else grad),
+            **_scales(spec),
+            **_weights(spec, rows.factor),
+            "centre": divergences[spec.divergence].centre(spec.param),
+            "DIVERGENCE": _divergence(spec),
+            "RESTRICT": restrict,
+            "UNIT": rows.label is not None and spec.temperature != 1.0,
+            "SMOOTH": rows.label is not None and spec.smoothing != 0.0,
+            "POINTS": min(MOST_POINTS, triton.next_power_of_2(count)),
+            "ACC": _ACC[acc],
+            **lanes,
+        }
+        launch(topk_kernels.topk_kernel, n, args, size.threads, student.device)
+        return loss
 
-def stats(x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
-    acc = acc_dtype(x, x)
-    n = x.size(0) * x.size(1)
-    out = torch.empty(n, 3, dtype=acc, device=x.device)
-    if n == 0:
+    def stats(self, x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
+        acc = acc_dtype(x, x)
+        n = x.size(0) * x.size(1)
+        out = torch.empty(n, 3, dtype=acc, device=x.device)
+        if n == 0:
+            return out
+        size, lanes = _tile(vocab, x)
+        skew = _shift(vocab, size, x)
+        args = {
+            **dict(x=_back(x, skew), stats=out, keep=_vector(keep), vocab=vocab, skew=skew),
+            **dict(per=x.size(1), outer=x.stride(0), inner=x.stride(1)),
+            "exponent": LOG2E / temperature,
+            "ACC": _ACC[acc],
+            **lanes,
+        }
+        launch(kernels.stats_kernel, n, args, size.threads, x.device)
         return out
-    size, lanes = _tile(vocab, x)
-    skew = _shift(vocab, size, x)
-    args = {
-        **dict(x=_back(x, skew), stats=out, keep=_vector(keep), vocab=vocab, skew=skew),
-        **dict(per=x.size(1), outer=x.stride(0), inner=x.stride(1)),
-        "exponent": LOG2E / temperature,
-        "ACC": _ACC[acc],
-        **lanes,
-    }
-    launch(kernels.stats_kernel, n, args, size.threads, x.device)
-    return out
 
-
-def loss(
-    student: Tensor,
-    teacher: Tensor,
-    stats_s: Tensor,
-    stats_t: Tensor,
-    spec: LossSpec,
-    keep: Tensor | None,
-) -> Tensor:
-    acc = acc_dtype(student, teacher)
-    n = student.size(0) * student.size(1)
-    out = torch.empty(n, 2, dtype=acc, device=student.device)
-    if n == 0:
+    def loss(
+        self, student: Tensor, teacher: Tensor, stats: Stats, spec: LossSpec, rows: Rows
+    ) -> Tensor:
+        acc = acc_dtype(student, teacher)
+        n = student.size(0) * student.size(1)
+        out = torch.empty(n, 2, dtype=acc, device=student.device)
+        if n == 0:
+            return out
+        size, lanes = _tile(spec.vocab, student, teacher)
+        skew = _shift(spec.vocab, size, student, teacher)
+        args = {
+            **dict(student=_back(student, skew), teacher=_back(teacher, skew), skew=skew),
+            **_stats(stats),
+            **dict(loss=out, keep=_vector(rows.keep), vocab=spec.vocab),
+            **_place("s", student),
+            **_place("t", teacher),
+            **_scales(spec),
+            "DIVERGENCE": _divergence(spec),
+            "ACC": _ACC[acc],
+            **lanes,
+        }
+        launch(kernels.loss_kernel, n, args, size.threads, student.device)
         return out
-    size, lanes = _tile(spec.vocab, student, teacher)
-    skew = _shift(spec.vocab, size, student, teacher)
-    args = {
-        **dict(student=_back(student, skew), teacher=_back(teacher, skew), skew=skew),
-        **dict(stats_s=stats_s.contiguous(), stats_t=stats_t.contiguous()),
-        **dict(loss=out, keep=_vector(keep), vocab=spec.vocab),
-        **_place("s", student),
-        **_place("t", teacher),
-        **_scales(spec),
-        "DIVERGENCE": _divergence(spec),
-        "ACC": _ACC[acc],
-        **lanes,
-    }
-    launch(kernels.loss_kernel, n, args, size.threads, student.device)
-    return out
+
+    def grad(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        stats: Stats,
+        slope: Tensor,
+        spec: LossSpec,
+        rows: Rows,
+        grad: Tensor,
+    ) -> None:
+        n = student.size(0) * student.size(1)
+        if n == 0:
+            return
+        if spec.hard == 0.0:
+            rows, stats = rows._replace(label=None), stats._replace(hard=None)
+        size, lanes = _tile(spec.vocab, student, teacher, grad)
+        skew = _shift(spec.vocab, size, student, teacher, grad)
+        args = {
+            **dict(student=_back(student, skew), teacher=_back(teacher, skew)),
+            **dict(grad=_back(grad, skew), skew=skew),
+            **_stats(stats),
+            **dict(stats_hard=_vector(stats.hard), slope=slope.contiguous()),
+            **_options(rows),
+            **dict(vocab=spec.vocab, width=grad.size(2)),
+            **_place("s", student),
+            **_place("t", teacher),
+            **_place("g", grad),
+            **_scales(spec),
+            **_weights(spec, rows.factor),
+            "DIVERGENCE": _divergence(spec),
+            "UNIT": rows.label is not None and spec.temperature != 1.0,
+            "ACC": _ACC[acc_dtype(student, teacher)],
+            **lanes,
+        }
+        launch(kernels.grad_kernel, n, args, size.threads, student.device)
+
+    def total(self, loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
+        out = torch.empty((), dtype=loss.dtype, device=loss.device)
+        args = {
+            **dict(loss=loss.contiguous(), scale=_vector(scale), out=out, n=loss.numel()),
+            **dict(factor=factor, BLOCK=TOTAL_BLOCK),
+        }
+        launch(kernels.total_kernel, 1, args, 256, loss.device)
+        return out
+
+    def multiply(self, grad: Tensor, by: Tensor) -> None:
+        flat = rows_of(grad)
+        if flat.data_ptr() != grad.data_ptr() or grad.numel() == 0:
+            grad.mul_(by)  # three or more strides that do not merge: `rows_of` has made a copy
+            return
+        size, lanes = _tile(flat.size(2), grad)
+        args = {
+            **dict(grad=flat, by=by, width=flat.size(2)),
+            **dict(per=flat.size(1), outer=flat.stride(0), inner=flat.stride(1)),
+            **lanes,
+        }
+        launch(
+            kernels.multiply_kernel, flat.size(0) * flat.size(1), args, size.threads, grad.device
+        )
 
 
-def grad(
-    student: Tensor,
-    teacher: Tensor,
-    stats_s: Tensor,
-    stats_t: Tensor,
-    stats_hard: Tensor | None,
-    slope: Tensor,
-    spec: LossSpec,
-    keep: Tensor | None,
-    label: Tensor | None,
-    scale: Tensor | None,
-    factor: float,
-    grad: Tensor,
-) -> None:
-    n = student.size(0) * student.size(1)
-    if n == 0:
-        return
-    if spec.hard == 0.0:
-        label = stats_hard = None
-    size, lanes = _tile(spec.vocab, student, teacher, grad)
-    skew = _shift(spec.vocab, size, student, teacher, grad)
-    args = {
-        **dict(student=_back(student, skew), teacher=_back(teacher, skew)),
-        **dict(grad=_back(grad, skew), skew=skew),
-        **dict(stats_s=stats_s.contiguous(), stats_t=stats_t.contiguous()),
-        **dict(stats_hard=_vector(stats_hard), slope=slope.contiguous()),
-        **dict(keep=_vector(keep), label=_vector(label), scale=_vector(scale)),
-        **dict(vocab=spec.vocab, width=grad.size(2)),
-        **_place("s", student),
-        **_place("t", teacher),
-        **_place("g", grad),
-        **_scales(spec),
-        **_weights(spec, factor),
-        "DIVERGENCE": _divergence(spec),
-        "UNIT": label is not None and spec.temperature != 1.0,
-        "ACC": _ACC[acc_dtype(student, teacher)],
-        **lanes,
-    }
-    launch(kernels.grad_kernel, n, args, size.threads, student.device)
-
-
-def total(loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
-    out = torch.empty((), dtype=loss.dtype, device=loss.device)
-    args = {
-        **dict(loss=loss.contiguous(), scale=_vector(scale), out=out, n=loss.numel()),
-        **dict(factor=factor, BLOCK=TOTAL_BLOCK),
-    }
-    launch(kernels.total_kernel, 1, args, 256, loss.device)
-    return out
-
-
-def empty_gradient(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
-def multiply(grad: Tensor, by: Tensor) -> None:
-    flat = rows(grad)
-    if flat.data_ptr() != grad.data_ptr() or grad.numel() == 0:
-        grad.mul_(by)  # three or more strides that do not merge: `rows` has made a copy
-        return
-    size, lanes = _tile(flat.size(2), grad)
-    args = {
-        **dict(grad=flat, by=by, width=flat.size(2)),
-        **dict(per=flat.size(1), outer=flat.stride(0), inner=flat.stride(1)),
-        **lanes,
-    }
-    launch(kernels.multiply_kernel, flat.size(0) * flat.size(1), args, size.threads, grad.device)
+BACKEND = GPU()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.arguments.messages import shown
+from fastkd.arguments.messages import kind, shown
 
 from ..batch import device_of, restored_modes, unwrap
 from ..logging import Step
@@ -48,10 +48,16 @@ def export(
         format -> path.
 
     Raises:
-        ValueError: an unknown format, an example of one row, outputs that differ.
+        TypeError, ValueError: inputs that are no tensor, an unknown format, an example of one row,
+            outputs that differ.
     """
     if unknown := [name for name in formats if name not in FORMATS]:
         raise ValueError(f"formats: got {unknown}, expected some of {list(FORMATS)}")
+    if not isinstance(inputs, Tensor) or not inputs.dim():
+        raise TypeError(
+            f"inputs: got {kind(inputs)}, expected a tensor [B, ...]; a student of several inputs, "
+            "or of inputs by name, goes into a module of one tensor"
+        )
     if len(inputs) < 2:
         raise ValueError(f"inputs: got {len(inputs)} rows, expected 2 or more: 1 would be constant")
     folder = Path(folder)
