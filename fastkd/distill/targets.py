@@ -171,7 +171,7 @@ def _fitting(x: Tensor, kept: Tensor) -> Tensor:
 
 
 def bare_function(function: Callable[..., Any]) -> Any:
-    """What a `functools.partial` calls; else the function itself."""
+    """The function within a `functools.partial`; else the function itself."""
     while isinstance(function, functools.partial):
         function = function.func
     return function

@@ -59,19 +59,19 @@ class Teacher:
         yield
 
     def beside(self, student: nn.Module) -> None:
-        """At the start of a run: `student` is its student, and may share modules with it."""
+        """Called at the start of a run; the student may share modules with the teacher."""
 
     def begin(self) -> None:
-        """At the start of an epoch."""
+        """Called at the start of an epoch."""
 
     def follow(self, student: Outputs, batch: Batch) -> None:
-        """After the student's backward on a micro-batch: detach what is used of its outputs."""
+        """Called after the student's backward on a micro-batch: detach outputs that you use."""
 
     def step(self, student: nn.Module) -> None:
-        """After the student's optimizer step."""
+        """Called after the student's optimizer step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, of what changes during training."""
+        """The state that changes during training, for a resumed run."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

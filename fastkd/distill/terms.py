@@ -284,7 +284,7 @@ def _parameters(function: Any) -> Any:
 
 
 def _owned(projector: nn.Module | None, function: Callable[..., Tensor]) -> nn.Module | None:
-    """What a term learns: its projector, its function, or both."""
+    """The modules that a term learns: its projector, its function, or both."""
     if not isinstance(function, nn.Module) or not function.state_dict():
         return projector
     return function if projector is None else nn.ModuleList([projector, function])

@@ -41,7 +41,7 @@ _HOOKED: WeakKeyDictionary[Any, Callable[[], None]] = WeakKeyDictionary()
 
 
 class DistillationLoss:
-    """What `DistillationTrainer` and `compute_loss_func` call: a Trainer's loss function.
+    """The loss function that `DistillationTrainer` and `compute_loss_func` call.
 
         alpha CE(labels, q) + (1 - alpha) T^2 D(p, q),   summed over the kept tokens of a
         micro-batch, over `num_items_in_batch`
@@ -315,7 +315,7 @@ def _nothing() -> None:
 
 
 class _Seen:
-    """What the hooks saw of the student's last forward."""
+    """The student's last forward as its hooks saw it."""
 
     def __init__(self) -> None:
         self.clear()

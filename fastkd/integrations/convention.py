@@ -1,4 +1,4 @@
-"""Whose labels are to be shifted: what a model's own forward and loss say.
+"""Does a model's own loss shift the labels? Its forward and its loss are the answer.
 
 A class's name does not tell: BERT-like decoders look ahead unless config.is_decoder, BART-like ones
 want labels that are shifted already, XLNet neither. So the model answers for itself, on four

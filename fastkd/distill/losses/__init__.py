@@ -1,1 +1,1 @@
-"""Losses beside the divergences: of logits, features, relations, attention and other vocabularies."""
+"""Losses beside the divergences: logits, features, relations, attention, other vocabularies."""
