@@ -22,7 +22,7 @@ PRESET ?= small
 # without them.
 export FASTKD_REQUIRE_CPU ?= 1
 
-.PHONY: demo check test pytest lint sdist kernels sanitize aarch64 mutants gpu clean
+.PHONY: demo check test pytest lint sdist kernels sanitize aarch64 gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready

@@ -106,7 +106,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _text(path: Path) -> str | None:
-    """What a file holds; None where that is not text."""
+    """The text of a file; None where it is not text."""
     try:
         text = path.read_bytes().decode("utf-8")
     except (UnicodeDecodeError, OSError):

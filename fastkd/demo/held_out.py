@@ -1,4 +1,4 @@
-"""What the models are worth on held-out text."""
+"""The models' figures on held-out text."""
 
 from __future__ import annotations
 

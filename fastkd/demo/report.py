@@ -125,7 +125,7 @@ def _beside(value: float | None, eager: float, factor: float, unit: str) -> str:
 
 
 def notes(found: dict[str, Any]) -> str:
-    """What the table needs to be read, and how far the thresholds were reached."""
+    """Notes to the table, and how far the thresholds were reached."""
     by = {row["name"]: row for row in found["rows"]}
     corpus, cache = found["text"], found["cache"]
     at, eager = by[EAGER]["curve"][-1]

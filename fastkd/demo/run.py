@@ -174,7 +174,7 @@ def _settle(folder: Path, sizes: Preset, path: Path | None, seed: int, fresh: bo
 
 
 def _kept(file: Path, make: Callable[[], Any]) -> Any:
-    """What `file` holds, made now if it is not there."""
+    """The content of `file`, made now if the file is not there."""
     if not file.exists():
         _write(file, make())
     return json.loads(file.read_text(encoding="utf-8"))

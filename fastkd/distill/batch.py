@@ -1,4 +1,4 @@
-"""What passes between the loader, the models and the terms of a loss."""
+"""`Batch` and `Outputs`: the data between the loader, the models and the terms of a loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IGNORED = -100  # torch's own label for a row that does not count
 
 @dataclasses.dataclass(slots=True)
 class Batch:
-    """One micro-batch; a loader may give it whole, or as a tensor, a tuple or a dict of it.
+    """One micro-batch; a loader may give a `Batch`, or a tensor, a tuple or a dict of its fields.
 
     Args:
         inputs: tensor, or a dict of the model's keyword arguments.
@@ -53,7 +53,7 @@ class Batch:
 
     @property
     def is_whole_step(self) -> bool:
-        """Whether it is all of its step."""
+        """Whether the step has this one micro-batch alone."""
         return self._normalizer is None
 
     @property
@@ -70,9 +70,8 @@ class Outputs:
     """What a model returned: `logits`, hooked `features` by module name, and `raw`, all of it.
 
     `logits` is `raw`, or its attribute or entry of that name. `members` are the outputs of each
-    teacher where there are several. `role` is whose they are, such as "student" or "teacher":
-    reading `logits` of an answer that has none is then an error that names it; of nobody they are
-    None.
+    teacher where there are several. `role` names the model, such as "student" or "teacher". Reading
+    `logits` where there are none is an error that names the role; without a role they are None.
     """
 
     raw: Any
@@ -101,7 +100,7 @@ class Outputs:
 
 
 def _without_logits(raw: Any, found: Any, role: str) -> Exception:
-    """What to raise for an answer in which nobody can tell the logits."""
+    """The error for a model's answer in which the logits cannot be found."""
     expected = "logits [..., V] or an output with `logits`"
     if isinstance(raw, Mapping) and "logits" not in raw:
         entries = [str(key)[:40] for key in list(raw)[:8]]
@@ -185,7 +184,7 @@ def forward(model: nn.Module, inputs: Any) -> Any:
 
 
 def _beyond(model: nn.Module, inputs: Any) -> str | None:
-    """What to say of ids that an embedding of the model does not have."""
+    """The message for ids that an embedding of the model does not have; None for others."""
     ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
     if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
         return None
@@ -237,7 +236,7 @@ def load_bare_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def within(model: nn.Module) -> nn.Module | None:
-    """What one wrapper wraps; None for a module that is none."""
+    """The module within one wrapper; None for a module that is no wrapper."""
     if isinstance(found := getattr(model, "_orig_mod", None), nn.Module):
         return found
     parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -283,7 +282,7 @@ def batches(
     skip: int = 0,
     skipped: Callable[[], None] | None = None,
 ) -> Iterator[Batch]:
-    """What `loader` gives, as `Batch`, still where it was put; `skipped` is called after `skip`.
+    """The items of `loader` as `Batch`, on their own device; `skipped` is called after `skip`.
 
     A loader may give functions without arguments: one that is skipped is not called.
     """
@@ -334,7 +333,7 @@ def count(batch: Batch) -> None:
 
 
 def as_batch(item: Any) -> Batch:
-    """What a loader gives, a tensor, tuple, dict or `Batch`, as a `Batch` of its own."""
+    """An item of a loader (a tensor, tuple, dict or `Batch`) as a new `Batch`."""
     if type(item) in (tuple, list) and len(item) == 2 and isinstance(item[0], Tensor):
         if isinstance(item[1], Tensor):  # what most loaders give
             return Batch(item[0], item[1])

@@ -42,7 +42,7 @@ class Position:
 
 @dataclasses.dataclass
 class Parts:
-    """What a checkpoint holds, besides the position and random numbers."""
+    """The parts of a run that a checkpoint holds, besides position and random numbers."""
 
     student: nn.Module
     objective: Objective

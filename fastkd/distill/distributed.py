@@ -24,7 +24,7 @@ PLAINLY = contextlib.nullcontext()  # one for all: it is entered in every micro-
 
 
 def is_dtensor(x: Any) -> bool:
-    """Whether it is a DTensor, which nobody has without the import that is looked for here."""
+    """Whether it is a DTensor; nothing is imported for it: a DTensor has imported its module."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 

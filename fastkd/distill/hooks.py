@@ -13,9 +13,9 @@ from .batch import bare_names, forward, mapped, restored_modes, unwrap
 
 
 class Hooks:
-    """A context in which the outputs of the named modules are kept; hooks go with its end.
+    """A context that keeps the outputs of the named modules; it removes its hooks at its end.
 
-    What is kept is a copy, as the module gave it: what comes behind it may work in place
+    The outputs are copied as the module returns them, because a later module may work in place
     (`nn.ReLU(inplace=True)`, `x += y`).
 
     Args:
@@ -45,7 +45,7 @@ class Hooks:
         self._kept.clear()
 
     def take(self) -> dict[str, Any]:
-        """What the last forward left, by name; a module called twice leaves its last output."""
+        """The outputs of the last forward, by name; of a module called twice, the last one."""
         if len(self._kept) < len(self._modules):
             missing = [name for name in self._modules if name not in self._kept]
             raise ValueError(
@@ -57,7 +57,7 @@ class Hooks:
 
     def _hook(self, name: str) -> Any:
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            # copied at once: that something writes into it later shows too late to undo
+            # copied at once: a later write into it could not be undone
             self._kept[name] = mapped(output, Tensor.clone)
 
         return keep

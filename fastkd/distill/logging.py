@@ -1,4 +1,4 @@
-"""What a run reports while it goes on: the record of its steps, the bar, a CSV file."""
+"""The record of a run's steps, its progress bar, and a CSV file of its figures."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _say_once(missing: str) -> None:
 
 
 class _Hidden:
-    """What is called of a tqdm bar, with no effect."""
+    """The methods of a tqdm bar, without effect."""
 
     def __init__(self, over: Iterable[Any]) -> None:
         self._over = over
@@ -145,7 +145,7 @@ class Record:
             self._bar.update()
 
     def tell(self, values: dict[str, float]) -> None:
-        """Log values that belong to the steps so far."""
+        """Log values that belong to the last step."""
         for log in self._logs:
             log(values, self.next - 1)
 

@@ -180,7 +180,7 @@ def _learns(teacher: Teacher) -> bool:
 
 
 def _reaches(teacher: Teacher, student: nn.Module) -> bool:
-    """Whether a teacher that is a function is the student's, as far as one can see."""
+    """Whether the teacher, or the function that it calls, is the student itself."""
     members = getattr(teacher, "members", None)
     if members:
         return all(_reaches(member, student) for member in members)

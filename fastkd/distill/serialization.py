@@ -145,7 +145,7 @@ def write(
 
 
 def read(path: str | os.PathLike[str], user: str) -> tuple[dict[str, Tensor], Any]:
-    """What `write` wrote: tensors and metadata (None in another's file)."""
+    """Tensors and metadata of a file that `write` wrote; metadata is None in other files."""
     with needed("safetensors", user).safe_open(path, framework="pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}
         header = file.metadata() or {}

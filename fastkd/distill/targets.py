@@ -40,15 +40,15 @@ class Classes:
     """Looks at the student's logits of a term before a softmax over their last dimension."""
 
     def __init__(self, name: str) -> None:
-        self.name, self._told = name, False
+        self.name, self._warned = name, False
 
     def __call__(self, logits: Any, batch: Batch) -> None:
         """ValueError for classes along another dimension; one warning for a single class."""
         if not isinstance(logits, Tensor) or logits.dim() == 0:
             return
         classes_last(f"term {self.name!r}: ", logits, batch.labels, batch.inputs)
-        if logits.size(-1) == 1 and not self._told:
-            self._told = True
+        if logits.size(-1) == 1 and not self._warned:
+            self._warned = True
             warnings.warn(
                 f"term {self.name!r}: got a single logit {list(logits.shape)}, whose softmax is 1 "
                 "whatever it is: nothing is learnt from it; write a Term with "
@@ -171,7 +171,7 @@ def _fitting(x: Tensor, kept: Tensor) -> Tensor:
 
 
 def bare_function(function: Callable[..., Any]) -> Any:
-    """What a `functools.partial` calls; else the function itself."""
+    """The function within a `functools.partial`; else the function itself."""
     while isinstance(function, functools.partial):
         function = function.func
     return function

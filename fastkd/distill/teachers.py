@@ -59,19 +59,19 @@ class Teacher:
         yield
 
     def beside(self, student: nn.Module) -> None:
-        """At the start of a run: `student` is its student, and may share modules with it."""
+        """Called at the start of a run; the student may share modules with the teacher."""
 
     def begin(self) -> None:
-        """At the start of an epoch."""
+        """Called at the start of an epoch."""
 
     def follow(self, student: Outputs, batch: Batch) -> None:
-        """After the student's backward on a micro-batch: detach what is used of its outputs."""
+        """Called after the student's backward on a micro-batch: detach outputs that you use."""
 
     def step(self, student: nn.Module) -> None:
-        """After the student's optimizer step."""
+        """Called after the student's optimizer step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, of what changes during training."""
+        """The state that changes during training, for a resumed run."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -95,39 +95,39 @@ class ModelTeacher(Teacher):
         self.model = model
         self.models = [model]
         self._hooks = Hooks(model, ())
-        self._theirs: set[int] = set()  # modules of the student, by id
-        self._learn()
+        self._student_modules: set[int] = set()  # modules of the student, by id
+        self._sort_modules()
 
-    def _learn(self) -> None:
+    def _sort_modules(self) -> None:
         parts = list(self.model.modules())
-        self._own = [part for part in parts if id(part) not in self._theirs]
-        self._shared = [part for part in parts if id(part) in self._theirs]
+        self._own_modules = [part for part in parts if id(part) not in self._student_modules]
+        self._shared_modules = [part for part in parts if id(part) in self._student_modules]
         dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
         half = len(dtypes) == 1 and dtypes <= {torch.float16, torch.bfloat16}
-        self._half = dtypes.pop() if half else None
+        self._half_dtype = dtypes.pop() if half else None
 
     def beside(self, student: nn.Module) -> None:
-        self._theirs = {id(part) for part in student.modules()}
+        self._student_modules = {id(part) for part in student.modules()}
 
     def begin(self) -> None:
         self.model.eval()
         for name, part in self.model.named_modules():
             if part.training:
                 raise ValueError(f"teacher: got {name or 'a model'} in train mode after eval()")
-        self._learn()
+        self._sort_modules()
 
     def __call__(self, batch: Batch) -> Outputs:
         inputs = batch.inputs if batch.teacher_inputs is None else batch.teacher_inputs
-        for part in self._own:
+        for part in self._own_modules:
             if part.training:  # whoever else holds it may have switched it
                 part.training = False
-        with torch.no_grad(), in_eval(self._shared):
+        with torch.no_grad(), in_eval(self._shared_modules):
             raw = forward(self.model, self._cast(inputs))
         reshard(self.model)
         return Outputs(raw, self._hooks.take(), role="teacher")
 
     def _cast(self, inputs: Any) -> Any:
-        dtype, first = self._half, next(tensors(inputs), None)
+        dtype, first = self._half_dtype, next(tensors(inputs), None)
         if dtype is None or first is None or torch.is_autocast_enabled(first.device.type):
             return inputs
         return mapped(inputs, lambda x: x.to(dtype) if x.is_floating_point() else x)

@@ -160,7 +160,7 @@ def soft(
         T = temperature(batch.step) if callable(temperature) else temperature
         # at alpha=0 labels only say which rows are left out
         labels = labels_of(name, batch) if rows == "labelled" else None
-        with _unless_said(student.logits):
+        with _unless_warned(student.logits):
             return fastkd.distillation_loss(
                 student.logits,
                 target,
@@ -174,7 +174,7 @@ def soft(
 
 
 @contextmanager
-def _unless_said(logits: Any) -> Iterator[None]:
+def _unless_warned(logits: Any) -> Iterator[None]:
     """Without the loss's own warning of a single logit: the term has named it."""
     if logits.shape[-1:] != (1,):
         yield
@@ -284,7 +284,7 @@ def _parameters(function: Any) -> Any:
 
 
 def _owned(projector: nn.Module | None, function: Callable[..., Tensor]) -> nn.Module | None:
-    """What a term learns: its projector, its function, or both."""
+    """The modules that a term learns: its projector, its function, or both."""
     if not isinstance(function, nn.Module) or not function.state_dict():
         return projector
     return function if projector is None else nn.ModuleList([projector, function])

@@ -271,7 +271,7 @@ def _check_functions(log: Any, **functions: Any) -> None:
 
 
 def _metric(value: Any) -> float:
-    """What `validate` has returned, as a number."""
+    """The result of `validate` as a number."""
     try:
         return float(value)
     except (TypeError, ValueError) as error:

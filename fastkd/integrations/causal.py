@@ -34,14 +34,14 @@ from fastkd.integrations.hooks import Hook, answering, shared
 SCHEDULED = ("temperature", "alpha")  # options that may be functions of the step
 IGNORED = -100  # torch's own label for a row that does not count
 # of the student's inputs, what says how it is to answer and not what is asked
-NOT_ASKED = {"labels", "num_items_in_batch", "past_key_values", "use_cache", "logits_to_keep"}
-NOT_ASKED |= {"return_dict", "output_hidden_states", "output_attentions", "return_loss"}
+ANSWER_OPTIONS = {"labels", "num_items_in_batch", "past_key_values", "use_cache", "logits_to_keep"}
+ANSWER_OPTIONS |= {"return_dict", "output_hidden_states", "output_attentions", "return_loss"}
 # what takes the hooks off each student that has some: a second loss takes the first one's place
 _HOOKED: WeakKeyDictionary[Any, Callable[[], None]] = WeakKeyDictionary()
 
 
 class DistillationLoss:
-    """What `DistillationTrainer` and `compute_loss_func` call: a Trainer's loss function.
+    """The loss function that `DistillationTrainer` and `compute_loss_func` call.
 
         alpha CE(labels, q) + (1 - alpha) T^2 D(p, q),   summed over the kept tokens of a
         micro-batch, over `num_items_in_batch`
@@ -169,7 +169,7 @@ class DistillationLoss:
                 kwargs.pop("shift_labels", None),
             )
             named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
-            seen.inputs = {k: v for k, v in named.items() if k not in NOT_ASKED}
+            seen.inputs = {k: v for k, v in named.items() if k not in ANSWER_OPTIONS}
             return args, kwargs
 
         def inside(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -315,7 +315,7 @@ def _nothing() -> None:
 
 
 class _Seen:
-    """What the hooks saw of the student's last forward."""
+    """The student's last forward as its hooks saw it."""
 
     def __init__(self) -> None:
         self.clear()

@@ -1,4 +1,4 @@
-"""Whose labels are to be shifted: what a model's own forward and loss say.
+"""Does a model's own loss shift the labels? Its forward and its loss are the answer.
 
 A class's name does not tell: BERT-like decoders look ahead unless config.is_decoder, BART-like ones
 want labels that are shifted already, XLNet neither. So the model answers for itself, on four
@@ -27,7 +27,7 @@ def check_convention(model: Any, name: str, *, loss: bool) -> None:
     base = unwrapped(model)
     if not hasattr(base, "loss_type"):
         return  # not one of transformers: no loss of its own to go by
-    ahead, shifts = _asked(base, loss)
+    ahead, shifts = _probe(base, loss)
     if ahead:
         raise ValueError(
             f"{name}: got {_name(base)}, whose logits at a token depend on tokens behind it, "
@@ -48,7 +48,7 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _asked(model: nn.Module, loss: bool) -> tuple[bool, bool | None]:
+def _probe(model: nn.Module, loss: bool) -> tuple[bool, bool | None]:
     """(whether it looks ahead, whether its loss shifts labels); None where it cannot say."""
     columns = vocabulary(model) or 0
     parts = _config(model) is not getattr(model, "config", None)  # images may be seen as a whole

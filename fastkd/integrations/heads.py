@@ -280,7 +280,7 @@ def _device(model: Any) -> torch.device:
 
 
 def uncached(model: Any) -> dict[str, Any]:
-    """What keeps a model's forward from building a cache of keys and values for more tokens."""
+    """Options that keep a forward from building a cache of keys and values for more tokens."""
     takes = inspect.signature(model.forward).parameters.values()
     named = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in takes)
     return {"use_cache": False} if named else {}

@@ -23,7 +23,7 @@ class Hook:
 
 
 def _nothing(*args: Any) -> None:
-    """What is left of a hook in a copy."""
+    """The hook of a copied module."""
 
 
 @contextmanager

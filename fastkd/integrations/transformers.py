@@ -112,11 +112,11 @@ def compute_loss_func(
 class _SmoothingUnread(DistillationLoss):
     """A plain Trainer's, which reads no label_smoothing_factor beside a loss function."""
 
-    _asked = False
+    _looked = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._asked:
-            self._asked = True
+        if not self._looked:
+            self._looked = True
             # a loss function is told nothing of the arguments; who calls it has them
             trainer = sys._getframe(1).f_locals.get("self")
             factor = getattr(getattr(trainer, "args", None), "label_smoothing_factor", 0)

@@ -30,7 +30,7 @@ HELD_OUT = 20_000  # positions
 
 
 class Task(NamedTuple):
-    """What a token is, how many there are, how many are looked at, and the teacher's width."""
+    """A kind of token: its pattern, the vocabulary, the context, and the teacher's width."""
 
     pattern: str
     vocab: int

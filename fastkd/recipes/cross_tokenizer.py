@@ -32,8 +32,8 @@ HELD_OUT = 400
 WEIGHT = 1.5  # the paper's
 
 
-class Kind(NamedTuple):
-    """What a token is, how many there are, and the model that reads them."""
+class Tokenizer(NamedTuple):
+    """A tokenizer (pattern and vocabulary) and the sizes of the model that reads its tokens."""
 
     pattern: str
     vocab: int
@@ -42,19 +42,19 @@ class Kind(NamedTuple):
     width: int
 
 
-TEACHER = Kind(r" ?\w+|[^\w\s]| +|\s", 1024, 8, 32, 256)
-STUDENT = Kind(r"\w{1,4}|[^\w\s]| +|\s", 512, 8, 24, 96)
+TEACHER = Tokenizer(r" ?\w+|[^\w\s]| +|\s", 1024, 8, 32, 256)
+STUDENT = Tokenizer(r"\w{1,4}|[^\w\s]| +|\s", 512, 8, 24, 96)
 
 
 class Model(nn.Module):
     """Tokens [N, L] -> logits [N, L, vocab] of the next, from the `context` last."""
 
-    def __init__(self, model_kind: Kind) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
-        self.before = model_kind.context - 1
-        self.tokens = nn.Embedding(model_kind.vocab, model_kind.embedding)
-        self.mixed = nn.Conv1d(model_kind.embedding, model_kind.width, model_kind.context)
-        self.head = nn.Linear(model_kind.width, model_kind.vocab)
+        self.before = tokenizer.context - 1
+        self.tokens = nn.Embedding(tokenizer.vocab, tokenizer.embedding)
+        self.mixed = nn.Conv1d(tokenizer.embedding, tokenizer.width, tokenizer.context)
+        self.head = nn.Linear(tokenizer.width, tokenizer.vocab)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = F.pad(self.tokens(tokens).transpose(1, 2), (self.before, 0))
@@ -62,19 +62,19 @@ class Model(nn.Module):
 
 
 @cache
-def numbers(model_kind: Kind) -> dict[str, int]:
+def numbers(tokenizer: Tokenizer) -> dict[str, int]:
     """The vocabulary: 0 is padding and what it has not; its characters, then the commonest."""
     texts = sources()[0]
     letters = [c for c, _ in Counter("".join(texts)).most_common(128)]
-    words = Counter(word for text in texts for word in re.findall(model_kind.pattern, text))
-    longer = [word for word, _ in words.most_common(2 * model_kind.vocab) if len(word) > 1]
-    return {word: i + 1 for i, word in enumerate((letters + longer)[: model_kind.vocab - 1])}
+    words = Counter(word for text in texts for word in re.findall(tokenizer.pattern, text))
+    longer = [word for word, _ in words.most_common(2 * tokenizer.vocab) if len(word) > 1]
+    return {word: i + 1 for i, word in enumerate((letters + longer)[: tokenizer.vocab - 1])}
 
 
-def tokenized(model_kind: Kind, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def tokenized(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Numbers and (start, end) of the tokens."""
-    known, ids, spans = numbers(model_kind), [], []
-    for match in re.finditer(model_kind.pattern, text):
+    known, ids, spans = numbers(tokenizer), [], []
+    for match in re.finditer(tokenizer.pattern, text):
         word, start = match[0], match.start()
         for piece in [word] if word in known else word:
             ids.append(known.get(piece, 0))
@@ -82,8 +82,8 @@ def tokenized(model_kind: Kind, text: str) -> tuple[list[int], list[tuple[int, i
     return ids, spans
 
 
-def padded(model_kind: Kind, texts: list[str]) -> tuple[Tensor, list[list[tuple[int, int]]]]:
-    both = [tokenized(model_kind, text) for text in texts]
+def padded(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, list[list[tuple[int, int]]]]:
+    both = [tokenized(tokenizer, text) for text in texts]
     most = max(len(ids) for ids, _ in both)
     ids = torch.tensor([ids + [0] * (most - len(ids)) for ids, _ in both])
     return ids, [spans + [(0, 0)] * (most - len(spans)) for _, spans in both]
@@ -95,8 +95,8 @@ def following(ids: Tensor, spans: list[list[tuple[int, int]]]) -> Tensor:
     return F.pad(torch.where(token, ids, -100)[:, 1:], (0, 1), value=-100)
 
 
-def batch(model_kind: Kind, texts: list[str]) -> tuple[Tensor, Tensor]:
-    ids, spans = padded(model_kind, texts)
+def batch(tokenizer: Tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
+    ids, spans = padded(tokenizer, texts)
     return ids, following(ids, spans)
 
 

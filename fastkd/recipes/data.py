@@ -1,4 +1,4 @@
-"""What recipes are run on: scikit-learn's digits, split by seed, and Python's own sources."""
+"""The data of the recipes: scikit-learn's digits, split by seed, and Python's own sources."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ CLUSTERS = 20
 
 
 def pseudo(seed: int, size: float) -> Figures:
-    """What 20 numbers of clusters teach, beside a soft label for every sample."""
+    """Soft labels of 20 clusters, beside a soft label for every sample."""
     data, steps = digits(seed), scaled(400, size)
     live = teacher(data, seed)
     seen = seen_labels(data)

@@ -1,4 +1,4 @@
-"""What a recipe is: one demonstration of a method beside its control."""
+"""A recipe: one demonstration of a method beside its control."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Figures = dict[str, float]
 
 
 class Gain(NamedTuple):
-    """What is claimed: figure of `method` minus figure of `control`, over seeds.
+    """A claim: figure of `method` minus figure of `control`, over seeds.
 
     Args:
         method, control: names among the recipe's figures; a control of "" claims the figure itself.

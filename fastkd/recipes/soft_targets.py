@@ -1,4 +1,4 @@
-"""What a teacher's soft targets give a small student of the digits, and what they do not.
+"""Soft targets for a small student of the digits: where they help, and where they do not.
 
 The student is an MLP of 16 units. Where it says "same inputs" the teacher speaks of the 100 images
 whose labels the student has; "unlabelled" are all 1 000 of the pool, of 900 of which the student

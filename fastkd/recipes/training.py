@@ -1,4 +1,4 @@
-"""What recipes on the digits share: a wide teacher, small students, batches by seed."""
+"""Shared by the recipes on the digits: a wide teacher, small students, batches by seed."""
 
 from __future__ import annotations
 

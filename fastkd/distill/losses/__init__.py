@@ -1,1 +1,1 @@
-"""The losses of the workflow beside the divergences, as functions and as terms of a run."""
+"""Losses beside the divergences: logits, features, relations, attention, other vocabularies."""

@@ -68,13 +68,15 @@ def row_loss(
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode AD is at work, which follows torch's own
-    operations and no gradient made by hand."""
+    """Whether a transform of torch.func or forward-mode AD is active.
+
+    Both differentiate torch's own operations, and know no gradient made by hand.
+    """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def plainly() -> bool:
-    """Whether torch's own operations are wanted in one piece: there, and while a graph is made."""
+    """Whether the formula has to run in one piece, by torch's own operations alone."""
     return torch.compiler.is_compiling() or transformed()
 
 

@@ -271,6 +271,6 @@ def _run(
 
 
 def _clean(x: Tensor, keep: Tensor | None, acc: torch.dtype) -> Tensor:
-    """What an ignored row holds must reach nothing."""
+    """x with ignored rows at 0: their content must not reach the loss."""
     x = x.to(acc)
     return x if keep is None else torch.where(keep.unsqueeze(-1), x, 0.0)

@@ -1,4 +1,4 @@
-"""What losses between features share: their precision, unit vectors, maps of one size, checks."""
+"""Helpers of the losses between features: precision, unit vectors, maps of one size, checks."""
 
 from __future__ import annotations
 

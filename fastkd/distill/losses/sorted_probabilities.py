@@ -30,7 +30,7 @@ TeacherRows = tuple[Tensor, Tensor | None]
 
 
 class Call(NamedTuple):
-    """What stays the same over the chunks.
+    """The options that stay the same over the chunks.
 
     top: ranks that are told apart, the others being one bucket; None for all.
     rows: [n] of student and teacher that stand beside each other; None for all, in order.

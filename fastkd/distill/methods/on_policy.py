@@ -136,7 +136,7 @@ class _Sized(_Written):
 
 @torch.no_grad()
 def _text(model: nn.Module, prompts: Any, generate: Generate, end: Tensor) -> Batch:
-    """What the model writes behind the prompts, as a batch whose labels are the answers."""
+    """The text that the model writes behind the prompts, as a batch; its labels are the answers."""
     model = unwrap(model)  # what writes is a method of the model's own class
     prompts = to(prompts, device_of(model))
     first = prompts["input_ids"] if isinstance(prompts, Mapping) else prompts
