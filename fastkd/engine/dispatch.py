@@ -28,6 +28,8 @@ from fastkd.parallel import dtensor, layout
 
 MOST_LOSS_SCALE = 2.0**10  # of float16 gradients: the largest are of size T, and 65504 is the end
 _PLAIN = (Tensor, Parameter)
+_ROWS = (Tensor, type(None))
+_NUMBERS = (float, int, Tensor, type(None))
 
 
 def loss(
@@ -58,29 +60,32 @@ def loss(
         validate.refuse_option(name, next(iter(unknown)), known)
     if param is None:
         param = divergence.default if divergence.given is None else divergence.given
-    ordinary = (
-        (labels is None and weight is None and normalizer is None and vocab_size is None)
+    usual = (
+        vocab_size is None
         and (type(temperature) is float and 1e-18 <= temperature <= 1e18)
         and (type(reduction) is str and reduction in validate.REDUCTIONS)
         and (type(ignore_index) is int and -(2**63) <= ignore_index < 2**63)
         and _alike(student, teacher)
     )
-    backend = _kernels(student.device) if ordinary else None
+    backend = _kernels(student.device) if usual else None
     if backend is not None and group is None and not inplace and reduction != "none":
         vocab = student.shape[-1]
         without_dual = teacher.requires_grad and divergence.dual is None
-        if vocab > 1 and student is not teacher and not without_dual:
-            spec = LossSpec(
-                divergence.name, param, temperature, soft, hard, smoothing, vocab, vocab
-            )
-            call = Call(backend, spec, Rows(None, None, None, _factor(reduction, student)))
-            return autograd.reduced(call, *_tensors(student), *_tensors(teacher))
+        if vocab > 1 and student is not teacher and not without_dual and soft != 0.0:
+            name_of, sizes = divergence.name, (vocab, vocab)
+            spec = LossSpec(name_of, param, temperature, soft, hard, smoothing, *sizes)
+            others = labels, ignore_index, weight, reduction, normalizer
+            rows = _usual_rows(backend, student, teacher, spec, others)
+            if rows is not None:
+                call = Call(backend, spec, rows)
+                return autograd.reduced(call, *_tensors(student), *_tensors(teacher))
     sides = name, student, teacher, divergence, temperature, param, soft, hard, smoothing
     options: dict[str, Any] = dict(
         labels=labels, ignore_index=ignore_index, weight=weight, reduction=reduction,
         normalizer=normalizer, vocab_size=vocab_size, inplace=inplace, group=group,
     )  # fmt: skip
     compiling = torch.compiler.is_compiling()
+    ordinary = usual and labels is None and weight is None and normalizer is None
     if not ordinary and (compiling or "torch.distributed.tensor" in sys.modules):
         if dtensor.any_dtensor(student, teacher, labels, weight, normalizer):
             if compiling:
@@ -131,6 +136,24 @@ def _kernels(device: torch.device) -> Backend | None:
     if backend is None:
         backend = _known[key] = choice.pick(device)
     return None if backend is reference.BACKEND else backend
+
+
+def _usual_rows(
+    backend: Backend, student: Any, teacher: Any, spec: LossSpec, others: tuple[Any, ...]
+) -> Rows | None:
+    """What goes with the rows of usual operands; None where that is for `run` to see."""
+    labels, ignore_index, weight, reduction, normalizer = others
+    if labels is None and weight is None and normalizer is None:
+        return Rows(None, None, None, _factor(reduction, student))
+    if not (type(labels) in _ROWS and type(weight) in _ROWS and type(normalizer) in _NUMBERS):
+        return None
+    validate.rows(student, labels, ignore_index, weight)
+    validate.normalizer(normalizer, reduction, student)
+    r = Request(
+        student, teacher, spec, labels, ignore_index, weight, reduction, normalizer, False, None
+    )
+    acc = torch.float64 if student.dtype is torch.float64 else torch.float32
+    return None if reductions.wants_grad(r) else reductions.row_scale(backend, r, acc)
 
 
 def _factor(reduction: str, student: Operand) -> float:

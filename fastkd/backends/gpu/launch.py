@@ -18,7 +18,6 @@ from fastkd.backends.base import (
     Rows,
     Stats,
     TopKRows,
-    acc_dtype,
     interpreted,
     on_host,
     rows_of,
@@ -115,16 +114,8 @@ def _vector(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _options(rows: Rows) -> dict[str, Tensor | None]:
-    return dict(keep=_vector(rows.keep), label=_vector(rows.label), scale=_vector(rows.scale))
-
-
 def _stats(stats: Stats) -> dict[str, Tensor]:
     return dict(stats_s=stats.student.contiguous(), stats_t=stats.teacher.contiguous())
-
-
-def _width(spec: LossSpec, grad: Tensor | None) -> dict[str, int]:
-    return {"vocab": spec.vocab, "width": spec.vocab if grad is None else grad.size(2)}
 
 
 def _wide(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -194,13 +185,23 @@ def _scales(spec: LossSpec) -> dict[str, float]:
     }
 
 
-def _weights(spec: LossSpec, factor: float) -> dict[str, float]:
+def _common(
+    spec: LossSpec, rows: Rows, acc: torch.dtype, grad: Tensor | None, **operands: Tensor
+) -> dict[str, Any]:
+    """What the kernels of fused, topk and grad take alike; operands by the suffix of a place."""
+    places = [_place(suffix, x) for suffix, x in operands.items()]
     return {
-        "soft": spec.soft,
-        "hard": spec.hard,
-        "one_minus_eps": 1.0 - spec.smoothing,
+        **{name: value for place in places for name, value in place.items()},
+        **dict(keep=_vector(rows.keep), label=_vector(rows.label), scale=_vector(rows.scale)),
+        **dict(vocab=spec.vocab, width=spec.vocab if grad is None else grad.size(2)),
+        **_scales(spec),
+        **dict(
+            soft=spec.soft, hard=spec.hard, one_minus_eps=1.0 - spec.smoothing, factor=rows.factor
+        ),
         "eps_over_v": spec.smoothing / spec.classes,
-        "factor": factor,
+        "DIVERGENCE": _divergence(spec),
+        "HARD_T1": rows.label is not None and spec.temperature != 1.0,
+        "ACC": _ACC[acc],
     }
 
 
@@ -272,9 +273,8 @@ class GPU(Backend):
             return loss
         rows = rows if spec.hard != 0.0 else rows._replace(label=None)
         size, lanes = _tile(spec.vocab, student, teacher, grad)
-        align_offset = _wide_align_offset(
-            spec.vocab, size, student, teacher, student if grad is None else grad
-        )
+        place = student if grad is None else grad
+        align_offset = _wide_align_offset(spec.vocab, size, student, teacher, place)
         args = {
             **dict(
                 student=_aligned(student, align_offset), teacher=_aligned(teacher, align_offset)
@@ -284,19 +284,10 @@ class GPU(Backend):
                 align_offset=align_offset,
                 loss=loss,
             ),
-            **_options(rows),
-            **_width(spec, grad),
+            **_common(spec, rows, acc, grad, s=student, t=teacher, g=place),
             "classes": spec.classes,
-            **_place("s", student),
-            **_place("t", teacher),
-            **_place("g", student if grad is None else grad),
-            **_scales(spec),
-            **_weights(spec, rows.factor),
-            "DIVERGENCE": _divergence(spec),
             "EXPECTATION": _EXPECTATION[spec.divergence],
-            "HARD_T1": rows.label is not None and spec.temperature != 1.0,
             "SMOOTH": rows.label is not None and spec.smoothing != 0.0,
-            "ACC": _ACC[acc],
             **lanes,
         }
         row_bytes = spec.vocab * (student.element_size() + teacher.element_size())
@@ -339,27 +330,19 @@ class GPU(Backend):
             **dict(sorted_indices=torch.nn.functional.pad(past, (0, 1), value=LAST)),
             "support_grad": None if grad is None else torch.empty_like(logprobs),
             **dict(tail=tail, loss=loss),
-            **_options(rows),
-            **dict(vocab=spec.vocab, classes=spec.classes, count=count),
-            "width": spec.vocab if grad is None else grad.size(2),
-            **_place("s", student),
-            **_place("g", student if grad is None else grad),
-            **_scales(spec),
-            **_weights(spec, rows.factor),
+            **_common(spec, rows, acc, grad, s=student, g=student if grad is None else grad),
+            **dict(classes=spec.classes, count=count),
             "centre": divergences[spec.divergence].centre(spec.param),
-            "DIVERGENCE": _divergence(spec),
             "RESTRICT": restrict,
-            "HARD_T1": rows.label is not None and spec.temperature != 1.0,
             "SMOOTH": rows.label is not None and spec.smoothing != 0.0,
             "POINTS": min(MOST_POINTS, triton.next_power_of_2(count)),
-            "ACC": _ACC[acc],
             **lanes,
         }
         launch(topk_kernels.topk_kernel, n, args, size.threads, student.device)
         return loss
 
     def stats(self, x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
-        acc = acc_dtype(x, x)
+        acc = _wide(x, x)
         n = x.size(0) * x.size(1)
         out = torch.empty(n, 3, dtype=acc, device=x.device)
         if n == 0:
@@ -385,7 +368,7 @@ class GPU(Backend):
     def loss(
         self, student: Tensor, teacher: Tensor, stats: Stats, spec: LossSpec, rows: Rows
     ) -> Tensor:
-        acc = acc_dtype(student, teacher)
+        acc = _wide(student, teacher)
         n = student.size(0) * student.size(1)
         out = torch.empty(n, 2, dtype=acc, device=student.device)
         if n == 0:
@@ -434,16 +417,7 @@ class GPU(Backend):
             **dict(grad=_aligned(grad, align_offset), align_offset=align_offset),
             **_stats(stats),
             **dict(stats_hard=_vector(stats.hard), slope=slope.contiguous()),
-            **_options(rows),
-            **dict(vocab=spec.vocab, width=grad.size(2)),
-            **_place("s", student),
-            **_place("t", teacher),
-            **_place("g", grad),
-            **_scales(spec),
-            **_weights(spec, rows.factor),
-            "DIVERGENCE": _divergence(spec),
-            "HARD_T1": rows.label is not None and spec.temperature != 1.0,
-            "ACC": _ACC[acc_dtype(student, teacher)],
+            **_common(spec, rows, _wide(student, teacher), grad, s=student, t=teacher, g=grad),
             **lanes,
         }
         launch(kernels.grad_kernel, n, args, size.threads, student.device)
