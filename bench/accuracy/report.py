@@ -210,7 +210,7 @@ def as_json(points: Sequence[Point], facts: dict[str, Any], settings: dict[str, 
         for point in points
         for v in point.violations()
     ]
-    document = {"machine": facts, "settings": settings, "violations": violations}
+    document: dict[str, Any] = {"machine": facts, "settings": settings, "violations": violations}
     document |= {"holds": holds(points), "verdict": verdict(points), "failures": failures(points)}
     return document | {"results": [_record(point) for point in points]}
 
