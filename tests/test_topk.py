@@ -79,6 +79,18 @@ def test_all_columns_named_is_the_dense_loss(backend: Backend, tail: str) -> Non
         torch.testing.assert_close(ours.student, dense.student, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("k", [3, 40])
+def test_a_tail_that_was_not_measured(backend: Backend, k: int) -> None:
+    """It is worked out of the others; a row that names every column has none."""
+    student, teacher = random(backend, 6, 40)
+    kept = stored(teacher, k, "bucket")
+    bare = fastkd.TopK(kept.logprobs, kept.indices, temperature=kept.temperature)
+    for name in fastkd.divergences:
+        measured = fused(student, kept, divergence=name, reduction="none")
+        worked_out = fused(student, bare, divergence=name, reduction="none")
+        torch.testing.assert_close(worked_out, measured, rtol=1e-4, atol=1e-5)
+
+
 @each_divergence
 def test_bucket_is_at_most_the_full_divergence_and_zero_where_equal(
     backend: Backend, divergence: Divergence

@@ -222,7 +222,6 @@ def _run_tests(tree: str, nodes: list[str], log: str, area: str, seconds: int) -
     import pytest
 
     words = ["-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    words += ["-W", "ignore"]
     if area == "triton":  # the other backends run the same tests
         words += ["-k", "gpu"]
     elif area in ("csrc", "python"):
