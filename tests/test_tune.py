@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 import fastkd
 from fastkd.backends.base import LossSpec, Rows
-from fastkd.backends.gpu import launch, tune
+from fastkd.backends.gpu import BACKEND, launch, tune
 from fastkd.backends.gpu.tune import TABLE, VARIABLE, Entry, clusters, override, tile
 
 ROOT = Path(fastkd.__file__).parent.parent
@@ -100,9 +100,9 @@ def _launched(monkeypatch: pytest.MonkeyPatch, arch: str, refused: str | None) -
     monkeypatch.setattr(tune, "clusters", lambda arch: refused)
     x = torch.zeros(1, 2, 64)
     spec = LossSpec("kl", 0.0, 1.0, 1.0, 0.0, 0.0, 64, 64)
-    launch.BACKEND.fused(x, x, spec, Rows(), None)
+    BACKEND.fused(x, x, spec, Rows(), None)
     named = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64)
-    launch.BACKEND.topk(x, fastkd.backends.base.TopKRows(*named, None, False), spec, Rows(), None)
+    BACKEND.topk(x, fastkd.backends.base.TopKRows(*named, None, False), spec, Rows(), None)
     return seen
 
 

@@ -76,7 +76,7 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
     import torch
 
     from fastkd.backends.base import LossSpec, Rows, Stats, TopKRows
-    from fastkd.backends.gpu import cooperative, launch
+    from fastkd.backends.gpu import BACKEND, cooperative, launch
     from fastkd.divergence import divergences
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(case.dtype)
@@ -97,14 +97,14 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
     named = tensor(rows, NAMED), tensor(rows, NAMED, dtype=torch.int64), tensor(rows)
     rest = spec, Rows(keep, label, scale)
     passes: dict[str, Callable[[], Any]] = {
-        "fused": lambda: launch.BACKEND.fused(x, x, *rest, x),
-        "cooperative": lambda: cooperating(lambda: launch.BACKEND.fused(x, x, *rest, x)),
-        "topk": lambda: launch.BACKEND.topk(x, TopKRows(*named, False), *rest, x),
-        "loss": lambda: launch.BACKEND.loss(x, x, Stats(stats, stats), *rest),
-        "grad": lambda: launch.BACKEND.grad(x, x, Stats(stats, stats, stats), scale, *rest, x),
-        "stats": lambda: launch.BACKEND.stats(x, 2.0, case.vocab, keep),
-        "total": lambda: launch.BACKEND.total(scale, scale, 1.0),
-        "multiply": lambda: launch.BACKEND.multiply(x, tensor()),
+        "fused": lambda: BACKEND.fused(x, x, *rest, x),
+        "cooperative": lambda: cooperating(lambda: BACKEND.fused(x, x, *rest, x)),
+        "topk": lambda: BACKEND.topk(x, TopKRows(*named, False), *rest, x),
+        "loss": lambda: BACKEND.loss(x, x, Stats(stats, stats), *rest),
+        "grad": lambda: BACKEND.grad(x, x, Stats(stats, stats, stats), scale, *rest, x),
+        "stats": lambda: BACKEND.stats(x, 2.0, case.vocab, keep),
+        "total": lambda: BACKEND.total(scale, scale, 1.0),
+        "multiply": lambda: BACKEND.multiply(x, tensor()),
     }
 
     def cooperating(run: Callable[[], Any]) -> None:

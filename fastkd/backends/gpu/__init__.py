@@ -7,6 +7,6 @@ except ImportError as error:
         "Triton is not installed; it comes with torch on Linux, or by pip install triton"
     ) from error
 
-from fastkd.backends.gpu.launch import BACKEND
+from fastkd.backends.gpu.unfused import BACKEND
 
 __all__ = ["BACKEND"]

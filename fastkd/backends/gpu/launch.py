@@ -71,7 +71,7 @@ def launch(
     """Runs a kernel on a device; the only place that does.
 
     args: by name, and options of Triton: `num_ctas` where a program is a cluster of blocks
-        (`_tile`), `maxnreg` (`_registers`).
+        (`tile_of`), `maxnreg` (`_registers`).
 
     Raises:
         RuntimeError: Triton could not compile or start it. Nothing falls back in silence.
@@ -90,7 +90,7 @@ def launch(
         ) from error
 
 
-def _divergence(spec: LossSpec) -> Any:
+def divergence_of(spec: LossSpec) -> Any:
     pair = getattr(pairs, spec.divergence, None)
     if pair is None:
         raise NotImplementedError(
@@ -101,7 +101,7 @@ def _divergence(spec: LossSpec) -> Any:
     return pair
 
 
-def _place(suffix: str, x: Tensor) -> dict[str, int]:
+def place_args(suffix: str, x: Tensor) -> dict[str, int]:
     """Where the rows of x [A, B, V] lie."""
     return {
         f"per_{suffix}": x.size(1),
@@ -110,20 +110,20 @@ def _place(suffix: str, x: Tensor) -> dict[str, int]:
     }
 
 
-def _vector(x: Tensor | None) -> Tensor | None:
+def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _stats(stats: Stats) -> dict[str, Tensor]:
+def stats_args(stats: Stats) -> dict[str, Tensor]:
     return dict(stats_s=stats.student.contiguous(), stats_t=stats.teacher.contiguous())
 
 
-def _wide(student: Tensor, teacher: Tensor) -> torch.dtype:
+def acc_of(student: Tensor, teacher: Tensor) -> torch.dtype:
     """`acc_dtype` of two tensors, without leaving this file: a call counts its own."""
     return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
-def _tile(
+def tile_of(
     vocab: int, *operands: Tensor | None, cluster: bool = True
 ) -> tuple[Tile, dict[str, int]]:
     """The tile of rows, and what of it a launch's arguments take."""
@@ -143,7 +143,7 @@ def _steps(x: Tensor, group: int) -> tuple[int, int, int]:
     return b, outer % group, inner % group
 
 
-def _wide_align_offset(vocab: int, size: Tile, *operands: Tensor) -> int | None:
+def wide_align_offset(vocab: int, size: Tile, *operands: Tensor) -> int | None:
     """`_align_offset` of rows that are wide enough for it to pay."""
     wide = vocab >= UNALIGNED_TILES * size.lanes * size.group
     return _align_offset(size.group, *operands) if wide else None
@@ -172,12 +172,12 @@ def _align_offset(group: int, *operands: Tensor) -> int | None:
     return align_offset
 
 
-def _aligned(x: Tensor, align_offset: int | None) -> Tensor:
+def aligned(x: Tensor, align_offset: int | None) -> Tensor:
     """The memory of x from the boundary below it, which makes an aligned pointer of it."""
     return x if not align_offset else x.as_strided((1,), (1,), x.storage_offset() - align_offset)
 
 
-def _scales(spec: LossSpec) -> dict[str, float]:
+def scale_args(spec: LossSpec) -> dict[str, float]:
     return {
         "exponent": LOG2E / spec.temperature,
         "inverse": 1.0 / spec.temperature,
@@ -185,21 +185,23 @@ def _scales(spec: LossSpec) -> dict[str, float]:
     }
 
 
-def _common(
+def common_args(
     spec: LossSpec, rows: Rows, acc: torch.dtype, grad: Tensor | None, **operands: Tensor
 ) -> dict[str, Any]:
     """What the kernels of fused, topk and grad take alike; operands by the suffix of a place."""
-    places = [_place(suffix, x) for suffix, x in operands.items()]
+    places = [place_args(suffix, x) for suffix, x in operands.items()]
     return {
         **{name: value for place in places for name, value in place.items()},
-        **dict(keep=_vector(rows.keep), label=_vector(rows.label), scale=_vector(rows.scale)),
+        **dict(
+            keep=contiguous(rows.keep), label=contiguous(rows.label), scale=contiguous(rows.scale)
+        ),
         **dict(vocab=spec.vocab, width=spec.vocab if grad is None else grad.size(2)),
-        **_scales(spec),
+        **scale_args(spec),
         **dict(
             soft=spec.soft, hard=spec.hard, one_minus_eps=1.0 - spec.smoothing, factor=rows.factor
         ),
         "eps_over_v": spec.smoothing / spec.classes,
-        "DIVERGENCE": _divergence(spec),
+        "DIVERGENCE": divergence_of(spec),
         "HARD_T1": rows.label is not None and spec.temperature != 1.0,
         "ACC": _ACC[acc],
     }
@@ -260,31 +262,29 @@ def _fused_split(args: dict[str, Any], n: int, splits: int, threads: int) -> Non
             launch(kernel, programs, own, threads, loss.device)
 
 
-class GPU(Backend):
-    """The Triton kernels."""
+class FusedPasses(Backend):
+    """The passes of a whole row; `unfused.py` has those that ranks exchange sums between."""
 
     def fused(
         self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
     ) -> Tensor:
-        acc = _wide(student, teacher)
+        acc = acc_of(student, teacher)
         n = student.size(0) * student.size(1)
         loss = torch.empty(n, dtype=acc, device=student.device)
         if n == 0:
             return loss
         rows = rows if spec.hard != 0.0 else rows._replace(label=None)
-        size, lanes = _tile(spec.vocab, student, teacher, grad)
+        size, lanes = tile_of(spec.vocab, student, teacher, grad)
         place = student if grad is None else grad
-        align_offset = _wide_align_offset(spec.vocab, size, student, teacher, place)
+        align_offset = wide_align_offset(spec.vocab, size, student, teacher, place)
         args = {
+            **dict(student=aligned(student, align_offset), teacher=aligned(teacher, align_offset)),
             **dict(
-                student=_aligned(student, align_offset), teacher=_aligned(teacher, align_offset)
-            ),
-            **dict(
-                grad=None if grad is None else _aligned(grad, align_offset),
+                grad=None if grad is None else aligned(grad, align_offset),
                 align_offset=align_offset,
                 loss=loss,
             ),
-            **_common(spec, rows, acc, grad, s=student, t=teacher, g=place),
+            **common_args(spec, rows, acc, grad, s=student, t=teacher, g=place),
             "classes": spec.classes,
             "EXPECTATION": _EXPECTATION[spec.divergence],
             "SMOOTH": rows.label is not None and spec.smoothing != 0.0,
@@ -322,7 +322,7 @@ class GPU(Backend):
             return loss
         rows = rows if spec.hard != 0.0 else rows._replace(label=None)
         # its barrier holds back one block only, and blocks write into each other's columns
-        size, lanes = _tile(spec.vocab, student, grad, cluster=False)
+        size, lanes = tile_of(spec.vocab, student, grad, cluster=False)
         indices = indices.to(torch.int32)
         past = torch.where(indices < 0, LAST, indices).sort(-1).values
         args = {
@@ -330,7 +330,7 @@ class GPU(Backend):
             **dict(sorted_indices=torch.nn.functional.pad(past, (0, 1), value=LAST)),
             "support_grad": None if grad is None else torch.empty_like(logprobs),
             **dict(tail=tail, loss=loss),
-            **_common(spec, rows, acc, grad, s=student, g=student if grad is None else grad),
+            **common_args(spec, rows, acc, grad, s=student, g=student if grad is None else grad),
             **dict(classes=spec.classes, count=count),
             "centre": divergences[spec.divergence].centre(spec.param),
             "RESTRICT": restrict,
@@ -341,91 +341,10 @@ class GPU(Backend):
         launch(topk_kernels.topk_kernel, n, args, size.threads, student.device)
         return loss
 
-    def stats(self, x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
-        acc = _wide(x, x)
-        n = x.size(0) * x.size(1)
-        out = torch.empty(n, 3, dtype=acc, device=x.device)
-        if n == 0:
-            return out
-        size, lanes = _tile(vocab, x)
-        align_offset = _wide_align_offset(vocab, size, x)
-        args = {
-            **dict(
-                x=_aligned(x, align_offset),
-                stats=out,
-                keep=_vector(keep),
-                vocab=vocab,
-                align_offset=align_offset,
-            ),
-            **dict(per=x.size(1), outer=x.stride(0), inner=x.stride(1)),
-            "exponent": LOG2E / temperature,
-            "ACC": _ACC[acc],
-            **lanes,
-        }
-        launch(kernels.stats_kernel, n, args, size.threads, x.device)
-        return out
-
-    def loss(
-        self, student: Tensor, teacher: Tensor, stats: Stats, spec: LossSpec, rows: Rows
-    ) -> Tensor:
-        acc = _wide(student, teacher)
-        n = student.size(0) * student.size(1)
-        out = torch.empty(n, 2, dtype=acc, device=student.device)
-        if n == 0:
-            return out
-        size, lanes = _tile(spec.vocab, student, teacher)
-        align_offset = _wide_align_offset(spec.vocab, size, student, teacher)
-        args = {
-            **dict(
-                student=_aligned(student, align_offset),
-                teacher=_aligned(teacher, align_offset),
-                align_offset=align_offset,
-            ),
-            **_stats(stats),
-            **dict(loss=out, keep=_vector(rows.keep), vocab=spec.vocab),
-            **_place("s", student),
-            **_place("t", teacher),
-            **_scales(spec),
-            "DIVERGENCE": _divergence(spec),
-            "ACC": _ACC[acc],
-            **lanes,
-        }
-        launch(kernels.loss_kernel, n, args, size.threads, student.device)
-        return out
-
-    def grad(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        stats: Stats,
-        slope: Tensor,
-        spec: LossSpec,
-        rows: Rows,
-        grad: Tensor,
-    ) -> None:
-        n = student.size(0) * student.size(1)
-        if n == 0:
-            return
-        if spec.hard == 0.0:
-            rows, stats = rows._replace(label=None), stats._replace(hard=None)
-        size, lanes = _tile(spec.vocab, student, teacher, grad)
-        align_offset = _wide_align_offset(spec.vocab, size, student, teacher, grad)
-        args = {
-            **dict(
-                student=_aligned(student, align_offset), teacher=_aligned(teacher, align_offset)
-            ),
-            **dict(grad=_aligned(grad, align_offset), align_offset=align_offset),
-            **_stats(stats),
-            **dict(stats_hard=_vector(stats.hard), slope=slope.contiguous()),
-            **_common(spec, rows, _wide(student, teacher), grad, s=student, t=teacher, g=grad),
-            **lanes,
-        }
-        launch(kernels.grad_kernel, n, args, size.threads, student.device)
-
     def total(self, loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
         out = torch.empty((), dtype=loss.dtype, device=loss.device)
         args = {
-            **dict(loss=loss.contiguous(), scale=_vector(scale), out=out, n=loss.numel()),
+            **dict(loss=loss.contiguous(), scale=contiguous(scale), out=out, n=loss.numel()),
             **dict(factor=factor, BLOCK=TOTAL_BLOCK),
         }
         launch(kernels.total_kernel, 1, args, 256, loss.device)
@@ -436,7 +355,7 @@ class GPU(Backend):
         if flat.data_ptr() != grad.data_ptr() or grad.numel() == 0:
             grad.mul_(by)  # three or more strides that do not merge: `rows_of` has made a copy
             return
-        size, lanes = _tile(flat.size(2), grad)
+        size, lanes = tile_of(flat.size(2), grad)
         args = {
             **dict(grad=flat, by=by, width=flat.size(2)),
             **dict(per=flat.size(1), outer=flat.stride(0), inner=flat.stride(1)),
@@ -445,6 +364,3 @@ class GPU(Backend):
         launch(
             kernels.multiply_kernel, flat.size(0) * flat.size(1), args, size.threads, grad.device
         )
-
-
-BACKEND = GPU()

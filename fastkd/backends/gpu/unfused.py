@@ -1,0 +1,101 @@
+"""The passes apart, with an exchange of sums between each two: stats, loss, grad."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkd.backends.base import LossSpec, Rows, Stats
+from fastkd.backends.gpu import launch
+from fastkd.backends.gpu import rows as kernels
+
+
+class GPU(launch.FusedPasses):
+    """The Triton kernels."""
+
+    def stats(self, x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
+        acc = launch.acc_of(x, x)
+        n = x.size(0) * x.size(1)
+        out = torch.empty(n, 3, dtype=acc, device=x.device)
+        if n == 0:
+            return out
+        size, lanes = launch.tile_of(vocab, x)
+        align_offset = launch.wide_align_offset(vocab, size, x)
+        args = {
+            **dict(
+                x=launch.aligned(x, align_offset),
+                stats=out,
+                keep=launch.contiguous(keep),
+                vocab=vocab,
+                align_offset=align_offset,
+            ),
+            **dict(per=x.size(1), outer=x.stride(0), inner=x.stride(1)),
+            "exponent": launch.LOG2E / temperature,
+            "ACC": launch._ACC[acc],
+            **lanes,
+        }
+        launch.launch(kernels.stats_kernel, n, args, size.threads, x.device)
+        return out
+
+    def loss(
+        self, student: Tensor, teacher: Tensor, stats: Stats, spec: LossSpec, rows: Rows
+    ) -> Tensor:
+        acc = launch.acc_of(student, teacher)
+        n = student.size(0) * student.size(1)
+        out = torch.empty(n, 2, dtype=acc, device=student.device)
+        if n == 0:
+            return out
+        size, lanes = launch.tile_of(spec.vocab, student, teacher)
+        align_offset = launch.wide_align_offset(spec.vocab, size, student, teacher)
+        args = {
+            **dict(
+                student=launch.aligned(student, align_offset),
+                teacher=launch.aligned(teacher, align_offset),
+                align_offset=align_offset,
+            ),
+            **launch.stats_args(stats),
+            **dict(loss=out, keep=launch.contiguous(rows.keep), vocab=spec.vocab),
+            **launch.place_args("s", student),
+            **launch.place_args("t", teacher),
+            **launch.scale_args(spec),
+            "DIVERGENCE": launch.divergence_of(spec),
+            "ACC": launch._ACC[acc],
+            **lanes,
+        }
+        launch.launch(kernels.loss_kernel, n, args, size.threads, student.device)
+        return out
+
+    def grad(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        stats: Stats,
+        slope: Tensor,
+        spec: LossSpec,
+        rows: Rows,
+        grad: Tensor,
+    ) -> None:
+        n = student.size(0) * student.size(1)
+        if n == 0:
+            return
+        if spec.hard == 0.0:
+            rows, stats = rows._replace(label=None), stats._replace(hard=None)
+        size, lanes = launch.tile_of(spec.vocab, student, teacher, grad)
+        align_offset = launch.wide_align_offset(spec.vocab, size, student, teacher, grad)
+        args = {
+            **dict(
+                student=launch.aligned(student, align_offset),
+                teacher=launch.aligned(teacher, align_offset),
+            ),
+            **dict(grad=launch.aligned(grad, align_offset), align_offset=align_offset),
+            **launch.stats_args(stats),
+            **dict(stats_hard=launch.contiguous(stats.hard), slope=slope.contiguous()),
+            **launch.common_args(
+                spec, rows, launch.acc_of(student, teacher), grad, s=student, t=teacher, g=grad
+            ),
+            **lanes,
+        }
+        launch.launch(kernels.grad_kernel, n, args, size.threads, student.device)
+
+
+BACKEND = GPU()
