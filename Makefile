@@ -68,13 +68,6 @@ sanitize: $(VENV)/ready
 aarch64: $(VENV)/ready
 	$(KERNELS) --fuzz $(SECONDS) aarch64
 
-# Faults, one at a time, in a copy of the tree: does the suite notice? See tests/mutants/README.md.
-# AREA= one of csrc, python, triton, parallel
-JOBS ?= 2
-.PHONY: mutants
-mutants: $(VENV)/ready
-	$(RUN) tests/mutants/run.py -j $(JOBS) $(addprefix --area ,$(AREA)) --json build/mutants.json
-
 # The package as a user gets it: sdist, the wheel built from it, and that wheel in an environment of
 # its own, where the checkout cannot be found.
 sdist: $(VENV)/ready
@@ -94,6 +87,13 @@ GPU_SHAPES ?= fit
 LINEAR_SHAPES ?= gpu
 gpu:
 	$(PYTHON) -m bench.gpu --results $(RESULTS) --shapes "$(GPU_SHAPES)" --linear $(LINEAR_SHAPES)
+
+# Faults, one at a time, in a copy of the tree: does the suite notice? See tests/mutants/README.md.
+# AREA= one of csrc, python, triton, parallel
+JOBS ?= 2
+.PHONY: mutants
+mutants: $(VENV)/ready
+	$(RUN) tests/mutants/run.py -j $(JOBS) $(addprefix --area ,$(AREA)) --json build/mutants.json
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info fastkd/*.so

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -50,10 +51,7 @@ class Fault:
         Raises:
             ValueError: the old text is in no file of the area, or in several, or twice in one.
         """
-        folder = root / ("csrc" if self.area == "csrc" else "fastkd")
-        texts = {
-            path: path.read_text() for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES
-        }
+        texts = _texts(root / ("csrc" if self.area == "csrc" else "fastkd"))
         named = [path for path in texts if path.as_posix().endswith("/" + self.file)]
         fits = [path for path in named if self._fits(texts[path])]
         if not fits:  # code that has moved is the same fault
@@ -71,6 +69,12 @@ class Fault:
     def _applied(self, text: str) -> str:
         at = text.index(self.old, text.index(self.after) + len(self.after))
         return text[:at] + self.new + text[at + len(self.old) :]
+
+
+@cache
+def _texts(folder: Path) -> dict[Path, str]:
+    """As they are before the first fault; a run puts them back."""
+    return {path: path.read_text() for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES}
 
 
 def read(area: str) -> list[Fault]:
