@@ -130,21 +130,20 @@ def test_pictures(family: list[str], tmp_path: Path) -> None:
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
-def test_demo_shows_the_speedup_and_the_program_starts(tmp_path: Path) -> None:
+def test_demo_shows_the_speedup(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--shapes", "8x64", "--seconds", "0.05", "--providers", "eager,reference,fastkd"]
-    command = [sys.executable, "-m", "bench", "--demo", "--device", "cpu", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (found,) = tables(done.stdout)
+    assert main(["--demo", "--device", "cpu", *arguments]) == 0
+    (found,) = tables(capsys.readouterr().out)
     assert "vs eager" in found[0] and "forward ms" not in found[0]
     assert all(row[found[0].index("vs eager")].endswith("x") for row in found[2:-1])
 
 
-def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--list"]) == 0
-    text = capsys.readouterr().out
+def test_the_program_lists_everything() -> None:
+    command = [sys.executable, "-m", "bench", "--list"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
     for name in (*FAMILIES, *CASES, *PROVIDERS, *SHAPE_SETS):
-        assert name in text
+        assert name in done.stdout
 
 
 @pytest.mark.parametrize(
