@@ -30,11 +30,12 @@ demo: $(VENV)/ready
 
 # Every formula, option, dtype and edge of the core on the CPU's kernels and on the reference; not
 # Triton's interpreter, other processes, compiled steps or whole trainings (tests/README.md).
-CHECK = tests/test_losses.py tests/test_options.py tests/test_weights.py tests/test_edges.py \
-  tests/test_autograd.py tests/test_inplace.py tests/test_strides.py tests/test_linear.py \
-  tests/test_topk.py tests/test_topk_refused.py tests/test_divergence.py tests/test_errors.py \
-  tests/test_widths.py tests/test_conventions.py tests/test_layers.py tests/test_distill.py \
-  tests/test_responses.py
+CHECK = tests/losses/test_losses.py tests/losses/test_options.py tests/losses/test_weights.py \
+  tests/losses/test_edges.py tests/engine/test_autograd.py tests/losses/test_inplace.py \
+  tests/losses/test_strides.py tests/losses/test_linear.py tests/losses/test_topk.py \
+  tests/losses/test_topk_refused.py tests/losses/test_divergence.py tests/losses/test_errors.py \
+  tests/losses/test_widths.py tests/losses/test_conventions.py tests/package/test_layers.py \
+  tests/distill/test_distill.py tests/distill/test_responses.py
 
 check: $(VENV)/ready lint
 	$(RUN) -m pytest -n auto --maxprocesses 8 -x $(CHECK) -k "not gpu"

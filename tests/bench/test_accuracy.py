@@ -17,7 +17,7 @@ from torch import Tensor
 import fastkd
 
 # bench is no part of the installed package; last, so that an installed fastkd stays the one tested
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[2]))
 
 from bench.accuracy import oracle
 from bench.accuracy.__main__ import main
@@ -36,7 +36,7 @@ from bench.families.loss_cases import Case
 from bench.families.loss_providers import PROVIDERS, Call, Provider
 from bench.harness import gate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 HALF = (torch.bfloat16, torch.float16)
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)

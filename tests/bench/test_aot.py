@@ -19,7 +19,7 @@ from bench.aot.budget import BUDGETS, MERGES, Budget, budget, judge, share, tota
 from bench.aot.cases import DTYPES, ODD, TARGETS, WHOLE, Case, cases, kernels, places, recorded
 from bench.aot.read import Report, TileLoop, loops
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

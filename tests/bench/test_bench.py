@@ -20,7 +20,7 @@ import fastkd
 from fastkd.demo import memory
 
 # bench is no part of the installed package; last, so that an installed fastkd stays the one tested
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[2]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from bench.__main__ import main
@@ -52,7 +52,7 @@ from bench.harness.timing import (
     summarise,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 KL = CASES["kl_div"]
 ONCE = TimingPlan(1.0, (1, 1), 0)

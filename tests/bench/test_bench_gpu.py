@@ -25,7 +25,7 @@ from bench.gpu import Outcome, document, main
 from bench.gpu_steps import EVERYONE, Step, steps, target
 from bench.harness import machine
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def script(name: str, code: str, **options: Any) -> Step:

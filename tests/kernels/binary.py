@@ -3,8 +3,8 @@
     python tests/kernels/binary.py VARIANT... [--fuzz SECONDS] [--seed N]
 
 runs its fixed cases and then random ones. The variant aarch64 is cross-compiled, runs under
-qemu-aarch64 and writes what it saw to aarch64.json, which tests/test_kernels.py holds against the
-source.
+qemu-aarch64 and writes what it saw to aarch64.json, which tests/backends/test_kernels.py holds
+against the source.
 """
 
 from __future__ import annotations

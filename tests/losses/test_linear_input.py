@@ -18,7 +18,7 @@ from fastkd.backends.base import chunks
 from fastkd.demo.memory import allocated_peak
 from fastkd.engine.linear import ALIGN, chunk_rows
 
-sys.path.append(str(Path(__file__).parents[1]))  # bench is no part of the installed package
+sys.path.append(str(Path(__file__).parents[2]))  # bench is no part of the installed package
 
 
 N, V, H = 4, 9, 5

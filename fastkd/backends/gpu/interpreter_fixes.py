@@ -3,7 +3,7 @@
 * Up to Triton 3.6 it turns a loop bound, a one-element array, into a number by int(array), which
   NumPy 2.4 refuses. Remove when Triton 3.7 is the oldest supported.
 * Up to 3.9 at least it cuts float32 down to bfloat16, and mistakes float64 for it, where every GPU
-  rounds to nearest. Remove when `tests/test_gpu.py::test_multiply` passes without it.
+  rounds to nearest. Remove when `tests/backends/test_gpu.py::test_multiply` passes without it.
 """
 
 from __future__ import annotations
