@@ -116,7 +116,7 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
     seen: list[tuple[str, Launch]] = []
     card = launch.Card(case.target, 32 if case.target.startswith("sm_") else 64)
     with ExitStack() as stack:
-        split = getattr(launch, "split", None)
+        split = getattr(launch, "split_rows", None)
         if split is not None:
             stack.enter_context(mock.patch.object(split, "HOST_PROCESSORS", PROCESSORS))
         for which, run in passes.items():

@@ -170,7 +170,9 @@ def _outside_graph(
     function: Callable[..., Tensor], sides: tuple[Any, ...], options: dict[str, Any]
 ) -> Tensor:
     """function(sides, **options), outside of the graph that torch.compile is making."""
-    return torch.compiler.disable(function)(sides, **options)
+    from fastkd.engine.outside_graph import call  # and with it a compiler, else not loaded
+
+    return call(function, sides, options)
 
 
 def _of_dtensors(
