@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,15 +84,16 @@ def loss(
         labels=labels, ignore_index=ignore_index, weight=weight, reduction=reduction,
         normalizer=normalizer, vocab_size=vocab_size, inplace=inplace, group=group,
     )  # fmt: skip
-    compiling = torch.compiler.is_compiling()
     ordinary = usual and labels is None and weight is None and normalizer is None
+    compiling, dtensors = torch.compiler.is_compiling(), False
     if not ordinary and (compiling or "torch.distributed.tensor" in sys.modules):
-        if dtensor.any_dtensor(student, teacher, labels, weight, normalizer):
-            if compiling:
-                return _outside_graph(_of_dtensors, sides, options)
-            return _of_dtensors(sides, **options)
-    if group is not None and compiling:  # an exchange is no part of a graph
-        return _outside_graph(_again, sides, options)
+        dtensors = dtensor.any_dtensor(student, teacher, labels, weight, normalizer)
+    if compiling and (dtensors or group is not None):  # an exchange is no part of a graph
+        from fastkd.engine.outside_graph import call as outside  # and a compiler, else not loaded
+
+        return outside(_of_dtensors if dtensors else _again, sides, options)
+    if dtensors:
+        return _of_dtensors(sides, **options)
     return run(_request(ordinary, sides, **options))
 
 
@@ -165,13 +166,6 @@ def _factor(reduction: str, student: Operand) -> float:
 
 def _again(sides: tuple[Any, ...], **options: Any) -> Tensor:
     return loss(*sides, **options)
-
-
-def _outside_graph(
-    function: Callable[..., Tensor], sides: tuple[Any, ...], options: dict[str, Any]
-) -> Tensor:
-    """function(sides, **options), outside of the graph that torch.compile is making."""
-    return torch.compiler.disable(function)(sides, **options)
 
 
 def _of_dtensors(
