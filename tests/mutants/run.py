@@ -145,6 +145,8 @@ class Workshop:
         try:
             self._give_extension(tree)
             result, said = self.noticed(tree, fault, None)
+            if result != SURVIVED:
+                print(f"{' '.join(fault.tests)}: without any fault, {result}: {said}", flush=True)
             return "" if result == SURVIVED else f"{result}: {said}"
         finally:
             self.give_back(tree)
