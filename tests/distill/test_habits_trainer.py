@@ -323,6 +323,6 @@ def test_a_label_beyond_the_logits_is_named(wrong: int) -> None:
         distill.train(linear(), [(X, labels)], distill.hard(), progress=False)
 
 
-def test_inputs_by_name_are_refused_at_the_hand_over(tmp_path: Path) -> None:
+def test_inputs_by_name_are_refused_at_the_export(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"inputs: got dict .*, expected a tensor"):
         distill.export(linear(), {"x": X}, tmp_path)  # type: ignore[arg-type]
