@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from fastkd.arguments.tensors import DTYPES
 from fastkd.backends import choice, reference
 from fastkd.backends.base import Backend, LossSpec, Rows
 from fastkd.divergence import Divergence
@@ -23,7 +24,7 @@ from fastkd.engine import autograd, ops, validate
 from fastkd.engine import reduction as reductions
 from fastkd.engine.records import Call, Products, Request
 from fastkd.engine.topk_rows import topk_rows
-from fastkd.operands import DTYPES, LinearLogits, Operand, Teacher, TopK
+from fastkd.operands import LinearLogits, Operand, Teacher, TopK
 from fastkd.parallel import dtensor, layout
 
 MOST_LOSS_SCALE = 2.0**10  # of float16 gradients: the largest are of size T, and 65504 is the end

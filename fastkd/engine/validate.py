@@ -14,9 +14,10 @@ from torch.nn import Parameter
 
 from fastkd.arguments.messages import kind, shown, sizes, warn_once
 from fastkd.arguments.numbers import WAITS, real, whole
+from fastkd.arguments.tensors import DTYPES, answers_itself, layout
 from fastkd.backends.choice import forced
 from fastkd.divergence import Divergence
-from fastkd.operands import DTYPES, LinearLogits, Operand, Teacher, TopK, answers_itself, layout
+from fastkd.operands import LinearLogits, Operand, Teacher, TopK
 
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
 OPTIONS = (

@@ -11,9 +11,9 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from fastkd.scan.files import Unreadable, files, parse
+from fastkd.scan.found import Found
 from fastkd.scan.names import Names, arguments, written
 from fastkd.scan.softmax import TWICE, Softmax, Softmaxes, Unread, atom, constant, pure
 
@@ -30,20 +30,6 @@ FUNCTIONS = {
 }
 CONSTRUCTORS = {"KLDivLoss": "kl_div", "CrossEntropyLoss": "cross_entropy"}
 ENTROPY = "larger by the teacher's entropy, the gradient is the same"
-
-
-class Found(NamedTuple):
-    """One loss: where, what stands there, what to write, and what to mind.
-
-    `line` is the line of the file, of a notebook that of its cell; cells count from 1.
-    """
-
-    file: str
-    line: int
-    code: str
-    replacement: str | None
-    note: str
-    cell: int | None = None
 
 
 def scan(*paths: Path) -> Iterator[Found]:
