@@ -7,7 +7,6 @@ ordinary ones, and else makes a `Request` of them, checked once, for `run` to de
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +30,7 @@ MOST_LOSS_SCALE = 2.0**10  # of float16 gradients: the largest are of size T, an
 _PLAIN = (Tensor, Parameter)
 _ROWS = (Tensor, type(None))
 _NUMBERS = (float, int, Tensor, type(None))
+_NO_DTENSORS = (Tensor, Parameter, TopK, float, int, type(None))
 
 
 def loss(
@@ -87,7 +87,7 @@ def loss(
     )  # fmt: skip
     ordinary = usual and labels is None and weight is None and normalizer is None
     compiling, dtensors = torch.compiler.is_compiling(), False
-    if not ordinary and (compiling or "torch.distributed.tensor" in sys.modules):
+    if not (ordinary or _plain(student, teacher, labels, weight, normalizer)):
         dtensors = dtensor.any_dtensor(student, teacher, labels, weight, normalizer)
     if compiling and (dtensors or group is not None):  # an exchange is no part of a graph
         from fastkd.engine.outside_graph import call as outside  # and a compiler, else not loaded
@@ -118,6 +118,16 @@ def _alike(student: Operand, teacher: Teacher) -> bool:
         and student.device == teacher.device
         and student.stride()[-1] == teacher.stride()[-1] == 1
     )
+
+
+def _plain(*operands: Any) -> bool:
+    """Whether no DTensor can be among them, by their types alone."""
+    for x in operands:
+        parts = (x.hidden, x.weight, x.bias) if type(x) is LinearLogits else (x,)
+        for part in parts:
+            if type(part) not in _NO_DTENSORS:
+                return False
+    return True
 
 
 _known: dict[tuple[str | None, torch.device], Backend] = {}
