@@ -182,14 +182,14 @@ def _responses() -> dict[str, Callable[..., Tensor]]:
     }
 
 
-@pytest.mark.parametrize("chunked", [False, True], ids=["whole", "chunked"])
+@pytest.mark.parametrize("in_chunks", [False, True], ids=["whole", "chunked"])
 @pytest.mark.parametrize("name", _responses())
 def test_losses_of_responses_inside_transforms(
-    name: str, chunked: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, in_chunks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradients that they make by hand, a few rows at a time, give way to torch's own."""
-    if chunked:
-        monkeypatch.setattr(chunked, "HOST_ELEMENTS", 8)
+    if in_chunks:
+        monkeypatch.setattr("fastkd.distill.losses.chunked.HOST_ELEMENTS" 8)
     draw = torch.Generator().manual_seed(6)
     s, t, direction = (torch.randn(2, 3, 7, generator=draw).double() for _ in range(3))
     labels = torch.tensor([[1, -100, 0], [6, 3, 3]])
