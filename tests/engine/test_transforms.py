@@ -189,7 +189,7 @@ def test_losses_of_responses_inside_transforms(
 ) -> None:
     """The gradients that they make by hand, a few rows at a time, give way to torch's own."""
     if in_chunks:
-        monkeypatch.setattr("fastkd.distill.losses.chunked.HOST_ELEMENTS" 8)
+        monkeypatch.setattr("fastkd.distill.losses.chunked.HOST_ELEMENTS", 8)
     draw = torch.Generator().manual_seed(6)
     s, t, direction = (torch.randn(2, 3, 7, generator=draw).double() for _ in range(3))
     labels = torch.tensor([[1, -100, 0], [6, 3, 3]])
