@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastkd.arguments.messages import kind, shown
+from fastkd.arguments.messages import describe, shown
 from fastkd.arguments.numbers import WAITS, real
 
 
@@ -75,7 +75,7 @@ class Divergence:
         expected = "expected a number strictly between 0 and 1"
         number = real(value)
         if number is None:
-            raise TypeError(f"{self.parameter}: got {kind(value)}, {expected}{WAITS}")
+            raise TypeError(f"{self.parameter}: got {describe(value)}, {expected}{WAITS}")
         if not 0.0 < number < 1.0:
             raise ValueError(f"{self.parameter}: got {shown(value)}, {expected}")
         return float(number)
@@ -122,7 +122,7 @@ class Divergences:
             return self[divergence]
         if not isinstance(divergence, Divergence):
             raise TypeError(
-                f"divergence: got {kind(divergence)}, expected a name or an entry of "
+                f"divergence: got {describe(divergence)}, expected a name or an entry of "
                 "fastkd.divergences"
             )
         return divergence

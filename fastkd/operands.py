@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.arguments.messages import kind, shown, sizes
+from fastkd.arguments.messages import describe, shown, sizes
 from fastkd.arguments.numbers import WAITS, real
 from fastkd.arguments.tensors import check_head, check_topk, head_numbers, product_dtype
 
@@ -197,7 +197,7 @@ class TopK:
         number = real(temperature)
         if number is None:
             raise TypeError(
-                f"temperature: got {kind(temperature)}, expected a positive number{WAITS}"
+                f"temperature: got {describe(temperature)}, expected a positive number{WAITS}"
             )
         if not 1e-18 <= number <= 1e18:
             raise ValueError(

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastkd.arguments.messages import kind, shown
-from fastkd.arguments.numbers import whole
+from fastkd.arguments.messages import describe, shown
+from fastkd.arguments.numbers import integer
 from fastkd.backends import reference
 from fastkd.backends.base import Backend, chunks, without_autocast
 from fastkd.backends.choice import pick
@@ -66,9 +66,9 @@ def topk_from_logits(
     temperature = validate.temperature(temperature)
     if not isinstance(method, str) or method not in ("top", "sample"):
         raise ValueError(f"method: got {shown(method)}, expected 'top' or 'sample'")
-    draws = whole(k)
+    draws = integer(k)
     if draws is None:
-        raise TypeError(f"k: got {kind(k)}, expected an integer")
+        raise TypeError(f"k: got {describe(k)}, expected an integer")
     k = draws
     most = vocab if method == "top" else 2**31
     if not 1 <= k <= most:

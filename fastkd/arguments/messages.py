@@ -20,7 +20,7 @@ DEEPEST = 2  # containers within one another
 MOST_SIZES = 12  # of a shape
 
 
-def kind(x: object) -> str:
+def describe(x: object) -> str:
     """What an argument is: type, shape or size and the first few values, in 200 characters."""
     name = _name(x)
     if isinstance(x, Tensor):

@@ -24,7 +24,7 @@ def real(x: Any) -> float | None:
         return None
 
 
-def whole(x: Any) -> int | None:
+def integer(x: Any) -> int | None:
     """A whole number as Python's int, or None for what is none."""
     if isinstance(x, bool):
         return None

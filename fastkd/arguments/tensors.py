@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd.arguments.messages import kind, shown, sizes
-from fastkd.arguments.numbers import real, whole
+from fastkd.arguments.messages import describe, shown, sizes
+from fastkd.arguments.numbers import integer, real
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 INDEX_DTYPES = frozenset((torch.int32, torch.int64))
@@ -35,12 +35,12 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         if x is None and name == "bias":
             continue
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: got {kind(x)}, expected a tensor {shape}")
+            raise TypeError(f"{name}: got {describe(x)}, expected a tensor {shape}")
         if x.layout is not torch.strided or x.is_nested:
             raise TypeError(f"{name}: got {layout(x)}, expected a dense tensor")
         if x.dtype not in DTYPES:
             raise TypeError(
-                f"{name}: got {kind(x)}, expected float32, bfloat16, float16 or float64"
+                f"{name}: got {describe(x)}, expected float32, bfloat16, float16 or float64"
             )
     if hidden.dim() == 0 or hidden.size(-1) == 0:
         raise ValueError(f"hidden: got shape {sizes(hidden.shape)}, expected [..., H] with H >= 1")
@@ -74,11 +74,11 @@ def check_topk(logprobs: Tensor, indices: Tensor, tail_logprob: Tensor | None) -
         if x is None and name == "tail_logprob":
             continue
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: got {kind(x)}, expected a tensor {form} of {what}")
+            raise TypeError(f"{name}: got {describe(x)}, expected a tensor {form} of {what}")
         if x.layout is not torch.strided or x.is_nested or hasattr(x, "placements"):
             raise TypeError(f"{name}: got {layout(x)}, expected a dense tensor")
         if x.dtype not in dtypes:
-            raise TypeError(f"{name}: got {kind(x)}, expected {what}")
+            raise TypeError(f"{name}: got {describe(x)}, expected {what}")
         if x.device != logprobs.device:
             raise ValueError(
                 f"{name}: got a tensor on {x.device}, expected the logprobs' {logprobs.device}"
@@ -109,7 +109,7 @@ def head_numbers(
         number = real(x)
         if number is None:
             hint = "; multiply hidden by a scale that is a tensor" if name == "scale" else ""
-            raise TypeError(f"{name}: got {kind(x)}, expected a number{hint}")
+            raise TypeError(f"{name}: got {describe(x)}, expected a number{hint}")
         low = number > 0 if name == "softcap" else number != 0
         if not (low and 1e-18 <= abs(number) <= 1e18):
             what = "positive number" if name == "softcap" else "number other than 0"
@@ -118,9 +118,9 @@ def head_numbers(
     scale, softcap = float(found[0] or 0.0), found[1]
     if chunk_size is None:
         return scale, softcap, None
-    rows = whole(chunk_size)
+    rows = integer(chunk_size)
     if rows is None:
-        raise TypeError(f"chunk_size: got {kind(chunk_size)}, expected a number of rows")
+        raise TypeError(f"chunk_size: got {describe(chunk_size)}, expected a number of rows")
     if not 1 <= rows < 2**63:
         raise ValueError(f"chunk_size: got {shown(chunk_size)}, expected at least 1 row")
     return scale, softcap, rows

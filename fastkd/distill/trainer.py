@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.arguments.messages import shown
-from fastkd.arguments.numbers import whole
+from fastkd.arguments.numbers import integer
 
 from .batch import Batch, Outputs, device_of, forward, moved, restored_modes
 from .checkpoint import Checkpoints, Parts, Position, epoch_batches
@@ -254,7 +254,7 @@ def _keep_best(
 
 
 def _check_count(name: str, value: Any) -> None:
-    if whole(value) is None or value < 1:
+    if integer(value) is None or value < 1:
         raise ValueError(f"{name}: got {shown(value)}, expected an integer >= 1")
 
 

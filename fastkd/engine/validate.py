@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastkd.arguments.messages import kind, shown, sizes, warn_once
-from fastkd.arguments.numbers import WAITS, real, whole
+from fastkd.arguments.messages import describe, shown, sizes, warn_once
+from fastkd.arguments.numbers import WAITS, integer, real
 from fastkd.arguments.tensors import DTYPES, answers_itself, layout
 from fastkd.backends.choice import forced
 from fastkd.divergence import Divergence
@@ -50,7 +50,7 @@ def refuse_option(name: str, option: str, known: Sequence[str]) -> None:
 def share(name: str, value: float) -> float:
     number = real(value)
     if number is None:
-        raise TypeError(f"{name}: got {kind(value)}, expected a number from 0 to 1{WAITS}")
+        raise TypeError(f"{name}: got {describe(value)}, expected a number from 0 to 1{WAITS}")
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"{name}: got {shown(value)}, expected a number from 0 to 1")
     return number
@@ -66,7 +66,9 @@ def reduction(reduction: str) -> None:
 def temperature(temperature: float) -> float:
     number = temperature if type(temperature) is float else real(temperature)
     if number is None:
-        raise TypeError(f"temperature: got {kind(temperature)}, expected a positive number{WAITS}")
+        raise TypeError(
+            f"temperature: got {describe(temperature)}, expected a positive number{WAITS}"
+        )
     if not 1e-18 <= number <= 1e18:  # T^2 and 1 / T are float32 numbers
         raise ValueError(
             f"temperature: got {shown(temperature)}, expected a positive finite number "
@@ -111,9 +113,9 @@ def shards(student: Operand, teacher: Teacher, vocab_size: int | None) -> int | 
 
 def columns(vocab_size: int, least: int | None = None) -> int:
     """vocab_size as an int."""
-    number = whole(vocab_size)
+    number = integer(vocab_size)
     if number is None:
-        raise TypeError(f"vocab_size: got {kind(vocab_size)}, expected an integer")
+        raise TypeError(f"vocab_size: got {describe(vocab_size)}, expected an integer")
     if least is not None and number < least:
         raise ValueError(f"vocab_size: got {shown(vocab_size)}, expected at least {least}")
     return number
@@ -132,12 +134,12 @@ def _sides(student: Operand, teacher: Teacher, least: int) -> None:
             continue  # checked when it was made
         if not isinstance(x, Tensor):
             raise TypeError(
-                f"{name}: got {kind(x)}, expected a tensor of logits [..., V] or a LinearLogits"
+                f"{name}: got {describe(x)}, expected a tensor of logits [..., V] or a LinearLogits"
                 + (", or a TopK" if name == "teacher" else "")
             )
         if x.dtype not in DTYPES:
             raise TypeError(
-                f"{name}: got {kind(x)}, expected logits in float32, bfloat16, float16 or float64"
+                f"{name}: got {describe(x)}, expected logits in float32, bfloat16, float16 or float64"
             )
         if x.layout is not torch.strided or x.is_nested:
             raise TypeError(f"{name}: got {layout(x)}, expected a dense tensor")
@@ -184,9 +186,9 @@ def _readable(name: str, x: object) -> None:
 
 def ignored(ignore_index: int) -> int:
     """ignore_index as an int."""
-    number = ignore_index if type(ignore_index) is int else whole(ignore_index)
+    number = ignore_index if type(ignore_index) is int else integer(ignore_index)
     if number is None:
-        raise TypeError(f"ignore_index: got {kind(ignore_index)}, expected an integer")
+        raise TypeError(f"ignore_index: got {describe(ignore_index)}, expected an integer")
     if not -(2**63) <= number < 2**63:
         raise ValueError(f"ignore_index: got {shown(ignore_index)}, expected a 64-bit integer")
     return number
@@ -226,7 +228,7 @@ def _other_labels(labels: Tensor, student: Operand) -> str:
 def _per_row(name: str, x: Tensor, what: str, student: Operand) -> None:
     leading = student.shape[:-1]
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {kind(x)}, expected a tensor {sizes(leading)} of {what}")
+        raise TypeError(f"{name}: got {describe(x)}, expected a tensor {sizes(leading)} of {what}")
     if x.layout is not torch.strided or x.is_nested:
         got = layout(x) if x.is_nested else f"layout {x.layout}"
         raise TypeError(f"{name}: got {got}, expected a dense tensor of {what}")
@@ -234,7 +236,7 @@ def _per_row(name: str, x: Tensor, what: str, student: Operand) -> None:
     fits = x.dtype in INT_DTYPES if what == "integers" else x.dtype.is_floating_point
     if not fits:
         instead = _other_labels(x, student) if name == "labels" else ""
-        raise TypeError(f"{name}: got {kind(x)}, expected {what} {sizes(leading)}{instead}")
+        raise TypeError(f"{name}: got {describe(x)}, expected {what} {sizes(leading)}{instead}")
     if x.shape != leading:
         instead = _other_labels(x, student) if name == "labels" else ""
         raise ValueError(
@@ -254,15 +256,15 @@ def normalizer(
         return None
     if reduction != "mean":
         raise ValueError(
-            f"normalizer: got {kind(normalizer)} with reduction={reduction!r}; it replaces the "
+            f"normalizer: got {describe(normalizer)} with reduction={reduction!r}; it replaces the "
             "denominator of reduction='mean'"
         )
     if isinstance(normalizer, Tensor):
         _readable("normalizer", normalizer)
         if normalizer.dtype.is_complex or normalizer.dtype == torch.bool:
-            raise TypeError(f"normalizer: got {kind(normalizer)}, expected a real number")
+            raise TypeError(f"normalizer: got {describe(normalizer)}, expected a real number")
         if normalizer.dim() != 0:
-            raise ValueError(f"normalizer: got {kind(normalizer)}, expected a 0-d tensor")
+            raise ValueError(f"normalizer: got {describe(normalizer)}, expected a 0-d tensor")
         if normalizer.device.type != "cpu" and normalizer.device != student.device:
             raise ValueError(
                 f"normalizer: got a tensor on {normalizer.device}, expected {student.device}"
@@ -270,7 +272,9 @@ def normalizer(
         return normalizer
     number = real(normalizer)
     if number is None:
-        raise TypeError(f"normalizer: got {kind(normalizer)}, expected a number or a 0-d tensor")
+        raise TypeError(
+            f"normalizer: got {describe(normalizer)}, expected a number or a 0-d tensor"
+        )
     if not 0 <= number <= 1e38:
         raise ValueError(f"normalizer: got {shown(normalizer)}, expected a finite number >= 0")
     return number

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.arguments.messages import kind
+from fastkd.arguments.messages import describe
 from fastkd.backends.base import Backend, on_host
 from fastkd.operands import LinearLogits, Operand, Teacher, TopK
 from fastkd.parallel.collectives import gathered
@@ -110,7 +110,7 @@ def process_group(group: Any) -> Any:
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group: this process is not in it")
     if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group: got {kind(group)}, expected a ProcessGroup or a DeviceMesh")
+        raise TypeError(f"group: got {describe(group)}, expected a ProcessGroup or a DeviceMesh")
     return group
 
 

@@ -10,7 +10,7 @@ import torch
 
 import fastkd
 from fastkd import distill
-from fastkd.arguments.messages import kind, shown
+from fastkd.arguments.messages import describe, shown
 from fastkd.teachers import store
 
 MOST = 500
@@ -52,18 +52,23 @@ MONSTERS: dict[str, Any] = {
 @pytest.mark.parametrize("name", MONSTERS)
 def test_a_quotation_is_short(name: str) -> None:
     x = MONSTERS[name]
-    assert len(kind(x)) <= 200 and len(shown(x)) <= 100
-    assert "\n" not in kind(x) and (type(x).__name__[:20] in kind(x) or isinstance(x, torch.Tensor))
+    assert len(describe(x)) <= 200 and len(shown(x)) <= 100
+    assert "\n" not in describe(x) and (
+        type(x).__name__[:20] in describe(x) or isinstance(x, torch.Tensor)
+    )
 
 
 def test_a_quotation_says_size_and_first_values() -> None:
-    assert kind([[-1.0] * 1000] * 2) == "list [[-1.0, ...] (1000 long), [-1.0, ...] (1000 long)]"
-    assert kind([1, 2, 3, 4]) == "list [1, 2, 3, ...] (4 long)"
-    assert kind((torch.ones(2, 3), None)) == "tuple (tensor[2, 3], None)"
     assert (
-        kind(torch.ones(2, 4).numpy()) == "ndarray [2, 4] of float32 [1.0, 1.0, 1.0, ...] (8 long)"
+        describe([[-1.0] * 1000] * 2) == "list [[-1.0, ...] (1000 long), [-1.0, ...] (1000 long)]"
     )
-    assert kind("2") == "str '2'" and kind(2.0) == "float 2.0" and shown("avg") == "'avg'"
+    assert describe([1, 2, 3, 4]) == "list [1, 2, 3, ...] (4 long)"
+    assert describe((torch.ones(2, 3), None)) == "tuple (tensor[2, 3], None)"
+    assert (
+        describe(torch.ones(2, 4).numpy())
+        == "ndarray [2, 4] of float32 [1.0, 1.0, 1.0, ...] (8 long)"
+    )
+    assert describe("2") == "str '2'" and describe(2.0) == "float 2.0" and shown("avg") == "'avg'"
 
 
 # ---- the public face

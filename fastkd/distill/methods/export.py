@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.arguments.messages import kind, shown
+from fastkd.arguments.messages import describe, shown
 
 from ..batch import device_of, restored_modes, unwrap
 from ..logging import Step
@@ -55,8 +55,8 @@ def export(
         raise ValueError(f"formats: got {unknown}, expected some of {list(FORMATS)}")
     if not isinstance(inputs, Tensor) or not inputs.dim():
         raise TypeError(
-            f"inputs: got {kind(inputs)}, expected a tensor [B, ...]; a student of several inputs, "
-            "or of inputs by name, goes into a module of one tensor"
+            f"inputs: got {describe(inputs)}, expected a tensor [B, ...]; a student of several "
+            "inputs, or of inputs by name, goes into a module of one tensor"
         )
     if len(inputs) < 2:
         raise ValueError(f"inputs: got {len(inputs)} rows, expected 2 or more: 1 would be constant")
