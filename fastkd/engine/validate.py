@@ -139,7 +139,8 @@ def _sides(student: Operand, teacher: Teacher, least: int) -> None:
             )
         if x.dtype not in DTYPES:
             raise TypeError(
-                f"{name}: got {describe(x)}, expected logits in float32, bfloat16, float16 or float64"
+                f"{name}: got {describe(x)}, expected logits in float32, bfloat16, float16 or "
+                "float64"
             )
         if x.layout is not torch.strided or x.is_nested:
             raise TypeError(f"{name}: got {layout(x)}, expected a dense tensor")
