@@ -15,6 +15,7 @@ from .batch import Batch, Outputs, bare_state, forward, load_bare_state, unwrap
 from .distributed import Ranks
 from .hooks import Hooks
 from .objective import Objective
+from .optimizers import check_optimizer
 from .teachers import BatchTeacher, CachedTeacher, CallableTeacher, ModelTeacher, Teacher
 
 
@@ -47,6 +48,8 @@ class PeerTeacher(Teacher):
         self.models = [model, self.objective.modules]
         self.student_layers = self.objective.teacher_layers
         learnt = [p for m in self.models for p in m.parameters() if p.requires_grad]
+        if optimizer is not None:
+            check_optimizer(optimizer, learnt)
         self.optimizer = torch.optim.AdamW(learnt, lr=lr) if optimizer is None else optimizer
         self._hooks = Hooks(model, ())
         self._outputs: Outputs | None = None

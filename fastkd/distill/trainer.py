@@ -32,6 +32,7 @@ from .hooks import Hooks
 from .logging import Log, Record, Step
 from .noise import weight_noise as noisy_weights
 from .objective import Objective
+from .optimizers import optimizer_of
 from .precision import Stepping, stepping
 from .run_warnings import RunWarnings
 from .schedules import Rates, applied
@@ -137,7 +138,9 @@ def train(
     soft.beside(student)
     objective.connects = ranks.wrapped
     ranks.share(objective.modules)
-    optimizer = stepper.prepared(student, _optimizer(optimizer, student, objective, followers, lr))
+    optimizer = stepper.prepared(
+        student, optimizer_of(optimizer, student, objective, followers, lr)
+    )
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     rates = Rates([optimizer], schedule)
     parts = Parts(
@@ -288,69 +291,6 @@ def _check_numbers(
         _check_count("accumulate", accumulate)
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm: got {shown(clip_norm)}, expected > 0 or None")
-
-
-def _optimizer(
-    optimizer: torch.optim.Optimizer | None,
-    student: nn.Module,
-    objective: Objective,
-    followers: Sequence[Teacher],
-    lr: float,
-) -> torch.optim.Optimizer:
-    """One over the student and what the terms learn, and over no teacher."""
-    learnt = {p for p in objective.modules.parameters() if p.requires_grad}
-    if optimizer is None:
-        student_parameters = [p for p in student.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW([{"params": student_parameters}], lr=lr)
-    else:
-        _check_optimizer(optimizer, [*student.parameters(), *learnt])
-    in_optimizer = {p for group in optimizer.param_groups for p in group["params"]}
-    if missing := {
-        n: p for n, p in objective.modules.named_parameters() if p in learnt - in_optimizer
-    }:
-        _join(optimizer, missing)
-    frozen = {p for follower in followers for m in follower.models for p in m.parameters()}
-    if shared := len(in_optimizer & frozen):
-        inside = frozen <= set(student.parameters())
-        which = ", which is the student or a part of it (give a copy)" if inside else ""
-        raise ValueError(
-            f"optimizer: got {shared} parameters of the teacher{which}, expected none: what both "
-            "models use has requires_grad False and is not in the optimizer"
-        )
-    return optimizer
-
-
-def _check_optimizer(optimizer: Any, weights: Sequence[nn.Parameter]) -> None:
-    """TypeError or ValueError for an optimizer that cannot step, or of nothing that learns here."""
-    if not hasattr(optimizer, "param_groups"):
-        raise TypeError(
-            f"optimizer: got {shown(optimizer)}, expected a torch optimizer over the student's "
-            "parameters, such as torch.optim.AdamW(student.parameters())"
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError(
-            "optimizer: got LBFGS, whose step computes the loss again; expected one that steps "
-            "once on a gradient"
-        )
-    here = {p for group in optimizer.param_groups for p in group["params"]}
-    if here.isdisjoint(weights):
-        raise ValueError(
-            f"optimizer: got {len(here)} parameters, none of them the student's, which would not "
-            "learn; expected an optimizer made over this very student (a copy of it, and one that "
-            "fully_shard has put in shards since, has other parameters)"
-        )
-
-
-def _join(optimizer: Any, missing: dict[str, nn.Parameter]) -> None:
-    """Add parameters to the first group: a new one would break a scheduler made before."""
-    bare = getattr(optimizer, "optimizer", optimizer)  # within accelerate's wrapper
-    if type(bare).add_param_group is not torch.optim.Optimizer.add_param_group:
-        bare.add_param_group({"params": list(missing.values())})  # it keeps books of its own
-        return
-    first = bare.param_groups[0]
-    first["params"].extend(missing.values())
-    if "param_names" in first:
-        first["param_names"].extend(f"terms.{name}" for name in missing)
 
 
 def _steps(loader: Any, epochs: int, accumulate: int) -> int | None:

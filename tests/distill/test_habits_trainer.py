@@ -255,7 +255,7 @@ def test_a_projectors_group_of_the_users_own_stays() -> None:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda _: torch.optim.SGD(linear(1).parameters(), 0.1), "none of them the student's"),
+        (lambda _: torch.optim.SGD(linear(1).parameters(), 0.1), "none of them the model's"),
         (lambda _: torch.optim.SGD, "expected a torch optimizer over"),
         (lambda model: torch.optim.LBFGS(model.parameters()), "got LBFGS"),
     ],
@@ -326,3 +326,12 @@ def test_a_label_beyond_the_logits_is_named(wrong: int) -> None:
 def test_inputs_by_name_are_refused_at_the_export(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"inputs: got dict .*, expected a tensor"):
         distill.export(linear(), {"x": X}, tmp_path)  # type: ignore[arg-type]
+
+
+def test_a_peers_optimizer_is_over_the_peer() -> None:
+    """One over another model would leave the peer as it is, without a word."""
+    other = torch.optim.SGD(linear(1).parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"optimizer: got .* none of them the model's"):
+        distill.PeerTeacher(linear(2), distill.hard(), optimizer=other)
+    with pytest.raises(TypeError, match="optimizer: got"):
+        distill.PeerTeacher(linear(2), distill.hard(), optimizer=0.1)  # type: ignore[arg-type]
