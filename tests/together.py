@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from triton.runtime import interpreter
 
-PATIENT = 120.0  # seconds until a thread that nobody hands over to gives up
+PATIENT = 600.0  # seconds until a thread that nobody hands over to gives up
 
 
 class Together:
@@ -54,6 +54,8 @@ class Together:
 
     def _work(self, number: int, index: Any, program: Callable[[], None]) -> None:
         if not self.turns[number].acquire(timeout=PATIENT):
+            self.error = RuntimeError("a program was never given its turn")
+            self.over.release()
             return
         self.builder.grid_idx = index
         try:
