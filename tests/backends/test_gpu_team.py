@@ -43,7 +43,7 @@ ON_CARD = torch.cuda.is_available()
 HOLDS, RESIDENT = cooperative.Capacity(132, 50 << 20), 3
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("error:.*wide rows go on"),
+    pytest.mark.filterwarnings("error:.*computes each wide row"),
 ]
 
 
@@ -193,7 +193,7 @@ def test_a_launch_that_fails_is_said_once(
     with pytest.warns(RuntimeWarning) as said:
         for _ in range(2):
             assert_as_good_as_torch(student, teacher, labels, divergence=fastkd.divergences["kl"])
-    texts = [str(w.message) for w in said if "wide rows go on" in str(w.message)]
+    texts = [str(w.message) for w in said if "computes each wide row" in str(w.message)]
     assert len(texts) == 1 and "could not be launched" in texts[0]
     assert list(cooperative._refused) == [student.device] and launched.count("fused_kernel") == 2
 
