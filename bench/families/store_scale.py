@@ -25,7 +25,7 @@ from bench.harness.result import Group, Result, named
 from bench.harness.timing import Say, summarise
 from fastkd.teachers import store
 from fastkd.teachers.store.format import CacheSpec, Part, Shard, index_name, save_part, shard_name
-from fastkd.teachers.store.merge import MERGED
+from fastkd.teachers.store.merged_index import MERGED
 
 SIZES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "I64": 8}
 BATCH = 8  # samples looked up at a time

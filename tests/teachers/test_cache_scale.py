@@ -302,7 +302,8 @@ def test_a_merge_is_done_once_and_reads_what_changed(
     read: list[str] = []
     load = format.load_part
     monkeypatch.setattr(
-        "fastkd.teachers.store.merge.load_part", lambda path: read.append(path.name) or load(path)
+        "fastkd.teachers.store.merged_index.load_part",
+        lambda path: read.append(path.name) or load(path),
     )
     assert not store.Reader(tmp_path).complete and read == []
     captured(tmp_path, 30, rank=2, samples=range(20, 30))

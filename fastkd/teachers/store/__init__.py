@@ -28,7 +28,7 @@ from .capture import capture
 from .codec import logprob_bound
 from .format import CacheError
 from .loader import Paired, collate
-from .merge import merge
+from .merged_index import merge
 from .reader import Reader
 from .sampler import ShardSampler
 from .writer import Writer

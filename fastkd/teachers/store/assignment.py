@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from .format import INDEXES
 from .index import Places
-from .merge import load_merged, merge
+from .merged_index import load_merged, merge
 from .reader import Reader
 
 

@@ -23,7 +23,7 @@ from .atomic_io import file_hash, needed
 from .codec import decode, unpack
 from .format import CacheError, Part, Shard, Spelled, index_name, load_part, tokenizer_name
 from .index import Places
-from .merge import contents, places
+from .merged_index import contents, places
 from .padding import teachers
 
 OPEN_SHARDS = 64  # mapped at a time by a process
