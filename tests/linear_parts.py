@@ -44,6 +44,12 @@ def make_parts(
     return {name: x.to(backend.device, dtype) for name, x in made.items()}
 
 
+def parts_in_a_row(backend: Backend, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """hidden, weight and bias of the student, then of the teacher, as the operators take them."""
+    shapes = ((4, 5), (9, 5), (9,), (4, 7), (9, 7), (9,))
+    return [torch.randn(shape).to(backend.device, dtype).requires_grad_() for shape in shapes]
+
+
 def as_linear(parts: Parts, side: str, bias: bool = False, **options: Any) -> LinearLogits:
     given = parts[f"bias_{side}"] if bias else None
     return LinearLogits(parts[f"hidden_{side}"], parts[f"weight_{side}"], given, **options)
