@@ -11,7 +11,7 @@ reduction or a process group. `fastkd.backends.choice` says which one runs.
     grad    the gradient, given both sides' stats and the sum of slopes
 
 `stats`, `loss`, `grad` are the split form of `fused`: what vocabulary parallelism needs, with an
-all-reduce between each two. A backend may have `staged` as well: `fused`, cut at the exchanges.
+all-reduce between each two. A backend may have `stepwise` as well: `fused`, cut at the exchanges.
 Accumulation is float32, float64 where either operand is float64.
 """
 
@@ -92,7 +92,7 @@ class Stats(NamedTuple):
     hard: Tensor | None = None
 
 
-class Staged(NamedTuple):
+class Stepwise(NamedTuple):
     """`fused` of some columns of each row, cut where the ranks exchange sums.
 
     loss: [N] acc, and redo: [N] bool, once all passes are over. Rows with redo set have no loss
@@ -116,8 +116,8 @@ class Backend:
 
     #: values can be read without waiting for a device, and there is `count` and `weigh`
     on_host = False
-    #: there is `staged`
-    has_stages = False
+    #: there is `stepwise`
+    has_steps = False
     #: the process group over which a vocabulary is divided, and the most columns of any rank
     group: Any = None
     widest: int | None = None
@@ -169,7 +169,7 @@ class Backend:
         """Writes the gradient; slope: [N] sums of centred slopes."""
         raise NotImplementedError
 
-    def staged(
+    def stepwise(
         self,
         student: Tensor,
         teacher: Tensor,
@@ -179,7 +179,7 @@ class Backend:
         ranks: int,
         rank: int,
         widest: int,
-    ) -> Staged | None:
+    ) -> Stepwise | None:
         """As `fused` with spec.vocab >= 0 own columns of at most `widest` on any rank.
 
         None, on every rank alike, where operands of such a dtype or width take the general form.

@@ -18,8 +18,8 @@ from fastkd.backends.base import (
     Backend,
     LossSpec,
     Rows,
-    Staged,
     Stats,
+    Stepwise,
     TopKRows,
     acc_dtype,
     rows_of,
@@ -180,7 +180,7 @@ def log(x: Tensor) -> Tensor:
 class CPU(Backend):
     """The C++ kernels; values are where they can be read at once."""
 
-    on_host = has_stages = True
+    on_host = has_steps = True
 
     def fused(
         self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
@@ -264,7 +264,7 @@ class CPU(Backend):
             *_options(rows, grad),
         )
 
-    def staged(
+    def stepwise(
         self,
         student: Tensor,
         teacher: Tensor,
@@ -274,7 +274,7 @@ class CPU(Backend):
         ranks: int,
         rank: int,
         widest: int,
-    ) -> Staged | None:
+    ) -> Stepwise | None:
         keep, label, scale, factor = rows
         expectation = _EXPECTATION[spec.divergence]
         kept = grad is not None or expectation is None
@@ -308,7 +308,7 @@ class CPU(Backend):
             return start, size, begun[start].data_ptr(), 0, 0
 
         def one(start: int) -> Generator[Tensor, Tensor, None]:
-            held = (keep, label, scale)  # named until the last stage is over
+            held = (keep, label, scale)  # named until the last step is over
             own = memory + start // together % waiting * together * slot
             if start not in begun:
                 _C.vocab_parallel_step(0, *operands, own, begin(start), _NOWHERE)
@@ -324,7 +324,7 @@ class CPU(Backend):
             _C.vocab_parallel_step(2, *operands, own, some, begin(start + waiting * together))
             del held
 
-        return Staged(out, redo, (one(start) for start in range(0, n, together)), waiting)
+        return Stepwise(out, redo, (one(start) for start in range(0, n, together)), waiting)
 
     def count(
         self, labels: Tensor, ignore_index: int, vocab: int

@@ -48,7 +48,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(launch, "launch", note)
     monkeypatch.setattr(
         cooperative, "capacity", lambda *device: None
-    )  # which a card would rather use
+    )  # which a GPU would rather use
     monkeypatch.setattr(launch, "tile", lambda vocab, size, *_: Tile(8 * size, 16 // size, 32))
     with fastkd.use_backend("gpu"):
         yield seen
