@@ -41,7 +41,7 @@ def assert_passes(variant: str, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def sanitizers() -> None:
-    require_tools("sanitize")
+    require_tools("sanitize-one")
     command = [binary.HOST, *binary.SANITIZE, "-x", "c++", "-", "-o", os.devnull]
     built = subprocess.run(command, input="int main() {}", capture_output=True, text=True)
     if built.returncode != 0:
@@ -55,7 +55,7 @@ def test_between_guard_pages(words: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("words", [("check",), fuzz(4)], ids=["fixed", "random"])
 def test_under_the_sanitizers(sanitizers: None, words: tuple[str, ...]) -> None:
-    assert_passes("sanitize", *words)
+    assert_passes("sanitize-one", *words)
 
 
 def test_aarch64() -> None:
