@@ -35,11 +35,17 @@ each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
 
 
 def make_parts(
-    backend: Backend, dtype: torch.dtype = torch.float32, n: int = N, v: int = V, v_t: int = 0
+    backend: Backend,
+    dtype: torch.dtype = torch.float32,
+    n: int = N,
+    v: int = V,
+    v_t: int = 0,
+    sizes: tuple[int, int] = (HS, HT),
 ) -> Parts:
     """Multiples of 1/4 from -1 to 1: their logits are exact in every dtype, as sums of few."""
-    shapes = {"hidden_s": (n, HS), "weight_s": (v, HS), "bias_s": (v,)}
-    shapes |= {"hidden_t": (n, HT), "weight_t": (v_t or v, HT), "bias_t": (v_t or v,)}
+    hs, ht = sizes
+    shapes = {"hidden_s": (n, hs), "weight_s": (v, hs), "bias_s": (v,)}
+    shapes |= {"hidden_t": (n, ht), "weight_t": (v_t or v, ht), "bias_t": (v_t or v,)}
     made = {name: torch.randint(-4, 5, shape) / 4 for name, shape in shapes.items()}
     return {name: x.to(backend.device, dtype) for name, x in made.items()}
 

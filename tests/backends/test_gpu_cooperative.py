@@ -147,7 +147,7 @@ def test_any_order_gives_the_same_bits(
     together: Any,  # noqa: F811
 ) -> None:
     """Also of an in-place gradient, and with hardly more room than a row's programs take."""
-    student, teacher, labels = make(3, 500)
+    student, teacher, labels = make(2, 400)
     labels[1] = -100
     call = dict(divergence=name, alpha=0.4, temperature=2.0)
     with fastkd.use_backend("gpu"):
