@@ -138,7 +138,7 @@ def _in(acc: torch.dtype, stats: Stats) -> Stats:
 
 def _options(rows: Rows, grad: Tensor | None) -> tuple[Any, ...]:
     """The arguments for a record of rows and a gradient."""
-    keep, label, scale, factor = rows
+    keep, label, scale, factor, _ = rows
     return (
         *(_address(keep), _address(label), _address(scale), factor),
         *(_written(grad), 0 if grad is None else grad.shape[-1]),
@@ -181,6 +181,7 @@ class CPU(Backend):
     """The C++ kernels; values are where they can be read at once."""
 
     on_host = has_steps = True
+    guesses = "host"
 
     def fused(
         self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
@@ -192,7 +193,13 @@ class CPU(Backend):
         return out
 
     def fused_total(
-        self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        spec: LossSpec,
+        rows: Rows,
+        grad: Tensor | None,
+        upstream: float | Tensor,
     ) -> Tensor:
         n = student.numel() // student.shape[-1]
         # named until the call is over: `rows_of` may copy
@@ -200,7 +207,7 @@ class CPU(Backend):
         t = teacher if teacher.dim() == 2 else rows_of(teacher)
         g = grad if grad is None or grad.dim() == 2 else rows_of(grad)
         out = torch.empty_like(_NUMBER[_wide(student, teacher)])
-        _C.fused_total(*_fused(n, s, t, spec, rows, g, out))
+        _C.fused_total(*(*_fused(n, s, t, spec, rows, g, out), upstream))
         return out
 
     def topk(
@@ -275,7 +282,7 @@ class CPU(Backend):
         rank: int,
         widest: int,
     ) -> Stepwise | None:
-        keep, label, scale, factor = rows
+        keep, label, scale, factor, _ = rows
         expectation = _EXPECTATION[spec.divergence]
         kept = grad is not None or expectation is None
         n = student.shape[0] * student.shape[1]

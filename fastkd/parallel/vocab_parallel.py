@@ -51,6 +51,8 @@ class VocabParallel(Backend):
     def __init__(self, backend: Backend, group: Any, columns: Columns) -> None:
         self.backend, self.group, self.columns = backend, group, columns
         self.widest = columns.widest
+        # on a GPU the gradient waits for its factor, which no rank may read
+        self.guesses = "host" if columns.stepwise else ""
 
     def total(self, loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
         return self.backend.total(loss, scale, factor)
@@ -60,6 +62,9 @@ class VocabParallel(Backend):
 
     def multiply(self, grad: Tensor, by: Tensor) -> None:
         self.backend.multiply(grad, by)
+
+    def agreed(self, right: bool) -> bool:
+        return bool(self.gathered(torch.tensor([right])).all())
 
     def gathered(self, x: Tensor) -> Tensor:
         """[R, ...]: what every rank has, in the order of the ranks."""
@@ -198,7 +203,7 @@ class VocabParallel(Backend):
     def topk(
         self, student: Tensor, teacher: TopKRows, spec: LossSpec, rows: Rows, grad: Tensor | None
     ) -> Tensor:
-        keep, label, scale, factor = rows
+        keep, label, scale, factor, _ = rows
         acc, count = teacher.logprobs.dtype, teacher.logprobs.size(1)
         label = label if spec.hard != 0.0 else None
         mine = self._label(label, spec)
