@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from bench_runs import CPU, ONCE, results_in, silent, tables
 
 import fastkd
 from bench.__main__ import main
 from bench.families import FAMILIES, load
-from bench.families.loss_cases import CASES, FUNCTIONS, SHAPE_SETS, TOY_SHAPE, bare
+from bench.families.loss_cases import CASES, FUNCTIONS, SHAPE_SETS, TOY_SHAPE, WrittenCase, bare
 from bench.families.loss_providers import PLAIN, PROVIDERS
 from bench.families.losses import Bench, comparison
 from bench.harness import table
@@ -121,3 +122,18 @@ def test_every_divergence_of_the_table_has_a_case(monkeypatch: pytest.MonkeyPatc
     assert case.call.startswith("fastkd.distillation_loss(student, teacher, temperature=")
     of = comparison(Bench(case, TOY_SHAPE, torch.float32, CPU), ["eager", "fastkd"])
     assert [one.status for one in measure(of, ONCE, silent)] == ["ok"] * 3
+
+
+def test_what_is_written_behind_a_loss_is_timed_beside_the_bare_one() -> None:
+    written = [case for case in CASES.values() if isinstance(case, WrittenCase)]
+    assert len(written) == 4 and list(CASES)[:4] == [case.name for case in written]
+    inputs = written[1].make_inputs(TOY_SHAPE, torch.float32, CPU, seed=0)
+    s, t, labels = inputs
+    bare = fastkd.kl_div(s, t, temperature=2.0)
+    for case in written:
+        got = case.function(s, t, labels if case.alpha else None, **case.options)
+        hard = case.alpha * F.cross_entropy(s, labels) if case.alpha else 0.0
+        torch.testing.assert_close(got, case.factor * bare + hard)
+        assert eval(case.call.replace("fastkd.kl_div", "loss"), {  # what is printed is what is run
+            "F": F, "T": 2.0, "student": s, "teacher": t, "labels": labels, "loss": fastkd.kl_div
+        }) == got  # fmt: skip

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_runs import CPU, KL, ONCE, silent, spoil
+from bench_runs import CPU, KL, silent, spoil
 
 from bench.families import losses
 from bench.families.loss_cases import TOY_SHAPE
-from bench.families.loss_providers import PROVIDERS, UPSTREAM, Call
+from bench.families.loss_providers import PROVIDERS, Call
 from bench.families.losses import Bench, calls_at_once, comparison, count_bandwidth
 from bench.harness import table
 from bench.harness.family import Shape
@@ -85,18 +85,6 @@ def test_rounds_interleave_and_stop_at_the_budget(
     expected = [name for name in names for _ in range(calls)] * 4
     assert order[-len(expected) :] == expected  # a round to warm up, the least of three timed
     assert [one.times[losses.TRAINING].runs for one in results] == [3, 3, 3]
-
-
-@pytest.mark.parametrize("name", ["fastkd-scaled", "fastkd-inplace-scaled"])
-def test_scaled_providers_scale(name: str) -> None:
-    """Half the gradient is what comes out, and the gate takes it for right."""
-    bench, provider = Bench(KL, Shape(5, 37), torch.float32, CPU), PROVIDERS[name]
-    call = provider.build(KL, CPU)
-    whole = bench.training(call)()[1].clone()
-    half = bench.training(call, upstream=provider.upstream)()[1]
-    assert provider.upstream == UPSTREAM and torch.equal(half, whole * UPSTREAM) and half.any()
-    result, _ = measure(comparison(bench, [name]), ONCE, silent)
-    assert result.status == "ok" and list(result.times) == [losses.TRAINING]
 
 
 class FakeGPU:
