@@ -8,6 +8,8 @@
 // that makes it 0 at p = 0. The second is `far` above the first, and a row takes its rates relative
 // to one of its own (see Origin), so that what all columns share leaves no rounding behind.
 //
+// A row's loss is the sum of its values, or a function of the sum (see `of_sum`).
+//
 // Every pair is finite or rightly infinite when p or q is 0 (log -inf), and 0 when both are. No
 // pair is asked about a row with a NaN.
 #pragma once
@@ -20,7 +22,8 @@
   X(js, JS)                   \
   X(skew_kl, SkewKL)          \
   X(skew_reverse_kl, SkewReverseKL) \
-  X(tv, TV)
+  X(tv, TV)                   \
+  X(acceptance, Acceptance)
 
 namespace fastkd {
 namespace FASTKD_ISA {
@@ -203,6 +206,40 @@ struct TV {
     return {half * larger(gap, -gap), gap > V{} ? half : gap < V{} ? -half : V{}, V{} < V{}};
   }
 };
+
+// The overlap min(p, q), whose rate is 0 at ties: rates are 0 in most of a row where the overlap is
+// small, and everywhere in one where the sides agree. Either way the gradient keeps its digits.
+struct Acceptance {
+  static constexpr Expectation expectation = Expectation::none;
+  template <class T>
+  static FASTKD_INLINE T far(T) {
+    return 0;
+  }
+  template <class V, class T>
+  static FASTKD_INLINE Rated<V> at(V p, V q, T) {
+    return {smaller(p, q), zero_unless<V>(q < p, V{} + T(1)), V{} < V{}};
+  }
+};
+
+// The loss of a row, and its derivative by the row's sum of values.
+struct OfSum {
+  double loss;
+  double by;
+};
+
+template <class T, class D>
+inline OfSum of_sum(D, double sum) {
+  return {sum, 1.0};
+}
+// -log of the overlap. Below kLeastOverlap it is constant. Within rounding of 1 it is 0, so that
+// equal sides give exactly 0.
+constexpr double kLeastOverlap = 0x1p-100;
+template <class T>
+inline OfSum of_sum(Acceptance, double sum) {
+  constexpr double whole = 1.0 - (std::is_same<T, float>::value ? 0x1p-19 : 0x1p-40);
+  if (sum < kLeastOverlap) return {-__builtin_log(kLeastOverlap), 0.0};
+  return {sum > whole ? 0.0 : -__builtin_log(sum), -1.0 / sum};
+}
 
 // The origin of centred rates.
 template <class D, class T>

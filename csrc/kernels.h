@@ -67,7 +67,7 @@ struct Args {
   const void* stats_s = nullptr;
   const void* stats_t = nullptr;
   const void* stats_hard = nullptr;
-  const void* slope = nullptr;
+  const void* pairs = nullptr;  // [N, 2], what the passes `loss` have found, summed
   // of `topk`
   const void* logprobs = nullptr;  // [N, k], as indices
   const int64_t* indices = nullptr;

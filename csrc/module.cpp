@@ -148,7 +148,7 @@ void loss(int wide, int64_t rows, int threads, const OperandTuple& student,
 
 void grad(int wide, int64_t rows, int threads, const OperandTuple& student,
           const OperandTuple& teacher, const SpecTuple& spec, Address stats_s, Address stats_t,
-          Address stats_hard, Address slope, Address keep, Address label, Address scale,
+          Address stats_hard, Address pairs, Address keep, Address label, Address scale,
           double factor, const OperandTuple& out, int64_t width) {
   Args a;
   a.student = operand(student);
@@ -159,7 +159,7 @@ void grad(int wide, int64_t rows, int threads, const OperandTuple& student,
   a.stats_s = at<const void>(stats_s);
   a.stats_t = at<const void>(stats_t);
   a.stats_hard = at<const void>(stats_hard);
-  a.slope = at<const void>(slope);
+  a.pairs = at<const void>(pairs);
   set_rows(a, keep, label, scale, factor);
   run(passes.grad[wide], a, rows, threads);
 }

@@ -174,6 +174,7 @@ struct Slopes {
   Sides<T> sides;
   Score<T> hard_of;  // the student at T = 1
   double slope;      // sum of centred slopes
+  double by;         // of the soft term: see `of_sum`
   double scale;      // of the whole row
 };
 
@@ -185,8 +186,8 @@ struct Factors {
   double label;    // h * (1 - smoothing), which the label's column loses
   int64_t column;
 
-  Factors(const Args& a, int64_t r, double scale)
-      : k(scale * a.soft / a.temperature),
+  Factors(const Args& a, int64_t r, double scale, double by = 1.0)
+      : k(scale * a.soft / a.temperature * by),
         h(scale * a.hard),
         uniform(h * (a.smoothing / static_cast<double>(a.classes))),
         label(h * (1.0 - a.smoothing)),
@@ -200,7 +201,7 @@ template <class T, class D>
 inline void grad_loop(const Args& a, int64_t r, const Plain<T>& student, const Plain<T>& teacher,
                       const Slopes<T>& w, T* buffer) {
   using V = Vec<T>;
-  const Factors f(a, r, w.scale);
+  const Factors f(a, r, w.scale, w.by);
   const T param = static_cast<T>(a.param), k = static_cast<T>(f.k);
   const Origin<T> centre = centred<D>(param);
   const V slope = splat(static_cast<T>(-w.slope));

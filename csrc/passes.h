@@ -80,7 +80,8 @@ __attribute__((noinline)) double general_row(const Args& a, int64_t r) {
   }
   const Sides<T> sides{Score<T>(s, c), Score<T>(t, c)};
   pair_loop<T, D>(a, student, teacher, sides, value, slope);
-  double loss = a.soft * value;
+  const OfSum of = of_sum<T>(D{}, value);
+  double loss = a.soft * of.loss;
   if (a.hard != 0.0) {
     const double log_sum = __builtin_log(stats_t1.sum);
     loss += a.hard * (1.0 - a.smoothing) * ((stats_t1.top - label_logit(a, r)) + log_sum);
@@ -89,7 +90,7 @@ __attribute__((noinline)) double general_row(const Args& a, int64_t r) {
   }
   if (a.grad.data != nullptr) {
     const Slopes<T> slopes{sides, Score<T>(a.hard != 0.0 ? stats_t1 : s, kLog2E), slope,
-                           scale_of<T>(a, r)};
+                           of.by, scale_of<T>(a, r)};
     grad_loop<T, D>(a, r, student, teacher, slopes, buffers.g);
   }
   return loss;
@@ -117,7 +118,7 @@ inline void gradient_chunks(const Args& a, int64_t r, const ThreadPool& pool,
                             const Scratch<typename Kind<K>::Acc>& scratch, const Partial& row,
                             double scale) {
   using T = typename Kind<K>::Acc;
-  const Factors f(a, r, scale);
+  const Factors f(a, r, scale, row.by);
   const bool stream = a.stream && can_stream<Vec<T>>(a.grad.row(r));
   each_chunk(pool, a.vocab, true, [&](int64_t chunk) {
     const auto loop =
@@ -158,11 +159,19 @@ inline bool expectation_value(Partial& row) {
   return true;
 }
 
+// Turns the row's sum of values into its loss, once all values are added.
+template <class T, class D>
+inline void close_value(Partial& row) {
+  const OfSum of = of_sum<T>(D{}, row.value);
+  row.value = of.loss;
+  row.by = of.by;
+}
+
 // Whether factors overflow a float, as for T = 1e-18 and distant logits. They would turn columns
 // without weight into NaN.
 template <class T>
 inline bool too_steep(const Args& a, int64_t r, const Partial& row) {
-  const double k = __builtin_fabs(scale_of<T>(a, r) * a.soft / a.temperature);
+  const double k = __builtin_fabs(scale_of<T>(a, r) * a.soft / a.temperature * row.by);
   return k > kMostShift || k * __builtin_fabs(row.slope) > kMostShift;
 }
 
@@ -210,8 +219,9 @@ inline double fused_row(const Args& a, int64_t r, const ThreadPool& pool,
     rate_chunks<T, D>(a, pool, scratch, row,
                       grad ? top_rate<T, D>(a, scratch, row).origin
                            : centred<D>(static_cast<T>(a.param)));
-  if (!expectation_value<E>(row) || (grad && too_steep<T>(a, r, row)))
-    return general_row<T, D>(a, r);
+  if (!expectation_value<E>(row)) return general_row<T, D>(a, r);
+  close_value<T, D>(row);
+  if (grad && too_steep<T>(a, r, row)) return general_row<T, D>(a, r);
   const double loss = row_loss<T>(a, row, a.hard != 0.0 ? label_logit(a, r) : 0.0);
   if (grad) row_gradient<K, E>(a, r, pool, scratch, row);
   return loss;
@@ -303,9 +313,11 @@ void grad(const Args& a, int64_t begin, int64_t end) {
       continue;
     }
     const Stats stats_t1 = a.hard != 0.0 ? stats_at<T>(a.stats_hard, r) : s;
+    const T* pairs = static_cast<const T*>(a.pairs) + 2 * r;
     const Slopes<T> slopes{{Score<T>(s, c), Score<T>(t, c)},
                            Score<T>(stats_t1, kLog2E),
-                           static_cast<double>(static_cast<const T*>(a.slope)[r]),
+                           static_cast<double>(pairs[1]),
+                           of_sum<T>(D{}, static_cast<double>(pairs[0])).by,
                            scale_of<T>(a, r)};
     grad_loop<T, D>(a, r, plain(a.student, r, buffers.s), plain(a.teacher, r, buffers.t), slopes,
                     buffers.g);

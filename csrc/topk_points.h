@@ -61,8 +61,11 @@ void points_of(Points& x) {
   x.tail_slope =
       x.no_tail ? 0.0 : slope_at(x.tail_logp, x.tail_logq, __builtin_exp(x.tail_logp), x.q_tail);
   sum += x.tail_slope;
-  for (int64_t i = 0; i < x.k; ++i) x.slope[i] -= x.q[i] * sum;
-  x.sum = sum;
+  const OfSum of = of_sum<double>(D{}, x.value);
+  x.value = of.loss;
+  for (int64_t i = 0; i < x.k; ++i) x.slope[i] = of.by * (x.slope[i] - x.q[i] * sum);
+  x.sum = of.by * sum;
+  x.tail_slope *= of.by;
 }
 
 template <class T>

@@ -151,6 +151,7 @@ __attribute__((noinline)) void general_gradient(const Args& a, int64_t r, const 
   const Slopes<float> slopes{{Score<float>(stats(row.s), c), Score<float>(stats(row.t), c)},
                              Score<float>(stats(a.hard != 0.0 ? row.hard : row.s), kLog2E),
                              slope,
+                             row.by,
                              scale_of<float>(a, r)};
   grad_loop<float, D>(a, r, plain(a.student, r, buffers.s), plain(a.teacher, r, buffers.t), slopes,
                       buffers.g);
@@ -180,6 +181,7 @@ void close_step(const Args& a, int64_t begin, int64_t end, const ThreadPool& poo
       a.redo[r] = 1;
       continue;
     }
+    close_value<float, D>(row);
     out[r] = static_cast<float>(row_loss<float>(a, row, label));
     if (a.grad.data == nullptr) continue;
     if (a.vocab == 0) {

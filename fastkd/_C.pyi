@@ -91,7 +91,7 @@ def grad(
     stats_s: int,
     stats_t: int,
     stats_hard: int,
-    slope: int,
+    pairs: int,
     keep: int,
     label: int,
     scale: int,

@@ -6,6 +6,7 @@ from fastkd.divergence import divergences
 from fastkd.engine.reduction import checked
 from fastkd.info import __version__, info
 from fastkd.losses import (
+    acceptance_loss,
     distillation_loss,
     js_div,
     kl_div,
@@ -22,6 +23,7 @@ __all__ = [
     "LinearLogits",
     "TopK",
     "__version__",
+    "acceptance_loss",
     "checked",
     "distillation_loss",
     "divergences",

@@ -1,8 +1,9 @@
 """The table of divergences: name, parameter and its range, torch formula, paper.
 
 p is the teacher's distribution and q the student's, everywhere. A divergence is a sum over the
-vocabulary of a pointwise value l(log p, log q); its slope is dl / d(log q). The formulas below are
-the plain torch ones: the reference differentiates them, and the C++ (`csrc/divergence.h`) and
+vocabulary of a pointwise value l(log p, log q), or a function of that sum (`of_sum`), whose
+derivative is one more factor of the row's gradient; the slope is dl / d(log q). The formulas below
+are the plain torch ones: the reference differentiates them, and the C++ (`csrc/divergence.h`) and
 Triton (`fastkd/backends/gpu/divergence.py`) backends hold the same names with value and slope
 written out.
 
@@ -39,6 +40,7 @@ class Divergence:
         centre: slope per unit of q where p = q, a function of the parameter.
         dual: (name, parameter) of the same divergence with p and q exchanged, or None: the
             teacher's gradient then comes from the reference.
+        of_sum: the loss of a row as a torch formula of the sum of its values; None for the sum.
         expectation: "teacher" or "student" if the value is an expectation of log p - log q (its
             sign turned for the student), which lets a kernel finish the loss in its first loop.
         given: the parameter as set by a call; None for the default.
@@ -51,6 +53,7 @@ class Divergence:
     default: float = 0.0
     centre: Callable[[float], float] = lambda parameter: 0.0
     dual: Callable[[float], tuple[str, float]] | None = None
+    of_sum: Callable[[Tensor], Tensor] | None = None
     expectation: Literal["teacher", "student"] | None = None
     given: float | None = None
 
@@ -88,6 +91,10 @@ class Divergence:
     def param(self) -> float:
         """The parameter in force; 0.0 for a divergence without one."""
         return self.default if self.given is None else self.given
+
+    def row_loss(self, sums: Tensor) -> Tensor:
+        """The loss of rows from the sums of their values."""
+        return sums if self.of_sum is None else self.of_sum(sums)
 
     def exchanged(self) -> Divergence | None:
         """The divergence D'(q, p) = D(p, q), or None if the table has none."""
@@ -188,6 +195,28 @@ def _tv(logp: Tensor, logq: Tensor, _: float) -> Tensor:
     return 0.5 * sign * gap
 
 
+def _overlap(logp: Tensor, logq: Tensor, _: float) -> Tensor:
+    p, q = logp.exp(), logq.exp()
+    gap = (q - p).detach()
+    # slopes 0 at ties, on either side; the last places are for NaN, as in `_tv`
+    of_q = torch.where(gap < 0, 1.0, torch.where(gap >= 0, 0.0, gap))
+    of_p = torch.where(gap > 0, 1.0, torch.where(gap <= 0, 0.0, gap))
+    return of_q * q + of_p * p + torch.where(gap == 0, p, 0.0).detach()
+
+
+# Below this an overlap of p and q is constant; above it the products of a gradient are no
+# subnormal numbers in float32. The C++ and Triton functions have the same bounds.
+LEAST_OVERLAP = 2.0**-100
+# what rounding may take off an overlap of 1
+_WHOLE = {torch.float64: 2.0**-40}
+
+
+def _neg_log_overlap(overlap: Tensor) -> Tensor:
+    loss = -torch.where(overlap < LEAST_OVERLAP, LEAST_OVERLAP, overlap).log()
+    whole = overlap > 1.0 - _WHOLE.get(overlap.dtype, 2.0**-19)
+    return torch.where(whole, loss - loss.detach(), loss)  # 0 with the gradient of the logarithm
+
+
 divergences = Divergences(
     Divergence(
         "kl",
@@ -236,5 +265,12 @@ divergences = Divergences(
         _tv,
         "Wen et al. 2023 (f-DISTILL), arXiv 2307.15190",
         dual=lambda _: ("tv", 0.0),
+    ),
+    Divergence(
+        "acceptance",
+        _overlap,
+        "Leviathan et al. 2023, arXiv 2211.17192; DistillSpec, arXiv 2310.08461",
+        dual=lambda _: ("acceptance", 0.0),
+        of_sum=_neg_log_overlap,
     ),
 )

@@ -247,6 +247,35 @@ def tv_distance(
     return loss("tv_distance", student, teacher, divergences.tv, temperature, **rows)
 
 
+def acceptance_loss(
+    student: Operand, teacher: Teacher, *, temperature: float = 1.0, **rows: Unpack[RowOptions]
+) -> Tensor:
+    """Negative log-probability that speculative decoding accepts the student's token, reduced.
+
+        -log sum_v min(p_v, q_v) = -log(1 - 1/2 sum_v |p_v - q_v|)
+
+    p = softmax(teacher / T), q = softmax(student / T); no factor T^2. The student is the draft
+    model, the teacher the target. A column where p = q has subgradient 0. An overlap below 2^-100
+    counts as 2^-100: the loss is at most 69.3, and there its gradient is 0. An overlap within
+    2^-19 of 1 (2^-40 in float64) counts as 1: the loss is 0.
+
+    Args:
+        student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
+        temperature: T > 0, finite.
+        **rows: as described in `fastkd.losses`.
+
+    Returns:
+        0-d float32 (float64 where an operand is), [...] with reduction="none".
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind or value; nothing has been written.
+
+    Leviathan et al. 2023, arXiv 2211.17192; DistillSpec, arXiv 2310.08461.
+    """
+    return loss("acceptance_loss", student, teacher, divergences.acceptance, temperature, **rows)
+
+
 def distillation_loss(
     student: Operand,
     teacher: Teacher,

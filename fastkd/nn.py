@@ -185,6 +185,15 @@ class TVDistance(_Divergence):
         return "1/2 sum |p - q|"
 
 
+class AcceptanceLoss(_Divergence):
+    """Module of `fastkd.acceptance_loss`."""
+
+    divergence = divergences.acceptance
+
+    def formula(self) -> str:
+        return "-log sum min(p, q)"
+
+
 class DistillationLoss(_Loss):
     """Module of `fastkd.distillation_loss`; alpha weighs the HARD labels."""
 

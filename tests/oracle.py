@@ -39,6 +39,11 @@ def _plain_js(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
     return beta * _log_target(logp, m) + (1 - beta) * _log_target(logq, m)
 
 
+def _overlap(logp: Tensor, logq: Tensor) -> Tensor:
+    p, q = logp.exp(), logq.exp()  # not torch.minimum: its gradient is halved at ties
+    return torch.where(q < p, q, p.where(p < q, p.detach() + 0 * q.detach())).sum(-1)
+
+
 PLAIN: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "kl": lambda logp, logq, _: _log_target(logp, logq),
     "reverse_kl": lambda logp, logq, _: _log_target(logq, logp),
@@ -46,6 +51,7 @@ PLAIN: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "skew_kl": lambda logp, logq, a: _log_target(logp, _log_mixture(logp, logq, a)),
     "skew_reverse_kl": lambda logp, logq, a: _log_target(logq, _log_mixture(logq, logp, a)),
     "tv": lambda logp, logq, _: 0.5 * (logp.exp() - logq.exp()).abs().sum(-1),
+    "acceptance": lambda logp, logq, _: -_overlap(logp, logq).clamp(min=2.0**-100).log(),
 }
 
 
@@ -108,7 +114,9 @@ def row_factor(
 
 def formula(divergence: Divergence) -> Callable[[Tensor, Tensor, float], Tensor]:
     """(log p, log q, parameter) to the loss of each row."""
-    return PLAIN.get(divergence.name, lambda *at: divergence.value(*at).sum(-1))
+    return PLAIN.get(
+        divergence.name, lambda *at: divergence.row_loss(divergence.value(*at).sum(-1))
+    )
 
 
 # ---- the rule

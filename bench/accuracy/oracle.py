@@ -103,6 +103,10 @@ def _tv(x: Sides, _: np.longdouble) -> Pair:
     return Pair(half * abs(gap), half * np.sign(gap) * x.q)
 
 
+def _acceptance(x: Sides, _: np.longdouble) -> Pair:
+    return Pair(np.minimum(x.p, x.q), np.where(x.q < x.p, x.q, 0))
+
+
 PAIRS: dict[str, Callable[[Sides, np.longdouble], Pair]] = {
     "kl": _kl,
     "reverse_kl": _reverse_kl,
@@ -110,6 +114,7 @@ PAIRS: dict[str, Callable[[Sides, np.longdouble], Pair]] = {
     "skew_kl": _skew_kl,
     "skew_reverse_kl": _skew_reverse_kl,
     "tv": _tv,
+    "acceptance": _acceptance,
 }
 
 
@@ -119,6 +124,9 @@ def truth(case: Case, student: Tensor, labels: Tensor | None, x: Sides) -> Truth
     pair = PAIRS[case.divergence.name](x, np.longdouble(case.divergence.param))
     loss = pair.value.sum(-1)
     grad = pair.slope - x.q * pair.slope.sum(-1, keepdims=True)
+    if case.divergence.name == "acceptance":  # a function of the sum
+        grad /= -loss[..., None]
+        loss = -np.log(loss)
     grad *= case.soft / np.longdouble(case.temperature)
     loss = loss * np.longdouble(case.soft)
     if case.alpha is not None and labels is not None:

@@ -37,7 +37,7 @@ SHARE = {torch.bfloat16: 0.999}
 # Last places of log p and log q within which a kink is undecided: as many as the tests allow a
 # float32 for its exponential, logarithm and sum.
 KINK = 16
-KINKED = {"tv"}
+KINKED = {"tv", "acceptance"}
 # What ours is held against, and may not be worse than.
 TORCH = ("eager", "compile")
 

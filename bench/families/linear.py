@@ -203,7 +203,8 @@ def truth(case: Case, inputs: Inputs) -> Truth:
         student = (hidden[at] @ weight.t()).requires_grad_()
         logq = F.log_softmax(student / case.temperature, -1)
         logp = F.log_softmax(hidden_t[at] @ weight_t.t() / case.temperature, -1)
-        loss = case.divergence.value(logp, logq, case.divergence.param).sum() / rows
+        values = case.divergence.value(logp, logq, case.divergence.param).sum(-1)
+        loss = case.divergence.row_loss(values).sum() / rows
         (grad,) = torch.autograd.grad(loss, student)
         of_hidden[at] = grad @ weight
         of_weight += grad.t() @ hidden[at]

@@ -203,6 +203,7 @@ FUNCTIONS = {
     "skew_kl": "skew_kl_div",
     "skew_reverse_kl": "skew_reverse_kl_div",
     "tv": "tv_distance",
+    "acceptance": "acceptance_loss",
 }
 
 

@@ -80,6 +80,9 @@ PLAIN: dict[str, Formula] = {
     "skew_kl": _skew_kl,
     "skew_reverse_kl": lambda s, t, at, alpha: _skew_kl(t, s, at, alpha),
     "tv": lambda s, t, at, _: 0.5 * (_soft(t, at) - _soft(s, at)).abs().sum(-1).mean(),
+    "acceptance": lambda s, t, at, _: (
+        -torch.minimum(_soft(t, at), _soft(s, at)).sum(-1).log().mean()
+    ),
 }
 
 
@@ -88,7 +91,9 @@ def eager(case: Case, device: torch.device) -> Call:
     entry, temperature = case.divergence, case.temperature
     formula = None if isinstance(case, TopKCase) else PLAIN.get(entry.name)
     if formula is None:  # a stored teacher, or a divergence that is new in the table
-        return lambda s, t, _: entry.value(*case.outcomes(s, t), entry.param).sum(-1).mean()
+        return lambda s, t, _: entry.row_loss(
+            entry.value(*case.outcomes(s, t), entry.param).sum(-1)
+        ).mean()
     return _with_labels(case, lambda s, t: formula(s, t, temperature, entry.param))
 
 

@@ -84,7 +84,8 @@ def truth(case: Any, inputs: Any) -> Truth:
         if isinstance(teacher, Tensor):
             teacher = teacher.double()
         logp, logq = case.outcomes(student, teacher)
-        loss = case.soft * case.divergence.value(logp, logq, case.divergence.param).sum()
+        values = case.divergence.value(logp, logq, case.divergence.param).sum(-1)
+        loss = case.soft * case.divergence.row_loss(values).sum()
         if case.alpha is not None and inputs.labels is not None:
             hard = F.cross_entropy(student, inputs.labels[chunk], reduction="sum")
             loss = loss + case.alpha * hard

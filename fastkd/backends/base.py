@@ -188,12 +188,12 @@ class Backend:
         student: Tensor,
         teacher: Tensor,
         stats: Stats,
-        slope: Tensor,
+        pairs: Tensor,
         spec: LossSpec,
         rows: Rows,
         grad: Tensor,
     ) -> None:
-        """Writes the gradient; slope: [N] sums of centred slopes."""
+        """Writes the gradient; pairs: [N, 2] acc, what `loss` returns of the whole row."""
         raise NotImplementedError
 
     def stepwise(

@@ -255,7 +255,7 @@ class CPU(Backend):
         student: Tensor,
         teacher: Tensor,
         stats: Stats,
-        slope: Tensor,
+        pairs: Tensor,
         spec: LossSpec,
         rows: Rows,
         grad: Tensor,
@@ -263,11 +263,11 @@ class CPU(Backend):
         a, b, _ = student.shape
         n, acc = a * b, acc_dtype(student, teacher)
         stats = _in(acc, stats)
-        slope = slope.to(acc).contiguous()
+        pairs = pairs.to(acc).contiguous()
         _C.grad(
             *(acc == torch.float64, n, _threads(n * spec.vocab)),
             *(_operand(student), _operand(teacher), _spec(spec)),
-            *(_read(stats.student), _read(stats.teacher), _address(stats.hard), _read(slope)),
+            *(_read(stats.student), _read(stats.teacher), _address(stats.hard), _read(pairs)),
             *_options(rows, grad),
         )
 

@@ -130,7 +130,8 @@ def _divergence(s: Tensor, t: Tensor, spec: LossSpec) -> Tensor:
     empty = ((s == -INF) & (t == -INF)).all(-1, keepdim=True)
     logq = _log_softmax(torch.where(empty, 0.0, s), spec.temperature)
     logp = _log_softmax(torch.where(empty, 0.0, t), spec.temperature)
-    loss = pointwise(entry(spec), logp, logq).sum(-1)
+    divergence = entry(spec)
+    loss = divergence.row_loss(pointwise(divergence, logp, logq).sum(-1))
     return torch.where(empty.squeeze(-1), 0.0, loss)
 
 
@@ -152,13 +153,26 @@ def _topk_divergence(s: Tensor, teacher: TopKRows, spec: LossSpec, keep: Tensor 
     # a NaN makes its row one, also where a weight of 0 would hide it, and all of its gradient
     spoilt = logp.isnan().any(-1) if tail is None else logp.isnan().any(-1) | tail.isnan()
     if tail is None:
-        return _spoil(loss, spoilt, s)
+        return _spoil(divergence.row_loss(loss), spoilt, s)
     # the columns not named, summed by themselves: 1 - sum(q) of the others would cancel
     hits = torch.zeros_like(s).scatter_add_(-1, at, named.to(s.dtype))
     other = hits == 0
     some = (other & (full != -INF)).any(-1)
     rest = torch.where(other | ~some.unsqueeze(-1), full, -INF).logsumexp(-1)
-    return _spoil(loss + pointwise(divergence, tail, torch.where(some, rest, -INF)), spoilt, s)
+    loss = loss + pointwise(divergence, tail, torch.where(some, rest, -INF))
+    return _spoil(divergence.row_loss(loss), spoilt, s)
+
+
+def of_sums(spec: LossSpec, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The divergence of rows and its derivative, by the sums [N] of their values."""
+    divergence = entry(spec)
+    if divergence.of_sum is None:
+        return sums, torch.ones_like(sums)
+    with _autograd():
+        sums = sums.detach().requires_grad_(True)
+        loss = divergence.of_sum(sums)
+        (by,) = torch.autograd.grad(loss.sum(), sums)
+    return loss.detach(), by
 
 
 def _spoil(loss: Tensor, spoilt: Tensor, s: Tensor) -> Tensor:
@@ -283,14 +297,16 @@ class Reference(Backend):
         student: Tensor,
         teacher: Tensor,
         stats: Stats,
-        slope: Tensor,
+        pairs: Tensor,
         spec: LossSpec,
         rows: Rows,
         grad: Tensor,
     ) -> None:
         keep, label, scale, factor, _ = rows
         _, at, q = _value_and_slope(student, teacher, stats, spec, keep)
-        out = spec.soft * (at - q * slope.unsqueeze(-1)) / spec.temperature
+        out = spec.soft * (at - q * pairs[:, 1:]) / spec.temperature
+        if entry(spec).of_sum is not None:
+            out = out * of_sums(spec, pairs[:, 0])[1].unsqueeze(-1)
         if spec.hard != 0.0:
             assert label is not None and stats.hard is not None
             unit = spec._replace(temperature=1.0)

@@ -115,7 +115,10 @@ class VocabParallel(Backend):
         own = stats_s.new_zeros((stats_s.size(0), 2))
         if spec.vocab:
             own = self.backend.loss(student, teacher, stats, spec, rows).to(acc)
-        value, slope = self.gathered(own).sum(0).unbind(-1)
+        pairs = self.gathered(own).sum(0)
+        value = reference.of_sums(spec, pairs[:, 0])[0]
+        if reference.entry(spec).of_sum is not None:  # nothing has mass on either side: no loss
+            value = torch.where((stats_s[:, 1] == 0) & (stats_t[:, 1] == 0), 0.0, value)
         loss = spec.soft * value
         if entropy is not None:
             loss = loss + spec.hard * entropy
@@ -123,7 +126,7 @@ class VocabParallel(Backend):
             loss = torch.where(keep, loss, 0.0)
         if grad is not None and spec.vocab:
             mine_only = rows._replace(label=mine)
-            self.backend.grad(student, teacher, stats, slope.contiguous(), spec, mine_only, grad)
+            self.backend.grad(student, teacher, stats, pairs.contiguous(), spec, mine_only, grad)
         elif grad is not None:
             grad.zero_()
         return loss
@@ -352,6 +355,7 @@ class _Points:
             value = values[0].sum(-1)
             if len(values) > 1:
                 value = value + values[1]
+            value = entry.row_loss(value)
             slopes = torch.autograd.grad(value.sum(), leaves)
         slopes = tuple(
             torch.where(x == -INF, torch.where(g.isnan(), g, 0.0), g)

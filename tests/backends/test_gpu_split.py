@@ -244,7 +244,7 @@ def test_the_bits_are_the_same_from_run_to_run(divergence: Divergence, parts: in
 
 
 @pytest.mark.interpreted(3)
-@pytest.mark.parametrize("name", ["kl", "reverse_kl", "tv"])
+@pytest.mark.parametrize("name", ["kl", "reverse_kl", "tv", "acceptance"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_identical_logits_give_exactly_nothing(name: str, dtype: torch.dtype, parts: int) -> None:
     student, _, _ = make(2, 333, dtype)

@@ -88,6 +88,7 @@ NAMED = {
     "skew_kl_div": fastkd.skew_kl_div,
     "skew_reverse_kl_div": fastkd.skew_reverse_kl_div,
     "tv_distance": fastkd.tv_distance,
+    "acceptance_loss": fastkd.acceptance_loss,
 }
 
 

@@ -155,8 +155,8 @@ class Comparison {
     } else if (of.broken || one_empty) {
       report_.expect(value != value, describe("value of a broken row", r, 0, value, NAN, 0));
     } else if (!of.vague) {
-      report_.expect(stands_for<T>(value, of.value.value, of.value.slack, kOut),
-                     describe("value", r, 0, value, of.value.value, of.value.slack));
+      report_.expect(stands_for<T>(value, of.sum.value, of.sum.slack, kOut),
+                     describe("value", r, 0, value, of.sum.value, of.sum.slack));
       if (!of.no_gradient)
         report_.expect(stands_for<T>(slope, of.slope.value, of.slope.slack, kOut),
                        describe("slope", r, 0, slope, of.slope.value, of.slope.slack));
@@ -170,7 +170,7 @@ class Comparison {
     // of two dtypes one may be flushed where the other is not
     if (c.flush && c.student != c.teacher) return false;
     return p.kept(r) && row.equal && !row.of.broken && c.hard == 0.0 &&
-           (name == "kl" || name == "reverse_kl" || name == "tv");
+           (name == "kl" || name == "reverse_kl" || name == "tv" || name == "acceptance");
   }
 
   void one(const Table& grad, int64_t r, int64_t j, R exact, R slack) {

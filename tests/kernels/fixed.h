@@ -18,7 +18,7 @@ constexpr Pair kPairs[] = {
 
 inline bool has_parameter(int divergence) {
   const std::string name = kDivergences[divergence];
-  return name != "kl" && name != "reverse_kl" && name != "tv";
+  return name != "kl" && name != "reverse_kl" && name != "tv" && name != "acceptance";
 }
 
 // Cases of former faults, in every divergence and pair of dtypes. Returns how many.

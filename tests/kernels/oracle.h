@@ -102,6 +102,10 @@ Definition<R> definition_of(const std::string& name) {
       const R sign = c.p.x > c.q.x ? R(1) : c.p.x < c.q.x ? R(-1) : R(0);
       return (sign / R(2)) * (c.p - c.q);
     };
+  if (name == "acceptance")
+    return [](C c, R) {
+      return c.q.x < c.p.x ? c.q : c.p.x < c.q.x ? c.p : Dual<R>{c.p.x, R(0)};
+    };
   std::fprintf(stderr, "oracle.h: no definition of the divergence '%s'\n", name.c_str());
   std::exit(2);
 }
@@ -172,12 +176,29 @@ struct RowTruth {
   bool broken = false;  // NaN in the loss and in every column of the gradient
   bool vague = false;   // beyond what T can hold: only NaN or not is undefined, nothing is checked
   bool no_gradient = false;         // an infinite loss has none
-  Truth<R> value, slope;            // the divergence and its sum of centred slopes
+  Truth<R> sum, slope;              // sums of values and of centred slopes
+  Truth<R> value;                   // the divergence, a function of the sum of values
   Truth<R> hard;                    // the cross-entropy
   std::vector<Truth<R>> soft_grad;  // by column, of the divergence by the logit times T
   std::vector<R> steepness;  // what q times the row's factor is multiplied by, and may underflow
   std::vector<Truth<R>> hard_grad;
 };
+
+// Turns the sum of values into the divergence. All but one are the sum itself.
+template <class R, class T>
+void of_sum(const std::string& name, RowTruth<R>& row) {
+  row.value = row.sum;
+  if (name != "acceptance") return;
+  const R least = std::ldexp(R(1), -100), whole = std::ldexp(R(1), sizeof(T) == 8 ? -40 : -19);
+  const R x = row.sum.value, slack = row.sum.slack;
+  row.vague |= (x - slack < least) != (x + slack < least);
+  const R by = x < least ? R(0) : R(1) / x, share = R(1.1) * slack * by;
+  row.vague |= !(share < R(0.1));
+  row.value = {-std::log(std::max(x, least)), share + (x + slack + whole > R(1) ? whole : R(0))};
+  for (Truth<R>& g : row.soft_grad)
+    g = {-by * g.value, by * (R(1.1) * g.slack + share * std::fabs(g.value))};
+  for (R& steep : row.steepness) steep *= by;
+}
 
 // The divergence of one row. Where it is `partial`, the last outcome has no term of its own, and
 // slopes are not centred.
@@ -201,8 +222,10 @@ void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax
   for (size_t i = 0; i < n - partial; ++i) {
     const Point<R> at(t.logs[i], s.logs[i]);
     const Dual<R> l = centred(at, a);
-    R slack = lost + unit * (spread * std::fabs(l.x) + at.p + at.q);
-    R slope_slack = lost + unit * (std::fabs(l.d) + at.p + at.q);
+    // an overlap is one of the two probabilities, and not made of both
+    const R both = name == "acceptance" ? R(0) : at.p + at.q;
+    R slack = lost + unit * (spread * std::fabs(l.x) + both);
+    R slope_slack = lost + unit * (std::fabs(l.d) + both);
     const auto moved = [&](const Point<R>& other, R param) {
       const Dual<R> m = centred(other, param);
       row.vague |= (m.x < inf) != (l.x < inf);
@@ -222,14 +245,14 @@ void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax
     if (at.p < tiny || at.q < tiny) moved(flushed, a);
     // the rate of a q that counts as 0 is that of the least number, and may still meet the q itself
     if (at.q < tiny) slope_slack -= at.q * std::log(std::numeric_limits<T>::min());
-    row.value.value += l.x;
-    row.value.slack += slack;
+    row.sum.value += l.x;
+    row.sum.slack += slack;
     row.slope.value += l.d;
     row.slope.slack += slope_slack + unit * spread * std::fabs(l.d);
     slopes[i] = {l.d, slope_slack};
   }
-  row.vague |= !(row.value.slack < inf) && row.value.value < inf;
-  row.no_gradient = !(row.value.value < inf) || !(row.slope.slack < inf);
+  row.vague |= !(row.sum.slack < inf) && row.sum.value < inf;
+  row.no_gradient = !(row.sum.value < inf) || !(row.slope.slack < inf);
   // kernels may take all slopes relative to that of the most probable column, per unit of q
   const size_t top =
       static_cast<size_t>(std::max_element(s.logs.begin(), s.logs.end()) - s.logs.begin());
@@ -245,6 +268,7 @@ void soft_truth(const std::string& name, R a, const Softmax<R>& s, const Softmax
     const R rate = q > R(0) ? std::fabs(slopes[i].value / q) : R(0);
     row.steepness.push_back(rate + std::fabs(row.slope.value));
   }
+  of_sum<R, T>(name, row);
 }
 
 // Cross-entropy at T = 1; a label that is no column here takes its term from a logit of 0. In its

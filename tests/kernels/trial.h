@@ -74,7 +74,7 @@ class DenseTrial final : public RowPass<T> {
     stats("stats at T = 1", p.student, 1.0, one);
     for (int64_t r = 0; r < n_; ++r) truth_.stat(one, r, p.row(r).one);
     this->start("loss");
-    Guarded both(2 * n_ * size(), p.random.chance(0.5)), slope(n_ * size(), true);
+    Guarded both(2 * n_ * size(), p.random.chance(0.5));
     fastkd::Args a = p.args();
     a.stats_s = s.data();
     a.stats_t = t.data();
@@ -82,16 +82,14 @@ class DenseTrial final : public RowPass<T> {
     a.out = both.data();
     call(passes().loss[kWide], a, 0, n_, c.flush);
     report_.expect(both.intact(), "bytes beside the losses were written");
-    for (int64_t r = 0; r < n_; ++r) {
-      slope.as<T>()[r] = both.as<T>()[2 * r + 1];
+    for (int64_t r = 0; r < n_; ++r)
       truth_.value_and_slope(r, both.as<T>()[2 * r], both.as<T>()[2 * r + 1]);
-    }
     this->start("grad");
-    slope.read_only();
+    both.read_only();
     a.classes = c.classes;  // more than the columns here where the vocabulary is split
     Table grad(c.grad, c.a, c.b, c.width, this->layout());
     a.grad = grad.operand();
-    a.slope = slope.data();
+    a.pairs = both.data();
     a.out = nullptr;
     grad.seal(c.width, p.keep(), true);
     call(passes().grad[kWide], a, 0, n_, c.flush);

@@ -27,7 +27,7 @@ def _sides(n: int = 6, v: int = 23) -> tuple[Tensor, Tensor]:
 
 
 def _sum(divergence: Divergence, logp: Tensor, logq: Tensor) -> Tensor:
-    return divergence.value(logp, logq, divergence.param).sum(-1)
+    return divergence.row_loss(divergence.value(logp, logq, divergence.param).sum(-1))
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
@@ -42,10 +42,12 @@ IN_PROBABILITIES = {
     "skew_kl": lambda p, q, a: _kl(p, a * p + (1 - a) * q),
     "skew_reverse_kl": lambda p, q, a: _kl(q, (1 - a) * p + a * q),
     "tv": lambda p, q, _: 0.5 * torch.cdist(p.unsqueeze(1), q.unsqueeze(1), p=1.0).flatten(),
+    "acceptance": lambda p, q, _: -torch.log1p(-0.5 * (p - q).abs().sum(-1)),
 }
 
 
 IN_TABLE = [each for each in DIVERGENCES if each.name in IN_PROBABILITIES]
+SYMMETRIC = [fastkd.divergences[name] for name in ("js", "tv", "acceptance")]
 EXPECTATIONS = [entry for entry in TABLE if entry.expectation]
 
 
@@ -148,7 +150,7 @@ def test_limit_of_js_at_one_is_reverse_kl() -> None:
     )
 
 
-@pytest.mark.parametrize("divergence", [fastkd.divergences.js, fastkd.divergences.tv], ids=label_of)
+@pytest.mark.parametrize("divergence", SYMMETRIC, ids=label_of)
 def test_symmetry(divergence: Divergence) -> None:
     logp, logq = _sides()
     torch.testing.assert_close(_sum(divergence, logp, logq), _sum(divergence, logq, logp))
@@ -158,6 +160,7 @@ def test_symmetry(divergence: Divergence) -> None:
     ("divergence", "bound"),
     [
         (fastkd.divergences.tv, 1.0),
+        (fastkd.divergences.acceptance, 100 * math.log(2)),
         (fastkd.divergences.js, math.log(2)),
         (fastkd.divergences.skew_kl(alpha=0.1), -math.log(0.1)),
         (fastkd.divergences.skew_reverse_kl(alpha=0.1), -math.log(0.1)),
@@ -166,7 +169,7 @@ def test_symmetry(divergence: Divergence) -> None:
 )
 def test_bound_is_reached_on_disjoint_supports(divergence: Divergence, bound: float) -> None:
     logp = torch.tensor([0.0, -math.inf], **DOUBLE)
-    value = reference.pointwise(divergence, logp, logp.flip(0)).sum()
+    value = divergence.row_loss(reference.pointwise(divergence, logp, logp.flip(0)).sum())
     assert value.item() == pytest.approx(bound, rel=1e-14)
 
 

@@ -16,8 +16,10 @@ import fastkd
 from fastkd.divergence import Divergence
 
 NAN = float("nan")
-EXACT = [fastkd.divergences[name] for name in ("kl", "reverse_kl", "tv")]
-BOUNDED = [fastkd.divergences[name] for name in ("js", "skew_kl", "skew_reverse_kl", "tv")]
+EXACT = [fastkd.divergences[name] for name in ("kl", "reverse_kl", "tv", "acceptance")]
+BOUNDED = [
+    fastkd.divergences[name] for name in ("js", "skew_kl", "skew_reverse_kl", "tv", "acceptance")
+]
 FAR = ["offset", "large"]
 SIZES = [1, 2, 15, 16, 17, 31, 33, 100, 1000, 1023, 1025, 2049, 4096, 5000]
 
@@ -173,6 +175,8 @@ def _bound(divergence: Divergence) -> float:
     a = divergence.param
     if divergence.name == "tv":
         return 1.0
+    if divergence.name == "acceptance":
+        return 100 * math.log(2)
     if divergence.name == "js":
         return -a * math.log(a) - (1 - a) * math.log(1 - a)
     return -math.log(a)

@@ -161,6 +161,7 @@ EVERY_LOSS: dict[str, Callable[..., Tensor]] = {
     "kl": fastkd.kl_div,
     "reverse_kl": fastkd.reverse_kl_div,
     "tv": fastkd.tv_distance,
+    "acceptance": fastkd.acceptance_loss,
 }
 
 

@@ -23,6 +23,7 @@ LOSSES = [
     fastkd.skew_kl_div,
     fastkd.skew_reverse_kl_div,
     fastkd.tv_distance,
+    fastkd.acceptance_loss,
 ]
 each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 LABELS = torch.tensor([0, 1, 2])

@@ -25,6 +25,7 @@ LOSSES = {
     "skew_kl": fastkd.skew_kl_div,
     "skew_reverse_kl": fastkd.skew_reverse_kl_div,
     "tv": fastkd.tv_distance,
+    "acceptance": fastkd.acceptance_loss,
 }
 
 

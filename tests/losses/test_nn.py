@@ -34,6 +34,12 @@ TWINS: dict[str, tuple[type[torch.nn.Module], Any, dict[str, Any], str]] = {
         "KL(q || 0.8 p + 0.2 q)",
     ),
     "tv": (fastkd.nn.TVDistance, fastkd.tv_distance, {}, "1/2 sum |p - q|"),
+    "acceptance": (
+        fastkd.nn.AcceptanceLoss,
+        fastkd.acceptance_loss,
+        {},
+        "-log sum min(p, q)",
+    ),
     "distillation": (
         fastkd.nn.DistillationLoss,
         fastkd.distillation_loss,

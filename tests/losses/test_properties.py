@@ -92,8 +92,8 @@ def _on(backend: Backend, at: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 def _undecided(
     at: tuple[Tensor, Tensor], of: Divergence, temperature: float = 1.0, vocab: int | None = None
 ) -> bool:
-    """tv's slope jumps where p = q: within rounding of that, no gradient is there to agree on."""
-    if of.name != "tv":
+    """A slope of tv or acceptance jumps where p = q: near it there is no gradient to agree on."""
+    if of.name not in ("tv", "acceptance"):
         return False
     q, p = ((x[..., :vocab].double() / temperature).softmax(-1) for x in at)
     gap = (p - q).abs() / torch.maximum(p, q)

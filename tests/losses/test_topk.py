@@ -103,7 +103,10 @@ def test_bucket_is_at_most_the_full_divergence_and_zero_where_equal(
     same = differentiated(fused, teacher, kept, divergence=divergence)
     assert abs(float(same.value)) < 1e-6
     assert same.student is not None
-    if divergence.name != "tv":  # whose gradient is of size q however small the difference
+    if divergence.name not in (
+        "tv",
+        "acceptance",
+    ):  # whose gradient is of size q however small the difference
         assert float(same.student.abs().max()) < 1e-6
 
 

@@ -78,7 +78,7 @@ def test_columns_that_are_padding_reach_nothing(
         if equal:
             assert same.abs() <= FLOORS[torch.float32]
             exact = backend.name != "reference" and "topk" not in forms
-            if exact and divergence.name in ("kl", "reverse_kl", "tv"):
+            if exact and divergence.name in ("kl", "reverse_kl", "tv", "acceptance"):
                 assert same == 0 and all((slope == 0).all() for slope in slopes)
 
 
@@ -94,6 +94,7 @@ SHORT = {
     "skew_kl_div": fastkd.skew_kl_div,
     "skew_reverse_kl_div": fastkd.skew_reverse_kl_div,
     "tv_distance": fastkd.tv_distance,
+    "acceptance_loss": fastkd.acceptance_loss,
     "distillation_loss": lambda s, t, **k: fastkd.distillation_loss(s, t, alpha=0.0, **k),
     "logit_mse": distill.logit_mse,
     "zscore": distill.zscore,

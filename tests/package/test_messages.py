@@ -79,7 +79,7 @@ LOSSES = {
     name: getattr(fastkd, name)
     for name in (
         *("kl_div", "reverse_kl_div", "js_div", "skew_kl_div", "skew_reverse_kl_div"),
-        *("tv_distance", "distillation_loss"),
+        *("tv_distance", "acceptance_loss", "distillation_loss"),
     )
 }
 ROWS = (

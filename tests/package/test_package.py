@@ -22,6 +22,7 @@ LOSSES = [
     "skew_kl_div",
     "skew_reverse_kl_div",
     "tv_distance",
+    "acceptance_loss",
     "distillation_loss",
 ]
 PUBLIC = {*LOSSES, "__version__", "checked", "divergences", "info", "nn", "use_backend"}
@@ -33,6 +34,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     "skew_kl_div": {"alpha": 0.1, "temperature": 1.0},
     "skew_reverse_kl_div": {"alpha": 0.1, "temperature": 1.0},
     "tv_distance": {"temperature": 1.0},
+    "acceptance_loss": {"temperature": 1.0},
     "distillation_loss": {
         "temperature": 2.0,
         "alpha": 0.5,

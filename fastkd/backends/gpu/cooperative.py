@@ -241,8 +241,8 @@ def cooperative_kernel(
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
     hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, factor: tl.float64,
     # constants
-    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr,
-    SMOOTH: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
+    DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, EXPECTATION: tl.constexpr,
+    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """`rows.fused_kernel` for one split of a row: the next one that no program has begun.
@@ -295,6 +295,7 @@ def cooperative_kernel(
     )  # fmt: skip
     if not HARD_T1:
         sum_t1 = raw_s
+    value, of = OF_SUM(value, (raw_s == 0) & (raw_t == 0))
     result = soft * value
     if label is not None:
         at_label = tl.sum(load_partials(partial, splits, 7, 0.0, SPLITS), 0)
@@ -307,7 +308,8 @@ def cooperative_kernel(
         by = grad_factor(factor, scale, row, ACC)
         grad_loop(
             grad, student, teacher, begin, end, m_s, d_s, m_t, d_t, slopes, sum_t1, column,
-            exponent, param, soft * inverse * by, hard * by, one_minus_eps + eps_over_v, eps_over_v,
+            exponent, param, soft * inverse * by * of, hard * by, one_minus_eps + eps_over_v,
+            eps_over_v,
             DIVERGENCE, EXPECTATION == "teacher", label is not None, HARD_T1,
             EXPECTATION != "none", UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip

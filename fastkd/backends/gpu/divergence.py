@@ -5,9 +5,13 @@ nats) and the centred slope at every column: slope - centre * q, written so that
 where p = q. Logarithms come to base 2 because the hardware's exponential and logarithm are. A
 column with p = 0 (underflow included) carries no weight of the teacher, and the same for q: a
 weight of 0 times anything is 0 here, also times infinity and, where both logs are -inf, NaN.
+
+A row's loss is the sum of its values. A divergence whose loss is a function of the sum has that
+function here too, as NAME_of_sum.
 """
 
 import os
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -137,3 +141,31 @@ def tv(logp, logq, p, q, gap, param):
     # the tie is `gap`, not 0: NaN compares like one and must stay NaN
     sign = tl.where(gap > 0, 0.5, tl.where(gap < 0, -0.5, gap))
     return 0.5 * tl.abs(gap), sign * q
+
+
+@triton.jit
+def acceptance(logp, logq, p, q, gap, param):
+    """min(p, q); slope q where q < p, 0 elsewhere and at ties."""
+    return _least(p, q), tl.where(gap < 0, q, tl.where(gap >= 0, 0.0, gap))
+
+
+@triton.jit
+def acceptance_of_sum(overlap, empty):
+    """-log of the overlap: constant below 2^-100, 0 within rounding of 1."""
+    rounding: tl.constexpr = 2.0**-40 if overlap.dtype == tl.float64 else 2.0**-19
+    least: tl.constexpr = 2.0**-100
+    overlap = tl.where(empty, 1.0, overlap)
+    bounded = _most(overlap, least)
+    loss = tl.where(overlap > 1.0 - rounding, 0.0, -tl.log(bounded))
+    return loss, tl.where(overlap < least, 0.0, -1.0 / bounded)
+
+
+@triton.jit
+def the_sum(total, empty):
+    """(loss, its derivative by the sum of values) of a row; empty: nothing has mass in it."""
+    return total, 1.0
+
+
+def of_sum(name: str) -> Any:
+    """The function of a row's sum that belongs to a divergence."""
+    return globals().get(f"{name}_of_sum", the_sum)

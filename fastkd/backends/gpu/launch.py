@@ -203,6 +203,7 @@ def common_args(
         ),
         "eps_over_v": spec.smoothing / spec.classes,
         "DIVERGENCE": divergence_of(spec),
+        "OF_SUM": pairs.of_sum(spec.divergence),
         "HARD_T1": rows.label is not None and spec.temperature != 1.0,
         "ACC": _ACC[acc],
     }
@@ -249,7 +250,7 @@ def _fused_split(args: dict[str, Any], n: int, splits: int, threads: int) -> Non
         **dict(splits=splits, SPLITS=split_rows.MOST),
         "partial": loss.new_empty(n, split_rows.PARTIALS.value, splits),
         "sums": loss.new_empty(n, 2, splits) if by_pairs else None,
-        "constants": None if grad is None else loss.new_empty(n, 6),
+        "constants": None if grad is None else loss.new_empty(n, split_rows.CONSTANTS.value),
     }
     steps = [
         (split_rows.split_sums_kernel, n * splits, True),

@@ -133,8 +133,9 @@ def fused_kernel(
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
     hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, factor: tl.float64,
     # constants
-    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr,
-    SMOOTH: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, EXPECTATION: tl.constexpr,
+    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """loss = soft sum_v l(log p, log q) + hard CE; grad = its gradient scale factor. One row."""
     if skip is not None:
@@ -171,6 +172,7 @@ def fused_kernel(
         student, teacher, start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
         DIVERGENCE, EXPECTATION, UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip
+    value, of = OF_SUM(value, (raw_s == 0) & (raw_t == 0))
     value = soft * value
     if label is not None:
         if not HARD_T1:
@@ -185,7 +187,8 @@ def fused_kernel(
         by = grad_factor(factor, scale, row, ACC)
         grad_loop(
             grad, student, teacher, start, stop, m_s, d_s, m_t, d_t, slopes, sum_t1, column,
-            exponent, param, soft * inverse * by, hard * by, one_minus_eps + eps_over_v, eps_over_v,
+            exponent, param, soft * inverse * by * of, hard * by, one_minus_eps + eps_over_v,
+            eps_over_v,
             DIVERGENCE, EXPECTATION == "teacher", label is not None, HARD_T1,
             EXPECTATION != "none", UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
@@ -257,12 +260,12 @@ def loss_kernel(
 
 @triton.jit(do_not_specialize=_FUSED)
 def grad_kernel(
-    student, teacher, grad, stats_s, stats_t, stats_hard, slope, keep, label, scale, skip,
+    student, teacher, grad, stats_s, stats_t, stats_hard, pairs, keep, label, scale, skip,
     vocab, width, align_offset,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
     hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, factor: tl.float64,
-    DIVERGENCE: tl.constexpr, HARD_T1: tl.constexpr,
+    DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, HARD_T1: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """grad = scale factor (soft (slope_v - q_v sum slope) / T + hard (q - target)). One row."""
@@ -280,6 +283,8 @@ def grad_kernel(
     m_s, d_s = load_stats(stats_s, row, ACC)
     m_t, d_t = load_stats(stats_t, row, ACC)
     sum_t1 = d_s
+    pairs = pairs + row.to(tl.int64) * 2
+    _, of = OF_SUM(tl.load(pairs).to(ACC), (d_s == 0) & (d_t == 0))
     d_s, d_t = safe_sums(d_s, d_t)
     by = grad_factor(factor, scale, row, ACC)
     column = -1
@@ -291,9 +296,9 @@ def grad_kernel(
         grad,
         row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP),
         row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP),
-        start, stop, m_s, d_s, m_t, d_t, tl.load(slope + row).to(ACC), sum_t1,
+        start, stop, m_s, d_s, m_t, d_t, tl.load(pairs + 1).to(ACC), sum_t1,
         column, scalar(exponent, ACC), scalar(param, ACC),
-        scalar(soft, ACC) * inverse * by, scalar(hard, ACC) * by,
+        scalar(soft, ACC) * inverse * by * of, scalar(hard, ACC) * by,
         scalar(one_minus_eps, ACC) + eps_over_v, eps_over_v,
         DIVERGENCE, False, label is not None, HARD_T1, False, UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip

@@ -42,6 +42,8 @@ from fastkd.backends.gpu.tiles import row_at, row_span, scalar
 PROGRAMS, TILES, MOST = 2, 2, 64
 # numbers that a split writes: those of `sum_loop`, and the logit at the label
 PARTIALS = tl.constexpr(8)
+# of a row, for its gradient: (max, sum) of both sides, slopes, sum at T = 1, `of_sum`'s derivative
+CONSTANTS = tl.constexpr(7)
 # processors of the host, under the interpreter: with 0 no row is split
 HOST_PROCESSORS = 0
 
@@ -222,11 +224,11 @@ def split_finish_kernel(
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
     hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64,
-    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr,
-    SMOOTH: tl.constexpr,
+    DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, EXPECTATION: tl.constexpr,
+    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr,
     SPLITS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """loss as in `rows.fused_kernel`; constants: (max, sum) of both sides, slopes, sum at T = 1."""
+    """loss as in `rows.fused_kernel`; constants: those of `split_grad_kernel`."""
     if skip is not None:
         if tl.load(skip) != 0:
             return
@@ -257,6 +259,7 @@ def split_finish_kernel(
             DIVERGENCE, EXPECTATION, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
         slopes = value
+    value, of = OF_SUM(value, (raw_s == 0) & (raw_t == 0))
     value = scalar(soft, ACC) * value
     if not HARD_T1:
         sum_t1 = raw_s
@@ -278,13 +281,14 @@ def split_finish_kernel(
         )
     tl.store(loss + row, value)
     if constants is not None:
-        constants = constants + row * 6
+        constants = constants + row * CONSTANTS
         tl.store(constants, m_s)
         tl.store(constants + 1, d_s)
         tl.store(constants + 2, m_t)
         tl.store(constants + 3, d_t)
         tl.store(constants + 4, slopes)
         tl.store(constants + 5, sum_t1)
+        tl.store(constants + 6, of)
 
 
 @triton.jit(do_not_specialize=[*_UNSPECIALIZED, "per_g"])
@@ -316,7 +320,7 @@ def split_grad_kernel(
         column, _ = label_column(label, row, start, vocab)
     by = grad_factor(factor, scale, row, ACC)
     inverse, eps_over_v = scalar(inverse, ACC), scalar(eps_over_v, ACC)
-    constants = constants + row * 6
+    constants = constants + row * CONSTANTS
     grad_loop(
         grad,
         row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP),
@@ -324,7 +328,7 @@ def split_grad_kernel(
         begin, end, tl.load(constants), tl.load(constants + 1), tl.load(constants + 2),
         tl.load(constants + 3), tl.load(constants + 4), tl.load(constants + 5),
         column, scalar(exponent, ACC), scalar(param, ACC),
-        scalar(soft, ACC) * inverse * by, scalar(hard, ACC) * by,
+        scalar(soft, ACC) * inverse * by * tl.load(constants + 6), scalar(hard, ACC) * by,
         scalar(one_minus_eps, ACC) + eps_over_v, eps_over_v,
         DIVERGENCE, EXPECTATION == "teacher", label is not None, HARD_T1,
         EXPECTATION != "none", UNALIGNED, ACC, LANES, GROUP,

@@ -209,9 +209,10 @@ def tail_pair(
 def topk_value(
     student, indices, logprobs, tail, row, count, m_rest, d_rest, m_soft, log_total, share,
     exponent, param, centre, soft,
-    DIVERGENCE: tl.constexpr, NO_TAIL: tl.constexpr, ACC: tl.constexpr, POINTS: tl.constexpr,
+    DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, NO_TAIL: tl.constexpr, ACC: tl.constexpr,
+    POINTS: tl.constexpr,
 ):  # fmt: skip
-    """(soft * divergence, sum of slopes, the tail's slope per unit of d_rest) of a row."""
+    """(soft * divergence, its factor, sum of slopes, the tail's per unit of d_rest) of a row."""
     value, slope_sum, invalid = support_values(
         student, indices, logprobs, count, m_soft, log_total, exponent, param, centre,
         DIVERGENCE, NO_TAIL, ACC, POINTS,
@@ -226,8 +227,9 @@ def topk_value(
         value += tail_value
         slope_sum += tail_slope
         of_rest = tl.where(d_rest == 0, 0.0, tail_slope / d_rest)
+    value, of = OF_SUM(value, log_total == NOTHING)
     value = tl.where((log_total == NOTHING) | (invalid > 0), float("nan"), soft * value)
-    return value, tl.where(invalid > 0, float("nan"), slope_sum), of_rest
+    return value, of, tl.where(invalid > 0, float("nan"), slope_sum), of_rest
 
 
 @triton.jit
@@ -315,8 +317,9 @@ def topk_kernel(
     hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, factor: tl.float64,
     centre: tl.float64,
     # constants
-    DIVERGENCE: tl.constexpr, RESTRICT: tl.constexpr, HARD_T1: tl.constexpr, SMOOTH: tl.constexpr,
-    POINTS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, RESTRICT: tl.constexpr,
+    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, POINTS: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """loss = soft D + hard CE against K columns; grad = its gradient * scale * factor. One row.
 
@@ -356,9 +359,9 @@ def topk_kernel(
     m_soft, m_row, log_total, share, t1_support = support_sums(
         student, indices, count, m_rest, d_rest, exponent, HARD, RESTRICT, ACC, POINTS
     )
-    value, slope_sum, of_rest = topk_value(
+    value, of, slope_sum, of_rest = topk_value(
         student, indices, logprobs, tail, row, count, m_rest, d_rest, m_soft, log_total, share,
-        exponent, param, centre, soft, DIVERGENCE, NO_TAIL, ACC, POINTS,
+        exponent, param, centre, soft, DIVERGENCE, OF_SUM, NO_TAIL, ACC, POINTS,
     )  # fmt: skip
     sum_t1 = scalar(1.0, ACC)
     if HARD:
@@ -376,7 +379,7 @@ def topk_kernel(
         topk_gradient(
             grad, support_grad + base, student, indices, logprobs, vocab, count, m_rest, m_soft,
             m_row, log_total, share, value, slope_sum, of_rest, sum_t1, exponent, param, centre,
-            soft * scalar(inverse, ACC) * by, hard * by, column,
+            soft * scalar(inverse, ACC) * by * of, hard * by, column,
             one_minus_eps + eps_over_v, eps_over_v,
             DIVERGENCE, NO_TAIL, HARD, HARD_T1, RESTRICT, POINTS, ACC, LANES, GROUP,
         )  # fmt: skip

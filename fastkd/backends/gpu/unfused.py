@@ -70,7 +70,7 @@ class GPU(launch.FusedPasses):
         student: Tensor,
         teacher: Tensor,
         stats: Stats,
-        slope: Tensor,
+        pairs: Tensor,
         spec: LossSpec,
         rows: Rows,
         grad: Tensor,
@@ -89,7 +89,7 @@ class GPU(launch.FusedPasses):
             ),
             **dict(grad=launch.aligned(grad, align_offset), align_offset=align_offset),
             **launch.stats_args(stats),
-            **dict(stats_hard=launch.contiguous(stats.hard), slope=slope.contiguous()),
+            **dict(stats_hard=launch.contiguous(stats.hard), pairs=pairs.contiguous()),
             **launch.common_args(
                 spec, rows, launch.acc_of(student, teacher), grad, s=student, t=teacher, g=grad
             ),
