@@ -76,7 +76,8 @@ struct Args {
   bool restricted = false;
   double centre = 0.0;
   void (*points)(Points&) = nullptr;
-  void* out = nullptr;  // [N] of fused and topk, [N, 2] of loss, [N, 3] of stats
+  void* out = nullptr;      // [N] of fused and topk, [N, 2] of loss, [N, 3] of stats
+  void* outputs = nullptr;  // [N, kOutputs] of fused and topk, see outputs.h
   // of a vocabulary-parallel step (see vocab_parallel.h) for rows [first, first + rows)
   int64_t first = 0;
   int64_t rows = 0;

@@ -81,7 +81,8 @@ DType block_dtype(const Args& a, int wide) {
 
 void fused(int wide, int64_t rows, int threads, const OperandTuple& student,
            const OperandTuple& teacher, const SpecTuple& spec, Address keep, Address label,
-           Address scale, double factor, const OperandTuple& grad, int64_t width, Address out) {
+           Address scale, double factor, const OperandTuple& grad, int64_t width, Address out,
+           Address outputs) {
   Args a;
   a.student = operand(student);
   a.teacher = operand(teacher);
@@ -90,6 +91,7 @@ void fused(int wide, int64_t rows, int threads, const OperandTuple& student,
   a.width = width;
   set_rows(a, keep, label, scale, factor);
   a.out = at<void>(out);
+  a.outputs = at<void>(outputs);
   a.stream = streams(a, rows);
   run(passes.fused[static_cast<int>(block_dtype(a, wide))], a, rows, threads);
 }
@@ -98,7 +100,7 @@ void fused(int wide, int64_t rows, int threads, const OperandTuple& student,
 void topk(int wide, int64_t rows, int threads, const OperandTuple& student,
           const py::tuple& teacher, double centre, const SpecTuple& spec, Address keep,
           Address label, Address scale, double factor, const OperandTuple& grad, int64_t width,
-          Address out) {
+          Address out, Address outputs) {
   Args a;
   a.student = operand(student);
   a.grad = operand(grad);
@@ -113,6 +115,7 @@ void topk(int wide, int64_t rows, int threads, const OperandTuple& student,
   a.width = width;
   set_rows(a, keep, label, scale, factor);
   a.out = at<void>(out);
+  a.outputs = at<void>(outputs);
   a.stream = streams(a, rows);
   // `wide` says that sums and the teacher's numbers are doubles, whatever the student's dtype is
   const bool native = (a.student.dtype == DType::f64) == (wide != 0) &&
@@ -244,7 +247,7 @@ void fused_total(int wide, int64_t rows, int threads, const OperandTuple& studen
   const std::unique_ptr<char[]> memory(new char[rows * (wide ? sizeof(double) : sizeof(float))]);
   const Address losses = reinterpret_cast<Address>(memory.get());
   fused(wide, rows, threads, student, teacher, spec, keep, label, scale, factor * upstream, grad,
-        width, losses);
+        width, losses, 0);
   weighted_sum(wide, losses, scale, factor, rows, out);
 }
 

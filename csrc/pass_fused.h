@@ -32,14 +32,15 @@ constexpr double kMostSum = 2 * kBlock;
 template <class T>
 struct Sums {
   T s, t, hard, cross;
-  bool within() const {  // false for NaN, too
+  T weighted_s = 0, weighted_t = 0;  // of exponentials times their scores
+  bool within() const {              // false for NaN, too
     constexpr T most = static_cast<T>(kMostSum);
     return s < most && t < most && hard < most;
   }
 };
 
 // The sums of one block under the given bases.
-template <DType K, Expectation E, bool Hard, bool Keep>
+template <DType K, Expectation E, bool Hard, bool Keep, bool Out>
 inline Sums<typename Kind<K>::Acc> block_sums(const typename Kind<K>::Element* x,
                                               const typename Kind<K>::Element* y, int64_t n,
                                               Scale<typename Kind<K>::Acc> of_s,
@@ -50,12 +51,17 @@ inline Sums<typename Kind<K>::Acc> block_sums(const typename Kind<K>::Element* x
   using V = Vec<T>;
   constexpr int64_t lanes = Simd<T>::lanes;
   Two<V> s{}, t{}, hard{}, cross{};
+  V weighted_s{}, weighted_t{};  // one of each: registers are few
   const auto half = [&](V xs, V xt, V& d_s, V& d_t, V& d_hard, V& d_cross, T* to) FASTKD_LAMBDA {
     const V ys = of_s(xs), yt = of_t(xt);
     const V es = exp2(ys), et = exp2(yt);
     d_s += es;
     d_t += et;
     if constexpr (Hard) d_hard += exp2(of_hard(xs));
+    if constexpr (Out) {
+      weighted_s = fma(es, least_score(ys), weighted_s);
+      weighted_t = fma(et, least_score(yt), weighted_t);
+    }
     V other = et;
     if constexpr (E == Expectation::teacher)
       d_cross = fma(et, zero_unless<V>(et != V{}, yt - ys), d_cross);
@@ -75,7 +81,13 @@ inline Sums<typename Kind<K>::Acc> block_sums(const typename Kind<K>::Element* x
     half(xs.a, xt.a, s.a, t.a, hard.a, cross.a, kept + 2 * i);
     half(xs.b, xt.b, s.b, t.b, hard.b, cross.b, kept + 2 * i + lanes);
   }
-  return {total(s.a + s.b), total(t.a + t.b), total(hard.a + hard.b), total(cross.a + cross.b)};
+  Sums<T> sums{total(s.a + s.b), total(t.a + t.b), total(hard.a + hard.b),
+               total(cross.a + cross.b)};
+  if constexpr (Out) {
+    sums.weighted_s = total(weighted_s);
+    sums.weighted_t = total(weighted_t);
+  }
+  return sums;
 }
 
 // The base of a side once these columns are included.
@@ -105,7 +117,7 @@ inline double sum_of_scores(const typename Kind<K>::Element* x, int64_t n,
   return static_cast<double>(total(sum.a + sum.b)) + rest;
 }
 
-template <DType K, Expectation E, bool Hard, bool Keep>
+template <DType K, Expectation E, bool Hard, bool Keep, bool Out>
 __attribute__((noinline)) void fused_sum_loop(const Args& a, int64_t r, double c, int64_t chunk,
                                               const Scratch<typename Kind<K>::Acc>& scratch,
                                               Partial& out) {
@@ -133,9 +145,9 @@ __attribute__((noinline)) void fused_sum_loop(const Args& a, int64_t r, double c
     if (m > kPeek && (partial.s.base == kInfinity || partial.t.base == kInfinity)) shift(m);
     if (partial.out_of_range) break;
     const auto sums_now = [&] {
-      return block_sums<K, E, Hard, Keep>(x, y, m, partial.s.scale<T>(), partial.t.scale<T>(),
-                                          partial.hard.scale<T>(),
-                                          Keep ? scratch.kept + 2 * at : nullptr);
+      return block_sums<K, E, Hard, Keep, Out>(x, y, m, partial.s.scale<T>(), partial.t.scale<T>(),
+                                               partial.hard.scale<T>(),
+                                               Keep ? scratch.kept + 2 * at : nullptr);
     };
     Sums<T> sums = sums_now();
     if (!sums.within() && shift(m)) sums = sums_now();
@@ -145,6 +157,10 @@ __attribute__((noinline)) void fused_sum_loop(const Args& a, int64_t r, double c
     partial.t.sum += static_cast<double>(sums.t);
     partial.hard.sum += static_cast<double>(sums.hard);
     partial.cross += static_cast<double>(sums.cross);
+    if constexpr (Out) {
+      partial.s.weighted += static_cast<double>(sums.weighted_s);
+      partial.t.weighted += static_cast<double>(sums.weighted_t);
+    }
     if (Hard && a.smoothing != 0.0) {
       partial.scores += sum_of_scores<K>(x, n, partial.hard.scale<T>());
       partial.columns += static_cast<double>(n);

@@ -2,6 +2,7 @@
 // must compute.
 #pragma once
 
+#include "outputs.h"
 #include "pass_fused.h"
 #include "pass_general.h"
 
@@ -73,14 +74,24 @@ __attribute__((noinline)) double general_row(const Args& a, int64_t r) {
   stats_loop<T>(student, a.vocab, c, s);
   stats_loop<T>(teacher, a.vocab, c, t);
   if (a.hard != 0.0) stats_loop<T>(student, a.vocab, kLog2E, stats_t1);
+  const Outputs<T> outputs(a, r);
+  if (outputs) {
+    outputs.student({s.shift(), s.sum, weighted_loop<T>(student, a.vocab, c, s)});
+    outputs.teacher({t.shift(), t.sum, weighted_loop<T>(teacher, a.vocab, c, t)});
+    if (a.hard != 0.0)
+      outputs.hard(a.label[r], __builtin_log2(stats_t1.sum),
+                   (label_logit(a, r) - stats_t1.top) * kLog2E, stats_t1.below * kLog2E);
+  }
   double value = 0.0, slope = 0.0;
   if (degenerate(a, s.sum, t.sum, value)) {
+    if (outputs) outputs.soft(value);
     fill_gradient(a, r, value);
     return value;
   }
   const Sides<T> sides{Score<T>(s, c), Score<T>(t, c)};
   pair_loop<T, D>(a, student, teacher, sides, value, slope);
   const OfSum of = of_sum<T>(D{}, value);
+  if (outputs) outputs.soft(of.loss);
   double loss = a.soft * of.loss;
   if (a.hard != 0.0) {
     const double log_sum = __builtin_log(stats_t1.sum);
@@ -102,11 +113,14 @@ template <DType K, Expectation E, bool Keep>
 inline Partial sum_chunks(const Args& a, int64_t r, double c, const ThreadPool& pool,
                           const Scratch<typename Kind<K>::Acc>& scratch) {
   each_chunk(pool, a.vocab, false, [&](int64_t chunk) {
-    if (a.hard != 0.0) {
-      fused_sum_loop<K, E, true, Keep>(a, r, c, chunk, scratch, scratch.partials[chunk]);
-    } else {
-      fused_sum_loop<K, E, false, Keep>(a, r, c, chunk, scratch, scratch.partials[chunk]);
+    auto loop = a.hard != 0.0 ? fused_sum_loop<K, E, true, Keep, false>
+                              : fused_sum_loop<K, E, false, Keep, false>;
+    if constexpr (Keep) {
+      if (a.outputs != nullptr)
+        loop = a.hard != 0.0 ? fused_sum_loop<K, E, true, true, true>
+                             : fused_sum_loop<K, E, false, true, true>;
     }
+    loop(a, r, c, chunk, scratch, scratch.partials[chunk]);
   });
   Partial row = scratch.partials[0];
   for (int64_t i = 1; i * kChunk < a.vocab; ++i) row.add<E>(scratch.partials[i]);
@@ -206,12 +220,22 @@ inline double fused_row(const Args& a, int64_t r, const ThreadPool& pool,
   constexpr Expectation E = D::expectation;
   const double c = kLog2E / a.temperature;
   const bool grad = a.grad.data != nullptr;
-  Partial row = E == Expectation::none || grad
+  const Outputs<T> outputs(a, r);
+  Partial row = E == Expectation::none || grad || outputs
                     ? sum_chunks<K, E, true>(a, r, c, pool, scratch)
                     : sum_chunks<K, E, E == Expectation::none>(a, r, c, pool, scratch);
   if (row.out_of_range) return general_row<T, D>(a, r);
+  const double label = a.hard != 0.0 ? label_logit(a, r) : 0.0;
+  if (outputs) {
+    outputs.student({-row.s.shift(), row.s.sum, row.s.weighted});
+    outputs.teacher({-row.t.shift(), row.t.sum, row.t.weighted});
+    if (a.hard != 0.0)
+      outputs.hard(a.label[r], __builtin_log2(row.hard.sum), row.hard.scale<T>().of(label),
+                   row.scores);
+  }
   double result;
   if (degenerate(a, row.s.sum, row.t.sum, result)) {
+    if (outputs) outputs.soft(result);
     fill_gradient(a, r, result);
     return result;
   }
@@ -222,7 +246,8 @@ inline double fused_row(const Args& a, int64_t r, const ThreadPool& pool,
   if (!expectation_value<E>(row)) return general_row<T, D>(a, r);
   close_value<T, D>(row);
   if (grad && too_steep<T>(a, r, row)) return general_row<T, D>(a, r);
-  const double loss = row_loss<T>(a, row, a.hard != 0.0 ? label_logit(a, r) : 0.0);
+  if (outputs) outputs.soft(row.value);
+  const double loss = row_loss<T>(a, row, label);
   if (grad) row_gradient<K, E>(a, r, pool, scratch, row);
   return loss;
 }
@@ -236,6 +261,7 @@ void fused(const Args& a, int64_t begin, int64_t end, const ThreadPool& pool) {
   for (int64_t r = begin; r < end; ++r) {
     if (dropped(a, r)) {
       out[r] = 0;
+      Outputs<T>(a, r).zero();
       fill_gradient(a, r, 0.0);
     } else if (scratch.kept == nullptr) {
       out[r] = static_cast<T>(general_row<T, D>(a, r));

@@ -24,10 +24,12 @@ struct Scale {
 };
 
 // One side so far: the sum of exp2 of the scores. While all logits are -inf, no base is set.
+// `weighted`, the sum of e * y for e = exp2(y), is summed where outputs are requested.
 struct Side {
   double c = 0.0;
   double base = kInfinity;
   double sum = 0.0;
+  double weighted = 0.0;
 
   template <class T>
   Scale<T> scale() const {
@@ -36,6 +38,10 @@ struct Side {
   double shift() const { return base == kInfinity ? 0.0 : base; }
   bool empty() const { return sum == 0.0; }
 };
+
+// A score as a factor of its exponential: finite where that is 0. exp2 has the same bound.
+FASTKD_INLINE F least_score(F y) { return larger(splat(-127.0f), y); }
+FASTKD_INLINE double least_score(double y) { return larger(-1022.0, y); }
 
 // The sums of a chunk and, once all chunks are added, of the row. `hard` is the student at T = 1.
 // `cross` serves an expectation: with e = exp2(y) of the scores y, the sum of e_t (y_t - y_s) for
@@ -73,6 +79,8 @@ struct Partial {
     other.rebase<E>(s_base, t_base, hard_base);
     s.sum += other.s.sum;
     t.sum += other.t.sum;
+    s.weighted += other.s.weighted;
+    t.weighted += other.t.weighted;
     hard.sum += other.hard.sum;
     cross += other.cross;
     scores += other.scores;
@@ -85,7 +93,11 @@ struct Partial {
     const double drop =
         side.base == kInfinity || !(to < side.base) ? 0.0 : (side.base - to) * side.c;
     if (to < side.base) side.base = to;
-    if (drop != 0.0) side.sum *= exp2(-drop);
+    if (drop != 0.0) {
+      const double shrink = exp2(-drop);
+      side.sum *= shrink;
+      side.weighted = shrink * side.weighted - drop * side.sum;
+    }
     return drop;
   }
 };

@@ -19,7 +19,7 @@ namespace {
 // underflowed.
 constexpr double kLeastTail = 0x1p-80;
 
-template <DType K, bool Hard>
+template <DType K, bool Hard, bool Out>
 inline Sums<typename Kind<K>::Acc> student_sums(const typename Kind<K>::Element* x, int64_t n,
                                                 Scale<typename Kind<K>::Acc> of_s,
                                                 Scale<typename Kind<K>::Acc> of_hard,
@@ -27,12 +27,17 @@ inline Sums<typename Kind<K>::Acc> student_sums(const typename Kind<K>::Element*
   using T = typename Kind<K>::Acc;
   using V = Vec<T>;
   Two<V> s{}, hard{};
+  V weighted{};
   for (int64_t i = 0; i < n; i += kGroup<T>) {
     prefetch_ahead(x + i, kGroup<T>);
     const Two<V> xs = Kind<K>::load(x + i);
-    const Two<V> es{exp2(of_s(xs.a)), exp2(of_s(xs.b))};
+    const Two<V> ys{of_s(xs.a), of_s(xs.b)}, es{exp2(ys.a), exp2(ys.b)};
     s.a += es.a;
     s.b += es.b;
+    if constexpr (Out) {
+      weighted = fma(es.a, least_score(ys.a), weighted);
+      weighted = fma(es.b, least_score(ys.b), weighted);
+    }
     if constexpr (Hard) {
       hard.a += exp2(of_hard(xs.a));
       hard.b += exp2(of_hard(xs.b));
@@ -40,10 +45,10 @@ inline Sums<typename Kind<K>::Acc> student_sums(const typename Kind<K>::Element*
     storeu(kept + i, es.a);
     storeu(kept + i + Simd<T>::lanes, es.b);
   }
-  return {total(s.a + s.b), T(0), total(hard.a + hard.b), T(0)};
+  return {total(s.a + s.b), T(0), total(hard.a + hard.b), T(0), total(weighted)};
 }
 
-template <DType K, bool Hard>
+template <DType K, bool Hard, bool Out>
 __attribute__((noinline)) void student_sum_loop(const Args& a, int64_t r, double c, int64_t chunk,
                                                 const Workspace<typename Kind<K>::Acc>& w,
                                                 Partial& out) {
@@ -68,13 +73,14 @@ __attribute__((noinline)) void student_sum_loop(const Args& a, int64_t r, double
     if (m > kPeek && partial.s.base == kInfinity) shift(m);
     if (partial.out_of_range) break;
     const auto sums_now = [&] {
-      return student_sums<K, Hard>(x, m, partial.s.scale<T>(), partial.hard.scale<T>(),
-                                   w.kept + at);
+      return student_sums<K, Hard, Out>(x, m, partial.s.scale<T>(), partial.hard.scale<T>(),
+                                        w.kept + at);
     };
     Sums<T> sums = sums_now();
     if (!sums.within() && shift(m)) sums = sums_now();
     w.blocks[at / kBlock] = {partial.s.base, kInfinity, static_cast<double>(sums.s)};
     partial.s.sum += static_cast<double>(sums.s);
+    partial.s.weighted += static_cast<double>(sums.weighted_s);
     partial.hard.sum += static_cast<double>(sums.hard);
     if (Hard && a.smoothing != 0.0) {
       partial.scores += sum_of_scores<K>(x, n, partial.hard.scale<T>());
@@ -180,19 +186,29 @@ inline double topk_row(const Args& a, int64_t r, const ThreadPool& pool,
   const double c = kLog2E / a.temperature;
   gather(a, r, w);
   Partial row;
+  const Outputs<T> outputs(a, r);
+  const auto softmax = [&row] { return Softmax{-row.s.shift(), row.s.sum, row.s.weighted}; };
   double result;
   if (a.restricted && !hard) {  // the row off the support does not matter
     place_restricted(a, w);
   } else {
     if (w.kept == nullptr) return topk_row_by_columns(a, r, w);
     each_chunk(pool, a.vocab, false, [&](int64_t chunk) {
-      const auto loop = hard ? student_sum_loop<K, true> : student_sum_loop<K, false>;
+      const auto loop =
+          a.outputs == nullptr
+              ? (hard ? student_sum_loop<K, true, false> : student_sum_loop<K, false, false>)
+              : (hard ? student_sum_loop<K, true, true> : student_sum_loop<K, false, true>);
       loop(a, r, c, chunk, w, w.partials[chunk]);
     });
     row = w.partials[0];
     for (int64_t i = 1; i * kChunk < a.vocab; ++i) row.add<Expectation::none>(w.partials[i]);
     if (row.out_of_range) return topk_row_by_columns(a, r, w);
+    if (outputs && hard)
+      outputs.hard(a.label[r], __builtin_log2(row.hard.sum),
+                   row.hard.scale<T>().of(label_logit(a, r)), row.scores);
     if (degenerate(a, row.s.sum, teacher_mass(w.points), result)) {
+      if (a.restricted) place_restricted(a, w);
+      point_outputs(a, r, w, softmax(), result);
       fill_gradient(a, r, result);
       return result;
     }
@@ -207,10 +223,12 @@ inline double topk_row(const Args& a, int64_t r, const ThreadPool& pool,
   }
   Points& x = w.points;
   if (degenerate(a, x.total, teacher_mass(x), result)) {
+    point_outputs(a, r, w, softmax(), result);
     fill_gradient(a, r, result);
     return result;
   }
   a.points(x);
+  point_outputs(a, r, w, softmax(), x.value);
   double loss = a.soft * x.value;
   if (hard)
     loss += hard_loss(a, __builtin_log2(row.hard.sum), row.hard.scale<T>().of(label_logit(a, r)),
@@ -251,6 +269,7 @@ void topk(const Args& a, int64_t begin, int64_t end, const ThreadPool& pool) {
   for (int64_t r = begin; r < end; ++r) {
     if (dropped(a, r)) {
       out[r] = 0;
+      Outputs<T>(a, r).zero();
       fill_gradient(a, r, 0.0);
     } else if (!w.ready) {
       out[r] = static_cast<T>(kNaN);  // out of memory

@@ -36,6 +36,7 @@ struct ColumnSums {
   double shift = 0.0, shift_off = 0.0;  // minus the maximum: of the row, and off the support
   double tail = 0.0, hard = 0.0;        // exponentials off the support, and of the row at T = 1
   double scores = 0.0;                  // for label smoothing
+  double weighted = 0.0;                // the row's exponentials times their scores
   double not_finite = 0.0;              // NaN where the row holds a NaN or +inf
 
   ColumnSums(const Args& a, const Columns& columns, double c) {
@@ -49,6 +50,8 @@ struct ColumnSums {
     shift_off = top_off == -kInfinity ? shift : -top_off;
     columns.each([&](int64_t, double x, bool on_support) {
       if (!on_support) tail += exp2((x + shift_off) * c);
+      const double y = (x + shift) * c, e = a.outputs == nullptr ? 0.0 : exp2(y);
+      if (e != 0.0) weighted += e * y;
       if (a.hard != 0.0) {
         hard += exp2((x + shift) * kLog2E);
         scores += (x + shift) * kLog2E;
@@ -94,12 +97,20 @@ __attribute__((noinline)) double topk_row_by_columns(const Args& a, int64_t r, W
           ((__builtin_log2(sums.tail) - apart) - __builtin_log2(w.points.total)) * kLn2;
   }
   const bool finite = sums.not_finite == sums.not_finite;
+  const double total = finite ? w.points.total : kNaN;
+  const Softmax student{-sums.shift, a.restricted ? 0.0 : total, sums.weighted};
+  const Outputs<T> outputs(a, r);
+  if (outputs && a.hard != 0.0)
+    outputs.hard(a.label[r], __builtin_log2(sums.hard), (label_logit(a, r) + sums.shift) * kLog2E,
+                 sums.scores);
   double result;
-  if (degenerate(a, finite ? w.points.total : kNaN, teacher_mass(w.points), result)) {
+  if (degenerate(a, total, teacher_mass(w.points), result)) {
+    point_outputs(a, r, w, student, result);
     fill_gradient(a, r, result);
     return result;
   }
   a.points(w.points);
+  point_outputs(a, r, w, student, w.points.value);
   double loss = a.soft * w.points.value;
   if (a.hard != 0.0)
     loss += hard_loss(a, __builtin_log2(sums.hard), (label_logit(a, r) + sums.shift) * kLog2E,

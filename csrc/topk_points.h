@@ -179,6 +179,30 @@ inline double teacher_mass(const Points& x) {
   return some;
 }
 
+// Writes the outputs that the points tell, whose student is given unless the softmax is over the
+// support alone. The teacher's log-sum-exp is not known.
+template <class T>
+inline void point_outputs(const Args& a, int64_t r, const Workspace<T>& w, const Softmax& student,
+                          double soft) {
+  const Outputs<T> outputs(a, r);
+  if (!outputs) return;
+  const Points& x = w.points;
+  double entropy = x.tail_logp == -kInfinity ? 0.0 : -__builtin_exp(x.tail_logp) * x.tail_logp;
+  for (int64_t i = 0; i < a.k; ++i)
+    if (x.logp[i] != -kInfinity) entropy -= x.p[i] * x.logp[i];
+  outputs.soft(soft);
+  outputs.put(kEntropyT, entropy);
+  if (!a.restricted) return outputs.student(student);
+  double top = -kInfinity, weighted = 0.0;
+  for (int64_t i = 0; i < a.k; ++i) {
+    if (w.logits[i] > top) top = w.logits[i];
+    if (x.logq[i] != -kInfinity) weighted += x.q[i] * x.logq[i];
+  }
+  outputs.put(kEntropyS, x.total == 0.0 ? 0.0 : -weighted);
+  outputs.put(kLogSumS,
+              Softmax{top == -kInfinity ? 0.0 : top, x.total, 0.0}.log_sum(a.temperature));
+}
+
 // The loss of the hard term, from numbers of the student at T = 1, in bits: the logarithm of the
 // sum of exponentials, the label's score, and the sum of all scores for label smoothing.
 inline double hard_loss(const Args& a, double log_sum, double label, double scores) {

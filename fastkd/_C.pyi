@@ -28,6 +28,7 @@ def fused(
     grad: _Rows,
     width: int,
     out: int,
+    outputs: int,
     /,
 ) -> None: ...
 def topk(
@@ -45,6 +46,7 @@ def topk(
     grad: _Rows,
     width: int,
     out: int,
+    outputs: int,
     /,
 ) -> None: ...
 def validate_topk(

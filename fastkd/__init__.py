@@ -3,6 +3,7 @@
 from fastkd import nn
 from fastkd.backends.choice import use_backend
 from fastkd.divergence import divergences
+from fastkd.engine.outputs import LossOutputs
 from fastkd.engine.reduction import checked
 from fastkd.info import __version__, info
 from fastkd.losses import (
@@ -21,6 +22,7 @@ from fastkd.topk import topk_from_logits
 
 __all__ = [
     "LinearLogits",
+    "LossOutputs",
     "TopK",
     "__version__",
     "acceptance_loss",

@@ -19,6 +19,10 @@ The options that all of them share (`**rows`, keyword-only):
                       indices of a TopK are of the full vocabulary, as are loss and gradient.
                       NotImplementedError with torch.func, with double backward, and for a
                       gradient of a TopK or of a teacher whose divergence has no dual
+    return_outputs    the loss comes as (loss, outputs), outputs a `fastkd.LossOutputs` of [...]
+                      tensors for logs: soft and hard loss, entropies, log-sum-exps and the label's
+                      log-probability of each row, from the same pass; neither value nor gradient
+                      changes. NotImplementedError with `group` and DTensors
 
 Operands, labels and weight may be DTensors, split on the vocabulary, on rows or on both; their mesh
 takes the place of `group`, and the loss is that of all rows: "mean" divides by what all ranks
@@ -58,6 +62,7 @@ class MixedOptions(TypedDict, total=False):
     vocab_size: int | None
     inplace: bool
     group: object
+    return_outputs: bool
 
 
 class RowOptions(MixedOptions, total=False):
@@ -80,8 +85,8 @@ def kl_div(
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
         teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
         temperature: T > 0, finite.
-        **rows: labels, ignore_index, weight, reduction, normalizer, vocab_size, inplace, group
-            as described in `fastkd.losses`.
+        **rows: labels, ignore_index, weight, reduction, normalizer, vocab_size, inplace, group,
+            return_outputs as described in `fastkd.losses`.
 
     Returns:
         0-d float32 (float64 where an operand is), [...] with reduction="none". Differentiable in

@@ -25,6 +25,7 @@ class Options(TypedDict, total=False):
     reduction: Reduction
     vocab_size: int | None
     inplace: bool
+    return_outputs: bool
 
 
 class _Loss(torch.nn.Module):
@@ -35,6 +36,7 @@ class _Loss(torch.nn.Module):
         reduction: Reduction = "mean",
         vocab_size: int | None = None,
         inplace: bool = False,
+        return_outputs: bool = False,
     ) -> None:
         super().__init__()
         validate.reduction(reduction)
@@ -42,7 +44,7 @@ class _Loss(torch.nn.Module):
         self.ignore_index = validate.ignored(ignore_index)
         self.reduction: Reduction = reduction
         self.vocab_size = None if vocab_size is None else validate.columns(vocab_size, least=1)
-        self.inplace = inplace
+        self.inplace, self.return_outputs = inplace, return_outputs
 
     def _rows(self, weight: Tensor | None, normalizer: float | Tensor | None) -> MixedOptions:
         return {
@@ -52,6 +54,7 @@ class _Loss(torch.nn.Module):
             "normalizer": normalizer,
             "vocab_size": self.vocab_size,
             "inplace": self.inplace,
+            "return_outputs": self.return_outputs,
         }
 
     def formula(self) -> str:
@@ -66,6 +69,8 @@ class _Loss(torch.nn.Module):
             options += f", vocab_size={self.vocab_size}"
         if self.inplace:
             options += ", inplace=True"
+        if self.return_outputs:
+            options += ", return_outputs=True"
         return f"{self.formula()}, {options}"
 
 
@@ -209,8 +214,9 @@ class DistillationLoss(_Loss):
         reduction: Reduction = "mean",
         vocab_size: int | None = None,
         inplace: bool = False,
+        return_outputs: bool = False,
     ) -> None:
-        super().__init__(temperature, ignore_index, reduction, vocab_size, inplace)
+        super().__init__(temperature, ignore_index, reduction, vocab_size, inplace, return_outputs)
         self.alpha = validate.share("alpha", alpha)
         self.divergence = divergences.entry(divergence)
         self.label_smoothing = validate.share("label_smoothing", label_smoothing)

@@ -28,6 +28,12 @@ from torch import Tensor
 
 from fastkd.operands import Operand, Teacher
 
+#: what a pass may tell of a row beside its loss, in this order; `fastkd.engine.outputs` says what
+OUTPUTS = (
+    *("soft", "hard", "student_entropy", "teacher_entropy"),
+    *("student_logsumexp", "teacher_logsumexp", "label_logprob"),
+)
+
 
 class LossSpec(NamedTuple):
     """What a row costs: soft * D(p, q) + hard * CE(label, student at T = 1).
@@ -50,11 +56,13 @@ class Rows(NamedTuple):
     """What goes with each of N rows.
 
     keep: [N] bool or None: rows that are False are never read; their loss and gradient are 0.
-    label: [N] int64 or None (when spec.hard is 0): the column of the hard label. A column outside
+    label: [N] int64 or None: the column of the hard label. A column outside
         0 <= label < spec.vocab is no column here (it stands on another rank, or the caller has
         made the row NaN through `scale`).
     scale: [N] acc or None, factor: the gradient of a row is multiplied by scale * factor.
     skip: 0-d bool on the device, or None: where it is true, nothing is written.
+    outputs: [N, 7] acc, contiguous, or None: memory for OUTPUTS. `hard` and `label_logprob` are
+        written where spec.hard is not 0.
     """
 
     keep: Tensor | None = None
@@ -62,6 +70,7 @@ class Rows(NamedTuple):
     scale: Tensor | None = None
     factor: float = 1.0
     skip: Tensor | None = None
+    outputs: Tensor | None = None
 
     def times(self, by: float | Tensor, n: int) -> Rows:
         """The rows with their gradients times `by`: a number, or a 0-d tensor that nobody reads."""

@@ -103,6 +103,10 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else _read(x)
 
 
+def _written_to(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
 def _spec(spec: LossSpec) -> tuple[int, float, float, float, float, float, int, int]:
     index = _INDEX.get(spec.divergence)
     if index is None:
@@ -138,7 +142,7 @@ def _in(acc: torch.dtype, stats: Stats) -> Stats:
 
 def _options(rows: Rows, grad: Tensor | None) -> tuple[Any, ...]:
     """The arguments for a record of rows and a gradient."""
-    keep, label, scale, factor, _ = rows
+    keep, label, scale, factor = rows[:4]
     return (
         *(_address(keep), _address(label), _address(scale), factor),
         *(_written(grad), 0 if grad is None else grad.shape[-1]),
@@ -189,7 +193,8 @@ class CPU(Backend):
         n = student.shape[0] * student.shape[1]
         out = student.new_empty(n, dtype=_wide(student, teacher))
         if n != 0:
-            _C.fused(*_fused(n, student, teacher, spec, rows, grad, out))
+            arguments = _fused(n, student, teacher, spec, rows, grad, out)
+            _C.fused(*(*arguments, _written_to(rows.outputs)))
         return out
 
     def fused_total(
@@ -222,7 +227,7 @@ class CPU(Backend):
         _C.topk(
             *(out.dtype is torch.float64, n, _threads(n * spec.vocab), _operand(student), points),
             *(divergences[spec.divergence].centre(spec.param), _spec(spec)),
-            *(*_options(rows, grad), out.data_ptr()),
+            *(*_options(rows, grad), out.data_ptr(), _written_to(rows.outputs)),
         )
         return out
 
@@ -282,7 +287,7 @@ class CPU(Backend):
         rank: int,
         widest: int,
     ) -> Stepwise | None:
-        keep, label, scale, factor, _ = rows
+        keep, label, scale, factor = rows[:4]
         expectation = _EXPECTATION[spec.divergence]
         kept = grad is not None or expectation is None
         n = student.shape[0] * student.shape[1]

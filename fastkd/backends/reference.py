@@ -125,6 +125,64 @@ def row_loss(
     return loss if keep is None else torch.where(keep, loss, 0.0)
 
 
+def row_outputs(
+    student: Tensor,
+    teacher: Tensor | TopKRows,
+    spec: LossSpec,
+    keep: Tensor | None,
+    label: Tensor | None,
+) -> Tensor:
+    """[..., 7] acc: `base.OUTPUTS` of each row, of operands as in `row_loss`; no gradient."""
+    if isinstance(teacher, TopKRows) and student.dim() != 2:
+        keep, label = (None if x is None else x.reshape(-1) for x in (keep, label))
+        flat = student.reshape(-1, student.size(-1))
+        return row_outputs(flat, teacher, spec, keep, label).view(*student.shape[:-1], -1)
+    acc, bare = acc_dtype(student, teacher), spec._replace(soft=1.0, hard=0.0)
+    soft = row_loss(student, teacher, bare, keep, None).detach()
+    s = student.detach()[..., : spec.vocab].to(acc)
+    s = s if keep is None else torch.where(keep.unsqueeze(-1), s, 0.0)
+    log_sum_s, log_sum_t = _log_sum(s, spec.temperature), torch.full_like(soft, math.nan)
+    logq = s
+    if isinstance(teacher, TopKRows):
+        logp, at, tail, restrict = teacher
+        if restrict:
+            logq = torch.where(at >= 0, s.gather(-1, at.clamp_min(0)), -INF)
+            log_sum_s = _log_sum(logq, spec.temperature)
+        logp = (logp if tail is None else torch.cat((logp, tail.unsqueeze(-1)), -1)).detach()
+    else:
+        t = teacher.detach()[..., : spec.vocab].to(acc)
+        t = t if keep is None else torch.where(keep.unsqueeze(-1), t, 0.0)
+        logp, log_sum_t = _possible(t, spec.temperature), _log_sum(t, spec.temperature)
+    entropies = _entropy(_possible(logq, spec.temperature)), _entropy(logp)
+    hard = logprob = torch.full_like(soft, math.nan)
+    if spec.hard != 0.0:
+        assert label is not None
+        here = (label >= 0) & (label < spec.vocab)
+        column = torch.where(here, label, 0).unsqueeze(-1)
+        logprob = torch.where(here, s.log_softmax(-1).gather(-1, column).squeeze(-1), math.nan)
+        hard = torch.where(here, _cross_entropy(s, label, spec), math.nan)
+    out = torch.stack((soft, hard, *entropies, log_sum_s, log_sum_t, logprob), -1)
+    return out if keep is None else torch.where(keep.unsqueeze(-1), out, 0.0)
+
+
+def _log_sum(x: Tensor, temperature: float) -> Tensor:
+    """log sum exp(x / T)"""
+    top = x.amax(-1, keepdim=True)
+    top = torch.where(top == -INF, 0.0, top)
+    return (top / temperature).squeeze(-1) + ((x - top) / temperature).logsumexp(-1)
+
+
+def _possible(x: Tensor, temperature: float) -> Tensor:
+    """log softmax(x / T), -inf of a side that is impossible everywhere."""
+    empty = (x == -INF).all(-1, keepdim=True)
+    return torch.where(empty, -INF, _log_softmax(x, temperature))
+
+
+def _entropy(logp: Tensor) -> Tensor:
+    """- sum p log p with 0 log 0 = 0."""
+    return -torch.where(logp == -INF, 0.0, logp.exp() * logp).sum(-1)
+
+
 def _divergence(s: Tensor, t: Tensor, spec: LossSpec) -> Tensor:
     # a row that is impossible everywhere on both sides is dead in every column: loss 0
     empty = ((s == -INF) & (t == -INF)).all(-1, keepdim=True)
@@ -254,11 +312,13 @@ class Reference(Backend):
         rows: Rows,
         grad: Tensor | None,
     ) -> Tensor:
-        keep, label, scale, factor, _ = rows
+        keep, label, scale, factor = rows[:4]
         s = student.detach().reshape(-1, student.size(-1))
         t = teacher
         if isinstance(t, Tensor):
             t = t.detach().reshape(-1, t.size(-1))
+        if rows.outputs is not None:
+            rows.outputs.copy_(row_outputs(s, t, spec, keep, label))
         if grad is None:
             with torch.no_grad():
                 return row_loss(s, t, spec, keep, label)
@@ -302,7 +362,7 @@ class Reference(Backend):
         rows: Rows,
         grad: Tensor,
     ) -> None:
-        keep, label, scale, factor, _ = rows
+        keep, label, scale, factor = rows[:4]
         _, at, q = _value_and_slope(student, teacher, stats, spec, keep)
         out = spec.soft * (at - q * pairs[:, 1:]) / spec.temperature
         if entry(spec).of_sum is not None:

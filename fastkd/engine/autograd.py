@@ -44,13 +44,20 @@ def _wants_gradient(tensors: Tensors) -> bool:
 
 
 def _dense_pass(
-    call: Call, student: Tensor, other: Tensor | TopKRows, spec: LossSpec, grad: Tensor | None
+    call: Call,
+    student: Tensor,
+    other: Tensor | TopKRows,
+    spec: LossSpec,
+    grad: Tensor | None,
+    outputs: Tensor | None = None,
 ) -> Tensor:
     """Loss [N] of each row; the gradient into `grad`."""
-    into = None if grad is None else rows_of(grad)
+    into, rows, x = None if grad is None else rows_of(grad), call.rows, rows_of(student)
+    if outputs is not None:
+        rows = rows._replace(outputs=outputs)
     if isinstance(other, TopKRows):
-        return call.backend.topk(rows_of(student), other, spec, call.rows, into)
-    return call.backend.fused(rows_of(student), rows_of(other), spec, call.rows, into)
+        return call.backend.topk(x, other, spec, rows, into)
+    return call.backend.fused(x, rows_of(other), spec, rows, into)
 
 
 def _teacher_gradient(call: Call, student: Tensor, teacher: Tensor, grad: Tensor | None) -> Tensor:
@@ -95,10 +102,11 @@ def _dense_total(
         teacher: Any = tensors[1]
         grads[1] = _teacher_gradient(call.times(upstream, student), student, teacher, None)
     grads[0] = grad = _student_gradient(call, student) if needs[0] else None
-    if topk is None:
-        other: Any = tensors[1]
+    other: Any = tensors[1] if topk is None else topk
+    if topk is None and call.outputs is None:
         return backend.fused_total(student, other, spec, rows, grad, upstream), grads
-    loss = _dense_pass(call.times(upstream, student), student, topk, spec, grad)
+    by = call.times(upstream, student)
+    loss = _dense_pass(by, student, other, spec, grad, call.outputs)
     return backend.total(loss, rows.scale, rows.factor), grads
 
 
@@ -124,6 +132,11 @@ def _saved(ctx: Any) -> list[Any]:
     if kept is None:
         return list(saved)
     return [x if y is None else y for x, y in zip(saved, kept, strict=True)]
+
+
+def _again(call: Call) -> Call:
+    """The call as backward makes it: the outputs have been told."""
+    return call if call.outputs is None else call._replace(outputs=None)
 
 
 def graph(call: Call, tensors: Tensors, needs: Needs, by: Tensor) -> list[Tensor | None]:
@@ -165,7 +178,7 @@ class _Reduced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Tensor:
         needs = ctx.needs_input_grad[1:]
-        ctx.call, ctx.work, ctx.overwritten = call, None, None
+        ctx.call, ctx.work, ctx.overwritten = _again(call), None, None
         ctx.guess = guess = _guess(call, tensors)
         expected: Any = None if guess is None else guess.expected
         if call.products is not None and (guess is None or expected is not None):
@@ -303,7 +316,7 @@ def row_values(call: Call, tensors: Tensors) -> Tensor:
         return linear.row_values(call, tensors)
     student, teacher = tensors[0], tensors[-1] if call.topk is None else call.topk
     assert student is not None and teacher is not None
-    return _dense_pass(call, student, teacher, call.spec, None)
+    return _dense_pass(call, student, teacher, call.spec, None, call.outputs)
 
 
 def row_gradients(
@@ -321,7 +334,7 @@ class _PerRow(torch.autograd.Function):
     def forward(ctx: Any, call: Call, lead: torch.Size, *tensors: Tensor | None) -> Tensor:
         # keep and label are the call's: saved so that whoever changes the labels hears of it
         _save(ctx, *tensors, call.rows.keep, call.rows.label)
-        ctx.call = call
+        ctx.call = _again(call)
         return row_values(call, tensors).view(lead)
 
     @staticmethod

@@ -19,7 +19,7 @@ from fastkd.arguments.tensors import DTYPES
 from fastkd.backends import choice, reference
 from fastkd.backends.base import Backend, LossSpec, Rows
 from fastkd.divergence import Divergence
-from fastkd.engine import autograd, ops, validate
+from fastkd.engine import autograd, ops, outputs, validate
 from fastkd.engine import reduction as reductions
 from fastkd.engine.records import Call, Products, Request
 from fastkd.engine.topk_rows import topk_rows
@@ -53,9 +53,10 @@ def loss(
     vocab_size: int | None = None,
     inplace: bool = False,
     group: object = None,
+    return_outputs: bool = False,
     **unknown: object,
 ) -> Tensor:
-    """The loss of a public function or module, by its name."""
+    """The loss of a public function or module, by its name; a pair where outputs are requested."""
     if unknown:
         known = validate.known_options(name, divergence)
         validate.refuse_option(name, next(iter(unknown)), known)
@@ -69,7 +70,8 @@ def loss(
         and _alike(student, teacher)
     )
     backend = _kernels(student.device) if usual else None
-    if backend is not None and group is None and not inplace and reduction != "none":
+    short = not (inplace or return_outputs)
+    if backend is not None and group is None and short and reduction != "none":
         vocab = student.shape[-1]
         without_dual = teacher.requires_grad and divergence.dual is None
         if vocab > 1 and student is not teacher and not without_dual and soft != 0.0:
@@ -84,11 +86,14 @@ def loss(
     options: dict[str, Any] = dict(
         labels=labels, ignore_index=ignore_index, weight=weight, reduction=reduction,
         normalizer=normalizer, vocab_size=vocab_size, inplace=inplace, group=group,
+        return_outputs=return_outputs,
     )  # fmt: skip
     ordinary = usual and labels is None and weight is None and normalizer is None
     compiling, dtensors = torch.compiler.is_compiling(), False
     if not (ordinary or _plain(student, teacher, labels, weight, normalizer)):
         dtensors = dtensor.any_dtensor(student, teacher, labels, weight, normalizer)
+    if return_outputs:
+        outputs.refuse(group, dtensors)
     if compiling and (dtensors or group is not None):  # an exchange is no part of a graph
         from fastkd.engine.outside_graph import call as outside  # and a compiler, else not loaded
 
@@ -190,6 +195,7 @@ def _of_dtensors(
     vocab_size: int | None,
     inplace: bool,
     group: object,
+    return_outputs: bool,
 ) -> Tensor:
     """`loss` where something is a DTensor: of this rank's part, summed to that of all rows."""
     name, student, teacher, *numbers = sides
@@ -226,6 +232,7 @@ def _request(
     vocab_size: int | None,
     inplace: bool,
     group: object,
+    return_outputs: bool,
 ) -> Request:
     """The arguments of `loss` as a record, checked; ordinary ones have nothing to find."""
     name, student, teacher, divergence, temperature, param, soft, hard, smoothing = sides
@@ -265,9 +272,8 @@ def _request(
     inplace = inplace and not (linear or compiling or choice.in_functorch())  # there, ignored
     if inplace:
         validate.inplace(student, teacher)
-    return Request(
-        student, teacher, spec, labels, ignore_index, weight, reduction, normalizer, inplace, shared
-    )
+    rows = labels, ignore_index, weight, reduction, normalizer
+    return Request(student, teacher, spec, *rows, inplace, shared, return_outputs)
 
 
 def run(r: Request) -> Tensor:
@@ -287,18 +293,21 @@ def run(r: Request) -> Tensor:
     by_row = in_torch or compiling or r.reduction == "none"
     by_row = by_row or (others and reductions.wants_grad(r))
     tensors, products, acc = _operands(r, 1.0 if by_row else _loss_scale(r))
+    told = outputs.memory(r, acc) if r.return_outputs and not (in_torch or compiling) else None
 
     def call(rows: Rows) -> Call:
         if not isinstance(r.teacher, TopK) or spec.soft == 0.0:
-            return Call(backend, spec, rows, None, r.inplace, products)
+            return Call(backend, spec, rows, None, r.inplace, products, told)
         topk = topk_rows(r.teacher, spec.temperature, spec.classes, rows.keep, acc, backend)
-        return Call(backend, spec, rows, topk, r.inplace, products)
+        return Call(backend, spec, rows, topk, r.inplace, products, told)
 
     if by_row:
         keep, label, bad = reductions.mask(r.labels, r.ignore_index, spec.classes)
         label, lead = label if spec.hard else None, r.student.shape[:-1]
         if in_torch:
-            value = _in_torch(call(Rows(keep, label)), *tensors)
+            value, told = _in_torch(call(Rows(keep, label)), r.return_outputs, *tensors)
+        elif compiling and r.return_outputs:
+            value, told = ops.row_outputs(call(Rows(keep, label)), *tensors)
         elif compiling:
             value = ops.row_loss(call(Rows(keep, label)), *tensors)
         else:
@@ -310,19 +319,20 @@ def run(r: Request) -> Tensor:
     else:
         rows = Rows(None, None, None, _factor(r.reduction, r.student))
         value = autograd.reduced(call(rows), *tensors)
-    if spec.soft != 0.0:
-        return value
-    nothing = _no_part(r.teacher)
-    wide = torch.float64 in (r.student.dtype, nothing.dtype)
-    return value.to(torch.float64 if wide else torch.float32) + nothing
+    if spec.soft == 0.0:
+        nothing = _no_part(r.teacher)
+        wide = torch.float64 in (r.student.dtype, nothing.dtype)
+        value = value.to(torch.float64 if wide else torch.float32) + nothing
+    return value if told is None else (value, outputs.named(told, r))  # type: ignore[return-value]
 
 
-def _in_torch(call: Call, *tensors: Tensor | None) -> Tensor:
-    """Loss of each row by the reference, which torch differentiates as often as needed."""
+def _in_torch(call: Call, tell: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Loss of each row by the reference, which torch differentiates as often as needed; outputs."""
     heads = (None, None) if call.products is None else call.products.heads
     keep, label = call.rows[:2]
     s, t = reference.logits(tensors, heads, call.spec.vocab, keep)
-    return reference.row_loss(s, call.topk or t, call.spec, keep, label)
+    rows = s, call.topk or t, call.spec, keep, label
+    return reference.row_loss(*rows), reference.row_outputs(*rows) if tell else None
 
 
 def _tensors(x: Any) -> tuple[Tensor | None, ...]:

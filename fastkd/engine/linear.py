@@ -363,8 +363,13 @@ def work(
     assert first is not None
     n = first.numel() // first.size(-1) if index is None else index.numel()
     rows = call.rows._replace(keep=keep, label=label, scale=scale)
+    outputs = found = call.outputs
+    if index is not None and outputs is not None:
+        found = outputs.new_empty(n, outputs.size(1))
     with autocast_off(first.device)():
-        loss = _run(call._replace(rows=rows, topk=topk), sides, n, wait)
+        loss = _run(call._replace(rows=rows, topk=topk, outputs=found), sides, n, wait)
+    if outputs is not None and found is not None and index is not None:
+        outputs.zero_().index_copy_(0, index, found)
     return Work(sides, loss, scale, index, rest)
 
 
@@ -398,7 +403,7 @@ def _run(call: Call, sides: list[Side], n: int, wait: bool) -> Tensor:
 
     Without a teacher the soft term has no part, and the student stands in for it.
     """
-    backend, spec, (keep, label, scale, factor, _), topk = call[:4]
+    backend, spec, (keep, label, scale, factor, *_), topk = call[:4]
     row_pass: Any = backend.fused if topk is None else backend.topk
     student, teacher = sides[0], sides[1] if len(sides) > 1 else None
     of_teacher = teacher is not None and teacher.any
@@ -414,7 +419,8 @@ def _run(call: Call, sides: list[Side], n: int, wait: bool) -> Tensor:
     for start in range(0, n, step):
         at = slice(start, min(start + step, n))
         kept, labels, scales = (None if x is None else x[at] for x in (keep, label, scale))
-        own = Rows(kept, labels, scales)
+        told = None if call.outputs is None else call.outputs[at]
+        own = Rows(kept, labels, scales, outputs=told)
         s = student.logits(at)
         rows_s = s.unsqueeze(0)
         t = None if teacher is None else teacher.logits(at)
@@ -425,7 +431,7 @@ def _run(call: Call, sides: list[Side], n: int, wait: bool) -> Tensor:
         to_t = None
         if of_teacher and teacher is not None and t is not None:
             to_t = teacher.target(at, t, last=not student.any)
-            by = own._replace(label=None, factor=factor * teacher.factor)
+            by = own._replace(label=None, factor=factor * teacher.factor, outputs=None)
             backend.fused(t.unsqueeze(0), rows_s, dual, by, to_t.unsqueeze(0))  # type: ignore
         if student.any:
             to_s = student.target(at, s, last=True).unsqueeze(0)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.backends.base import LossSpec, Rows, TopKRows
+from fastkd.backends.base import OUTPUTS, LossSpec, Rows, TopKRows
 from fastkd.backends.choice import pick
 from fastkd.engine.autograd import graph, row_gradients, row_values
 from fastkd.engine.records import Call, Products
@@ -43,6 +43,15 @@ def row_loss(call: Call, *tensors: Tensor | None) -> Tensor:
 
     keep and label of `call` are in the leading shape too; its backend is chosen inside.
     """
+    return loss_of_rows(*_inputs(call, tensors))
+
+
+def row_outputs(call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `row_loss`, and the outputs [N, 7] of the same pass."""
+    return loss_and_outputs(*_inputs(call, tensors))
+
+
+def _inputs(call: Call, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
     heads = (None, None) if call.products is None else call.products.heads
     cut = 1 if heads[0] is None else 3
     sides: list[Any] = []
@@ -55,7 +64,7 @@ def row_loss(call: Call, *tensors: Tensor | None) -> Tensor:
             sides += (own[0] if own else None, None, None, 1.0, 0.0, dtype)
     chunk = 0 if call.products is None else call.products.chunk or 0
     topk = call.topk or (None, None, None, False)
-    return loss_of_rows(*sides, call.rows.keep, call.rows.label, *topk, chunk, *call.spec)
+    return (*sides, call.rows.keep, call.rows.label, *topk, chunk, *call.spec)
 
 
 def _columns_contiguous(x: Tensor) -> Tensor:
@@ -98,6 +107,22 @@ def loss_of_rows(*inputs: Any) -> Tensor:
 
 
 @torch.library.custom_op(
+    "fastkd::row_outputs", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)"
+)
+def loss_and_outputs(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`loss_of_rows` with [N, 7] outputs, which have no gradient."""
+    call, tensors, _ = _parsed(inputs)
+    told = inputs[0].new_empty(inputs[0].shape[:-1].numel(), len(OUTPUTS), dtype=_acc(inputs))
+    loss = row_values(call._replace(outputs=told), tensors)
+    return loss.view(inputs[0].shape[:-1]), told
+
+
+def _acc(inputs: tuple[Any, ...]) -> torch.dtype:
+    wide = torch.float64 in [inputs[place] for place in _DTYPES]
+    return torch.float64 if wide else torch.float32
+
+
+@torch.library.custom_op(
     "fastkd::row_grads",
     mutates_args=(),
     schema=f"({_INPUTS}, Tensor scale, bool[] needs) -> Tensor[]",
@@ -113,9 +138,13 @@ def grads_of_rows(*inputs: Any) -> list[Tensor]:
 
 @loss_of_rows.register_fake
 def _(*inputs: Any) -> Tensor:
-    wide = torch.float64 in [inputs[place] for place in _DTYPES]
-    dtype = torch.float64 if wide else torch.float32
-    return inputs[0].new_empty(inputs[0].shape[:-1], dtype=dtype)
+    return inputs[0].new_empty(inputs[0].shape[:-1], dtype=_acc(inputs))
+
+
+@loss_and_outputs.register_fake
+def _(*inputs: Any) -> tuple[Tensor, Tensor]:
+    loss = inputs[0].new_empty(inputs[0].shape[:-1], dtype=_acc(inputs))
+    return loss, loss.new_empty(loss.numel(), len(OUTPUTS))
 
 
 @grads_of_rows.register_fake
@@ -152,4 +181,9 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(out)
 
 
+def _backward_of_loss(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return _backward(ctx, upstream)
+
+
 loss_of_rows.register_autograd(_backward, setup_context=_save)
+loss_and_outputs.register_autograd(_backward_of_loss, setup_context=_save)

@@ -27,6 +27,7 @@ class Request(NamedTuple):
     normalizer: float | Tensor | None
     inplace: bool
     group: Backend | None
+    return_outputs: bool = False
 
 
 class Products(NamedTuple):
@@ -57,6 +58,7 @@ class Call(NamedTuple):
     topk: TopKRows | None = None
     inplace: bool = False
     products: Products | None = None
+    outputs: Tensor | None = None  # memory for those of all rows, as in `Rows`
 
     def times(self, upstream: float | Tensor, student: Tensor, skip: Tensor | None = None) -> Call:
         """The gradients times the upstream gradient of all rows; `Rows.skip` as given."""

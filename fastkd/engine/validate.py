@@ -22,7 +22,7 @@ from fastkd.operands import LinearLogits, Operand, Teacher, TopK
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
 OPTIONS = (
     *("labels", "ignore_index", "weight", "reduction"),
-    *("normalizer", "vocab_size", "inplace", "group"),
+    *("normalizer", "vocab_size", "inplace", "group", "return_outputs"),
 )
 _PLAIN = (Tensor, Parameter)
 INT_DTYPES = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))

@@ -206,7 +206,7 @@ class VocabParallel(Backend):
     def topk(
         self, student: Tensor, teacher: TopKRows, spec: LossSpec, rows: Rows, grad: Tensor | None
     ) -> Tensor:
-        keep, label, scale, factor, _ = rows
+        keep, label, scale, factor = rows[:4]
         acc, count = teacher.logprobs.dtype, teacher.logprobs.size(1)
         label = label if spec.hard != 0.0 else None
         mine = self._label(label, spec)

@@ -30,6 +30,7 @@ from test_gpu_split import (  # noqa: F401  the same tests under this file's fix
     test_impossible_columns,
     test_in_place,
     test_kl_of_a_probability_that_underflows_is_nothing,
+    test_outputs_of_rows,
     test_rows_left_out_are_not_read,
     test_the_bits_are_the_same_from_run_to_run,
     test_values_and_gradients,

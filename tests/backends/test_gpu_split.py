@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 
 from common import TABLE
 from oracle import FLOORS, assert_as_good_as_torch, differentiate, oracle, plain
+from told import assert_told
 
 import fastkd
 from fastkd.divergence import Divergence
@@ -166,6 +167,29 @@ def test_hard_labels(temperature: float, smoothing: float, parts: int) -> None:
         student, teacher, labels, divergence=fastkd.divergences["kl"], alpha=0.6,
         temperature=temperature, label_smoothing=smoothing,
     )  # fmt: skip
+
+
+@pytest.mark.interpreted(3)
+@pytest.mark.parametrize("name", ["kl", "reverse_kl", "js"])
+def test_outputs_of_rows(name: str, parts: int, launched: Launches, steps: Any) -> None:
+    student, teacher, labels = make(4, 700)
+    labels[1], student[1] = -100, NAN
+    student[2, 600:] += 30.0
+    entry = fastkd.divergences[name]
+    found: list[Any] = []
+    for wanted in (False, True):
+        leaf = student.clone().requires_grad_()
+        result = fastkd.distillation_loss(
+            leaf, teacher, labels, divergence=entry, label_smoothing=0.1, return_outputs=wanted
+        )
+        loss: Any = result[0] if wanted else result
+        loss.backward()
+        found.append((loss.detach(), leaf.grad, result[1] if wanted else None))
+    expected = steps(entry)
+    assert launched[-len(expected) :] == expected
+    assert all(torch.equal(x, y) for x, y in zip(*(one[:2] for one in found), strict=True))
+    options: dict[str, Any] = dict(divergence=entry, temperature=2.0, label_smoothing=0.1)
+    assert_told(found[1][2], student, teacher, labels, **options)
 
 
 def test_real_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

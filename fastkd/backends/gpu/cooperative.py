@@ -29,6 +29,7 @@ import triton.language as tl
 from fastkd.backends.base import on_host
 from fastkd.backends.gpu import split_rows
 from fastkd.backends.gpu.device_fns import grad_loop, pair_loop, safe_sums, sum_loop
+from fastkd.backends.gpu.outputs import store_hard, store_side, zero_outputs
 from fastkd.backends.gpu.rows import (
     cross_entropy,
     expectation,
@@ -37,10 +38,11 @@ from fastkd.backends.gpu.rows import (
     zero_columns,
 )
 from fastkd.backends.gpu.split_rows import (
-    PARTIALS,
+    PARTIALS_OUT,
     label_logit,
     load_partials,
     merge_partials,
+    merge_weighted,
     pack_partials,
     partials_of,
     split_bounds,
@@ -188,17 +190,19 @@ def cooperative_pair_loop(
 def cooperative_sum_loop(
     student, teacher, partial, at_label, split, splits, start, stop, begin, end, exponent,
     EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr, SMOOTH: tl.constexpr,
-    UNALIGNED: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
+    COUNT: tl.constexpr, UNALIGNED: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """`sum_loop` of a row, by all programs that share it."""
-    m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted = sum_loop(
+    m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t = sum_loop(
         student, teacher, begin, end, exponent,
-        EXPECTATION, HARD_T1, SMOOTH, UNALIGNED, ACC, LANES, GROUP,
+        EXPECTATION, HARD_T1, SMOOTH, COUNT == PARTIALS_OUT, UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip
-    found = pack_partials(m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, at_label)
-    publish(partial, found, PARTIALS, split, splits)
-    wait(partial, PARTIALS * splits, SPAN)
+    found = pack_partials(
+        m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, at_label, weighted_s, weighted_t, COUNT
+    )
+    publish(partial, found, COUNT, split, splits)
+    wait(partial, COUNT * splits, SPAN)
     return merge_partials(
         partial, splits, start, stop, exponent,
         EXPECTATION, HARD_T1, SMOOTH, UNALIGNED, SPLITS, ACC, LANES, GROUP,
@@ -234,7 +238,7 @@ def cooperative_value(
 @triton.jit(do_not_specialize=["splits", "align_offset", "per_s", "per_t", "per_g"])
 def cooperative_kernel(
     # pointers: as in `rows.fused_kernel`, then what programs exchange
-    student, teacher, grad, loss, keep, label, scale, skip, ticket, partial, sums,
+    student, teacher, grad, loss, outputs, keep, label, scale, skip, ticket, partial, sums,
     # shape, rows and loss spec, as in `rows.fused_kernel`
     splits, vocab, classes, width,
     align_offset, per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
@@ -242,12 +246,13 @@ def cooperative_kernel(
     hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, factor: tl.float64,
     # constants
     DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, EXPECTATION: tl.constexpr,
-    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
+    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, COUNT: tl.constexpr, SPLITS: tl.constexpr,
+    SPAN: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """`rows.fused_kernel` for one split of a row: the next one that no program has begun.
 
-    ticket [1], partial [rows, PARTIALS, splits] and sums [rows, SUMS, splits] hold UNWRITTEN at the
+    ticket [1], partial [rows, COUNT, splits] and sums [rows, SUMS, splits] hold UNWRITTEN at the
     start. The first split of a row stores the loss.
     """
     if skip is not None:
@@ -265,13 +270,15 @@ def cooperative_kernel(
         if tl.load(keep + row) == 0:
             if split == 0:
                 tl.store(loss + row, scalar(0.0, ACC))
+                if outputs is not None:
+                    zero_outputs(outputs, row)
             if grad is not None:
                 zero_columns(grad, begin, last, LANES, GROUP, UNALIGNED)
             return
     student = row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP)
     teacher = row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP)
     partial, sums = (
-        partials_of(partial, row, splits, PARTIALS),
+        partials_of(partial, row, splits, COUNT),
         partials_of(sums, row, splits, SUMS),
     )
     exponent, inverse, param = scalar(exponent, ACC), scalar(inverse, ACC), scalar(param, ACC)
@@ -285,7 +292,7 @@ def cooperative_kernel(
         column, here = label_column(label, row, start, vocab)
     m_s, raw_s, m_t, raw_t, cross, sum_t1, sum_shifted = cooperative_sum_loop(
         student, teacher, partial, at_label, split, splits, start, stop, begin, end, exponent,
-        EXPECTATION, HARD_T1, SMOOTH, UNALIGNED, SPLITS, SPAN, ACC, LANES, GROUP,
+        EXPECTATION, HARD_T1, SMOOTH, COUNT, UNALIGNED, SPLITS, SPAN, ACC, LANES, GROUP,
     )  # fmt: skip
     d_s, d_t = safe_sums(raw_s, raw_t)
     value, slopes = cooperative_value(
@@ -297,12 +304,22 @@ def cooperative_kernel(
         sum_t1 = raw_s
     value, of = OF_SUM(value, (raw_s == 0) & (raw_t == 0))
     result = soft * value
+    if outputs is not None:
+        weighted_s, weighted_t = merge_weighted(partial, splits, exponent, SPLITS, ACC)
+        if split == 0:
+            tl.store(outputs + row.to(tl.int64) * 7, value)
+            store_side(outputs, row, 0, m_s, raw_s, weighted_s, inverse)
+            store_side(outputs, row, 1, m_t, raw_t, weighted_t, inverse)
     if label is not None:
         at_label = tl.sum(load_partials(partial, splits, 7, 0.0, SPLITS), 0)
-        result += hard * cross_entropy(
+        of_label = cross_entropy(
             m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps, eps_over_v,
             SMOOTH, ACC,
         )  # fmt: skip
+        if outputs is not None:
+            if split == 0:
+                store_hard(outputs, row, of_label, m_s, sum_t1, at_label, here)
+        result += hard * of_label
     tl.store(loss + row, result, mask=split == 0)
     if grad is not None:
         by = grad_factor(factor, scale, row, ACC)

@@ -155,16 +155,17 @@ def stats_loop(
 
 @triton.jit
 def sum_tile(
-    student, teacher, at, start, stop, m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, exponent,
+    student, teacher, at, start, stop, m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted,
+    weighted_s, weighted_t, exponent,
     EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr, SUM_SHIFTED: tl.constexpr,
-    MASKED: tl.constexpr, UNALIGNED: tl.constexpr,
+    OUT: tl.constexpr, MASKED: tl.constexpr, UNALIGNED: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Adds one tile of both sides to the running sums.
 
     cross: sum of e_w ((x_w - m_w) - (x_o - m_o)), where w is the side under which the expectation
     is taken (EXPECTATION), and o the other side. sum_t1: the student's sum at T = 1. sum_shifted:
-    the student's sum of x - max.
+    the student's sum of x - max. weighted: a side's sum of e (x - max) (OUT).
     """
     s = load(student, at, stop, MASKED, "evict_last", ACC, LANES, GROUP, start, UNALIGNED)
     t = load(teacher, at, stop, MASKED, "evict_last", ACC, LANES, GROUP, start, UNALIGNED)
@@ -183,7 +184,24 @@ def sum_tile(
         sum_shifted = shifted_step(
             sum_shifted, s, m_s, top_s, at, start, stop, MASKED, UNALIGNED, LANES, GROUP
         )
-    return top_s, sum_s, top_t, sum_t, cross, sum_t1, sum_shifted
+    if OUT:
+        weighted_s = weighted_step(weighted_s, d_s, m_s - top_s, carry_s, s, e_s)
+        weighted_t = weighted_step(weighted_t, d_t, m_t - top_t, carry_t, t, e_t)
+    return top_s, sum_s, top_t, sum_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t
+
+
+@triton.jit
+def weighted_step(weighted, total, moved, carry, x, e):
+    """Updates the sum of e (x - max), whose maximum has moved."""
+    return carry * (weighted + total * moved) + tl.sum(tl.where(e == 0, 0.0, e * x), 1)
+
+
+@triton.jit
+def weighted_merge(weighted, total, top, exponent):
+    """The sum of e (x - max) of lanes, or of splits of a row."""
+    highest, _, weight = merge_lanes(top, total, exponent)
+    scaled = weight * (weighted + total * (top - highest))
+    return tl.sum(tl.where(weight == 0, 0.0, scaled), 0)
 
 
 @triton.jit
@@ -207,32 +225,35 @@ def merge_sides(
 @triton.jit
 def sum_loop(
     student, teacher, start, stop, exponent,
-    EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr, SUM_SHIFTED: tl.constexpr,
+    EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr, SUM_SHIFTED: tl.constexpr, OUT: tl.constexpr,
     UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """(max, sum) of both sides, and of the student: cross sum, sum at T = 1, sum of (x - max)."""
+    """(max, sum) of both sides, and of the student: cross sum, sum at T = 1, sum of (x - max).
+
+    Then both sides' sums of e (x - max), 0 without OUT.
+    """
     m_s, d_s = initial_sums(ACC, LANES)
     m_t, d_t = initial_sums(ACC, LANES)
-    cross, sum_t1, sum_shifted = d_s, d_s, d_s
+    cross, sum_t1, sum_shifted, weighted_s, weighted_t = d_s, d_s, d_s, d_s, d_s
     first, full, head = unmasked(start, stop, UNALIGNED, LANES, GROUP)
     if UNALIGNED:
         if head:
-            m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted = sum_tile(
+            m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t = sum_tile(
                 student, teacher, first - LANES * GROUP, start, stop,
-                m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, exponent,
-                EXPECTATION, HARD_T1, SUM_SHIFTED, True, True, ACC, LANES, GROUP,
+                m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t, exponent,
+                EXPECTATION, HARD_T1, SUM_SHIFTED, OUT, True, True, ACC, LANES, GROUP,
             )  # fmt: skip
     for at in range(first, full, LANES * GROUP):
-        m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted = sum_tile(
+        m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t = sum_tile(
             student, teacher, at, start, stop, m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted,
-            exponent,
-            EXPECTATION, HARD_T1, SUM_SHIFTED, False, UNALIGNED, ACC, LANES, GROUP,
+            weighted_s, weighted_t, exponent,
+            EXPECTATION, HARD_T1, SUM_SHIFTED, OUT, False, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
     if full < stop:
-        m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted = sum_tile(
+        m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t = sum_tile(
             student, teacher, full, start, stop, m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted,
-            exponent,
-            EXPECTATION, HARD_T1, SUM_SHIFTED, True, UNALIGNED, ACC, LANES, GROUP,
+            weighted_s, weighted_t, exponent,
+            EXPECTATION, HARD_T1, SUM_SHIFTED, OUT, True, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
     top_s, sum_s, top_t, sum_t, all_cross, all_t1 = merge_sides(
         m_s, d_s, m_t, d_t, cross, sum_t1, exponent, EXPECTATION, HARD_T1
@@ -240,7 +261,11 @@ def sum_loop(
     all_shifted = scalar(0.0, ACC)
     if SUM_SHIFTED:
         all_shifted = shifted_merge(sum_shifted, m_s, top_s, start, stop, UNALIGNED, LANES, GROUP)
-    return top_s, sum_s, top_t, sum_t, all_cross, all_t1, all_shifted
+    of_s, of_t = scalar(0.0, ACC), scalar(0.0, ACC)
+    if OUT:
+        of_s = weighted_merge(weighted_s, d_s, m_s, exponent)
+        of_t = weighted_merge(weighted_t, d_t, m_t, exponent)
+    return top_s, sum_s, top_t, sum_t, all_cross, all_t1, all_shifted, of_s, of_t
 
 
 @triton.jit

@@ -196,6 +196,7 @@ def common_args(
             keep=contiguous(rows.keep), label=contiguous(rows.label), scale=contiguous(rows.scale)
         ),
         "skip": rows.skip,
+        "outputs": rows.outputs,
         **dict(vocab=spec.vocab, width=spec.vocab if grad is None else grad.size(2)),
         **scale_args(spec),
         **dict(
@@ -218,8 +219,8 @@ def _fused_cooperative(
     args: dict[str, Any], n: int, splits: int, threads: int, most: int | None
 ) -> bool:
     """`fused` by cooperative programs; False where the device has refused."""
-    loss = args["loss"]
-    counts = 1, n * splits * split_rows.PARTIALS.value, n * splits * cooperative.SUMS.value
+    loss, count = args["loss"], split_rows.partials(args["outputs"]).value
+    counts = 1, n * splits * count, n * splits * cooperative.SUMS.value
     unknown = torch.full(
         (sum(counts),), cooperative.UNWRITTEN.value, dtype=torch.int32, device=loss.device
     )
@@ -230,7 +231,8 @@ def _fused_cooperative(
         **dict(
             splits=splits,
             SPLITS=cooperative.MOST,
-            SPAN=max(threads, split_rows.PARTIALS.value * cooperative.MOST),
+            COUNT=count,
+            SPAN=max(threads, count * cooperative.MOST),
         ),
         **_registers(most),
     }
@@ -245,10 +247,11 @@ def _fused_cooperative(
 def _fused_split(args: dict[str, Any], n: int, splits: int, threads: int) -> None:
     """`fused` with several programs to a row."""
     loss, grad, by_pairs = args["loss"], args["grad"], args["EXPECTATION"] == "none"
+    count = split_rows.partials(args["outputs"]).value
     args = {
         **args,
-        **dict(splits=splits, SPLITS=split_rows.MOST),
-        "partial": loss.new_empty(n, split_rows.PARTIALS.value, splits),
+        **dict(splits=splits, SPLITS=split_rows.MOST, COUNT=count),
+        "partial": loss.new_empty(n, count, splits),
         "sums": loss.new_empty(n, 2, splits) if by_pairs else None,
         "constants": None if grad is None else loss.new_empty(n, split_rows.CONSTANTS.value),
     }

@@ -14,6 +14,7 @@ from fastkd.backends.gpu.device_fns import (
     stats_loop,
     sum_loop,
 )
+from fastkd.backends.gpu.outputs import store_hard, store_side, zero_outputs
 from fastkd.backends.gpu.tiles import columns, row_at, row_span, scalar, store
 
 # The number of rows in a dimension changes from batch to batch: not worth a compilation.
@@ -123,7 +124,7 @@ def grad_factor(factor, scale, row, ACC: tl.constexpr):
 @triton.jit(do_not_specialize=_FUSED)
 def fused_kernel(
     # pointers: [rows, columns] x3, then one element per row each; None for what is not given
-    student, teacher, grad, loss, keep, label, scale, skip,
+    student, teacher, grad, loss, outputs, keep, label, scale, skip,
     # shape
     vocab, classes, width,
     # rows: row r starts at (r // per) * outer + (r % per) * inner; where rows do not start on 16
@@ -149,6 +150,8 @@ def fused_kernel(
     if keep is not None:
         if tl.load(keep + row) == 0:
             tl.store(loss + row, scalar(0.0, ACC))
+            if outputs is not None:
+                zero_outputs(outputs, row)
             if grad is not None:
                 zero_columns(grad, start, start + width, LANES, GROUP, UNALIGNED)
             return
@@ -163,9 +166,9 @@ def fused_kernel(
         # before the first loop: its reductions come before any store of an in-place gradient
         column, here = label_column(label, row, start, vocab)
         at_label = tl.load(student + column, mask=here, other=0.0).to(ACC)
-    m_s, raw_s, m_t, raw_t, cross, sum_t1, sum_shifted = sum_loop(
+    m_s, raw_s, m_t, raw_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t = sum_loop(
         student, teacher, start, stop, exponent,
-        EXPECTATION, HARD_T1, SMOOTH, UNALIGNED, ACC, LANES, GROUP,
+        EXPECTATION, HARD_T1, SMOOTH, outputs is not None, UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip
     d_s, d_t = safe_sums(raw_s, raw_t)
     value, slopes = row_value(
@@ -173,14 +176,21 @@ def fused_kernel(
         DIVERGENCE, EXPECTATION, UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip
     value, of = OF_SUM(value, (raw_s == 0) & (raw_t == 0))
+    if outputs is not None:
+        tl.store(outputs + row.to(tl.int64) * 7, value)
+        store_side(outputs, row, 0, m_s, raw_s, weighted_s, inverse)
+        store_side(outputs, row, 1, m_t, raw_t, weighted_t, inverse)
     value = soft * value
     if label is not None:
         if not HARD_T1:
             sum_t1 = raw_s
-        value += hard * cross_entropy(
+        of_label = cross_entropy(
             m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps, eps_over_v,
             SMOOTH, ACC,
         )  # fmt: skip
+        if outputs is not None:
+            store_hard(outputs, row, of_label, m_s, sum_t1, at_label, here)
+        value += hard * of_label
     tl.store(loss + row, value)
 
     if grad is not None:

@@ -28,7 +28,9 @@ from fastkd.backends.gpu.device_fns import (
     pair_loop,
     safe_sums,
     sum_loop,
+    weighted_merge,
 )
+from fastkd.backends.gpu.outputs import store_hard, store_side, zero_outputs
 from fastkd.backends.gpu.rows import (
     cross_entropy,
     expectation_or_pairs,
@@ -40,8 +42,9 @@ from fastkd.backends.gpu.tiles import row_at, row_span, scalar
 
 # programs wanted per multiprocessor, fewest tiles of a split, most splits of a row
 PROGRAMS, TILES, MOST = 2, 2, 64
-# numbers that a split writes: those of `sum_loop`, and the logit at the label
-PARTIALS = tl.constexpr(8)
+# numbers that a split writes: those of `sum_loop`, and the logit at the label; with outputs, two
+# more, and places up to a power of 2
+PARTIALS, PARTIALS_OUT = tl.constexpr(8), tl.constexpr(16)
 # of a row, for its gradient: (max, sum) of both sides, slopes, sum at T = 1, `of_sum`'s derivative
 CONSTANTS = tl.constexpr(7)
 # processors of the host, under the interpreter: with 0 no row is split
@@ -70,6 +73,11 @@ def programs_per_row(rows: int, vocab: int, tile_columns: int, processors: int) 
     """
     wanted = -(-PROGRAMS * processors // max(rows, 1))
     return max(1, min(wanted, vocab // (TILES * tile_columns), MOST))
+
+
+def partials(outputs: torch.Tensor | None) -> tl.constexpr:
+    """How many numbers a split writes."""
+    return PARTIALS if outputs is None else PARTIALS_OUT
 
 
 @triton.jit
@@ -103,12 +111,33 @@ def load_partials(x, splits, n, other, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def pack_partials(m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, at_label):
-    """[PARTIALS]: the numbers of a split, in the order that `merge_partials` reads."""
-    n = tl.arange(0, PARTIALS)
+def pack_partials(
+    m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, at_label, weighted_s, weighted_t,
+    COUNT: tl.constexpr,
+):  # fmt: skip
+    """[COUNT]: the numbers of a split, in the order that `merge_partials` reads."""
+    n = tl.arange(0, COUNT)
     x = tl.where(n == 0, m_s, tl.where(n == 1, d_s, tl.where(n == 2, m_t, d_t)))
     y = tl.where(n == 4, cross, tl.where(n == 5, sum_t1, tl.where(n == 6, sum_shifted, at_label)))
-    return tl.where(n < 4, x, y)
+    found = tl.where(n < 4, x, y)
+    if COUNT == PARTIALS_OUT:
+        more = tl.where(n == 8, weighted_s, tl.where(n == 9, weighted_t, 0.0))
+        found = tl.where(n < 8, found, more)
+    return found
+
+
+@triton.jit
+def merge_weighted(partial, splits, exponent, SPLITS: tl.constexpr, ACC: tl.constexpr):
+    """Both sides' sums of e (x - max) of the whole row."""
+    lowest: tl.constexpr = LOWEST64 if ACC == tl.float64 else LOWEST32
+    m_s = load_partials(partial, splits, 0, lowest, SPLITS)
+    d_s = load_partials(partial, splits, 1, 0.0, SPLITS)
+    m_t = load_partials(partial, splits, 2, lowest, SPLITS)
+    d_t = load_partials(partial, splits, 3, 0.0, SPLITS)
+    weighted_s = load_partials(partial, splits, 8, 0.0, SPLITS)
+    weighted_t = load_partials(partial, splits, 9, 0.0, SPLITS)
+    of_s = weighted_merge(weighted_s, d_s, m_s, exponent)
+    return of_s, weighted_merge(weighted_t, d_t, m_t, exponent)
 
 
 @triton.jit
@@ -153,7 +182,7 @@ def split_sums_kernel(
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64,
     EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr, SMOOTH: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    COUNT: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """partial[row, :, split] = the sums of a split, and split 0's logit at the label."""
     if skip is not None:
@@ -171,13 +200,15 @@ def split_sums_kernel(
     at_label = scalar(0.0, ACC)
     if label is not None:  # now, before any split of an in-place gradient is written
         at_label = label_logit(student, label, row, split, start, vocab, ACC)
-    m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted = sum_loop(
+    m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t = sum_loop(
         student, teacher, begin, end, scalar(exponent, ACC),
-        EXPECTATION, HARD_T1, SMOOTH, UNALIGNED, ACC, LANES, GROUP,
+        EXPECTATION, HARD_T1, SMOOTH, COUNT == PARTIALS_OUT, UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip
-    found = pack_partials(m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, at_label)
-    partial = partials_of(partial, row, splits, PARTIALS)
-    tl.store(partial + tl.arange(0, PARTIALS) * splits + split, found)
+    found = pack_partials(
+        m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, at_label, weighted_s, weighted_t, COUNT
+    )
+    partial = partials_of(partial, row, splits, COUNT)
+    tl.store(partial + tl.arange(0, COUNT) * splits + split, found)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -186,7 +217,7 @@ def split_pairs_kernel(
     vocab, splits, align_offset,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64,
-    DIVERGENCE: tl.constexpr, SPLITS: tl.constexpr,
+    DIVERGENCE: tl.constexpr, SPLITS: tl.constexpr, COUNT: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """sums[row, :, split] = (sum of the values, sum of the centred slopes) of a split."""
@@ -202,7 +233,7 @@ def split_pairs_kernel(
             return
     exponent = scalar(exponent, ACC)
     m_s, d_s, m_t, d_t, _, _, _ = merge_partials(
-        partials_of(partial, row, splits, PARTIALS), splits, start, stop, exponent,
+        partials_of(partial, row, splits, COUNT), splits, start, stop, exponent,
         "none", False, False, UNALIGNED, SPLITS, ACC, LANES, GROUP,
     )  # fmt: skip
     d_s, d_t = safe_sums(d_s, d_t)
@@ -219,13 +250,13 @@ def split_pairs_kernel(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def split_finish_kernel(
-    student, teacher, partial, sums, constants, loss, keep, label, skip,
+    student, teacher, partial, sums, constants, loss, outputs, keep, label, skip,
     vocab, classes, splits, align_offset,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
     hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64,
     DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, EXPECTATION: tl.constexpr,
-    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr,
+    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, COUNT: tl.constexpr,
     SPLITS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """loss as in `rows.fused_kernel`; constants: those of `split_grad_kernel`."""
@@ -238,10 +269,12 @@ def split_finish_kernel(
     if keep is not None:
         if tl.load(keep + row) == 0:
             tl.store(loss + row, scalar(0.0, ACC))
+            if outputs is not None:
+                zero_outputs(outputs, row)
             return
     exponent, inverse = scalar(exponent, ACC), scalar(inverse, ACC)
     one_minus_eps, eps_over_v = scalar(one_minus_eps, ACC), scalar(eps_over_v, ACC)
-    partial = partials_of(partial, row, splits, PARTIALS)
+    partial = partials_of(partial, row, splits, COUNT)
     m_s, raw_s, m_t, raw_t, cross, sum_t1, sum_shifted = merge_partials(
         partial, splits, start, stop, exponent,
         EXPECTATION, HARD_T1, SMOOTH, UNALIGNED, SPLITS, ACC, LANES, GROUP,
@@ -260,25 +293,24 @@ def split_finish_kernel(
         )  # fmt: skip
         slopes = value
     value, of = OF_SUM(value, (raw_s == 0) & (raw_t == 0))
+    if outputs is not None:
+        weighted_s, weighted_t = merge_weighted(partial, splits, exponent, SPLITS, ACC)
+        tl.store(outputs + row.to(tl.int64) * 7, value)
+        store_side(outputs, row, 0, m_s, raw_s, weighted_s, inverse)
+        store_side(outputs, row, 1, m_t, raw_t, weighted_t, inverse)
     value = scalar(soft, ACC) * value
     if not HARD_T1:
         sum_t1 = raw_s
     if label is not None:
         _, here = label_column(label, row, start, vocab)
         at_label = tl.sum(load_partials(partial, splits, 7, 0.0, SPLITS), 0)
-        value += scalar(hard, ACC) * cross_entropy(
-            m_s,
-            sum_t1,
-            sum_shifted,
-            at_label,
-            here,
-            vocab,
-            classes,
-            one_minus_eps,
-            eps_over_v,
-            SMOOTH,
-            ACC,
-        )
+        of_label = cross_entropy(
+            m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps, eps_over_v,
+            SMOOTH, ACC,
+        )  # fmt: skip
+        if outputs is not None:
+            store_hard(outputs, row, of_label, m_s, sum_t1, at_label, here)
+        value += scalar(hard, ACC) * of_label
     tl.store(loss + row, value)
     if constants is not None:
         constants = constants + row * CONSTANTS

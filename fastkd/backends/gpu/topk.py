@@ -10,10 +10,9 @@ import triton
 import triton.language as tl
 
 from fastkd.backends.gpu.device_fns import LOG2E, initial_sums, merge_lanes, online_update
+from fastkd.backends.gpu.outputs import NOTHING, store_hard, topk_outputs, zero_outputs
 from fastkd.backends.gpu.rows import grad_factor, label_column, zero_columns
 from fastkd.backends.gpu.tiles import columns, load, row_at, scalar
-
-NOTHING = tl.constexpr(-float("inf"))  # the logarithm of 0
 
 
 @triton.jit
@@ -308,8 +307,8 @@ def topk_cross_entropy(
 def topk_kernel(
     # pointers: the student [rows, columns]; of the teacher [rows, count] x3, but sorted_indices
     # [rows, count + 1]; then one element per row each; None for what is not given
-    student, grad, logprobs, indices, sorted_indices, support_grad, tail, loss, keep, label, scale,
-    skip,
+    student, grad, logprobs, indices, sorted_indices, support_grad, tail, loss, outputs, keep,
+    label, scale, skip,
     # shape and rows
     vocab, classes, width, count, per_s, outer_s, inner_s, per_g, outer_g, inner_g,
     # the loss spec, as in `rows.fused_kernel`
@@ -337,6 +336,8 @@ def topk_kernel(
     if keep is not None:
         if tl.load(keep + row) == 0:
             tl.store(loss + row, scalar(0.0, ACC))
+            if outputs is not None:
+                zero_outputs(outputs, row)
             if grad is not None:
                 zero_columns(grad, 0, width, LANES, GROUP)
             return
@@ -363,15 +364,23 @@ def topk_kernel(
         student, indices, logprobs, tail, row, count, m_rest, d_rest, m_soft, log_total, share,
         exponent, param, centre, soft, DIVERGENCE, OF_SUM, NO_TAIL, ACC, POINTS,
     )  # fmt: skip
+    if outputs is not None:
+        topk_outputs(
+            outputs, student, indices, logprobs, tail, row, vocab, count, value / soft, m_soft,
+            log_total, exponent, scalar(inverse, ACC), RESTRICT, POINTS, ACC, LANES, GROUP,
+        )  # fmt: skip
     sum_t1 = scalar(1.0, ACC)
     if HARD:
         if not HARD_T1:
             t1_rest = d_rest
         sum_t1 = t1_support + t1_rest * tl.exp2((m_rest - m_row) * LOG2E)
-        value += hard * topk_cross_entropy(
+        of_label = topk_cross_entropy(
             sum_t1, m_row, at_label, here, near, sum_shifted, vocab, classes, one_minus_eps,
             eps_over_v, SMOOTH, ACC,
         )  # fmt: skip
+        if outputs is not None:
+            store_hard(outputs, row, of_label, m_row, sum_t1, at_label, here)
+        value += hard * of_label
     tl.store(loss + row, value)
 
     if grad is not None:

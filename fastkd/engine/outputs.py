@@ -1,0 +1,74 @@
+"""What a loss tells of its rows beside its value: `return_outputs=True`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.backends.base import OUTPUTS
+from fastkd.engine.records import Request
+from fastkd.operands import TopK
+
+
+class LossOutputs(NamedTuple):
+    """What a loss knows of each row, from the pass that computed it; for logs and schedules.
+
+    Each is [...], detached, float32 (float64 where an operand is), 0 in ignored rows, and without
+    weight, alpha and T^2. With p = softmax(teacher / T) and q = softmax(student / T):
+
+        soft                 the divergence D(p, q)
+        hard                 cross-entropy with the label at T = 1, label smoothing included
+        student_entropy      - sum_v q_v log q_v
+        teacher_entropy      - sum_v p_v log p_v
+        student_logsumexp    log sum_v exp(student_v / T)
+        teacher_logsumexp    log sum_v exp(teacher_v / T)
+        label_logprob        log softmax(student)[label] at T = 1
+
+    None stands for what the loss has not computed: `hard` and `label_logprob` of a loss without a
+    hard term (a divergence, alpha=0), whatever its labels; `soft` and the teacher's at alpha=1,
+    where the teacher is not read; `teacher_logsumexp` of a `TopK`.
+    The entropy of a `TopK` is that of the columns it names (and of the bucket, with that tail);
+    with tail="restrict" the student's softmax is one over these columns, too.
+    """
+
+    soft: Tensor | None
+    hard: Tensor | None
+    student_entropy: Tensor
+    teacher_entropy: Tensor | None
+    student_logsumexp: Tensor
+    teacher_logsumexp: Tensor | None
+    label_logprob: Tensor | None
+
+
+assert LossOutputs._fields == OUTPUTS
+
+
+def named(found: Tensor, r: Request) -> LossOutputs:
+    """The outputs [N, 7] of a pass in the student's leading shape, None for what is unknown."""
+    fields = found.detach().reshape(*r.student.shape[:-1], len(OUTPUTS)).unbind(-1)
+    known = dict(zip(OUTPUTS, fields, strict=True))
+    if r.spec.hard == 0.0:
+        known |= dict.fromkeys(("hard", "label_logprob"))  # type: ignore[arg-type]
+    if r.spec.soft == 0.0:
+        known |= dict.fromkeys(("soft", "teacher_entropy", "teacher_logsumexp"))  # type: ignore
+    if isinstance(r.teacher, TopK):
+        known["teacher_logsumexp"] = None  # type: ignore[assignment]
+    return LossOutputs(**known)
+
+
+def memory(r: Request, acc: torch.dtype) -> Tensor:
+    """[N, 7], not initialised."""
+    n = r.student.numel() // r.student.shape[-1]
+    return torch.empty(n, len(OUTPUTS), dtype=acc, device=r.student.device)
+
+
+def refuse(group: object, dtensors: bool) -> None:
+    """Raises NotImplementedError where outputs are not supported."""
+    if group is not None or dtensors:
+        raise NotImplementedError(
+            "return_outputs: got True with a vocabulary that ranks share (group, DTensors), whose "
+            "outputs no rank has; leave return_outputs out, or gather the logits (full_tensor()) "
+            "and leave group out"
+        )
