@@ -68,6 +68,7 @@ class Step(NamedTuple):
     """One optimizer step; `epoch` and `step` (of the whole run) count from 0, `lr` as applied.
 
     `terms` holds each term's value before its weight; it is empty for a loss that is a function.
+    `metrics` holds what terms say beside it, by "NAME/METRIC".
     """
 
     epoch: int
@@ -75,6 +76,7 @@ class Step(NamedTuple):
     loss: float
     lr: float
     terms: Mapping[str, float] = {}
+    metrics: Mapping[str, float] = {}
 
 
 class _Unread(NamedTuple):
@@ -90,10 +92,15 @@ class Record:
     """The steps so far; losses stay on their device until `every` of them are read at once."""
 
     def __init__(
-        self, names: Sequence[str], first_step: int, every: int, log: Log | Sequence[Log] | None
+        self,
+        names: Sequence[str],
+        first_step: int,
+        every: int,
+        log: Log | Sequence[Log] | None,
+        metrics: Sequence[str] = (),
     ) -> None:
         self.steps: list[Step] = []
-        self.names, self.every, self.next = names, every, first_step
+        self.names, self.metrics, self.every, self.next = names, metrics, every, first_step
         self._read_to = first_step
         self._unread: list[_Unread] = []
         self._logs = [log] if callable(log) else list(log or ())
@@ -128,13 +135,16 @@ class Record:
             return
         tensors = [value for entry in self._unread for value in entry.values]
         flat = torch.stack(tensors).tolist() if len(tensors) > 1 else [tensors[0].item()]
-        width = 1 + len(self.names)
+        of_terms = len(self.names)
+        width = 1 + of_terms + len(self.metrics)
         for at, entry in enumerate(self._unread):
             loss, *values = flat[at * width : (at + 1) * width]
-            terms = dict(zip(self.names, values, strict=True)) if values else {}
-            if not (math.isfinite(loss) and all(map(math.isfinite, values))):
+            terms = dict(zip(self.names, values[:of_terms], strict=True)) if values else {}
+            if not (math.isfinite(loss) and all(map(math.isfinite, values[:of_terms]))):
                 self._stop(entry, loss, terms)
-            self.steps.append(Step(entry.epoch, self._read_to, loss, float(entry.lr), terms))
+            metrics = dict(zip(self.metrics, values[of_terms:], strict=True))
+            step = Step(entry.epoch, self._read_to, loss, float(entry.lr), terms, metrics)
+            self.steps.append(step)
             self._read_to += 1
         if self._logs or self._bar is not None:
             self._show()
@@ -156,7 +166,8 @@ class Record:
         self._since = now
         for step in self.steps[-len(self._unread) :]:
             values = {"loss": step.loss, "lr": step.lr, "samples_per_s": per_s}
-            values |= {f"term/{name}": value for name, value in step.terms.items()}
+            for found in (step.terms, step.metrics):
+                values |= {f"term/{name}": value for name, value in found.items()}
             for log in self._logs:
                 log(values, step.step)
         self._seen += sum(entry.samples for entry in self._unread)

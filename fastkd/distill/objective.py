@@ -30,6 +30,7 @@ class Objective:
                 got = f"{type(wrong[0]).__name__} in it" if wrong else "no term"
                 raise TypeError(f"loss: got {got}, expected a callable, a Term or several")
         self.names = [term.name for term in self.terms]
+        self.metrics = [f"{term.name}/{metric}" for term in self.terms for metric in term.metrics]
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"loss: got terms named {self.names}, expected different names")
         self.modules = nn.ModuleDict()
@@ -45,15 +46,17 @@ class Objective:
     def __call__(
         self, student: Outputs, teacher: Outputs, batch: Batch
     ) -> tuple[Tensor, list[Tensor]]:
-        """This micro-batch's part of the step's loss, and of each term before its weight."""
+        """This micro-batch's part of the step's loss, of terms before their weight, of metrics."""
         values: list[Tensor] = []
+        metrics: list[Tensor] = []
         if self.plain is not None:
             value = self.plain(student.logits, teacher.logits, batch.labels)
             total = _shared(value, 1.0 if batch.is_whole_step else _plain_share(batch), "")
         else:
             parts = []
             for term in self.terms:
-                value = _value(term, student, teacher, batch)
+                value, told = _value(term, student, teacher, batch)
+                metrics += told
                 weight = term.weight(batch.step) if callable(term.weight) else term.weight
                 if not value.requires_grad and weight and term.name not in self._ungraded:
                     self._ungraded.add(term.name)
@@ -68,6 +71,7 @@ class Objective:
         if not total.requires_grad:
             got = "a value that does not require grad"
             raise ValueError(f"loss: got {got}, expected a 0-d tensor that requires grad")
+        values += metrics
         return (self._connected(total, student, batch) if self.connects else total), values
 
     def _connected(self, total: Tensor, student: Outputs, batch: Batch) -> Tensor:
@@ -84,9 +88,13 @@ class Objective:
         return total
 
 
-def _value(term: Term, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+def _value(
+    term: Term, student: Outputs, teacher: Outputs, batch: Batch
+) -> tuple[Tensor, list[Tensor]]:
+    """A term's part of the step, and that of each of its metrics."""
     if term.mean != "samples" and _is_zero(batch.tokens):
-        return nothing(student)
+        value = nothing(student)
+        return value, [torch.zeros_like(value.detach()) for _ in term.metrics]
     share: Any = 1.0
     if term.mean != "step" and not batch.is_whole_step:
         share = _sample_share(batch) if term.mean == "samples" else _token_share(batch)
@@ -95,7 +103,18 @@ def _value(term: Term, student: Outputs, teacher: Outputs, batch: Batch) -> Tens
     except Exception as error:
         _name(error, f"term {term.name!r}: ")
         raise
-    return _shared(value, share, f" from term {term.name!r}")
+    where = f" from term {term.name!r}"
+    if not term.metrics:
+        return _shared(value, share, where), []
+    if not isinstance(value, tuple) or set(value[1]) != set(term.metrics):
+        got = sorted(value[1]) if isinstance(value, tuple) else type(value).__name__
+        raise ValueError(
+            f"term {term.name!r}: got {got} from its function, expected (loss, a dict of its "
+            f"metrics {list(term.metrics)})"
+        )
+    value, found = value
+    told = [_shared(found[name], share, where).detach() for name in term.metrics]
+    return _shared(value, share, where), told
 
 
 def _name(error: Exception, prefix: str) -> None:

@@ -33,6 +33,7 @@ from .targets import (
 
 Weight = float | Callable[[int], float]
 MEANS = ("tokens", "samples", "step")
+METRICS = ("soft", "student_entropy", "teacher_entropy")  # of `fastkd.LossOutputs`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +56,18 @@ class Term:
             `Outputs.features`.
         module: what the term learns (a projector, a discriminator, a scale); trained and
             checkpointed with the student, never in its state dict.
+        metrics: names of further means over the same rows, for logs. The function then returns
+            (0-d tensor, {name: 0-d tensor}); logs get each as "term/NAME/METRIC".
     """
 
     name: str
-    function: Callable[[Outputs, Outputs, Batch], Tensor]
+    function: Callable[[Outputs, Outputs, Batch], Any]
     weight: Weight = 1.0
     mean: str = "tokens"
     student_layers: tuple[str, ...] = ()
     teacher_layers: tuple[str, ...] = ()
     module: nn.Module | None = None
+    metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not callable(self.function):
@@ -136,6 +140,7 @@ def soft(
     temperature: float | Callable[[int], float] = 4.0,
     divergence: Any = "kl",
     rows: str = "all",
+    return_outputs: bool = False,
     name: str = "soft",
 ) -> Term:
     """The teacher's part of `fastkd.distillation_loss`: T^2 D(p_T, q_T).
@@ -146,6 +151,9 @@ def soft(
         divergence: as in `fastkd.distillation_loss`.
         rows: "all" (a transfer set whose labels may be missing), or "labelled": rows whose label
             is -100 are left out (padding of a language model); every batch needs labels then.
+        return_outputs: log three means over these rows as well, from the same pass (see
+            `fastkd.LossOutputs`): "term/soft/soft", the divergence without T^2, and
+            "term/soft/student_entropy" and "term/soft/teacher_entropy", both at T.
 
     Paper: Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
     """
@@ -154,23 +162,31 @@ def soft(
 
     look = Classes(name)
 
-    def function(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+    def function(student: Outputs, teacher: Outputs, batch: Batch) -> Any:
         target = teacher_logits(name, teacher)
         look(student.logits, batch)
         T = temperature(batch.step) if callable(temperature) else temperature
         # at alpha=0 labels only say which rows are left out
         labels = labels_of(name, batch) if rows == "labelled" else None
         with _unless_warned(student.logits):
-            return fastkd.distillation_loss(
-                student.logits,
-                target,
-                labels,
-                temperature=T,
-                alpha=0.0,
-                divergence=divergence,
-            )
+            found: Any = fastkd.distillation_loss(
+                student.logits, target, labels,
+                temperature=T, alpha=0.0, divergence=divergence, return_outputs=return_outputs,
+            )  # fmt: skip
+        return (found[0], _means(found[1], labels)) if return_outputs else found
 
-    return Term(name, function, weight, mean="tokens" if rows == "labelled" else "samples")
+    metrics = METRICS if return_outputs else ()
+    mean = "tokens" if rows == "labelled" else "samples"
+    return Term(name, function, weight, mean, metrics=metrics)
+
+
+def _means(outputs: fastkd.LossOutputs, labels: Tensor | None) -> dict[str, Tensor]:
+    """Means over the rows that count; the others hold 0."""
+    found = {name: x for name in METRICS if (x := getattr(outputs, name)) is not None}
+    if labels is None:
+        return {name: x.mean() for name, x in found.items()}
+    kept = (labels != IGNORED).sum().clamp(min=1)
+    return {name: x.sum() / kept for name, x in found.items()}
 
 
 @contextmanager

@@ -102,8 +102,9 @@ def train(
         validate: student -> metric, the higher the better, after each epoch; logged, and with
             `checkpoint` the best student is kept. On several ranks the metric is their mean.
         checkpoint: a `Checkpoints`, or a folder for one with its defaults.
-        log: called as ({"loss", "lr", "samples_per_s", "term/NAME"}, step); one or several;
-            of several ranks by the first alone, as with `progress`, with the values of all.
+        log: called as ({"loss", "lr", "samples_per_s", "term/NAME"}, step), and with
+            "term/NAME/METRIC" of terms that have metrics; one or several; of several ranks by the
+            first alone, as with `progress`, with the values of all.
         progress: show a tqdm bar.
         on_step: called as (epoch, step, detached loss) after each step.
 
@@ -134,7 +135,8 @@ def train(
     checkpoint = _checkpoints(checkpoint)
     position = checkpoint.start(parts) if checkpoint else Position()
     run_warnings, every = RunWarnings(student, soft, objective), CHECK_EVERY.get(where.type, 50)
-    record = Record(objective.names, position.step, every, log if ranks.first else None)
+    logs, metrics = log if ranks.first else None, objective.metrics
+    record = Record(objective.names, position.step, every, logs, metrics)
     with ExitStack() as stack:
         hooks = _enter(stack, parts, followers, record)
         if progress and stepper.speaks and ranks.first:
