@@ -58,6 +58,8 @@ class DistillationLoss:
         **options: of `fastkd.distillation_loss`: temperature, alpha, divergence, t_squared,
             label_smoothing, vocab_size. With `DistillationTrainer` temperature and alpha may be
             functions of the step (global_step), as lambda step: max(1.0, 4.0 - step / 100).
+            return_outputs=True, with `DistillationTrainer` only: sums of `fastkd.LossOutputs` over
+            the kept tokens wait for its log.
 
     Raises:
         TypeError, ValueError: an option that the loss refuses or that is the Trainer's.
@@ -85,6 +87,7 @@ class DistillationLoss:
         self._student: Any = None
         self._heads: tuple[Head | None, Head | None] = (None, None)
         self._seen = _Seen()
+        self._told: dict[str, Tensor] = {}  # sums over tokens, and their count, since the last log
         self._checked = False
         self._uncached: dict[str, Any] = {}
         self._frozen: set[int] = set()  # parameters of the teacher that were not, by id
@@ -238,13 +241,28 @@ class DistillationLoss:
             )
         options = self._now()
         teacher = self._teacher_output(inputs, stored, autocast, student.device)
-        loss = fastkd.distillation_loss(
+        loss: Any = fastkd.distillation_loss(
             student, teacher, labels, normalizer=num_items_in_batch, **options
         )
+        if options.get("return_outputs"):
+            loss, rows = loss
+            if torch.is_grad_enabled():  # not of an evaluation
+                self._tell(rows, labels)
         aux = getattr(outputs, "aux_loss", None)
         if aux is not None:  # a mixture of experts' load balance, as its own forward adds it
             loss = loss + self._student.config.router_aux_loss_coef * aux.to(loss.device)
         return loss
+
+    def _tell(self, rows: fastkd.LossOutputs, labels: Tensor) -> None:
+        sums = {name: x.sum() for name, x in rows._asdict().items() if x is not None}
+        sums["tokens"] = (labels != IGNORED).sum()
+        for name, value in sums.items():
+            self._told[name] = self._told[name] + value if name in self._told else value
+
+    def told(self) -> dict[str, Tensor]:
+        """The sums since the last time: of each output, and of "tokens" that they are over."""
+        found, self._told = self._told, {}
+        return found
 
     def _now(self) -> dict[str, Any]:
         """The options of this step."""

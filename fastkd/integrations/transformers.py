@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from fastkd.arguments.messages import shown
 from fastkd.distill.serialization import absent
 from fastkd.integrations.causal import SCHEDULED, DistillationLoss
@@ -98,6 +100,11 @@ def compute_loss_func(
                 f"{name}: got a {type(loss[name]).__name__}, expected a number: a function of the "
                 "step is taken by DistillationTrainer, which knows the step"
             )
+    if loss.get("return_outputs"):
+        raise TypeError(
+            "return_outputs: got True, expected no such option: a loss function cannot log; "
+            "DistillationTrainer(loss={'return_outputs': True}) does"
+        )
     if linear and _sharded():
         raise ValueError(SHARDED)
     function.detach = function.attach(student, _unnamed)
@@ -198,6 +205,9 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         loss: options of `fastkd.distillation_loss`, as {"temperature": 2.0, "alpha": 0.1}:
             temperature, alpha, divergence, t_squared, label_smoothing, vocab_size. Temperature and
             alpha may be functions of the step: {"alpha": lambda step: min(1.0, step / 1000)}.
+            With return_outputs=True each log of the training loss holds the means of
+            `fastkd.LossOutputs` over the tokens since the last one, from the same pass:
+            log_history gets "soft", "hard", "student_entropy", "teacher_entropy" and so on.
         linear: logits of both models by `LinearLogits`, never built; False: dense ones.
         pack: leave ignored tokens out of the head's products, see `LinearLogits`.
         teacher_tokenizer: its ids are compared with those of `processing_class`, the student's:
@@ -287,6 +297,22 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         # hooks for this call alone: whoever else calls the student finds it as it was
         with self.distillation.watching(self.model):
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:  # the Trainer's own log of a training interval, on every process
+            logs = {**logs, **self._outputs()}
+        super().log(logs, *args, **kwargs)
+
+    def _outputs(self) -> dict[str, float]:
+        """Means of the loss's outputs over the tokens of all processes since the last log."""
+        told = self.distillation.told()
+        if not told:
+            return {}
+        sums = torch.stack([x.float() for x in told.values()])
+        all_sums = self.accelerator.gather(sums.unsqueeze(0)).sum(0).tolist()
+        found = dict(zip(told, all_sums, strict=True))
+        tokens = max(found.pop("tokens"), 1.0)
+        return {name: value / tokens for name, value in found.items()}
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
