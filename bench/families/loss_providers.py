@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +133,12 @@ def _fastkd(case: Case, inplace: bool) -> Call:
     return lambda student, teacher, labels: function(student, teacher, labels, **options)
 
 
+def with_outputs(case: Case, device: torch.device) -> Call:
+    """fastkd with a new gradient, and what it tells of each row beside the loss."""
+    call = _fastkd(replace(case, options={**case.options, "return_outputs": True}), inplace=False)
+    return lambda *operands: call(*operands)[0]
+
+
 def reference(case: Case, device: torch.device) -> Call:
     """fastkd's plain torch fallback, whatever the device."""
     call = _fastkd(case, inplace=False)
@@ -188,6 +194,7 @@ PROVIDERS: dict[str, Provider] = {
         Provider("reference", "fastkd on its plain torch reference", reference, ours=True),
         Provider("fastkd", "fastkd, a new gradient", _ours(False), ours=True),
         Provider("fastkd-inplace", f"fastkd, {_OVER}", _ours(True), ours=True, inplace=True),
+        Provider("fastkd-outputs", "fastkd with return_outputs=True", with_outputs, ours=True),
     )
 }
 # The reference is a fallback and an oracle, and by far the slowest: in the rounds of all it would
