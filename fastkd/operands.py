@@ -136,6 +136,27 @@ def most_mass(logprobs: Tensor) -> Tensor:
     return 1.0 + CUT + ROUNDED * sizes.sum(-1)
 
 
+def unmeasured_rest(logprobs: Tensor) -> Tensor:
+    """[...] log(1 - sum p), float64, of rows [..., K] whose rest nobody measured.
+
+    Never -inf: rounding hides a rest, and a mass of 1 or more does not say that there is none.
+    """
+    mass = logprobs.double().exp().sum(-1)
+    return torch.log1p(-mass.clamp(max=1.0 - 2**-53))
+
+
+def join_rest(
+    logprobs: Tensor, indices: Tensor, tail_logprob: Tensor | None, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three, with the columns from vocab_size on made a part of the rest."""
+    tail = unmeasured_rest(logprobs) if tail_logprob is None else tail_logprob.double()
+    past = indices >= vocab_size
+    parts = logprobs.double().masked_fill(~past, -torch.inf)
+    tail = torch.cat((parts, tail.unsqueeze(-1)), -1).logsumexp(-1).clamp_max(0.0)
+    acc = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    return logprobs.masked_fill(past, -torch.inf), indices.masked_fill(past, -1), tail.to(acc)
+
+
 Tail = Literal["bucket", "renormalize", "restrict", "drop"]
 TAILS = ("bucket", "renormalize", "restrict", "drop")
 
@@ -162,14 +183,18 @@ class TopK:
     servers that have no candidate for a place send either. A row that has no column at all is no
     row of a teacher.
 
+    The teacher's vocabulary may be larger than the student's (padded, or with tokens of its own):
+    with "bucket" its further columns are a part of the rest, as `within` makes them; the other
+    tails refuse them, where values are looked at.
+
     Args:
         logprobs: [..., K] floats, log p at `temperature`, at most 0. One that requires grad gets
             its gradient through the reference, in plain torch.
         indices: [..., K] int32 or int64, the columns, in any order. A row names each column at most
             once, absent ones apart.
         tail_logprob: [...] floats, log(1 - sum p) as it was measured when p was, used by "bucket";
-            None: worked out from logprobs, in float64; 0 probability where rounding takes sum p
-            above 1.
+            None: worked out from logprobs, in float64, at least 2^-53: where rounding takes sum p
+            to 1 or above, nothing says that the rest is 0 (what is known is a measured -inf).
         temperature: T > 0 of the softmax that gave p.
         tail: one of the four names above.
 
@@ -249,6 +274,37 @@ class TopK:
     def detach(self) -> TopK:
         """The same without a part in autograd."""
         return self._with(lambda x: x.detach())
+
+    def outside(self, vocab_size: int) -> Tensor:
+        """[...] int64, how many columns of each row `within` would move to the rest."""
+        past = (self.indices >= vocab_size) & (self.logprobs != -torch.inf)
+        return past.sum(-1)
+
+    def within(self, vocab_size: int) -> TopK:
+        """The same teacher for a student of vocab_size columns; "bucket" only.
+
+            tail = log(exp(tail_logprob) + sum of p over the columns from vocab_size on)
+
+        The probability of columns that the student does not have goes to the bucket, and their
+        places become padding. The losses do this by themselves; `outside` counts such columns.
+
+        Raises:
+            ValueError: another tail than "bucket", which has no place for them.
+        """
+        if self.tail != "bucket":
+            raise ValueError(
+                f"tail: got {self.tail!r}, expected 'bucket', which takes up the probability of "
+                f"columns from {vocab_size} on; indices.masked_fill(indices >= {vocab_size}, -1) "
+                "leaves them out"
+            )
+        logprobs, indices, tail = join_rest(*self._present(), self.tail_logprob, vocab_size)
+        temperature = self.temperature
+        return TopK(logprobs, indices, tail_logprob=tail, temperature=temperature, tail="bucket")
+
+    def _present(self) -> tuple[Tensor, Tensor]:
+        """logprobs and indices, -inf and -1 where a column is absent."""
+        absent = (self.indices == -1) | (self.logprobs == -torch.inf)
+        return self.logprobs.masked_fill(absent, -torch.inf), self.indices.masked_fill(absent, -1)
 
     def __getitem__(self, at: Any) -> TopK:
         """The rows logprobs[at], indices[at] and tail_logprob[at]; K stays as it is."""

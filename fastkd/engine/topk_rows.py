@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from fastkd.arguments.messages import warn_once
 from fastkd.backends.base import Backend, TopKRows
 from fastkd.engine.reduction import reads_values
-from fastkd.operands import TopK, most_mass
+from fastkd.operands import TopK, join_rest, most_mass, unmeasured_rest
 
 INF = math.inf
 
@@ -43,14 +44,28 @@ def topk_rows(
     logprobs, indices = logprobs.masked_fill(absent, -INF), indices.masked_fill(absent, -1)
     tail = teacher.tail_logprob
     look = reads_values(teacher.logprobs)
+    # columns that the student does not have may be a part of the rest
+    past = indices >= vocab if teacher.tail == "bucket" else None
     if look:
-        _check_values(backend, teacher, logprobs.detach(), indices, tail, keep, vocab)
+        some = past is not None and _first(past.any(-1), keep) >= 0
+        past, wide = (past, int(indices.max()) + 1) if some else (None, vocab)
+        _check_values(backend, teacher, logprobs.detach(), indices, tail, keep, wide)
+        if some:
+            warn_once(
+                f"teacher.indices: some are past the student's {vocab} columns; their probability "
+                f"goes to the bucket (teacher.outside({vocab}) counts them)"
+            )
     else:
-        bad = (indices >= vocab) | (indices < -1)
+        bad = indices < -1 if past is not None else (indices >= vocab) | (indices < -1)
         # a row without a column says nothing: it is no row of a teacher, either
         bad = bad | absent.all(-1, keepdim=True)
         logprobs, indices = logprobs.masked_fill(bad, math.nan), indices.masked_fill(bad, -1)
+    if past is not None:
+        tail = None if tail is None else tail.reshape(-1)
+        logprobs, indices, tail = join_rest(logprobs, indices, tail, vocab)
     full = (indices >= 0).sum(-1) == vocab if count >= vocab else None  # rows of all columns
+    if full is not None and past is not None:
+        full = full & ~past.any(-1)
     if ratio != 1.0:
         logprobs = logprobs * ratio
         if not renormalized:  # known of a row of all columns, which needs p up to its sum only
@@ -67,9 +82,7 @@ def topk_rows(
     elif tail is not None:
         tail = tail.resolve_neg().reshape(-1).to(acc, copy=True)
     else:
-        mass = logprobs.double().exp().sum(-1)
-        tail = torch.where(mass < 1.0, torch.log1p(-mass.clamp(max=1.0 - 2**-53)), -INF).to(acc)
-        tail = torch.where(mass.isnan(), math.nan, tail)
+        tail = unmeasured_rest(logprobs).to(acc)
     if tail is not None and full is not None:
         # nothing is left of a row that names every column, whatever rounding says of 1 - sum p
         tail = torch.where(full, -INF, tail)
@@ -145,6 +158,7 @@ def _fault(fault: str, row: int, place: int, logprobs: Tensor, indices: Tensor, 
     if index < 0:
         return f"{expected}: indices.clamp(min=-1) makes it so"
     return (
-        f"{expected}; columns that the student does not have are left out by "
-        f"indices.masked_fill(indices >= {vocab}, -1), or are there with a larger vocab_size"
+        f"{expected}; columns that the student does not have are a part of the rest with "
+        f"tail='bucket', are left out by indices.masked_fill(indices >= {vocab}, -1), or are there "
+        "with a larger vocab_size"
     )

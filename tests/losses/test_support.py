@@ -186,6 +186,135 @@ def test_losses_of_chosen_columns(backend: Backend, divergence: Divergence, tail
     assert_as_good_as_torch(student, kept, divergence=divergence)
 
 
+# ---- columns past the student's vocabulary
+
+
+def past_the_student(backend: Backend, measured: bool) -> tuple[Tensor, Tensor, fastkd.TopK]:
+    """Student [3, 40], all log-probabilities [3, 60] of a teacher, and its best 12 of the first."""
+    student = 2 * torch.randn(3, 40, device=backend.device)
+    teacher = 3 * torch.randn(3, 60, device=backend.device)
+    teacher[1, 40:] -= 30  # one row without such columns
+    kept = fastkd.topk_from_logits(teacher, 12)
+    if not measured:
+        kept = fastkd.TopK(kept.logprobs, kept.indices)
+    return student, teacher.double().log_softmax(-1), kept
+
+
+@each_name
+@pytest.mark.parametrize("measured", [True, False], ids=["measured", "unmeasured"])
+def test_columns_past_the_student_are_a_part_of_the_bucket(
+    backend: Backend, divergence: Divergence, measured: bool
+) -> None:
+    student, logp, kept = past_the_student(backend, measured)
+    at = kept.indices.masked_fill(kept.indices >= 40, -1)
+    inside = torch.zeros_like(logp).scatter_add(-1, at.long().clamp_min(0), (at >= 0).double()) > 0
+    inside &= torch.arange(60, device=backend.device) < 40
+    rest = logp.masked_fill(inside, -INF).logsumexp(-1)
+    by_hand = fastkd.TopK(
+        kept.logprobs.masked_fill(at < 0, -INF), at, tail_logprob=rest.to(kept.dtype)
+    )
+    want = assert_as_good_as_torch(student, by_hand, divergence=divergence)
+    x = student.clone().requires_grad_()
+    with (
+        fastkd.checked(),
+        pytest.warns(UserWarning, match=r"past the student's 40 .*outside\(40\)"),
+    ):
+        got = fastkd.distillation_loss(
+            x, kept, alpha=0.0, temperature=1.0, divergence=divergence, t_squared=False
+        )
+    (grad,) = torch.autograd.grad(got, x)
+    torch.testing.assert_close(got.detach(), want.value, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(grad, want.student, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("measured", [True, False], ids=["measured", "unmeasured"])
+def test_within_is_what_the_loss_makes_of_it(
+    backend: Backend, measured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, _, kept = past_the_student(backend, measured)
+    count = kept.outside(40)
+    assert count.tolist() == (kept.indices >= 40).sum(-1).tolist() and int(count[1]) == 0
+    inside = kept.within(40)
+    assert not inside.outside(40).any() and int(inside.indices.max()) < 40
+    assert kept.outside(60).sum() == 0
+    want = fastkd.kl_div(student, inside, reduction="none")
+    with pytest.warns(UserWarning) if backend.device.type == "cpu" else fastkd.checked():
+        assert torch.equal(fastkd.kl_div(student, kept, reduction="none"), want)
+    monkeypatch.setattr("fastkd.engine.topk_rows.reads_values", lambda x: False)
+    assert torch.equal(fastkd.kl_div(student, kept, reduction="none"), want)
+    linear = fastkd.LinearLogits(student, torch.eye(40, device=backend.device))
+    torch.testing.assert_close(fastkd.kl_div(linear, kept, reduction="none"), want)
+
+
+def test_a_row_whose_columns_are_all_past_the_student(backend: Backend) -> None:
+    """Both sides have one outcome left: there is nothing to learn."""
+    student = torch.randn(2, 5, device=backend.device, requires_grad=True)
+    kept = fastkd.TopK(
+        torch.tensor([[0.6, 0.3], [0.6, 0.3]], device=backend.device).log(),
+        torch.tensor([[7, 9], [0, 7]], device=backend.device),
+    )
+    with fastkd.checked(), pytest.warns(UserWarning, match="past the student"):
+        loss = fastkd.kl_div(student, kept, reduction="none")
+    loss.sum().backward()
+    assert student.grad is not None
+    torch.testing.assert_close(loss[0].detach().cpu(), torch.tensor(0.0), rtol=0.0, atol=1e-6)
+    torch.testing.assert_close(
+        student.grad[0], torch.zeros_like(student.grad[0]), rtol=0, atol=1e-6
+    )
+    assert loss[1] > 0 and student.grad[1].abs().max() > 1e-3
+
+
+def test_what_else_is_wrong_is_still_found(backend: Backend) -> None:
+    student = torch.randn(1, 5, device=backend.device)
+    for ids, values, message in (
+        ([7, 7], [-1.0, -2.0], "for the second time"),
+        ([7, 9], [-0.1, -0.1], "a mass of 1.8"),
+        ([7, 1], [0.5, -1.0], "got 0.5 in row 0"),
+        ([7, -2], [-1.0, -1.0], "indices: got -2"),
+    ):
+        kept = fastkd.TopK(torch.tensor([values]), torch.tensor([ids])).to(backend.device)
+        with fastkd.checked(), pytest.raises(ValueError, match=message):
+            fastkd.kl_div(student, kept)
+
+
+def test_within_has_a_bucket_only() -> None:
+    kept = fastkd.topk_from_logits(torch.randn(2, 9), 3, tail="renormalize")
+    with pytest.raises(ValueError, match=r"tail: got 'renormalize', expected 'bucket'"):
+        kept.within(5)
+
+
+def test_a_gradient_of_logprobs_past_the_student() -> None:
+    student = torch.randn(2, 4, dtype=torch.float64)
+    ids = torch.tensor([[0, 6, 2], [1, 3, -1]])
+    logprobs = torch.tensor([[0.4, 0.3, 0.1], [0.5, 0.2, 1.0]]).double().log().requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        return fastkd.kl_div(student, fastkd.TopK(x, ids).within(4))
+
+    assert torch.autograd.gradcheck(loss, logprobs)
+
+
+# ---- a rest that nobody measured
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_mass_above_1_leaves_the_reverse_finite(backend: Backend, dtype: torch.dtype) -> None:
+    """Rounded above 1, a mass does not say that the teacher excludes a rest."""
+    logprobs = torch.tensor([[0.7, 0.29, 0.0099], [1.0, 1e-5, 1e-7]]).log().to(dtype)
+    logprobs[1, 0] = 0.0
+    at = torch.tensor([[4, 1, 2], [0, 1, 2]])
+    kept = fastkd.TopK(logprobs, at).to(backend.device)
+    student = torch.randn(2, 6, device=backend.device, requires_grad=True)
+    for loss in (fastkd.reverse_kl_div, fastkd.kl_div, fastkd.js_div):
+        value = loss(student, kept)
+        (grad,) = torch.autograd.grad(value, student)
+        assert value.isfinite() and grad.isfinite().all()
+    measured = fastkd.TopK(
+        *kept.tensors[:1], kept.indices, tail_logprob=torch.full((2,), -INF).to(backend.device)
+    )
+    assert fastkd.reverse_kl_div(student, measured) == INF
+
+
 # ---- under torch.compile
 
 
