@@ -135,6 +135,8 @@ def _fastkd(case: Case, inplace: bool) -> Call:
 
 def with_outputs(case: Case, device: torch.device) -> Call:
     """fastkd with a new gradient, and what it tells of each row beside the loss."""
+    if isinstance(case, WrittenCase):
+        raise Unavailable("timed beside the bare losses")
     call = _fastkd(replace(case, options={**case.options, "return_outputs": True}), inplace=False)
     return lambda *operands: call(*operands)[0]
 

@@ -21,7 +21,7 @@ import fastkd
 
 from .batch import IGNORED, Outputs, batches, device_of, forward, moved, restored_modes
 from .serialization import array, needed, save
-from .targets import class_numbers, classes_last
+from .targets import class_numbers, classes_last, in_use
 
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 RUNS = 20  # of the latency
@@ -58,18 +58,26 @@ def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
     return Evaluation(right / rows, nats / rows, int(rows))
 
 
-def agreement(model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any]) -> float:
+def agreement(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    loader: Iterable[Any],
+    *,
+    vocab_size: int | None = None,
+) -> float:
     """Share of rows, in [0, 1], where both models (in eval mode) predict the same class.
 
     Args:
         model_a, model_b: modules on one device, inputs -> logits [..., V]; modes are restored.
         loader: gives inputs, or (inputs, labels [...]) whose rows labelled -100 do not count.
+        vocab_size: use the first n columns of both only.
 
     Raises:
         ValueError: no batch, or no row that counts.
     """
 
     def count(labels: Tensor | None, a: Tensor, b: Tensor) -> list[Tensor]:
+        a, b = in_use("model_a", a, vocab_size), in_use("model_b", b, vocab_size)
         same = a.argmax(-1) == b.argmax(-1)
         return [(same if labels is None else same & (labels != IGNORED)).sum()]
 
@@ -157,7 +165,11 @@ class Report:
 
 
 def report(
-    student: nn.Module, loader: Iterable[Any], *, teacher: nn.Module | None = None
+    student: nn.Module,
+    loader: Iterable[Any],
+    *,
+    teacher: nn.Module | None = None,
+    vocab_size: int | None = None,
 ) -> Report:
     """Judge a classifier, and beside its teacher where one is given.
 
@@ -166,6 +178,7 @@ def report(
         loader: gives (inputs, labels [...] int); rows labelled -100 do not count. Iterated once
             per model, in one order. Logits of all rows are kept on the host.
         teacher: module of the same V.
+        vocab_size: use the first n columns only, so that V may differ by padding.
 
     Raises:
         ValueError: no batch, a batch without labels, no row that counts, another V.
@@ -173,7 +186,7 @@ def report(
     Papers: Guo et al. 2017, arXiv 1706.04599 (calibration error).
     """
     models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
-    collected = {name: _collect(model, loader, name) for name, model in models.items()}
+    collected = {name: _collect(model, loader, name, vocab_size) for name, model in models.items()}
     logits, labels, _ = collected["student"]
     figures, curves = {}, {}
     for name, model in models.items():
@@ -223,7 +236,9 @@ def _bins(probabilities: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Ten
     return count / len(labels), total_confidence / count, total_right / count
 
 
-def _collect(model: nn.Module, loader: Iterable[Any], role: str) -> tuple[Tensor, Tensor, Any]:
+def _collect(
+    model: nn.Module, loader: Iterable[Any], role: str, vocab_size: int | None
+) -> tuple[Tensor, Tensor, Any]:
     """Logits float64 [N, V] and labels [N] of the rows that count, and the first batch's inputs."""
     device = device_of(model)
     logits, labels, first = [], [], None
@@ -234,6 +249,7 @@ def _collect(model: nn.Module, loader: Iterable[Any], role: str) -> tuple[Tensor
             batch = moved(item, device)
             first = batch.inputs if first is None else first
             output = Outputs(forward(model.eval(), batch.inputs), role=role).logits
+            output = in_use(role, output, vocab_size)
             if output.size(-1) < 2:
                 got = f"a single logit {list(output.shape)}"
                 raise ValueError(f"{role}: got {got}, expected logits [..., V] with V >= 2")

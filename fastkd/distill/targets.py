@@ -14,6 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fastkd.arguments.messages import describe, shown
+from fastkd.arguments.numbers import integer
+
 from .batch import IGNORED, Batch, Outputs, tensors
 
 WRITE = "distill.Term({name!r}, lambda s, t, b: {call}, mean='samples')"
@@ -34,6 +37,21 @@ def teacher_logits(name: str, teacher: Outputs) -> Any:
     if (found := teacher.logits) is None:
         raise ValueError(f"term {name!r}: got no teacher, expected train(..., teacher=...)")
     return found
+
+
+def in_use(name: str, logits: Tensor, vocab_size: int | None) -> Tensor:
+    """The first vocab_size columns; TypeError, ValueError that name the term or the model."""
+    if vocab_size is None:
+        return logits
+    number = integer(vocab_size)
+    if number is None:
+        raise TypeError(f"{name}: vocab_size: got {describe(vocab_size)}, expected an integer")
+    if not 1 <= number <= logits.size(-1):
+        raise ValueError(
+            f"{name}: vocab_size: got {shown(vocab_size)}, expected 1 <= vocab_size <= "
+            f"{logits.size(-1)}"
+        )
+    return logits[..., :number]
 
 
 class Classes:

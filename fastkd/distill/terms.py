@@ -24,6 +24,7 @@ from .targets import (
     Classes,
     bare_function,
     class_numbers,
+    in_use,
     kept_rows,
     labels_of,
     only,
@@ -88,12 +89,19 @@ class Term:
                 )
 
 
-def hard(weight: Weight = 1.0, *, label_smoothing: float = 0.0, name: str = "hard") -> Term:
+def hard(
+    weight: Weight = 1.0,
+    *,
+    label_smoothing: float = 0.0,
+    vocab_size: int | None = None,
+    name: str = "hard",
+) -> Term:
     """Cross-entropy with the labels, mean over the labelled rows of the step: CE(labels, s).
 
     Args:
         weight: factor, or step -> factor.
         label_smoothing: in [0, 1].
+        vocab_size: use the first n columns only (a padded vocabulary).
         name: of the term.
 
     Raises:
@@ -113,8 +121,10 @@ def hard(weight: Weight = 1.0, *, label_smoothing: float = 0.0, name: str = "har
                 alpha=1.0,
                 ignore_index=IGNORED,
                 label_smoothing=label_smoothing,
+                vocab_size=vocab_size,
             )
         if isinstance(logits, Tensor):
+            logits = in_use(f"term {name!r}", logits, vocab_size)
             labels = class_numbers(name, logits, labels, f"term {name!r}: ")
         try:
             return F.cross_entropy(
@@ -140,6 +150,7 @@ def soft(
     temperature: float | Callable[[int], float] = 4.0,
     divergence: Any = "kl",
     rows: str = "all",
+    vocab_size: int | None = None,
     return_outputs: bool = False,
     name: str = "soft",
 ) -> Term:
@@ -151,6 +162,8 @@ def soft(
         divergence: as in `fastkd.distillation_loss`.
         rows: "all" (a transfer set whose labels may be missing), or "labelled": rows whose label
             is -100 are left out (padding of a language model); every batch needs labels then.
+        vocab_size: use the first n columns of both sides only (vocabularies that are padded
+            differently). Of a `TopK` with a bucket, further columns join the bucket.
         return_outputs: log three means over these rows as well, from the same pass (see
             `fastkd.LossOutputs`): "term/soft/soft", the divergence without T^2, and
             "term/soft/student_entropy" and "term/soft/teacher_entropy", both at T.
@@ -171,7 +184,8 @@ def soft(
         with _unless_warned(student.logits):
             found: Any = fastkd.distillation_loss(
                 student.logits, target, labels,
-                temperature=T, alpha=0.0, divergence=divergence, return_outputs=return_outputs,
+                temperature=T, alpha=0.0, divergence=divergence, vocab_size=vocab_size,
+                return_outputs=return_outputs,
             )  # fmt: skip
         return (found[0], _means(found[1], labels)) if return_outputs else found
 

@@ -94,6 +94,7 @@ def assistant_chain(
     *,
     weight: Weight = 1.0,
     temperature: float | Callable[[int], float] = 4.0,
+    vocab_size: int | None = None,
     optimizer: MakeOptimizer | None = None,
     checkpoint: Checkpoints | str | os.PathLike[str] | None = None,
     **options: Any,
@@ -109,6 +110,7 @@ def assistant_chain(
         loss: terms of each model, none of which learns something of its own; None: `hard()`.
         weight: of the teacher's part; factor, or step -> factor.
         temperature: T, or step -> T.
+        vocab_size: as in `soft`, where the models' vocabularies are padded differently.
         optimizer: model -> its optimizer; None makes AdamW at the `lr` of the options.
         checkpoint: a `Checkpoints` or a folder, with a folder within it for each model; a resumed
             chain goes on where it was.
@@ -128,7 +130,7 @@ def assistant_chain(
     if any(model is other for model in models for other in above.models):
         raise ValueError("models: got the teacher among them, expected others")
     terms = plain_terms(loss)
-    terms.append(soft(weight, temperature=temperature))
+    terms.append(soft(weight, temperature=temperature, vocab_size=vocab_size))
     steps = []
     for at, model in enumerate(models):
         steps.append(
