@@ -16,6 +16,7 @@ from fastkd.losses import (
     skew_reverse_kl_div,
     tv_distance,
 )
+from fastkd.mapped import MappedLogits
 from fastkd.operands import LinearLogits, TopK
 from fastkd.parallel.layout import token_count
 from fastkd.topk import topk_from_logits
@@ -23,6 +24,7 @@ from fastkd.topk import topk_from_logits
 __all__ = [
     "LinearLogits",
     "LossOutputs",
+    "MappedLogits",
     "TopK",
     "__version__",
     "acceptance_loss",

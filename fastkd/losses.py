@@ -24,6 +24,9 @@ The options that all of them share (`**rows`, keyword-only):
                       log-probability of each row, from the same pass; neither value nor gradient
                       changes. NotImplementedError with `group` and DTensors
 
+Where the student has some of the teacher's columns only, a `fastkd.MappedLogits` stands in for the
+teacher's logits; a `TopK` with a bucket takes up the columns that the student does not have.
+
 Operands, labels and weight may be DTensors, split on the vocabulary, on rows or on both; their mesh
 takes the place of `group`, and the loss is that of all rows: "mean" divides by what all ranks
 count (see `fastkd.parallel.dtensor`). Where rows are split without DTensors (data, sequence or
@@ -47,7 +50,8 @@ from typing_extensions import Unpack
 from fastkd.divergence import Divergence, divergences
 from fastkd.engine import validate
 from fastkd.engine.dispatch import loss
-from fastkd.operands import Operand, Teacher
+from fastkd.mapped import AnyTeacher as Teacher
+from fastkd.operands import Operand
 
 Reduction = Literal["mean", "batchmean", "sum", "none"]
 

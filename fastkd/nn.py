@@ -12,7 +12,8 @@ from fastkd import losses
 from fastkd.divergence import Divergence, divergences
 from fastkd.engine import dispatch, validate
 from fastkd.losses import MixedOptions, Reduction
-from fastkd.operands import Operand, Teacher
+from fastkd.mapped import AnyTeacher as Teacher
+from fastkd.operands import Operand
 
 # the parameters' names are those of the functions, whose docstrings say what they mean
 

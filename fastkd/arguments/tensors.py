@@ -97,6 +97,28 @@ def check_topk(logprobs: Tensor, indices: Tensor, tail_logprob: Tensor | None) -
         )
 
 
+def check_map(columns: Tensor, device: torch.device, width: int) -> None:
+    """Refuse what is no map of columns: that of a `MappedLogits`."""
+    if not isinstance(columns, Tensor) or columns.dtype not in INDEX_DTYPES:
+        hint = ""
+        if isinstance(columns, Tensor) and columns.dtype == torch.bool:
+            hint = "; of a mask, mask.nonzero().squeeze(-1) are the columns"
+        raise TypeError(
+            f"columns: got {describe(columns)}, expected a tensor [V] of int32 or int64{hint}"
+        )
+    if columns.layout is not torch.strided or columns.is_nested or hasattr(columns, "placements"):
+        raise TypeError(f"columns: got {layout(columns)}, expected a dense tensor")
+    if columns.dim() != 1 or not 1 <= columns.size(0) <= width:
+        raise ValueError(
+            f"columns: got shape {sizes(columns.shape)}, expected [V], 1 to {width} of the "
+            f"teacher's {width} columns"
+        )
+    if columns.device != device:
+        raise ValueError(
+            f"columns: got a tensor on {columns.device}, expected the teacher's {device}"
+        )
+
+
 def head_numbers(
     scale: float, softcap: float | None, chunk_size: int | None
 ) -> tuple[float, float | None, int | None]:

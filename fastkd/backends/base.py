@@ -142,6 +142,9 @@ class Backend:
     #: the process group over which a vocabulary is divided, and the most columns of any rank
     group: Any = None
     widest: int | None = None
+    #: [spec.vocab or more] int64, the teacher's columns that are compared where it has more (-1
+    #: spoils all rows); None for the first ones
+    teacher_columns: Tensor | None = None
 
     def fused(
         self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None

@@ -60,6 +60,7 @@ def logits(
     heads: tuple[Head | None, Head | None],
     vocab: int,
     keep: Tensor | None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both sides' logits in full, differentiable; the student's twice without a teacher.
 
@@ -68,6 +69,7 @@ def logits(
             teacher's, if it has any.
         heads: of both sides, None for logits that are given.
         vocab, keep: as in `operands.build`.
+        columns: as in `Backend`; given, the teacher has all of its columns.
     """
     cut = 1 if heads[0] is None else 3
     built: list[Tensor] = []
@@ -76,12 +78,38 @@ def logits(
         if head is not None:
             hidden, weight, bias = own
             assert hidden is not None and weight is not None
+            width = vocab if columns is None or not built else weight.size(0)
             with without_autocast(hidden.device):
-                built.append(build(hidden, weight, bias, head, vocab, keep))
+                built.append(build(hidden, weight, bias, head, width, keep))
         elif own:
             assert own[0] is not None
             built.append(own[0])
     return built[0], built[1] if len(built) > 1 else built[0].detach()
+
+
+def unmapped_price(spec: LossSpec) -> Tensor:
+    """What a unit of the teacher's mass costs where the student has none; 0 where it is infinite.
+
+    A divergence of the two numbers p and 0 is p times this.
+    """
+    one, none = torch.zeros((), dtype=torch.float64), torch.full((), -INF, dtype=torch.float64)
+    price = pointwise(entry(spec), one, none)
+    return torch.where(price < INF, price, 0.0)
+
+
+def _mapped_rows(
+    teacher: Tensor, columns: Tensor, spec: LossSpec, keep: Tensor | None, acc: torch.dtype
+) -> tuple[TopKRows, Tensor]:
+    """A teacher [..., V] at the student's columns, and what its mass off them costs [N]."""
+    columns = columns[: spec.vocab]
+    t = teacher.reshape(-1, teacher.size(-1)).to(acc)
+    if keep is not None:
+        t = torch.where(keep.reshape(-1, 1), t, 0.0)
+    t = t + torch.where((columns < 0).any(), math.nan, 0.0)
+    logp, at = _log_softmax(t, spec.temperature), columns.clamp_min(0)
+    named, rest = logp.index_select(-1, at), logp.index_fill(-1, at, -INF).logsumexp(-1).exp()
+    places = torch.arange(spec.vocab, device=t.device).expand(named.shape)
+    return TopKRows(named, places, None, False), rest * unmapped_price(spec).to(acc)
 
 
 def row_loss(
@@ -90,6 +118,8 @@ def row_loss(
     spec: LossSpec,
     keep: Tensor | None,
     label: Tensor | None,
+    columns: Tensor | None = None,
+    more: Tensor | None = None,
 ) -> Tensor:
     """soft * D(p, q) + hard * CE of each row.
 
@@ -97,21 +127,27 @@ def row_loss(
         student, teacher: [..., >= vocab] logits, any float dtypes; the teacher may be a TopKRows.
         spec: what is computed.
         keep, label: [...] as in `Rows`.
+        columns: as in `Backend`.
+        more: [N] what outcomes add that the student does not have, of a teacher that is TopKRows.
 
     Returns:
         [...] float32 (float64 where an operand is): differentiable in both operands.
     """
+    if columns is not None and isinstance(teacher, Tensor):
+        acc = acc_dtype(student, teacher)
+        rows, more = _mapped_rows(teacher, columns, spec, keep, acc)
+        return row_loss(student, rows, spec, keep, label, more=more)
     if isinstance(teacher, TopKRows) and student.dim() != 2:
         keep, label = (None if x is None else x.reshape(-1) for x in (keep, label))
         flat = student.reshape(-1, student.size(-1))
-        return row_loss(flat, teacher, spec, keep, label).view(student.shape[:-1])
+        return row_loss(flat, teacher, spec, keep, label, more=more).view(student.shape[:-1])
     acc = acc_dtype(student, teacher)
     s = student[..., : spec.vocab].to(acc)
     if keep is not None:
         # where, not a product: what an ignored row holds (NaN) must not reach value or gradient
         s = torch.where(keep.unsqueeze(-1), s, 0.0)
     if isinstance(teacher, TopKRows):
-        loss = _topk_divergence(s, teacher, spec, keep)
+        loss = _topk_divergence(s, teacher, spec, keep, more)
     else:
         t = teacher[..., : spec.vocab].to(acc)
         if keep is not None:
@@ -193,7 +229,9 @@ def _divergence(s: Tensor, t: Tensor, spec: LossSpec) -> Tensor:
     return torch.where(empty.squeeze(-1), 0.0, loss)
 
 
-def _topk_divergence(s: Tensor, teacher: TopKRows, spec: LossSpec, keep: Tensor | None) -> Tensor:
+def _topk_divergence(
+    s: Tensor, teacher: TopKRows, spec: LossSpec, keep: Tensor | None, more: Tensor | None
+) -> Tensor:
     logp, at, tail, restrict = teacher
     if keep is not None:
         kept = keep.unsqueeze(-1)
@@ -208,6 +246,7 @@ def _topk_divergence(s: Tensor, teacher: TopKRows, spec: LossSpec, keep: Tensor 
         logq = torch.where(named, full.gather(-1, at), -INF)
     divergence = entry(spec)
     loss = pointwise(divergence, logp, logq).sum(-1)
+    loss = loss if more is None else loss + more
     # a NaN makes its row one, also where a weight of 0 would hide it, and all of its gradient
     spoilt = logp.isnan().any(-1) if tail is None else logp.isnan().any(-1) | tail.isnan()
     if tail is None:

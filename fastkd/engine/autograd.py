@@ -155,9 +155,10 @@ def graph(call: Call, tensors: Tensors, needs: Needs, by: Tensor) -> list[Tensor
     heads = (None, None) if call.products is None else call.products.heads
     with torch.enable_grad():
         mask = None if keep is None else keep.view(first.shape[:-1])
-        s, t = reference.logits(tensors, heads, call.spec.vocab, mask)
+        columns = call.backend.teacher_columns
+        s, t = reference.logits(tensors, heads, call.spec.vocab, mask, columns)
         s, t = (x.reshape(-1, x.size(-1)) for x in (s, t))
-        value = reference.row_loss(s, call.topk or t, call.spec, keep, label)
+        value = reference.row_loss(s, call.topk or t, call.spec, keep, label, columns)
         inputs = [x for x, need in zip(tensors, needs, strict=True) if need and x is not None]
         grads = list(torch.autograd.grad(value, inputs, by, create_graph=True))
     return [grads.pop(0) if need else None for need in needs]

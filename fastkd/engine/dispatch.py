@@ -21,9 +21,12 @@ from fastkd.backends.base import Backend, LossSpec, Rows
 from fastkd.divergence import Divergence
 from fastkd.engine import autograd, ops, outputs, validate
 from fastkd.engine import reduction as reductions
+from fastkd.engine.mapped_rows import Mapped, mapped
 from fastkd.engine.records import Call, Products, Request
 from fastkd.engine.topk_rows import topk_rows
-from fastkd.operands import LinearLogits, Operand, Teacher, TopK
+from fastkd.mapped import AnyTeacher as Teacher
+from fastkd.mapped import MappedLogits
+from fastkd.operands import LinearLogits, Operand, TopK
 from fastkd.parallel import dtensor, layout
 
 MOST_LOSS_SCALE = 2.0**10  # of float16 gradients: the largest are of size T, and 65504 is the end
@@ -91,7 +94,10 @@ def loss(
     ordinary = usual and labels is None and weight is None and normalizer is None
     compiling, dtensors = torch.compiler.is_compiling(), False
     if not (ordinary or _plain(student, teacher, labels, weight, normalizer)):
-        dtensors = dtensor.any_dtensor(student, teacher, labels, weight, normalizer)
+        source = teacher.teacher if isinstance(teacher, MappedLogits) else teacher
+        dtensors = dtensor.any_dtensor(student, source, labels, weight, normalizer)
+    if isinstance(teacher, MappedLogits) and (dtensors or group is not None):
+        raise validate.no_map_of_parts()
     if return_outputs:
         outputs.refuse(group, dtensors)
     if compiling and (dtensors or group is not None):  # an exchange is no part of a graph
@@ -251,6 +257,9 @@ def _request(
         vocab = classes = student.shape[-1]
     else:
         vocab = classes = validate.operands(student, teacher, vocab_size)
+    columns = None
+    if isinstance(teacher, MappedLogits):
+        teacher, columns = mapped(teacher)
     if not ordinary:
         temperature = float(validate.temperature(temperature))
         validate.reduction(reduction)
@@ -272,8 +281,8 @@ def _request(
     inplace = inplace and not (linear or compiling or choice.in_functorch())  # there, ignored
     if inplace:
         validate.inplace(student, teacher)
-    rows = labels, ignore_index, weight, reduction, normalizer
-    return Request(student, teacher, spec, *rows, inplace, shared, return_outputs)
+    others = labels, ignore_index, weight, reduction, normalizer, inplace
+    return Request(student, teacher, spec, *others, shared, return_outputs, columns)
 
 
 def run(r: Request) -> Tensor:
@@ -286,7 +295,12 @@ def run(r: Request) -> Tensor:
     # torch's own autograd: what is chosen by hand, or has no kernel, or no dual for the teacher
     in_torch = choice.in_functorch() if compiling else backend is reference.BACKEND
     if teacher_grad and not in_torch:
-        in_torch = isinstance(r.teacher, TopK) or reference.dual(spec) is None
+        no_dual = reference.dual(spec) is None
+        in_torch = no_dual or isinstance(r.teacher, TopK) or r.columns is not None
+    if r.columns is not None and spec.soft != 0.0:
+        outputs.refuse_map(r.return_outputs)
+        in_torch = in_torch or compiling
+        backend = Mapped(backend, r.columns)
     if in_torch and r.group is not None:
         raise layout.no_teacher_gradient()
     others = r.labels is not None or r.weight is not None or r.normalizer is not None
@@ -330,9 +344,10 @@ def _in_torch(call: Call, tell: bool, *tensors: Tensor | None) -> tuple[Tensor, 
     """Loss of each row by the reference, which torch differentiates as often as needed; outputs."""
     heads = (None, None) if call.products is None else call.products.heads
     keep, label = call.rows[:2]
-    s, t = reference.logits(tensors, heads, call.spec.vocab, keep)
+    columns = call.backend.teacher_columns
+    s, t = reference.logits(tensors, heads, call.spec.vocab, keep, columns)
     rows = s, call.topk or t, call.spec, keep, label
-    return reference.row_loss(*rows), reference.row_outputs(*rows) if tell else None
+    return reference.row_loss(*rows, columns), reference.row_outputs(*rows) if tell else None
 
 
 def _tensors(x: Any) -> tuple[Tensor | None, ...]:

@@ -132,10 +132,11 @@ class Linear:
         index: Tensor | None,
         keep: Tensor | None,
         late: bool,
+        vocab: int,
     ) -> None:
         hidden, weight, bias = tensors
         assert hidden is not None and weight is not None and call.products is not None
-        backend, vocab = call.backend, call.spec.vocab
+        backend = call.backend
         self.operands, self.head, self.vocab, self.backend = tensors, head, vocab, backend
         self.hidden = hidden.reshape(-1, hidden.size(-1))
         self.weight = weight[:vocab].to(head.dtype)
@@ -355,7 +356,9 @@ def work(
     for at, head in ((slice(cut), heads[0]), (slice(cut, None), heads[1])):
         own, need = tensors[at], needs[at]
         if head is not None:
-            sides.append(Linear(call, own, head, need, index, keep, late))
+            wide = bool(sides) and call.backend.teacher_columns is not None
+            vocab = own[1].size(0) if wide and own[1] is not None else call.spec.vocab
+            sides.append(Linear(call, own, head, need, index, keep, late, vocab))
         elif own:
             assert own[0] is not None
             sides.append(Dense(own[0], index, need[0], call.backend))

@@ -72,3 +72,12 @@ def refuse(group: object, dtensors: bool) -> None:
             "outputs no rank has; leave return_outputs out, or gather the logits (full_tensor()) "
             "and leave group out"
         )
+
+
+def refuse_map(requested: bool) -> None:
+    """Raises NotImplementedError: the passes over a mapped teacher do not tell outputs."""
+    if requested:
+        raise NotImplementedError(
+            "return_outputs: got True with MappedLogits(normalize='all'), expected logits of the "
+            "student's own columns or normalize='mapped'; leave return_outputs out"
+        )

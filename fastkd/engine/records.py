@@ -14,7 +14,8 @@ class Request(NamedTuple):
     """A loss as it was requested, once everything has been checked.
 
     group: the backend on which the ranks of a process group share the vocabulary, or None; the
-    operands then are this rank's columns.
+    operands then are this rank's columns. columns: those of the teacher that are the student's,
+    where it is normalised over more (see `fastkd.engine.mapped_rows`).
     """
 
     student: Operand
@@ -28,6 +29,7 @@ class Request(NamedTuple):
     inplace: bool
     group: Backend | None
     return_outputs: bool = False
+    columns: Tensor | None = None
 
 
 class Products(NamedTuple):

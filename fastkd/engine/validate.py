@@ -17,7 +17,9 @@ from fastkd.arguments.numbers import WAITS, integer, real
 from fastkd.arguments.tensors import DTYPES, answers_itself, layout
 from fastkd.backends.choice import forced
 from fastkd.divergence import Divergence
-from fastkd.operands import LinearLogits, Operand, Teacher, TopK
+from fastkd.mapped import AnyTeacher as Teacher
+from fastkd.mapped import MappedLogits
+from fastkd.operands import LinearLogits, Operand, TopK
 
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
 OPTIONS = (
@@ -83,6 +85,11 @@ def operands(student: Operand, teacher: Teacher, vocab_size: int | None) -> int:
     v_s = student.size(-1)
     v_t = v_s if isinstance(teacher, TopK) else teacher.size(-1)
     if vocab_size is None:
+        if v_s != v_t and isinstance(teacher, MappedLogits):
+            raise ValueError(
+                f"columns: got {v_t} columns of the teacher, expected one for each of the "
+                f"student's {v_s}; where the student's are padded, give vocab_size={v_t}"
+            )
         if v_s != v_t:
             raise ValueError(
                 f"teacher: got {v_t} columns, expected the student's {v_s}; where the vocabularies "
@@ -101,6 +108,13 @@ def operands(student: Operand, teacher: Teacher, vocab_size: int | None) -> int:
             )
         )
     return vocab_size
+
+
+def no_map_of_parts() -> NotImplementedError:
+    return NotImplementedError(
+        "teacher: got a MappedLogits with a group or DTensors, which are not supported; give the "
+        "teacher's logits at the map's columns, logits[..., columns], to the ranks that have them"
+    )
 
 
 def shards(student: Operand, teacher: Teacher, vocab_size: int | None) -> int | None:
@@ -123,6 +137,9 @@ def columns(vocab_size: int, least: int | None = None) -> int:
 
 def _sides(student: Operand, teacher: Teacher, least: int) -> None:
     for name, x in (("student", student), ("teacher", teacher)):
+        if isinstance(x, MappedLogits) and x is teacher:
+            _readable(name, x.columns)
+            x = x.teacher
         if isinstance(x, (LinearLogits, TopK)):
             for part in (*x.tensors, x.indices) if isinstance(x, TopK) else x.tensors:
                 _readable(name, part)
@@ -135,7 +152,7 @@ def _sides(student: Operand, teacher: Teacher, least: int) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(
                 f"{name}: got {describe(x)}, expected a tensor of logits [..., V] or a LinearLogits"
-                + (", or a TopK" if name == "teacher" else "")
+                + (", a TopK or MappedLogits" if name == "teacher" else "")
             )
         if x.dtype not in DTYPES:
             raise TypeError(

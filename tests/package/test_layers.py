@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Who stands on whom: a folder or file imports its own layer's and those above it in this list.
 LAYERS = [
     {"arguments"},
-    {"divergence", "operands"},
+    {"divergence", "operands", "mapped"},
     {"backends"},
     {"parallel"},
     {"engine"},
@@ -28,7 +28,17 @@ LAYERS = [
 FACE = {"__init__", "__main__"}
 # users of the public face: the package, nn and how arguments are quoted; no driver, no kernel
 USERS = {"distill", "teachers", "recipes", "demo", "integrations"}
-HIDDEN = {"backends", "parallel", "engine", "losses", "topk", "operands", "divergence", "_C"}
+HIDDEN = {
+    "backends",
+    "parallel",
+    "engine",
+    "losses",
+    "topk",
+    "operands",
+    "mapped",
+    "divergence",
+    "_C",
+}
 DEVICE_QUESTIONS = {"is_cuda", "is_cpu", "is_xpu", "is_meta", "is_mps"}
 
 
