@@ -1,8 +1,8 @@
 """A teacher of more columns than the student: the map, checked, and the passes of "all".
 
 "mapped" is a teacher of fewer columns, and nothing that follows knows of it. With "all" the teacher
-is normalised over columns that the student does not have, which the passes know how to do: as for
-a vocabulary that is split, they take what the rows sum to. `Mapped` is a backend like any other.
+is normalised over columns that the student does not have too. The split passes take the stats of a
+row from outside, as they do where ranks share a vocabulary. `Mapped` is a backend like any other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from fastkd.operands import Operand
 from fastkd.parallel.vocab_parallel import _entropy as entropy
 from fastkd.parallel.vocab_parallel import _finite as finite
 
-BLOCK = 2**20  # elements of the student's and the teacher's columns that are taken at a time
+# Elements of the teacher's columns that are taken at a time: on a host they stay in the caches, a
+# device wants few launches
+BLOCK, DEVICE_BLOCK = 2**20, 2**27
 
 
 def mapped(teacher: MappedLogits) -> tuple[Operand, Tensor | None]:
@@ -71,7 +73,8 @@ class Mapped(Backend):
     def fused(
         self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
     ) -> Tensor:
-        n, step = student.size(0) * student.size(1), max(1, BLOCK // spec.vocab)
+        n, block = student.size(0) * student.size(1), BLOCK if self.on_host else DEVICE_BLOCK
+        step = max(1, block // spec.vocab)
         there = [x for x in (student, teacher, grad) if x is not None]
         if n <= step or any(x.size(0) != 1 for x in there):
             return self._block(student, teacher, spec, rows, grad)
@@ -87,11 +90,8 @@ class Mapped(Backend):
     def _block(
         self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
     ) -> Tensor:
-        acc, keep, columns = (
-            acc_dtype(student, teacher),
-            rows.keep,
-            self.teacher_columns[: spec.vocab],
-        )
+        acc, keep = acc_dtype(student, teacher), rows.keep
+        columns = self.teacher_columns[: spec.vocab]
         label = rows.label if spec.hard != 0.0 else None
         named = teacher.gather(-1, columns.clamp_min(0).expand(*teacher.shape[:-1], -1))
 
