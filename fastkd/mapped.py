@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Literal
 
 import torch
@@ -99,25 +98,8 @@ class MappedLogits:
     def size(self, dim: int) -> int:
         return self.shape[dim]
 
-    def taken(self, columns: Tensor, spoil: Tensor | None) -> Operand:
-        """The teacher's logits at `columns`, itself a tensor or a LinearLogits; plus `spoil`."""
-        x = self.teacher
-        if isinstance(x, Tensor):
-            return _spoilt(x.gather(-1, columns.expand(*x.shape[:-1], -1)), -1, spoil)
-        twin = copy.copy(x)  # not made anew: its dtype is that of where the user made it
-        twin.weight = _spoilt(x.weight.index_select(0, columns), 0, spoil)
-        twin.bias = None if x.bias is None else x.bias.index_select(0, columns)
-        return twin
-
     def __repr__(self) -> str:
         return f"MappedLogits({sizes(self.shape)} of {self.teacher!r:.60}, {self.normalize!r})"
 
 
 AnyTeacher = Teacher | MappedLogits
-
-
-def _spoilt(x: Tensor, dim: int, spoil: Tensor | None) -> Tensor:
-    """x plus a 0-d tensor, in the first place of a dimension: one NaN in a row is enough."""
-    if spoil is not None:
-        x.narrow(dim, 0, 1).add_(spoil)
-    return x

@@ -7,6 +7,7 @@ row from outside, as they do where ranks share a vocabulary. `Mapped` is a backe
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import lru_cache
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkd.backends.base import Backend, LossSpec, Rows, Stats, acc_dtype
+from fastkd.backends.choice import in_functorch
 from fastkd.backends.reference import of_sums, unmapped_price
 from fastkd.engine.reduction import reads_values
 from fastkd.mapped import MappedLogits
@@ -56,9 +58,39 @@ def mapped(teacher: MappedLogits) -> tuple[Operand, Tensor | None]:
         spoil = torch.where(bad.any(), math.nan, 0.0)
         columns = torch.where(bad, 0, columns)
     if teacher.normalize == "mapped":
-        return teacher.taken(columns, spoil), None
+        return _taken(teacher.teacher, columns, spoil), None
     # what is no column spoils as a place past the end would: `Mapped` finds it by its sign
     return teacher.teacher, columns if spoil is None else torch.where(bad, -1, columns)
+
+
+def _taken(x: Operand, columns: Tensor, spoil: Tensor | None) -> Operand:
+    """The logits at some columns, differentiable, plus a 0-d tensor in each row."""
+    if isinstance(x, Tensor):
+        plain = x.requires_grad or torch.compiler.is_compiling() or in_functorch()
+        picked = (_gathered if plain else _copied)(x.resolve_neg(), columns)
+        return picked if spoil is None else _spoilt(picked, -1, spoil)
+    twin = copy.copy(x)  # not made anew: its dtype is that of where the user made it
+    weight = x.weight.index_select(0, columns)
+    twin.weight = weight if spoil is None else _spoilt(weight, 0, spoil)
+    twin.bias = None if x.bias is None else x.bias.index_select(0, columns)
+    return twin
+
+
+def _spoilt(x: Tensor, dim: int, by: Tensor) -> Tensor:
+    """Adds to the first place of a dimension: one NaN in a row is enough."""
+    x.narrow(dim, 0, 1).add_(by)
+    return x
+
+
+def _gathered(x: Tensor, columns: Tensor) -> Tensor:
+    return x.gather(-1, columns.expand(*x.shape[:-1], -1))
+
+
+def _copied(x: Tensor, columns: Tensor) -> Tensor:
+    """As `_gathered`, without a gradient; torch moves 16-bit integers faster than floats."""
+    if x.element_size() != 2:
+        return _gathered(x, columns)
+    return _gathered(x.view(torch.int16), columns).view(x.dtype)
 
 
 class Mapped(Backend):
@@ -93,7 +125,7 @@ class Mapped(Backend):
         acc, keep = acc_dtype(student, teacher), rows.keep
         columns = self.teacher_columns[: spec.vocab]
         label = rows.label if spec.hard != 0.0 else None
-        named = teacher.gather(-1, columns.clamp_min(0).expand(*teacher.shape[:-1], -1))
+        named = _copied(teacher, columns.clamp_min(0))
 
         def stats(x: Tensor, temperature: float, width: int) -> Tensor:
             x = x.to(acc) if acc == torch.float64 else x  # stats are as wide as what they are of

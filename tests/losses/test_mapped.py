@@ -575,3 +575,11 @@ def test_what_it_says_of_itself() -> None:
     assert made.shape == (2, 3) and made.size(-1) == 3 and made.dim() == 2
     assert not made.requires_grad and made.dtype == torch.float32
     assert repr(made).startswith("MappedLogits([2, 3] of ") and repr(made).endswith("'all')")
+
+
+@each_normalize
+def test_a_negated_view(backend: Backend, normalize: str) -> None:
+    """Whose memory holds the numbers without their sign."""
+    student, teacher, columns = operands(backend, dtypes=(torch.float32, torch.bfloat16))
+    got = ours(student, torch._neg_view(-teacher), columns, normalize)
+    assert torch.equal(got, ours(student, teacher, columns, normalize))
