@@ -3,118 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from common import INF, Backend, each_name, unreadable
-from oracle import FLOORS, Result, assert_gradients, assert_values, formula, oracle
+from common import INF, Backend, each_name
+from mapped_teachers import (
+    V_S,
+    V_T,
+    assert_as_good_as_torch,
+    differentiated,
+    each_normalize,
+    operands,
+    ours,
+)
 from torch import Tensor, nn
 
 import fastkd
 from fastkd.divergence import Divergence
-
-each_normalize = pytest.mark.parametrize("normalize", ["mapped", "all"])
-V_S, V_T = 21, 70
-
-
-def operands(
-    backend: Backend,
-    lead: tuple[int, ...] = (5,),
-    widths: tuple[int, int] = (V_S, V_T),
-    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Student, teacher and a map in no order."""
-    student, teacher = (3 * torch.randn(*lead, width) for width in widths)
-    columns = torch.randperm(widths[1])[: widths[0]]
-    sides = (
-        x.to(backend.device, dtype) for x, dtype in zip((student, teacher), dtypes, strict=True)
-    )
-    return (*sides, columns.to(backend.device))  # type: ignore[return-value]
-
-
-def plain(
-    student: Tensor,
-    teacher: Tensor,
-    columns: Tensor,
-    normalize: str,
-    labels: Tensor | None = None,
-    *,
-    divergence: Divergence,
-    temperature: float = 1.0,
-    alpha: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """The definitions, in the operands' dtype: the mean over rows."""
-    loss_of = formula(divergence)
-    logq = (student / temperature).log_softmax(-1)
-    if normalize == "mapped":
-        loss = loss_of(
-            (teacher[..., columns] / temperature).log_softmax(-1), logq, divergence.param
-        )
-    else:
-        logp = (teacher / temperature).log_softmax(-1)
-        loss = loss_of(logp[..., columns], logq, divergence.param)
-        rest = logp.index_fill(-1, columns, -1e30).logsumexp(-1, keepdim=True)
-        if divergence.name != "kl":
-            loss = loss + loss_of(rest, torch.full_like(rest, -1e30), divergence.param)
-    if alpha and labels is not None:
-        hard = F.cross_entropy(
-            student.flatten(0, -2),
-            labels.flatten(),
-            reduction="none",
-            label_smoothing=label_smoothing,
-        )
-        loss = (1 - alpha) * loss + alpha * hard.view_as(loss)
-    if labels is None:
-        return loss.mean()
-    keep = labels != -100
-    return loss[keep].mean()
-
-
-def ours(
-    student: Any, teacher: Any, columns: Tensor, normalize: str, *args: Any, **options: Any
-) -> Tensor:
-    mapped = fastkd.MappedLogits(teacher, columns, normalize=normalize)  # type: ignore[arg-type]
-    given = {"alpha": 0.0, "temperature": 1.0, "t_squared": False, **options}
-    return fastkd.distillation_loss(student, mapped, *args, **given)
-
-
-def differentiated(
-    function: Callable[..., Tensor], student: Tensor, *args: Any, **options: Any
-) -> Result:
-    s = student.detach().requires_grad_(True)
-    value = function(s, *args, **options)
-    (grad,) = torch.autograd.grad(value, s)
-    return Result(value.detach(), grad, None)
-
-
-def assert_as_good_as_torch(
-    student: Tensor,
-    teacher: Tensor,
-    columns: Tensor,
-    normalize: str,
-    labels: Tensor | None = None,
-    function: Callable[..., Tensor] = ours,
-    **options: Any,
-) -> Result:
-    """The one rule, against the definitions in float64."""
-    mine = differentiated(function, student, teacher, columns, normalize, labels, **options)
-    wide = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-    torchs, exact = (
-        differentiated(plain, s, t, columns, normalize, labels, **options)
-        for s, t in ((student.to(wide), teacher.to(wide)), (oracle(student), oracle(teacher)))
-    )
-    assert mine.value.dtype == wide
-    assert_values(mine.value, torchs.value, exact.value)
-    assert mine.student is not None and torchs.student is not None and exact.student is not None
-    assert mine.student.dtype == student.dtype
-    rounding = FLOORS[wide] / options.get("temperature", 1.0) * (1.0 + float(exact.value.abs()))
-    assert_gradients(mine.student, torchs.student, exact.student, rounding)
-    return mine
-
 
 # ---- the habit
 
@@ -398,183 +305,6 @@ def test_edges(backend: Backend) -> None:
         if want < INF:
             (grad,) = torch.autograd.grad(loss, x)
             assert grad.abs().max() < 1e-6
-
-
-# ---- gradients of the teacher, again and compiled
-
-
-@pytest.mark.not_interpreted
-@each_normalize
-@each_name
-def test_gradcheck(backend: Backend, divergence: Divergence, normalize: str) -> None:
-    student, teacher, columns = operands(backend, (2,), (4, 9), (torch.float64, torch.float64))
-    student.requires_grad_()
-    run = lambda *x: ours(*x, columns, normalize, divergence=divergence)  # noqa: E731
-    assert torch.autograd.gradcheck(run, (student, teacher))
-    if divergence.name != "tv":
-        assert torch.autograd.gradgradcheck(run, (student, teacher))
-    assert torch.autograd.gradcheck(run, (student.detach(), teacher.clone().requires_grad_()))
-    assert torch.autograd.gradcheck(run, (student, teacher.clone().requires_grad_()))
-
-
-@each_normalize
-def test_a_linear_teacher_that_learns(backend: Backend, normalize: str) -> None:
-    student, _, columns = operands(backend)
-    hidden, weight = torch.randn(5, 6), torch.randn(V_T, 6)
-    grads = []
-    for linear in (True, False):
-        leaves = [x.clone().to(backend.device).requires_grad_() for x in (hidden, weight)]
-        teacher: Any = fastkd.LinearLogits(*leaves) if linear else leaves[0] @ leaves[1].t()
-        grads.append(torch.autograd.grad(ours(student, teacher, columns, normalize), leaves))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-@each_normalize
-@pytest.mark.parametrize("linear", [False, True], ids=["dense", "linear"])
-def test_compiled(normalize: str, linear: bool) -> None:
-    hidden, weight, head = torch.randn(5, 6), torch.randn(V_T, 6), torch.randn(V_S, 6)
-    columns = torch.randperm(V_T)[:V_S]
-
-    def step(hidden: Tensor, head: Tensor) -> Tensor:
-        teacher: Any = fastkd.LinearLogits(hidden, weight) if linear else hidden @ weight.t()
-        return ours(hidden @ head.t(), teacher, columns, normalize, divergence="js")
-
-    results = []
-    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaf = head.clone().requires_grad_()
-        loss = run(hidden, leaf)
-        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-@each_normalize
-def test_transforms(normalize: str) -> None:
-    student, teacher = torch.randn(3, V_S), torch.randn(3, V_T)
-    columns = torch.randperm(V_T)[:V_S]
-    one = torch.func.grad(lambda s, t: ours(s, t, columns, normalize, reduction="sum"))
-    got = torch.func.vmap(one)(student, teacher)
-    want = differentiated(ours, student, teacher, columns, normalize, reduction="sum").student
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-
-
-@each_normalize
-def test_nothing_is_waited_for(normalize: str) -> None:
-    with unreadable():
-        student = torch.randn(3, V_S, requires_grad=True)
-        ours(student, torch.randn(3, V_T), torch.arange(V_S), normalize).backward()
-        assert student.grad is not None
-
-
-# ---- bad input
-
-
-def mapped(columns: Any, **options: Any) -> Any:
-    return fastkd.MappedLogits(torch.randn(2, 9), columns, **options)
-
-
-@pytest.mark.parametrize(
-    ("message", "error", "columns"),
-    [
-        (r"columns: got 4 in places 1 and 3, expected each column", ValueError, [0, 4, 5, 4]),
-        (r"columns: got 9 in place 2, expected .* 0 to 8", ValueError, [0, 4, 9, 1]),
-        (r"columns: got -1 in place 0, .*offsets", ValueError, [-1, 4, 2, 1]),
-        (r"columns: got 3 columns .* student's 4; .*vocab_size=3", ValueError, [0, 4, 2]),
-    ],
-)
-@each_normalize
-def test_refused_by_the_loss(
-    backend: Backend, message: str, error: type[Exception], columns: list[int], normalize: str
-) -> None:
-    at = torch.tensor(columns, device=backend.device)
-    teacher = fastkd.MappedLogits(torch.randn(2, 9, device=backend.device), at, normalize=normalize)  # type: ignore[arg-type]
-    student = torch.randn(2, 4, device=backend.device)
-    with fastkd.checked(), pytest.raises(error, match=message) as caught:
-        fastkd.kl_div(student, teacher)
-    assert len(str(caught.value)) < 500
-
-
-@pytest.mark.parametrize(
-    ("message", "error", "make"),
-    [
-        (
-            r"columns: got shape \[0\], expected \[V\], 1 to 9",
-            ValueError,
-            lambda: mapped(torch.arange(0)),
-        ),
-        (r"columns: got shape \[10\]", ValueError, lambda: mapped(torch.arange(10))),
-        (r"columns: got shape \[2, 2\]", ValueError, lambda: mapped(torch.zeros(2, 2).long())),
-        (r"columns: got a tensor .*float32", TypeError, lambda: mapped(torch.zeros(2))),
-        (r"columns: got a tensor .*bool.*nonzero", TypeError, lambda: mapped(torch.ones(9).bool())),
-        (r"columns: got list", TypeError, lambda: mapped([0, 1])),
-        (r"columns: got a tensor on meta", ValueError, lambda: mapped(torch.arange(3).to("meta"))),
-        (r"normalize: got 'none'", ValueError, lambda: mapped(torch.arange(3), normalize="none")),
-        (
-            "teacher: got TopK",
-            TypeError,
-            lambda: fastkd.MappedLogits(
-                fastkd.topk_from_logits(torch.randn(2, 9), 3),  # type: ignore[arg-type]
-                torch.arange(3),
-            ),
-        ),
-        (
-            r"teacher: got shape \[3, 4\]",
-            ValueError,
-            lambda: fastkd.kl_div(
-                torch.randn(2, 4), fastkd.MappedLogits(torch.randn(3, 9), torch.arange(4))
-            ),
-        ),
-        (
-            "student: got .*MappedLogits",
-            TypeError,
-            lambda: fastkd.kl_div(mapped(torch.arange(4)), torch.randn(2, 4)),
-        ),
-        (
-            "MappedLogits with a group",
-            NotImplementedError,
-            lambda: fastkd.kl_div(torch.randn(2, 4), mapped(torch.arange(4)), group=object()),
-        ),
-        (
-            "teacher: got .*int64",
-            TypeError,
-            lambda: fastkd.kl_div(
-                torch.randn(2, 4), fastkd.MappedLogits(torch.zeros(2, 9).long(), torch.arange(4))
-            ),
-        ),
-    ],
-)
-def test_refused(message: str, error: type[Exception], make: Callable[[], Any]) -> None:
-    with pytest.raises(error, match=message) as caught:
-        make()
-    assert len(str(caught.value)) < 500
-
-
-@each_normalize
-def test_a_bad_column_that_nobody_looks_at(
-    backend: Backend, normalize: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fastkd.engine.mapped_rows.reads_values", lambda x: False)
-    student, teacher, columns = operands(backend)
-    student.requires_grad_()
-    good = ours(student, teacher, columns, normalize, reduction="none")
-    assert good.isfinite().all()
-    for bad in (V_T, -1, 2**40):
-        columns[2] = bad
-        hidden = fastkd.LinearLogits(teacher, torch.eye(V_T, device=backend.device))
-        for form in (teacher, hidden):
-            loss = ours(student, form, columns, normalize, reduction="none")
-            assert loss.isnan().all()
-            (grad,) = torch.autograd.grad(loss.sum(), student)
-            assert grad.isnan().all()
-    assert not teacher.isnan().any()
-
-
-def test_what_it_says_of_itself() -> None:
-    made = mapped(torch.arange(3), normalize="all")
-    assert made.shape == (2, 3) and made.size(-1) == 3 and made.dim() == 2
-    assert not made.requires_grad and made.dtype == torch.float32
-    assert repr(made).startswith("MappedLogits([2, 3] of ") and repr(made).endswith("'all')")
 
 
 @each_normalize
