@@ -21,6 +21,7 @@ from common import (
     run_python,
 )
 from oracle import assert_as_good_as_torch, differentiate
+from told import assert_told
 from torch import Tensor
 
 import fastkd
@@ -75,6 +76,17 @@ def test_losses(isa: str, divergence: Divergence, pair: tuple[torch.dtype, torch
         reduction="none",
         wrt="both",
     )
+
+
+@each_name
+@each_pair
+def test_outputs(isa: str, divergence: Divergence, pair: tuple[torch.dtype, torch.dtype]) -> None:
+    student, teacher = logits(CPU, 3, 2 * BLOCK + 17, pair)
+    student[1, 3 * BLOCK // 2 :] += 9.0
+    labels = torch.tensor([2 * BLOCK + 16, -100, 0])
+    options = {"divergence": divergence, "temperature": 2.0, "label_smoothing": 0.1}
+    _, outputs = fastkd.distillation_loss(student, teacher, labels, return_outputs=True, **options)
+    assert_told(outputs, student, teacher, labels, **options)
 
 
 @each_name

@@ -143,6 +143,18 @@ def test_every_function_takes_it(backend: Backend) -> None:
         assert torch.allclose(loss, outputs.soft.mean())
 
 
+def test_modules_return_what_functions_do(backend: Backend) -> None:
+    student, teacher = logits(backend, 2, 9)
+    labels = torch.tensor([1, 2], device=backend.device)
+    module = fastkd.nn.DistillationLoss(temperature=3.0, return_outputs=True)
+    assert "return_outputs=True" in repr(module)
+    _, outputs = module(student, teacher, labels)
+    kl = fastkd.divergences.kl
+    assert_told(outputs, student, teacher, labels, divergence=kl, temperature=3.0)
+    _, outputs = fastkd.nn.JSDiv(return_outputs=True)(student, teacher)
+    assert_told(outputs, student, teacher, divergence=fastkd.divergences.js)
+
+
 # ---- rows and columns
 
 
