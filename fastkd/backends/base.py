@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -331,6 +331,36 @@ _HOST_CHUNKS = Chunks(2**28, (16, 2**31))
 def chunks(device: torch.device) -> Chunks:
     """What a linear loss may use on a device."""
     return _HOST_CHUNKS if on_host(device) else _GPU_CHUNKS
+
+
+MOST_CHUNKS = 8  # what a chunk costs beyond its products is paid so often, where memory allows it
+ALIGN = 64  # columns: rows start at multiples of 128 bytes, whatever the vocabulary
+
+
+def _in_environment() -> int | None:
+    text = os.environ.get("FASTKD_CHUNK")
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"FASTKD_CHUNK: got {text!r}, expected a number of rows, at least 1")
+    return int(text)
+
+
+default_rows = _in_environment()
+
+
+@lru_cache(256)
+def chunk_rows(n: int, row_bytes: int, device: torch.device, requested: int | None) -> int:
+    """Rows of a chunk; row_bytes of all buffers together."""
+    requested = default_rows if requested is None else requested
+    if requested is not None:
+        return min(requested, max(n, 1))
+    budget, (least, most) = chunks(device)
+    size = budget // max(row_bytes, 1)
+    size = max(size, min(2 * size, -(-n // MOST_CHUNKS)))
+    size = min(max(size, least), most)
+    even = -(-n // max(1, -(-n // size)))  # no short last chunk
+    return max(1, min(size, -(-even // ALIGN) * ALIGN, n))
 
 
 @cache

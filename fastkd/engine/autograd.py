@@ -1,38 +1,46 @@
-"""The drivers as autograd functions: the order of the passes, and what backward keeps.
+"""The reduced loss as an autograd function: loss and gradients in one pass in forward.
 
-Two ways to the same passes, for logits that are given, `LinearLogits` and top-k teachers alike:
+A gradient must be rounded once, with its final factor. Forward has the operands in the cache; only
+backward knows what was made of the loss (`* T * T`, `/ steps`, a loss scaler). So each loss
+remembers the upstream gradient of its last backward, and forward computes the gradient with it.
+Where that was right, which in a training loop is at every step but the first, backward hands the
+gradient out. Where it was wrong, and for a second backward, backward computes it again. Nothing
+rounded is multiplied, so the bits never depend on the guess.
 
-* `reduced`, eager and reduced to a number: loss and gradients in one pass in forward, these times
-  the upstream gradient that `fastkd.engine.upstream` expects. Backward hands them out if that was
-  right, else it computes them again. They are given away once; a second backward computes again.
-* `per_row`: one loss per row, the gradients computed in backward, nothing of size N x V kept. It
-  serves reduction="none" and gradients of weight and normalizer; `fastkd.engine.ops` is the same
-  as a registered operator, for torch.compile.
+A loss is known again by its kind (divergence, dtype, device, operands), by the line that calls it
+and those that call that line, and by its place among the losses of that kind and line whose
+backward is still to come: two losses of a step have two places. On a GPU nothing is read on the
+host: a place holds a 0-d tensor on the device, at one address for as long as it exists, so that a
+CUDA graph that is replayed reads and leaves what it should.
 
 A gradient of the teacher is the student's gradient of the dual divergence with the sides exchanged.
-A top-k teacher takes no part in autograd here. Double backward builds all logits in plain torch.
+A top-k teacher takes no part in autograd here. One loss per row: `per_row.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import sys
+import threading
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd.backends import reference
+from fastkd.backends import formulas
 from fastkd.backends.base import LossSpec, TopKRows, rows_of
 from fastkd.backends.choice import in_functorch
 from fastkd.engine import linear
-from fastkd.engine import upstream as upstreams
+from fastkd.engine.device_guess import OnDevice
+from fastkd.engine.rare_backward import in_place, reduced_graph
 from fastkd.engine.records import Call
 
 Tensors = Sequence["Tensor | None"]
 Needs = Sequence[bool]
 
 
-def _wants_gradient(tensors: Tensors) -> bool:
+def wants_gradient(tensors: Tensors) -> bool:
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
@@ -43,7 +51,7 @@ def _wants_gradient(tensors: Tensors) -> bool:
 # ---- passes over logits that are given
 
 
-def _dense_pass(
+def dense_pass(
     call: Call,
     student: Tensor,
     other: Tensor | TopKRows,
@@ -61,10 +69,10 @@ def _dense_pass(
 
 
 def _teacher_gradient(call: Call, student: Tensor, teacher: Tensor, grad: Tensor | None) -> Tensor:
-    dual = reference.dual(call.spec)
+    dual = formulas.dual(call.spec)
     assert dual is not None, "dispatch.py sends a divergence without a dual to the reference"
     grad = call.backend.empty_gradient(teacher) if grad is None else grad
-    _dense_pass(call, teacher, student, dual, grad)
+    dense_pass(call, teacher, student, dual, grad)
     return grad
 
 
@@ -73,7 +81,7 @@ def _student_gradient(call: Call, student: Tensor) -> Tensor:
     return student.detach() if call.inplace else call.backend.empty_gradient(student)
 
 
-def _dense_gradients(
+def dense_gradients(
     call: Call, tensors: Tensors, needs: Needs, into: Tensors | None = None
 ) -> list[Tensor | None]:
     """The gradients without the loss; over earlier ones, or in memory of their own."""
@@ -86,7 +94,7 @@ def _dense_gradients(
         grads[1] = _teacher_gradient(call, student, teacher, grads[1])
     if needs[0]:
         grad = _student_gradient(call, student) if grads[0] is None else grads[0]
-        _dense_pass(call, student, teacher, call.spec, grad)
+        dense_pass(call, student, teacher, call.spec, grad)
         grads[0] = grad
     return grads
 
@@ -106,14 +114,14 @@ def _dense_total(
     if topk is None and call.outputs is None:
         return backend.fused_total(student, other, spec, rows, grad, upstream), grads
     by = call.times(upstream, student)
-    loss = _dense_pass(by, student, other, spec, grad, call.outputs)
+    loss = dense_pass(by, student, other, spec, grad, call.outputs)
     return backend.total(loss, rows.scale, rows.factor), grads
 
 
 # ---- what backward finds
 
 
-def _save(ctx: Any, *operands: Tensor | None) -> None:
+def save(ctx: Any, *operands: Tensor | None) -> None:
     """save_for_backward, which refuses tensors made in inference mode; a teacher may be one."""
     for x in operands:
         if x is not None and x.is_inference():
@@ -126,7 +134,7 @@ def _save(ctx: Any, *operands: Tensor | None) -> None:
     ctx.save_for_backward(*(x if kept is None else None for x, kept in pairs))
 
 
-def _saved(ctx: Any) -> list[Any]:
+def saved(ctx: Any) -> list[Any]:
     saved = ctx.saved_tensors
     kept = getattr(ctx, "inference", None)
     if kept is None:
@@ -134,34 +142,132 @@ def _saved(ctx: Any) -> list[Any]:
     return [x if y is None else y for x, y in zip(saved, kept, strict=True)]
 
 
-def _again(call: Call) -> Call:
+def again(call: Call) -> Call:
     """The call as backward makes it: the outputs have been told."""
     return call if call.outputs is None else call._replace(outputs=None)
 
 
-def graph(call: Call, tensors: Tensors, needs: Needs, by: Tensor) -> list[Tensor | None]:
-    """The gradients as a graph (create_graph=True), by the reference, the logits in full.
+# ---- the guess of the upstream gradient
 
-    by: [N] scales of the rows, all factors included.
+MOST_PLACES = 64  # losses of a line that wait for their backward; further ones are not remembered
+MOST_LINES = 4096  # that are known
+MOST_FACTORS = 64  # whose successors are known
+MOST_MISSES = 2  # in a row, after which forward leaves the gradient to backward
+FRAMES = 8  # of the stack: the engine's own, the caller's, a module's, some that called it
+
+
+class _Place:
+    """What is remembered of one loss of a step: its upstream gradients.
+
+    The next one is expected to be the last one, or what followed the last one before, whichever of
+    the two was right when they differed: factors that take turns are known, too.
     """
-    if call.backend.group is not None:
-        raise NotImplementedError(
-            "group: create_graph=True (double backward) and batched gradients over a split "
-            "vocabulary are not supported; gather the logits and leave group out"
-        )
-    keep, label = call.rows[:2]
-    first = tensors[0]
-    assert first is not None
-    heads = (None, None) if call.products is None else call.products.heads
-    with torch.enable_grad():
-        mask = None if keep is None else keep.view(first.shape[:-1])
-        columns = call.backend.teacher_columns
-        s, t = reference.logits(tensors, heads, call.spec.vocab, mask, columns)
-        s, t = (x.reshape(-1, x.size(-1)) for x in (s, t))
-        value = reference.row_loss(s, call.topk or t, call.spec, keep, label, columns)
-        inputs = [x for x, need in zip(tensors, needs, strict=True) if need and x is not None]
-        grads = list(torch.autograd.grad(value, inputs, by, create_graph=True))
-    return [grads.pop(0) if need else None for need in needs]
+
+    __slots__ = ("after", "busy", "last", "misses", "on_device", "repeated", "turns")
+
+    def __init__(self) -> None:
+        self.busy = False
+        self.last = 1.0
+        self.after: dict[float, float] = {}
+        self.turns = False  # factors take turns
+        self.misses = 0
+        self.repeated = False  # the last guess was right
+        self.on_device: Tensor | None = None
+
+    def expected(self) -> float:
+        return self.after.get(self.last, self.last) if self.turns else self.last
+
+    def learn(self, factor: float) -> None:
+        self.repeated = _same(factor, self.expected())
+        self.misses = 0 if self.repeated else self.misses + 1
+        again = _same(factor, self.last)
+        if self.turns or not again:  # else nothing changes
+            known = self.after.get(self.last)
+            followed = known is not None and _same(factor, known)
+            if again != followed:
+                self.turns = followed
+            if len(self.after) >= MOST_FACTORS:
+                self.after.clear()
+            self.after[self.last] = factor
+        self.last = factor
+
+
+class _Places(threading.local):
+    """Of each thread: two of them may run the same losses at once."""
+
+    def __init__(self) -> None:
+        self.of: dict[Hashable, list[_Place]] = {}
+
+
+_places = _Places()
+
+
+class OnHost:
+    """A place while its loss waits for a backward, where values can be read."""
+
+    __slots__ = ("expected", "place")
+
+    expected: float | None
+
+    def __init__(self, kind: Hashable, inplace: bool) -> None:
+        """In place, the operands are gone after a wrong guess: only what has repeated is one."""
+        place = _taken(kind)
+        self.place: _Place | None = place
+        self.expected = place.expected() if place.misses < MOST_MISSES else None
+        if inplace and not (place.repeated and place.last and math.isfinite(place.last)):
+            self.expected = None
+
+    def settle(self, factor: float) -> bool:
+        """Whether the guess was right. Remembers the factor and gives the place back."""
+        place = self.place
+        if place is not None:  # else a second backward
+            place.busy, self.place = False, None
+            if factor == place.last != 0.0 and not place.turns:  # as in most steps
+                place.misses, place.repeated = 0, True
+            else:
+                place.learn(factor)
+        return self.expected is not None and _same(factor, self.expected)
+
+    def __del__(self) -> None:
+        if self.place is not None:
+            self.place.busy = False
+
+
+def _line() -> int:
+    """The lines that lead to this call, as a number."""
+    frame: Any = sys._getframe(3)  # of the autograd function, or of what is before it
+    lines: list[int] = []
+    for _ in range(FRAMES):
+        if frame is None:
+            break
+        lines += (id(frame.f_code), frame.f_lasti)
+        frame = frame.f_back
+    return hash(tuple(lines))
+
+
+def _taken(kind: Hashable) -> _Place:
+    key = kind, _line()
+    places = _places.of.get(key)
+    if places is None:
+        if len(_places.of) >= MOST_LINES:
+            _places.of.clear()
+        places = _places.of[key] = []
+    for place in places:
+        if not place.busy:
+            break
+    else:
+        place = _Place()
+        if len(places) < MOST_PLACES:
+            places.append(place)
+    place.busy = True
+    return place
+
+
+def _same(a: float, b: float) -> bool:
+    """Whether two factors give the same gradients, bit by bit."""
+    if a == b:
+        return a != 0.0 or math.copysign(1.0, a) == math.copysign(1.0, b)
+    return a != a and b != b
 
 
 # ---- reduced: gradients in forward
@@ -179,7 +285,7 @@ class _Reduced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Tensor:
         needs = ctx.needs_input_grad[1:]
-        ctx.call, ctx.work, ctx.overwritten = _again(call), None, None
+        ctx.call, ctx.work, ctx.overwritten = again(call), None, None
         ctx.guess = guess = _guess(call, tensors)
         expected: Any = None if guess is None else guess.expected
         if call.products is not None and (guess is None or expected is not None):
@@ -192,9 +298,9 @@ class _Reduced(torch.autograd.Function):
             total = _total(call, tensors)
         if call.inplace and ctx.work is not None and needs[0]:
             _Reduced._overwrite(ctx, tensors[0], expected)
-            _save(ctx, None, *tensors[1:])
+            save(ctx, None, *tensors[1:])
         else:
-            _save(ctx, *tensors)
+            save(ctx, *tensors)
         return total
 
     @staticmethod
@@ -212,7 +318,7 @@ class _Reduced(torch.autograd.Function):
                     "inplace=True has overwritten the student's logits, which create_graph=True "
                     "(double backward) and batched gradients need; use inplace=False"
                 )
-            return (None, *_Reduced._graph(call, _saved(ctx), needs, upstream))
+            return (None, *reduced_graph(call, saved(ctx), needs, upstream))
         if over is not None and over._version != ctx.version:
             raise RuntimeError(
                 "inplace=True keeps the gradient in the student's logits until backward, and they "
@@ -221,59 +327,28 @@ class _Reduced(torch.autograd.Function):
         work, ctx.work = ctx.work, None  # given away once
         by: Any = upstream
         right: Any = None
-        if isinstance(ctx.guess, upstreams.OnHost):
+        if isinstance(ctx.guess, OnHost):
             by = float(upstream)
             right = call.backend.agreed(ctx.guess.settle(by))
         elif ctx.guess is not None:
             right = ctx.guess.settle(upstream)
         if over is not None:
-            return (None, *_Reduced._in_place(ctx, work, by, upstream, needs))
+            return (None, *in_place(ctx, work, upstream, needs))
         if call.products is not None:
             if work is None or right is False:
                 expected = None if ctx.guess is None else by
-                work = linear.work(call, _saved(ctx), needs, wait=True, upstream=expected)
+                work = linear.work(call, saved(ctx), needs, wait=True, upstream=expected)
             return (None, *work.gradients(upstream if ctx.guess is None else None))
         if work is None or right is not True:
-            tensors = _saved(ctx)
+            tensors = saved(ctx)
             again = call.times(by, tensors[0], None if work is None else right)
-            work = _dense_gradients(again, tensors, needs, work)
+            work = dense_gradients(again, tensors, needs, work)
             if call.inplace and needs[0]:
                 _Reduced._overwrite(ctx, tensors[0], by)
         return (None, *work)
 
-    @staticmethod
-    def _graph(call: Call, tensors: Tensors, needs: Needs, upstream: Tensor) -> list[Tensor | None]:
-        by, scale = upstream * call.rows.factor, call.rows.scale
-        first = tensors[0]
-        assert first is not None
-        n = first.numel() // first.size(-1)
-        return graph(call, tensors, needs, by.expand(n) if scale is None else by * scale)
 
-    @staticmethod
-    def _in_place(ctx: Any, work: Any, by: Any, upstream: Tensor, needs: Needs) -> Any:
-        """Gradients of logits that are gone: earlier ones, multiplied."""
-        before = torch.as_tensor(ctx.factor, dtype=upstream.dtype, device=upstream.device)
-        ratio = torch.where(before == upstream, 1.0, upstream / before)
-        if work is not None:
-            for grad in work:
-                if grad is not None:
-                    ctx.call.backend.multiply(grad, ratio)
-            ctx.version, ctx.factor = ctx.overwritten._version, upstream.clone()
-            return work
-        if any(needs[1:]):
-            raise RuntimeError(
-                "inplace=True has overwritten the student's logits, which the teacher's "
-                "gradient of a second backward needs; use inplace=False with retain_graph"
-            )
-        if float(before) == 0.0:
-            raise RuntimeError(
-                "inplace=True keeps the gradient in the student's logits, and the first "
-                "backward has multiplied it by 0; use inplace=False with retain_graph"
-            )
-        return [ctx.overwritten * ratio, *(None for _ in needs[1:])]
-
-
-def _guess(call: Call, tensors: Tensors) -> upstreams.OnHost | upstreams.OnDevice | None:
+def _guess(call: Call, tensors: Tensors) -> OnHost | OnDevice | None:
     """What is expected of a loss; None where the factor can go in later."""
     how, products, student = call.backend.guesses, call.products, tensors[0]
     if not how or (how == "device" and products is not None) or student is None:
@@ -281,9 +356,9 @@ def _guess(call: Call, tensors: Tensors) -> upstreams.OnHost | upstreams.OnDevic
     operands = call.topk is None, products is None, call.backend.group
     kind = call.spec.divergence, student.dtype, student.device, operands
     if how == "host":
-        return upstreams.OnHost(kind, call.inplace)
+        return OnHost(kind, call.inplace)
     wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
-    return upstreams.OnDevice(kind, student.device, torch.float64 if wide else torch.float32)
+    return OnDevice(_taken(kind), student.device, torch.float64 if wide else torch.float32)
 
 
 def _total(call: Call, tensors: Tensors) -> Tensor:
@@ -297,7 +372,7 @@ def _total(call: Call, tensors: Tensors) -> Tensor:
 
 def reduced(call: Call, *tensors: Tensor | None) -> Tensor:
     """factor * sum of scale * (loss of each row), a 0-d tensor in acc dtype."""
-    if _wants_gradient(tensors):
+    if wants_gradient(tensors):
         if call.inplace:
             student = tensors[0]
             assert student is not None
@@ -306,50 +381,3 @@ def reduced(call: Call, *tensors: Tensor | None) -> Tensor:
                 call = call._replace(inplace=False)
         return _Reduced.apply(call, *tensors)
     return _total(call, tensors)
-
-
-# ---- one loss per row: gradients in backward
-
-
-def row_values(call: Call, tensors: Tensors) -> Tensor:
-    """Loss [N] of each row."""
-    if call.products is not None:
-        return linear.row_values(call, tensors)
-    student, teacher = tensors[0], tensors[-1] if call.topk is None else call.topk
-    assert student is not None and teacher is not None
-    return _dense_pass(call, student, teacher, call.spec, None, call.outputs)
-
-
-def row_gradients(
-    call: Call, tensors: Tensors, needs: Needs, upstream: Tensor
-) -> list[Tensor | None]:
-    """The gradients of sum(upstream * loss of each row)."""
-    scale = upstream.resolve_neg().reshape(-1).contiguous()
-    if call.products is not None:
-        return linear.row_gradients(call, tensors, needs, scale)
-    return _dense_gradients(call._replace(rows=call.rows._replace(scale=scale)), tensors, needs)
-
-
-class _PerRow(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, call: Call, lead: torch.Size, *tensors: Tensor | None) -> Tensor:
-        # keep and label are the call's: saved so that whoever changes the labels hears of it
-        _save(ctx, *tensors, call.rows.keep, call.rows.label)
-        ctx.call = _again(call)
-        return row_values(call, tensors).view(lead)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, _, _ = _saved(ctx)
-        call, needs = ctx.call, ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled() or in_functorch(upstream):
-            return (None, None, *graph(call, tensors, needs, upstream.reshape(-1)))
-        return (None, None, *row_gradients(call, tensors, needs, upstream))
-
-
-def per_row(call: Call, lead: torch.Size, *tensors: Tensor | None) -> Tensor:
-    """Loss of each row, in the leading shape; the gradients wait for backward."""
-    if _wants_gradient(tensors):
-        # a registered operator costs some 10 us a call more than this, as much as a small loss
-        return _PerRow.apply(call, lead, *tensors)
-    return row_values(call, tensors).view(lead)

@@ -16,10 +16,10 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from fastkd.arguments.tensors import DTYPES
-from fastkd.backends import choice, reference
+from fastkd.backends import choice, formulas, reference
 from fastkd.backends.base import Backend, LossSpec, Rows
 from fastkd.divergence import Divergence
-from fastkd.engine import autograd, ops, outputs, validate
+from fastkd.engine import autograd, of_dtensors, ops, outputs, per_row, validate
 from fastkd.engine import reduction as reductions
 from fastkd.engine.mapped_rows import Mapped, mapped
 from fastkd.engine.records import Call, Products, Request
@@ -103,9 +103,9 @@ def loss(
     if compiling and (dtensors or group is not None):  # an exchange is no part of a graph
         from fastkd.engine.outside_graph import call as outside  # and a compiler, else not loaded
 
-        return outside(_of_dtensors if dtensors else _again, sides, options)
+        return outside(_of_parts if dtensors else _again, sides, options)
     if dtensors:
-        return _of_dtensors(sides, **options)
+        return _of_parts(sides, **options)
     return run(_request(ordinary, sides, **options))
 
 
@@ -190,40 +190,8 @@ def _again(sides: tuple[Any, ...], **options: Any) -> Tensor:
     return loss(*sides, **options)
 
 
-def _of_dtensors(
-    sides: tuple[Any, ...],
-    *,
-    labels: Tensor | None,
-    ignore_index: int,
-    weight: Tensor | None,
-    reduction: str,
-    normalizer: Any,
-    vocab_size: int | None,
-    inplace: bool,
-    group: object,
-    return_outputs: bool,
-) -> Tensor:
-    """`loss` where something is a DTensor: of this rank's part, summed to that of all rows."""
-    name, student, teacher, *numbers = sides
-    validate.reduction(reduction)
-    if dtensor.is_dtensor(normalizer):
-        normalizer = normalizer.full_tensor()
-    validate.normalizer(normalizer, reduction, student)
-    part = dtensor.local(student, teacher, labels, weight, inplace, group)
-    validate.rows(part.student, part.labels, ignore_index, part.weight)
-    own, by = part.normalizer(reduction, normalizer, ignore_index)
-    value = loss(
-        *(name, part.student, part.teacher, *numbers),
-        labels=part.labels,
-        ignore_index=ignore_index,
-        weight=part.weight,
-        reduction=own,
-        normalizer=by,
-        vocab_size=vocab_size,
-        inplace=inplace,
-        group=part.group,
-    )
-    return part.full(value, own)
+def _of_parts(sides: tuple[Any, ...], **options: Any) -> Tensor:
+    return of_dtensors.loss(loss, sides, **options)
 
 
 def _request(
@@ -295,7 +263,7 @@ def run(r: Request) -> Tensor:
     # torch's own autograd: what is chosen by hand, or has no kernel, or no dual for the teacher
     in_torch = choice.in_functorch() if compiling else backend is reference.BACKEND
     if teacher_grad and not in_torch:
-        no_dual = reference.dual(spec) is None
+        no_dual = formulas.dual(spec) is None
         in_torch = no_dual or isinstance(r.teacher, TopK) or r.columns is not None
     if r.columns is not None and spec.soft != 0.0:
         outputs.refuse_map(r.return_outputs)
@@ -326,7 +294,7 @@ def run(r: Request) -> Tensor:
             value = ops.row_loss(call(Rows(keep, label)), *tensors)
         else:
             rows = Rows(reductions.flat(keep), reductions.flat(label))
-            value = autograd.per_row(call(rows), lead, *tensors)
+            value = per_row.per_row(call(rows), lead, *tensors)
         value = reductions.reduce(value, r, keep, bad)
     elif others:
         value = autograd.reduced(call(reductions.row_scale(backend, r, acc)), *tensors)
@@ -347,7 +315,7 @@ def _in_torch(call: Call, tell: bool, *tensors: Tensor | None) -> tuple[Tensor, 
     columns = call.backend.teacher_columns
     s, t = reference.logits(tensors, heads, call.spec.vocab, keep, columns)
     rows = s, call.topk or t, call.spec, keep, label
-    return reference.row_loss(*rows, columns), reference.row_outputs(*rows) if tell else None
+    return formulas.row_loss(*rows, columns), formulas.row_outputs(*rows) if tell else None
 
 
 def _tensors(x: Any) -> tuple[Tensor | None, ...]:

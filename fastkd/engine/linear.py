@@ -10,22 +10,21 @@ go into one for a gradient, those of ignored rows are 0.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkd.backends import reference
+from fastkd.backends import formulas
 from fastkd.backends.base import (
+    ALIGN,
     Backend,
     Rows,
     TopKRows,
     adds_wide,
     autocast_off,
-    chunks,
+    chunk_rows,
     rows_of,
 )
 from fastkd.engine.records import Call
@@ -34,35 +33,7 @@ from fastkd.operands import Head
 Tensors = Sequence["Tensor | None"]
 Needs = Sequence[bool]
 
-MOST_CHUNKS = 8  # what a chunk costs beyond its products is paid so often, where memory allows it
-ALIGN = 64  # columns: rows start at multiples of 128 bytes, whatever the vocabulary
 BLOCK = 2**18  # elements of a product that is added by hand: it stays in a core's own cache
-
-
-def _in_environment() -> int | None:
-    text = os.environ.get("FASTKD_CHUNK")
-    if text is None:
-        return None
-    if not text.isdecimal() or int(text) == 0:
-        raise ValueError(f"FASTKD_CHUNK: got {text!r}, expected a number of rows, at least 1")
-    return int(text)
-
-
-default_rows = _in_environment()
-
-
-@lru_cache(256)
-def chunk_rows(n: int, row_bytes: int, device: torch.device, requested: int | None) -> int:
-    """Rows of a chunk; row_bytes of all buffers together."""
-    requested = default_rows if requested is None else requested
-    if requested is not None:
-        return min(requested, max(n, 1))
-    budget, (least, most) = chunks(device)
-    size = budget // max(row_bytes, 1)
-    size = max(size, min(2 * size, -(-n // MOST_CHUNKS)))
-    size = min(max(size, least), most)
-    even = -(-n // max(1, -(-n // size)))  # no short last chunk
-    return max(1, min(size, -(-even // ALIGN) * ALIGN, n))
 
 
 def _buffer(
@@ -338,7 +309,7 @@ def work(
     """
     rest, expected = None, upstream is not None
     if upstream is not None:
-        if _has_float16(call):  # the products keep to the range of 16 bits, whatever its size
+        if has_float16(call):  # the products keep to the range of 16 bits, whatever its size
             upstream, power = math.frexp(upstream)
             rest = torch.tensor(2.0**power, dtype=torch.float64)
         call = call._replace(rows=call.rows.times(upstream, 0))
@@ -376,29 +347,9 @@ def work(
     return Work(sides, loss, scale, index, rest)
 
 
-def _has_float16(call: Call) -> bool:
+def has_float16(call: Call) -> bool:
     assert call.products is not None
     return any(head is not None and head.dtype == torch.float16 for head in call.products.heads)
-
-
-def row_gradients(call: Call, tensors: Tensors, needs: Needs, scale: Tensor) -> list[Tensor | None]:
-    """The gradients of sum(scale * loss of each row)."""
-    back = None
-    if _has_float16(call):  # the products keep to the range of 16 bits
-        top = scale.abs().amax() if scale.numel() else scale.new_ones(())
-        power = torch.where(top.isfinite() & (top > 0.0), top, 1.0).log2().floor().exp2()
-        scale, back = scale / power, power
-    call = call._replace(rows=call.rows._replace(scale=scale))
-    return work(call, tensors, needs, wait=False).gradients(back)
-
-
-def row_values(call: Call, tensors: Tensors) -> Tensor:
-    """Loss [N] of each row."""
-    done = work(call, tensors, [False] * len(tensors), wait=False)
-    if done.kept is None:
-        return done.loss
-    assert call.rows.keep is not None
-    return done.loss.new_zeros(call.rows.keep.numel()).index_copy_(0, done.kept, done.loss)
 
 
 def _run(call: Call, sides: list[Side], n: int, wait: bool) -> Tensor:
@@ -410,7 +361,7 @@ def _run(call: Call, sides: list[Side], n: int, wait: bool) -> Tensor:
     row_pass: Any = backend.fused if topk is None else backend.topk
     student, teacher = sides[0], sides[1] if len(sides) > 1 else None
     of_teacher = teacher is not None and teacher.any
-    dual = reference.dual(spec) if of_teacher else None
+    dual = formulas.dual(spec) if of_teacher else None
     both = student.any and of_teacher
     row_bytes = sum(side.row_bytes(both and side is teacher) for side in sides)
     step = chunk_rows(n, row_bytes, student.device, call.products and call.products.chunk)

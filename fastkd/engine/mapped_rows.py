@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastkd.backends.base import Backend, LossSpec, Rows, Stats, acc_dtype
 from fastkd.backends.choice import in_functorch
-from fastkd.backends.reference import of_sums, unmapped_price
+from fastkd.backends.formulas import of_sums, unmapped_price
 from fastkd.engine.reduction import reads_values
 from fastkd.mapped import MappedLogits
 from fastkd.operands import Operand

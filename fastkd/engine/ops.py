@@ -1,4 +1,4 @@
-"""The losses of rows as registered operators, for torch.compile (see `fastkd.engine.autograd`).
+"""The losses of rows as registered operators, for torch.compile (see `fastkd.engine.per_row`).
 
 One operator serves all operands: `fastkd::row_loss`, and `fastkd::row_grads` for its backward. Each
 side is six arguments in a row: logits, or hidden states with a weight, a bias and the head's
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastkd.backends.base import OUTPUTS, LossSpec, Rows, TopKRows
 from fastkd.backends.choice import pick
-from fastkd.engine.autograd import graph, row_gradients, row_values
+from fastkd.engine.per_row import row_gradients, row_values
+from fastkd.engine.rare_backward import graph
 from fastkd.engine.records import Call, Products
 from fastkd.engine.reduction import flat
 from fastkd.operands import Head

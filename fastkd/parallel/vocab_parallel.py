@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.backends import reference
+from fastkd.backends import formulas
 from fastkd.backends.base import Backend, LossSpec, Rows, Stats, TopKRows, acc_dtype
 from fastkd.parallel import collectives
 
@@ -116,8 +116,8 @@ class VocabParallel(Backend):
         if spec.vocab:
             own = self.backend.loss(student, teacher, stats, spec, rows).to(acc)
         pairs = self.gathered(own).sum(0)
-        value = reference.of_sums(spec, pairs[:, 0])[0]
-        if reference.entry(spec).of_sum is not None:  # nothing has mass on either side: no loss
+        value = formulas.of_sums(spec, pairs[:, 0])[0]
+        if formulas.entry(spec).of_sum is not None:  # nothing has mass on either side: no loss
             value = torch.where((stats_s[:, 1] == 0) & (stats_t[:, 1] == 0), 0.0, value)
         loss = spec.soft * value
         if entropy is not None:
@@ -348,10 +348,10 @@ class _Points:
             self.log_tail = torch.where(unnamed[:, 1] == 0, -INF, moved)
             leaves.append(self.log_tail)
             logps.append(tail)
-        entry = reference.entry(spec)
+        entry = formulas.entry(spec)
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in leaves]
-            values = [reference.pointwise(entry, a, b) for a, b in zip(logps, leaves, strict=True)]
+            values = [formulas.pointwise(entry, a, b) for a, b in zip(logps, leaves, strict=True)]
             value = values[0].sum(-1)
             if len(values) > 1:
                 value = value + values[1]

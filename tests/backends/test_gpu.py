@@ -21,7 +21,7 @@ from common import DTYPES, PAIRS
 from fastkd.backends import base
 from fastkd.backends.base import LossSpec, Stats
 from fastkd.backends.reference import BACKEND as reference
-from fastkd.backends.reference import of_sums
+from fastkd.backends.formulas import of_sums
 
 pytest.importorskip("triton")
 from gpu_rows import DEVICE, NAMES, Rows, assert_like_reference, each_name, fused, make, spec_of

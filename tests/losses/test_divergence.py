@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 import fastkd
-from fastkd.backends import reference
+from fastkd.backends import formulas
 from fastkd.backends.base import LossSpec
 from fastkd.divergence import Divergence
 
@@ -169,7 +169,7 @@ def test_symmetry(divergence: Divergence) -> None:
 )
 def test_bound_is_reached_on_disjoint_supports(divergence: Divergence, bound: float) -> None:
     logp = torch.tensor([0.0, -math.inf], **DOUBLE)
-    value = divergence.row_loss(reference.pointwise(divergence, logp, logp.flip(0)).sum())
+    value = divergence.row_loss(formulas.pointwise(divergence, logp, logp.flip(0)).sum())
     assert value.item() == pytest.approx(bound, rel=1e-14)
 
 
@@ -196,4 +196,4 @@ def test_call_sets_the_parameter_of_a_copy(name: str) -> None:
 @each_divergence
 def test_reference_finds_the_entry_of_a_spec(divergence: Divergence) -> None:
     spec = LossSpec(divergence.name, divergence.param, 1.0, 1.0, 0.0, 0.0, 7, 7)
-    assert label_of(reference.entry(spec)) == label_of(divergence)
+    assert label_of(formulas.entry(spec)) == label_of(divergence)

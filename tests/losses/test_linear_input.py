@@ -14,9 +14,8 @@ from torch import Tensor
 
 import fastkd
 from fastkd import LinearLogits
-from fastkd.backends.base import chunks
+from fastkd.backends.base import ALIGN, chunk_rows, chunks
 from fastkd.demo.memory import allocated_peak
-from fastkd.engine.linear import ALIGN, chunk_rows
 
 sys.path.append(str(Path(__file__).parents[2]))  # bench is no part of the installed package
 
@@ -197,7 +196,7 @@ def test_the_smaller_chunk_of_two_sides_is_taken(monkeypatch: pytest.MonkeyPatch
     ("text", "said"), [("3", "rows 3"), ("0", "FASTKD_CHUNK: got '0'"), ("many", "'many'")]
 )
 def test_chunk_in_the_environment(text: str, said: str) -> None:
-    script = "from fastkd.engine.linear import chunk_rows; import torch; print('rows', "
+    script = "from fastkd.backends.base import chunk_rows; import torch; print('rows', "
     script += "chunk_rows(100, 8, torch.device('cpu'), None))"
     ran = run_python("-c", script, FASTKD_CHUNK=text)
     assert said in ran.stdout + ran.stderr
