@@ -134,7 +134,7 @@ class Backend:
 
     #: values can be read without waiting for a device, and there is `count` and `weigh`
     on_host = False
-    #: where forward may compute a gradient with a guess of its factor (`fastkd.engine.upstream`):
+    #: where forward may compute a gradient with a guess of its factor (`fastkd.engine.autograd`):
     #: "host", "device", or "" for nowhere
     guesses = ""
     #: there is `stepwise`
