@@ -227,6 +227,9 @@ struct OfSum {
   double by;
 };
 
+template <class D>
+constexpr bool kOfSum = std::is_same<D, Acceptance>::value;  // whether it is not the sum itself
+
 template <class T, class D>
 inline OfSum of_sum(D, double sum) {
   return {sum, 1.0};

@@ -201,7 +201,7 @@ template <class T, class D>
 inline void grad_loop(const Args& a, int64_t r, const Plain<T>& student, const Plain<T>& teacher,
                       const Slopes<T>& w, T* buffer) {
   using V = Vec<T>;
-  const Factors f(a, r, w.scale, w.by);
+  const Factors f(a, r, w.scale);
   const T param = static_cast<T>(a.param), k = static_cast<T>(f.k);
   const Origin<T> centre = centred<D>(param);
   const V slope = splat(static_cast<T>(-w.slope));
@@ -215,7 +215,10 @@ inline void grad_loop(const Args& a, int64_t r, const Plain<T>& student, const P
     for (int64_t i = 0; i < padded<T>(n); i += Simd<T>::lanes) {
       const V logits = loadu<V>(x + i);
       const Column<V> column = w.sides(logits, loadu<V>(y + i));
-      V out = k * fma(slope, column.q, pair_at<D>(column, param, centre).slope);
+      V out = fma(slope, column.q, pair_at<D>(column, param, centre).slope);
+      // first: k times the factor may overflow a float
+      if constexpr (kOfSum<D>) out *= splat(static_cast<T>(w.by));
+      out *= k;
       if (a.hard != 0.0) out += fma(h, exp2(w.hard_of(logits)), -uniform);
       storeu(g + i, out);
     }

@@ -20,8 +20,8 @@ from common import DTYPES, PAIRS
 
 from fastkd.backends import base
 from fastkd.backends.base import LossSpec, Stats
-from fastkd.backends.reference import BACKEND as reference
 from fastkd.backends.formulas import of_sums
+from fastkd.backends.reference import BACKEND as reference
 
 pytest.importorskip("triton")
 from gpu_rows import DEVICE, NAMES, Rows, assert_like_reference, each_name, fused, make, spec_of

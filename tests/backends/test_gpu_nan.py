@@ -22,8 +22,8 @@ from pairwise import pairwise
 
 import fastkd
 from fastkd.backends.base import LossSpec, Rows, Stats, TopKRows, acc_dtype
-from fastkd.backends.reference import BACKEND as reference
 from fastkd.backends.formulas import of_sums
+from fastkd.backends.reference import BACKEND as reference
 
 pytest.importorskip("triton")
 from fastkd.backends.gpu import BACKEND as gpu
