@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkd.arguments.messages import describe, listed, shown
+from fastkd.arguments.numbers import integer
 
 from . import axolotl, distillkit, few_fields, generated, openai, sglang, trl, vllm
 from .records import Options, Record, Report, Rows
@@ -147,6 +148,8 @@ def read(
     for name, got in given.items():
         if got is not None and name not in entry.options:
             raise TypeError(f"{name}: got {describe(got)}, expected none: {format} takes none")
+    if vocab_size is not None and (integer(vocab_size) or 0) < 1:
+        raise ValueError(f"vocab_size: got {shown(vocab_size)}, expected the student's, at least 1")
     known = [str(x) for x in entry.kinds if x]
     if kind not in (known if entry.kinds[0] is None else [None, *known]):
         raise ValueError(f"kind: got {shown(kind)} for {format}, expected {' or '.join(known)}")

@@ -110,9 +110,9 @@ def grid(found: Any, fill: float, where: str) -> Tensor:
         found = found.as_py()
     if isinstance(found, Tensor) or hasattr(found, "dtype"):
         found = torch.as_tensor(found).tolist()
-    filled = [row if row is not None else [] for row in found]
-    k = max([1, *map(len, filled)])
     try:
+        filled = [row if row is not None else [] for row in found]
+        k = max([1, *map(len, filled)])
         made = [[fill if x is None else x for x in row] + [fill] * (k - len(row)) for row in filled]
         whole = isinstance(fill, int)
         return torch.tensor(made, dtype=torch.int64 if whole else torch.float64).view(-1, k)
