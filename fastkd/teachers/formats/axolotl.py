@@ -35,19 +35,6 @@ def read_v2(source: Any, _: Options) -> Iterator[Rows]:
         yield Rows(tokens, ids, values, torch.arange(-len(ids), 0), f"{where}.logprobs")
 
 
-def read_prepared(source: Any, _: Options) -> Iterator[Rows]:
-    """target_logprobs, target_token_ids, target_mask: a row for each of input_ids, 0 masks."""
-    for where, row in tables.rows(source):
-        tokens = tables.ids(row, "input_ids", where)
-        ids, values = tables.pair(row, "target_token_ids", "target_logprobs", where)
-        mask = tables.grid(tables.column(row, "target_mask", where), 0, f"{where}.target_mask")
-        if not len(ids) == len(mask) == len(tokens):
-            got = f"{len(ids)} rows and {len(mask)} masks for {len(tokens)} tokens"
-            raise ValueError(f"{where}.target_mask: got {got}, expected one for each")
-        ids = ids.masked_fill(mask[:, :1] == 0, -1)
-        yield Rows(tokens, ids[1:], values[1:], torch.arange(1, len(ids)), where)
-
-
 def write_v2(records: Iterable[Record], path: str | os.PathLike[str]) -> None:
     """logprobs and target_token_ids of the last tokens, [] where there is no teacher; input_ids."""
     tables.write(path, map(_row, records), "axolotl-v2")

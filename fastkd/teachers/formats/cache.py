@@ -104,7 +104,7 @@ def _records(reader: store.Reader, tokens: Any) -> Iterator[Record]:
 def _tokens(tokens: Any) -> Iterable[Any]:
     if isinstance(tokens, (str, os.PathLike)):
         return (tables.ids(row, "input_ids", where) for where, row in tables.rows(tokens))
-    return tokens  # type: ignore[no-any-return]
+    return tokens
 
 
 def _widened(said: fastkd.TopK, k: int) -> fastkd.TopK:

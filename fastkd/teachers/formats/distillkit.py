@@ -184,15 +184,12 @@ def logprobs(data: Tensor, settings: dict[str, Any], where: str) -> Tensor:
         for piece, (name, count) in zip(data.to(torch.uint8).split(sizes, -1), parts, strict=True)
     )
     rest = torch.zeros((len(data), k - exact_k), dtype=torch.float64)
-    if terms:  # in the dtype of the fit, of which the residuals are what is left
-        t = (
-            torch.linspace(0, 1, k - exact_k)
-            if settings["normalize_t"]
-            else torch.arange(k - exact_k)
-        )
-        t = t.to(coeffs.dtype)
-        basis = [getattr(t, x)() if isinstance(x, str) else t**x for x in terms]
-        rest += (torch.stack(basis, -1) * coeffs[:, None, :]).sum(-1).double()
+    if terms:  # in the coefficients' dtype, as DistillKit's own reader has it
+        count, dtype = k - exact_k, coeffs.dtype
+        ranks = torch.arange(count, dtype=dtype)
+        t = torch.linspace(0, 1, count, dtype=dtype) if settings["normalize_t"] else ranks
+        basis = torch.stack([getattr(t, x)() if isinstance(x, str) else t**x for x in terms], -1)
+        rest += (basis * coeffs[:, None, :]).sum(-1).double()
     first = 0
     for part, scale, packed in zip(settings["residual_bins"], bins[::2], bins[1::2], strict=True):
         count, bits = part["num_elements"], part["element_bits"]

@@ -58,9 +58,6 @@ formats: dict[str, Format] = {
     "distillkit-raw": Format(distillkit.read_raw, None, (None, *LOGS), NORM, "top_values"),
     "axolotl-v1": Format(axolotl.read_v1, None, ("logprob",), NORM, "token_id:N in logprobs"),
     "axolotl-v2": Format(axolotl.read_v2, axolotl.write_v2, ("logprob",), NORM, "target_token_ids"),
-    "axolotl-prepared": Format(
-        axolotl.read_prepared, None, ("logprob",), NORM, "target_logprobs and target_mask"
-    ),
     "llamakd": Format(
         few_fields.read_llamakd, few_fields.write_llamakd, LOGS, BUCKET, "targets", ("align",)
     ),

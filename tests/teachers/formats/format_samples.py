@@ -174,12 +174,6 @@ PROBS = [
     {str(i): float(torch.tensor(x, dtype=torch.float64).exp()) for i, x in row.items()}
     for row in SAID
 ]
-PREPARED = {
-    "input_ids": IDS,
-    "target_token_ids": [[0, 1, 2], *floored(WIDE_IDS)],
-    "target_logprobs": [[LOW] * 3, *WIDE_LOGS],
-    "target_mask": [[0] * 3, [1] * 3, [1] * 3, [1] * 3],
-}
 TARGETS = [
     [logs, [float(max(i, 0)) for i in ids]] for logs, ids in zip(WIDE_LOGS, WIDE_IDS, strict=True)
 ]
@@ -203,7 +197,6 @@ V2 = {"input_ids": IDS, "logprobs": RAGGED_LOGS, "target_token_ids": RAGGED_IDS}
 FILES: list[tuple[str, Any, dict[str, Any], list[int] | None]] = [
     ("axolotl-v1", {"logprobs": V1}, {}, None),
     ("axolotl-v2", V2, {}, IDS),
-    ("axolotl-prepared", PREPARED, {}, IDS),
     ("llamakd", LLAMAKD, {"align": "next"}, IDS),
     ("easydistill", PROBS, {}, None),
     ("trl-rows", TRL_ROWS, {}, IDS),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -285,19 +286,29 @@ def test_what_is_missing_is_named(format: str, source: Any, message: str) -> Non
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("row, align, message", [
-    ({"inputs": IDS, "targets": [[[-0.5], [3.0]]] * 3}, "next", r"got \[3, 2, 1\], expected \[4, 2"),
-    ({"inputs": IDS, "targets": [[[-0.5], [3.5]]] * 4}, "next", "no whole numbers"),
-])  # fmt: skip
-def test_llamakd_is_told_by_its_shape(row: Any, align: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        next(formats.read("llamakd", [row], align=align))
-    row = {"inputs": IDS, "targets": [[[-9.0], [5.0]], *([[x], [float(i)]] for i, x in TOKENS)]}
+def test_llamakd_is_told_by_its_shape() -> None:
+    for targets, message in (
+        ([[[-0.5], [3.0]]] * 3, r"got \[3, 2, 1\], expected \[4, 2, K\]"),
+        ([[[-0.5], [3.5]]] * 4, "no whole numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(formats.read("llamakd", [{"inputs": IDS, "targets": targets}], align="next"))
+    own = [(5, -9.0), (3, -0.5), (7, -3.0), (1, -0.125)]
+    row = {"inputs": IDS, "targets": [[[x], [float(i)]] for i, x in own]}
     record = next(formats.read("llamakd", [row], align="token"))
     assert record.teaches.tolist() == [1, 2, 3] and record.topk.indices[:, 0].tolist() == IDS[1:]
 
 
-TOKENS = [(3, -0.5), (7, -3.0), (1, -0.125)]
+def test_an_extra_that_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pyarrow.parquet", "yaml"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"needs pyarrow.*pip install '\.\[formats\]'"):
+        next(formats.read("verl", tmp_path / "x.parquet"))
+    (tmp_path / "compression_config.yaml").write_text("d: 12")
+    with pytest.raises(ImportError, match=r"distillkit needs yaml.*pip install pyyaml"):
+        next(formats.read("distillkit", tmp_path))
 
 
 def test_an_option_that_a_format_does_not_take() -> None:
