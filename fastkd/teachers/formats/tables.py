@@ -39,6 +39,10 @@ def files(path: Path) -> list[Path]:
         return [path]
     for suffix in (".parquet", ".arrow", ".jsonl"):
         found = [x for x in path.glob(f"*{suffix}") if not x.name.startswith(("cache-", "."))]
+        kinds = {re.sub(r"\d+", "N", x.name) for x in found}
+        if len(kinds) > 1:
+            got = f"files of {listed(sorted(kinds))}"
+            raise ValueError(f"{path}: got {got}, expected one split's: give a file, or move them")
         if found:
             return sorted(found, key=lambda x: [int(n) for n in re.findall(r"\d+", x.name)])
     names = listed(sorted(x.name for x in path.iterdir()))

@@ -35,11 +35,10 @@ def answers(source: Any) -> Iterator[tuple[str, Any]]:
         source, name = json.loads(path.read_text(encoding="utf-8")), str(path)
     else:
         name = "answer"
-    if isinstance(source, (list, tuple)):
-        for number, answer in enumerate(source):
-            yield f"{name}[{number}]", answer
-    else:
-        yield name, source
+    many = isinstance(source, (list, tuple))
+    for number, answer in enumerate(source if many else [source]):
+        answer = answer.model_dump() if hasattr(answer, "model_dump") else answer  # a client's
+        yield f"{name}[{number}]" if many else name, answer
 
 
 def field(answer: Any, name: str, where: str, expected: str = "it") -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,6 +103,33 @@ def test_the_loss_of_a_served_teacher_is_that_of_the_same_columns() -> None:
         assert torch.allclose(got, expected, rtol=1e-4), divergence
     aligned = record.aligned()
     assert aligned.indices.equal(record.topk.indices)
+
+
+def test_folders_and_datasets(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list([V2] * 3)
+    data.save_to_disk(tmp_path / "saved", num_shards=2)
+    for source in (data, tmp_path / "saved"):
+        records = [*formats.read("axolotl-v2", source)]
+        assert len(records) == 3
+        same(records[2])
+    for name in ("train-00000-of-00002", "train-00001-of-00002"):
+        data.to_parquet(tmp_path / f"{name}.parquet")
+    assert len([*formats.read("axolotl-v2", tmp_path)]) == 6
+    data.to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"got files of test-N-of-N\.parquet, train-N-of-N"):
+        next(formats.read("axolotl-v2", tmp_path))
+
+
+def test_answers_of_a_client() -> None:
+    """The openai package gives models of pydantic, with what it does not know as extra fields."""
+
+    class Model(SimpleNamespace):
+        def model_dump(self) -> dict[str, Any]:
+            return dict(self.__dict__)
+
+    for given in (Model(**vllm()), [Model(**vllm())]):
+        same(next(formats.read("vllm", given)))
 
 
 def test_scores_of_given_ids(tmp_path: Path) -> None:
