@@ -66,9 +66,9 @@ def read_legacy(source: Any, options: Options) -> Iterator[Rows]:
         if exact_k < k:
             _same(coeffs.size(-1), len(terms), f"{where}.coeffs", "coefficients a row")
             fit = coeffs @ torch.stack(terms)
-        found = torch.cat((exact[:, : exact_k or 0], fit), -1)
-        _same(found.size(-1), k, f"{where}.exact_values", "values a row, with those of coeffs")
-        yield _placed(row, ids, found, where)
+        exact = exact if exact_k else exact[:, :0]
+        _same(exact.size(-1), exact_k, f"{where}.exact_values", "values a row")
+        yield _placed(row, ids, torch.cat((exact, fit), -1), where)
 
 
 def read_raw(source: Any, _: Options) -> Iterator[Rows]:
@@ -80,7 +80,7 @@ def read_raw(source: Any, _: Options) -> Iterator[Rows]:
 def write(records: Iterable[Record], path: str | os.PathLike[str]) -> None:
     """A folder of data_0.parquet and compression_config.yaml, every log-probability in float32.
 
-    d is what holds the largest id, an absent column is id 0 at -inf. K is that of the first record.
+    d holds the largest id, k is the widest record's, an absent column is id 0 at -inf.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)

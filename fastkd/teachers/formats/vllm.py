@@ -15,6 +15,7 @@ from torch import Tensor
 from fastkd.arguments.messages import describe
 from fastkd.distill.serialization import needed
 
+from . import tables
 from .records import Options, Record, Rows, as_ids
 from .wire import answers, decoded, field, generated_rows, id_of, prompt_rows, value
 
@@ -72,9 +73,11 @@ def write(records: Iterable[Record], path: str | os.PathLike[str]) -> None:
     """One answer of `/v1/completions` with a choice a record."""
     choices = []
     for number, record in enumerate(records):
-        said = record.aligned()
+        known = None if record.tokens is None else record.tokens.tolist()
+        size = record.aligned().size(0) + 1 if known is None else len(known)
+        said_ids, said_logs = tables.grids(record, size, first=1)
         rows: list[Any] = [None]
-        for ids, logs in zip(said.indices.tolist(), said.logprobs.tolist(), strict=True):
+        for ids, logs in zip(said_ids.tolist(), said_logs.tolist(), strict=True):
             named = [(i, x) for i, x in zip(ids, logs, strict=True) if i >= 0]
             rows.append(
                 {
@@ -83,7 +86,6 @@ def write(records: Iterable[Record], path: str | os.PathLike[str]) -> None:
                 }
                 or None
             )
-        known = None if record.tokens is None else record.tokens.tolist()
         choices.append({"index": number, "prompt_logprobs": rows, "prompt_token_ids": known})
     Path(path).write_text(json.dumps({"choices": choices}), encoding="utf-8")
 

@@ -70,19 +70,21 @@ def test_what_is_written_reads_back(format: str, tmp_path: Path) -> None:
     suffix = {"vllm": ".json", "easydistill": ".jsonl", "distillkit": ""}.get(format, ".parquet")
     answer = vllm()
     answer["choices"][0]["prompt_logprobs"][2] = None  # a row in the middle without a teacher
+    ids = IDS if format in ("easydistill",) else [*IDS, 0]  # and a last token without one
     (record,) = formats.read("vllm", answer, tokens=IDS)
-    said = [SAID[0], {}, SAID[2]]
+    record = record._replace(tokens=torch.tensor(ids))
+    said = [SAID[0], SAID[2]]
     formats.write(format, [record, record], tmp_path / f"out{suffix}")
     options = {"align": "next"} if format == "llamakd" else {}
     back = [*formats.read(format, tmp_path / f"out{suffix}", vocab_size=V, **options)]
     assert len(back) == 2
     for one in back:
         kept = one.topk.indices[:, 0] >= 0
-        places = one.teaches if int(one.teaches.min()) > 0 else one.teaches + len(IDS)
+        places = one.teaches if int(one.teaches.min()) > 0 else one.teaches + len(ids)
         assert places[kept].tolist() == [1, 3]
-        same(one._replace(topk=one.topk[kept]), [said[0], said[2]])
+        same(one._replace(topk=one.topk[kept]), said)
         if one.tokens is not None:
-            assert one.tokens.tolist() == IDS
+            assert one.tokens.tolist() == ids
 
 
 def test_the_loss_of_a_served_teacher_is_that_of_the_same_columns() -> None:
@@ -282,6 +284,14 @@ def test_distillkit_legacy_and_packed_documents(tmp_path: Path) -> None:
         next(formats.read("distillkit-legacy", [row], config=legacy, kind="logprob"))
     with pytest.raises(ValueError, match="tail: got 'bucket', expected renormalize or restrict"):
         formats.read("distillkit-legacy", [row], config=legacy, kind="logit", tail="bucket")
+    for change, message in (
+        ({"exact_k": 1}, "exact_values: got 2 values a row, expected 1"),
+        ({"polynomial_degree": 2}, "coeffs: got 2 coefficients a row, expected 3"),
+        ({"k": 40}, "packed_indices: got 1 words a row, expected 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other = {**legacy, **change}
+            next(formats.read("distillkit-legacy", [row], config=other, kind="logit"))
     reading = formats.read("distillkit-legacy", [row], config=legacy, kind="logit")
     (record,) = reading
     logs = torch.tensor([2.5, 1.5, -0.5, -0.75]).log_softmax(0)
