@@ -44,7 +44,8 @@ test: lint sdist pytest
 
 # One line a minute says where the tests are.
 pytest: $(VENV)/ready
-	FASTKD_TEST_SEED=$(SEED) FASTKD_TEST_PROGRESS=60 $(RUN) -m pytest -n auto --maxprocesses 8
+	FASTKD_TEST_SEED=$(SEED) FASTKD_TEST_PROGRESS=60 \
+	  $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

@@ -12,8 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PROCESSES = 8  # of the tests: their time is the compiler's, on the host
-OWN = "fastkd,fastkd-inplace,fastkd-scaled"
-EVERYONE = f"eager,compile,compile-max,liger,liger-scaled,{OWN},fastkd-inplace-scaled"
+OWN = "fastkd,fastkd-inplace"
+EVERYONE = f"eager,compile,compile-max,liger,{OWN}"
 # Threads of a program and blocks of a cluster decide how many rows are in flight, and so what of
 # them the second tile loop finds in the cache. As in fastkd/backends/gpu/tune.py.
 TILES = ("8192:256:1", "16384:512:1", "32768:1024:1", "8192:256:2", "8192:256:4")
@@ -26,7 +26,7 @@ FIT = {  # what fits: name -> (cases, shapes, dtypes, providers, seconds each, l
 }
 # Programs that cooperate on a row (fastkd/backends/gpu/cooperative.py): about as many as it would
 # take itself. The tiles are those of one program.
-TEAMS = ("4", "8", "16")
+PROGRAMS = ("4", "8", "16")
 TILE_SHAPES = "8192x32000,8192x128256,8192x256000"
 FITTING = "fit"
 
@@ -176,13 +176,15 @@ def _passes() -> list[str]:
 
 
 def _variants(results: Path, arch: str, limit: float | None) -> list[Step]:
-    """Wide rows under other teams and tiles and, where Triton and the GPU have them, clusters."""
+    """Wide rows by more programs, by other tiles and, where Triton and the GPU can, by clusters."""
     try:
         from fastkd.backends.gpu.tune import clusters
     except ImportError as error:
         return [Step("tiles", ["-m", "bench"], skip=f"the gpu backend does not import: {error}")]
     # name, environment, why not
-    variants = [(f"team-{number}", {"FASTKD_GPU_COOPERATIVE": number}, "") for number in TEAMS]
+    variants = [
+        (f"programs-{number}", {"FASTKD_GPU_COOPERATIVE": number}, "") for number in PROGRAMS
+    ]
     for text in TILES:
         refused = clusters(arch) if text.rpartition(":")[2] != "1" else None
         env = {"FASTKD_GPU_TILE": text, "FASTKD_GPU_COOPERATIVE": "0"}

@@ -235,15 +235,16 @@ void weighted_sum(int wide, Address loss, Address scale, double factor, int64_t 
   }
 }
 
-// `fused` and `weighted_sum` in one call, so that the losses of the rows need no tensor.
+// `fused` and `weighted_sum` in one call, so that the losses of the rows need no tensor. The
+// gradient is that of `upstream` times the sum.
 void fused_total(int wide, int64_t rows, int threads, const OperandTuple& student,
                  const OperandTuple& teacher, const SpecTuple& spec, Address keep, Address label,
-                 Address scale, double factor, const OperandTuple& grad, int64_t width,
-                 Address out) {
+                 Address scale, double factor, const OperandTuple& grad, int64_t width, Address out,
+                 double upstream) {
   const std::unique_ptr<char[]> memory(new char[rows * (wide ? sizeof(double) : sizeof(float))]);
   const Address losses = reinterpret_cast<Address>(memory.get());
-  fused(wide, rows, threads, student, teacher, spec, keep, label, scale, factor, grad, width,
-        losses);
+  fused(wide, rows, threads, student, teacher, spec, keep, label, scale, factor * upstream, grad,
+        width, losses);
   weighted_sum(wide, losses, scale, factor, rows, out);
 }
 

@@ -140,6 +140,7 @@ def fused_total(
     grad: _Rows,
     width: int,
     out: int,
+    upstream: float,
     /,
 ) -> None: ...
 def count_labels(

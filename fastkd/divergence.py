@@ -40,7 +40,7 @@ class Divergence:
         dual: (name, parameter) of the same divergence with p and q exchanged, or None: the
             teacher's gradient then comes from the reference.
         expectation: "teacher" or "student" if the value is an expectation of log p - log q (its
-            sign turned for the student), which lets a kernel finish the loss in its first sweep.
+            sign turned for the student), which lets a kernel finish the loss in its first loop.
         given: the parameter as set by a call; None for the default.
     """
 

@@ -40,7 +40,7 @@ class Rows(NamedTuple):
     scale: Tensor | None
 
 
-def plan_of(name: str, vocab: int, **changes: Any) -> LossSpec:
+def spec_of(name: str, vocab: int, **changes: Any) -> LossSpec:
     param = 0.3 if fastkd.divergences[name].parameter else 0.0
     return LossSpec(name, param, 2.0, 0.7, 0.0, 0.0, vocab, vocab)._replace(**changes)
 

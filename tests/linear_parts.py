@@ -35,13 +35,25 @@ each_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
 
 
 def make_parts(
-    backend: Backend, dtype: torch.dtype = torch.float32, n: int = N, v: int = V, v_t: int = 0
+    backend: Backend,
+    dtype: torch.dtype = torch.float32,
+    n: int = N,
+    v: int = V,
+    v_t: int = 0,
+    sizes: tuple[int, int] = (HS, HT),
 ) -> Parts:
     """Multiples of 1/4 from -1 to 1: their logits are exact in every dtype, as sums of few."""
-    shapes = {"hidden_s": (n, HS), "weight_s": (v, HS), "bias_s": (v,)}
-    shapes |= {"hidden_t": (n, HT), "weight_t": (v_t or v, HT), "bias_t": (v_t or v,)}
+    hs, ht = sizes
+    shapes = {"hidden_s": (n, hs), "weight_s": (v, hs), "bias_s": (v,)}
+    shapes |= {"hidden_t": (n, ht), "weight_t": (v_t or v, ht), "bias_t": (v_t or v,)}
     made = {name: torch.randint(-4, 5, shape) / 4 for name, shape in shapes.items()}
     return {name: x.to(backend.device, dtype) for name, x in made.items()}
+
+
+def parts_in_a_row(backend: Backend, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """hidden, weight and bias of the student, then of the teacher, as the operators take them."""
+    shapes = ((4, 5), (9, 5), (9,), (4, 7), (9, 7), (9,))
+    return [torch.randn(shape).to(backend.device, dtype).requires_grad_() for shape in shapes]
 
 
 def as_linear(parts: Parts, side: str, bias: bool = False, **options: Any) -> LinearLogits:

@@ -1,4 +1,8 @@
-"""Several processes of one group on this machine, for tests of what is split over ranks."""
+"""Several processes of one group on this machine, for tests of what is split over ranks.
+
+They begin with the environment of the first of them: a test that sets a variable for its ranks
+hands it over and sets it there.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +19,20 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 60  # seconds; a rank that waits for a dead one gives up then at the latest
+# not fastkd: the process that imports these does not look where the test does
+PRELOADED = ["numpy", "pytest", "torch.distributed.tensor", "torch.distributed.fsdp"]
 
 
 def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(*args) on each of `world` ranks (gloo); what they return, or AssertionError."""
-    spawn = multiprocessing.get_context("spawn")
+    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    start: Any = multiprocessing.get_context(kind)
+    if kind == "forkserver":  # torch is imported once for all the ranks of a test process
+        start.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
-        pipes = [spawn.Pipe(duplex=False) for _ in range(world)]
+        pipes = [start.Pipe(duplex=False) for _ in range(world)]
         processes = [
-            spawn.Process(target=_rank, args=(rank, world, folder, function, args, pipes[rank][1]))
+            start.Process(target=_rank, args=(rank, world, folder, function, args, pipes[rank][1]))
             for rank in range(world)
         ]
         for process in processes:

@@ -57,8 +57,8 @@ BUDGETS = {
 # what hard labels at T != 1 add, and smoothing on top of it
 HARD, SMOOTH = Budget(2.3, 14), Budget(0, 6)
 
-# kernels that merge what the parts of a row have left: numbers, one by one; columns only where a
-# row's loss has overflowed
+# kernels that merge the partials of a row: numbers, one by one; columns only where a row's loss has
+# overflowed
 MERGES = frozenset({"split_finish"})
 
 

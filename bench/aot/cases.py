@@ -45,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Launch:
-    """What a pass has asked the launcher for."""
+    """What a pass has requested of the launcher."""
 
     kernel: Any
     args: dict[str, Any]
@@ -114,7 +114,7 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
             run()
 
     seen: list[tuple[str, Launch]] = []
-    card = launch.GpuInfo(case.target, 32 if case.target.startswith("sm_") else 64)
+    info = launch.GpuInfo(case.target, 32 if case.target.startswith("sm_") else 64)
     with ExitStack() as stack:
         split_rows = getattr(launch, "split_rows")  # noqa: B009  # not exported
         stack.enter_context(mock.patch.object(split_rows, "HOST_PROCESSORS", PROCESSORS))
@@ -127,7 +127,7 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
             ) -> None:
                 seen.append((of, Launch(kernel, args, threads)))
 
-            with mock.patch.multiple(launch, launch=record, gpu_info=lambda device: card):
+            with mock.patch.multiple(launch, launch=record, gpu_info=lambda device: info):
                 run()
     return seen
 
@@ -178,7 +178,7 @@ def cases(quick: bool, targets: list[str], divergences: list[str], dtypes: list[
     odd += [(k, d, {"vocab": ODD}) for k, d, _ in rest if d in ("-", divergences[0])]
     short = [("fused", divergences[0], {"vocab": v}) for v in SHORT]
     first: list[tuple[str, str, dict[str, Any]]] = [("fused", divergences[0], {}) for _ in targets]
-    # `team.capacity` knows no other devices
+    # `cooperative.capacity` knows no other devices
     of = {"cooperative": [name for name in targets if name.startswith("sm_")]}
     if quick:
         picked = [*fused, *rest, *smooth, odd[0], short[0], *first]

@@ -54,16 +54,16 @@ class Loss(NamedTuple):
 # The C++ backend's exchanges, labels or not: 4 float64 and 6 float32 for kl, and for a divergence
 # that is no expectation 3 and 6, then 1 and 2 in a second exchange. The general passes send 6 of
 # float32, 10 with labels: (max, sum) of both sides, then the sums of values and slopes.
-STAGE = 4 * 2 + 6
+FUSED = 4 * 2 + 6
 RATED = 3 * 2 + 6 + 2 + 2
 LABEL = 4  # its logit; sum, drift and width at T = 1
 LOSSES = {
-    "dense": Loss(STAGE),
-    "dense, labels": Loss(STAGE, labels=True),
+    "dense": Loss(FUSED),
+    "dense, labels": Loss(FUSED, labels=True),
     "js, labels": Loss(RATED, labels=True, divergence="js"),
     f"top-{K}": Loss(2 + K + 2, topk=True),  # its own (max, sum), the points, the rest's
     f"top-{K}, labels": Loss(2 + LABEL + K + 2, labels=True, topk=True),
-    "linear, labels": Loss(STAGE, labels=True, hidden=True),
+    "linear, labels": Loss(FUSED, labels=True, hidden=True),
 }
 
 

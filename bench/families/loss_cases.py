@@ -150,6 +150,46 @@ class TopKCase(Case):
         return (2 if gradient else 1) * logits_bytes(shape, dtype) + stored
 
 
+@dataclass(frozen=True)
+class WrittenCase(Case):
+    """A divergence as training code writes it: with a factor, or a cross-entropy beside it.
+
+    Args:
+        factor: of the divergence in the whole, as `factored` spells it.
+    """
+
+    factor: float = 1.0
+    factored: str = ""
+
+    @property
+    def bare(self) -> Callable[..., Tensor]:
+        """The loss alone, which all that is written behind it should not cost."""
+        return getattr(fastkd, FUNCTIONS[self.divergence.name])
+
+    @property
+    def function(self) -> Callable[..., Tensor]:
+        return self._written
+
+    def _written(
+        self, student: Tensor, teacher: Tensor, labels: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        value = self.factor * self.bare(student, teacher, **options)
+        if labels is None:
+            return value
+        return value + (self.alpha or 0.0) * F.cross_entropy(student, labels)
+
+    @property
+    def call(self) -> str:
+        name = FUNCTIONS[self.divergence.name]
+        written = f"fastkd.{name}(student, teacher, temperature={self.temperature:g})"
+        hard = f"{self.alpha} * F.cross_entropy(student, labels) + " if self.alpha else ""
+        return hard + written + self.factored
+
+    @property
+    def soft(self) -> float:
+        return self.factor
+
+
 def logits_bytes(shape: Shape, dtype: torch.dtype) -> int:
     """Bytes of one side's logits."""
     return shape.rows * shape.vocab * dtype.itemsize
@@ -177,9 +217,25 @@ def bare(entry: Divergence) -> Case:
     return Case(FUNCTIONS[entry.name], entry, options)
 
 
+T = TEMPERATURE
+STEPS, LOSS_SCALE = 8, 65536.0  # of gradient accumulation; of a loss scaler's start
+
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
+        *(
+            WrittenCase(
+                *(f"kl_div, {name}", fastkd.divergences.kl, {"temperature": T}, alpha),
+                factor=factor,
+                factored=factored,
+            )
+            for name, alpha, factor, factored in (
+                ("T^2", None, T * T, " * T * T"),
+                ("mixed", 0.5, 0.5 * T * T, " * T * T * 0.5"),
+                ("accumulated", None, T * T / STEPS, f" * T * T / {STEPS}"),
+                ("scaled", None, T * T * LOSS_SCALE, f" * T * T * {LOSS_SCALE:.0f}"),
+            )
+        ),
         *(bare(fastkd.divergences[name]) for name in fastkd.divergences),
         Case(
             "distillation_loss",

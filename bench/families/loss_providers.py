@@ -1,4 +1,4 @@
-"""Who computes a case: plain torch, torch.compile, fastkd (three ways) and Liger-Kernel.
+"""Who computes a case: plain torch, torch.compile, fastkd (two ways) and Liger-Kernel.
 
 All have one contract: logits in, a 0-d loss out that autograd can differentiate down to the
 student's logits. Softmax, temperature and reduction are inside it for everyone.
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
-from bench.families.loss_cases import Case, TopKCase
+from bench.families.loss_cases import Case, TopKCase, WrittenCase
 from bench.harness.gate import Unavailable, first_line
 
 Call = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -31,7 +31,6 @@ class Provider:
         build: makes the callable (student, teacher, labels) -> loss; raises Unavailable.
         ours: its failure fails the run.
         inplace: its gradient overwrites the student's logits.
-        upstream: grad_output of its backward pass; a power of two, which rounds nothing.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Provider:
     build: Callable[[Case, torch.device], Call]
     ours: bool = False
     inplace: bool = False
-    upstream: float = 1.0
 
 
 # ---- plain torch, as users write it today. Not the table's formulas: those guard 0 * inf and cost
@@ -123,6 +121,8 @@ def compiled_max(case: Case, device: torch.device) -> Call:
 
 def _fastkd(case: Case, inplace: bool) -> Call:
     function, options = case.function, {**case.options, "inplace": inplace}
+    if inplace and isinstance(case, WrittenCase) and case.alpha is not None:
+        raise Unavailable("the cross-entropy beside it needs the student's logits")
     if case.alpha is None:
         return lambda student, teacher, _: function(student, teacher, **options)
     return lambda student, teacher, labels: function(student, teacher, labels, **options)
@@ -168,12 +168,6 @@ def liger(case: Case, device: torch.device) -> Call:
     raise Unavailable(f"Liger-Kernel has no {name}")
 
 
-# As a loss scale or gradient accumulation has it: what was computed in forward is multiplied.
-# Torch's own backward pass costs the same whatever grad_output is.
-UPSTREAM = 0.5
-SCALED = "its backward pass at a grad_output that is not 1"
-
-
 def _ours(inplace: bool) -> Callable[[Case, torch.device], Call]:
     return lambda case, device: _fastkd(case, inplace)
 
@@ -189,18 +183,6 @@ PROVIDERS: dict[str, Provider] = {
         Provider("reference", "fastkd on its plain torch reference", reference, ours=True),
         Provider("fastkd", "fastkd, a new gradient", _ours(False), ours=True),
         Provider("fastkd-inplace", f"fastkd, {_OVER}", _ours(True), ours=True, inplace=True),
-        Provider("liger-scaled", f"liger, {SCALED}", liger, upstream=UPSTREAM),
-        Provider(
-            *("fastkd-scaled", f"fastkd, {SCALED}", _ours(False)),
-            ours=True,
-            upstream=UPSTREAM,
-        ),
-        Provider(
-            *("fastkd-inplace-scaled", f"fastkd-inplace, {SCALED}", _ours(True)),
-            ours=True,
-            inplace=True,
-            upstream=UPSTREAM,
-        ),
     )
 }
 # The reference is a fallback and an oracle, and by far the slowest: in the rounds of all it would

@@ -14,7 +14,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from bench.families.loss_cases import CASES, SHAPE_SETS, TRAINING_STREAMS, Case, logits_bytes
+from bench.families.loss_cases import (
+    CASES,
+    SHAPE_SETS,
+    TRAINING_STREAMS,
+    Case,
+    WrittenCase,
+    logits_bytes,
+)
 from bench.families.loss_providers import (
     DEFAULT_PROVIDERS,
     DEMO_PROVIDERS,
@@ -31,6 +38,7 @@ from bench.harness.result import Result, speedup
 from bench.harness.timing import Clock, gb_per_s
 
 COPY = "copy"  # the yardstick of bandwidth
+BARE = "bare"  # fastkd's loss with nothing behind it
 TRAINING = "forward_backward"
 # Small calls are timed many at once: to one of 10 us the clock adds its own cost, and the others'
 # turns that of what the processor has to fetch anew. The logits of all fit the caches together.
@@ -109,17 +117,13 @@ class Bench:
 
         return run
 
-    def training(
-        self, call: Call, at: int = 0, upstream: float = 1.0
-    ) -> Callable[[], tuple[Tensor, Tensor]]:
+    def training(self, call: Call, at: int = 0) -> Callable[[], tuple[Tensor, Tensor]]:
         """Loss and gradient, ready to run; in place, a second run finds its own gradient."""
         student = self.fresh(gradient=True, at=at)
-        # a tensor, which autograd casts to the loss's dtype; None for torch's own, 1
-        given = None if upstream == 1.0 else torch.full((), upstream, device=self.device)
 
         def run() -> tuple[Tensor, Tensor]:
             loss = call(student, self.inputs.teacher, self.inputs.labels)
-            (grad,) = torch.autograd.grad(loss, student, given)
+            (grad,) = torch.autograd.grad(loss, student)
             return loss.detach(), grad
 
         return run
@@ -152,10 +156,9 @@ class Judge:
         Raises:
             gate.Wrong: they are too large, or it did what it was not to do.
         """
-        loss, grad = self.bench.training(call, upstream=provider.upstream)()
+        loss, grad = self.bench.training(call)()
         if grad.dtype != self.bench.dtype:
             raise gate.Wrong(f"gradient in {grad.dtype}, expected {self.bench.dtype}")
-        grad = grad if provider.upstream == 1.0 else grad / provider.upstream
         found = gate.errors(loss, grad, self.true)
         gate.check(found, self.allowed)
         if not provider.inplace and self.bench.overwritten():
@@ -171,14 +174,20 @@ def comparison(bench: Bench, names: Sequence[str], with_forward: bool = True) ->
     def ready(provider: LossProvider) -> Ready:
         call = provider.build(case, device)
         found = judge[0].check(provider, call)
-        training = partial(bench.training, call, upstream=provider.upstream)
+        training = partial(bench.training, call)
         samples = {TRAINING: lambda: clock(*bench.each(training))}
-        # without a gradient there is nothing to overwrite or scale: the same as new
-        if with_forward and not provider.inplace and provider.upstream == 1.0:
+        # without a gradient there is nothing to overwrite: the same as new
+        if with_forward and not provider.inplace:
             bench.forward(call)()
             forward = partial(bench.forward, call)
             samples = {"forward": lambda: clock(*bench.each(forward)), **samples}
         return Ready(samples, training, found, judge[0].allowed)
+
+    def alone() -> Ready:
+        assert isinstance(case, WrittenCase)
+        options = {"temperature": case.temperature}
+        training = partial(bench.training, lambda s, t, _: case.bare(s, t, **options))
+        return Ready({TRAINING: lambda: clock(*bench.each(training))})
 
     def copied() -> Ready:
         return Ready({TRAINING: lambda: clock(*bench.each(bench.copy))})
@@ -194,7 +203,11 @@ def comparison(bench: Bench, names: Sequence[str], with_forward: bool = True) ->
     figures = {"rows": shape.rows, "vocab": shape.vocab, "logits_bytes": block}
     return Comparison(
         *(case.name, case.call, shape.label, spelled(dtype), device),
-        [*every, Provider(COPY, copied, yardstick=True)],
+        [
+            *every,
+            *([Provider(BARE, alone, ours=True)] if isinstance(case, WrittenCase) else []),
+            Provider(COPY, copied, yardstick=True),
+        ],
         block,
         checked=judge.clear,
         figures=figures | {"floor_bytes": floor},
@@ -225,7 +238,7 @@ class Losses(Family):
     gpu_dtype = "bfloat16"
     seconds = 6.0
     times = ("forward", TRAINING)
-    bases = ("eager", "compile")
+    bases = ("eager", "compile", BARE)
     key = "shape"
     legend = f"""\
 Each time is the median of interleaved runs, 20-80 % the percentiles of forward_backward; "forward"

@@ -90,11 +90,11 @@ def _opened(folder: str, end: Any) -> None:
     reader = store.Reader(folder)
     places = reader.check()
     elapsed, memory = time.perf_counter() - start, _anonymous() - before
-    asked = torch.randint(len(reader), (BATCH,))
-    places.find(asked)
+    requested = torch.randint(len(reader), (BATCH,))
+    places.find(requested)
     start = time.perf_counter()
     for _ in range(20):
-        places.find(asked)
+        places.find(requested)
     end.send((elapsed, memory, (time.perf_counter() - start) / 20))
 
 

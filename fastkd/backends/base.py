@@ -11,7 +11,7 @@ reduction or a process group. `fastkd.backends.choice` says which one runs.
     grad    the gradient, given both sides' stats and the sum of slopes
 
 `stats`, `loss`, `grad` are the split form of `fused`: what vocabulary parallelism needs, with an
-all-reduce between each two. A backend may have `staged` as well: `fused`, cut at the exchanges.
+all-reduce between each two. A backend may have `stepwise` as well: `fused`, cut at the exchanges.
 Accumulation is float32, float64 where either operand is float64.
 """
 
@@ -54,12 +54,21 @@ class Rows(NamedTuple):
         0 <= label < spec.vocab is no column here (it stands on another rank, or the caller has
         made the row NaN through `scale`).
     scale: [N] acc or None, factor: the gradient of a row is multiplied by scale * factor.
+    skip: 0-d bool on the device, or None: where it is true, nothing is written.
     """
 
     keep: Tensor | None = None
     label: Tensor | None = None
     scale: Tensor | None = None
     factor: float = 1.0
+    skip: Tensor | None = None
+
+    def times(self, by: float | Tensor, n: int) -> Rows:
+        """The rows with their gradients times `by`: a number, or a 0-d tensor that nobody reads."""
+        if isinstance(by, float):
+            return self._replace(factor=self.factor * by)
+        scale = by.expand(n).contiguous() if self.scale is None else self.scale * by
+        return self._replace(scale=scale)
 
 
 class TopKRows(NamedTuple):
@@ -92,7 +101,7 @@ class Stats(NamedTuple):
     hard: Tensor | None = None
 
 
-class Staged(NamedTuple):
+class Stepwise(NamedTuple):
     """`fused` of some columns of each row, cut where the ranks exchange sums.
 
     loss: [N] acc, and redo: [N] bool, once all passes are over. Rows with redo set have no loss
@@ -116,8 +125,11 @@ class Backend:
 
     #: values can be read without waiting for a device, and there is `count` and `weigh`
     on_host = False
-    #: there is `staged`
-    has_stages = False
+    #: where forward may compute a gradient with a guess of its factor (`fastkd.engine.upstream`):
+    #: "host", "device", or "" for nowhere
+    guesses = ""
+    #: there is `stepwise`
+    has_steps = False
     #: the process group over which a vocabulary is divided, and the most columns of any rank
     group: Any = None
     widest: int | None = None
@@ -135,12 +147,27 @@ class Backend:
         raise NotImplementedError
 
     def fused_total(
-        self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        spec: LossSpec,
+        rows: Rows,
+        grad: Tensor | None,
+        upstream: float | Tensor,
     ) -> Tensor:
-        """`total` of `fused`, of operands and gradient in any shape [..., V]."""
+        """`total` of `fused`, of operands and gradient in any shape [..., V].
+
+        upstream: one more factor of the gradient.
+        """
         into = None if grad is None else rows_of(grad)
-        loss = self.fused(rows_of(student), rows_of(teacher), spec, rows, into)
+        s = rows_of(student)
+        by = rows if grad is None else rows.times(upstream, s.shape[0] * s.shape[1])
+        loss = self.fused(s, rows_of(teacher), spec, by, into)
         return self.total(loss, rows.scale, rows.factor)
+
+    def agreed(self, right: bool) -> bool:
+        """Whether a guess was right on every rank."""
+        return right
 
     def stats(self, x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
         """[N, 3] acc: max of x, sum of exp((x - max) / temperature), sum of x - max.
@@ -169,7 +196,7 @@ class Backend:
         """Writes the gradient; slope: [N] sums of centred slopes."""
         raise NotImplementedError
 
-    def staged(
+    def stepwise(
         self,
         student: Tensor,
         teacher: Tensor,
@@ -179,7 +206,7 @@ class Backend:
         ranks: int,
         rank: int,
         widest: int,
-    ) -> Staged | None:
+    ) -> Stepwise | None:
         """As `fused` with spec.vocab >= 0 own columns of at most `widest` on any rank.
 
         None, on every rank alike, where operands of such a dtype or width take the general form.

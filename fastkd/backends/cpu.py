@@ -18,8 +18,8 @@ from fastkd.backends.base import (
     Backend,
     LossSpec,
     Rows,
-    Staged,
     Stats,
+    Stepwise,
     TopKRows,
     acc_dtype,
     rows_of,
@@ -138,7 +138,7 @@ def _in(acc: torch.dtype, stats: Stats) -> Stats:
 
 def _options(rows: Rows, grad: Tensor | None) -> tuple[Any, ...]:
     """The arguments for a record of rows and a gradient."""
-    keep, label, scale, factor = rows
+    keep, label, scale, factor, _ = rows
     return (
         *(_address(keep), _address(label), _address(scale), factor),
         *(_written(grad), 0 if grad is None else grad.shape[-1]),
@@ -180,7 +180,8 @@ def log(x: Tensor) -> Tensor:
 class CPU(Backend):
     """The C++ kernels; values are where they can be read at once."""
 
-    on_host = has_stages = True
+    on_host = has_steps = True
+    guesses = "host"
 
     def fused(
         self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
@@ -192,7 +193,13 @@ class CPU(Backend):
         return out
 
     def fused_total(
-        self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        spec: LossSpec,
+        rows: Rows,
+        grad: Tensor | None,
+        upstream: float | Tensor,
     ) -> Tensor:
         n = student.numel() // student.shape[-1]
         # named until the call is over: `rows_of` may copy
@@ -200,7 +207,7 @@ class CPU(Backend):
         t = teacher if teacher.dim() == 2 else rows_of(teacher)
         g = grad if grad is None or grad.dim() == 2 else rows_of(grad)
         out = torch.empty_like(_NUMBER[_wide(student, teacher)])
-        _C.fused_total(*_fused(n, s, t, spec, rows, g, out))
+        _C.fused_total(*(*_fused(n, s, t, spec, rows, g, out), upstream))
         return out
 
     def topk(
@@ -264,7 +271,7 @@ class CPU(Backend):
             *_options(rows, grad),
         )
 
-    def staged(
+    def stepwise(
         self,
         student: Tensor,
         teacher: Tensor,
@@ -274,8 +281,8 @@ class CPU(Backend):
         ranks: int,
         rank: int,
         widest: int,
-    ) -> Staged | None:
-        keep, label, scale, factor = rows
+    ) -> Stepwise | None:
+        keep, label, scale, factor, _ = rows
         expectation = _EXPECTATION[spec.divergence]
         kept = grad is not None or expectation is None
         n = student.shape[0] * student.shape[1]
@@ -308,7 +315,7 @@ class CPU(Backend):
             return start, size, begun[start].data_ptr(), 0, 0
 
         def one(start: int) -> Generator[Tensor, Tensor, None]:
-            held = (keep, label, scale)  # named until the last stage is over
+            held = (keep, label, scale)  # named until the last step is over
             own = memory + start // together % waiting * together * slot
             if start not in begun:
                 _C.vocab_parallel_step(0, *operands, own, begin(start), _NOWHERE)
@@ -324,7 +331,7 @@ class CPU(Backend):
             _C.vocab_parallel_step(2, *operands, own, some, begin(start + waiting * together))
             del held
 
-        return Staged(out, redo, (one(start) for start in range(0, n, together)), waiting)
+        return Stepwise(out, redo, (one(start) for start in range(0, n, together)), waiting)
 
     def count(
         self, labels: Tensor, ignore_index: int, vocab: int

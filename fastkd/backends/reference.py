@@ -240,7 +240,7 @@ class Reference(Backend):
         rows: Rows,
         grad: Tensor | None,
     ) -> Tensor:
-        keep, label, scale, factor = rows
+        keep, label, scale, factor, _ = rows
         s = student.detach().reshape(-1, student.size(-1))
         t = teacher
         if isinstance(t, Tensor):
@@ -288,7 +288,7 @@ class Reference(Backend):
         rows: Rows,
         grad: Tensor,
     ) -> None:
-        keep, label, scale, factor = rows
+        keep, label, scale, factor, _ = rows
         _, at, q = _value_and_slope(student, teacher, stats, spec, keep)
         out = spec.soft * (at - q * slope.unsqueeze(-1)) / spec.temperature
         if spec.hard != 0.0:

@@ -63,7 +63,7 @@ class RunWarnings:
 
     def __init__(self, student: nn.Module, teacher: Teacher, objective: Objective) -> None:
         self.student, self.teacher, self.objective = student, teacher, objective
-        self._watching, self._seen, self._first = True, False, True
+        self._watching, self._first, self._first_epoch = True, True, True
         self._width = 0
 
     def watch(self, student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
@@ -109,8 +109,9 @@ class RunWarnings:
         _warn(text, stacklevel=5)
 
     def epoch(self, steps: Sequence[Step]) -> None:
-        """After the first epoch: what was exactly 0 in all of its steps."""
-        if not steps:
+        """After each epoch; of the first: what was exactly 0 in all of its steps."""
+        first, self._first_epoch = self._first_epoch, False
+        if not steps or not first:
             return
         values = [step.terms or {"loss": step.loss} for step in steps]
         silent = [name for name in values[0] if all(found[name] == 0.0 for found in values)]

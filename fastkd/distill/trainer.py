@@ -1,4 +1,4 @@
-"""A minimal trainer: read `train` from top to bottom, the loss is one line of it.
+"""A minimal trainer: read `train` from top to bottom, the loss is one line of `_micro_batch`.
 
 A loader is anything that, once per epoch, gives batches: (inputs, labels), inputs alone,
 (inputs, labels, the teacher's outputs), or a `Batch`. A model is any module that turns inputs into
@@ -125,6 +125,78 @@ def train(
     """
     _check_numbers(epochs, amp, accumulate, clip_norm)
     _check_functions(log, schedule=schedule, transform=transform, validate=validate)
+    parts, stepper, followers, weights = _set_up(
+        *(student, loader, loss, teacher, optimizer, lr, schedule, ema),
+        *(device, accumulate, amp, accelerator, weight_noise),
+    )
+    objective, soft, optimizer = parts.objective, parts.teacher, parts.optimizer
+    where, ranks, plain = parts.device, parts.ranks, objective.plain is not None
+    checkpoint = _checkpoints(checkpoint)
+    position = checkpoint.start(parts) if checkpoint else Position()
+    run_warnings, every = RunWarnings(student, soft, objective), CHECK_EVERY.get(where.type, 50)
+    record = Record(objective.names, position.step, every, log if ranks.first else None)
+    with ExitStack() as stack:
+        hooks = _enter(stack, parts, followers, record)
+        if progress and stepper.speaks and ranks.first:
+            record.draw(_steps(loader, epochs, parts.accumulate))
+        for epoch in range(position.epoch, epochs):
+            soft.begin()
+            student.train()  # after it: what the two share is in the student's mode
+            objective.modules.train()
+            batches = epoch_batches(loader, position, where, exact=checkpoint is not None)
+            for group in ranks.groups(batches, parts.accumulate, where, plain=plain):
+                step = position.step
+                parts.rates.at(step)
+                optimizer.zero_grad(set_to_none=True)
+                values: list[Tensor] = []  # the loss of the step, then its terms
+                with noisy_weights(student, weight_noise) if weight_noise else PLAINLY:
+                    for at, batch in enumerate(group):
+                        batch = _placed(batch, where, epoch, step, transform)
+                        last = at + 1 == len(group)
+                        found = _micro_batch(batch, parts, stepper, hooks, run_warnings, last=last)
+                        values = list(map(torch.add, values, found)) if at else found
+
+                first, position.used = position.used, position.used + len(group)
+                seen = sum(batch.samples for batch in group) * ranks.size
+                values = ranks.means(values)
+                record.add(epoch, first, position.used - 1, applied(optimizer), seen, values)
+                ranks.average_gradients(objective.modules)
+                stepper.step(optimizer, weights, clip_norm)
+                for follower in followers:
+                    follower.step(student)
+                position.step += 1
+                record.advance()
+                if on_step is not None:
+                    on_step(epoch, step, values[0])
+                if checkpoint and position.step % checkpoint.every == 0:
+                    record.read()
+                    checkpoint.write(position, parts)
+            record.read()
+            run_warnings.epoch(record.steps)
+            position.epoch, position.used = epoch + 1, 0
+            if validate is not None:
+                _keep_best(validate(student), epoch, position, parts, checkpoint, record)
+        if checkpoint:
+            checkpoint.write(position, parts)
+    return record.steps
+
+
+def _set_up(
+    student: nn.Module,
+    loader: Iterable[Any],
+    loss: Any,
+    teacher: Any,
+    optimizer: torch.optim.Optimizer | None,
+    lr: float,
+    schedule: Callable[[int], float] | None,
+    ema: EMATeacher | None,
+    device: torch.device | str | None,
+    accumulate: int | None,
+    amp: torch.dtype | None,
+    accelerator: Any,
+    weight_noise: float,
+) -> tuple[Parts, Stepping, list[Teacher], list[Tensor]]:
+    """The parts of a run on their device and ranks, its stepper, who follows steps, and weights."""
     where = device_of(student) if device is None else torch.device(device)
     ranks = Ranks(student)
     stepper = stepping(accelerator, where, amp, ranks)
@@ -147,72 +219,35 @@ def train(
         *(student, objective, optimizer, rates, soft, ema, stepper.scaler, loader, where),
         *(ranks, accumulate),
     )
-    if isinstance(checkpoint, (str, os.PathLike)):
-        checkpoint = Checkpoints(checkpoint)
-    position = checkpoint.start(parts) if checkpoint else Position()
-    every, plain = CHECK_EVERY.get(where.type, 50), objective.plain is not None
-    run_warnings, began = RunWarnings(student, soft, objective), position.epoch
-    record = Record(objective.names, position.step, every, log if ranks.first else None)
+    return parts, stepper, followers, weights
 
-    with ExitStack() as stack:
-        stack.enter_context(restored_modes(student, *(m for f in followers for m in f.models)))
-        stack.enter_context(rates)
-        hooks = stack.enter_context(
-            Hooks(student, (*objective.student_layers, *soft.student_layers))
-        )
-        stack.enter_context(soft.hooked(objective.teacher_layers))
-        stack.enter_context(record)
-        if progress and stepper.speaks and ranks.first:
-            record.draw(_steps(loader, epochs, accumulate))
 
-        for epoch in range(position.epoch, epochs):
-            soft.begin()
-            student.train()  # after it: what the two share is in the student's mode
-            objective.modules.train()
-            batches = epoch_batches(loader, position, where, exact=checkpoint is not None)
-            for group in ranks.groups(batches, accumulate, where, plain=plain):
-                step = position.step
-                rates.at(step)
-                optimizer.zero_grad(set_to_none=True)
+def _enter(stack: ExitStack, parts: Parts, followers: Sequence[Teacher], record: Record) -> Hooks:
+    """The student's hooks in place and the log open; modes, rates and hooks end as they came."""
+    student, objective, soft = parts.student, parts.objective, parts.teacher
+    stack.enter_context(restored_modes(student, *(m for f in followers for m in f.models)))
+    stack.enter_context(parts.rates)
+    hooks = stack.enter_context(Hooks(student, (*objective.student_layers, *soft.student_layers)))
+    stack.enter_context(soft.hooked(objective.teacher_layers))
+    stack.enter_context(record)
+    return hooks
 
-                values: list[Tensor] = []  # the loss of the step, then its terms
-                with noisy_weights(student, weight_noise) if weight_noise else PLAINLY:
-                    for at, batch in enumerate(group):
-                        batch = moved(batch, where)
-                        batch.epoch, batch.step = epoch, step
-                        if transform is not None:
-                            batch = transform(batch)
-                        last = at + 1 == len(group)
-                        found = _micro_batch(batch, parts, stepper, hooks, run_warnings, last=last)
-                        values = list(map(torch.add, values, found)) if at else found
 
-                first, position.used = position.used, position.used + len(group)
-                seen = sum(batch.samples for batch in group) * ranks.size
-                values = ranks.means(values)
-                now = applied(optimizer)
-                record.add(epoch, first, position.used - 1, now, seen, values)
-                ranks.average_gradients(objective.modules)
-                stepper.step(optimizer, weights, clip_norm)
-                for follower in followers:
-                    follower.step(student)
-                position.step += 1
-                record.advance()
-                if on_step is not None:
-                    on_step(epoch, step, values[0])
-                if checkpoint and position.step % checkpoint.every == 0:
-                    record.read()
-                    checkpoint.write(position, parts)
-            record.read()
-            if epoch == began:
-                run_warnings.epoch(record.steps)
-            position.epoch, position.used = epoch + 1, 0
-            if validate is not None:
-                metric = ranks.number(_metric(validate(student)), where)
-                record.tell({"metric": metric})
-                _keep_best(metric, epoch, position, parts, checkpoint)
-        if checkpoint:
-            checkpoint.write(position, parts)
-    return record.steps
+def _checkpoints(checkpoint: Checkpoints | str | os.PathLike[str] | None) -> Checkpoints | None:
+    return Checkpoints(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint
+
+
+def _placed(
+    batch: Batch,
+    where: torch.device,
+    epoch: int,
+    step: int,
+    transform: Callable[[Batch], Batch] | None,
+) -> Batch:
+    """A micro-batch on the device, told its epoch and step, and transformed."""
+    batch = moved(batch, where)
+    batch.epoch, batch.step = epoch, step
+    return batch if transform is None else transform(batch)
 
 
 def _micro_batch(
@@ -242,8 +277,16 @@ def _micro_batch(
 
 
 def _keep_best(
-    metric: float, epoch: int, position: Position, parts: Parts, checkpoint: Checkpoints | None
+    value: Any,
+    epoch: int,
+    position: Position,
+    parts: Parts,
+    checkpoint: Checkpoints | None,
+    record: Record,
 ) -> None:
+    """Log what `validate` has given, and keep the student where that is the best."""
+    metric = parts.ranks.number(_metric(value), parts.device)
+    record.tell({"metric": metric})
     if not math.isfinite(metric):  # NaN would stay the best: nothing is above it
         warnings.warn(
             f"validate: got {metric} after epoch {epoch}, which is never the best; expected a "

@@ -2,8 +2,9 @@
 
 Two ways to the same passes, for logits that are given, `LinearLogits` and top-k teachers alike:
 
-* `reduced`, eager and reduced to a number: loss and gradients in one pass in forward. Backward
-  hands the gradients out. They are given away once; a second backward computes them again.
+* `reduced`, eager and reduced to a number: loss and gradients in one pass in forward, these times
+  the upstream gradient that `fastkd.engine.upstream` expects. Backward hands them out if that was
+  right, else it computes them again. They are given away once; a second backward computes again.
 * `per_row`: one loss per row, the gradients computed in backward, nothing of size N x V kept. It
   serves reduction="none" and gradients of weight and normalizer; `fastkd.engine.ops` is the same
   as a registered operator, for torch.compile.
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import reference
-from fastkd.backends.base import Backend, LossSpec, TopKRows, rows_of
+from fastkd.backends.base import LossSpec, TopKRows, rows_of
 from fastkd.backends.choice import in_functorch
 from fastkd.engine import linear
+from fastkd.engine import upstream as upstreams
 from fastkd.engine.records import Call
 
 Tensors = Sequence["Tensor | None"]
@@ -51,50 +53,53 @@ def _dense_pass(
     return call.backend.fused(rows_of(student), rows_of(other), spec, call.rows, into)
 
 
-def _teacher_gradient(call: Call, student: Tensor, teacher: Tensor) -> Tensor:
+def _teacher_gradient(call: Call, student: Tensor, teacher: Tensor, grad: Tensor | None) -> Tensor:
     dual = reference.dual(call.spec)
     assert dual is not None, "dispatch.py sends a divergence without a dual to the reference"
-    grad = call.backend.empty_gradient(teacher)
+    grad = call.backend.empty_gradient(teacher) if grad is None else grad
     _dense_pass(call, teacher, student, dual, grad)
     return grad
 
 
-def _dense_gradients(call: Call, tensors: Tensors, needs: Needs) -> list[Tensor | None]:
+def _student_gradient(call: Call, student: Tensor) -> Tensor:
+    """Memory for it."""
+    return student.detach() if call.inplace else call.backend.empty_gradient(student)
+
+
+def _dense_gradients(
+    call: Call, tensors: Tensors, needs: Needs, into: Tensors | None = None
+) -> list[Tensor | None]:
+    """The gradients without the loss; over earlier ones, or in memory of their own."""
     student, teacher = tensors[0], tensors[-1] if call.topk is None else call.topk
     assert student is not None and teacher is not None
-    grads: list[Tensor | None] = [None] * len(tensors)
-    if needs[0]:
-        grads[0] = grad = call.backend.empty_gradient(student)
-        _dense_pass(call, student, teacher, call.spec, grad)
+    grads: list[Tensor | None] = [None] * len(tensors) if into is None else [*into]
     if call.topk is None and needs[1]:
         assert isinstance(teacher, Tensor)
-        grads[1] = _teacher_gradient(call, student, teacher)
+        # first: an inplace student is gone after its own gradient
+        grads[1] = _teacher_gradient(call, student, teacher, grads[1])
+    if needs[0]:
+        grad = _student_gradient(call, student) if grads[0] is None else grads[0]
+        _dense_pass(call, student, teacher, call.spec, grad)
+        grads[0] = grad
     return grads
 
 
-def _dense_total(call: Call, tensors: Tensors, needs: Needs) -> tuple[Tensor, list[Tensor | None]]:
-    """(factor * sum of scale * loss, gradients)."""
-    backend, spec, rows, topk, inplace, _ = call
+def _dense_total(
+    call: Call, tensors: Tensors, needs: Needs, upstream: float | Tensor
+) -> tuple[Tensor, list[Tensor | None]]:
+    """factor * sum of scale * loss, and the gradients of upstream times that."""
+    backend, spec, rows, topk = call[:4]
     student: Any = tensors[0]
     grads: list[Tensor | None] = [None] * len(tensors)
-    if topk is None and needs[1]:
-        # first: an inplace student is gone after its own gradient
-        grads[1] = _teacher_gradient(call, student, tensors[1])  # type: ignore[arg-type]
-    grad = None
-    if needs[0]:
-        grads[0] = grad = student.detach() if inplace else backend.empty_gradient(student)
+    if topk is None and needs[1]:  # first, as above
+        teacher: Any = tensors[1]
+        grads[1] = _teacher_gradient(call.times(upstream, student), student, teacher, None)
+    grads[0] = grad = _student_gradient(call, student) if needs[0] else None
     if topk is None:
         other: Any = tensors[1]
-        return backend.fused_total(student, other, spec, rows, grad), grads
-    loss = _dense_pass(call, student, topk, spec, grad)
+        return backend.fused_total(student, other, spec, rows, grad, upstream), grads
+    loss = _dense_pass(call.times(upstream, student), student, topk, spec, grad)
     return backend.total(loss, rows.scale, rows.factor), grads
-
-
-def _multiplied(backend: Backend, grads: list[Tensor | None], by: Tensor) -> list[Tensor | None]:
-    for grad in grads:
-        if grad is not None:
-            backend.multiply(grad, by)
-    return grads
 
 
 # ---- what backward finds
@@ -131,7 +136,7 @@ def graph(call: Call, tensors: Tensors, needs: Needs, by: Tensor) -> list[Tensor
             "group: create_graph=True (double backward) and batched gradients over a split "
             "vocabulary are not supported; gather the logits and leave group out"
         )
-    keep, label, _, _ = call.rows
+    keep, label = call.rows[:2]
     first = tensors[0]
     assert first is not None
     heads = (None, None) if call.products is None else call.products.heads
@@ -160,49 +165,67 @@ class _Reduced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Tensor:
         needs = ctx.needs_input_grad[1:]
-        ctx.call = call
-        if call.products is not None:
-            ctx.work = linear.work(call, tensors, needs, wait=True)
-            _save(ctx, *tensors)
-            return call.backend.total(ctx.work.loss, ctx.work.scale, call.rows.factor)
-        total, ctx.work = _dense_total(call, tensors, needs)
-        if call.inplace and needs[0]:
-            student = tensors[0]
-            assert student is not None
-            # whoever saved these logits for a backward of his own must hear that they changed
-            torch.autograd.graph.increment_version(student)
+        ctx.call, ctx.work, ctx.overwritten = call, None, None
+        ctx.guess = guess = _guess(call, tensors)
+        expected: Any = None if guess is None else guess.expected
+        if call.products is not None and (guess is None or expected is not None):
+            # without a guess, the factor goes into sums that are not rounded yet
+            work = ctx.work = linear.work(call, tensors, needs, wait=True, upstream=expected)
+            total = call.backend.total(work.loss, work.scale, call.rows.factor)
+        elif expected is not None:
+            total, ctx.work = _dense_total(call, tensors, needs, expected)
+        else:  # the gradients are left to backward
+            total = _total(call, tensors)
+        if call.inplace and ctx.work is not None and needs[0]:
+            _Reduced._overwrite(ctx, tensors[0], expected)
             _save(ctx, None, *tensors[1:])
-            ctx.overwritten, ctx.version = ctx.work[0], student._version
         else:
             _save(ctx, *tensors)
         return total
 
     @staticmethod
+    def _overwrite(ctx: Any, student: Any, factor: Any) -> None:
+        # whoever saved these logits for a backward of his own must hear that they changed
+        torch.autograd.graph.increment_version(student)
+        ctx.overwritten, ctx.version, ctx.factor = student.detach(), student._version, factor
+
+    @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        call, needs = ctx.call, ctx.needs_input_grad[1:]
-        over = call.inplace and needs[0]  # the gradient stands where the student's logits stood
+        call, needs, over = ctx.call, ctx.needs_input_grad[1:], ctx.overwritten
         if torch.is_grad_enabled() or in_functorch(upstream):  # a vmap over upstream, say
-            if over:
+            if over is not None:
                 raise RuntimeError(
                     "inplace=True has overwritten the student's logits, which create_graph=True "
                     "(double backward) and batched gradients need; use inplace=False"
                 )
             return (None, *_Reduced._graph(call, _saved(ctx), needs, upstream))
-        if over and ctx.overwritten._version != ctx.version:
+        if over is not None and over._version != ctx.version:
             raise RuntimeError(
                 "inplace=True keeps the gradient in the student's logits until backward, and they "
                 "were modified in between; use inplace=False"
             )
         work, ctx.work = ctx.work, None  # given away once
-        if over and work is None:
-            return (None, *_Reduced._overwritten_again(ctx, upstream, needs))
-        if over:
-            ctx.first = upstream.clone()
+        by: Any = upstream
+        right: Any = None
+        if isinstance(ctx.guess, upstreams.OnHost):
+            by = float(upstream)
+            right = call.backend.agreed(ctx.guess.settle(by))
+        elif ctx.guess is not None:
+            right = ctx.guess.settle(upstream)
+        if over is not None:
+            return (None, *_Reduced._in_place(ctx, work, by, upstream, needs))
         if call.products is not None:
-            work = work or linear.work(call, _saved(ctx), needs, wait=True)
-            return (None, *work.gradients(upstream))
-        work = work or _dense_gradients(call, _saved(ctx), needs)
-        return (None, *_multiplied(call.backend, work, upstream))
+            if work is None or right is False:
+                expected = None if ctx.guess is None else by
+                work = linear.work(call, _saved(ctx), needs, wait=True, upstream=expected)
+            return (None, *work.gradients(upstream if ctx.guess is None else None))
+        if work is None or right is not True:
+            tensors = _saved(ctx)
+            again = call.times(by, tensors[0], None if work is None else right)
+            work = _dense_gradients(again, tensors, needs, work)
+            if call.inplace and needs[0]:
+                _Reduced._overwrite(ctx, tensors[0], by)
+        return (None, *work)
 
     @staticmethod
     def _graph(call: Call, tensors: Tensors, needs: Needs, upstream: Tensor) -> list[Tensor | None]:
@@ -213,20 +236,49 @@ class _Reduced(torch.autograd.Function):
         return graph(call, tensors, needs, by.expand(n) if scale is None else by * scale)
 
     @staticmethod
-    def _overwritten_again(ctx: Any, upstream: Tensor, needs: Needs) -> list[Tensor | None]:
-        """The gradients of a second backward, of the first one's."""
+    def _in_place(ctx: Any, work: Any, by: Any, upstream: Tensor, needs: Needs) -> Any:
+        """Gradients of logits that are gone: earlier ones, multiplied."""
+        before = torch.as_tensor(ctx.factor, dtype=upstream.dtype, device=upstream.device)
+        ratio = torch.where(before == upstream, 1.0, upstream / before)
+        if work is not None:
+            for grad in work:
+                if grad is not None:
+                    ctx.call.backend.multiply(grad, ratio)
+            ctx.version, ctx.factor = ctx.overwritten._version, upstream.clone()
+            return work
         if any(needs[1:]):
             raise RuntimeError(
                 "inplace=True has overwritten the student's logits, which the teacher's "
                 "gradient of a second backward needs; use inplace=False with retain_graph"
             )
-        if float(ctx.first) == 0.0:
+        if float(before) == 0.0:
             raise RuntimeError(
                 "inplace=True keeps the gradient in the student's logits, and the first "
                 "backward has multiplied it by 0; use inplace=False with retain_graph"
             )
-        ratio = torch.where(ctx.first == upstream, 1.0, upstream / ctx.first)
         return [ctx.overwritten * ratio, *(None for _ in needs[1:])]
+
+
+def _guess(call: Call, tensors: Tensors) -> upstreams.OnHost | upstreams.OnDevice | None:
+    """What is expected of a loss; None where the factor can go in later."""
+    how, products, student = call.backend.guesses, call.products, tensors[0]
+    if not how or (how == "device" and products is not None) or student is None:
+        return None
+    operands = call.topk is None, products is None, call.backend.group
+    kind = call.spec.divergence, student.dtype, student.device, operands
+    if how == "host":
+        return upstreams.OnHost(kind, call.inplace)
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return upstreams.OnDevice(kind, student.device, torch.float64 if wide else torch.float32)
+
+
+def _total(call: Call, tensors: Tensors) -> Tensor:
+    """factor * sum of scale * loss, without gradients."""
+    needs = [False] * len(tensors)
+    if call.products is None:
+        return _dense_total(call, tensors, needs, 1.0)[0]
+    work = linear.work(call, tensors, needs, wait=False)
+    return call.backend.total(work.loss, work.scale, call.rows.factor)
 
 
 def reduced(call: Call, *tensors: Tensor | None) -> Tensor:
@@ -239,11 +291,7 @@ def reduced(call: Call, *tensors: Tensor | None) -> Tensor:
                 # strides that no view of rows has: read from a copy, so written anew
                 call = call._replace(inplace=False)
         return _Reduced.apply(call, *tensors)
-    needs = [False] * len(tensors)
-    if call.products is None:
-        return _dense_total(call, tensors, needs)[0]
-    work = linear.work(call, tensors, needs, wait=False)
-    return call.backend.total(work.loss, work.scale, call.rows.factor)
+    return _total(call, tensors)
 
 
 # ---- one loss per row: gradients in backward
@@ -263,10 +311,9 @@ def row_gradients(
 ) -> list[Tensor | None]:
     """The gradients of sum(upstream * loss of each row)."""
     scale = upstream.resolve_neg().reshape(-1).contiguous()
-    call = call._replace(rows=call.rows._replace(scale=scale))
     if call.products is not None:
-        return linear.work(call, tensors, needs, wait=False).gradients(None)
-    return _dense_gradients(call, tensors, needs)
+        return linear.row_gradients(call, tensors, needs, scale)
+    return _dense_gradients(call._replace(rows=call.rows._replace(scale=scale)), tensors, needs)
 
 
 class _PerRow(torch.autograd.Function):

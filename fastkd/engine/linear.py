@@ -9,6 +9,7 @@ go into one for a gradient, those of ignored rows are 0.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -118,7 +119,8 @@ class Sum:
 class Linear:
     """hidden, weight and bias as the logits of a chunk of rows.
 
-    index: [n] the rows in use, or None for all. keep: [n] bool or None.
+    index: [n] the rows in use, or None for all. keep: [n] bool or None. late: the gradients' factor
+    is not known yet.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class Linear:
         needs: Needs,
         index: Tensor | None,
         keep: Tensor | None,
+        late: bool,
     ) -> None:
         hidden, weight, bias = tensors
         assert hidden is not None and weight is not None and call.products is not None
@@ -140,7 +143,7 @@ class Linear:
         # of all ranks, where they share a vocabulary: their chunks must be the same rows
         self.widest = vocab if backend.widest is None else backend.widest
         self.index, self.needs, self.any = index, needs, any(needs)
-        self.keep = keep if self.any else None
+        self.keep, self.late = keep if self.any else None, late
         self.loss_scale = call.products.loss_scale if head.dtype == torch.float16 else 1.0
         self.factor = head.scale * self.loss_scale
         self.grads: list[Sum | None] = [None, None]
@@ -169,7 +172,9 @@ class Linear:
             if self.needs[at + 1] and x is not None:
                 self.grads[at] = Sum(x, dtype, self.vocab, once, self.backend)
         if self.needs[0]:
-            self.grad = _buffer(self.backend, self.hidden.shape, self.hidden.dtype, device)
+            # with a factor that is still to come, in no 16 bits
+            wide = torch.float32 if self.late and adds_wide(device) else self.hidden.dtype
+            self.grad = _buffer(self.backend, self.hidden.shape, wide, device)
             if self.index is not None or n == 0:
                 self.grad.zero_()
 
@@ -206,7 +211,13 @@ class Linear:
             torch.ops.aten.tanh_backward.grad_input(dz, self.y, grad_input=dz)
         if self.needs[0]:
             direct = self.index is None and self.grad.dtype == dz.dtype
-            dh = torch.mm(dz, self.weight, out=self.grad[at] if direct else None)
+            if self.grad.dtype == torch.float32 != dz.dtype and adds_wide(self.device):
+                into = self.grad[at] if self.index is None else self.grad.new_empty(self.h.shape)
+                product = torch.ops.aten.addmm.dtype_out
+                dh = product(into, dz, self.weight, torch.float32, beta=0, alpha=1, out=into)
+                direct = self.index is None
+            else:
+                dh = torch.mm(dz, self.weight, out=self.grad[at] if direct else None)
             if self.index is not None:
                 self.grad.index_copy_(0, self.index[at], dh.to(self.grad.dtype))
             elif not direct:
@@ -232,8 +243,9 @@ class Linear:
         if self.needs[0]:
             if by is not None:
                 self.backend.multiply(self.grad, by)
-            assert self.operands[0] is not None
-            grads[0] = self.grad.view(self.operands[0].shape)
+            hidden = self.operands[0]
+            assert hidden is not None
+            grads[0] = self.grad.to(hidden.dtype).view(hidden.shape)
         for at, total in enumerate(self.grads):
             if total is None:
                 continue
@@ -297,38 +309,53 @@ Side = Linear | Dense
 
 
 class Work(NamedTuple):
-    """A pass that has been made: sides that hold gradients, and the loss [n] of the rows in use."""
+    """A pass that has been made: sides that hold gradients, and the loss [n] of the rows in use.
+
+    rest: what the gradients still lack of a factor that was expected, a power of 2; None for 1.
+    """
 
     sides: list[Side]
     loss: Tensor
     scale: Tensor | None
     kept: Tensor | None
+    rest: Tensor | None
 
     def gradients(self, by: Tensor | None) -> list[Tensor | None]:
-        """Those of all tensors in a row, times `by`."""
+        """Those of all tensors in a row, times `by`; None where they have their factor."""
+        by = self.rest if by is None else by
         with autocast_off(self.loss.device)():
             return [grad for side in self.sides for grad in side.finish(by)]
 
 
-def work(call: Call, tensors: Tensors, needs: Needs, wait: bool) -> Work:
+def work(
+    call: Call, tensors: Tensors, needs: Needs, wait: bool, upstream: float | None = None
+) -> Work:
     """Losses of all rows, and the gradients that are needed, left in the sides.
 
-    wait: the weight's product of an only chunk is left to the moment that its factor is known.
+    wait: the weight's product of an only chunk is left to backward.
+    upstream: one more factor of the gradients; None where it comes later.
     """
+    rest, expected = None, upstream is not None
+    if upstream is not None:
+        if _has_float16(call):  # the products keep to the range of 16 bits, whatever its size
+            upstream, power = math.frexp(upstream)
+            rest = torch.tensor(2.0**power, dtype=torch.float64)
+        call = call._replace(rows=call.rows.times(upstream, 0))
     assert call.products is not None
-    heads, keep, label, scale = call.products.heads, *call.rows[:3]
+    heads, pack = call.products.heads, call.products.pack
+    keep, label, scale = call.rows[:3]
     index, topk = None, call.topk
-    if call.products.pack and keep is not None:
+    if pack and keep is not None:
         index = keep.nonzero().squeeze(-1)
         label = None if label is None else label[index]
         scale = None if scale is None else scale[index]
         topk, keep = None if topk is None else topk.take(index), None
-    cut = 1 if heads[0] is None else 3
+    cut, late = 1 if heads[0] is None else 3, wait and not expected
     sides: list[Side] = []
     for at, head in ((slice(cut), heads[0]), (slice(cut, None), heads[1])):
         own, need = tensors[at], needs[at]
         if head is not None:
-            sides.append(Linear(call, own, head, need, index, keep))
+            sides.append(Linear(call, own, head, need, index, keep, late))
         elif own:
             assert own[0] is not None
             sides.append(Dense(own[0], index, need[0], call.backend))
@@ -338,7 +365,23 @@ def work(call: Call, tensors: Tensors, needs: Needs, wait: bool) -> Work:
     rows = call.rows._replace(keep=keep, label=label, scale=scale)
     with autocast_off(first.device)():
         loss = _run(call._replace(rows=rows, topk=topk), sides, n, wait)
-    return Work(sides, loss, scale, index)
+    return Work(sides, loss, scale, index, rest)
+
+
+def _has_float16(call: Call) -> bool:
+    assert call.products is not None
+    return any(head is not None and head.dtype == torch.float16 for head in call.products.heads)
+
+
+def row_gradients(call: Call, tensors: Tensors, needs: Needs, scale: Tensor) -> list[Tensor | None]:
+    """The gradients of sum(scale * loss of each row)."""
+    back = None
+    if _has_float16(call):  # the products keep to the range of 16 bits
+        top = scale.abs().amax() if scale.numel() else scale.new_ones(())
+        power = torch.where(top.isfinite() & (top > 0.0), top, 1.0).log2().floor().exp2()
+        scale, back = scale / power, power
+    call = call._replace(rows=call.rows._replace(scale=scale))
+    return work(call, tensors, needs, wait=False).gradients(back)
 
 
 def row_values(call: Call, tensors: Tensors) -> Tensor:
@@ -355,7 +398,7 @@ def _run(call: Call, sides: list[Side], n: int, wait: bool) -> Tensor:
 
     Without a teacher the soft term has no part, and the student stands in for it.
     """
-    backend, spec, (keep, label, scale, factor), topk = call[:4]
+    backend, spec, (keep, label, scale, factor, _), topk = call[:4]
     row_pass: Any = backend.fused if topk is None else backend.topk
     student, teacher = sides[0], sides[1] if len(sides) > 1 else None
     of_teacher = teacher is not None and teacher.any

@@ -57,3 +57,8 @@ class Call(NamedTuple):
     topk: TopKRows | None = None
     inplace: bool = False
     products: Products | None = None
+
+    def times(self, upstream: float | Tensor, student: Tensor, skip: Tensor | None = None) -> Call:
+        """The gradients times the upstream gradient of all rows; `Rows.skip` as given."""
+        rows = self.rows.times(upstream, student.numel() // student.shape[-1])
+        return self._replace(rows=rows._replace(skip=skip))

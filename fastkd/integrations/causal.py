@@ -33,7 +33,7 @@ from fastkd.integrations.hooks import Hook, answering, shared
 
 SCHEDULED = ("temperature", "alpha")  # options that may be functions of the step
 IGNORED = -100  # torch's own label for a row that does not count
-# of the student's inputs, what says how it is to answer and not what is asked
+# of the student's arguments, those that say how it answers: the teacher does not get them
 ANSWER_OPTIONS = {"labels", "num_items_in_batch", "past_key_values", "use_cache", "logits_to_keep"}
 ANSWER_OPTIONS |= {"return_dict", "output_hidden_states", "output_attentions", "return_loss"}
 # what takes the hooks off each student that has some: a second loss takes the first one's place

@@ -72,7 +72,7 @@ def pipelined(passes: Iterable[Pass], most: int, group: Any) -> None:
 
     A pass yields what is to be gathered and is sent what came of it, most - 1 times; at most `most`
     are begun and not over. A round sends off, as one exchange, what the passes in their middle and
-    the one begun last have to say, and goes on with the oldest one's last stage and a new one's
+    the one begun last have to say, and goes on with the oldest one's last step and a new one's
     first. The order of the exchanges follows from the number of passes alone, as it must on every
     rank.
     """

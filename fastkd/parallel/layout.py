@@ -118,9 +118,14 @@ _known: dict[tuple[Any, ...], list[list[int]]] = {}
 
 
 def _layout(
-    group: Any, student: Operand, teacher: Teacher, vocab_size: int | None, call: str, staged: bool
+    group: Any,
+    student: Operand,
+    teacher: Teacher,
+    vocab_size: int | None,
+    call: str,
+    stepwise: bool,
 ) -> list[list[int]]:
-    """[student's columns, teacher's, rows, vocab_size, hash of the call, staged] of every rank.
+    """[student's columns, teacher's, rows, vocab_size, hash of the call, stepwise] of every rank.
 
     On the host it is exchanged in every call. Elsewhere that would wait for the device: there once
     for each group and own layout, so that all ranks must change their layout together.
@@ -131,7 +136,7 @@ def _layout(
         student.shape[:-1].numel(),
         -1 if vocab_size is None else vocab_size,
         zlib.crc32(call.encode()),
-        staged,
+        stepwise,
     ]
     key = (group, student.device, *own)
     if key in _known and not on_host(student.device):
@@ -161,7 +166,7 @@ def prepare(
         ValueError: ranks that differ in more than their columns, or columns of the teacher that are
             neither the student's nor all of them.
     """
-    layout = _layout(group, student, teacher, vocab_size, call, backend.has_stages)
+    layout = _layout(group, student, teacher, vocab_size, call, backend.has_steps)
     rank = dist.get_rank(group)
     for other, said in enumerate(layout):
         for name, here, there in (
@@ -188,8 +193,8 @@ def prepare(
         raise ValueError("student: got no column on any rank, expected one at least")
     starts = [sum(widths[:at]) for at in range(len(widths))]
     used = [max(0, min(width, total - start)) for width, start in zip(widths, starts, strict=True)]
-    staged = all(said[5] for said in layout)
-    columns = Columns(starts[rank], used[rank], total, max(used), staged)
+    stepwise = all(said[5] for said in layout)
+    columns = Columns(starts[rank], used[rank], total, max(used), stepwise)
     if not isinstance(teacher, TopK):
         same = [max(0, min(b, total - sum(others[:at]))) for at, b in enumerate(others)]
         if others != widths and min(others) >= total:

@@ -7,8 +7,8 @@ the same ones or all. Two exchanges complete a row, a few numbers a row and neve
     loss over the own columns  ->  (sum of values, sum of centred slopes)       ->  the row's loss
     grad of the own columns
 
-That is the general form. A backend with stages (`Backend.staged`) sends the sums of both sides and
-of the value at once, some rows at a time while the next ones are under way.
+That is the general form. A backend with `stepwise`, its fused pass cut into steps, sends the sums
+of both sides and of the value at once, some rows at a time while the next ones are under way.
 
 An exchange is an all-gather whose parts every rank merges in the order of the ranks, so that all of
 them hold the same bits by construction. `VocabParallel` is a backend like any other: the drivers
@@ -35,14 +35,14 @@ BLOCK = 2**22  # elements of a copy of some rows, for a top-k teacher
 class Columns(NamedTuple):
     """What a rank holds of a vocabulary of `total` columns: [start, start + own), own >= 0.
 
-    widest: the most that any rank holds. staged: every rank's backend has stages.
+    widest: the most that any rank holds. stepwise: every rank's backend has_steps.
     """
 
     start: int
     own: int
     total: int
     widest: int
-    staged: bool
+    stepwise: bool
 
 
 class VocabParallel(Backend):
@@ -51,6 +51,8 @@ class VocabParallel(Backend):
     def __init__(self, backend: Backend, group: Any, columns: Columns) -> None:
         self.backend, self.group, self.columns = backend, group, columns
         self.widest = columns.widest
+        # on a GPU the gradient waits for its factor, which no rank may read
+        self.guesses = "host" if columns.stepwise else ""
 
     def total(self, loss: Tensor, scale: Tensor | None, factor: float) -> Tensor:
         return self.backend.total(loss, scale, factor)
@@ -61,6 +63,9 @@ class VocabParallel(Backend):
     def multiply(self, grad: Tensor, by: Tensor) -> None:
         self.backend.multiply(grad, by)
 
+    def agreed(self, right: bool) -> bool:
+        return bool(self.gathered(torch.tensor([right])).all())
+
     def gathered(self, x: Tensor) -> Tensor:
         """[R, ...]: what every rank has, in the order of the ranks."""
         return collectives.gathered(x, self.group)
@@ -69,16 +74,16 @@ class VocabParallel(Backend):
         self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
     ) -> Tensor:
         label = rows.label if spec.hard != 0.0 else None
-        staged = None
-        if self.columns.staged:
+        stepwise = None
+        if self.columns.stepwise:
             own = rows._replace(label=self._label(label, spec))
             ranks = collectives.size(self.group), collectives.rank(self.group)
-            staged = self.backend.staged(
+            stepwise = self.backend.stepwise(
                 student, teacher, spec, own, grad, *ranks, self.columns.widest
             )
-        if not staged:
+        if not stepwise:
             return self._in_passes(student, teacher, spec, rows, grad)
-        loss, redo, passes, waiting = staged
+        loss, redo, passes, waiting = stepwise
         collectives.pipelined(passes, waiting, self.group)
         again = redo.nonzero().squeeze(-1)
         if again.numel():
@@ -198,7 +203,7 @@ class VocabParallel(Backend):
     def topk(
         self, student: Tensor, teacher: TopKRows, spec: LossSpec, rows: Rows, grad: Tensor | None
     ) -> Tensor:
-        keep, label, scale, factor = rows
+        keep, label, scale, factor, _ = rows
         acc, count = teacher.logprobs.dtype, teacher.logprobs.size(1)
         label = label if spec.hard != 0.0 else None
         mine = self._label(label, spec)

@@ -23,7 +23,7 @@ from fastkd.backends.base import LossSpec, Stats
 from fastkd.backends.reference import BACKEND as reference
 
 pytest.importorskip("triton")
-from gpu_rows import DEVICE, NAMES, Rows, assert_like_reference, each_name, fused, make, plan_of
+from gpu_rows import DEVICE, NAMES, Rows, assert_like_reference, each_name, fused, make, spec_of
 
 from fastkd.backends.gpu import BACKEND as gpu
 
@@ -45,14 +45,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
     ids=[*PAIRS.keys(), "bf16-fp64"],
 )
 def test_dtypes(name: str, pair: tuple[torch.dtype, torch.dtype]) -> None:
-    assert_like_reference(make(1, 3, 33, pair), plan_of(name, 33, hard=0.3, smoothing=0.1))
+    assert_like_reference(make(1, 3, 33, pair), spec_of(name, 33, hard=0.3, smoothing=0.1))
 
 
 @pytest.mark.interpreted(14)
 @each_name
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_shapes(name: str, vocab: int) -> None:
-    assert_like_reference(make(1, 3, vocab), plan_of(name, vocab))
+    assert_like_reference(make(1, 3, vocab), spec_of(name, vocab))
 
 
 @pytest.mark.interpreted(4)
@@ -60,7 +60,7 @@ def test_shapes(name: str, vocab: int) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_hard_labels(temperature: float, smoothing: float) -> None:
     x = make(1, 3, 300)._replace(keep=None)
-    spec = plan_of("kl", 300, temperature=temperature, hard=0.4, smoothing=smoothing)
+    spec = spec_of("kl", 300, temperature=temperature, hard=0.4, smoothing=smoothing)
     assert_like_reference(x, spec)
     far = x._replace(student=x.student + 1e4, teacher=x.teacher - 1e4)
     assert_like_reference(far, spec)
@@ -69,7 +69,7 @@ def test_hard_labels(temperature: float, smoothing: float) -> None:
 @each_name
 def test_logits_far_from_zero(name: str) -> None:
     x = make(1, 3, 1500, spread=3000.0)
-    assert_like_reference(x, plan_of(name, 1500, temperature=1.0))
+    assert_like_reference(x, spec_of(name, 1500, temperature=1.0))
 
 
 @pytest.mark.parametrize("name", ["kl", "js"])
@@ -81,7 +81,7 @@ def test_strided_rows_and_padded_columns(name: str) -> None:
     student, teacher = wide_s[:, :2], wide_t[::3].transpose(0, 1)
     student[..., :vocab], teacher[..., :vocab] = torch.randn(2, 2, 2, vocab).to(DEVICE).unbind()
     x = make(2, 2, vocab)._replace(student=student, teacher=teacher)
-    spec = plan_of(name, vocab, hard=0.3, smoothing=0.1)
+    spec = spec_of(name, vocab, hard=0.3, smoothing=0.1)
     grad = torch.full((2, 3, 4, 320), NAN, device=DEVICE)[:, 1:, 1][:, :2]
     loss, _ = assert_like_reference(x, spec, grad)
     dense = x._replace(student=student[..., :vocab].contiguous())
@@ -93,7 +93,7 @@ def test_strided_rows_and_padded_columns(name: str) -> None:
 
 def test_no_rows() -> None:
     x = make(1, 0, 9)
-    assert fused(gpu, x, plan_of("kl", 9), torch.empty_like(x.student)).shape == (0,)
+    assert fused(gpu, x, spec_of("kl", 9), torch.empty_like(x.student)).shape == (0,)
     assert gpu.stats(x.student, 1.0, 9, None).shape == (0, 3)
     assert gpu.total(torch.empty(0, device=DEVICE), None, 1.0) == 0
 
@@ -103,7 +103,7 @@ def test_no_rows() -> None:
 def test_in_place(name: str) -> None:
     for vocab in (7, 600, 4500):
         x = make(1, 3, vocab)
-        spec = plan_of(name, vocab, hard=0.3)
+        spec = spec_of(name, vocab, hard=0.3)
         apart = torch.empty_like(x.student)
         loss = fused(gpu, x, spec, apart)
         assert torch.equal(loss, fused(gpu, x, spec, x.student))
@@ -115,7 +115,7 @@ def test_label_outside_is_no_column() -> None:
     for label in (-1, -5, 40, 2**40, -(2**40)):
         x = make(1, 3, 40)._replace(keep=None)
         x = x._replace(label=torch.full((3,), label, device=DEVICE))
-        assert_like_reference(x, plan_of("kl", 40, hard=0.5, smoothing=0.1))
+        assert_like_reference(x, spec_of("kl", 40, hard=0.5, smoothing=0.1))
 
 
 def test_rows_left_out_are_not_read() -> None:
@@ -124,7 +124,7 @@ def test_rows_left_out_are_not_read() -> None:
     x.student[0, ~x.keep], x.teacher[0, ~x.keep] = NAN, INF
     grad = torch.full((1, 4, 60), NAN, device=DEVICE)
     for name in NAMES:
-        loss = fused(gpu, x, plan_of(name, 50), grad)
+        loss = fused(gpu, x, spec_of(name, 50), grad)
         assert loss.isfinite().all() and not loss[~x.keep].any()
         assert grad.isfinite().all() and not grad[0, ~x.keep].any()
 
@@ -168,7 +168,7 @@ def test_split_passes_compose_to_the_fused(name: str, vocab: int) -> None:
     x = make(1, 3, vocab)
     assert x.label is not None
     x.label[0], cut = 0, vocab // 3
-    spec = plan_of(name, vocab, hard=0.4, smoothing=0.1)
+    spec = spec_of(name, vocab, hard=0.4, smoothing=0.1)
     grad = torch.empty_like(x.student)
     loss = fused(gpu, x, spec._replace(soft=1.0, hard=0.0, smoothing=0.0), grad)
     fused(gpu, x, spec, grad)
@@ -188,7 +188,7 @@ def test_split_passes_are_the_references(name: str) -> None:
         assert ours.dtype == true.dtype
         torch.testing.assert_close(ours, true, rtol=1e-5 if ours.dtype == torch.float32 else 1e-12,
                                    atol=1e-4 if ours.dtype == torch.float32 else 1e-12)  # fmt: skip
-    spec = plan_of(name, 200)
+    spec = spec_of(name, 200)
     ours, true = (
         p.loss(*x[:2], Stats(*stats[1]), spec, base.Rows(x.keep)) for p in (gpu, reference)
     )
@@ -213,7 +213,7 @@ def test_identical_logits_give_exactly_nothing(name: str, dtype: torch.dtype) ->
         x = make(1, 2, vocab, (dtype, dtype), min(spread, 1e3))._replace(keep=None)
         x = x._replace(teacher=x.student.clone())
         grad = torch.full_like(x.student, NAN)
-        loss = fused(gpu, x, plan_of(name, vocab, temperature=temperature), grad)
+        loss = fused(gpu, x, spec_of(name, vocab, temperature=temperature), grad)
         # the mixtures owe only rounding, but their formulas happen to keep this too
         assert not loss.any() and not grad.any()
 
@@ -231,9 +231,9 @@ def test_edges(name: str) -> None:
     t[4, 8] = INF
     s[5, 300:], t[5, :300] = -INF, -INF  # disjoint
     grad = torch.full_like(x.student, NAN)
-    loss = fused(gpu, x, plan_of(name, vocab), grad)
+    loss = fused(gpu, x, spec_of(name, vocab), grad)
     true_grad = torch.zeros_like(x.student)
-    true = fused(reference, x, plan_of(name, vocab), true_grad)
+    true = fused(reference, x, spec_of(name, vocab), true_grad)
     whole = [0, 1, 6]
     torch.testing.assert_close(loss[whole], true[whole], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grad[0, whole], true_grad[0, whole], rtol=1e-4, atol=1e-7)
@@ -255,7 +255,7 @@ def test_kl_of_a_probability_that_underflows_is_nothing() -> None:
         x.teacher[0, 0, 17] -= below
         x.student[0, 0, 17] = -INF
         assert not (x.teacher[0, 0, 17] - x.teacher.amax()).exp()
-        spec = plan_of("kl", 9000, temperature=1.0)
+        spec = spec_of("kl", 9000, temperature=1.0)
         assert fused(gpu, x, spec, x.student.clone()).isfinite().all()
 
 
@@ -289,7 +289,7 @@ def test_total() -> None:
 def test_a_divergence_without_a_kernel_is_named() -> None:
     x = make(1, 2, 9)
     with pytest.raises(NotImplementedError, match="'no_such'"):
-        spec = plan_of("kl", 9)._replace(divergence="no_such")
+        spec = spec_of("kl", 9)._replace(divergence="no_such")
         gpu.loss(x.student, x.teacher, Stats(*[torch.ones(2, 3)] * 2), spec, base.Rows())
 
 
@@ -297,4 +297,4 @@ def test_a_failed_launch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     x = make(1, 2, 9)
     monkeypatch.setattr("fastkd.backends.gpu.launch._ACC", {torch.float32: None})
     with pytest.raises(RuntimeError, match="fused_kernel could not be compiled or launched"):
-        fused(gpu, x, plan_of("kl", 9), torch.empty_like(x.student))
+        fused(gpu, x, spec_of("kl", 9), torch.empty_like(x.student))

@@ -36,7 +36,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def plan_of(name: str, vocab: int, hard: float = 0.0) -> LossSpec:
+def spec_of(name: str, vocab: int, hard: float = 0.0) -> LossSpec:
     param = 0.3 if fastkd.divergences[name].parameter else 0.0
     return LossSpec(name, param, 1.0, 0.7, hard, 0.0, vocab, vocab)
 
@@ -76,7 +76,7 @@ def test_nan_stays_in_its_row(name: str, dtype: torch.dtype, vocab: int, side: i
     sides = [torch.randn(5, vocab).to(DEVICE, dtype) for _ in range(2)]
     sides[side] = spoilt(sides[side])
     label = torch.arange(5, device=DEVICE) if vocab % 2 else None
-    spec = plan_of(name, vocab, 0.0 if label is None else 0.5)
+    spec = spec_of(name, vocab, 0.0 if label is None else 0.5)
     assert_rows(*run(gpu, *sides, spec, label), *run(reference, *sides, spec, label))
 
 
@@ -87,7 +87,7 @@ def test_in_wide_rows_of_far_logits(name: str, vocab: int) -> None:
     for side in range(2):
         sides = [(1e4 * torch.randn(2, vocab)).to(DEVICE) for _ in range(2)]
         sides[side][1, vocab - 1] = NAN
-        spec = plan_of(name, vocab)
+        spec = spec_of(name, vocab)
         loss, grad = run(gpu, *sides, spec, None)
         assert loss.isnan().tolist() == [False, True]
         assert grad[1].isnan().all() and not grad[0].isnan().any()
@@ -103,7 +103,7 @@ def test_where_several_programs_share_a_row(
     monkeypatch.setattr(split_rows, "programs_per_row", lambda *shape: 3)
     sides = [torch.randn(5, 300).to(DEVICE) for _ in range(2)]
     sides[side] = spoilt(sides[side])
-    spec = plan_of(name, 300)
+    spec = spec_of(name, 300)
     assert_rows(*run(gpu, *sides, spec, None), *run(reference, *sides, spec, None))
 
 
@@ -115,7 +115,7 @@ def test_the_split_passes(name: str, side: int) -> None:
     vocab = 17
     sides = [torch.randn(5, vocab).to(DEVICE) for _ in range(2)]
     sides[side] = spoilt(sides[side])
-    spec = plan_of(name, vocab)
+    spec = spec_of(name, vocab)
     s, t = (x.unsqueeze(0) for x in sides)
     stats = [gpu.stats(x, 1.0, vocab, None) for x in (s, t)]
     assert stats[side][:, 1].isnan().tolist() == [False, True, True, True, False]
@@ -141,8 +141,8 @@ def test_a_stored_teacher(name: str, tail: str) -> None:
         at = torch.tensor(named, device=DEVICE).expand(5, -1).contiguous()
         rest = torch.full((5,), 0.1, dtype=acc, device=DEVICE).log() if tail == "bucket" else None
         teacher = TopKRows(mass.log(), at, rest, False)
-        ours = run(gpu, s, teacher, plan_of(name, vocab), None)
-        theirs = run(reference, s, teacher, plan_of(name, vocab), None)
+        ours = run(gpu, s, teacher, spec_of(name, vocab), None)
+        theirs = run(reference, s, teacher, spec_of(name, vocab), None)
         assert_rows(*ours, *theirs)
 
 

@@ -48,7 +48,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(launch, "launch", note)
     monkeypatch.setattr(
         cooperative, "capacity", lambda *device: None
-    )  # which a card would rather use
+    )  # which a GPU would rather use
     monkeypatch.setattr(launch, "tile", lambda vocab, size, *_: Tile(8 * size, 16 // size, 32))
     with fastkd.use_backend("gpu"):
         yield seen
@@ -145,7 +145,7 @@ def test_the_interpreter_does_not_split(launched: Launches) -> None:
 def test_values_and_gradients(
     divergence: Divergence, dtype: torch.dtype, parts: int, launched: Launches, steps: Any
 ) -> None:
-    student, teacher, labels = make(2, 700, dtype)
+    student, teacher, labels = make(2, 400, dtype)
     labels[1] = -100
     options = dict(temperature=2.0, alpha=0.4, label_smoothing=0.1, t_squared=True)
     call = dict(divergence=divergence, reduction="none", **options)
@@ -153,7 +153,7 @@ def test_values_and_gradients(
     expected = steps(divergence)
     assert launched[-len(expected) :] == expected
     # the bare divergence, and rows that end with a tile
-    assert_as_good_as_torch(*make(1, 512, dtype)[:2], divergence=divergence)
+    assert_as_good_as_torch(*make(1, 256, dtype)[:2], divergence=divergence)
 
 
 @pytest.mark.interpreted(3)
@@ -182,23 +182,23 @@ def test_real_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @each_number
 def test_columns_past_the_vocabulary(parts: int) -> None:
     """Never read as a value, and their gradient is 0: they may be many tiles."""
-    student, teacher, labels = make(3, 600)
-    student[:, 304:], teacher[:, 304:] = NAN, INF
-    labels %= 304
+    student, teacher, labels = make(2, 400)
+    student[:, 176:], teacher[:, 176:] = NAN, INF
+    labels %= 176
     for name in ("reverse_kl", "tv"):
         entry = fastkd.divergences[name]
         leaf = student.clone().requires_grad_()
         loss = fastkd.distillation_loss(
-            leaf, teacher, labels, divergence=entry, alpha=0.3, vocab_size=304
+            leaf, teacher, labels, divergence=entry, alpha=0.3, vocab_size=176
         )
         loss.backward()
-        assert leaf.grad is not None and not leaf.grad[:, 304:].any()
-        narrow = student[:, :304].clone().requires_grad_()
+        assert leaf.grad is not None and not leaf.grad[:, 176:].any()
+        narrow = student[:, :176].clone().requires_grad_()
         alone = fastkd.distillation_loss(
-            narrow, teacher[:, :304].contiguous(), labels, divergence=entry, alpha=0.3
+            narrow, teacher[:, :176].contiguous(), labels, divergence=entry, alpha=0.3
         )
         alone.backward()
-        assert torch.equal(loss, alone) and torch.equal(leaf.grad[:, :304], narrow.grad)
+        assert torch.equal(loss, alone) and torch.equal(leaf.grad[:, :176], narrow.grad)
 
 
 @pytest.mark.interpreted(2)
@@ -218,9 +218,9 @@ def test_rows_left_out_are_not_read(parts: int) -> None:
 @pytest.mark.interpreted(3)
 @each
 def test_in_place(divergence: Divergence, parts: int) -> None:
-    student, teacher, labels = make(2, 500)
-    labels %= 490
-    call = dict(divergence=divergence, alpha=0.4, label_smoothing=0.1, vocab_size=490)
+    student, teacher, labels = make(2, 300)
+    labels %= 290
+    call = dict(divergence=divergence, alpha=0.4, label_smoothing=0.1, vocab_size=290)
     apart = differentiate(fastkd.distillation_loss, student, teacher, labels, **call)
     leaf = student.clone().requires_grad_()
     memory = leaf * 1.0  # no leaf may be overwritten
@@ -232,7 +232,7 @@ def test_in_place(divergence: Divergence, parts: int) -> None:
 @pytest.mark.interpreted(3)
 @each
 def test_the_bits_are_the_same_from_run_to_run(divergence: Divergence, parts: int) -> None:
-    student, teacher, labels = make(2, 450)
+    student, teacher, labels = make(2, 300)
     call = dict(divergence=divergence, alpha=0.4)
     first, second = (
         differentiate(fastkd.distillation_loss, student, teacher, labels, **call) for _ in range(2)
@@ -247,7 +247,7 @@ def test_the_bits_are_the_same_from_run_to_run(divergence: Divergence, parts: in
 @pytest.mark.parametrize("name", ["kl", "reverse_kl", "tv"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_identical_logits_give_exactly_nothing(name: str, dtype: torch.dtype, parts: int) -> None:
-    student, _, _ = make(2, 777, dtype)
+    student, _, _ = make(2, 333, dtype)
     student[1] *= 100
     for temperature in (0.3, 1.0, 7.0):
         out = differentiate(
@@ -261,8 +261,8 @@ def test_identical_logits_give_exactly_nothing(name: str, dtype: torch.dtype, pa
 @each
 def test_impossible_columns(divergence: Divergence, parts: int) -> None:
     """Some, and all that one program has, on both sides: worth 0 to every divergence."""
-    student, teacher, _ = make(2, 512)
-    dead = torch.rand(512, device=DEVICE) < 0.3
+    student, teacher, _ = make(2, 384)
+    dead = torch.rand(384, device=DEVICE) < 0.3
     dead[:256], dead[-1] = True, False
     student, teacher = (x.masked_fill(dead, -INF) for x in (student, teacher))
     out = assert_as_good_as_torch(student, teacher, divergence=divergence, temperature=2.0)

@@ -41,7 +41,7 @@ def assert_passes(variant: str, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def sanitizers() -> None:
-    require_tools("sanitize")
+    require_tools("sanitize-one")
     command = [binary.HOST, *binary.SANITIZE, "-x", "c++", "-", "-o", os.devnull]
     built = subprocess.run(command, input="int main() {}", capture_output=True, text=True)
     if built.returncode != 0:
@@ -50,12 +50,12 @@ def sanitizers() -> None:
 
 @pytest.mark.parametrize("words", [("check",), fuzz(6)], ids=["fixed", "random"])
 def test_between_guard_pages(words: tuple[str, ...]) -> None:
-    assert_passes("native", *words)
+    assert_passes("guarded", *words)
 
 
 @pytest.mark.parametrize("words", [("check",), fuzz(4)], ids=["fixed", "random"])
 def test_under_the_sanitizers(sanitizers: None, words: tuple[str, ...]) -> None:
-    assert_passes("sanitize", *words)
+    assert_passes("sanitize-one", *words)
 
 
 def test_aarch64() -> None:
@@ -76,5 +76,5 @@ def test_aarch64() -> None:
 
 def test_a_wrong_kernel_is_caught() -> None:
     """The binary's exit status is what all of the above stands on."""
-    require_tools("native")
-    assert binary.run("native", "no such word").returncode == 2
+    require_tools("guarded")
+    assert binary.run("guarded", "no such word").returncode == 2

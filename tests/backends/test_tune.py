@@ -41,7 +41,7 @@ def test_every_tile_of_the_table(arch: str, itemsize: int) -> None:
     for entry in TABLE[arch][itemsize]:
         assert entry.bytes & (entry.bytes - 1) == 0 and entry.threads % warp == 0
         assert entry.bytes % (entry.threads * tune.BYTES_PER_LOAD) == 0, "threads without a load"
-        assert entry.ctas == 1, "no card has measured a cluster"
+        assert entry.ctas == 1, "no GPU has measured a cluster"
     for vocab in WIDTHS:
         size = tile(vocab, itemsize, arch)
         assert size.group * itemsize == tune.BYTES_PER_LOAD

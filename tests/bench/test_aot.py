@@ -48,7 +48,7 @@ def test_every_kernel_of_the_package_is_launched_by_a_pass() -> None:
 
 
 def test_a_launch_hands_over_what_its_kernel_takes() -> None:
-    """And options that Triton's backend for the card knows: it refuses any other name."""
+    """And options that Triton's backend for the GPU knows: it refuses any other name."""
     from triton.backends.nvidia.compiler import CUDAOptions
 
     for target in ("sm_90", "gfx942"):

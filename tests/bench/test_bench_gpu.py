@@ -101,8 +101,8 @@ def test_clusters_are_measured_where_they_work(
     assert not any(skip for tile, skip in tiles().items() if tile.endswith(":1"))
 
 
-def test_teams_are_measured_beside_none(tmp_path: Path) -> None:
-    found = [s.env for s in steps(tmp_path, "fit", "sm_90") if s.name.startswith("team-")]
+def test_numbers_of_programs_are_measured_beside_one(tmp_path: Path) -> None:
+    found = [s.env for s in steps(tmp_path, "fit", "sm_90") if s.name.startswith("programs-")]
     assert {env["FASTKD_GPU_COOPERATIVE"] for env in found} == {"4", "8", "16"}
     alone = [s.env for s in steps(tmp_path, "fit", "sm_90") if s.name.startswith("tile-")]
     assert all(env["FASTKD_GPU_COOPERATIVE"] == "0" for env in alone)

@@ -30,13 +30,19 @@ def _loss(labels: Tensor | None = None, **options: Any) -> Callable[[Tensor, Ten
 # ---- by finite differences
 
 
+def _interpreted(backend: Backend) -> bool:
+    """There, a difference along one direction at random, and not along each."""
+    return backend.name == "gpu" and backend.device.type == "cpu"
+
+
 @each_divergence
 @each_way
 @pytest.mark.interpreted(1)
 def test_gradcheck(backend: Backend, divergence: Divergence, reduction: str) -> None:
     student, teacher = (x.requires_grad_() for x in logits(backend, 2, 4, DOUBLE))
     loss = _loss(alpha=0.0, divergence=divergence, reduction=reduction)
-    assert torch.autograd.gradcheck(loss, (student, teacher))
+    fast = _interpreted(backend)
+    assert torch.autograd.gradcheck(loss, (student, teacher), fast_mode=fast)
 
 
 @each_way
@@ -46,7 +52,8 @@ def test_gradcheck_of_the_whole_loss(backend: Backend, reduction: str) -> None:
     labels = torch.tensor([2, -100, 0], device=backend.device)
     weight = torch.tensor([0.5, 1.0, 2.0], device=backend.device)
     loss = _loss(labels, label_smoothing=0.1, weight=weight, reduction=reduction)
-    assert torch.autograd.gradcheck(loss, (student, teacher))
+    fast = _interpreted(backend)
+    assert torch.autograd.gradcheck(loss, (student, teacher), fast_mode=fast)
 
 
 @each_name
@@ -56,7 +63,8 @@ def test_gradgradcheck(backend: Backend, divergence: Divergence, reduction: str)
     student, teacher = (x.requires_grad_() for x in logits(backend, 2, 3, DOUBLE))
     labels = torch.tensor([2, 0], device=backend.device)
     loss = _loss(labels, alpha=0.3, divergence=divergence, reduction=reduction)
-    assert torch.autograd.gradgradcheck(loss, (student, teacher))
+    fast = _interpreted(backend)
+    assert torch.autograd.gradgradcheck(loss, (student, teacher), fast_mode=fast)
 
 
 def test_hessian_vector_product(backend: Backend) -> None:

@@ -1,4 +1,4 @@
-"""The registered operators and torch.compile: no graph break, the same numbers as eager."""
+"""torch.compile: no graph break, the same numbers as eager."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from common import Backend, each_form, each_name, in_form, logits
+from linear_parts import parts_in_a_row
 from pairwise import pairwise
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastkd
-from fastkd.backends.base import LossSpec
 from fastkd.divergence import Divergence
 
 REDUCTIONS = ["mean", "batchmean", "sum", "none"]
@@ -24,81 +24,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def _plan(divergence: Divergence, vocab: int, hard: float = 0.0) -> LossSpec:
-    return LossSpec(divergence.name, divergence.param, 2.0, 0.7, hard, hard / 2, vocab, vocab)
-
-
-def _arguments(backend: Backend, case: str) -> list[Any]:
-    """student, teacher, keep, label of an operator."""
-    student, teacher = logits(backend, 4, 9)
-    keep = label = None
-    if case in ("labels", "everything"):
-        keep = torch.tensor([True, False, True, True], device=backend.device)
-        label = torch.tensor([1, -100, 0, 8], device=backend.device)
-    if case in ("strided", "everything"):
-        student = torch.randn(4, 12, device=backend.device)[:, 1:10]
-        teacher = torch.randn(4, 9, device=backend.device)[:1].expand(4, 9)
-    if case == "leading":
-        student, teacher = student.view(2, 2, 9), teacher.view(2, 2, 9)
-    if case == "mixed":
-        student, teacher = student.bfloat16(), teacher.double()
-    return [student, teacher, keep, label]
-
-
-def _inputs(student: Any, teacher: Any, *rest: Any) -> tuple[Any, ...]:
-    """The operator's inputs for logits on both sides; rest: keep, label and a spec."""
-    keep, label, *spec = rest
-    sides = [(x, None, None, 1.0, 0.0, x.dtype) for x in (student, teacher)]
-    return (*sides[0], *sides[1], keep, label, None, None, None, False, 0, *spec)
-
-
-CASES = ["plain", "labels", "strided", "leading", "mixed", "everything"]
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.interpreted(1)
-def test_opcheck_of_the_loss_of_logits(backend: Backend, case: str) -> None:
-    student, teacher, keep, label = _arguments(backend, case)
-    student, teacher = student.requires_grad_(), teacher.detach().requires_grad_()
-    spec = _plan(fastkd.divergences.js, 9, hard=0.0 if label is None else 0.3)
-    inputs = _inputs(student, teacher, keep, label, *spec)
-    torch.library.opcheck(torch.ops.fastkd.row_loss, inputs)
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.interpreted(1)
-def test_opcheck_of_the_gradients_of_logits(backend: Backend, case: str) -> None:
-    student, teacher, keep, label = _arguments(backend, case)
-    spec = _plan(fastkd.divergences.kl, 9, hard=0.0 if label is None else 0.3)
-    scale = torch.rand(student.shape[:-1], device=backend.device)
-    needs = [True, False, False, True, False, False]
-    inputs = (*_inputs(student, teacher, keep, label, *spec), scale, needs)
-    torch.library.opcheck(torch.ops.fastkd.row_grads, inputs)
-
-
-@each_name
-@pytest.mark.interpreted(1)
-def test_opcheck_of_every_divergence(backend: Backend, divergence: Divergence) -> None:
-    student, teacher = (x.requires_grad_() for x in logits(backend, 2, 5))
-    spec = _plan(divergence, 5)
-    torch.library.opcheck(
-        torch.ops.fastkd.row_loss,
-        _inputs(student, teacher, None, None, *spec),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )
-
-
-def test_operators_take_any_layout_of_a_compiler(backend: Backend) -> None:
-    """A compiler may hand over columns that are not contiguous."""
-    student, teacher = logits(backend, 4, 9)
-    spec = _plan(fastkd.divergences.kl, 9)
-    usual = torch.ops.fastkd.row_loss(*_inputs(student, teacher, None, None, *spec))
-    turned = student.t().contiguous().t()
-    assert turned.stride() == (1, 4)
-    inputs = _inputs(turned, teacher, None, None, *spec)
-    assert torch.equal(torch.ops.fastkd.row_loss(*inputs), usual)
 
 
 def _run(loss: Callable[..., Tensor], student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
@@ -306,15 +231,23 @@ def test_compiled_on_the_reference() -> None:
         _close(_run(_compiled(loss), student, teacher), _run(loss, student, teacher))
 
 
+@pytest.mark.parametrize("loss", [fastkd.kl_div, fastkd.distillation_loss])
+def test_a_temperature_that_changes_compiles_again(loss: Any) -> None:
+    """What the README says of schedules: another graph for each value, not another value."""
+    torch.compiler.reset()
+    s, t = torch.randn(3, 7), torch.randn(3, 7)
+    options = {"alpha": 0.0} if loss is fastkd.distillation_loss else {}
+    compiled = torch.compile(
+        lambda T: loss(s, t, temperature=T, **options), backend="eager", fullgraph=True
+    )
+    for temperature in (1.0, 1.5, 4, 3, 2.5):
+        want = loss(s, t, temperature=temperature, **options)
+        torch.testing.assert_close(compiled(temperature), want)
+
+
 # ---- logits that are never built
 
 LINEAR_OPTIONS = {"scale": 0.5, "softcap": 3.0, "chunk_size": 2}
-
-
-def _parts(backend: Backend, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """hidden, weight and bias of the student, then of the teacher."""
-    shapes = ((4, 5), (9, 5), (9,), (4, 7), (9, 7), (9,))
-    return [torch.randn(shape).to(backend.device, dtype).requires_grad_() for shape in shapes]
 
 
 def _linear_loss(*parts: Tensor, **options: Any) -> Tensor:
@@ -326,7 +259,7 @@ def _linear_loss(*parts: Tensor, **options: Any) -> Tensor:
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.interpreted(1)
 def test_compiled_linear_logits(kernels: Backend, reduction: str, compiler: str) -> None:
-    parts = _parts(kernels)
+    parts = parts_in_a_row(kernels)
     labels = torch.tensor([1, -100, 0, 8], device=kernels.device)
 
     def loss(*parts: Tensor) -> Tensor:
@@ -340,7 +273,7 @@ def test_compiled_linear_logits(kernels: Backend, reduction: str, compiler: str)
 
 
 def test_compiled_linear_logits_under_autocast(kernels: Backend) -> None:
-    parts = _parts(kernels)
+    parts = parts_in_a_row(kernels)
 
     def loss(*parts: Tensor) -> Tensor:
         with torch.autocast(kernels.device.type, dtype=torch.bfloat16):
@@ -355,7 +288,7 @@ def test_compiled_linear_logits_under_autocast(kernels: Backend) -> None:
 
 
 def test_a_compiled_labels_only_loss_of_linear_logits(kernels: Backend) -> None:
-    parts = _parts(kernels)
+    parts = parts_in_a_row(kernels)
     labels = torch.tensor([1, -100, 0, 8], device=kernels.device)
 
     def loss(*parts: Tensor) -> Tensor:
@@ -368,47 +301,3 @@ def test_a_compiled_labels_only_loss_of_linear_logits(kernels: Backend) -> None:
         results.append((value.detach(), *torch.autograd.grad(value, parts)))
     _close(*results)
     assert not any(grad.any() for grad in results[0][4:])
-
-
-@pytest.mark.parametrize("dense", ["student", "teacher", "neither"])
-@pytest.mark.interpreted(1)
-def test_opcheck_of_linear_loss(backend: Backend, dense: str) -> None:
-    parts = _parts(backend)
-    given = torch.randn(4, 9, device=backend.device).requires_grad_()
-    none = (None, None, 1.0, 0.0, torch.float32)
-    student = (given, *none) if dense == "student" else (*parts[:3], 0.5, 3.0, torch.float32)
-    teacher = (given, *none) if dense == "teacher" else (*parts[3:], 1.0, 0.0, torch.float32)
-    keep = torch.tensor([True, False, True, True], device=backend.device)
-    label = torch.tensor([1, -100, 0, 8], device=backend.device)
-    rest = (keep, label, None, None, None, False, 2, *_plan(fastkd.divergences.kl, 9, hard=0.3))
-    torch.library.opcheck(torch.ops.fastkd.row_loss, (*student, *teacher, *rest))
-
-
-def test_opcheck_of_linear_grads(backend: Backend) -> None:
-    parts = [x.detach() for x in _parts(backend)]
-    sides = (*parts[:3], 0.5, 3.0, torch.float32, *parts[3:], 1.0, 0.0, torch.float32)
-    topk = (None, None, None, False)
-    rest = (
-        None,
-        None,
-        *topk,
-        0,
-        *_plan(fastkd.divergences.kl, 9),
-        torch.rand(4, device=backend.device),
-    )
-    needs = [True, True, False, False, True, True]
-    torch.library.opcheck(torch.ops.fastkd.row_grads, (*sides, *rest, needs))
-
-
-@pytest.mark.parametrize("loss", [fastkd.kl_div, fastkd.distillation_loss])
-def test_a_temperature_that_changes_compiles_again(loss: Any) -> None:
-    """What the README says of schedules: another graph for each value, not another value."""
-    torch.compiler.reset()
-    s, t = torch.randn(3, 7), torch.randn(3, 7)
-    options = {"alpha": 0.0} if loss is fastkd.distillation_loss else {}
-    compiled = torch.compile(
-        lambda T: loss(s, t, temperature=T, **options), backend="eager", fullgraph=True
-    )
-    for temperature in (1.0, 1.5, 4, 3, 2.5):
-        want = loss(s, t, temperature=temperature, **options)
-        torch.testing.assert_close(compiled(temperature), want)

@@ -191,6 +191,6 @@ def test_call_sets_the_parameter_of_a_copy(name: str) -> None:
 
 
 @each_divergence
-def test_reference_finds_the_entry_of_a_plan(divergence: Divergence) -> None:
+def test_reference_finds_the_entry_of_a_spec(divergence: Divergence) -> None:
     spec = LossSpec(divergence.name, divergence.param, 1.0, 1.0, 0.0, 0.0, 7, 7)
     assert label_of(reference.entry(spec)) == label_of(divergence)

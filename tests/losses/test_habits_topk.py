@@ -79,8 +79,9 @@ def test_a_half_in_bfloat16(backend: Backend) -> None:
 def test_an_ordinary_log_softmax_in_bfloat16(backend: Backend) -> None:
     torch.manual_seed(0)
     values, ids = (torch.randn(512, 1000) * 6).bfloat16().log_softmax(-1).topk(32)
-    stored = fastkd.TopK(at(backend, values), at(backend, ids))
-    assert fastkd.kl_div(at(backend, torch.randn(512, 1000)), stored).isfinite()
+    most = values.double().exp().sum(-1).topk(8).indices  # of these rows the rounding is worst
+    stored = fastkd.TopK(at(backend, values[most]), at(backend, ids[most]))
+    assert fastkd.kl_div(at(backend, torch.randn(8, 1000)), stored).isfinite()
 
 
 @pytest.mark.parametrize(

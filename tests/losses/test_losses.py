@@ -188,7 +188,7 @@ def test_backends_agree(form: str, kernels: Backend, name: str) -> None:
     torch.testing.assert_close(here.student, there.student, rtol=4e-6, atol=4e-7)
 
 
-def _plan(divergence: Divergence, vocab: int, **rest: float) -> LossSpec:
+def _spec(divergence: Divergence, vocab: int, **rest: float) -> LossSpec:
     return LossSpec(divergence.name, divergence.param, 2.0, 0.7, 0.0, 0.0, vocab, vocab)._replace(
         **rest
     )
@@ -223,7 +223,7 @@ def test_split_passes_make_the_fused_one(
     keep = torch.tensor([1, 1, 0, 1, 1, 1], dtype=torch.bool, device=backend.device)
     student[2] = teacher[2] = float("nan")
     label = torch.randint(37, (6,), device=backend.device)
-    spec = _plan(divergence, 37, classes=37, hard=hard, smoothing=hard / 2)
+    spec = _spec(divergence, 37, classes=37, hard=hard, smoothing=hard / 2)
     passes = pick(backend.device)
     grad = torch.full_like(student, float("nan"))
     rows = [x.unsqueeze(0) for x in (student, teacher, grad)]
@@ -240,18 +240,18 @@ def test_split_vocabulary(backend: Backend, divergence: Divergence) -> None:
     student, teacher = logits(backend, 4, 50, (torch.float64, torch.float64))
     passes, cut = pick(backend.device), 19
     shards = [(student[None, :, at], teacher[None, :, at]) for at in (slice(cut), slice(cut, None))]
-    plans = [_plan(divergence, s.size(-1), classes=50) for s, _ in shards]
+    specs = [_spec(divergence, s.size(-1), classes=50) for s, _ in shards]
     whole = [
         _together([passes.stats(shard[side], 2.0, shard[side].size(-1), None) for shard in shards])
         for side in (0, 1)
     ]
     sums = [
         passes.loss(*shard, Stats(*whole), spec, Rows())
-        for shard, spec in zip(shards, plans, strict=True)
+        for shard, spec in zip(shards, specs, strict=True)
     ]
     value, slope = torch.stack(sums).sum(0).unbind(-1)
     grads = []
-    for shard, spec in zip(shards, plans, strict=True):
+    for shard, spec in zip(shards, specs, strict=True):
         grads.append(torch.full_like(shard[0], float("nan")))
         args = (*shard, Stats(*whole), slope.contiguous(), spec, Rows(), grads[-1])
         passes.grad(*args)
@@ -273,7 +273,7 @@ def _together(stats: list[Tensor], temperature: float = 2.0) -> Tensor:
 def test_stats_of_impossible_rows(backend: Backend, name: str) -> None:
     """A side at -inf everywhere has max -inf and sum 0; two of them differ in nothing."""
     student = torch.full((1, 2, 5), -INF, device=backend.device)
-    passes, spec = pick(backend.device), _plan(fastkd.divergences.kl, 5)
+    passes, spec = pick(backend.device), _spec(fastkd.divergences.kl, 5)
     stats = passes.stats(student, 2.0, 5, None)
     if name == "stats":
         assert stats[:, 0].tolist() == [-INF, -INF] and stats[:, 1].tolist() == [0, 0]

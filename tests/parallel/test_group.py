@@ -266,7 +266,7 @@ def weights_and_compile() -> None:
     near(step(s[:, mine], t[:, mine]), fastkd.kl_div(s * 2, t), torch.float32, "compiled")
 
 
-def in_stages() -> None:
+def in_steps() -> None:
     """The same bits whatever rows go together and however many threads; strange rows are redone."""
     rank, world = dist.get_rank(), dist.get_world_size()
     vocab = 3000 * world
@@ -323,7 +323,7 @@ def in_stages() -> None:
 
 def everything() -> list[str]:
     dense()
-    in_stages()
+    in_steps()
     inplace_and_exact_zeros()
     linear()
     stored()

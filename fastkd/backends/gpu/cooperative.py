@@ -234,7 +234,7 @@ def cooperative_value(
 @triton.jit(do_not_specialize=["splits", "align_offset", "per_s", "per_t", "per_g"])
 def cooperative_kernel(
     # pointers: as in `rows.fused_kernel`, then what programs exchange
-    student, teacher, grad, loss, keep, label, scale, ticket, partial, sums,
+    student, teacher, grad, loss, keep, label, scale, skip, ticket, partial, sums,
     # shape, rows and loss spec, as in `rows.fused_kernel`
     splits, vocab, classes, width,
     align_offset, per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
@@ -250,6 +250,9 @@ def cooperative_kernel(
     ticket [1], partial [rows, PARTIALS, splits] and sums [rows, SUMS, splits] hold UNWRITTEN at the
     start. The first split of a row stores the loss.
     """
+    if skip is not None:
+        if tl.load(skip) != 0:
+            return
     UNALIGNED: tl.constexpr = align_offset is not None
     turn = tl.atomic_add(ticket, 1, sem="relaxed") - UNWRITTEN
     row, split = turn // splits, turn % splits

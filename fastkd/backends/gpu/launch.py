@@ -195,6 +195,7 @@ def common_args(
         **dict(
             keep=contiguous(rows.keep), label=contiguous(rows.label), scale=contiguous(rows.scale)
         ),
+        "skip": rows.skip,
         **dict(vocab=spec.vocab, width=spec.vocab if grad is None else grad.size(2)),
         **scale_args(spec),
         **dict(
@@ -264,6 +265,8 @@ def _fused_split(args: dict[str, Any], n: int, splits: int, threads: int) -> Non
 
 class FusedPasses(Backend):
     """The passes of a whole row; `unfused.py` has those that ranks exchange sums between."""
+
+    guesses = "device"
 
     def fused(
         self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None

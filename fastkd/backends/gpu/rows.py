@@ -123,7 +123,7 @@ def grad_factor(factor, scale, row, ACC: tl.constexpr):
 @triton.jit(do_not_specialize=_FUSED)
 def fused_kernel(
     # pointers: [rows, columns] x3, then one element per row each; None for what is not given
-    student, teacher, grad, loss, keep, label, scale,
+    student, teacher, grad, loss, keep, label, scale, skip,
     # shape
     vocab, classes, width,
     # rows: row r starts at (r // per) * outer + (r % per) * inner; where rows do not start on 16
@@ -137,6 +137,9 @@ def fused_kernel(
     SMOOTH: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """loss = soft sum_v l(log p, log q) + hard CE; grad = its gradient scale factor. One row."""
+    if skip is not None:
+        if tl.load(skip) != 0:
+            return
     UNALIGNED: tl.constexpr = align_offset is not None
     row = tl.program_id(0)
     start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
@@ -254,7 +257,7 @@ def loss_kernel(
 
 @triton.jit(do_not_specialize=_FUSED)
 def grad_kernel(
-    student, teacher, grad, stats_s, stats_t, stats_hard, slope, keep, label, scale,
+    student, teacher, grad, stats_s, stats_t, stats_hard, slope, keep, label, scale, skip,
     vocab, width, align_offset,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
@@ -263,6 +266,9 @@ def grad_kernel(
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """grad = scale factor (soft (slope_v - q_v sum slope) / T + hard (q - target)). One row."""
+    if skip is not None:
+        if tl.load(skip) != 0:
+            return
     UNALIGNED: tl.constexpr = align_offset is not None
     row = tl.program_id(0)
     start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)

@@ -146,7 +146,7 @@ def label_logit(student, label, row, split, start, vocab, ACC: tl.constexpr):
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def split_sums_kernel(
-    student, teacher, partial, keep, label,
+    student, teacher, partial, keep, label, skip,
     vocab, splits, align_offset,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64,
@@ -154,6 +154,9 @@ def split_sums_kernel(
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """partial[row, :, split] = the sums of a split, and split 0's logit at the label."""
+    if skip is not None:
+        if tl.load(skip) != 0:
+            return
     UNALIGNED: tl.constexpr = align_offset is not None
     row, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
@@ -177,7 +180,7 @@ def split_sums_kernel(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def split_pairs_kernel(
-    student, teacher, partial, sums, keep,
+    student, teacher, partial, sums, keep, skip,
     vocab, splits, align_offset,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64,
@@ -185,6 +188,9 @@ def split_pairs_kernel(
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """sums[row, :, split] = (sum of the values, sum of the centred slopes) of a split."""
+    if skip is not None:
+        if tl.load(skip) != 0:
+            return
     UNALIGNED: tl.constexpr = align_offset is not None
     row, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
@@ -211,7 +217,7 @@ def split_pairs_kernel(
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def split_finish_kernel(
-    student, teacher, partial, sums, constants, loss, keep, label,
+    student, teacher, partial, sums, constants, loss, keep, label, skip,
     vocab, classes, splits, align_offset,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
@@ -221,6 +227,9 @@ def split_finish_kernel(
     SPLITS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """loss as in `rows.fused_kernel`; constants: (max, sum) of both sides, slopes, sum at T = 1."""
+    if skip is not None:
+        if tl.load(skip) != 0:
+            return
     UNALIGNED: tl.constexpr = align_offset is not None
     row = tl.program_id(0)
     start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
@@ -280,7 +289,7 @@ def split_finish_kernel(
 
 @triton.jit(do_not_specialize=[*_UNSPECIALIZED, "per_g"])
 def split_grad_kernel(
-    student, teacher, grad, constants, keep, label, scale,
+    student, teacher, grad, constants, keep, label, scale, skip,
     vocab, width, splits, align_offset,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
@@ -289,6 +298,9 @@ def split_grad_kernel(
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of `rows.fused_kernel` in one split; the last split reaches to `width`."""
+    if skip is not None:
+        if tl.load(skip) != 0:
+            return
     UNALIGNED: tl.constexpr = align_offset is not None
     row, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)

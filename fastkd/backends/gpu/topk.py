@@ -307,6 +307,7 @@ def topk_kernel(
     # pointers: the student [rows, columns]; of the teacher [rows, count] x3, but sorted_indices
     # [rows, count + 1]; then one element per row each; None for what is not given
     student, grad, logprobs, indices, sorted_indices, support_grad, tail, loss, keep, label, scale,
+    skip,
     # shape and rows
     vocab, classes, width, count, per_s, outer_s, inner_s, per_g, outer_g, inner_g,
     # the loss spec, as in `rows.fused_kernel`
@@ -322,6 +323,9 @@ def topk_kernel(
     sorted_indices: the support in rising order, then a number above every column. support_grad:
     memory for the gradient on the support, which the loop over all columns would overwrite.
     """
+    if skip is not None:
+        if tl.load(skip) != 0:
+            return
     HARD: tl.constexpr = label is not None
     NO_TAIL: tl.constexpr = tail is None and not RESTRICT
     row = tl.program_id(0)

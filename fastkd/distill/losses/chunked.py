@@ -67,7 +67,7 @@ def row_loss(
     return loss.view(leading) if reduction == "none" else loss.sum()
 
 
-def transformed() -> bool:
+def in_functorch() -> bool:
     """Whether a transform of torch.func or forward-mode AD is active.
 
     Both differentiate torch's own operations, and know no gradient made by hand.
@@ -77,7 +77,7 @@ def transformed() -> bool:
 
 def plainly() -> bool:
     """Whether the formula has to run in one piece, by torch's own operations alone."""
-    return torch.compiler.is_compiling() or transformed()
+    return torch.compiler.is_compiling() or in_functorch()
 
 
 def known_options(rows: RowOptions) -> None:

@@ -13,11 +13,11 @@ from fastkd.rows import coefficient, mask
 
 from .chunked import (
     elements,
+    in_functorch,
     operands,
     plainly,
     positive,
     row_loss,
-    transformed,
     wide,
 )
 
@@ -93,7 +93,7 @@ def top(x: Tensor, dim: int) -> Tensor:
 
 def angle(x: Tensor, y: Tensor, dim: int, *, centred: bool = False) -> Tensor:
     """1 - cosine; `centred`: 1 - correlation. 0 between two vectors of zeros, 1 beside one."""
-    if transformed():
+    if in_functorch():
         return _directions(x, y, dim, centred)[0].squeeze(dim)
     return _Angle.apply(x, y, dim, centred)
 

@@ -24,7 +24,7 @@ from fastkd.rows import coefficient
 from ..batch import Batch, Outputs
 from ..targets import Classes, is_own_loss, labels_of, teacher_logits
 from ..terms import Term, Weight
-from .chunked import Rows, positive, row_loss, transformed
+from .chunked import Rows, in_functorch, positive, row_loss
 from .correlation import ZERO, angle, top
 
 INF = math.inf
@@ -326,7 +326,7 @@ class _Apart(torch.autograd.Function):
 
 
 def _apart(x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    if transformed():
+    if in_functorch():
         at = label.unsqueeze(-1)
         return x.gather(-1, at).squeeze(-1), x.scatter(-1, at, -INF)
     return _Apart.apply(x, label)

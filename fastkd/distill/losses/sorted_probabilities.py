@@ -158,7 +158,7 @@ def _chunk(
 
 
 def formula(s: Tensor, t: Tensor, rest: Tensor | None, call: Call) -> Tensor:
-    """The same loss [n] as torch differentiates it, as often as asked."""
+    """The same loss [n] as torch differentiates it, as often as requested."""
     s, t, rest = _read(s, t, rest, call, slice(None))
     q = ((s - s.detach().amax(-1, keepdim=True)) / call.temperature).softmax(-1)
     p = t

@@ -10,7 +10,7 @@ Many ranks write one cache at once, and each reads its own part:
     cache.merge(path)
     DataLoader(pairs, sampler=cache.ShardSampler(reader, rank=r, world_size=n), ...)
 
-A folder of safetensors shards and JSON indexes (see `cache_format`), of `TopK` teachers or, for
+A folder of safetensors shards and JSON indexes (see `store.format`), of `TopK` teachers or, for
 classifiers, of all logits. A token of k = 32 at V = 128 256 takes 106 bytes: 68 of indices of 17
 bits, 32 of log-probabilities, 4 of the row's level, 2 of log(1 - sum p). The row's mass is kept to
 rounding; a log-probability `gap` nats below the row's largest is within
@@ -20,7 +20,7 @@ rounding; a log-probability `gap` nats below the row's largest is within
     "counts"   0: draws of a sampled teacher, as they are
 
 of what was given (plus 2**-22 of its size), log(1 - sum p) within 2**-11 of its size; see
-`cache_codec`. An 8-bit cache so costs a loss some 1e-5 to 1e-4 nats a row.
+`store.codec`. An 8-bit cache so costs a loss some 1e-5 to 1e-4 nats a row.
 """
 
 from .assignment import share

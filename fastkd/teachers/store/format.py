@@ -3,9 +3,9 @@
     index-RRRRR.json                what rank R has written: the teacher, its shards, their hashes
     teacher-RRRRR/NNNNNN.safetensors  shard N of rank R; a cache of one rank has no such folders:
     teacher-RRRRR-NNNNNN.safetensors  shard N of rank R there, and in version 1
-    index.safetensors               all indexes in columns, where they were merged (`cache_merge`)
+    index.safetensors               all indexes in columns, where they were merged (`merged_index`)
     .lock-RRRRR                     empty; locked while a writer of rank R lives
-    .job-RRRRR, .failed             of ranks that capture as a group (`cache_job`)
+    .job-RRRRR, .failed             of ranks that capture as a group (`rank_watch`)
 
 No rank writes another's files: a cache is the union of its indexes, merged or not.
 """

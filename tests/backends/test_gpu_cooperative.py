@@ -39,7 +39,7 @@ from together import together  # noqa: F401
 from fastkd.backends.gpu import cooperative, launch, split_rows
 from fastkd.backends.gpu.tune import Tile
 
-ON_CARD = torch.cuda.is_available()
+ON_GPU = torch.cuda.is_available()
 HOLDS, RESIDENT = cooperative.Capacity(132, 50 << 20), 3
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -59,7 +59,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 
     monkeypatch.setattr(launch, "launch", note)
     monkeypatch.setattr(launch, "tile", lambda vocab, size, *_: Tile(8 * size, 16 // size, 32))
-    if not ON_CARD:
+    if not ON_GPU:
         monkeypatch.setattr(cooperative, "HOST", HOLDS)
         request.getfixturevalue("together")(cooperative.cooperative_kernel, resident=8)
     with fastkd.use_backend("gpu"):
@@ -70,7 +70,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 def parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """So many programs to a row, whatever its size: some of them may be left without a column."""
     number = int(getattr(request, "param", 3))
-    # where the device has room for teams at all
+    # where the device has room for cooperation at all
     monkeypatch.setattr(
         cooperative, "programs_per_row", lambda *of: 1 if of[-1] is None else number
     )
@@ -120,7 +120,7 @@ def test_only_where_it_can_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cooperative, "HOST", None)
     assert cooperative.capacity(torch.device("cpu"), "default") is None
     assert cooperative.capacity(torch.device("cuda", 0), "gfx942") is None
-    # few places: a team must never fill them
+    # few places: a row's programs must never fill them
     assert shared(1, 128_256, holds=cooperative.Capacity(3, 1 << 20)) == 1
 
 
@@ -136,7 +136,7 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- waiting
 
 
-@pytest.mark.skipif(ON_CARD, reason="the order of a GPU's programs is its own")
+@pytest.mark.skipif(ON_GPU, reason="the order of a GPU's programs is its own")
 @pytest.mark.interpreted(6)
 @pytest.mark.parametrize("name", ["kl", "js"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -146,8 +146,8 @@ def test_any_order_gives_the_same_bits(
     parts: int,
     together: Any,  # noqa: F811
 ) -> None:
-    """Also of an in-place gradient, and with hardly more room than a team takes."""
-    student, teacher, labels = make(3, 500)
+    """Also of an in-place gradient, and with hardly more room than a row's programs take."""
+    student, teacher, labels = make(2, 400)
     labels[1] = -100
     call = dict(divergence=name, alpha=0.4, temperature=2.0)
     with fastkd.use_backend("gpu"):
@@ -161,7 +161,7 @@ def test_any_order_gives_the_same_bits(
 
 
 def test_a_number_that_never_comes_is_nan(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not ON_CARD:  # which polls for some seconds
+    if not ON_GPU:  # which polls for some seconds
         monkeypatch.setattr(cooperative, "PATIENCE", cooperative.tl.constexpr(3))
     student, teacher, _ = make(2, 500)
     # the last part of the last row draws no ticket
@@ -198,12 +198,12 @@ def test_a_launch_that_fails_is_said_once(
     assert list(cooperative._refused) == [student.device] and launched.count("fused_kernel") == 2
 
 
-# ---- a card's own
+# ---- a GPU's own
 
 
 @pytest.fixture
 def real(monkeypatch: pytest.MonkeyPatch, launched: Launches) -> Launches:
-    """The tiles and teams of the card, whose launches are still noted."""
+    """The tiles and numbers of programs of the GPU, whose launches are still noted."""
     note = launch.launch
     monkeypatch.undo()
     monkeypatch.setattr(launch, "launch", note)
@@ -211,14 +211,14 @@ def real(monkeypatch: pytest.MonkeyPatch, launched: Launches) -> Launches:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not ON_CARD, reason="needs a GPU")
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @pytest.mark.parametrize(("rows", "vocab"), [(64, 128_256), (600, 128_256), (300, 50_257)])
 @pytest.mark.parametrize("name", ["kl", "js"])
-def test_wide_rows_on_a_card(name: str, rows: int, vocab: int, real: Launches) -> None:
+def test_wide_rows_on_a_gpu(name: str, rows: int, vocab: int, real: Launches) -> None:
     """As one program to a row has them, again and again, in a graph and beside another stream."""
     device = torch.device("cuda", torch.cuda.current_device())
     if cooperative.capacity(device, launch.gpu_info(device).arch) is None:
-        pytest.skip("teams do not work on this card")
+        pytest.skip("this GPU does not cooperate")
     student, teacher, labels = make(rows, vocab, torch.bfloat16)
     call = dict(divergence=name, alpha=0.4, temperature=2.0, reduction="none")
 

@@ -17,7 +17,7 @@ from fastkd.backends import base
 from fastkd.backends.base import rows_of as rows
 
 pytest.importorskip("triton")
-from gpu_rows import DEVICE, assert_like_reference, each_name, fused, make, plan_of
+from gpu_rows import DEVICE, assert_like_reference, each_name, fused, make, spec_of
 
 from fastkd.backends.gpu import BACKEND as gpu
 
@@ -31,9 +31,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @needs_gpu
-@pytest.mark.parametrize("team", ["", "0"])
-def test_offsets_past_two_to_the_31(team: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTKD_GPU_COOPERATIVE", team)
+@pytest.mark.parametrize("programs", ["", "0"])
+def test_offsets_past_two_to_the_31(programs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTKD_GPU_COOPERATIVE", programs)
     n, vocab = 16_500, 131_072
     student = torch.empty(n, vocab, dtype=torch.bfloat16, device=DEVICE)
     teacher = torch.randn(1, vocab, device=DEVICE).bfloat16().expand(n, vocab)
@@ -41,7 +41,7 @@ def test_offsets_past_two_to_the_31(team: str, monkeypatch: pytest.MonkeyPatch) 
     keep = torch.zeros(n, dtype=torch.bool, device=DEVICE)
     keep[-1] = True
     last = student[-1:].clone()
-    spec = plan_of("kl", vocab)
+    spec = spec_of("kl", vocab)
     loss = gpu.fused(rows(student), rows(teacher), spec, base.Rows(keep), rows(student))
     small = torch.empty_like(last)
     alone = gpu.fused(rows(last), rows(teacher[:1]), spec, base.Rows(), rows(small))
@@ -55,7 +55,7 @@ def test_offsets_past_two_to_the_31(team: str, monkeypatch: pytest.MonkeyPatch) 
 @each_name
 @pytest.mark.parametrize(("n", "vocab"), [(64, 5000), (3, 128_256)])
 def test_capture_in_a_graph(name: str, n: int, vocab: int) -> None:
-    x, spec = make(1, n, vocab, (torch.bfloat16,) * 2), plan_of(name, vocab, hard=0.3)
+    x, spec = make(1, n, vocab, (torch.bfloat16,) * 2), spec_of(name, vocab, hard=0.3)
     grad = torch.empty_like(x.student)
     fused(gpu, x, spec, grad)
     torch.cuda.synchronize()
@@ -74,7 +74,7 @@ def test_capture_in_a_graph(name: str, n: int, vocab: int) -> None:
 @pytest.mark.parametrize("vocab", [50_257, 128_256])
 def test_real_vocabularies(name: str, n: int, vocab: int) -> None:
     """From many programs to a row to one; rows on a 16-byte boundary, and odd ones."""
-    spec = plan_of(name, vocab, hard=0.3, smoothing=0.1)
+    spec = spec_of(name, vocab, hard=0.3, smoothing=0.1)
     for pair in ((torch.bfloat16,) * 2, (torch.float32,) * 2):
         x = make(1, n, vocab, pair)
         loss, grad = assert_like_reference(x, spec)
@@ -87,7 +87,7 @@ def test_real_vocabularies(name: str, n: int, vocab: int) -> None:
 @needs_gpu
 @pytest.mark.parametrize("n", [64, 600])
 def test_second_stream(n: int) -> None:
-    x, spec = make(1, n, 50_000), plan_of("js", 50_000)
+    x, spec = make(1, n, 50_000), spec_of("js", 50_000)
     grads = [torch.empty_like(x.student) for _ in range(2)]
     loss = fused(gpu, x, spec, grads[0])
     stream = torch.cuda.Stream()

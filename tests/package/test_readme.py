@@ -1,0 +1,41 @@
+"""The documents: the first page is short, its example runs, and every link leads somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    page.relative_to(ROOT)
+    for folder in ("", "fastkd", "csrc", "bench", "tests", ".github")
+    for page in (ROOT / folder).glob("*.md" if not folder else "**/*.md")
+    if "node_modules" not in page.parts
+)
+
+
+def test_the_first_page_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 250
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = (ROOT / page).read_text()
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+    broken = [
+        link for link in links if "://" not in link and not ((ROOT / page).parent / link).exists()
+    ]
+    assert not broken
+
+
+def test_the_trainer_s_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (example,) = (block for block in blocks if "load_digits" in block)
+    # fewer steps: what is tested is that each line runs
+    example = example.replace("epochs=10", "epochs=1").replace("epochs=30", "epochs=1")
+    exec(compile(example, "README.md", "exec"), {})
+    assert (tmp_path / "exported").is_dir() and (tmp_path / "run").exists()
