@@ -45,6 +45,26 @@ def main(argv: list[str] | None = None) -> int:
     command = actions.add_parser("verify", help="read every byte and compare the hashes")
     command.add_argument("path", type=Path, help="the cache's folder")
     command.set_defaults(run=_cache_verify)
+    command = actions.add_parser("import", help="make a cache of another tool's files or answers")
+    command.add_argument("--from", dest="format", required=True, help="see teachers/formats")
+    command.add_argument("source", metavar="IN", type=Path, help="the file or folder")
+    command.add_argument("path", metavar="OUT", type=Path, help="the cache's folder")
+    command.add_argument("--vocab-size", type=int, required=True, help="the student's")
+    command.add_argument("--kind", help="logprob, prob or logit, where the format leaves it open")
+    command.add_argument("--tail", help="of the TopK (default: the format's)")
+    command.add_argument("--temperature", type=float, default=1.0, help="the teacher's (default 1)")
+    command.add_argument("--dtype", default="float32", help="the values were rounded in")
+    command.add_argument("--align", help="llamakd: next or token")
+    command.add_argument("--config", type=Path, help="distillkit: the YAML of its compression")
+    command.add_argument("--tokens", type=Path, help="a file with input_ids, where IN has none")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_cache_import)
+    command = actions.add_parser("export", help="write a cache in another tool's format")
+    command.add_argument("--to", dest="format", required=True, help="see teachers/formats")
+    command.add_argument("path", metavar="IN", type=Path, help="the cache's folder")
+    command.add_argument("out", metavar="OUT", type=Path, help="the file or folder")
+    command.add_argument("--tokens", type=Path, help="a file with input_ids")
+    command.set_defaults(run=_cache_export)
     command = commands.add_parser(
         "recipes", help="a demonstration of each method, with its control"
     )
@@ -134,6 +154,34 @@ def _cache_verify(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
     if not faults:
         print(f"{arguments.path}: {len(reader)} samples, {reader.tokens} tokens, as written")
     return int(bool(faults))
+
+
+def _cache_import(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    from fastkd.teachers.formats.cache import import_cache
+
+    names = ("kind", "tail", "temperature", "dtype", "align", "config", "tokens", "vocab_size")
+    given = {name: getattr(arguments, name) for name in names}
+    try:
+        report = import_cache(arguments.format, arguments.source, arguments.path, **given)
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(report.json() if arguments.json else report)
+    return 0
+
+
+def _cache_export(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    from fastkd.teachers.formats.cache import export_cache
+
+    try:
+        count = export_cache(
+            arguments.path, arguments.format, arguments.out, tokens=arguments.tokens
+        )
+    except (OSError, ValueError, ImportError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{arguments.out}: {count} samples")
+    return 0
 
 
 def _recipes(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:

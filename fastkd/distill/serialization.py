@@ -18,7 +18,7 @@ from .sharded_checkpoint import placed_like
 
 WRAPPER = "module."  # DataParallel's and DistributedDataParallel's, in front of every name
 # what pip calls the module of another name
-PACKAGES = {"sklearn": "scikit-learn"}
+PACKAGES = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
 # what the module imports once it is called
 LATE = {"safetensors.torch": ("numpy",)}
 
