@@ -208,9 +208,9 @@ def test_losses_of_a_step_have_places_of_their_own(passed: Passed) -> None:
     loss = loss_of(fastkd.divergences.kl)
     for _ in range(3):
         passed.take()
-        total = 2 * loss(s, t) + 3 * loss(s, t + 1) - loss(s, t * 2) / 7
-        total.backward()
-    assert passed.take() == ["gradient"] * 3
+        parts = [factor * loss(s, t + factor) for factor in (2.0, 3.0, -0.2)]  # one line
+        (sum(parts) + 2 * loss(s, t * 2)).backward()
+    assert passed.take() == ["gradient"] * 4
 
 
 def test_evaluation_between_steps_changes_nothing(passed: Passed) -> None:
