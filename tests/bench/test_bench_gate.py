@@ -99,7 +99,8 @@ def test_a_wrong_linear_loss_is_not_timed(
         return step
 
     monkeypatch.setitem(linear.PROVIDERS, "fastkd", build)
-    assert main(["linear", "--toy", "--dtype", "float32", "--device", "cpu"]) == 1
+    of = ["linear", "kl_div", "--toy", "--providers", "eager,fastkd"]
+    assert main([*of, "--dtype", "float32", "--device", "cpu"]) == 1
     assert "fastkd WRONG" in capsys.readouterr().out
 
 

@@ -66,8 +66,9 @@ def weights(loss: str, kind: str) -> list[Any]:
 
 
 def of_all() -> dict[tuple[str, str], list[Any]]:
-    one = dist.get_world_size() == 1  # relations between samples are of a rank's own
-    kept = [loss for loss in LOSSES if one or loss != "relation"]
+    """Relations between samples are of a rank's own: one rank has those, several the others."""
+    one = dist.get_world_size() == 1
+    kept = [loss for loss in LOSSES if one == (loss == "relation")]
     return {(kind, loss): weights(loss, kind) for kind in KINDS for loss in kept}
 
 
@@ -75,7 +76,7 @@ def of_all() -> dict[tuple[str, str], list[Any]]:
 def test_a_loss_without_logits_trains_in_ddp(world: int) -> None:
     want = {loss: weights(loss, "") for loss in LOSSES}
     for found in ranks.run(world, of_all):
-        assert len(found) == len(KINDS) * (len(LOSSES) - (world > 1))
+        assert len(found) == len(KINDS) * (1 if world == 1 else len(LOSSES) - 1)
         for (kind, loss), got in found.items():
             for a, b in zip(got, want[loss], strict=True):
                 torch.testing.assert_close(

@@ -114,11 +114,11 @@ def test_dynamic_shapes_compile_once(kernels: Backend) -> None:
 
     compiled = _compiled(loss, dynamic=True, backend=counter)
     frames = []
-    for n, v in ((4, 9), (5, 9), (3, 31), (7, 12)):
+    for n, v in ((2, 9), (3, 9), (2, 31)):
         student, teacher = logits(kernels, n, v)
         _close(_run(compiled, student, teacher), _run(loss, student, teacher))
         frames.append(counter.frame_count)
-    assert frames == frames[:1] * 4
+    assert frames == frames[:1] * 3
 
 
 def test_bad_labels_under_compile_are_nan_and_never_a_read_out_of_bounds(kernels: Backend) -> None:
@@ -156,18 +156,18 @@ def test_bad_input_under_compile_is_refused() -> None:
         compiled(torch.randn(4, 9), torch.randn(4, 9))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_inductor(reduction: str) -> None:
+def test_inductor() -> None:
     """The whole way through the compiler: forward, backward, and what it fuses around the loss."""
-    hidden, weight = torch.randn(6, 8), torch.randn(31, 8)
-    teacher, labels = torch.randn(6, 31), torch.tensor([1, 2, -100, 30, 0, 5])
+    weight, labels = torch.randn(31, 8), torch.tensor([1, 2, -100, 30, 0, 5])
 
     def loss(x: Tensor, t: Tensor) -> Tensor:
         student = (x @ weight.t()).tanh() * 3
-        return fastkd.distillation_loss(student, t, labels, divergence="js", reduction=reduction)
+        return fastkd.distillation_loss(student, t, labels[: x.size(0)], divergence="js")
 
-    compiled = torch.compile(loss, fullgraph=True)
-    _close(_run(compiled, hidden, teacher), _run(loss, hidden, teacher))
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for n in (6, 4):
+        hidden, teacher = torch.randn(n, 8), torch.randn(n, 31)
+        _close(_run(compiled, hidden, teacher), _run(loss, hidden, teacher))
 
 
 def test_a_compiled_training_step() -> None:
@@ -207,7 +207,7 @@ def test_modules_compile() -> None:
 
 def test_a_temperature_that_changes(kernels: Backend) -> None:
     """Annealing: torch.compile turns a number that changes between calls into a symbol."""
-    student, teacher = logits(kernels, 4, 9)
+    student, teacher = logits(kernels, 2, 9)
 
     def loss(s: Tensor, t: Tensor, temperature: float) -> Tensor:
         return fastkd.kl_div(s, t, temperature=temperature)
@@ -256,10 +256,11 @@ def _linear_loss(*parts: Tensor, **options: Any) -> Tensor:
     return fastkd.js_div(student, fastkd.LinearLogits(*parts[3:]), **options)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("compiler", "reduction"), [("aot_eager", "mean"), ("aot_eager", "none"), ("inductor", "none")]
+)
 @pytest.mark.interpreted(1)
-def test_compiled_linear_logits(kernels: Backend, reduction: str, compiler: str) -> None:
+def test_compiled_linear_logits(kernels: Backend, compiler: str, reduction: str) -> None:
     parts = parts_in_a_row(kernels)
     labels = torch.tensor([1, -100, 0, 8], device=kernels.device)
 

@@ -30,6 +30,8 @@ from torch import Tensor
 import fastkd
 from fastkd.integrations import transformers as ours
 
+CURVE = {"gradient_accumulation_steps": 2, "max_steps": 6}
+
 
 class Eager(hf.Trainer):  # type: ignore[misc]
     """A Trainer as people write it: logits of both models, and the formula."""
@@ -61,9 +63,9 @@ def eager_run(folder: Path, student: Any, smoothing: float = 0.0, **extra: Any) 
 @pytest.fixture(scope="module")
 def eager(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[str, Tensor]]:
     student = llama(1)
-    run = eager_run(tmp_path_factory.mktemp("eager"), student, gradient_accumulation_steps=2)
+    run = eager_run(tmp_path_factory.mktemp("eager"), student, **CURVE)
     losses = curve(run)
-    assert len(losses) == 10 and losses[-1] < 0.8 * losses[0]
+    assert len(losses) == 6 and losses[-1] < 0.9 * losses[0]
     return losses, student.state_dict()
 
 
@@ -71,7 +73,7 @@ def eager(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[s
 def test_the_curve_is_that_of_the_eager_loss(how: str, eager: Any, tmp_path: Path) -> None:
     losses, weights = eager
     student = llama(1)
-    run = distilled(tmp_path, student, how, gradient_accumulation_steps=2)
+    run = distilled(tmp_path, student, how, **CURVE)
     assert curve(run) == pytest.approx(losses, rel=1e-4)  # logged with 4 to 7 digits
     torch.testing.assert_close(student.state_dict(), weights, rtol=0, atol=2e-4)
 
@@ -79,8 +81,8 @@ def test_the_curve_is_that_of_the_eager_loss(how: str, eager: Any, tmp_path: Pat
 @pytest.mark.parametrize("how", ["linear", "dense"])
 def test_under_autocast(how: str, tmp_path: Path) -> None:
     students = [llama(1), llama(1)]
-    losses = curve(eager_run(tmp_path, students[0], bf16=True))
-    run = distilled(tmp_path, students[1], how, bf16=True)
+    losses = curve(eager_run(tmp_path, students[0], bf16=True, max_steps=4))
+    run = distilled(tmp_path, students[1], how, bf16=True, max_steps=4)
     assert curve(run) == pytest.approx(losses, rel=2e-2)
 
 
@@ -88,23 +90,22 @@ def test_under_autocast(how: str, tmp_path: Path) -> None:
 def test_accumulation_changes_nothing(how: str, tmp_path: Path) -> None:
     """Ragged micro-batches of a step weigh as in one batch: by their tokens."""
     weights = []
-    for steps in (1, 2, 4):
+    for steps in (1, 4):
         student = llama(1)
         size = {"per_device_train_batch_size": 8 // steps, "gradient_accumulation_steps": steps}
-        distilled(tmp_path, student, how, max_steps=4, optim="sgd", learning_rate=0.1, **size)
+        distilled(tmp_path, student, how, max_steps=2, optim="sgd", learning_rate=0.1, **size)
         weights.append(student.state_dict())
     start = llama(1).state_dict()
     moved = max(float((weights[0][k] - start[k]).abs().max()) for k in start)
     assert moved > 1e-3
-    for other in weights[1:]:
-        torch.testing.assert_close(other, weights[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=1e-5)
 
 
 def test_resuming_ends_in_the_same_weights(tmp_path: Path) -> None:
-    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     whole = llama(1)
     distilled(tmp_path, whole, "linear", **saving)
-    saved = tmp_path / "checkpoint-3"
+    saved = tmp_path / "checkpoint-2"
     resumed = llama(5)
     trainer = ours.DistillationTrainer(
         resumed,
@@ -114,7 +115,7 @@ def test_resuming_ends_in_the_same_weights(tmp_path: Path) -> None:
         loss=LOSS,
     )
     run(trainer, resume_from_checkpoint=str(saved))
-    assert trainer.state.global_step == 6
+    assert trainer.state.global_step == 4
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
     from safetensors import safe_open
@@ -236,7 +237,7 @@ def test_stored_teacher(form: str, eager: Any, tmp_path: Path) -> None:
 
     losses, weights = eager
     student = llama(1)
-    args = {"gradient_accumulation_steps": 2, "remove_unused_columns": False}
+    args = CURVE | {"remove_unused_columns": False}
     trainer = trainer_of(
         tmp_path, student, None, train_dataset=data, data_collator=collate, args=args
     )

@@ -77,12 +77,14 @@ def _both(student: Tensor, teacher: Tensor, reduction: str) -> Result:
 
 
 @each_view
+@pytest.mark.interpreted(1)
 def test_strides_of_the_teacher(backend: Backend, view: Callable[[Tensor], Tensor]) -> None:
     teacher = view(torch.randn(192, device=backend.device))
     _check_against_copies(_both, torch.randn_like(teacher).contiguous(), teacher)
 
 
 @each_view
+@pytest.mark.interpreted(1)
 def test_strides_of_the_student(backend: Backend, view: Callable[[Tensor], Tensor]) -> None:
     student = view(torch.randn(192, device=backend.device))
     _check_against_copies(_both, student, torch.randn_like(student).contiguous())
@@ -92,7 +94,7 @@ def test_strides_of_the_student(backend: Backend, view: Callable[[Tensor], Tenso
 @pytest.mark.parametrize("start", [1, 2, 3])
 def test_unaligned_rows_of_every_dtype(backend: Backend, dtype: torch.dtype, start: int) -> None:
     """Rows that start anywhere, at an odd distance from each other."""
-    student, teacher = (torch.randn(3, 39, device=backend.device).to(dtype) for _ in range(2))
+    student, teacher = (torch.randn(2, 39, device=backend.device).to(dtype) for _ in range(2))
     stop = start + 35
     _check_against_copies(_both, student[:, start:stop], teacher[:, start - 1 : stop - 1])
 
@@ -155,7 +157,7 @@ def test_one_column_of_any_stride(backend: Backend) -> None:
 
 
 def test_many_rows_of_few_columns(backend: Backend) -> None:
-    n = 100 if backend.name == "gpu" and backend.device.type == "cpu" else 5000
+    n = 40 if backend.name == "gpu" and backend.device.type == "cpu" else 5000
     student, teacher = logits(backend, n, 3)
     ours = differentiate(fastkd.kl_div, student, teacher)
     exact, torchs = (

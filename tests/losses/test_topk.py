@@ -70,7 +70,7 @@ def test_hard_labels_beside_it(backend: Backend, divergence: Divergence, tail: s
 
 @each_tail
 def test_all_columns_named_is_the_dense_loss(backend: Backend, tail: str) -> None:
-    student, teacher = random(backend, 4, 40)
+    student, teacher = random(backend, 2, 40)
     kept = stored(teacher, 40, tail)
     for name in fastkd.divergences:
         dense = differentiated(fused, student, teacher, divergence=name)
@@ -82,7 +82,7 @@ def test_all_columns_named_is_the_dense_loss(backend: Backend, tail: str) -> Non
 @pytest.mark.parametrize("k", [3, 40])
 def test_a_tail_that_was_not_measured(backend: Backend, k: int) -> None:
     """It is worked out of the others; a row that names every column has none."""
-    student, teacher = random(backend, 6, 40)
+    student, teacher = random(backend, 2, 40)
     kept = stored(teacher, k, "bucket")
     bare = fastkd.TopK(kept.logprobs, kept.indices, temperature=kept.temperature)
     for name in fastkd.divergences:
@@ -95,7 +95,7 @@ def test_a_tail_that_was_not_measured(backend: Backend, k: int) -> None:
 def test_bucket_is_at_most_the_full_divergence_and_zero_where_equal(
     backend: Backend, divergence: Divergence
 ) -> None:
-    student, teacher = random(backend, 6, 200)
+    student, teacher = random(backend, 3, 200)
     kept = fastkd.topk_from_logits(teacher, 10)
     full = fused(student, teacher, divergence=divergence, reduction="none")
     bucket = fused(student, kept, divergence=divergence, reduction="none")

@@ -87,6 +87,8 @@ def dense() -> None:
         for layout in layouts(mesh):
             for options in OPTIONS:
                 number += 1
+                if dist.get_world_size() != 2 and (number + number // len(OPTIONS)) % 3:
+                    continue  # each layout with two of the options: two ranks have all
                 given = draw(11, number)
                 options = dict(options)
                 given["labels"].clamp_(max=options.get("vocab_size", 11) - 1)

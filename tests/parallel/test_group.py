@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import common
@@ -21,9 +21,16 @@ from fastkd.divergence import divergences
 from fastkd.parallel import vocab_parallel
 
 
+def of_this_world() -> Iterator[tuple[int, random.Random, dict[str, Any], dict[str, Any]]]:
+    """The numbered cases: two ranks have them all, one or four each third of a divergence."""
+    for number, case in enumerate(cases()):
+        if dist.get_world_size() == 2 or (number + number // 6) % 3 == 0:
+            yield number, *case
+
+
 def dense() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
-    for number, (chance, case, options) in enumerate(cases()):
+    for number, chance, case, options in of_this_world():
         vocab, pad = case["vocab"], 3 if case["padded"] else 0
         torch.manual_seed(number)
         s, t = chance.choice(list(common.INPUTS.values()))(N, vocab)
@@ -86,8 +93,8 @@ def inplace_and_exact_zeros() -> None:
 
 
 def linear() -> None:
-    for number, case in enumerate(cases()):
-        linear_case(number, *case)
+    for case in of_this_world():
+        linear_case(*case)
 
 
 def linear_case(
@@ -156,8 +163,8 @@ def linear_case(
 
 
 def stored() -> None:
-    for number, case in enumerate(cases()):
-        stored_case(number, *case)
+    for case in of_this_world():
+        stored_case(*case)
 
 
 def stored_case(
@@ -297,7 +304,7 @@ def in_steps() -> None:
 
     with pytest.MonkeyPatch.context() as patch, fastkd.use_backend("cpu"):
         patch.setattr(vocab_parallel.VocabParallel, "_in_passes", counted)
-        for name in divergences:
+        for name in divergences if world == 2 else ("kl", "js"):  # one and two exchanges
             got = []
             for waiting, threads in ((cpu.WAITING, 1), (1, 1), (1, 2), (300_000, 2)):
                 patch.setattr(cpu, "WAITING", waiting)
