@@ -41,6 +41,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
         "divergence": "kl",
         "label_smoothing": 0.0,
         "t_squared": True,
+        "z_loss": 0.0,
     },
 }
 ROW_OPTIONS = {
@@ -96,8 +97,8 @@ def test_docstring(name: str) -> None:
 
 def test_docstring_names_the_source_of_the_table() -> None:
     for entry in (fastkd.divergences[name] for name in fastkd.divergences):
-        stem = entry.name
-        public = getattr(fastkd, f"{stem}_div", None) or getattr(fastkd, f"{stem}_distance")
+        names = [f"{entry.name}_{end}" for end in ("div", "distance", "loss")]
+        public = next(getattr(fastkd, name) for name in names if hasattr(fastkd, name))
         arxiv = re.search(r"arXiv \S+", entry.source)
         assert arxiv is not None and arxiv.group() in (public.__doc__ or "")
 
