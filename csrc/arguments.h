@@ -16,7 +16,7 @@ using Address = uintptr_t;
 
 // (address, dtype, rows to the inner dimension, outer stride, inner stride)
 using OperandTuple = py::tuple;
-// (divergence, param, temperature, soft, hard, smoothing, vocab, classes)
+// (divergence, param, temperature, soft, hard, smoothing, vocab, classes, z)
 using SpecTuple = py::tuple;
 
 template <class T>
@@ -59,7 +59,7 @@ inline Operand operand(const OperandTuple& tuple) {
 
 // Sets the arguments that the loss spec gives, and returns the index of its divergence.
 inline int64_t set_spec(Args& a, const SpecTuple& spec) {
-  Items next(spec, 8);
+  Items next(spec, 9);
   const int64_t divergence = next.integer();
   a.param = next.real();
   a.temperature = next.real();
@@ -68,6 +68,7 @@ inline int64_t set_spec(Args& a, const SpecTuple& spec) {
   a.smoothing = next.real();
   a.vocab = next.integer();
   a.classes = next.integer();
+  a.z = next.real();
   return divergence;
 }
 

@@ -64,6 +64,7 @@ struct Args {
   double soft = 1.0;
   double hard = 0.0;
   double smoothing = 0.0;
+  double z = 0.0;  // of the squared log-sum-exp of the student at T = 1
   const void* stats_s = nullptr;
   const void* stats_t = nullptr;
   const void* stats_hard = nullptr;
@@ -88,6 +89,9 @@ struct Args {
   const void* sums = nullptr;   // RowSums, or ExpectationSums, [ranks, rows]
   const void* rates = nullptr;  // Rates [ranks, rows]
   uint8_t* redo = nullptr;      // [N]: 1 where the row needs the passes stats, loss and grad
+
+  // Whether the loss needs the student at T = 1.
+  bool at_one() const { return hard != 0.0 || z != 0.0; }
 };
 
 // What a rank sends about its columns of a row, in the first exchange. The sums have bases of their

@@ -37,6 +37,7 @@ struct Stats {
   double below = 0.0;
 
   double shift() const { return top == -kInfinity ? 0.0 : top; }
+  double log_sum() const { return top + __builtin_log(sum); }
 };
 
 // Ignores NaN. The sums of a row with a NaN are NaN anyway.
@@ -175,22 +176,23 @@ struct Slopes {
   Score<T> hard_of;  // the student at T = 1
   double slope;      // sum of centred slopes
   double by;         // of the soft term: see `of_sum`
+  double log_sum;    // the student's log-sum-exp at T = 1
   double scale;      // of the whole row
 };
 
-// Factors of the gradient of one row. Only a hard term uses h, uniform and label.
+// Factors of the gradient of one row. Only what is taken at T = 1 uses h, uniform and label.
 struct Factors {
   double k;        // of the soft term's slopes
-  double h;        // of the hard term's softmax
-  double uniform;  // h * smoothing / classes, which label smoothing subtracts everywhere
-  double label;    // h * (1 - smoothing), which the label's column loses
+  double h;        // of the softmax at T = 1
+  double uniform;  // what label smoothing subtracts everywhere
+  double label;    // what the label's column loses
   int64_t column;
 
-  Factors(const Args& a, int64_t r, double scale, double by = 1.0)
+  Factors(const Args& a, int64_t r, double scale, double by, double log_sum)
       : k(scale * a.soft / a.temperature * by),
-        h(scale * a.hard),
-        uniform(h * (a.smoothing / static_cast<double>(a.classes))),
-        label(h * (1.0 - a.smoothing)),
+        h(scale * (a.z == 0.0 ? a.hard : a.hard + 2.0 * a.z * log_sum)),
+        uniform(scale * a.hard * (a.smoothing / static_cast<double>(a.classes))),
+        label(scale * a.hard * (1.0 - a.smoothing)),
         column(a.label != nullptr && a.hard != 0.0 ? a.label[r] : -1) {}
 };
 
@@ -201,7 +203,7 @@ template <class T, class D>
 inline void grad_loop(const Args& a, int64_t r, const Plain<T>& student, const Plain<T>& teacher,
                       const Slopes<T>& w, T* buffer) {
   using V = Vec<T>;
-  const Factors f(a, r, w.scale);
+  const Factors f(a, r, w.scale, 1.0, w.log_sum);
   const T param = static_cast<T>(a.param), k = static_cast<T>(f.k);
   const Origin<T> centre = centred<D>(param);
   const V slope = splat(static_cast<T>(-w.slope));
@@ -219,7 +221,7 @@ inline void grad_loop(const Args& a, int64_t r, const Plain<T>& student, const P
       // first: k times the factor may overflow a float
       if constexpr (kOfSum<D>) out *= splat(static_cast<T>(w.by));
       out *= k;
-      if (a.hard != 0.0) out += fma(h, exp2(w.hard_of(logits)), -uniform);
+      if (a.at_one()) out += fma(h, exp2(w.hard_of(logits)), -uniform);
       storeu(g + i, out);
     }
     if (f.column >= at && f.column < at + n) g[f.column - at] -= static_cast<T>(f.label);

@@ -51,10 +51,10 @@ inline double label_logit(const Args& a, int64_t r) {
 
 // Whether the sums s and t of exponentials do not give two distributions. `result` is then the
 // row's loss: NaN for NaN and for one impossible side (all -inf); 0 for two impossible sides,
-// unless there is a hard term.
+// unless there is a term at T = 1.
 inline bool degenerate(const Args& a, double s, double t, double& result) {
   if (s > 0.0 && t > 0.0 && s + t < kInfinity) return false;
-  result = s == 0.0 && t == 0.0 && a.hard == 0.0 ? 0.0 : kNaN;
+  result = s == 0.0 && t == 0.0 && !a.at_one() ? 0.0 : kNaN;
   return true;
 }
 
@@ -73,7 +73,7 @@ __attribute__((noinline)) double general_row(const Args& a, int64_t r) {
   Stats s, t, stats_t1;
   stats_loop<T>(student, a.vocab, c, s);
   stats_loop<T>(teacher, a.vocab, c, t);
-  if (a.hard != 0.0) stats_loop<T>(student, a.vocab, kLog2E, stats_t1);
+  if (a.at_one()) stats_loop<T>(student, a.vocab, kLog2E, stats_t1);
   const Outputs<T> outputs(a, r);
   if (outputs) {
     outputs.student({s.shift(), s.sum, weighted_loop<T>(student, a.vocab, c, s)});
@@ -99,9 +99,10 @@ __attribute__((noinline)) double general_row(const Args& a, int64_t r) {
     if (a.smoothing != 0.0)
       loss += a.hard * a.smoothing * (log_sum - stats_t1.below / static_cast<double>(a.classes));
   }
+  if (a.z != 0.0) loss += a.z * stats_t1.log_sum() * stats_t1.log_sum();
   if (a.grad.data != nullptr) {
-    const Slopes<T> slopes{sides, Score<T>(a.hard != 0.0 ? stats_t1 : s, kLog2E), slope,
-                           of.by, scale_of<T>(a, r)};
+    const Slopes<T> slopes{sides, Score<T>(a.at_one() ? stats_t1 : s, kLog2E), slope, of.by,
+                           stats_t1.log_sum(), scale_of<T>(a, r)};
     grad_loop<T, D>(a, r, student, teacher, slopes, buffers.g);
   }
   return loss;
@@ -113,12 +114,12 @@ template <DType K, Expectation E, bool Keep>
 inline Partial sum_chunks(const Args& a, int64_t r, double c, const ThreadPool& pool,
                           const Scratch<typename Kind<K>::Acc>& scratch) {
   each_chunk(pool, a.vocab, false, [&](int64_t chunk) {
-    auto loop = a.hard != 0.0 ? fused_sum_loop<K, E, true, Keep, false>
-                              : fused_sum_loop<K, E, false, Keep, false>;
+    auto loop = a.at_one() ? fused_sum_loop<K, E, true, Keep, false>
+                           : fused_sum_loop<K, E, false, Keep, false>;
     if constexpr (Keep) {
       if (a.outputs != nullptr)
-        loop = a.hard != 0.0 ? fused_sum_loop<K, E, true, true, true>
-                             : fused_sum_loop<K, E, false, true, true>;
+        loop = a.at_one() ? fused_sum_loop<K, E, true, true, true>
+                          : fused_sum_loop<K, E, false, true, true>;
     }
     loop(a, r, c, chunk, scratch, scratch.partials[chunk]);
   });
@@ -132,11 +133,11 @@ inline void gradient_chunks(const Args& a, int64_t r, const ThreadPool& pool,
                             const Scratch<typename Kind<K>::Acc>& scratch, const Partial& row,
                             double scale) {
   using T = typename Kind<K>::Acc;
-  const Factors f(a, r, scale, row.by);
+  const Factors f(a, r, scale, row.by, row.hard.log_sum());
   const bool stream = a.stream && can_stream<Vec<T>>(a.grad.row(r));
   each_chunk(pool, a.vocab, true, [&](int64_t chunk) {
     const auto loop =
-        a.hard != 0.0
+        a.at_one()
             ? (stream ? fused_grad_loop<K, E, true, true> : fused_grad_loop<K, E, true, false>)
             : (stream ? fused_grad_loop<K, E, false, true> : fused_grad_loop<K, E, false, false>);
     loop(a, r, chunk, scratch, row, f);
@@ -199,6 +200,7 @@ inline double row_loss(const Args& a, const Partial& row, double at_label) {
     if (a.smoothing != 0.0)
       loss += a.hard * kLn2 * a.smoothing * (log_sum - row.scores / static_cast<double>(a.classes));
   }
+  if (a.z != 0.0) loss += a.z * row.hard.log_sum() * row.hard.log_sum();
   return loss;
 }
 
@@ -338,12 +340,13 @@ void grad(const Args& a, int64_t begin, int64_t end) {
       fill_gradient(a, r, result);
       continue;
     }
-    const Stats stats_t1 = a.hard != 0.0 ? stats_at<T>(a.stats_hard, r) : s;
+    const Stats stats_t1 = a.at_one() ? stats_at<T>(a.stats_hard, r) : s;
     const T* pairs = static_cast<const T*>(a.pairs) + 2 * r;
     const Slopes<T> slopes{{Score<T>(s, c), Score<T>(t, c)},
                            Score<T>(stats_t1, kLog2E),
                            static_cast<double>(pairs[1]),
                            of_sum<T>(D{}, static_cast<double>(pairs[0])).by,
+                           stats_t1.log_sum(),
                            scale_of<T>(a, r)};
     grad_loop<T, D>(a, r, plain(a.student, r, buffers.s), plain(a.teacher, r, buffers.t), slopes,
                     buffers.g);

@@ -36,6 +36,7 @@ struct Side {
     return {static_cast<T>(c), static_cast<T>(shift())};
   }
   double shift() const { return base == kInfinity ? 0.0 : base; }
+  double log_sum() const { return __builtin_log(sum) - shift(); }  // where c is log2(e)
   bool empty() const { return sum == 0.0; }
 };
 

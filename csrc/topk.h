@@ -182,7 +182,7 @@ template <DType K>
 inline double topk_row(const Args& a, int64_t r, const ThreadPool& pool,
                        Workspace<typename Kind<K>::Acc>& w) {
   using T = typename Kind<K>::Acc;
-  const bool hard = a.hard != 0.0;
+  const bool hard = a.at_one();
   const double c = kLog2E / a.temperature;
   gather(a, r, w);
   Partial row;
@@ -203,7 +203,7 @@ inline double topk_row(const Args& a, int64_t r, const ThreadPool& pool,
     row = w.partials[0];
     for (int64_t i = 1; i * kChunk < a.vocab; ++i) row.add<Expectation::none>(w.partials[i]);
     if (row.out_of_range) return topk_row_by_columns(a, r, w);
-    if (outputs && hard)
+    if (outputs && a.hard != 0.0)
       outputs.hard(a.label[r], __builtin_log2(row.hard.sum),
                    row.hard.scale<T>().of(label_logit(a, r)), row.scores);
     if (degenerate(a, row.s.sum, teacher_mass(w.points), result)) {
@@ -230,16 +230,14 @@ inline double topk_row(const Args& a, int64_t r, const ThreadPool& pool,
   a.points(x);
   point_outputs(a, r, w, softmax(), x.value);
   double loss = a.soft * x.value;
-  if (hard)
-    loss += hard_loss(a, __builtin_log2(row.hard.sum), row.hard.scale<T>().of(label_logit(a, r)),
-                      row.scores);
+  loss += loss_at_one(a, r, row.hard, row.scores);
   if (a.grad.data == nullptr) return loss;
   const double scale = scale_of<T>(a, r);
   if (scale != scale || loss != loss) {
     fill_gradient(a, r, kNaN);
     return loss;
   }
-  const Factors f(a, r, scale);
+  const Factors f(a, r, scale, 1.0, row.hard.log_sum());
   if (a.restricted && !hard) {
     fill(a, r, 0, 0.0);
     write_support(a, r, w, f, 0.0, 1.0);

@@ -39,6 +39,8 @@ struct ColumnSums {
   double weighted = 0.0;                // the row's exponentials times their scores
   double not_finite = 0.0;              // NaN where the row holds a NaN or +inf
 
+  Side at_one() const { return {kLog2E, shift, hard}; }
+
   ColumnSums(const Args& a, const Columns& columns, double c) {
     double top = -kInfinity, top_off = -kInfinity;
     columns.each([&](int64_t, double x, bool on_support) {
@@ -52,7 +54,7 @@ struct ColumnSums {
       if (!on_support) tail += exp2((x + shift_off) * c);
       const double y = (x + shift) * c, e = a.outputs == nullptr ? 0.0 : exp2(y);
       if (e != 0.0) weighted += e * y;
-      if (a.hard != 0.0) {
+      if (a.at_one()) {
         hard += exp2((x + shift) * kLog2E);
         scores += (x + shift) * kLog2E;
       }
@@ -64,14 +66,14 @@ template <class T>
 inline void gradient_by_columns(const Args& a, int64_t r, const Columns& columns,
                                 const ColumnSums& sums, double c, double scale,
                                 const Workspace<T>& w) {
-  const Factors f(a, r, scale);
+  const Factors f(a, r, scale, 1.0, sums.at_one().log_sum());
   const double of_q = a.restricted ? 0.0 : -w.points.sum / w.points.total;
   const double of_tail = a.restricted || sums.tail == 0.0 ? 0.0 : w.points.tail_slope / sums.tail;
   char* to = a.grad.row(r);
   columns.each([&](int64_t column, double x, bool on_support) {
     if (on_support) return;  // its logit, in place, is needed no more
     double g = f.k * (of_q * exp2((x + sums.shift) * c) + of_tail * exp2((x + sums.shift_off) * c));
-    if (a.hard != 0.0) {
+    if (a.at_one()) {
       g += f.h * (exp2((x + sums.shift) * kLog2E) / sums.hard) - f.uniform;
       if (column == f.column) g -= f.label;
     }
@@ -112,9 +114,7 @@ __attribute__((noinline)) double topk_row_by_columns(const Args& a, int64_t r, W
   a.points(w.points);
   point_outputs(a, r, w, student, w.points.value);
   double loss = a.soft * w.points.value;
-  if (a.hard != 0.0)
-    loss += hard_loss(a, __builtin_log2(sums.hard), (label_logit(a, r) + sums.shift) * kLog2E,
-                      sums.scores);
+  loss += loss_at_one(a, r, sums.at_one(), sums.scores);
   if (a.grad.data == nullptr) return loss;
   const double scale = scale_of<T>(a, r);
   if (scale != scale || loss != loss) {

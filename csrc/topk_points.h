@@ -203,12 +203,18 @@ inline void point_outputs(const Args& a, int64_t r, const Workspace<T>& w, const
               Softmax{top == -kInfinity ? 0.0 : top, x.total, 0.0}.log_sum(a.temperature));
 }
 
-// The loss of the hard term, from numbers of the student at T = 1, in bits: the logarithm of the
-// sum of exponentials, the label's score, and the sum of all scores for label smoothing.
-inline double hard_loss(const Args& a, double log_sum, double label, double scores) {
-  double loss = a.hard * kLn2 * (1.0 - a.smoothing) * (log_sum - label);
-  if (a.smoothing != 0.0)
-    loss += a.hard * kLn2 * a.smoothing * (log_sum - scores / static_cast<double>(a.classes));
+// What the loss takes at T = 1, from the student's exponentials; scores: the sum of all scores, for
+// label smoothing.
+inline double loss_at_one(const Args& a, int64_t r, const Side& side, double scores) {
+  const double log_sum = __builtin_log2(side.sum);
+  double loss = 0.0;
+  if (a.hard != 0.0) {
+    const double label = (label_logit(a, r) + side.shift()) * side.c;
+    loss += a.hard * kLn2 * (1.0 - a.smoothing) * (log_sum - label);
+    if (a.smoothing != 0.0)
+      loss += a.hard * kLn2 * a.smoothing * (log_sum - scores / static_cast<double>(a.classes));
+  }
+  if (a.z != 0.0) loss += a.z * side.log_sum() * side.log_sum();
   return loss;
 }
 
@@ -221,7 +227,7 @@ inline void write_support(const Args& a, int64_t r, const Workspace<T>& w, const
   for (int64_t i = 0; i < a.k; ++i) {
     if (at[i] < 0) continue;
     double g = f.k * w.points.slope[i];
-    if (a.hard != 0.0) {
+    if (a.at_one()) {
       g += f.h * (exp2((w.logits[i] + hard_shift) * kLog2E) / hard_sum) - f.uniform;
       if (at[i] == f.column) g -= f.label;
     }

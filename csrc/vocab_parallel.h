@@ -149,9 +149,10 @@ __attribute__((noinline)) void general_gradient(const Args& a, int64_t r, const 
   };
   const double c = kLog2E / a.temperature;
   const Slopes<float> slopes{{Score<float>(stats(row.s), c), Score<float>(stats(row.t), c)},
-                             Score<float>(stats(a.hard != 0.0 ? row.hard : row.s), kLog2E),
+                             Score<float>(stats(a.at_one() ? row.hard : row.s), kLog2E),
                              slope,
                              row.by,
+                             row.hard.log_sum(),
                              scale_of<float>(a, r)};
   grad_loop<float, D>(a, r, plain(a.student, r, buffers.s), plain(a.teacher, r, buffers.t), slopes,
                       buffers.g);

@@ -3,7 +3,7 @@
 # else 0 (float32).
 
 _Rows = tuple[int, int, int, int, int]  # address, dtype, inner size, outer stride, inner stride
-_Spec = tuple[int, float, float, float, float, float, int, int]
+_Spec = tuple[int, float, float, float, float, float, int, int, float]
 
 def isas() -> list[str]: ...
 def isa() -> str: ...

@@ -295,14 +295,15 @@ def distillation_loss(
     divergence: str | Divergence = "kl",
     label_smoothing: float = 0.0,
     t_squared: bool = True,
+    z_loss: float = 0.0,
     **rows: Unpack[MixedOptions],
 ) -> Tensor:
     """Hard cross-entropy and soft divergence in one pass over the student's logits.
 
-        alpha CE(labels, softmax(student)) + (1 - alpha) T^2 D(p, q)
+        alpha CE(labels, softmax(student)) + (1 - alpha) T^2 D(p, q) + z_loss lse(student)^2
 
     p = softmax(teacher / T), q = softmax(student / T). alpha weighs the HARD labels, whose
-    cross-entropy is at T = 1. t_squared=False leaves T^2 out.
+    cross-entropy is at T = 1. t_squared=False leaves T^2 out. lse is the log-sum-exp at T = 1.
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
@@ -315,6 +316,8 @@ def distillation_loss(
             `fastkd.divergences.js(beta=0.1)`.
         label_smoothing: as in `F.cross_entropy`, 0 <= label_smoothing <= 1.
         t_squared: keep the gradient's size independent of T by the factor T^2.
+        z_loss: weight of the squared log-sum-exp, which keeps logits from drifting: a finite
+            number of 0 or more, 1e-4 in PaLM. Neither alpha nor T^2 multiplies it.
         **rows: as described in `fastkd.losses`.
 
     Returns:
@@ -323,7 +326,7 @@ def distillation_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value; nothing has been written.
 
-    Hinton et al. 2015, arXiv 1503.02531.
+    Hinton et al. 2015, arXiv 1503.02531; z_loss: PaLM, arXiv 2204.02311; ST-MoE, arXiv 2202.08906.
     """
     divergence = divergences.entry(divergence)
     alpha = validate.share("alpha", alpha)
@@ -345,6 +348,7 @@ def distillation_loss(
         soft,
         float(alpha),
         float(label_smoothing),
+        validate.z_loss(z_loss),
         labels=labels,
         **rows,
     )

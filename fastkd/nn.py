@@ -211,6 +211,7 @@ class DistillationLoss(_Loss):
         divergence: str | Divergence = "kl",
         label_smoothing: float = 0.0,
         t_squared: bool = True,
+        z_loss: float = 0.0,
         ignore_index: int = -100,
         reduction: Reduction = "mean",
         vocab_size: int | None = None,
@@ -222,6 +223,7 @@ class DistillationLoss(_Loss):
         self.divergence = divergences.entry(divergence)
         self.label_smoothing = validate.share("label_smoothing", label_smoothing)
         self.t_squared = t_squared
+        self.z_loss = validate.z_loss(z_loss)
 
     def forward(
         self,
@@ -242,6 +244,7 @@ class DistillationLoss(_Loss):
             divergence=self.divergence,
             label_smoothing=self.label_smoothing,
             t_squared=self.t_squared,
+            z_loss=self.z_loss,
             **self._rows(weight, normalizer),
         )
 
@@ -252,4 +255,5 @@ class DistillationLoss(_Loss):
         hard = f"{self.alpha:g} CE" + (
             f"(label_smoothing={self.label_smoothing:g})" if self.label_smoothing else ""
         )
-        return f"{hard} + {1 - self.alpha:g}{square} {name}(p, q)"
+        z = f" + {self.z_loss:g} lse^2" if self.z_loss else ""
+        return f"{hard} + {1 - self.alpha:g}{square} {name}(p, q){z}"

@@ -66,6 +66,7 @@ def cases() -> Iterator[tuple[random.Random, dict[str, Any], dict[str, Any]]]:
             options = {
                 "reduction": chance.choice(("mean", "sum", "batchmean", "none")),
                 "temperature": chance.choice((1.0, 2.0)),
+                "z_loss": (0.0, 0.05)[at % 2],
                 "weight": chance.random() < 0.3,
             }
             yield chance, case, options

@@ -65,6 +65,7 @@ def plain(
     alpha: float = 0.0,
     label_smoothing: float = 0.0,
     t_squared: bool = False,
+    z_loss: float = 0.0,
     ignore_index: int = -100,
     weight: Tensor | None = None,
     reduction: str = "mean",
@@ -86,6 +87,8 @@ def plain(
         at = labels[keep].long()
         hard = F.cross_entropy(s, at, reduction="none", label_smoothing=label_smoothing)
         kept = kept + alpha * hard
+    if z_loss:
+        kept = kept + z_loss * torch.logsumexp(s, -1).square()
     rows = kept.new_zeros(keep.shape).masked_scatter(keep, kept) * factor.to(kept.dtype)
     return rows if reduction == "none" else rows.sum()
 
@@ -238,6 +241,8 @@ def _largest_term(
     size = torch.where((loss < INFINITE).unsqueeze(-1), size, 0.0).amax(-1)
     square = temperature**2 if call["t_squared"] else 1.0
     size = call["alpha"] + (1 - call["alpha"]) * square / temperature * size
+    if of == "student":
+        size = size + 2 * call.get("z_loss", 0.0) * s.logsumexp(-1).abs()
     names = ("ignore_index", "weight", "normalizer")
     options = {name: call[name] for name in names if name in call}
     reduction = call.get("reduction", "mean")

@@ -36,7 +36,9 @@ OUTPUTS = (
 
 
 class LossSpec(NamedTuple):
-    """What a row costs: soft * D(p, q) + hard * CE(label, student at T = 1).
+    """What a row costs: soft * D(p, q) + hard * CE(label, student) + z_loss * lse(student)^2.
+
+    Cross-entropy and log-sum-exp (lse) are of the student at T = 1.
 
     Only the first `vocab` columns are used. `classes` is the size of the whole vocabulary (more
     than `vocab` where ranks share it); label smoothing spreads over it.
@@ -50,6 +52,12 @@ class LossSpec(NamedTuple):
     smoothing: float
     vocab: int
     classes: int
+    z_loss: float = 0.0
+
+    @property
+    def at_one(self) -> bool:
+        """Whether the loss needs the student at T = 1."""
+        return self.hard != 0.0 or self.z_loss != 0.0
 
 
 class Rows(NamedTuple):
@@ -103,7 +111,7 @@ class TopKRows(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """`Backend.stats` of both sides' rows; hard: the student's at T = 1, where a label needs it."""
+    """`Backend.stats` of both sides' rows; hard: the student's at T = 1 (spec.at_one)."""
 
     student: Tensor
     teacher: Tensor

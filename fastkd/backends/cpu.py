@@ -107,7 +107,7 @@ def _written_to(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _spec(spec: LossSpec) -> tuple[int, float, float, float, float, float, int, int]:
+def _spec(spec: LossSpec) -> tuple[int, float, float, float, float, float, int, int, float]:
     index = _INDEX.get(spec.divergence)
     if index is None:
         raise RuntimeError(

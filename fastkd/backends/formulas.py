@@ -22,14 +22,15 @@ def entry(spec: LossSpec) -> Divergence:
 
 
 def dual(spec: LossSpec) -> LossSpec | None:
-    """The spec whose student's gradient is the teacher's gradient of `spec`; no hard term.
+    """The spec whose student's gradient is the teacher's gradient of `spec`; nothing at T = 1.
 
     None where the table has no divergence with the sides exchanged.
     """
     exchanged = entry(spec).exchanged()
     if exchanged is None:
         return None
-    return spec._replace(divergence=exchanged.name, param=exchanged.param, hard=0.0, smoothing=0.0)
+    alone = spec._replace(divergence=exchanged.name, param=exchanged.param)
+    return alone._replace(hard=0.0, smoothing=0.0, z_loss=0.0)
 
 
 def pointwise(divergence: Divergence, logp: Tensor, logq: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ def row_loss(
     columns: Tensor | None = None,
     more: Tensor | None = None,
 ) -> Tensor:
-    """soft * D(p, q) + hard * CE of each row.
+    """soft * D(p, q) + hard * CE + z_loss * lse^2 of each row.
 
     Args:
         student, teacher: [..., >= vocab] logits, any float dtypes; the teacher may be a TopKRows.
@@ -112,6 +113,10 @@ def row_loss(
     if spec.hard != 0.0:
         assert label is not None
         loss = loss + spec.hard * _cross_entropy(s, label, spec)
+    if spec.z_loss != 0.0:
+        log_sum = s.logsumexp(-1)
+        # an impossible row has no distribution
+        loss = loss + spec.z_loss * torch.where(log_sum == -INF, math.nan, log_sum) ** 2
     return loss if keep is None else torch.where(keep, loss, 0.0)
 
 
@@ -127,7 +132,7 @@ def row_outputs(
         keep, label = (None if x is None else x.reshape(-1) for x in (keep, label))
         flat = student.reshape(-1, student.size(-1))
         return row_outputs(flat, teacher, spec, keep, label).view(*student.shape[:-1], -1)
-    acc, bare = acc_dtype(student, teacher), spec._replace(soft=1.0, hard=0.0)
+    acc, bare = acc_dtype(student, teacher), spec._replace(soft=1.0, hard=0.0, z_loss=0.0)
     soft = row_loss(student, teacher, bare, keep, None).detach()
     s = student.detach()[..., : spec.vocab].to(acc)
     s = s if keep is None else torch.where(keep.unsqueeze(-1), s, 0.0)

@@ -160,16 +160,22 @@ class Reference(Backend):
         out = spec.soft * (at - q * pairs[:, 1:]) / spec.temperature
         if entry(spec).of_sum is not None:
             out = out * of_sums(spec, pairs[:, 0])[1].unsqueeze(-1)
-        if spec.hard != 0.0:
-            assert label is not None and stats.hard is not None
+        if spec.at_one:
+            assert stats.hard is not None
             unit = spec._replace(temperature=1.0)
             hard = _log_prob(student, stats.hard, unit, out.dtype).exp()
-            hard = hard - spec.smoothing / spec.classes
-            here = (label >= 0) & (label < spec.vocab)
-            column = torch.where(here, label, 0).unsqueeze(-1)
-            sure = here.to(hard.dtype) * (spec.smoothing - 1.0)
-            hard.scatter_add_(-1, column, sure.unsqueeze(-1))
-            out = out + spec.hard * hard
+            of_q = torch.full_like(stats.hard[:, 0], spec.hard)
+            if spec.z_loss != 0.0:
+                of_q += 2.0 * spec.z_loss * (stats.hard[:, 0] + stats.hard[:, 1].log())
+            hard = hard * of_q.unsqueeze(-1)
+            if spec.hard != 0.0:
+                assert label is not None
+                hard = hard - spec.hard * spec.smoothing / spec.classes
+                here = (label >= 0) & (label < spec.vocab)
+                column = torch.where(here, label, 0).unsqueeze(-1)
+                sure = here.to(hard.dtype) * (spec.hard * (spec.smoothing - 1.0))
+                hard.scatter_add_(-1, column, sure.unsqueeze(-1))
+            out = out + hard
         out = out * factor if scale is None else out * (scale * factor).unsqueeze(-1)
         if keep is not None:
             out = torch.where(keep.unsqueeze(-1), out, 0.0)

@@ -46,6 +46,7 @@ def loss(
     soft: float = 1.0,
     hard: float = 0.0,
     smoothing: float = 0.0,
+    z_loss: float = 0.0,
     /,
     *,
     labels: Tensor | None = None,
@@ -79,13 +80,13 @@ def loss(
         without_dual = teacher.requires_grad and divergence.dual is None
         if vocab > 1 and student is not teacher and not without_dual and soft != 0.0:
             name_of, sizes = divergence.name, (vocab, vocab)
-            spec = LossSpec(name_of, param, temperature, soft, hard, smoothing, *sizes)
+            spec = LossSpec(name_of, param, temperature, soft, hard, smoothing, *sizes, z_loss)
             others = labels, ignore_index, weight, reduction, normalizer
             rows = _usual_rows(backend, student, teacher, spec, others)
             if rows is not None:
                 call = Call(backend, spec, rows)
                 return autograd.reduced(call, *_tensors(student), *_tensors(teacher))
-    sides = name, student, teacher, divergence, temperature, param, soft, hard, smoothing
+    sides = name, student, teacher, divergence, temperature, param, soft, hard, smoothing, z_loss
     options: dict[str, Any] = dict(
         labels=labels, ignore_index=ignore_index, weight=weight, reduction=reduction,
         normalizer=normalizer, vocab_size=vocab_size, inplace=inplace, group=group,
@@ -209,7 +210,7 @@ def _request(
     return_outputs: bool,
 ) -> Request:
     """The arguments of `loss` as a record, checked; ordinary ones have nothing to find."""
-    name, student, teacher, divergence, temperature, param, soft, hard, smoothing = sides
+    name, student, teacher, divergence, temperature, param, soft, hard, smoothing, z_loss = sides
     shared: Any = None
     if group is not None:
         backend = _kernels(student.device) if ordinary else None
@@ -235,16 +236,18 @@ def _request(
         normalizer = validate.normalizer(normalizer, reduction, student)
     if group is not None:
         call = f"{name}, {divergence.name} {param:g}, T={temperature:g}, {soft:g}, {hard:g}"
-        call += f", {smoothing:g}, {reduction}" + ("" if labels is None else ", labels")
+        call += f", {smoothing:g}, {z_loss:g}, {reduction}" + ("" if labels is None else ", labels")
         if teacher.requires_grad and torch.is_grad_enabled():
             call += ", a gradient of the teacher"
         own = backend or choice.pick(student.device)
         shared, student, teacher = layout.prepare(own, group, student, teacher, vocab_size, call)
         vocab, classes = shared.columns.own, shared.columns.total
     compiling = torch.compiler.is_compiling()
-    if (classes == 1 or (student is teacher and soft != 0.0)) and not compiling:
+    silent = (classes == 1 and z_loss == 0.0) or (student is teacher and soft != 0.0)
+    if silent and not compiling:
         validate.silence(name, student, teacher, classes)
-    spec = LossSpec(divergence.name, param, temperature, soft, hard, smoothing, vocab, classes)
+    sizes = vocab, classes
+    spec = LossSpec(divergence.name, param, temperature, soft, hard, smoothing, *sizes, z_loss)
     linear = isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits)
     inplace = inplace and not (linear or compiling or choice.in_functorch())  # there, ignored
     if inplace:

@@ -20,8 +20,7 @@ from fastkd.backends.formulas import of_sums, unmapped_price
 from fastkd.engine.reduction import reads_values
 from fastkd.mapped import MappedLogits
 from fastkd.operands import Operand
-from fastkd.parallel.vocab_parallel import _entropy as entropy
-from fastkd.parallel.vocab_parallel import _finite as finite
+from fastkd.parallel.at_one import entropy, finite, log_sum
 
 # Elements of the teacher's columns that are taken at a time: on a host they stay in the caches, a
 # device wants few launches
@@ -135,7 +134,7 @@ class Mapped(Backend):
         every = stats(teacher, spec.temperature, teacher.size(-1))
         every = torch.where((columns < 0).any(), math.nan, every)
         hard = None
-        if label is not None:
+        if spec.at_one:
             hard = own if spec.temperature == 1.0 else stats(student, 1.0, spec.vocab)
         found = Stats(own, every, hard)
         pairs = self.backend.loss(student, named, found, spec, rows).to(acc)
@@ -144,6 +143,8 @@ class Mapped(Backend):
             off = (1.0 - _share(part, every, spec.temperature)).clamp_min(0.0)
             pairs = torch.stack((pairs[:, 0] + price * off, pairs[:, 1]), -1)
         loss = spec.soft * of_sums(spec, pairs[:, 0])[0]
+        if hard is not None and spec.z_loss != 0.0:
+            loss = loss + spec.z_loss * log_sum(hard) ** 2
         if hard is not None and label is not None:
             place = label.clamp(0, spec.vocab - 1).view(*student.shape[:-1], 1)
             at_label = student.gather(-1, place).to(acc).view(-1)

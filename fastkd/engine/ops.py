@@ -28,7 +28,7 @@ _SIDES = ", ".join(
 )
 _SPEC = (
     "str divergence, float param, float temperature, float soft, float hard, float smoothing, "
-    "SymInt vocab, SymInt classes"
+    "SymInt vocab, SymInt classes, float z_loss"
 )
 _INPUTS = (
     f"{_SIDES}, Tensor? keep, Tensor? label, Tensor? logprobs, Tensor? indices, Tensor? tail, "

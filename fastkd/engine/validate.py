@@ -33,7 +33,7 @@ INT_DTYPES = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch
 def known_options(name: str, divergence: Divergence) -> list[str]:
     """The options of the public function of this name, its own first."""
     if name == "distillation_loss":
-        own = ["temperature", "alpha", "divergence", "label_smoothing", "t_squared"]
+        own = ["temperature", "alpha", "divergence", "label_smoothing", "t_squared", "z_loss"]
     else:
         own = [divergence.parameter] if divergence.parameter else []
         own.append("temperature")
@@ -56,6 +56,15 @@ def share(name: str, value: float) -> float:
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"{name}: got {shown(value)}, expected a number from 0 to 1")
     return number
+
+
+def z_loss(value: float) -> float:
+    number = real(value)
+    if number is None:
+        raise TypeError(f"z_loss: got {describe(value)}, expected a number of 0 or more{WAITS}")
+    if not 0.0 <= number <= 1e18:  # a float32 number
+        raise ValueError(f"z_loss: got {shown(value)}, expected a finite number of 0 or more")
+    return float(number)
 
 
 def reduction(reduction: str) -> None:

@@ -56,8 +56,8 @@ class DistillationLoss:
         linear: logits of both models by `LinearLogits`; False: those that they build themselves.
         pack: leave ignored tokens out of the head's products, see `LinearLogits`.
         **options: of `fastkd.distillation_loss`: temperature, alpha, divergence, t_squared,
-            label_smoothing, vocab_size. With `DistillationTrainer` temperature and alpha may be
-            functions of the step (global_step), as lambda step: max(1.0, 4.0 - step / 100).
+            label_smoothing, z_loss, vocab_size. With `DistillationTrainer` temperature and alpha
+            may be functions of the step (global_step), as lambda step: max(1.0, 4.0 - step / 100).
             return_outputs=True, with `DistillationTrainer` only: sums of `fastkd.LossOutputs` over
             the kept tokens wait for its log.
 

@@ -203,8 +203,9 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         *args, **kwargs: the Trainer's own.
         teacher: a `PreTrainedModel`; None where batches hold `teacher`, see `DistillationLoss`.
         loss: options of `fastkd.distillation_loss`, as {"temperature": 2.0, "alpha": 0.1}:
-            temperature, alpha, divergence, t_squared, label_smoothing, vocab_size. Temperature and
-            alpha may be functions of the step: {"alpha": lambda step: min(1.0, step / 1000)}.
+            temperature, alpha, divergence, t_squared, label_smoothing, z_loss, vocab_size.
+            Temperature and alpha may be functions of the step:
+            {"alpha": lambda step: min(1.0, step / 1000)}.
             With return_outputs=True each log of the training loss holds the means of
             `fastkd.LossOutputs` over the tokens since the last one, from the same pass:
             log_history gets "soft", "hard", "student_entropy", "teacher_entropy" and so on.

@@ -27,6 +27,7 @@ from torch import Tensor
 from fastkd.backends import formulas
 from fastkd.backends.base import Backend, LossSpec, Rows, Stats, TopKRows, acc_dtype
 from fastkd.parallel import collectives
+from fastkd.parallel.at_one import entropy, finite, hard_gradient, log_sum
 
 INF = float("inf")
 BLOCK = 2**22  # elements of a copy of some rows, for a top-k teacher
@@ -108,9 +109,7 @@ class VocabParallel(Backend):
         acc, keep = acc_dtype(student, teacher), rows.keep
         label = rows.label if spec.hard != 0.0 else None
         mine = self._label(label, spec)
-        stats_s, stats_t, hard, entropy = self._stats(
-            student, teacher, spec, keep, label, mine, acc
-        )
+        stats_s, stats_t, hard, at_one = self._stats(student, teacher, spec, keep, label, mine, acc)
         stats = Stats(stats_s, stats_t, hard)
         own = stats_s.new_zeros((stats_s.size(0), 2))
         if spec.vocab:
@@ -120,8 +119,8 @@ class VocabParallel(Backend):
         if formulas.entry(spec).of_sum is not None:  # nothing has mass on either side: no loss
             value = torch.where((stats_s[:, 1] == 0) & (stats_t[:, 1] == 0), 0.0, value)
         loss = spec.soft * value
-        if entropy is not None:
-            loss = loss + spec.hard * entropy
+        if at_one is not None:
+            loss = loss + at_one
         if keep is not None:
             loss = torch.where(keep, loss, 0.0)
         if grad is not None and spec.vocab:
@@ -149,7 +148,7 @@ class VocabParallel(Backend):
         acc: torch.dtype,
         more: Tensor | None = None,
     ) -> tuple[Tensor, Any, Tensor | None, Tensor | None]:
-        """The rows' stats of both sides, the student's at T = 1, and the cross-entropy.
+        """The rows' stats of both sides, the student's at T = 1, and the loss at T = 1.
 
         Without a teacher, in its place what the ranks' `more` [N, C] have gathered: [R, N, C].
         """
@@ -158,31 +157,35 @@ class VocabParallel(Backend):
         parts = [sent[:, :2]]
         if teacher is not None:
             parts.append(self._own_stats(teacher, spec.temperature, spec, keep, acc)[:, :2])
-        if label is not None:
-            assert mine is not None
+        if spec.at_one:
             unit = self._own_stats(student, 1.0, spec, keep, acc) if warm else sent
             width = torch.full_like(unit[:, 0], spec.vocab)
-            parts += [self._at(student, mine, acc).unsqueeze(-1), unit[:, 1:]]
-            parts.append(width.unsqueeze(-1))
+            nothing = torch.zeros_like(width)
+            at_label = nothing if mine is None else self._at(student, mine, acc)
+            parts += [at_label.unsqueeze(-1), unit[:, 1:], width.unsqueeze(-1)]
         if more is not None:
             parts.append(more)
         got = self.gathered(torch.cat(parts, -1))
         stats_s = _merged(got[..., :2], spec.temperature)
         at = 2 if teacher is None else 4
         other = None if teacher is None else _merged(got[..., 2:4], spec.temperature)
-        hard = entropy = None
-        if label is not None:
+        hard = at_one = None
+        if spec.at_one:
             top = got[..., 0]
             unit = _merged(torch.stack((top, got[..., at + 1]), -1), 1.0)
-            low, total = _finite(unit[:, 0]), unit[:, 1]
+            low, total = finite(unit[:, 0]), unit[:, 1]
             # of each column's distance to the row's maximum, of which a rank knew its own
             moved = torch.where(top == -INF, top, top - low)
             widths = got[..., at + 3]
             drift = torch.where(widths > 0, got[..., at + 2] + widths * moved, 0.0).sum(0)
-            entropy = _entropy(low, total, got[..., at].sum(0), drift, spec)
+            at_one = torch.zeros_like(low)
+            if spec.z_loss != 0.0:
+                at_one += spec.z_loss * log_sum(unit) ** 2
+            if label is not None:
+                at_one += spec.hard * entropy(low, total, got[..., at].sum(0), drift, spec)
             hard = unit
-        rest = got[..., at + (4 if label is not None else 0) :]
-        return stats_s, other if teacher is not None else rest, hard, entropy
+        rest = got[..., at + (4 if spec.at_one else 0) :]
+        return stats_s, other if teacher is not None else rest, hard, at_one
 
     def _own_stats(
         self, x: Tensor, temperature: float, spec: LossSpec, keep: Tensor | None, acc: torch.dtype
@@ -225,7 +228,7 @@ class VocabParallel(Backend):
         more = [at]
         if tail is not None:
             more.append(self._unnamed(student, place, spec, keep, acc))
-        stats, got, hard, entropy = self._stats(
+        stats, got, hard, at_one = self._stats(
             student, None, spec, keep, label, mine, acc, torch.cat(more, -1)
         )
         x = torch.where(named, got[..., :count].sum(0), -INF)
@@ -241,8 +244,8 @@ class VocabParallel(Backend):
         spoilt = logp.isnan().any(-1) if tail is None else logp.isnan().any(-1) | tail.isnan()
         value = torch.where(spoilt, torch.nan, value)
         loss = spec.soft * value
-        if entropy is not None:
-            loss = loss + spec.hard * entropy
+        if at_one is not None:
+            loss = loss + at_one
         if keep is not None:
             loss = torch.where(keep, loss, 0.0)
         if grad is None:
@@ -259,10 +262,9 @@ class VocabParallel(Backend):
                 flat[some], place[some], points, slope, tail_slope, pull, restrict, spec, some
             )
             if hard is not None:
-                assert mine is not None
-                soft = soft + spec.hard * _hard_gradient(
-                    flat[some, : spec.vocab].to(acc), hard[some], mine[some], spec
-                )
+                own = None if mine is None else mine[some]
+                x = flat[some, : spec.vocab].to(acc)
+                soft = soft + hard_gradient(x, hard[some], own, spec)
             soft = soft * by[some].unsqueeze(-1)
             if keep is not None:
                 soft = torch.where(keep[some].unsqueeze(-1), soft, 0.0)
@@ -312,7 +314,7 @@ class VocabParallel(Backend):
             every = torch.where(pull[rows, None].isnan(), torch.nan, x.new_zeros((), dtype=acc))
             every = every.repeat(1, spec.vocab + 1)
         else:
-            top, total = _finite(points.stats[rows, 0]), points.stats[rows, 1]
+            top, total = finite(points.stats[rows, 0]), points.stats[rows, 1]
             logs = (x[:, : spec.vocab].to(acc) - top[:, None]) / spec.temperature
             logs = logs - total.log()[:, None]
             every = -logs.exp() * pull[rows, None]
@@ -338,7 +340,7 @@ class _Points:
 
     def evaluate(self, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor | None]:
         """(value [N], dl/dlog q [N, K], and of the rest [N])."""
-        top, total = _finite(self.stats[:, 0]), self.stats[:, 1]
+        top, total = finite(self.stats[:, 0]), self.stats[:, 1]
         log_total = total.log()
         self.logq = (self.x - top[:, None]) / spec.temperature - log_total[:, None]
         leaves, logps = [self.logq], [self.logp]
@@ -367,37 +369,16 @@ class _Points:
 def _of_points(x: Tensor, temperature: float) -> Tensor:
     """(max, sum, 0) over the teacher's columns alone."""
     top = x.amax(-1)
-    total = ((x - _finite(top)[:, None]) / temperature).exp().sum(-1)
+    total = ((x - finite(top)[:, None]) / temperature).exp().sum(-1)
     return torch.stack((top, total, torch.zeros_like(top)), -1)
-
-
-def _finite(top: Tensor) -> Tensor:
-    return torch.where(top == -INF, 0.0, top)
 
 
 def _merged(parts: Tensor, temperature: float) -> Tensor:
     """[N, 3] stats of a row from (max, sum) of its parts [R, N, 2]; the drift is not."""
     tops, totals = parts.unbind(-1)
     top = tops.amax(0)
-    weight = ((tops - _finite(top)) / temperature).exp()
+    weight = ((tops - finite(top)) / temperature).exp()
     total = torch.where(totals == 0, 0.0, totals * weight).sum(0)
     # a part that is NaN makes the row so, also where its own sum is 0
     total = torch.where(tops.isnan().any(0), torch.nan, total)
     return torch.stack((top, total, torch.zeros_like(top)), -1)
-
-
-def _entropy(top: Tensor, total: Tensor, at_label: Tensor, drift: Tensor, spec: LossSpec) -> Tensor:
-    """log-sum-exp - (1 - smoothing) s[label] - smoothing * mean of s, relative to the maximum."""
-    out = total.log() + (1.0 - spec.smoothing) * (top - at_label)
-    if spec.smoothing != 0.0:
-        out = out - spec.smoothing / spec.classes * drift
-    return torch.where(total == 0, torch.nan, out)
-
-
-def _hard_gradient(x: Tensor, stats: Tensor, place: Tensor, spec: LossSpec) -> Tensor:
-    """q at T = 1 - target, over the own columns of some rows."""
-    q = (x - _finite(stats[:, 0])[:, None]).exp() / stats[:, 1, None]
-    out = F.pad(q - spec.smoothing / spec.classes, (0, 1))
-    at = torch.where(place >= 0, place, x.size(1)).unsqueeze(-1)
-    sure = torch.full_like(at, spec.smoothing - 1.0, dtype=x.dtype)
-    return out.scatter_add(-1, at, sure)[:, : x.size(1)]

@@ -72,6 +72,7 @@ def test_compiled_with_every_option(form: str, kernels: Backend, reduction: str)
             labels,
             divergence="skew_kl",
             label_smoothing=0.1,
+            z_loss=0.01,
             weight=weight,
             vocab_size=9,
             reduction=reduction,

@@ -141,6 +141,10 @@ DISTILLATION = {
     "alpha-text": Bad(TypeError, ["alpha", "'1'", "number"], alpha="1"),
     "no-labels": Bad(ValueError, ["labels", "None", "alpha=0.5", "alpha=0"], labels=None),
     "label-smoothing": Bad(ValueError, ["label_smoothing", "2.0", "0 to 1"], label_smoothing=2.0),
+    "z-loss": Bad(ValueError, ["z_loss", "-1.0", "0 or more"], z_loss=-1.0),
+    "z-loss-nan": Bad(ValueError, ["z_loss", "nan", "0 or more"], z_loss=NAN),
+    "z-loss-inf": Bad(ValueError, ["z_loss", "inf", "finite"], z_loss=float("inf")),
+    "z-loss-text": Bad(TypeError, ["z_loss", "'1'", "number"], z_loss="1"),
     "label-smoothing-bool": Bad(
         TypeError, ["label_smoothing", "True", "number"], label_smoothing=True
     ),

@@ -47,9 +47,10 @@ TWINS: dict[str, tuple[type[torch.nn.Module], Any, dict[str, Any], str]] = {
             "alpha": 0.3,
             "temperature": 4.0,
             "label_smoothing": 0.1,
+            "z_loss": 0.01,
             "divergence": fastkd.divergences.js(beta=0.2),
         },
-        "0.3 CE(label_smoothing=0.1) + 0.7 T^2 js(beta=0.2)(p, q), T=4",
+        "0.3 CE(label_smoothing=0.1) + 0.7 T^2 js(beta=0.2)(p, q) + 0.01 lse^2, T=4",
     ),
 }
 each_twin = pytest.mark.parametrize(

@@ -136,7 +136,10 @@ def test_edges_of_a_stored_teacher(backend: Backend, tail: str) -> None:
     _, outputs = fastkd.kl_div(
         student, fastkd.TopK(logprobs, indices, tail=tail), return_outputs=True
     )
-    assert outputs.teacher_entropy[1] == 0
+    # a bucket that nobody measured has 2^-53
+    assert outputs.teacher_entropy[1] == (
+        pytest.approx(4.1e-15, rel=1e-2) if tail == "bucket" else 0
+    )
     of = student.gather(-1, indices.clamp_min(0))[[0, 2]] if tail == "restrict" else student[[0, 2]]
     logq = oracle(of).log_softmax(-1)
     true = -torch.where(logq < -1e9, 0.0, logq.exp() * logq).sum(-1)

@@ -98,7 +98,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], dict[str, Any], str]]:
 
     for name, loss in LOSSES.items():
         own = {"js_div": ("beta",), "skew_kl_div": ("alpha",), "skew_reverse_kl_div": ("alpha",)}
-        own["distillation_loss"] = ("alpha", "divergence", "label_smoothing")
+        own["distillation_loss"] = ("alpha", "divergence", "label_smoothing", "z_loss")
         good = dict(student=S, teacher=T, labels=LABELS)
         add(name, loss, good, *ROWS, *own.get(name, ()))
     stored = dict(logprobs=S.log_softmax(-1), indices=LABELS[:, None] * 0 + torch.arange(5))
@@ -110,7 +110,9 @@ def cases() -> dict[str, tuple[Callable[..., Any], dict[str, Any], str]]:
     add("topk_from_logits", fastkd.topk_from_logits, dict(logits=S, k=2), "temperature")
     add("js", fastkd.divergences.js, {}, "beta")
     add("DistillationLoss", fastkd.nn.DistillationLoss, {}, "alpha", "divergence", "temperature")
-    add("DistillationLoss", fastkd.nn.DistillationLoss, {}, "reduction", "label_smoothing")
+    add(
+        "DistillationLoss", fastkd.nn.DistillationLoss, {}, "reduction", "label_smoothing", "z_loss"
+    )
     add("use_backend", lambda backend: fastkd.use_backend(backend).__enter__(), {}, "backend")
     return found
 

@@ -42,6 +42,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
         "divergence": "kl",
         "label_smoothing": 0.0,
         "t_squared": True,
+        "z_loss": 0.0,
     },
 }
 ROW_OPTIONS = {

@@ -31,6 +31,7 @@ from fastkd.backends.gpu import split_rows
 from fastkd.backends.gpu.device_fns import grad_loop, pair_loop, safe_sums, sum_loop
 from fastkd.backends.gpu.outputs import store_hard, store_side, zero_outputs
 from fastkd.backends.gpu.rows import (
+    at_one,
     cross_entropy,
     expectation,
     grad_factor,
@@ -243,11 +244,12 @@ def cooperative_kernel(
     splits, vocab, classes, width,
     align_offset, per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
-    hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, factor: tl.float64,
+    hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, z: tl.float64,
+    factor: tl.float64,
     # constants
     DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, EXPECTATION: tl.constexpr,
-    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, COUNT: tl.constexpr, SPLITS: tl.constexpr,
-    SPAN: tl.constexpr,
+    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, COUNT: tl.constexpr,
+    SPLITS: tl.constexpr, SPAN: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """`rows.fused_kernel` for one split of a row: the next one that no program has begun.
@@ -320,14 +322,15 @@ def cooperative_kernel(
             if split == 0:
                 store_hard(outputs, row, of_label, m_s, sum_t1, at_label, here)
         result += hard * of_label
-    tl.store(loss + row, result, mask=split == 0)
+    z_value, unit = at_one(m_s, sum_t1, hard, scalar(z, ACC), Z_LOSS)
+    tl.store(loss + row, result + z_value, mask=split == 0)
     if grad is not None:
         by = grad_factor(factor, scale, row, ACC)
         grad_loop(
             grad, student, teacher, begin, end, m_s, d_s, m_t, d_t, slopes, sum_t1, column,
-            exponent, param, soft * inverse * by * of, hard * by, one_minus_eps + eps_over_v,
-            eps_over_v,
-            DIVERGENCE, EXPECTATION == "teacher", label is not None, HARD_T1,
+            exponent, param, soft * inverse * by * of, unit * by, hard * by,
+            one_minus_eps + eps_over_v, eps_over_v,
+            DIVERGENCE, EXPECTATION == "teacher", label is not None or Z_LOSS, HARD_T1,
             EXPECTATION != "none", UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
         zero_columns(grad, end, last, LANES, GROUP, UNALIGNED)

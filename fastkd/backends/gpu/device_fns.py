@@ -337,7 +337,7 @@ def pair_loop(
 @triton.jit
 def grad_tile(
     grad, student, teacher, at, start, stop, m_s, log_s, m_t, log_t,
-    slopes, column, exponent, param, soft, hard, target, eps_over_v,
+    slopes, column, exponent, param, soft, unit, target, eps_over_v,
     DIVERGENCE: tl.constexpr, CENTRED: tl.constexpr, HARD: tl.constexpr, HARD_T1: tl.constexpr,
     MASKED: tl.constexpr, UNALIGNED: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
@@ -352,7 +352,7 @@ def grad_tile(
         if HARD_T1:
             q = tl.exp2((s - m_s) * LOG2E)
         here = columns(at, LANES, GROUP)
-        out += hard * q - tl.where(here == column, target, eps_over_v)
+        out += unit * q - tl.where(here == column, target, eps_over_v)
     out = out.to(grad.dtype.element_ty)
     store(grad, out, at, start, stop, MASKED, UNALIGNED, LANES, GROUP)
 
@@ -360,34 +360,34 @@ def grad_tile(
 @triton.jit
 def grad_loop(
     grad, student, teacher, start, stop, m_s, d_s, m_t, d_t, slopes, sum_t1,
-    column, exponent, param, soft, hard, target, eps_over_v,
+    column, exponent, param, soft, unit, hard, target, eps_over_v,
     DIVERGENCE: tl.constexpr, CENTRED: tl.constexpr, HARD: tl.constexpr, HARD_T1: tl.constexpr,
     REVERSE: tl.constexpr, UNALIGNED: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """soft * (slope - q * slopes) + hard * (q at T = 1, less `target` at `column`, else eps / V).
+    """soft * (slope - q * slopes) + unit * q_1 - hard * (`target` at `column`, else eps / V).
 
-    CENTRED: the slopes are known to sum to 0. HARD_T1: T is not 1, so that q at T = 1 needs an
-    exponential of its own. A tile is written after it is read: `grad` may be the student's memory.
+    CENTRED: the slopes sum to 0. HARD_T1: T is not 1, so that q_1, q at T = 1, needs an exponential
+    of its own. A tile is written after it is read: `grad` may be the student's memory.
     """
     log_s, log_t = tl.log2(d_s), tl.log2(d_t)
     target, eps_over_v = hard * target, hard * eps_over_v
     if HARD_T1:
-        hard = hard / sum_t1
+        unit = unit / sum_t1
     # `safe_sums` makes q 0 for an impossible student, but such a row has no cross-entropy
-    hard = tl.where(sum_t1 == 0, float("nan"), hard)
+    unit = tl.where(sum_t1 == 0, float("nan"), unit)
     first, full, head = unmasked(start, stop, UNALIGNED, LANES, GROUP)
     for step in range(0, full - first, LANES * GROUP):
         at = full - LANES * GROUP - step if REVERSE else first + step
         grad_tile(
             grad, student, teacher, at, start, stop, m_s, log_s, m_t, log_t,
-            slopes, column, exponent, param, soft, hard, target, eps_over_v,
+            slopes, column, exponent, param, soft, unit, target, eps_over_v,
             DIVERGENCE, CENTRED, HARD, HARD_T1, False, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
     if stop % (LANES * GROUP) != 0:  # computed again: cheaper than a register kept through the loop
         grad_tile(
             grad, student, teacher, full, start, stop, m_s, log_s, m_t, log_t,
-            slopes, column, exponent, param, soft, hard, target, eps_over_v,
+            slopes, column, exponent, param, soft, unit, target, eps_over_v,
             DIVERGENCE, CENTRED, HARD, HARD_T1, True, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
     if UNALIGNED:
@@ -395,6 +395,6 @@ def grad_loop(
             grad_tile(
                 grad, student, teacher, first - LANES * GROUP, start, stop,
                 m_s, log_s, m_t, log_t, slopes, column,
-                exponent, param, soft, hard, target, eps_over_v,
+                exponent, param, soft, unit, target, eps_over_v,
                 DIVERGENCE, CENTRED, HARD, HARD_T1, True, True, ACC, LANES, GROUP,
             )  # fmt: skip

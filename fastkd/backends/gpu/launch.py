@@ -202,10 +202,11 @@ def common_args(
         **dict(
             soft=spec.soft, hard=spec.hard, one_minus_eps=1.0 - spec.smoothing, factor=rows.factor
         ),
-        "eps_over_v": spec.smoothing / spec.classes,
+        **dict(eps_over_v=spec.smoothing / spec.classes, z=spec.z_loss),
         "DIVERGENCE": divergence_of(spec),
         "OF_SUM": pairs.of_sum(spec.divergence),
-        "HARD_T1": rows.label is not None and spec.temperature != 1.0,
+        "HARD_T1": spec.at_one and spec.temperature != 1.0,
+        "Z_LOSS": spec.z_loss != 0.0,
         "ACC": _ACC[acc],
     }
 

@@ -66,6 +66,17 @@ def expectation_or_pairs(
 
 
 @triton.jit
+def at_one(m_s, sum_t1, hard, z, Z_LOSS: tl.constexpr):
+    """(z * log-sum-exp^2, factor of q in the gradient) of a student's row at T = 1."""
+    value, unit = scalar(0.0, hard.dtype), hard
+    if Z_LOSS:
+        log_sum = m_s + tl.log(sum_t1)
+        value = tl.where(sum_t1 == 0, float("nan"), z * log_sum * log_sum)
+        unit = hard + 2.0 * z * log_sum
+    return value, unit
+
+
+@triton.jit
 def cross_entropy(
     m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps, eps_over_v,
     SMOOTH: tl.constexpr, ACC: tl.constexpr,
@@ -132,10 +143,11 @@ def fused_kernel(
     align_offset, per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
     # the loss spec: log2(e) / T, 1 / T, parameter, weights, 1 - eps, eps / V (label smoothing)
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
-    hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, factor: tl.float64,
+    hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, z: tl.float64,
+    factor: tl.float64,
     # constants
     DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, EXPECTATION: tl.constexpr,
-    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr,
+    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """loss = soft sum_v l(log p, log q) + hard CE; grad = its gradient scale factor. One row."""
@@ -181,9 +193,9 @@ def fused_kernel(
         store_side(outputs, row, 0, m_s, raw_s, weighted_s, inverse)
         store_side(outputs, row, 1, m_t, raw_t, weighted_t, inverse)
     value = soft * value
+    if not HARD_T1:
+        sum_t1 = raw_s
     if label is not None:
-        if not HARD_T1:
-            sum_t1 = raw_s
         of_label = cross_entropy(
             m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps, eps_over_v,
             SMOOTH, ACC,
@@ -191,15 +203,16 @@ def fused_kernel(
         if outputs is not None:
             store_hard(outputs, row, of_label, m_s, sum_t1, at_label, here)
         value += hard * of_label
-    tl.store(loss + row, value)
+    z_value, unit = at_one(m_s, sum_t1, hard, scalar(z, ACC), Z_LOSS)
+    tl.store(loss + row, value + z_value)
 
     if grad is not None:
         by = grad_factor(factor, scale, row, ACC)
         grad_loop(
             grad, student, teacher, start, stop, m_s, d_s, m_t, d_t, slopes, sum_t1, column,
-            exponent, param, soft * inverse * by * of, hard * by, one_minus_eps + eps_over_v,
-            eps_over_v,
-            DIVERGENCE, EXPECTATION == "teacher", label is not None, HARD_T1,
+            exponent, param, soft * inverse * by * of, unit * by, hard * by,
+            one_minus_eps + eps_over_v, eps_over_v,
+            DIVERGENCE, EXPECTATION == "teacher", label is not None or Z_LOSS, HARD_T1,
             EXPECTATION != "none", UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
         zero_columns(grad, stop, start + width, LANES, GROUP, UNALIGNED)
@@ -274,8 +287,10 @@ def grad_kernel(
     vocab, width, align_offset,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
-    hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, factor: tl.float64,
+    hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, z: tl.float64,
+    factor: tl.float64,
     DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, HARD_T1: tl.constexpr,
+    Z_LOSS: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """grad = scale factor (soft (slope_v - q_v sum slope) / T + hard (q - target)). One row."""
@@ -298,8 +313,10 @@ def grad_kernel(
     d_s, d_t = safe_sums(d_s, d_t)
     by = grad_factor(factor, scale, row, ACC)
     column = -1
-    if label is not None:
+    if label is not None or Z_LOSS:
         _, sum_t1 = load_stats(stats_hard, row, ACC)
+    _, unit = at_one(m_s, sum_t1, scalar(hard, ACC), scalar(z, ACC), Z_LOSS)
+    if label is not None:
         column, _ = label_column(label, row, start, vocab)
     inverse, eps_over_v = scalar(inverse, ACC), scalar(eps_over_v, ACC)
     grad_loop(
@@ -308,9 +325,10 @@ def grad_kernel(
         row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP),
         start, stop, m_s, d_s, m_t, d_t, tl.load(pairs + 1).to(ACC), sum_t1,
         column, scalar(exponent, ACC), scalar(param, ACC),
-        scalar(soft, ACC) * inverse * by * of, scalar(hard, ACC) * by,
+        scalar(soft, ACC) * inverse * by * of, unit * by, scalar(hard, ACC) * by,
         scalar(one_minus_eps, ACC) + eps_over_v, eps_over_v,
-        DIVERGENCE, False, label is not None, HARD_T1, False, UNALIGNED, ACC, LANES, GROUP,
+        DIVERGENCE, False, label is not None or Z_LOSS, HARD_T1, False, UNALIGNED,
+        ACC, LANES, GROUP,
     )  # fmt: skip
     zero_columns(grad, stop, start + width, LANES, GROUP, UNALIGNED)
 

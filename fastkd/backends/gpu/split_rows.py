@@ -32,6 +32,7 @@ from fastkd.backends.gpu.device_fns import (
 )
 from fastkd.backends.gpu.outputs import store_hard, store_side, zero_outputs
 from fastkd.backends.gpu.rows import (
+    at_one,
     cross_entropy,
     expectation_or_pairs,
     grad_factor,
@@ -45,8 +46,9 @@ PROGRAMS, TILES, MOST = 2, 2, 64
 # numbers that a split writes: those of `sum_loop`, and the logit at the label; with outputs, two
 # more, and places up to a power of 2
 PARTIALS, PARTIALS_OUT = tl.constexpr(8), tl.constexpr(16)
-# of a row, for its gradient: (max, sum) of both sides, slopes, sum at T = 1, `of_sum`'s derivative
-CONSTANTS = tl.constexpr(7)
+# of a row, for its gradient: (max, sum) of both sides, slopes, sum at T = 1, `of_sum`'s derivative,
+# factor of q at T = 1
+CONSTANTS = tl.constexpr(8)
 # processors of the host, under the interpreter: with 0 no row is split
 HOST_PROCESSORS = 0
 
@@ -254,9 +256,9 @@ def split_finish_kernel(
     vocab, classes, splits, align_offset,
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
-    hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64,
+    hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, z: tl.float64,
     DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, EXPECTATION: tl.constexpr,
-    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, COUNT: tl.constexpr,
+    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, COUNT: tl.constexpr,
     SPLITS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """loss as in `rows.fused_kernel`; constants: those of `split_grad_kernel`."""
@@ -311,7 +313,8 @@ def split_finish_kernel(
         if outputs is not None:
             store_hard(outputs, row, of_label, m_s, sum_t1, at_label, here)
         value += scalar(hard, ACC) * of_label
-    tl.store(loss + row, value)
+    z_value, unit = at_one(m_s, sum_t1, scalar(hard, ACC), scalar(z, ACC), Z_LOSS)
+    tl.store(loss + row, value + z_value)
     if constants is not None:
         constants = constants + row * CONSTANTS
         tl.store(constants, m_s)
@@ -321,6 +324,7 @@ def split_finish_kernel(
         tl.store(constants + 4, slopes)
         tl.store(constants + 5, sum_t1)
         tl.store(constants + 6, of)
+        tl.store(constants + 7, unit)
 
 
 @triton.jit(do_not_specialize=[*_UNSPECIALIZED, "per_g"])
@@ -331,6 +335,7 @@ def split_grad_kernel(
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
     hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, factor: tl.float64,
     DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr,
+    Z_LOSS: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of `rows.fused_kernel` in one split; the last split reaches to `width`."""
@@ -360,9 +365,10 @@ def split_grad_kernel(
         begin, end, tl.load(constants), tl.load(constants + 1), tl.load(constants + 2),
         tl.load(constants + 3), tl.load(constants + 4), tl.load(constants + 5),
         column, scalar(exponent, ACC), scalar(param, ACC),
-        scalar(soft, ACC) * inverse * by * tl.load(constants + 6), scalar(hard, ACC) * by,
+        scalar(soft, ACC) * inverse * by * tl.load(constants + 6),
+        tl.load(constants + 7) * by, scalar(hard, ACC) * by,
         scalar(one_minus_eps, ACC) + eps_over_v, eps_over_v,
-        DIVERGENCE, EXPECTATION == "teacher", label is not None, HARD_T1,
+        DIVERGENCE, EXPECTATION == "teacher", label is not None or Z_LOSS, HARD_T1,
         EXPECTATION != "none", UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip
     zero_columns(grad, end, last, LANES, GROUP, UNALIGNED)

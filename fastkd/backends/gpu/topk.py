@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fastkd.backends.gpu.device_fns import LOG2E, initial_sums, merge_lanes, online_update
 from fastkd.backends.gpu.outputs import NOTHING, store_hard, topk_outputs, zero_outputs
-from fastkd.backends.gpu.rows import grad_factor, label_column, zero_columns
+from fastkd.backends.gpu.rows import at_one, grad_factor, label_column, zero_columns
 from fastkd.backends.gpu.tiles import columns, load, row_at, scalar
 
 
@@ -256,25 +256,25 @@ def support_gradient(
 @triton.jit
 def topk_gradient(
     grad, support_grad, student, indices, logprobs, vocab, count, m_rest, m_soft, m_row, log_total,
-    share, value, slope_sum, of_rest, sum_t1, exponent, param, centre, soft, hard, column, target,
-    eps_over_v,
+    share, value, slope_sum, of_rest, sum_t1, exponent, param, centre, soft, unit, hard, column,
+    target, eps_over_v,
     DIVERGENCE: tl.constexpr, NO_TAIL: tl.constexpr, HARD: tl.constexpr, HARD_T1: tl.constexpr,
     RESTRICT: tl.constexpr, POINTS: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The gradient: that of the support to support_grad, that of all other columns to grad."""
     target, other = hard * target, hard * eps_over_v
-    hard = tl.where(sum_t1 == 0, float("nan"), hard / sum_t1)
+    unit = tl.where(sum_t1 == 0, float("nan"), unit / sum_t1)
     support_gradient(
         support_grad, student, indices, logprobs, count, m_soft, m_row, log_total, slope_sum,
-        exponent, param, centre, soft, hard, column, target, other,
+        exponent, param, centre, soft, unit, column, target, other,
         DIVERGENCE, NO_TAIL, HARD, ACC, POINTS,
     )  # fmt: skip
     # q of a column is `share` times its exponential relative to m_rest
     by_rest = soft * (of_rest - share * slope_sum)
     by_rest = tl.where(value != value, float("nan"), by_rest)
     topk_grad_loop(
-        grad, student, vocab, m_rest, m_row, by_rest, exponent, column, hard, target, other,
+        grad, student, vocab, m_rest, m_row, by_rest, exponent, column, unit, target, other,
         HARD, HARD_T1, RESTRICT, ACC, LANES, GROUP,
     )  # fmt: skip
 
@@ -313,11 +313,11 @@ def topk_kernel(
     vocab, classes, width, count, per_s, outer_s, inner_s, per_g, outer_g, inner_g,
     # the loss spec, as in `rows.fused_kernel`
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
-    hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, factor: tl.float64,
-    centre: tl.float64,
+    hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, z: tl.float64,
+    factor: tl.float64, centre: tl.float64,
     # constants
     DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, RESTRICT: tl.constexpr,
-    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, POINTS: tl.constexpr,
+    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, POINTS: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """loss = soft D + hard CE against K columns; grad = its gradient * scale * factor. One row.
@@ -328,7 +328,7 @@ def topk_kernel(
     if skip is not None:
         if tl.load(skip) != 0:
             return
-    HARD: tl.constexpr = label is not None
+    HARD: tl.constexpr = label is not None or Z_LOSS
     NO_TAIL: tl.constexpr = tail is None and not RESTRICT
     row = tl.program_id(0)
     if grad is not None:
@@ -350,7 +350,7 @@ def topk_kernel(
     one_minus_eps, eps_over_v = scalar(one_minus_eps, ACC), scalar(eps_over_v, ACC)
 
     column, near = -1, scalar(0.0, ACC)
-    if HARD:
+    if label is not None:
         column, here = label_column(label, row, 0, vocab)
         at_label = tl.load(student + column, mask=here, other=0.0).to(ACC)
         near = tl.where(at_label - at_label == 0, at_label, 0.0)  # a number near the scores
@@ -374,6 +374,7 @@ def topk_kernel(
         if not HARD_T1:
             t1_rest = d_rest
         sum_t1 = t1_support + t1_rest * tl.exp2((m_rest - m_row) * LOG2E)
+    if label is not None:
         of_label = topk_cross_entropy(
             sum_t1, m_row, at_label, here, near, sum_shifted, vocab, classes, one_minus_eps,
             eps_over_v, SMOOTH, ACC,
@@ -381,14 +382,15 @@ def topk_kernel(
         if outputs is not None:
             store_hard(outputs, row, of_label, m_row, sum_t1, at_label, here)
         value += hard * of_label
-    tl.store(loss + row, value)
+    z_value, unit = at_one(m_row, sum_t1, hard, scalar(z, ACC), Z_LOSS)
+    tl.store(loss + row, value + z_value)
 
     if grad is not None:
         by = grad_factor(factor, scale, row, ACC)
         topk_gradient(
             grad, support_grad + base, student, indices, logprobs, vocab, count, m_rest, m_soft,
             m_row, log_total, share, value, slope_sum, of_rest, sum_t1, exponent, param, centre,
-            soft * scalar(inverse, ACC) * by * of, hard * by, column,
+            soft * scalar(inverse, ACC) * by * of, unit * by, hard * by, column,
             one_minus_eps + eps_over_v, eps_over_v,
             DIVERGENCE, NO_TAIL, HARD, HARD_T1, RESTRICT, POINTS, ACC, LANES, GROUP,
         )  # fmt: skip

@@ -79,7 +79,9 @@ class GPU(launch.FusedPasses):
         if n == 0:
             return
         if spec.hard == 0.0:
-            rows, stats = rows._replace(label=None), stats._replace(hard=None)
+            rows = rows._replace(label=None)
+        if not spec.at_one:
+            stats = stats._replace(hard=None)
         size, lanes = launch.tile_of(spec.vocab, student, teacher, grad)
         align_offset = launch.wide_align_offset(spec.vocab, size, student, teacher, grad)
         args = {
