@@ -57,7 +57,8 @@ def plain(
         logp = (teacher / temperature).log_softmax(-1)
         loss = loss_of(logp[..., columns], logq, divergence.param)
         rest = logp.index_fill(-1, columns, -1e30).logsumexp(-1, keepdim=True)
-        if divergence.name != "kl":
+        # kl leaves out what would be infinite; of acceptance, min(p, 0) adds nothing
+        if divergence.name not in ("kl", "acceptance"):
             loss = loss + loss_of(rest, torch.full_like(rest, -1e30), divergence.param)
     if alpha and labels is not None:
         hard = F.cross_entropy(
