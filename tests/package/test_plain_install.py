@@ -151,12 +151,13 @@ EXTRAS = [
     "accelerate",
     "lightning",
 ]
-EXTRAS += ["pytorch_lightning", "tokenizers", "optuna", "onnx", "onnxscript", "tqdm"]
+EXTRAS += ["pytorch_lightning", "tokenizers", "optuna", "onnx", "onnxscript", "tqdm", "pyarrow"]
 # without all of these: the extra and the package that are named; None where it runs
 NEEDED: dict[str, tuple[str, str] | None] = {
     **dict.fromkeys(("import", "loss", "train", "train again", "evaluate"), None),
     "checkpoint": ("train", "numpy"),
-    **dict.fromkeys(("save", "load", "capture", "export"), ("train", "safetensors")),
+    **dict.fromkeys(("save", "load", "export"), ("train", "safetensors")),
+    "capture": ("store", "pyarrow"),
     **dict.fromkeys(("report", "pseudo_labels", "recipes"), ("train", "scikit-learn")),
     "plot": ("train", "matplotlib"),
     "automatic": ("tune", "optuna"),
@@ -263,7 +264,7 @@ def test_output_that_nobody_reads_ends_in_silence(words: list[str], tmp_path: Pa
     file, folder = tmp_path / "loss.py", tmp_path / "cache"
     file.write_text("import torch.nn.functional as F\nF.kl_div(F.log_softmax(a, -1), b)\n")
     if words[0] == "cache":
-        pytest.importorskip("safetensors")
+        pytest.importorskip("pyarrow")
         pairs = [(torch.randn(4, 3), torch.arange(4) % 3)]
         net = torch.nn.Linear(3, 3)
         store.capture(net, pairs, folder, vocab_size=3, k=2, progress=False)

@@ -190,14 +190,6 @@ def test_what_stays_is_stored(tmp_path: Path, name: str) -> None:
     assert len(pseudo_labels(teacher, IN_ORDER[name](), 3).labels) == N
 
 
-def test_ranks_that_have_loaders_of_their_own(tmp_path: Path) -> None:
-    for rank in (0, 1):
-        sampler: Any = DistributedSampler(DATA, 2, rank, shuffle=False)
-        captured(_sampled(sampler), tmp_path, rank=rank, ranks=2)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.stack(list(store.Reader(tmp_path))), net()(X))
-
-
 def test_augmented_samples_on_purpose(tmp_path: Path) -> None:
     assert len(captured(DataLoader(Augmented(), 4), tmp_path, order=None)) == N
     with pytest.raises(ValueError, match="order: got 'sorted', expected 'dataset', 'loader' or"):

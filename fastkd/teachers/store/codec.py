@@ -1,78 +1,47 @@
 """How a teacher's rows are written: what is kept of a number, and how far it may be from it.
 
 Columns are integers of `index_bits` bits, one after the other, each row from a byte of its own.
-Log-probabilities are gaps below the row's level, so that the row's mass stays what it was:
+Log-probabilities ("uint8") are gaps below the row's level, one byte each of a table whose steps
+grow with the gap, so that the row's mass stays what it was:
 
-    stored = level - gap,    level = log sum e^given - log sum e^-gap
-
-The level is a float32; a gap is one byte of a table whose steps grow with the gap ("uint8"), or a
-float16. Both keep a gap within step * (floor + gap), so with the level's share of it
-
+    stored = level - gap,    level = log sum e^given - log sum e^-gap (float32)
     |stored - given| <= step * (2 * floor + gap + log k) + 2**-22 * (|given| + gap),
 
 gap being what the row's largest is above it, up to `reach`: further down it is stored as `reach`.
-Why: a row's level moves by log of a mean of e^error under the row's own probabilities w, and with
-gaps y that mean of step * y is at most step * log k, for sum w**(1 - s) <= k**s.
-
-"counts" are the draws of a sampled teacher, share = count / k, one byte each and exact.
+Why: a gap is within step * (floor + gap), and a row's level moves by log of a mean of e^error under
+the row's own probabilities w; with gaps y the mean of step * y is at most step * log k, for
+sum w**(1 - s) <= k**s. "counts" are the draws of a sampled teacher, share = count / k, a byte each
+and exact; "plain" are float32 beside int32 columns, which any reader understands.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-GONE = 255  # the byte of a probability of 0
+GONE = MOST_DRAWS = 255  # the byte of a probability of 0
 FLOOR, REACH = 0.5, 128.0  # nats: where the steps of "uint8" begin to grow, and where they end
 RATE = math.log1p(REACH / FLOOR) / (GONE - 1)
+STEP = math.tanh(RATE / 2)  # between two marks of a geometric table: relative to the nearest
 HALF = torch.finfo(torch.float16)
-MOST_DRAWS = GONE
-
-
-class Bound(NamedTuple):
-    """A gap's error is at most step * (floor + gap), for gaps up to reach, in nats."""
-
-    step: float
-    floor: float
-    reach: float
-
-
-# a value between two marks of a geometric table is nearest to one within tanh(rate / 2) of it
-BOUNDS = {
-    "uint8": Bound(math.tanh(RATE / 2), FLOOR, REACH),
-    "float16": Bound(HALF.eps / 2, HALF.smallest_normal, HALF.max),
-    "counts": Bound(0.0, 0.0, math.inf),
-}
 LOGITS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ENCODINGS = ("uint8", "plain", "counts")
+ERRORS = {  # |stored - given| is at most
+    "uint8": f"{STEP:.6f} * (1 + gap + log k) + 2**-22 * (|given| + gap), gap <= {REACH:g}",
+    "counts": "2**-22 * |given| of whole draws",
+    **{"plain": "2**-24 * |given|", "float32": "2**-24 * |given|"},
+    **{"bfloat16": "2**-8 * |given|", "float16": "2**-11 * |given| + 2**-25"},
+}
 
 
 def logprob_bound(encoding: str, k: int, given: Tensor) -> Tensor:
     """The largest error of each log-probability of rows `given` [..., K], in nats."""
-    step, floor, reach = BOUNDS[encoding]
-    gap = (given.amax(-1, keepdim=True) - given).clamp_max(reach)
-    return step * (2 * floor + gap + math.log(k)) + 2.0**-22 * (given.abs() + gap)
-
-
-def bound_facts(encoding: str, k: int | None) -> dict[str, Any]:
-    """The same in words and numbers, for an index."""
-    if k is None:
-        error = {
-            "float32": "0 from float32",
-            "bfloat16": "2**-8 * |logit|",
-            "float16": "2**-11 * |logit| + 2**-25",
-        }
-        return {"logits": f"|stored - given| <= {error[encoding]}"}
-    tail = "|stored - given| <= 2**-11 * |given| + 2**-25"
-    if encoding == "counts":
-        return {"logprobs": "shares of k draws, exact but for float32", "tail_logprob": tail}
-    step, floor, reach = BOUNDS[encoding]
-    formula = "step * (2 * floor + gap + log k) + 2**-22 * (|given| + gap), gap <= reach"
-    numbers = {"step": step, "floor": floor, "reach": reach, "k": k}
-    return {"logprobs": f"|stored - given| <= {formula}", **numbers, "tail_logprob": tail}
+    gap = (given.amax(-1, keepdim=True) - given).clamp_max(REACH)
+    step = STEP if encoding == "uint8" else 0.0
+    return step * (2 * FLOOR + gap + math.log(k)) + 2.0**-22 * (given.abs() + gap)
 
 
 def index_bits(vocab_size: int) -> int:
@@ -136,6 +105,8 @@ def encode(logprobs: Tensor, encoding: str) -> dict[str, Tensor]:
         ValueError: "counts" of what are no shares of K draws.
     """
     given, k = logprobs.double(), logprobs.size(-1)
+    if encoding == "plain":
+        return {"logprobs": given.float()}
     if encoding == "counts":
         draws = given.exp() * k
         count = draws.round()
@@ -149,31 +120,27 @@ def encode(logprobs: Tensor, encoding: str) -> dict[str, Tensor]:
     top = given.amax(-1, keepdim=True)
     top = torch.where(top.isfinite(), top, 0.0)
     gap = top - given
-    gone = gap.isinf()
-    if encoding == "uint8":
-        table, middle = _gaps()
-        code = torch.bucketize(gap, middle).masked_fill_(gone, GONE).to(torch.uint8)
-        kept = table.double()[code.int()]
-    else:
-        code = torch.where(gone, gap, gap.clamp_max(HALF.max)).half()
-        kept = code.double()
+    table, middle = _gaps()
+    code = torch.bucketize(gap, middle).masked_fill_(gap.isinf(), GONE).to(torch.uint8)
+    kept = table.double()[code.int()]
     moved = (-gap).exp().sum(-1, keepdim=True).log() - (-kept).exp().sum(-1, keepdim=True).log()
     # above 0 a level would make probabilities above 1; a row without any has no level
     level = (top + moved.nan_to_num_(nan=0.0)).clamp_max_(0.0)
     return {"logprobs": code, "level": level.squeeze(-1).float()}
 
 
-def decode(stored: dict[str, Tensor], encoding: str) -> Tensor:
+def decode(code: Tensor, level: Tensor | None, encoding: str) -> Tensor:
     """Log-probabilities [R, K] float32 from the tensors of `encode`."""
-    code = stored["logprobs"]
-    if encoding == "float16":
-        return stored["level"].unsqueeze(-1) - code.float()
+    if encoding == "plain":
+        return code
     table = _shares(code.size(-1)) if encoding == "counts" else _gaps()[0]
     number = table.index_select(0, code.flatten().int()).view(code.shape)
-    return number if encoding == "counts" else stored["level"].unsqueeze(-1) - number
+    return number if level is None else level.unsqueeze(-1) - number
 
 
-def encode_tail(tail_logprob: Tensor) -> Tensor:
+def encode_tail(tail_logprob: Tensor, encoding: str) -> Tensor:
     """log(1 - sum p) [R] as float16; below its range it is its lowest, and -inf stays."""
+    if encoding == "plain":
+        return tail_logprob.float()
     kept = torch.where(tail_logprob.isinf(), tail_logprob, tail_logprob.clamp_min(HALF.min))
     return kept.half()

@@ -1,36 +1,35 @@
-"""A cache's folder: its files, their names, and how each appears whole or not at all.
+"""A cache's folder: Arrow IPC streams, whose names say what they have and their hash.
 
-    index-RRRRR.json                what rank R has written: the teacher, its shards, their hashes
-    teacher-RRRRR/NNNNNN.safetensors  shard N of rank R; a cache of one rank has no such folders:
-    teacher-RRRRR-NNNNNN.safetensors  shard N of rank R there, and in version 1
-    index.safetensors               all indexes in columns, where they were merged (`cache_merge`)
-    .lock-RRRRR                     empty; locked while a writer of rank R lives
-    .job-RRRRR, .failed             of ranks that capture as a group (`cache_job`)
+    teacher-RRRRR-FIRST-LAST-SHA256.arrow  of rank R: one record batch, a row for each sample
+    state.json, dataset_info.json          all of them, for `datasets.load_from_disk`
+    .lock-RRRRR                            empty; locked while a writer of rank R lives
 
-No rank writes another's files: a cache is the union of its indexes, merged or not.
+Columns: sample int64, its number, from FIRST to LAST; rows int32, how many of the teacher's it has;
+and of these, one after the other, the columns of `CacheSpec.columns`. What they mean is in the
+schema's metadata, "fastkd". No rank writes another's files, and no file is ever changed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+import os
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from fastkd.arguments.messages import shown
 
-from .atomic_io import write_whole
-from .codec import LOGITS, MOST_DRAWS, bound_facts, index_bits
-from .limits import shard_fault, size_faults, spec_fault
+from .codec import ENCODINGS, ERRORS, LOGITS, MOST_DRAWS, index_bits
+from .files import needed, write_whole
 
-FORMAT, VERSION = "fastkd teacher cache", 2
-READABLE = (1, VERSION)
-INDEXES = "index-*.json"
-METHODS, TAILS = ("top", "sample"), ("bucket", "renormalize", "restrict", "drop")
-Spelled = dict[str, tuple[str, tuple[int, ...]]]  # of tensors: dtype in safetensors' words, shape
+VERSION = 3
+STATE, INFO, SHARDS = "state.json", "dataset_info.json", "teacher-*.arrow"
+TAILS = ("bucket", "renormalize", "restrict", "drop")
 
 
 class CacheError(ValueError):
@@ -39,7 +38,7 @@ class CacheError(ValueError):
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What a cache holds: equal in all of its indexes."""
+    """What a cache holds: equal in all of its shards."""
 
     model: str
     tokenizer: str
@@ -50,10 +49,9 @@ class CacheSpec:
     temperature: float
     tail: str | None
     encoding: str
-    ranks: int | None  # None: any number, each sample of `total` by whoever has it to do
+    total: int | None  # samples of all ranks, where it is known
     sequences: bool | None = None  # a sample has rows [L, ...], not one; None before the first
     measured: bool | None = None  # with tail_logprob
-    total: int | None = None  # samples of all ranks, where they share them
 
     def other(self, spec: CacheSpec) -> str | None:
         """The first difference, as "name: got this, expected that"; what is None is not known."""
@@ -65,194 +63,223 @@ class CacheSpec:
         return None
 
     @property
-    def shapes(self) -> Spelled:
-        """dtype, as safetensors spells it, and shape behind the first dimension of each tensor."""
-        always: dict[str, tuple[str, tuple[int, ...]]] = {
-            "ends": ("I64", ()),
-            "samples": ("I64", ()),
-        }
+    def columns(self) -> dict[str, tuple[str, int]]:
+        """Of each column the kind of its numbers, and how many a row has."""
         if self.k is None:
-            spelled = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[self.encoding]
-            return {**always, "logits": (spelled, (self.vocab_size,))}
-        size = -(-self.k * index_bits(self.vocab_size) // 8)
-        of_gaps = "F16" if self.encoding == "float16" else "U8"
+            wide = self.encoding == "bfloat16"  # which Arrow has not
+            kind = ("binary", 2 * self.vocab_size) if wide else (self.encoding, self.vocab_size)
+            return {"logits": kind}
+        plain = self.encoding == "plain"
+        packed = ("binary", -(-self.k * index_bits(self.vocab_size) // 8))
         return {
-            **always,
-            "indices": ("U8", (size,)),
-            "logprobs": (of_gaps, (self.k,)),
-            **({} if self.encoding == "counts" else {"level": ("F32", ())}),
-            **({"tail_logprob": ("F16", ())} if self.measured else {}),
+            "indices": ("int32", self.k) if plain else packed,
+            "logprobs": ("float32" if plain else "binary", self.k),
+            **({"level": ("float32", 1)} if self.encoding == "uint8" else {}),
+            **({"tail_logprob": ("float32" if plain else "float16", 1)} if self.measured else {}),
         }
 
+    def schema(self) -> Any:
+        """The columns in Arrow's words."""
+        pa, made = needed("pyarrow"), []
+        for name, (kind, _) in self.columns.items():
+            of = getattr(pa, kind)()
+            made.append((name, of if kind == "binary" else pa.list_(of)))
+        return pa.schema([("sample", pa.int64()), ("rows", pa.int32()), *made])
 
-@dataclass(frozen=True)
-class Shard:
-    """One file of a rank. Its samples are first, first + step, ...; step 0: as the file lists."""
+    def checked(self) -> CacheSpec:
+        """The same with its defaults; an error where a field is wrong or does not fit another."""
+        for name, low, high in (("vocab_size", 1, 2**31), ("k", 1, 2**31), ("total", 0, 2**60)):
+            number = getattr(self, name)
+            if number is None and name != "vocab_size":
+                continue
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError(f"{name}: got {shown(number)}, expected an integer")
+            if not low <= number < high:
+                raise ValueError(f"{name}: got {shown(number)}, expected {low} to {high - 1}")
+        for name in ("model", "tokenizer", "data"):
+            if not isinstance(got := getattr(self, name), str):
+                raise TypeError(f"{name}: got {shown(got)}, expected a name")
+        k, heat, encoding = self.k, self.temperature, self.encoding
+        if not isinstance(heat, (int, float)) or not 1e-18 <= heat <= 1e18:
+            raise ValueError(f"temperature: got {shown(heat)}, expected a positive finite number")
+        if k is None and (heat != 1.0 or self.method == "sample"):
+            got = f"temperature={heat:g}, method={self.method!r}"
+            raise ValueError(f"k: got None with {got}; all logits have no temperature or method")
+        few = self.method == "sample" and k is not None and k <= MOST_DRAWS
+        if encoding is None:
+            encoding = "float32" if k is None else "counts" if few else "uint8"
+        known = ENCODINGS if few else ENCODINGS[:2]  # "counts" is of few draws alone
+        for name, got, names in (
+            ("method", self.method, ("top", "sample") if k else ("top", "logits")),
+            ("tail", self.tail, TAILS if k else (*TAILS, None)),
+            ("encoding", encoding, known if k else tuple(LOGITS)),
+        ):
+            if not isinstance(got, (str, type(None))) or got not in names:
+                of = f"method={shown(self.method)}, k={k}"
+                raise ValueError(f"{name}: got {shown(got)} with {of}, expected one of {names}")
+        only: dict[str, Any] = {"method": "logits", "tail": None} if k is None else {}
+        return replace(self, encoding=encoding, temperature=float(heat), **only)
 
-    file: str
-    samples: int
-    tokens: int
-    bytes: int
-    sha256: str
+
+class Shard(NamedTuple):
+    """What a file's name says of it."""
+
     first: int
     last: int
-    step: int
-
-
-@dataclass
-class Part:
-    """An index: what one rank has written. complete: its writer was closed, and not stopped."""
-
-    spec: CacheSpec
     rank: int
-    shards: list[Shard]
-    complete: bool = False
-    size: int = 0  # bytes of its file, as it was read; they grow with each shard
-    sha256: str = ""  # the same of its hash
+    sha256: str
+    file: Path
 
-    @property
-    def samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
-
-    def document(self) -> dict[str, Any]:
-        """An index, but for its hash."""
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "rank": self.rank,
-            "complete": self.complete,
-            "teacher": asdict(self.spec),
-            "bound": bound_facts(self.spec.encoding, self.spec.k),
-            "shards": [asdict(shard) for shard in self.shards],
-        }
+    @staticmethod
+    def name(rank: int, first: int, last: int, digest: str) -> str:
+        return f"teacher-{rank:05d}-{first:012d}-{last:012d}-{digest}.arrow"
 
 
-def settled(
-    k: int | None, method: str, temperature: float, tail: str, encoding: str | None
-) -> dict[str, Any]:
-    """The fields of a `CacheSpec` that depend on each other, checked, defaults filled in."""
-    if method not in METHODS:
-        raise ValueError(f"method: got {shown(method)}, expected one of {', '.join(METHODS)}")
-    if tail not in TAILS:
-        raise ValueError(f"tail: got {shown(tail)}, expected one of {', '.join(TAILS)}")
-    if not 1e-18 <= temperature <= 1e18:
-        raise ValueError(
-            f"temperature: got {shown(temperature)}, expected a positive finite number"
-        )
-    if k is None:
-        if temperature != 1.0 or method != "top":
-            got = f"temperature={temperature:g}, method={shown(method)}"
-            raise ValueError(f"k: got None with {got}; all logits have no temperature or method")
-        if encoding is None:
-            encoding = "float32"
-    elif encoding is None:
-        encoding = "counts" if method == "sample" and k <= MOST_DRAWS else "uint8"
-    known = tuple(LOGITS) if k is None else ("uint8", "float16", "counts")
-    if encoding not in known:
-        what = "of all logits" if k is None else "of log-probabilities"
-        raise ValueError(
-            f"encoding: got {shown(encoding)}, expected {what} one of {', '.join(known)}"
-        )
-    if encoding == "counts" and (method != "sample" or k is None or k > MOST_DRAWS):
-        raise ValueError(
-            f"encoding: got 'counts' with method={shown(method)}, k={k}, expected method='sample' "
-            f"with k <= {MOST_DRAWS}"
-        )
-    of_logits = {"method": "logits", "tail": None}
-    made = {"method": method, "temperature": temperature, "tail": tail, "encoding": encoding}
-    return {**made, **of_logits} if k is None else made
-
-
-def index_name(rank: int) -> str:
-    return f"index-{rank:05d}.json"
-
-
-def lock_name(rank: int) -> str:
-    return f".lock-{rank:05d}"
-
-
-def shard_name(rank: int, number: int | str, *, folder: bool) -> str:
-    """A shard's file; in a folder of its rank, or beside those of all."""
-    name = number if isinstance(number, str) else f"{number:06d}"
-    return f"teacher-{rank:05d}{'/' if folder else '-'}{name}.safetensors"
-
-
-def _text(document: dict[str, Any]) -> bytes:
-    return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
-
-
-def _signed(plain: bytes) -> tuple[bytes, str]:
-    """An index's text with its own hash as the last entry, and the hash."""
-    digest = hashlib.sha256(plain).hexdigest()
-    return plain.removesuffix(b"\n}\n") + f',\n "sha256": "{digest}"\n}}\n'.encode(), digest
-
-
-def save_part(folder: Path, part: Part) -> None:
-    """Replace a rank's index by one with its own hash in it."""
-    write_whole(folder / index_name(part.rank), _signed(_text(part.document()))[0])
-
-
-def load_part(path: Path) -> Part:
-    """Read an index, every byte of which must be as it was written.
+def listed(folder: Path, rank: int | None = None) -> list[Shard]:
+    """A folder's shards, by their first samples; of one rank, or of all.
 
     Raises:
-        CacheError: another format or version, or an altered file.
+        CacheError: a sample in two of them (names both).
     """
-    data = path.read_bytes()
+    found = []
+    for file in folder.glob(f"teacher-{'*' if rank is None else f'{rank:05d}'}-*-*-*.arrow"):
+        _, of, first, last, digest = file.stem.split("-", 4)
+        if not (of.isdecimal() and first.isdecimal() and last.isdecimal()):
+            raise CacheError(f"{file}: got another name than a shard has")
+        found.append(Shard(int(first), int(last), int(of), digest, file))
+    found.sort()
+    for one, other in itertools.pairwise(found):
+        if one.last >= other.first:
+            both = f"{one.file.name} and {other.file.name}"
+            raise CacheError(f"{folder}: sample {other.first} is in {both}")
+    return found
+
+
+def shard_bytes(spec: CacheSpec, stored: dict[str, Tensor], first: int, counts: list[int]) -> bytes:
+    """A shard's file: rows [R, width] or [R] of each column; how many of them each sample has."""
+    pa, np = needed("pyarrow"), needed("numpy")
+    ends = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    columns = [pa.array(np.arange(first, first + len(counts))), pa.array(counts, pa.int32())]
+    for name, (kind, width) in spec.columns.items():
+        if ends[-1] * width >= 2**31:
+            raise ValueError(f"{name}: got 2**31 numbers or more in a shard, expected fewer")
+        x, offsets = stored[name].contiguous(), (ends * width).astype(np.int32)
+        if kind == "binary":
+            flat = x.view(torch.uint8).numpy().reshape(-1)
+            parts = [None, pa.py_buffer(offsets), pa.py_buffer(flat)]
+            columns.append(pa.Array.from_buffers(pa.binary(), len(counts), parts))
+        else:
+            columns.append(pa.ListArray.from_arrays(offsets, pa.array(x.numpy().reshape(-1))))
+    facts = {"version": VERSION, "teacher": asdict(spec), "error": ERRORS[spec.encoding]}
+    schema = spec.schema().with_metadata({"fastkd": json.dumps(facts)})
+    sink = pa.BufferOutputStream()
+    with needed("pyarrow.ipc").new_stream(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=schema))
+    return bytes(sink.getvalue())
+
+
+def opened(file: Path) -> tuple[CacheSpec, Any]:
+    """What a shard's schema says, and its stream, mapped.
+
+    Raises:
+        CacheError: no file there, no shard, or one of another version.
+    """
+    pa = needed("pyarrow")
     try:
-        document = json.loads(data)
-        version = document["version"] if document["format"] == FORMAT else None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CacheError(f"{path}: got no index of a teacher cache ({str(error)[:100]})") from None
-    if version is None:
-        raise CacheError(f"{path}: got format {document['format']!r:.60}, expected {FORMAT!r}")
-    if type(version) is not int or version not in READABLE:
-        raise CacheError(f"{path}: got a cache of version {version!r:.60}, expected {VERSION}")
-    # its own bytes, not its fields written once more: of many ranks that took most of the time
-    signed, digest = _signed(data[: data.rfind(b",\n")] + b"\n}\n")
-    if signed != data:
-        raise CacheError(f"{path}: the index was altered after it was written (its hash differs)")
+        stream = needed("pyarrow.ipc").open_stream(pa.memory_map(str(file)))
+        facts = json.loads((stream.schema.metadata or {})[b"fastkd"])
+        if facts["version"] != VERSION:
+            got = shown(facts["version"])
+            raise ValueError(f"got a cache of version {got}, expected {VERSION}")
+        spec = CacheSpec(**facts["teacher"]).checked()
+        if not stream.schema.remove_metadata().equals(spec.schema()):
+            raise ValueError(f"got columns {shown(stream.schema.names)}")
+    except FileNotFoundError:
+        raise CacheError(f"{file}: got no such file") from None
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CacheError(f"{file}: altered: got no shard ({str(error)[:200]})") from None
+    return spec, stream
+
+
+def batch_of(shard: Shard, spec: CacheSpec) -> Any:
+    """A shard's record batch, mapped; every list ends where its sample does."""
+    pa, np = needed("pyarrow"), needed("numpy")
+    own, stream = opened(shard.file)
+    if difference := spec.other(own):
+        raise CacheError(f"{shard.file}: not of one cache with its neighbours; {difference}")
     try:
-        shards = [Shard(**shard) for shard in document["shards"]]
-        spec, rank = CacheSpec(**document["teacher"]), document["rank"]
-        part = Part(spec, rank, shards, document["complete"], len(data), digest)
-    except (KeyError, TypeError) as error:
-        why = str(error)[:100]
-        raise CacheError(f"{path}: got fields that version {version} has not ({why})") from None
-    if type(rank) is not int or not 0 <= rank < 2**31 or type(part.complete) is not bool:
-        got = f"{type(rank).__name__} and {type(part.complete).__name__}"
+        batch = stream.read_next_batch()
+        batch.validate(full=True)
+        sample, rows = (batch.column(name).to_numpy() for name in ("sample", "rows"))
+        ends = np.concatenate([[0], rows.cumsum(dtype=np.int64)])
+        count = shard.last - shard.first + 1
+        good = [len(sample) == count and (sample == shard.first + np.arange(len(sample))).all()]
+        good.append(rows.min() >= 0)
+        for name, (_, width) in spec.columns.items():
+            column = batch.column(name)
+            offsets = np.frombuffer(column.buffers()[1], np.int32, len(ends))
+            good.append(np.array_equal(offsets, ends * width))
+            good.append(not column.null_count + getattr(column, "values", column).null_count)
+        if not all(good):
+            raise ValueError("got other samples than its name says, or lists of other lengths")
+    except (pa.ArrowException, OSError, ValueError, StopIteration) as error:
+        raise CacheError(f"{shard.file}: altered: {str(error)[:200]}") from None
+    return batch
+
+
+def state(names: list[str]) -> dict[str, bytes]:
+    """The files by which `datasets.load_from_disk` opens these shards."""
+    document = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": hashlib.sha256("".join(names).encode()).hexdigest()[:16],
+        **dict.fromkeys(("_format_columns", "_format_type", "_split")),
+        **{"_format_kwargs": {}, "_output_all_columns": False},
+    }
+    # of the columns, datasets asks the shards
+    return {INFO: b"{}\n", STATE: (json.dumps(document, indent=0) + "\n").encode()}
+
+
+def merged(folder: Path) -> list[str]:
+    """The shards that `state.json` names, none where there is no such file; CacheError: altered."""
+    try:
+        found = {name: (folder / name).read_bytes() for name in (INFO, STATE)}
+        names = [entry["filename"] for entry in json.loads(found[STATE])["_data_files"]]
+        if found == state(names):
+            return names
+    except FileNotFoundError as error:
+        if not (folder / STATE).exists():
+            return []
         raise CacheError(
-            f"{path}: rank, complete: got {got}, expected an integer and true or false"
-        )
-    if path.name != index_name(rank):
-        raise CacheError(f"{path}: got the index of rank {rank}, expected {index_name(rank)!r}")
-    for number, shard in enumerate(part.shards):  # a name leads nowhere else
-        expected = [shard_name(rank, number, folder=folder) for folder in (False, True)]
-        if shard.file not in expected:
-            raise CacheError(f"{path}: got a shard {shard.file!r:.60}, expected {expected[0]!r}")
-    check_parts(path, spec, part.shards)
-    return part
+            f"{error.filename}: got no such file beside {STATE}; merge again"
+        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise CacheError(f"{folder / STATE} or {INFO}: altered after it was written; merge again")
 
 
-def check_parts(path: Path, spec: CacheSpec, shards: Iterable[Shard]) -> None:
-    """Raise CacheError for what cannot be so; nothing of the sizes named is made."""
-    if fault := spec_fault(spec):
-        raise CacheError(f"{path}: {fault}")
-    sizes = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "I64": 8}
-    row = sum(
-        sizes[kind] * math.prod(shape)
-        for name, (kind, shape) in spec.shapes.items()
-        if name not in ("ends", "samples")
-    )
-    shards = list(shards)
-    for number, shard in enumerate(shards):
-        if fault := shard_fault(shard, row):
-            raise CacheError(f"{path}: shard {number}: {fault}")
-        if not spec.sequences and shard.tokens != shard.samples:
-            got = f"{shard.tokens} tokens of {shard.samples} samples of one row each"
-            raise CacheError(f"{path}: shard {number}: sequences: got {spec.sequences!r}, {got}")
-    for fault in size_faults(path.parent, iter(shards)):
-        raise CacheError(fault)
+def merge(path: str | os.PathLike[str]) -> bool:
+    """Name all shards in `state.json`, for `datasets.load_from_disk`; `Writer.close` does so too.
+
+    Of ranks that do so at once, the one that ends last has seen the shards of all.
+
+    Returns:
+        Whether there was anything to do.
+
+    Raises:
+        FileNotFoundError: no shard there.
+        CacheError: a sample in two shards (names both).
+    """
+    folder, changed = Path(path), False
+    while names := [shard.file.name for shard in listed(folder)]:
+        if all(
+            (folder / x).exists() and (folder / x).read_bytes() == of
+            for x, of in state(names).items()
+        ):
+            return changed
+        for name, data in state(names).items():
+            write_whole(folder / name, data)
+        changed = True
+    raise FileNotFoundError(f"{folder}: no teacher cache there: no {SHARDS}")
 
 
 def tokenizer_name(tokenizer: Any) -> str:
