@@ -22,7 +22,7 @@ from bench.harness.family import Family, Input
 from bench.harness.result import Group, Result
 from bench.harness.timing import Say, summarise
 from fastkd.teachers import store
-from fastkd.teachers.store.format import Shard, listed
+from fastkd.teachers.store.format import listed, shard_name
 
 TOKEN = 106.0  # bytes of a row of k = 32 at V = 128 256; the tests count them
 
@@ -31,7 +31,7 @@ def folder_of(folder: Path, count: int, ranks: int, per_shard: int) -> None:
     """Empty files with the names of `count` shards of `ranks` ranks."""
     for number in range(count):
         first, digest = number * per_shard, f"{number:064x}"
-        name = Shard.name(number * ranks // count, first, first + per_shard - 1, digest)
+        name = shard_name(number * ranks // count, first, first + per_shard - 1, digest)
         (folder / name).touch()
 
 

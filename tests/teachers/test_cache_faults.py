@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd.teachers import store
-from fastkd.teachers.store import CacheError, files
+from fastkd.teachers.store import CacheError, format
 
 V, K = 40, 3
 
@@ -263,7 +263,7 @@ def test_a_bad_row_is_named_and_nothing_is_added(
 @pytest.mark.parametrize(
     ("output", "error", "match"),
     [
-        (GOOD, TypeError, "got TopK, expected a tensor"),
+        (GOOD, TypeError, "got TopK, expected Tensor of all columns"),
         (torch.full((3, V), torch.nan), ValueError, "logits: got nan in row 0 of sample 0"),
         (torch.full((3, V), torch.inf), ValueError, "logits: got inf"),
         (torch.full((3, V), 1e5), ValueError, "float16 holds; encoding='float32' holds more"),
@@ -325,7 +325,7 @@ def test_a_full_disk_loses_nothing(
     before = sorted(file.name for file in tmp_path.glob("[st]*"))
     with store.Writer(tmp_path, vocab_size=V, k=K, tokenizer="t", shard_bytes=1) as writer:
         with monkeypatch.context() as patch:
-            patch.setattr(files.os, "write", Full(room))
+            patch.setattr(format.os, "write", Full(room))
             with pytest.raises(
                 OSError, match=r"No space left.*files written before are whole"
             ) as e:

@@ -21,8 +21,7 @@ from fastkd.distill.sample_order import check_order, watched
 
 from .format import listed
 from .reader import Reader
-from .same_teacher import SAMPLES, check_same
-from .teacher_inputs import check_labels, part, teacher_inputs, trimmed
+from .teacher_inputs import SAMPLES, check_labels, check_same, part, teacher_inputs, trimmed
 from .writer import Writer
 
 
@@ -43,35 +42,27 @@ def capture(
 ) -> int:
     """Run a teacher over its data and write what it says to a cache; goes on where one ended.
 
-    Sample i of the cache is sample i of the loader, and that must be sample i of its dataset, by
-    which `Paired` reads it: a loader that shuffles, by whatever sampler or wrapper, is refused, and
-    so is one whose first samples are others when they are read a second time (random transforms).
+    Sample i of the cache is sample i of the loader and must be sample i of its dataset, by which
+    `Paired` reads it: a loader that shuffles is refused, and so is one whose first samples are
+    others when they are read a second time. Row i of a sample is stored where its label counts;
+    other rows are not stored where they end a sample, and elsewhere as rows of padding. Without
+    labels an attention_mask says which rows count; padding in front of a sample is left out.
 
-    Row i of a sample is stored where label i is not -100: labels are those that the losses here
-    read in row i, the next token's for a language model. With labels="input_ids" they are
-    transformers' own, shifted by nobody yet, and row i is stored where label i + 1 is not -100.
-    Other rows are not stored where they end a sample, and elsewhere as rows of padding; without
-    labels an attention_mask says which rows count, and padding in front of a sample is left out.
-
-    A cache that is there already is added to by the teacher that it is of: the first samples
-    stored are asked for again, and outputs that encoding and rounding do not explain are refused.
-
-    Many ranks capture one dataset with `world_size`: each is given the loader of all of it, runs
-    the teacher over its share alone, as far as that is not there yet (see `share`), and writes
-    files of its own into the one folder.
+    Where a cache is there already, the first samples stored are asked for again, and outputs that
+    encoding and rounding do not explain are refused. Many ranks share one dataset with
+    `world_size`: each is given the loader of all of it, and captures what is missing of its share.
 
     Args:
         teacher: inputs -> logits [B, L, V] or [B, V], a `LinearLogits`, or an object with logits; a
-            module runs in eval mode, on its own device, and without gradient.
-        loader: gives (inputs, labels [B, L] or [B]), or inputs alone, in its dataset's order;
-            inputs may be a dict of the teacher's arguments, and one dict may hold these and
-            labels, as transformers' collators give it. Its first samples are read twice, but of
-            an iterator, which lasts one pass.
+            module runs in eval mode, on its own device.
+        loader: gives inputs, (inputs, labels [B, L] or [B]), or one dict of the teacher's arguments
+            and labels. Its first samples are read twice, but of an iterator.
         path: the cache's folder.
-        labels: "shifted" or "input_ids", see above; None: "shifted", and labels that equal the
-            inputs are refused.
-        order: "dataset": as above. "loader": another order that stays (a sampler of fixed indices,
-            batches by length): read the cache by the loader's own count. None: nothing is checked.
+        labels: "shifted": row i counts where label i is not -100, as the losses here read it.
+            "input_ids": where label i + 1 is not, transformers' own. None: "shifted", and labels
+            that equal the inputs are refused.
+        order: "dataset": as above. "loader": another order that stays: read the cache by the
+            loader's own count. None: nothing is checked.
         generator: for the draws of method="sample". A resumed capture makes new draws.
         progress: show a tqdm bar with tokens per second.
         rank, world_size: this rank among how many that share the loader's samples.
@@ -83,9 +74,8 @@ def capture(
         Number of samples in this rank's part of the cache.
 
     Raises:
-        TypeError, ValueError: a shuffled loader, samples that change from one reading to the next,
-            another order than the dataset's, outputs of other sizes than the batch, or an
-            argument of `Writer` or `fastkd.topk_from_logits` out of range.
+        TypeError, ValueError: a loader, samples or a teacher that are not as above, or an argument
+            of `Writer` or `fastkd.topk_from_logits` out of range.
         CacheError, OSError: see `Writer`.
     """
     if labels not in ("shifted", "input_ids", None):
@@ -185,20 +175,8 @@ def share(
     world_size: int,
     samples: range | None = None,
 ) -> list[range]:
-    """The samples left to a rank: of its n-th of 0 to total - 1, what no rank has written yet.
-
-    Args:
-        path: a cache's folder; none is there yet where nothing is written.
-        total: samples of the whole cache.
-        rank, world_size: of this job; another may have had others.
-        samples: those of this rank, in place of its n-th; those of other ranks must lie elsewhere.
-
-    Returns:
-        Ranges that rise.
-
-    Raises:
-        ValueError: an argument out of range.
-    """
+    """The samples left to a rank, in ranges: of its n-th of all, or of `samples`, those that
+    nobody has written yet to the folder `path`."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: got {rank} of {world_size} ranks, expected 0 to {world_size - 1}")
     mine = samples or range(rank * total // world_size, (rank + 1) * total // world_size)
@@ -214,7 +192,7 @@ def share(
 def size_of(loader: Any) -> int:
     """Samples of a loader that ranks can share."""
     whole = isinstance(loader, DataLoader) and isinstance(loader.sampler, SequentialSampler)
-    if not whole or loader.batch_size is None or not hasattr(loader.dataset, "__len__"):
+    if not whole or loader.batch_size is None:
         raise ValueError(
             "loader: got one that ranks cannot share, expected a DataLoader of a map-style dataset "
             "in its own order, all of it, with batch_size"

@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +24,14 @@ import torch
 from torch import Tensor
 
 from fastkd.arguments.messages import shown
+from fastkd.distill import serialization
 
 from .codec import ENCODINGS, ERRORS, LOGITS, MOST_DRAWS, index_bits
-from .files import needed, write_whole
+
+try:
+    import fcntl
+except ImportError:  # no such locks there: a writer in another process is not noticed
+    fcntl = None  # type: ignore[assignment]
 
 VERSION = 3
 STATE, INFO, SHARDS = "state.json", "dataset_info.json", "teacher-*.arrow"
@@ -34,6 +40,11 @@ TAILS = ("bucket", "renormalize", "restrict", "drop")
 
 class CacheError(ValueError):
     """A cache that is damaged, of another version, or made for something else; names the file."""
+
+
+def needed(module: str) -> Any:
+    """A module of the extra `store`, by name."""
+    return serialization.needed(module, "a teacher cache", "store")
 
 
 @dataclass(frozen=True)
@@ -57,8 +68,7 @@ class CacheSpec:
         """The first difference, as "name: got this, expected that"; what is None is not known."""
         for name in (field.name for field in fields(self)):
             got, wanted = getattr(spec, name), getattr(self, name)
-            unknown = name in ("sequences", "measured") and None in (got, wanted)
-            if got != wanted and not unknown:
+            if got != wanted and not (name in ("sequences", "measured") and None in (got, wanted)):
                 return f"{name}: got {shown(got)}, expected {wanted!r}"
         return None
 
@@ -67,16 +77,15 @@ class CacheSpec:
         """Of each column the kind of its numbers, and how many a row has."""
         if self.k is None:
             wide = self.encoding == "bfloat16"  # which Arrow has not
-            kind = ("binary", 2 * self.vocab_size) if wide else (self.encoding, self.vocab_size)
-            return {"logits": kind}
-        plain = self.encoding == "plain"
-        packed = ("binary", -(-self.k * index_bits(self.vocab_size) // 8))
-        return {
-            "indices": ("int32", self.k) if plain else packed,
-            "logprobs": ("float32" if plain else "binary", self.k),
-            **({"level": ("float32", 1)} if self.encoding == "uint8" else {}),
-            **({"tail_logprob": ("float32" if plain else "float16", 1)} if self.measured else {}),
-        }
+            of = ("binary", 2 * self.vocab_size) if wide else (self.encoding, self.vocab_size)
+            return {"logits": of}
+        if self.encoding == "plain":
+            made = {"indices": ("int32", self.k), "logprobs": ("float32", self.k)}
+            return {**made, **({"tail_logprob": ("float32", 1)} if self.measured else {})}
+        made = {"indices": ("binary", -(-self.k * index_bits(self.vocab_size) // 8))}
+        made |= {"logprobs": ("binary", self.k)}
+        made |= {"level": ("float32", 1)} if self.encoding == "uint8" else {}
+        return made | ({"tail_logprob": ("float16", 1)} if self.measured else {})
 
     def schema(self) -> Any:
         """The columns in Arrow's words."""
@@ -88,17 +97,12 @@ class CacheSpec:
 
     def checked(self) -> CacheSpec:
         """The same with its defaults; an error where a field is wrong or does not fit another."""
-        for name, low, high in (("vocab_size", 1, 2**31), ("k", 1, 2**31), ("total", 0, 2**60)):
-            number = getattr(self, name)
+        for name, low in (("vocab_size", 1), ("k", 1), ("total", 0)):
+            number, most = getattr(self, name), 2**31 if name != "total" else 2**40
             if number is None and name != "vocab_size":
                 continue
-            if isinstance(number, bool) or not isinstance(number, int):
-                raise TypeError(f"{name}: got {shown(number)}, expected an integer")
-            if not low <= number < high:
-                raise ValueError(f"{name}: got {shown(number)}, expected {low} to {high - 1}")
-        for name in ("model", "tokenizer", "data"):
-            if not isinstance(got := getattr(self, name), str):
-                raise TypeError(f"{name}: got {shown(got)}, expected a name")
+            if type(number) is not int or not low <= number < most:
+                raise ValueError(f"{name}: got {shown(number)}, expected {low} to {most - 1}")
         k, heat, encoding = self.k, self.temperature, self.encoding
         if not isinstance(heat, (int, float)) or not 1e-18 <= heat <= 1e18:
             raise ValueError(f"temperature: got {shown(heat)}, expected a positive finite number")
@@ -130,20 +134,16 @@ class Shard(NamedTuple):
     sha256: str
     file: Path
 
-    @staticmethod
-    def name(rank: int, first: int, last: int, digest: str) -> str:
-        return f"teacher-{rank:05d}-{first:012d}-{last:012d}-{digest}.arrow"
+
+def shard_name(rank: int, first: int, last: int, digest: str) -> str:
+    return f"teacher-{rank:05d}-{first:012d}-{last:012d}-{digest}.arrow"
 
 
-def listed(folder: Path, rank: int | None = None) -> list[Shard]:
-    """A folder's shards, by their first samples; of one rank, or of all.
-
-    Raises:
-        CacheError: a sample in two of them (names both).
-    """
+def listed(folder: Path) -> list[Shard]:
+    """A folder's shards, by their first samples; CacheError: one is in two of them (names both)."""
     found = []
-    for file in folder.glob(f"teacher-{'*' if rank is None else f'{rank:05d}'}-*-*-*.arrow"):
-        _, of, first, last, digest = file.stem.split("-", 4)
+    for file in folder.glob(SHARDS):
+        of, first, last, digest = [*file.stem.split("-"), *4 * "x"][1:5]
         if not (of.isdecimal() and first.isdecimal() and last.isdecimal()):
             raise CacheError(f"{file}: got another name than a shard has")
         found.append(Shard(int(first), int(last), int(of), digest, file))
@@ -164,12 +164,12 @@ def shard_bytes(spec: CacheSpec, stored: dict[str, Tensor], first: int, counts: 
         if ends[-1] * width >= 2**31:
             raise ValueError(f"{name}: got 2**31 numbers or more in a shard, expected fewer")
         x, offsets = stored[name].contiguous(), (ends * width).astype(np.int32)
+        flat = (x.view(torch.uint8) if kind == "binary" else x).numpy().reshape(-1)
         if kind == "binary":
-            flat = x.view(torch.uint8).numpy().reshape(-1)
             parts = [None, pa.py_buffer(offsets), pa.py_buffer(flat)]
             columns.append(pa.Array.from_buffers(pa.binary(), len(counts), parts))
         else:
-            columns.append(pa.ListArray.from_arrays(offsets, pa.array(x.numpy().reshape(-1))))
+            columns.append(pa.ListArray.from_arrays(offsets, pa.array(flat)))
     facts = {"version": VERSION, "teacher": asdict(spec), "error": ERRORS[spec.encoding]}
     schema = spec.schema().with_metadata({"fastkd": json.dumps(facts)})
     sink = pa.BufferOutputStream()
@@ -179,11 +179,7 @@ def shard_bytes(spec: CacheSpec, stored: dict[str, Tensor], first: int, counts: 
 
 
 def opened(file: Path) -> tuple[CacheSpec, Any]:
-    """What a shard's schema says, and its stream, mapped.
-
-    Raises:
-        CacheError: no file there, no shard, or one of another version.
-    """
+    """What a shard's schema says, and its stream, mapped; CacheError: no shard, or another's."""
     pa = needed("pyarrow")
     try:
         stream = needed("pyarrow.ipc").open_stream(pa.memory_map(str(file)))
@@ -202,7 +198,7 @@ def opened(file: Path) -> tuple[CacheSpec, Any]:
 
 
 def batch_of(shard: Shard, spec: CacheSpec) -> Any:
-    """A shard's record batch, mapped; every list ends where its sample does."""
+    """A shard's record batch, mapped; CacheError: not as its name and its schema say."""
     pa, np = needed("pyarrow"), needed("numpy")
     own, stream = opened(shard.file)
     if difference := spec.other(own):
@@ -212,10 +208,9 @@ def batch_of(shard: Shard, spec: CacheSpec) -> Any:
         batch.validate(full=True)
         sample, rows = (batch.column(name).to_numpy() for name in ("sample", "rows"))
         ends = np.concatenate([[0], rows.cumsum(dtype=np.int64)])
-        count = shard.last - shard.first + 1
-        good = [len(sample) == count and (sample == shard.first + np.arange(len(sample))).all()]
-        good.append(rows.min() >= 0)
-        for name, (_, width) in spec.columns.items():
+        good = [np.array_equal(sample, np.arange(shard.first, shard.first + len(sample)))]
+        good += [len(sample) == shard.last - shard.first + 1, rows.min() >= 0]
+        for name, (_, width) in spec.columns.items():  # every list ends where its sample does
             column = batch.column(name)
             offsets = np.frombuffer(column.buffers()[1], np.int32, len(ends))
             good.append(np.array_equal(offsets, ends * width))
@@ -239,22 +234,21 @@ def state(names: list[str]) -> dict[str, bytes]:
     return {INFO: b"{}\n", STATE: (json.dumps(document, indent=0) + "\n").encode()}
 
 
+def read(file: Path) -> bytes:
+    """A file; nothing where there is none."""
+    return file.read_bytes() if file.exists() else b""
+
+
 def merged(folder: Path) -> list[str]:
     """The shards that `state.json` names, none where there is no such file; CacheError: altered."""
+    found = {name: read(folder / name) for name in (INFO, STATE)}
     try:
-        found = {name: (folder / name).read_bytes() for name in (INFO, STATE)}
-        names = [entry["filename"] for entry in json.loads(found[STATE])["_data_files"]]
-        if found == state(names):
-            return names
-    except FileNotFoundError as error:
-        if not (folder / STATE).exists():
-            return []
-        raise CacheError(
-            f"{error.filename}: got no such file beside {STATE}; merge again"
-        ) from None
+        names = [entry["filename"] for entry in json.loads(found[STATE] or "{}")["_data_files"]]
     except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise CacheError(f"{folder / STATE} or {INFO}: altered after it was written; merge again")
+        names = []
+    if found[STATE] and found != state(names):
+        raise CacheError(f"{folder / STATE} or {INFO}: altered after it was written; merge again")
+    return names
 
 
 def merge(path: str | os.PathLike[str]) -> bool:
@@ -271,23 +265,17 @@ def merge(path: str | os.PathLike[str]) -> bool:
     """
     folder, changed = Path(path), False
     while names := [shard.file.name for shard in listed(folder)]:
-        if all(
-            (folder / x).exists() and (folder / x).read_bytes() == of
-            for x, of in state(names).items()
-        ):
+        old = {x: of for x, of in state(names).items() if read(folder / x) != of}
+        if not old:
             return changed
-        for name, data in state(names).items():
+        for name, data in old.items():
             write_whole(folder / name, data)
         changed = True
     raise FileNotFoundError(f"{folder}: no teacher cache there: no {SHARDS}")
 
 
 def tokenizer_name(tokenizer: Any) -> str:
-    """A tokenizer's name in a cache: a string as it is; an object by its vocabulary's hash.
-
-    Args:
-        tokenizer: str, or an object with get_vocab() -> dict[str, int].
-    """
+    """A tokenizer's name in a cache: a str as it is; an object by the hash of its get_vocab()."""
     if isinstance(tokenizer, str):
         return tokenizer
     if not hasattr(tokenizer, "get_vocab"):
@@ -295,3 +283,40 @@ def tokenizer_name(tokenizer: Any) -> str:
         raise TypeError(f"tokenizer: got {got}, expected a name or an object with get_vocab()")
     entries = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return "sha256:" + hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears complete or not at all, and stays if the power goes.
+
+    Raises:
+        OSError: with the file's name; nothing of it is left.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(part, "wb", buffering=0) as file:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(file.fileno(), rest) :]
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        why = f"{error.strerror}: {len(data)} bytes not written; files written before are whole"
+        raise OSError(error.errno, why, str(path)) from error
+
+
+def locked(path: Path) -> int:
+    """A file that one writer at a time holds open; the system closes it when the process dies."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        busy = "another writer of this rank is at work; each rank has one writer"
+        raise BlockingIOError(f"{path}: {busy}") from None
+    return file

@@ -16,21 +16,11 @@ from torch.utils.data import Dataset
 
 import fastkd
 from fastkd.distill.logging import progress_bar
+from fastkd.teachers.pairs import teachers
 
+from . import format as fmt
 from .codec import ERRORS, decode, unpack
-from .files import file_hash, needed
-from .format import (
-    SHARDS,
-    STATE,
-    VERSION,
-    CacheError,
-    batch_of,
-    listed,
-    merged,
-    opened,
-    tokenizer_name,
-)
-from .padding import teachers
+from .format import CacheError
 
 OPEN_SHARDS = 64  # mapped at a time by a process
 
@@ -38,8 +28,9 @@ OPEN_SHARDS = 64  # mapped at a time by a process
 class Reader(Dataset[Any]):
     """A cache by sample number: `reader[i]` is a `TopK` [L, K] or [K], or logits [L, V] or [V].
 
-    A map-style dataset for a DataLoader with any number of workers, forked or spawned; shards are
-    mapped into memory where they are first asked for. It holds what was whole when it was opened.
+    A map-style dataset for a DataLoader with any number of workers; shards are mapped into memory
+    where they are first asked for. It holds what was whole when it was opened, and `spec` tells
+    what that is: vocab_size, k, method, temperature, tail, encoding, ...
 
     Args:
         path: a cache's folder.
@@ -50,8 +41,6 @@ class Reader(Dataset[Any]):
         FileNotFoundError: no cache there.
         CacheError: a cache of another version or for something else, a damaged one, or a sample in
             two shards.
-
-    `spec` tells what the cache holds: vocab_size, k, method, temperature, tail, encoding, ...
     """
 
     def __init__(
@@ -64,11 +53,11 @@ class Reader(Dataset[Any]):
         data: str | None = None,
     ) -> None:
         self.path = Path(path)
-        self.shards = listed(self.path)
+        self.shards = fmt.listed(self.path)
         if not self.shards:
-            raise FileNotFoundError(f"{self.path}: no teacher cache there: no {SHARDS}")
-        self.spec = opened(self.shards[0].file)[0]
-        name = None if tokenizer is None else tokenizer_name(tokenizer)
+            raise FileNotFoundError(f"{self.path}: no teacher cache there: no {fmt.SHARDS}")
+        self.spec = fmt.opened(self.shards[0].file)[0]
+        name = None if tokenizer is None else fmt.tokenizer_name(tokenizer)
         asked = {"vocab_size": vocab_size, "tokenizer": name, "model": model, "data": data}
         for key, wanted in asked.items():
             if wanted is not None and wanted != (got := getattr(self.spec, key)):
@@ -100,7 +89,7 @@ class Reader(Dataset[Any]):
     @property
     def merged(self) -> bool:
         """`state.json` names all shards."""
-        return merged(self.path) == [shard.file.name for shard in self.shards]
+        return fmt.merged(self.path) == [shard.file.name for shard in self.shards]
 
     def covers(self, size: int) -> bool:
         """The samples are 0 to size - 1, each once."""
@@ -122,17 +111,17 @@ class Reader(Dataset[Any]):
         """
         if not len(numbers):
             return []
-        pa, asked = needed("pyarrow"), torch.as_tensor(list(numbers))
+        pa, asked = fmt.needed("pyarrow"), torch.as_tensor(list(numbers))
         of = torch.searchsorted(self._first, asked, right=True) - 1
         parts, places = [], []
         for at in of.unique().tolist():
-            mine = (of == at).nonzero().flatten()
-            shard = self.shards[at]
-            wrong = asked[mine][(asked[mine] > shard.last) | (of[mine] < 0)].tolist()
-            if wrong:
+            mine, shard = (of == at).nonzero().flatten(), self.shards[at]
+            place = asked[mine] - shard.first
+            if at < 0 or int(asked[mine].max()) > shard.last:
+                number = int(asked[mine].min() if at < 0 else asked[mine].max())
                 there = f"{len(self)} samples with numbers up to {self.shards[-1].last}"
-                raise IndexError(f"{self.path}: sample {wrong[0]} is not in the cache of {there}")
-            parts.append(self._batch(at).take(pa.array((asked[mine] - shard.first).numpy())))
+                raise IndexError(f"{self.path}: sample {number} is not in the cache of {there}")
+            parts.append(self._batch(at).take(pa.array(place.numpy())))
             places.append(mine)
         table = pa.Table.from_batches(parts)
         if len(parts) > 1:
@@ -148,48 +137,46 @@ class Reader(Dataset[Any]):
 
         Args:
             table: a pyarrow Table with the cache's columns.
-
-        Raises:
-            CacheError: an index out of range: a shard is damaged.
         """
-        np, spec = needed("numpy"), self.spec
-        counts = table["rows"].to_pylist()
-        stored: dict[str, Tensor] = {}
+        np, spec, rows = fmt.needed("numpy"), self.spec, table["rows"].to_pylist()
+        stored: dict[str, Any] = {"level": None, "tail_logprob": None}
         for name, (kind, width) in spec.columns.items():
             column = table[name].combine_chunks()
             if kind == "binary":
                 flat = np.frombuffer(bytearray(b"".join(column.to_pylist())), np.uint8)
             else:
                 flat = np.array(column.flatten().to_numpy())
-            stored[name] = torch.from_numpy(flat).view(sum(counts), width)
+            flat = torch.from_numpy(flat)
+            stored[name] = flat.float() if width == 1 else flat.view(sum(rows), width)
+        output: Any
         if spec.k is None:
-            wide = spec.encoding == "bfloat16"
-            output: Any = stored["logits"].view(torch.bfloat16) if wide else stored["logits"]
+            output = stored["logits"]
+            output = output.view(torch.bfloat16) if spec.encoding == "bfloat16" else output
         else:
             indices = stored["indices"]
             if spec.encoding != "plain":
                 indices = unpack(indices, spec.k, spec.vocab_size)
             if indices.numel() and not -1 <= indices.min() <= indices.max() < spec.vocab_size:
-                numbers = table["sample"].to_pylist()
-                of = (x for x in self.shards if any(x.first <= i <= x.last for i in numbers))
-                names = " or ".join(str(shard.file) for shard, _ in zip(of, range(3), strict=False))
+                some = set(table["sample"].to_pylist())
+                files = [x.file for x in self.shards if some & {*range(x.first, x.last + 1)}][:3]
+                names = " or ".join(map(str, files))
                 raise CacheError(f"{names}: altered: got an index of {int(indices.max())}")
-            level, tail = (
-                stored[name].float().squeeze(-1) if name in stored else None
-                for name in ("level", "tail_logprob")
+            output = fastkd.TopK(
+                decode(stored["logprobs"], stored["level"], spec.encoding),
+                indices,
+                tail_logprob=stored["tail_logprob"],
+                temperature=spec.temperature,
+                tail=spec.tail,  # type: ignore[arg-type]
             )
-            logprobs = decode(stored["logprobs"], level, spec.encoding)
-            kind_: Any = {"temperature": spec.temperature, "tail": spec.tail}
-            output = fastkd.TopK(logprobs, indices, tail_logprob=tail, **kind_)
         if not spec.sequences:
-            return [output[row] for row in range(len(counts))]
-        ends = torch.tensor(counts).cumsum(0).tolist()
-        return [output[end - size : end] for end, size in zip(ends, counts, strict=True)]
+            return [output[row] for row in range(len(rows))]
+        ends = torch.tensor(rows).cumsum(0).tolist()
+        return [output[end - size : end] for end, size in zip(ends, rows, strict=True)]
 
     def _batch(self, at: int) -> Any:
         """A shard, mapped, not read."""
         if at not in self._open:
-            self._open[at] = batch_of(self.shards[at], self.spec)
+            self._open[at] = fmt.batch_of(self.shards[at], self.spec)
         self._open.move_to_end(at)
         while len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)
@@ -202,27 +189,27 @@ class Reader(Dataset[Any]):
         return {**made, "shards": hashlib.sha256(digests.encode()).hexdigest()}
 
     def verify(self, *, progress: bool = False) -> None:
-        """Read every byte and compare the hashes with those that were written.
-
-        Raises:
-            CacheError: names every file that is missing or altered.
-        """
+        """Read every byte; CacheError names every file that is missing or not as it was written."""
         if faults := list(self.faults(progress=progress)):
             raise CacheError("; ".join(faults))
 
     def faults(self, *, progress: bool = False) -> Iterator[str]:
-        """As `verify`, a line for each file that is not as it was written."""
+        """As `verify`, a line for each file."""
         try:
-            for name in set(merged(self.path)) - {shard.file.name for shard in self.shards}:
-                yield f"{self.path / name}: got no such file, which {STATE} names"
+            for name in set(fmt.merged(self.path)) - {shard.file.name for shard in self.shards}:
+                yield f"{self.path / name}: got no such file, which {fmt.STATE} names"
         except CacheError as error:
             yield str(error)
         for shard in progress_bar(progress, self.shards, desc="verify", unit="shard"):
+            digest = hashlib.sha256()
             try:
-                if file_hash(shard.file) != shard.sha256:
+                with shard.file.open("rb") as file:
+                    while piece := file.read(2**22):
+                        digest.update(piece)
+                if digest.hexdigest() != shard.sha256:
                     yield f"{shard.file}: altered after it was written (its hash differs)"
                 else:
-                    batch_of(shard, self.spec)
+                    fmt.batch_of(shard, self.spec)
             except OSError as error:
                 yield f"{shard.file}: cannot be read ({error.strerror})"
             except CacheError as error:
@@ -232,7 +219,7 @@ class Reader(Dataset[Any]):
         """What is in the cache, JSON-ready; opens all shards."""
         size, tokens = sum(shard.file.stat().st_size for shard in self.shards), self.tokens
         return {
-            **{"path": str(self.path), "version": VERSION, "teacher": asdict(self.spec)},
+            **{"path": str(self.path), "version": fmt.VERSION, "teacher": asdict(self.spec)},
             **{"error": ERRORS[self.spec.encoding], "samples": len(self), "tokens": tokens},
             **{"bytes": size, "bytes_per_token": size / tokens if tokens else None},
             **{"shards": len(self.shards), "ranks": len({x.rank for x in self.shards})},
@@ -241,8 +228,6 @@ class Reader(Dataset[Any]):
 
     def to_parquet(self, folder: str | os.PathLike[str]) -> None:
         """Write each shard as a Parquet file of the same columns into an existing folder."""
+        write = fmt.needed("pyarrow.parquet").write_table
         for shard in self.shards:
-            table = opened(shard.file)[1].read_all()
-            needed("pyarrow.parquet").write_table(
-                table, Path(folder) / f"{shard.file.stem}.parquet"
-            )
+            write(fmt.opened(shard.file)[1].read_all(), Path(folder, f"{shard.file.stem}.parquet"))

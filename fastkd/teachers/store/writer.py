@@ -14,17 +14,16 @@ from torch import Tensor
 import fastkd
 from fastkd.arguments.messages import shown
 
+from . import format as fmt
 from .codec import LOGITS, encode, encode_tail, pack
-from .files import Lock, needed, write_whole
-from .format import CacheError, CacheSpec, Shard, listed, merge, opened, shard_bytes, tokenizer_name
+from .format import CacheError, CacheSpec, Shard
 
 
 class Writer:
     """Writes a teacher's outputs to a folder, a shard at a time; a context manager.
 
-    A shard appears whole or not at all: a kill at any moment loses at most the samples since the
-    last one, and a writer opened where one was before goes on behind it. Each rank writes files of
-    its own, so that any number write at once; `close` names all that are there in `state.json`.
+    A shard appears whole or not at all: a kill loses at most the samples since the last one, and a
+    writer opened where one was before goes on behind it. Any number of ranks write at once.
 
     Args:
         path: the cache's folder; made if it is not there.
@@ -34,18 +33,16 @@ class Writer:
             tokenizer, which is known by its vocabulary's hash.
         method: how the K were chosen, "top" or "sample".
         temperature, tail: those of the `TopK`s to come.
-        encoding: of log-probabilities: "uint8", "plain" (float32 and int32), or "counts" for shares
-            of k draws; of logits: "float32", "bfloat16", "float16". None: "uint8", "counts" for at
-            most 255 draws, "float32". See `fastkd.teachers.store` for their errors.
-        rank: this writer among others; those beside rank 0 give `add` their samples' numbers.
+        encoding: "uint8", "plain", or "counts" for shares of at most 255 draws, see
+            `fastkd.teachers.store`; of logits "float32", "bfloat16", "float16". None: by k, method.
+        rank: this writer among others; those beside rank 0 give their samples' numbers.
         total: samples of the whole cache, where it is known.
         shard_bytes: a shard is put away when it has this many bytes.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value.
         CacheError: the folder's cache is damaged, or another one than this.
-        BlockingIOError: another writer of this rank lives (not noticed where there are no POSIX
-            locks, and the writer is of another process).
+        BlockingIOError: another writer of this rank lives (as far as POSIX locks tell).
     """
 
     def __init__(
@@ -66,34 +63,29 @@ class Writer:
         shard_bytes: int = 2**25,
     ) -> None:
         kind: Any = (method, temperature, tail, encoding, total)
-        spec = CacheSpec(model, tokenizer_name(tokenizer), data, vocab_size, k, *kind)
+        spec = CacheSpec(model, fmt.tokenizer_name(tokenizer), data, vocab_size, k, *kind)
         self.spec = spec.checked()
         if not (isinstance(rank, int) and 0 <= rank < 2**31):
             raise ValueError(f"rank: got {shown(rank)}, expected an integer, at least 0")
-        needed("pyarrow")  # said now, and not when the first shard is written
+        fmt.needed("pyarrow")  # said now, and not when the first shard is written
         self._folder, self._shard_bytes, self._rank = Path(path), shard_bytes, rank
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._process = os.getpid()
-        self._lock = Lock(self._folder.resolve() / f".lock-{rank:05d}")
+        self._process, self._pieces = os.getpid(), list[dict[str, Tensor]]()
+        self._counts, self._size, self._first = list[int](), 0, 0
+        self._lock: int | None = fmt.locked(self._folder / f".lock-{rank:05d}")
         try:
             for file in self._folder.glob(f".teacher-{rank:05d}-*.tmp"):
                 file.unlink()
-            there = listed(self._folder)
+            there = fmt.listed(self._folder)
             for shard in there[:1]:  # says whether this is the same cache
-                own = opened(shard.file)[0]
+                own = fmt.opened(shard.file)[0]
                 if difference := own.other(self.spec):
                     raise CacheError(f"{shard.file}: another cache is there; {difference}")
                 self.spec = own
         except BaseException:
-            self._lock.release()
+            self._release()
             raise
         self.shards = [shard for shard in there if shard.rank == rank]
-        self._clear()
-
-    def _clear(self) -> None:
-        self._pieces: list[dict[str, Tensor]] = []
-        self._counts: list[int] = []
-        self._size, self._first = 0, 0
 
     @property
     def done(self) -> int:
@@ -117,28 +109,24 @@ class Writer:
             samples: B numbers of samples, rising by 1; None: the next in turn.
 
         Raises:
-            TypeError, ValueError: another kind, shape, temperature or tail than the cache's; NaN, a
-                log-probability above 0, a row with a mass above 1.001, an index out of range or
-                named twice, +inf or what the encoding does not hold. Names the sample and the row.
+            TypeError, ValueError: outputs that are not the cache's, or hold what it cannot: NaN, a
+                mass above 1, an index twice, ... Names the sample and the row.
             OSError: the shard could not be written; what was added waits for `flush`.
         """
         self._alive()
-        if not isinstance(outputs, (Tensor, fastkd.TopK)):
-            raise TypeError(f"outputs: got {type(outputs).__name__}, expected TopK or a tensor")
-        many, size = outputs.dim() == 3, outputs.size(0)
-        if outputs.dim() not in (2, 3) or (lengths is not None and not many):
-            got = f"{list(outputs.shape)}, lengths={shown(lengths)}"
-            raise ValueError(
-                f"outputs: got {got}, expected [B, L, ...], or [B, ...] without lengths"
-            )
-        spec = self.spec
+        kinds, spec = (fastkd.TopK if self.spec.k else Tensor), self.spec
+        if not isinstance(outputs, kinds):
+            got, columns = type(outputs).__name__, spec.k or "all"
+            raise TypeError(f"outputs: got {got}, expected {kinds.__name__} of {columns} columns")
+        many, size, measured = outputs.dim() == 3, outputs.size(0), None
+        if isinstance(outputs, fastkd.TopK):
+            measured = outputs.tail_logprob is not None
         if spec.sequences is None:
-            measured = isinstance(outputs, fastkd.TopK) and outputs.tail_logprob is not None
             spec = replace(spec, sequences=many, measured=measured)
-        if many != spec.sequences:
-            raise ValueError(
-                f"outputs: got {list(outputs.shape)}, expected as many dimensions as before"
-            )
+        if outputs.dim() not in (2, 3) or many != spec.sequences or (lengths is not None and not many):
+            got = f"{list(outputs.shape)}, lengths={shown(lengths)}"
+            wanted = "[B, L, ...], or [B, ...] without lengths, as before"
+            raise ValueError(f"outputs: got {got}, expected {wanted}")
         longest = outputs.size(1) if many else 1
         counts = torch.as_tensor([longest] * size if lengths is None else lengths).cpu().long()
         if counts.shape != (size,) or bool(((counts < 0) | (counts > longest)).any()):
@@ -147,14 +135,11 @@ class Writer:
             return
         first = self._number(samples, size)
         keep = torch.arange(longest) < counts[:, None]
-        where = _Where(first, keep)
-        outputs = outputs if many else outputs[:, None]
-        piece = (topk_rows if spec.k else logit_rows)(outputs, keep, spec, where)
+        rows = topk_rows if spec.k else logit_rows
+        piece = rows(outputs if many else outputs[:, None], keep, spec, _Where(first, keep))
         if self._counts and first != self._first + len(self._counts):
             self.flush()  # what others have lies between
-        if not self._counts:
-            self._first = first
-        self.spec = spec
+        self._first, self.spec = (self._first if self._counts else first), spec
         self._pieces.append(piece)
         self._counts += counts.tolist()
         self._size += sum(x.numel() * x.element_size() for x in piece.values()) + 16 * size
@@ -164,16 +149,12 @@ class Writer:
     def _number(self, samples: list[int] | None, size: int) -> int:
         """The first sample's number of a batch, of which this rank has none."""
         mine = [(shard.first, shard.last) for shard in self.shards]
-        if self._counts:
-            mine.append((self._first, self._first + len(self._counts) - 1))
+        mine += [(self._first, self._first + len(self._counts) - 1)] if self._counts else []
         if samples is None:
             if self._rank:
                 raise ValueError(f"samples: got None of rank {self._rank}, expected numbers")
             return max((last + 1 for _, last in mine), default=0)
-        first, stop = (
-            samples[0] if samples else 0,
-            2**40 if self.spec.total is None else self.spec.total,
-        )
+        first, stop = min(samples, default=0), self.spec.total or 2**40
         if list(samples) != list(range(first, first + size)) or not 0 <= first <= stop - size:
             got = f"{shown(samples)} for {size} samples"
             raise ValueError(f"samples: got {got}, expected as many, rising by 1, below {stop}")
@@ -181,7 +162,7 @@ class Writer:
             if one < first + size and first <= other:
                 got = f"{first} to {first + size - 1}"
                 raise ValueError(f"samples: got {got}, of {one} to {other}, which this rank has")
-        return int(first)
+        return first
 
     def flush(self) -> None:
         """Put away what was added as a shard, however small; nothing if there is nothing.
@@ -195,41 +176,45 @@ class Writer:
             return
         names = self._pieces[0]
         stored = {name: torch.cat([piece[name] for piece in self._pieces]) for name in names}
-        data = shard_bytes(self.spec, stored, self._first, self._counts)
+        data = fmt.shard_bytes(self.spec, stored, self._first, self._counts)
         last, digest = self._first + len(self._counts) - 1, hashlib.sha256(data).hexdigest()
-        file = self._folder / Shard.name(self._rank, self._first, last, digest)
-        write_whole(file, data)
+        file = self._folder / fmt.shard_name(self._rank, self._first, last, digest)
+        fmt.write_whole(file, data)
         self.shards.append(Shard(self._first, last, self._rank, digest, file))
-        self._clear()
+        self._pieces, self._counts, self._size = [], [], 0
 
     def close(self) -> None:
         """`flush`, name all shards in `state.json`, and let others write to this rank."""
-        if self._lock.held:
+        if self._lock is not None:
             try:
                 self.flush()
                 if self.shards:
-                    merge(self._folder)
+                    fmt.merge(self._folder)
             finally:
-                self._lock.release()
+                self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+        self._lock = None
 
     def _alive(self) -> None:
         if os.getpid() != self._process:
             raise RuntimeError("got a Writer of another process, expected one made in this one")
-        if not self._lock.held:
+        if self._lock is None:
             raise ValueError(f"{self._folder}: the writer is closed")
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None:
-            self.close()
-            return
         try:
-            if self._lock.held and not isinstance(error, OSError):
+            if error is None:
+                self.close()
+            elif self._lock is not None and not isinstance(error, OSError):
                 self.flush()  # interrupted: what was added is sound
         finally:
-            self._lock.release()
+            self._release()
 
 
 class _Where:
@@ -249,8 +234,6 @@ class _Where:
 
 def topk_rows(outputs: Any, keep: Tensor, spec: CacheSpec, check: _Where) -> dict[str, Tensor]:
     """Rows of a `TopK` [B, L, K] for a shard."""
-    if not isinstance(outputs, fastkd.TopK):
-        raise TypeError(f"outputs: got a tensor, expected TopK: the cache keeps {spec.k} columns")
     measured, vocab = outputs.tail_logprob is not None, spec.vocab_size
     kind = (outputs.size(-1), outputs.temperature, outputs.tail, measured)
     wanted = (spec.k, spec.temperature, spec.tail, spec.measured)
@@ -283,8 +266,6 @@ def topk_rows(outputs: Any, keep: Tensor, spec: CacheSpec, check: _Where) -> dic
 
 def logit_rows(outputs: Any, keep: Tensor, spec: CacheSpec, check: _Where) -> dict[str, Tensor]:
     """Rows of logits [B, L, V] for a shard."""
-    if not isinstance(outputs, Tensor):
-        raise TypeError("outputs: got TopK, expected a tensor: the cache keeps all logits")
     if outputs.size(-1) != spec.vocab_size or not outputs.is_floating_point():
         got = f"{list(outputs.shape)} of {outputs.dtype}"
         raise ValueError(f"outputs: got {got}, expected floats [..., {spec.vocab_size}]")
