@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import os
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from itertools import repeat
@@ -18,11 +18,15 @@ import fastkd
 from fastkd.distill.batch import Batch, Outputs, device_of, forward, in_eval, to
 from fastkd.distill.logging import progress_bar
 from fastkd.distill.sample_order import check_order, watched
+from fastkd.teachers.inputs import check_labels, part, teacher_inputs, trimmed
 
+from .codec import logprob_bound
 from .format import listed
 from .reader import Reader
-from .teacher_inputs import SAMPLES, check_labels, check_same, part, teacher_inputs, trimmed
 from .writer import Writer
+
+SAMPLES, ROWS = 4, 16  # of a cache that is there already: asked for again, at most
+SLACK, SLACK_16 = 0.02, 0.15  # nats: what another batch size or 16 bits may move a mean by
 
 
 @torch.no_grad()
@@ -48,9 +52,8 @@ def capture(
     other rows are not stored where they end a sample, and elsewhere as rows of padding. Without
     labels an attention_mask says which rows count; padding in front of a sample is left out.
 
-    Where a cache is there already, the first samples stored are asked for again, and outputs that
-    encoding and rounding do not explain are refused. Many ranks share one dataset with
-    `world_size`: each is given the loader of all of it, and captures what is missing of its share.
+    Where a cache is there already, its first samples are asked for again, and must be the same.
+    Many ranks share a dataset with `world_size`: each captures what is missing of its part.
 
     Args:
         teacher: inputs -> logits [B, L, V] or [B, V], a `LinearLogits`, or an object with logits; a
@@ -61,10 +64,10 @@ def capture(
         labels: "shifted": row i counts where label i is not -100, as the losses here read it.
             "input_ids": where label i + 1 is not, transformers' own. None: "shifted", and labels
             that equal the inputs are refused.
-        order: "dataset": as above. "loader": another order that stays: read the cache by the
-            loader's own count. None: nothing is checked.
+        order: "dataset": as above. "loader": another that stays, by whose count the cache is read.
+            None: nothing is checked.
         generator: for the draws of method="sample". A resumed capture makes new draws.
-        progress: show a tqdm bar with tokens per second.
+        progress: show a tqdm bar.
         rank, world_size: this rank among how many that share the loader's samples.
         samples: the numbers this rank has, in place of an equal share.
         options: of `Writer`: vocab_size, k, method, temperature, tail, encoding, model, tokenizer,
@@ -74,50 +77,41 @@ def capture(
         Number of samples in this rank's part of the cache.
 
     Raises:
-        TypeError, ValueError: a loader, samples or a teacher that are not as above, or an argument
-            of `Writer` or `fastkd.topk_from_logits` out of range.
+        TypeError, ValueError: a loader, samples or a teacher that are not as above.
         CacheError, OSError: see `Writer`.
     """
     if labels not in ("shifted", "input_ids", None):
         raise ValueError(f"labels: got {labels!r:.60}, expected 'shifted', 'input_ids' or None")
     check_order(loader, order)
     numbers: Iterable[list[int] | None] = repeat(None)
-    shared = world_size is not None or samples is not None
-    again: tuple[Any, list[int]] | None = None  # a batch that is stored, and its samples
+    shared, data = world_size is not None or samples is not None, loader
     if shared:
-        options["total"] = total = size_of(loader)
-        left = share(path, total, rank=rank, world_size=world_size or rank + 1, samples=samples)
-        if order is not None and (known := listed(Path(path))):
-            first = range(known[0].first, known[0].last + 1)[:SAMPLES]
-            again = loader.collate_fn([loader.dataset[i] for i in first]), list(first)  # type: ignore
-        loader, numbers = _only(loader, left)
+        ranks = {"rank": rank, "world_size": world_size or rank + 1, "samples": samples}
+        loader, numbers, options["total"] = _only(path, loader, **ranks)
     with (
         Writer(path, rank=rank, **options) as writer,
         progress_bar(progress, desc="capture", unit="sample") as bar,
         in_eval(teacher) if isinstance(teacher, nn.Module) else nullcontext(),
     ):
         ask = _Ask(teacher, writer, labels, generator)
-        start, seen, tokens, begun = 0 if shared else writer.done, 0, 0, time.monotonic()
-        if again:
-            ask.again(path, teacher_inputs(again[0]), again[1])
+        start, seen = 0 if shared else writer.done, 0
+        if shared and order is not None and (there := listed(Path(path))):
+            known = range(there[0].first, there[0].last + 1)[:SAMPLES]
+            ask.again(path, data.collate_fn([data.dataset[i] for i in known]), known)  # type: ignore[attr-defined]
         for item, named in zip(watched(loader, order), numbers, strict=False):
             batch = teacher_inputs(item)
             check_labels(batch, labels)
-            known_ = min(max(start - seen, 0), batch.samples)
-            if known_ and not seen and order is not None:
-                ask.again(path, batch, range(known_))
-            if known_ < batch.samples:
-                output, lengths = ask(part(batch, known_))
-                first_ = None if shared else list(range(seen + known_, seen + batch.samples))
-                writer.add_batch(output, lengths=lengths, samples=named or first_)
-                tokens += output.shape[:-1].numel() if lengths is None else int(lengths.sum())
-                rate = tokens / max(time.monotonic() - begun, 1e-9)
-                bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+            old = min(max(start - seen, 0), batch.samples)
+            if old and not seen and order is not None:
+                ask.again(path, item, range(old))
+            if old < batch.samples:
+                output, lengths = ask(part(batch, old))
+                named = named or [*range(seen + old, seen + batch.samples)]
+                writer.add_batch(output, lengths=lengths, samples=named)
             seen += batch.samples
             bar.update(batch.samples)
         if seen < start:
-            got = f"got {seen} samples, expected the {start} stored, and more"
-            raise ValueError(f"loader: {got}")
+            raise ValueError(f"loader: got {seen} samples, expected the {start} stored, and more")
     return writer.done
 
 
@@ -150,33 +144,26 @@ class _Ask:
         made |= {"vocab_size": spec.vocab_size, **other}
         return trimmed(fastkd.topk_from_logits(logits, spec.k, **made), batch, self._labels)
 
-    def again(self, path: Any, batch: Batch, numbers: Sequence[int]) -> None:
+    def again(self, path: Any, item: Any, numbers: Sequence[int]) -> None:
         """Ask for some samples that are stored, and compare."""
-        numbers, spec = list(numbers)[:SAMPLES], self._spec
+        numbers, spec = numbers[:SAMPLES], self._spec
         if spec.k is not None and spec.k > spec.vocab_size:
             return  # more draws than there are columns to compare them with
-        output, lengths = self(part(batch, 0, len(numbers)), method="top")
-        reader = Reader(path)
-        stored = reader.__getitems__(numbers)
+        output, lengths = self(part(teacher_inputs(item), 0, len(numbers)), method="top")
+        stored = Reader(path).__getitems__(numbers)
         if lengths is not None and (got := [x.size(0) for x in stored]) != lengths.tolist():
             raise ValueError(
                 f"loader: got samples of {lengths.tolist()} rows, expected the {got} stored in "
                 f"{str(path)[:150]}: other data or labels"
             )
-        said = [output[i] for i in range(len(numbers))]
-        check_same(path, reader.spec, stored, said, self.dtype)
+        check_same(path, spec, stored, [output[i] for i in range(len(stored))], self.dtype)
 
 
 def share(
-    path: str | os.PathLike[str],
-    total: int,
-    *,
-    rank: int,
-    world_size: int,
-    samples: range | None = None,
+    path: Any, total: int, *, rank: int, world_size: int, samples: range | None = None
 ) -> list[range]:
-    """The samples left to a rank, in ranges: of its n-th of all, or of `samples`, those that
-    nobody has written yet to the folder `path`."""
+    """What is left to a rank, in ranges: of its n-th of all samples, or of `samples`, those that
+    nobody has written to the folder `path` yet."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: got {rank} of {world_size} ranks, expected 0 to {world_size - 1}")
     mine = samples or range(rank * total // world_size, (rank + 1) * total // world_size)
@@ -189,21 +176,64 @@ def share(
     return [gap for gap in (*left, range(at, mine.stop)) if gap]
 
 
-def size_of(loader: Any) -> int:
-    """Samples of a loader that ranks can share."""
+def _only(path: Any, loader: Any, **ranks: Any) -> tuple[Any, list[list[int]], int]:
+    """The same loader for a rank's samples alone, their numbers by batches, and those of all."""
     whole = isinstance(loader, DataLoader) and isinstance(loader.sampler, SequentialSampler)
     if not whole or loader.batch_size is None:
         raise ValueError(
             "loader: got one that ranks cannot share, expected a DataLoader of a map-style dataset "
             "in its own order, all of it, with batch_size"
         )
-    return len(loader.dataset)
-
-
-def _only(loader: Any, ranges: list[range]) -> tuple[DataLoader[Any], list[list[int]]]:
-    """The same loader for these samples alone, and their numbers by batches within a range."""
-    size = loader.batch_size
-    numbers = [list(of[i : i + size]) for of in ranges for i in range(0, len(of), size)]
+    total, size = len(loader.dataset), loader.batch_size
+    left = share(path, total, **ranks)
+    numbers = [list(of[i : i + size]) for of in left for i in range(0, len(of), size)]
     names = ("collate_fn", "num_workers", "prefetch_factor", "multiprocessing_context", "timeout")
     kept = {name: getattr(loader, name) for name in (*names, "pin_memory", "worker_init_fn")}
-    return DataLoader(loader.dataset, batch_sampler=numbers, **kept), numbers
+    return DataLoader(loader.dataset, batch_sampler=numbers, **kept), numbers, total
+
+
+def check_same(path: Any, spec: Any, stored: list[Any], said: Any, dtype: Any) -> None:
+    """ValueError where samples of the cache (of draws: their k best columns) and what the teacher
+    says of them now, in `dtype`, are apart by more than encoding and rounding explain."""
+    slack = SLACK if dtype in (torch.float32, torch.float64) else SLACK_16
+    for old, new in zip(stored, said, strict=True):
+        apart = (_logits if isinstance(old, Tensor) else _topk)(spec, old, new)
+        if apart > slack:
+            raise ValueError(
+                f"teacher: got outputs {apart:.3g} nats off what is stored of the same samples in "
+                f"{str(path)[:150]}, expected the same teacher and the same data in the same order "
+                "to go on with; write another's outputs to a folder of their own (model= and "
+                "data= name whose they are)"
+            )
+
+
+def _logits(_: Any, old: Tensor, new: Tensor) -> float:
+    """Mean distance beyond the rounding of 16 bits."""
+    one, two = old.float(), new[: len(old)].float().cpu()
+    rows = (one != 0) & one.isfinite() & two.isfinite()
+    one, two = one[rows], two[rows]
+    return float((one - two).abs().mean() - 2.0**-8 * one.abs().mean()) if len(one) else 0.0
+
+
+def _topk(spec: Any, old: Any, new: Any) -> float:
+    """Mean distance of the log-probabilities of columns that both have; 1 where few are."""
+    if old.dim() == 1:
+        old, new = old[None], new[None]
+    some = (old.indices >= 0).any(-1).nonzero().flatten()[:ROWS]
+    if not len(some):
+        return 0.0
+    new = new.to("cpu")
+    columns, given = old.indices[some].long(), old.logprobs[some].double()
+    there, now = new.indices[some].long(), new.logprobs[some].double()
+    both = (columns[:, :, None] == there[:, None, :]) & (columns >= 0)[:, :, None]
+    if spec.method == "sample":  # are as many draws among the best columns as these have mass?
+        share = float(torch.where(both.any(-1), given.exp(), 0.0).sum(-1).mean())
+        mass = float(now.exp().sum(-1).mean())
+        noise = math.sqrt(max(mass * (1 - mass), 0.0) / (spec.k * len(some)))
+        return max(abs(share - mass) - 6 * noise, 0.0)
+    if float(both.sum()) < 0.5 * float((columns >= 0).sum()):
+        return 1.0
+    apart = (given[:, :, None] - now[:, None, :]).abs()
+    apart = (apart - logprob_bound(spec.encoding, spec.k, given)[:, :, None])[both]
+    apart = apart[apart.isfinite()]
+    return float(apart.mean()) if len(apart) else 1.0

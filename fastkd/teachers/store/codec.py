@@ -1,8 +1,8 @@
 """How a teacher's rows are written: what is kept of a number, and how far it may be from it.
 
-Columns are integers of `index_bits` bits, one after the other, each row from a byte of its own.
-Log-probabilities ("uint8") are gaps below the row's level, one byte each of a table whose steps
-grow with the gap, so that the row's mass stays what it was:
+Columns are integers of as many bits as the vocabulary's size has, each row from a byte of its own;
+vocab_size itself is padding. Log-probabilities ("uint8") are gaps below the row's level, a byte
+each of a table whose steps grow with the gap, so that the row's mass stays what it was:
 
     stored = level - gap,    level = log sum e^given - log sum e^-gap (float32)
     |stored - given| <= step * (2 * floor + gap + log k) + 2**-22 * (|given| + gap),
@@ -44,11 +44,6 @@ def logprob_bound(encoding: str, k: int, given: Tensor) -> Tensor:
     return step * (2 * FLOOR + gap + math.log(k)) + 2.0**-22 * (given.abs() + gap)
 
 
-def index_bits(vocab_size: int) -> int:
-    """Bits of one column: 0 to vocab_size - 1, and vocab_size itself for padding."""
-    return vocab_size.bit_length()
-
-
 @functools.lru_cache
 def _places(k: int, bits: int) -> tuple[Tensor, Tensor]:
     """First byte and bit in it of each of k numbers."""
@@ -58,7 +53,7 @@ def _places(k: int, bits: int) -> tuple[Tensor, Tensor]:
 
 def pack(indices: Tensor, vocab_size: int) -> Tensor:
     """Columns [R, K], -1 for padding, as bytes [R, ceil(K * bits / 8)]."""
-    bits, (rows, k) = index_bits(vocab_size), indices.shape
+    bits, (rows, k) = vocab_size.bit_length(), indices.shape
     first, shift = _places(k, bits)
     number = torch.where(indices < 0, vocab_size, indices.long()) << shift
     size, count = -(-k * bits // 8), (bits + 14) // 8
@@ -71,7 +66,7 @@ def pack(indices: Tensor, vocab_size: int) -> Tensor:
 
 def unpack(packed: Tensor, k: int, vocab_size: int) -> Tensor:
     """The columns [R, K] int32 of bytes by `pack`; what it never wrote is above vocab_size."""
-    bits = index_bits(vocab_size)
+    bits = vocab_size.bit_length()
     first, shift = _places(k, bits)
     count = (bits + 14) // 8
     kind = torch.int32 if count <= 4 else torch.int64
@@ -99,11 +94,7 @@ def _shares(k: int) -> Tensor:
 
 
 def encode(logprobs: Tensor, encoding: str) -> dict[str, Tensor]:
-    """Log-probabilities [R, K], -inf for padding, as tensors for a shard.
-
-    Raises:
-        ValueError: "counts" of what are no shares of K draws.
-    """
+    """Log-probabilities [R, K], -inf for padding, as tensors for a shard."""
     given, k = logprobs.double(), logprobs.size(-1)
     if encoding == "plain":
         return {"logprobs": given.float()}
@@ -111,11 +102,8 @@ def encode(logprobs: Tensor, encoding: str) -> dict[str, Tensor]:
         draws = given.exp() * k
         count = draws.round()
         if not bool(((draws - count).abs() <= 1e-3).all()):
-            worst = float(draws.flatten()[(draws - count).abs().argmax()])
-            raise ValueError(
-                f"logprobs: got a share of {worst:g} draws in {k}, expected whole draws; "
-                "encoding='uint8' holds any"
-            )
+            worst = f"{float(draws.flatten()[(draws - count).abs().argmax()]):g} draws in {k}"
+            raise ValueError(f"logprobs: got {worst}, expected whole draws, or encoding='uint8'")
         return {"logprobs": count.to(torch.uint8)}
     top = given.amax(-1, keepdim=True)
     top = torch.where(top.isfinite(), top, 0.0)

@@ -6,7 +6,7 @@
 
 Columns: sample int64, its number, from FIRST to LAST; rows int32, how many of the teacher's it has;
 and of these, one after the other, the columns of `CacheSpec.columns`. What they mean is in the
-schema's metadata, "fastkd". No rank writes another's files, and no file is ever changed.
+schema's metadata, "fastkd". No file is ever changed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from fastkd.arguments.messages import shown
 from fastkd.distill import serialization
 
-from .codec import ENCODINGS, ERRORS, LOGITS, MOST_DRAWS, index_bits
+from .codec import ENCODINGS, ERRORS, LOGITS, MOST_DRAWS
 
 try:
     import fcntl
@@ -82,17 +82,16 @@ class CacheSpec:
         if self.encoding == "plain":
             made = {"indices": ("int32", self.k), "logprobs": ("float32", self.k)}
             return {**made, **({"tail_logprob": ("float32", 1)} if self.measured else {})}
-        made = {"indices": ("binary", -(-self.k * index_bits(self.vocab_size) // 8))}
+        made = {"indices": ("binary", -(-self.k * self.vocab_size.bit_length() // 8))}
         made |= {"logprobs": ("binary", self.k)}
         made |= {"level": ("float32", 1)} if self.encoding == "uint8" else {}
         return made | ({"tail_logprob": ("float16", 1)} if self.measured else {})
 
     def schema(self) -> Any:
         """The columns in Arrow's words."""
-        pa, made = needed("pyarrow"), []
-        for name, (kind, _) in self.columns.items():
-            of = getattr(pa, kind)()
-            made.append((name, of if kind == "binary" else pa.list_(of)))
+        pa = needed("pyarrow")
+        of = {name: getattr(pa, kind)() for name, (kind, _) in self.columns.items()}
+        made = [(x, kind if kind == pa.binary() else pa.list_(kind)) for x, kind in of.items()]
         return pa.schema([("sample", pa.int64()), ("rows", pa.int32()), *made])
 
     def checked(self) -> CacheSpec:
@@ -106,9 +105,8 @@ class CacheSpec:
         k, heat, encoding = self.k, self.temperature, self.encoding
         if not isinstance(heat, (int, float)) or not 1e-18 <= heat <= 1e18:
             raise ValueError(f"temperature: got {shown(heat)}, expected a positive finite number")
-        if k is None and (heat != 1.0 or self.method == "sample"):
-            got = f"temperature={heat:g}, method={self.method!r}"
-            raise ValueError(f"k: got None with {got}; all logits have no temperature or method")
+        if k is None and heat != 1.0:
+            raise ValueError(f"k: got None with temperature={heat:g}; all logits have none")
         few = self.method == "sample" and k is not None and k <= MOST_DRAWS
         if encoding is None:
             encoding = "float32" if k is None else "counts" if few else "uint8"
@@ -143,15 +141,16 @@ def listed(folder: Path) -> list[Shard]:
     """A folder's shards, by their first samples; CacheError: one is in two of them (names both)."""
     found = []
     for file in folder.glob(SHARDS):
-        of, first, last, digest = [*file.stem.split("-"), *4 * "x"][1:5]
-        if not (of.isdecimal() and first.isdecimal() and last.isdecimal()):
-            raise CacheError(f"{file}: got another name than a shard has")
-        found.append(Shard(int(first), int(last), int(of), digest, file))
+        try:
+            _, rank, first, last, digest = file.stem.split("-")
+            found.append(Shard(int(first), int(last), int(rank), digest, file))
+        except ValueError:
+            raise CacheError(f"{file}: got another name than a shard has") from None
     found.sort()
     for one, other in itertools.pairwise(found):
         if one.last >= other.first:
-            both = f"{one.file.name} and {other.file.name}"
-            raise CacheError(f"{folder}: sample {other.first} is in {both}")
+            names = f"{one.file.name} and {other.file.name}"
+            raise CacheError(f"{folder}: sample {other.first} is in {names}")
     return found
 
 
@@ -185,8 +184,7 @@ def opened(file: Path) -> tuple[CacheSpec, Any]:
         stream = needed("pyarrow.ipc").open_stream(pa.memory_map(str(file)))
         facts = json.loads((stream.schema.metadata or {})[b"fastkd"])
         if facts["version"] != VERSION:
-            got = shown(facts["version"])
-            raise ValueError(f"got a cache of version {got}, expected {VERSION}")
+            raise ValueError(f"version: got {shown(facts['version'])}, expected {VERSION}")
         spec = CacheSpec(**facts["teacher"]).checked()
         if not stream.schema.remove_metadata().equals(spec.schema()):
             raise ValueError(f"got columns {shown(stream.schema.names)}")
@@ -223,25 +221,21 @@ def batch_of(shard: Shard, spec: CacheSpec) -> Any:
 
 
 def state(names: list[str]) -> dict[str, bytes]:
-    """The files by which `datasets.load_from_disk` opens these shards."""
-    document = {
-        "_data_files": [{"filename": name} for name in names],
-        "_fingerprint": hashlib.sha256("".join(names).encode()).hexdigest()[:16],
-        **dict.fromkeys(("_format_columns", "_format_type", "_split")),
-        **{"_format_kwargs": {}, "_output_all_columns": False},
-    }
-    # of the columns, datasets asks the shards
+    """The files by which `datasets.load_from_disk` opens shards; of columns it asks the shards."""
+    digest = hashlib.sha256("".join(names).encode()).hexdigest()[:16]
+    document: dict[str, Any] = {"_data_files": [{"filename": name} for name in names]}
+    document |= dict.fromkeys(("_format_columns", "_format_type", "_split"))
+    document |= {"_fingerprint": digest, "_format_kwargs": {}, "_output_all_columns": False}
     return {INFO: b"{}\n", STATE: (json.dumps(document, indent=0) + "\n").encode()}
 
 
-def read(file: Path) -> bytes:
-    """A file; nothing where there is none."""
-    return file.read_bytes() if file.exists() else b""
+def _read(folder: Path) -> dict[str, bytes]:
+    return {x: (folder / x).read_bytes() if (folder / x).exists() else b"" for x in (INFO, STATE)}
 
 
 def merged(folder: Path) -> list[str]:
     """The shards that `state.json` names, none where there is no such file; CacheError: altered."""
-    found = {name: read(folder / name) for name in (INFO, STATE)}
+    found = _read(folder)
     try:
         names = [entry["filename"] for entry in json.loads(found[STATE] or "{}")["_data_files"]]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -255,20 +249,14 @@ def merge(path: str | os.PathLike[str]) -> bool:
     """Name all shards in `state.json`, for `datasets.load_from_disk`; `Writer.close` does so too.
 
     Of ranks that do so at once, the one that ends last has seen the shards of all.
-
-    Returns:
-        Whether there was anything to do.
-
-    Raises:
-        FileNotFoundError: no shard there.
-        CacheError: a sample in two shards (names both).
+    FileNotFoundError: there are none. Returns whether there was anything to do.
     """
     folder, changed = Path(path), False
     while names := [shard.file.name for shard in listed(folder)]:
-        old = {x: of for x, of in state(names).items() if read(folder / x) != of}
-        if not old:
+        old = _read(folder)
+        if old == state(names):
             return changed
-        for name, data in old.items():
+        for name, data in state(names).items():
             write_whole(folder / name, data)
         changed = True
     raise FileNotFoundError(f"{folder}: no teacher cache there: no {SHARDS}")
@@ -279,18 +267,13 @@ def tokenizer_name(tokenizer: Any) -> str:
     if isinstance(tokenizer, str):
         return tokenizer
     if not hasattr(tokenizer, "get_vocab"):
-        got = type(tokenizer).__name__
-        raise TypeError(f"tokenizer: got {got}, expected a name or an object with get_vocab()")
+        raise TypeError(f"tokenizer: got {shown(tokenizer)}, expected a name or a tokenizer")
     entries = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return "sha256:" + hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that appears complete or not at all, and stays if the power goes.
-
-    Raises:
-        OSError: with the file's name; nothing of it is left.
-    """
+    """Write a file that appears complete or not at all, and stays if the power goes."""
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(part, "wb", buffering=0) as file:

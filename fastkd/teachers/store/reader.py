@@ -28,9 +28,8 @@ OPEN_SHARDS = 64  # mapped at a time by a process
 class Reader(Dataset[Any]):
     """A cache by sample number: `reader[i]` is a `TopK` [L, K] or [K], or logits [L, V] or [V].
 
-    A map-style dataset for a DataLoader with any number of workers; shards are mapped into memory
-    where they are first asked for. It holds what was whole when it was opened, and `spec` tells
-    what that is: vocab_size, k, method, temperature, tail, encoding, ...
+    A map-style dataset for any number of workers, which map a shard where it is first asked for.
+    `spec` tells what it holds, which is what was whole when it was opened.
 
     Args:
         path: a cache's folder.
@@ -39,8 +38,7 @@ class Reader(Dataset[Any]):
 
     Raises:
         FileNotFoundError: no cache there.
-        CacheError: a cache of another version or for something else, a damaged one, or a sample in
-            two shards.
+        CacheError: a cache that is damaged, of another version, or for something else.
     """
 
     def __init__(
@@ -105,9 +103,7 @@ class Reader(Dataset[Any]):
     def __getitems__(self, numbers: Sequence[int]) -> list[Any]:
         """The samples of these numbers, decoded together: what a DataLoader asks for.
 
-        Raises:
-            IndexError: a number that is not there.
-            CacheError: a damaged shard, as far as reading shows it; `verify` shows all.
+        IndexError: one is not there. CacheError: a shard is damaged; `verify` shows all damage.
         """
         if not len(numbers):
             return []
@@ -133,11 +129,7 @@ class Reader(Dataset[Any]):
         return teachers(self.__getitems__(numbers))
 
     def decode(self, table: Any) -> list[Any]:
-        """The samples in rows of this cache that another library read, shuffled or streamed.
-
-        Args:
-            table: a pyarrow Table with the cache's columns.
-        """
+        """The samples of a pyarrow Table of this cache's rows, read or streamed by any library."""
         np, spec, rows = fmt.needed("numpy"), self.spec, table["rows"].to_pylist()
         stored: dict[str, Any] = {"level": None, "tail_logprob": None}
         for name, (kind, width) in spec.columns.items():
@@ -157,17 +149,12 @@ class Reader(Dataset[Any]):
             if spec.encoding != "plain":
                 indices = unpack(indices, spec.k, spec.vocab_size)
             if indices.numel() and not -1 <= indices.min() <= indices.max() < spec.vocab_size:
-                some = set(table["sample"].to_pylist())
-                files = [x.file for x in self.shards if some & {*range(x.first, x.last + 1)}][:3]
-                names = " or ".join(map(str, files))
-                raise CacheError(f"{names}: altered: got an index of {int(indices.max())}")
-            output = fastkd.TopK(
-                decode(stored["logprobs"], stored["level"], spec.encoding),
-                indices,
-                tail_logprob=stored["tail_logprob"],
-                temperature=spec.temperature,
-                tail=spec.tail,  # type: ignore[arg-type]
-            )
+                first = table["sample"][0].as_py()
+                file = next(x.file for x in self.shards if x.first <= first <= x.last)
+                raise CacheError(f"{file} or another: altered: got index {int(indices.max())}")
+            logprobs = decode(stored["logprobs"], stored["level"], spec.encoding)
+            of: dict[str, Any] = {"temperature": spec.temperature, "tail": spec.tail}
+            output = fastkd.TopK(logprobs, indices, tail_logprob=stored["tail_logprob"], **of)
         if not spec.sequences:
             return [output[row] for row in range(len(rows))]
         ends = torch.tensor(rows).cumsum(0).tolist()
@@ -218,13 +205,11 @@ class Reader(Dataset[Any]):
     def facts(self) -> dict[str, Any]:
         """What is in the cache, JSON-ready; opens all shards."""
         size, tokens = sum(shard.file.stat().st_size for shard in self.shards), self.tokens
-        return {
-            **{"path": str(self.path), "version": fmt.VERSION, "teacher": asdict(self.spec)},
-            **{"error": ERRORS[self.spec.encoding], "samples": len(self), "tokens": tokens},
-            **{"bytes": size, "bytes_per_token": size / tokens if tokens else None},
-            **{"shards": len(self.shards), "ranks": len({x.rank for x in self.shards})},
-            **{"complete": self.complete, "merged": self.merged},
-        }
+        made: dict[str, Any] = {"path": str(self.path), "version": fmt.VERSION}
+        made |= {"teacher": asdict(self.spec), "error": ERRORS[self.spec.encoding]}
+        made |= {"samples": len(self), "tokens": tokens, "shards": len(self.shards), "bytes": size}
+        made |= {"bytes_per_token": size / tokens if tokens else None}
+        return {**made, "complete": self.complete, "merged": self.merged}
 
     def to_parquet(self, folder: str | os.PathLike[str]) -> None:
         """Write each shard as a Parquet file of the same columns into an existing folder."""

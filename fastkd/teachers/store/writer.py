@@ -22,19 +22,17 @@ from .format import CacheError, CacheSpec, Shard
 class Writer:
     """Writes a teacher's outputs to a folder, a shard at a time; a context manager.
 
-    A shard appears whole or not at all: a kill loses at most the samples since the last one, and a
-    writer opened where one was before goes on behind it. Any number of ranks write at once.
+    A kill loses at most the samples since the last shard, and a writer opened where one was before
+    goes on behind it. Any number of ranks write at once.
 
     Args:
         path: the cache's folder; made if it is not there.
         vocab_size: V, columns of the teacher's logits.
         k: columns or draws kept of each row, K of the `TopK`s to come; None: all logits.
-        model, tokenizer, data: what a reader may ask for: names, or an object with get_vocab() as
-            tokenizer, which is known by its vocabulary's hash.
+        model, tokenizer, data: names for a reader to ask for; or a tokenizer with get_vocab().
         method: how the K were chosen, "top" or "sample".
         temperature, tail: those of the `TopK`s to come.
-        encoding: "uint8", "plain", or "counts" for shares of at most 255 draws, see
-            `fastkd.teachers.store`; of logits "float32", "bfloat16", "float16". None: by k, method.
+        encoding: see `fastkd.teachers.store`; of logits a dtype's name. None: by k and method.
         rank: this writer among others; those beside rank 0 give their samples' numbers.
         total: samples of the whole cache, where it is known.
         shard_bytes: a shard is put away when it has this many bytes.
@@ -111,22 +109,20 @@ class Writer:
         Raises:
             TypeError, ValueError: outputs that are not the cache's, or hold what it cannot: NaN, a
                 mass above 1, an index twice, ... Names the sample and the row.
-            OSError: the shard could not be written; what was added waits for `flush`.
+            OSError: see `flush`.
         """
         self._alive()
-        kinds, spec = (fastkd.TopK if self.spec.k else Tensor), self.spec
-        if not isinstance(outputs, kinds):
-            got, columns = type(outputs).__name__, spec.k or "all"
-            raise TypeError(f"outputs: got {got}, expected {kinds.__name__} of {columns} columns")
-        many, size, measured = outputs.dim() == 3, outputs.size(0), None
-        if isinstance(outputs, fastkd.TopK):
-            measured = outputs.tail_logprob is not None
+        kind, spec = (fastkd.TopK if self.spec.k else Tensor), self.spec
+        if not isinstance(outputs, kind):
+            expected = f"{kind.__name__} of {spec.k or 'all'} columns"
+            raise TypeError(f"outputs: got {type(outputs).__name__}, expected {expected}")
+        many, size = outputs.dim() == 3, outputs.size(0)
         if spec.sequences is None:
+            measured = getattr(outputs, "tail_logprob", None) is not None
             spec = replace(spec, sequences=many, measured=measured)
-        if outputs.dim() not in (2, 3) or many != spec.sequences or (lengths is not None and not many):
-            got = f"{list(outputs.shape)}, lengths={shown(lengths)}"
-            wanted = "[B, L, ...], or [B, ...] without lengths, as before"
-            raise ValueError(f"outputs: got {got}, expected {wanted}")
+        if outputs.dim() != 2 + spec.sequences or not (many or lengths is None):
+            wanted = "[B, L, ...]" if spec.sequences else "[B, ...], without lengths"
+            raise ValueError(f"outputs: got {list(outputs.shape)}, expected {wanted} as before")
         longest = outputs.size(1) if many else 1
         counts = torch.as_tensor([longest] * size if lengths is None else lengths).cpu().long()
         if counts.shape != (size,) or bool(((counts < 0) | (counts > longest)).any()):
@@ -136,7 +132,7 @@ class Writer:
         first = self._number(samples, size)
         keep = torch.arange(longest) < counts[:, None]
         rows = topk_rows if spec.k else logit_rows
-        piece = rows(outputs if many else outputs[:, None], keep, spec, _Where(first, keep))
+        piece = rows(outputs if many else outputs[:, None], keep, spec, _where(first, keep))
         if self._counts and first != self._first + len(self._counts):
             self.flush()  # what others have lies between
         self._first, self.spec = (self._first if self._counts else first), spec
@@ -158,18 +154,15 @@ class Writer:
         if list(samples) != list(range(first, first + size)) or not 0 <= first <= stop - size:
             got = f"{shown(samples)} for {size} samples"
             raise ValueError(f"samples: got {got}, expected as many, rising by 1, below {stop}")
-        for one, other in mine:
-            if one < first + size and first <= other:
-                got = f"{first} to {first + size - 1}"
-                raise ValueError(f"samples: got {got}, of {one} to {other}, which this rank has")
+        if any(one < first + size and first <= other for one, other in mine):
+            got = f"{first} to {first + size - 1}"
+            raise ValueError(f"samples: got {got}, expected none of those which this rank has")
         return first
 
     def flush(self) -> None:
         """Put away what was added as a shard, however small; nothing if there is nothing.
 
-        Raises:
-            OSError: names the file; all shards before it can be read, and what was added is kept
-                here for another `flush`.
+        OSError names the file; what was added is kept here for another `flush`.
         """
         self._alive()
         if not self._counts:
@@ -199,10 +192,8 @@ class Writer:
         self._lock = None
 
     def _alive(self) -> None:
-        if os.getpid() != self._process:
-            raise RuntimeError("got a Writer of another process, expected one made in this one")
-        if self._lock is None:
-            raise ValueError(f"{self._folder}: the writer is closed")
+        if self._lock is None or os.getpid() != self._process:
+            raise ValueError(f"{self._folder}: the writer is closed, or of another process")
 
     def __enter__(self) -> Writer:
         return self
@@ -217,22 +208,19 @@ class Writer:
             self._release()
 
 
-class _Where:
-    """Raises an error of the first row that is wrong, by its sample and place."""
+def _where(first: int, keep: Tensor) -> Any:
+    """A check that names the first row that is wrong, by its sample and place."""
 
-    def __init__(self, first: int, keep: Tensor) -> None:
-        self._first, self._keep = first, keep
-
-    def __call__(self, wrong: Tensor, values: Tensor, name: str, expected: str) -> None:
-        """wrong, values: [R] or [R, K], of the rows that are kept."""
-        if bool(wrong.any()):
-            place = wrong.nonzero()[0]
-            sample, row = self._keep.nonzero()[int(place[0])].tolist()
-            got = f"{values[tuple(place)].item():g} in row {row} of sample {self._first + sample}"
+    def check(wrong: Tensor, values: Tensor, name: str, expected: str) -> None:
+        for place in wrong.nonzero()[:1]:
+            sample, row = keep.nonzero()[int(place[0])].tolist()
+            got = f"{values[tuple(place)].item():g} in row {row} of sample {first + sample}"
             raise ValueError(f"{name}: got {got}, expected {expected}")
 
+    return check
 
-def topk_rows(outputs: Any, keep: Tensor, spec: CacheSpec, check: _Where) -> dict[str, Tensor]:
+
+def topk_rows(outputs: Any, keep: Tensor, spec: CacheSpec, check: Any) -> dict[str, Tensor]:
     """Rows of a `TopK` [B, L, K] for a shard."""
     measured, vocab = outputs.tail_logprob is not None, spec.vocab_size
     kind = (outputs.size(-1), outputs.temperature, outputs.tail, measured)
@@ -244,8 +232,7 @@ def topk_rows(outputs: Any, keep: Tensor, spec: CacheSpec, check: _Where) -> dic
     logprobs = outputs.logprobs.detach().cpu()[keep].double()
     indices = indices.masked_fill(logprobs == -torch.inf, -1)  # absent, as for the losses
     named = indices >= 0
-    wrong = (indices < -1) | (indices >= vocab)
-    check(wrong, indices, "indices", f"0 to {vocab - 1}, or -1 for padding")
+    check((indices < -1) | (indices >= vocab), indices, "indices", f"-1 to {vocab - 1}")
     order = indices.sort(-1).values
     again = (order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)
     check(again, order, "indices", "each column once, -1 for padding")
@@ -264,7 +251,7 @@ def topk_rows(outputs: Any, keep: Tensor, spec: CacheSpec, check: _Where) -> dic
     return made
 
 
-def logit_rows(outputs: Any, keep: Tensor, spec: CacheSpec, check: _Where) -> dict[str, Tensor]:
+def logit_rows(outputs: Any, keep: Tensor, spec: CacheSpec, check: Any) -> dict[str, Tensor]:
     """Rows of logits [B, L, V] for a shard."""
     if outputs.size(-1) != spec.vocab_size or not outputs.is_floating_point():
         got = f"{list(outputs.shape)} of {outputs.dtype}"
