@@ -269,7 +269,7 @@ def test_a_bad_row_is_named_and_nothing_is_added(
         (torch.full((3, V), 1e5), ValueError, "float16 holds; encoding='float32' holds more"),
         (torch.zeros(3, V + 1), ValueError, r"expected floats \[..., 40\]"),
         (torch.zeros(3, V).long(), ValueError, "of torch.int64"),
-        ("text", TypeError, "output: got str"),
+        ("text", TypeError, "outputs: got str"),
     ],
 )
 def test_bad_logits(tmp_path: Path, output: Any, error: type[Exception], match: str) -> None:
@@ -419,7 +419,7 @@ def test_two_writers_of_one_rank(tmp_path: Path) -> None:
         stop.set()
         child.join()
     with store.Writer(tmp_path, vocab_size=V, k=K) as writer:
-        with pytest.raises(BlockingIOError, match="each rank has one writer"):
+        with pytest.raises(BlockingIOError, match="another writer of this rank"):
             store.Writer(tmp_path, vocab_size=V, k=K)
         writer.add(topk(1, 0))
     with pytest.raises(ValueError, match="the writer is closed"):

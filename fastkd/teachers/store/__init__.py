@@ -1,9 +1,5 @@
 """A teacher on disk: what it said, written once, read in any order by any number of processes.
 
-    store.capture(teacher, loader, path, vocab_size=V, k=32, tokenizer=tokenizer)
-    reader = store.Reader(path, vocab_size=V, tokenizer=tokenizer)
-    DataLoader(store.Paired(dataset, reader), batch_size=8, collate_fn=store.collate, num_workers=2)
-
 A folder of Arrow IPC streams, which `datasets.load_from_disk` and any Arrow reader open too, of
 `TopK` teachers or, for classifiers, of all logits. A token of k = 32 at V = 128 256 takes 106
 bytes: 68 of indices of 17 bits, 32 of log-probabilities, 4 of the row's level, 2 of log(1 - sum p).

@@ -60,7 +60,6 @@ def capture(
             module runs in eval mode, on its own device.
         loader: gives inputs, (inputs, labels [B, L] or [B]), or one dict of the teacher's arguments
             and labels. Its first samples are read twice, but of an iterator.
-        path: the cache's folder.
         labels: "shifted": row i counts where label i is not -100, as the losses here read it.
             "input_ids": where label i + 1 is not, transformers' own. None: "shifted", and labels
             that equal the inputs are refused.
@@ -70,11 +69,10 @@ def capture(
         progress: show a tqdm bar.
         rank, world_size: this rank among how many that share the loader's samples.
         samples: the numbers this rank has, in place of an equal share.
-        options: of `Writer`: vocab_size, k, method, temperature, tail, encoding, model, tokenizer,
-            data, shard_bytes; k=None stores all logits.
+        path, options: of `Writer`: vocab_size, k (None stores all logits), method, encoding, ...
 
     Returns:
-        Number of samples in this rank's part of the cache.
+        Number of samples of this rank.
 
     Raises:
         TypeError, ValueError: a loader, samples or a teacher that are not as above.
@@ -180,10 +178,8 @@ def _only(path: Any, loader: Any, **ranks: Any) -> tuple[Any, list[list[int]], i
     """The same loader for a rank's samples alone, their numbers by batches, and those of all."""
     whole = isinstance(loader, DataLoader) and isinstance(loader.sampler, SequentialSampler)
     if not whole or loader.batch_size is None:
-        raise ValueError(
-            "loader: got one that ranks cannot share, expected a DataLoader of a map-style dataset "
-            "in its own order, all of it, with batch_size"
-        )
+        expected = "a DataLoader of a map-style dataset in its own order, with batch_size"
+        raise ValueError(f"loader: got one that ranks cannot share, expected {expected}")
     total, size = len(loader.dataset), loader.batch_size
     left = share(path, total, **ranks)
     numbers = [list(of[i : i + size]) for of in left for i in range(0, len(of), size)]

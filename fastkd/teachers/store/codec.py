@@ -87,12 +87,6 @@ def _gaps() -> tuple[Tensor, Tensor]:
     return torch.cat([marks, torch.tensor([math.inf])]).float(), middle
 
 
-@functools.lru_cache
-def _shares(k: int) -> Tensor:
-    """log(count / k) of every byte, float32."""
-    return (torch.arange(256, dtype=torch.float64) / k).log().float()
-
-
 def encode(logprobs: Tensor, encoding: str) -> dict[str, Tensor]:
     """Log-probabilities [R, K], -inf for padding, as tensors for a shard."""
     given, k = logprobs.double(), logprobs.size(-1)
@@ -121,9 +115,10 @@ def decode(code: Tensor, level: Tensor | None, encoding: str) -> Tensor:
     """Log-probabilities [R, K] float32 from the tensors of `encode`."""
     if encoding == "plain":
         return code
-    table = _shares(code.size(-1)) if encoding == "counts" else _gaps()[0]
-    number = table.index_select(0, code.flatten().int()).view(code.shape)
-    return number if level is None else level.unsqueeze(-1) - number
+    if level is None:  # counts of draws
+        return (code.double() / code.size(-1)).log().float()
+    gap = _gaps()[0].index_select(0, code.flatten().int()).view(code.shape)
+    return level.unsqueeze(-1) - gap
 
 
 def encode_tail(tail_logprob: Tensor, encoding: str) -> Tensor:

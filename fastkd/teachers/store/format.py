@@ -77,8 +77,8 @@ class CacheSpec:
         """Of each column the kind of its numbers, and how many a row has."""
         if self.k is None:
             wide = self.encoding == "bfloat16"  # which Arrow has not
-            of = ("binary", 2 * self.vocab_size) if wide else (self.encoding, self.vocab_size)
-            return {"logits": of}
+            size = self.vocab_size
+            return {"logits": ("binary", 2 * size) if wide else (self.encoding, size)}
         if self.encoding == "plain":
             made = {"indices": ("int32", self.k), "logprobs": ("float32", self.k)}
             return {**made, **({"tail_logprob": ("float32", 1)} if self.measured else {})}
@@ -211,8 +211,8 @@ def batch_of(shard: Shard, spec: CacheSpec) -> Any:
         for name, (_, width) in spec.columns.items():  # every list ends where its sample does
             column = batch.column(name)
             offsets = np.frombuffer(column.buffers()[1], np.int32, len(ends))
-            good.append(np.array_equal(offsets, ends * width))
-            good.append(not column.null_count + getattr(column, "values", column).null_count)
+            nulls = column.null_count + getattr(column, "values", column).null_count
+            good += [np.array_equal(offsets, ends * width), nulls == 0]
         if not all(good):
             raise ValueError("got other samples than its name says, or lists of other lengths")
     except (pa.ArrowException, OSError, ValueError, StopIteration) as error:
@@ -248,8 +248,8 @@ def merged(folder: Path) -> list[str]:
 def merge(path: str | os.PathLike[str]) -> bool:
     """Name all shards in `state.json`, for `datasets.load_from_disk`; `Writer.close` does so too.
 
-    Of ranks that do so at once, the one that ends last has seen the shards of all.
-    FileNotFoundError: there are none. Returns whether there was anything to do.
+    Of ranks that do so at once, the one that ends last has seen the shards of all. Returns whether
+    there was anything to do.
     """
     folder, changed = Path(path), False
     while names := [shard.file.name for shard in listed(folder)]:
@@ -300,6 +300,5 @@ def locked(path: Path) -> int:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(file)
-        busy = "another writer of this rank is at work; each rank has one writer"
-        raise BlockingIOError(f"{path}: {busy}") from None
+        raise BlockingIOError(f"{path}: another writer of this rank is at work") from None
     return file

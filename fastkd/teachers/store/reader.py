@@ -33,8 +33,7 @@ class Reader(Dataset[Any]):
 
     Args:
         path: a cache's folder.
-        vocab_size, tokenizer, model, data: what the cache must have been made for; None: anything.
-            tokenizer may be an object with get_vocab().
+        vocab_size, tokenizer, model, data: what the cache must be made for, as `Writer` takes it.
 
     Raises:
         FileNotFoundError: no cache there.
@@ -101,10 +100,7 @@ class Reader(Dataset[Any]):
         return self.__getitems__([number])[0]
 
     def __getitems__(self, numbers: Sequence[int]) -> list[Any]:
-        """The samples of these numbers, decoded together: what a DataLoader asks for.
-
-        IndexError: one is not there. CacheError: a shard is damaged; `verify` shows all damage.
-        """
+        """The samples of these numbers, decoded together; IndexError: one is not there."""
         if not len(numbers):
             return []
         pa, asked = fmt.needed("pyarrow"), torch.as_tensor(list(numbers))
@@ -208,8 +204,8 @@ class Reader(Dataset[Any]):
         made: dict[str, Any] = {"path": str(self.path), "version": fmt.VERSION}
         made |= {"teacher": asdict(self.spec), "error": ERRORS[self.spec.encoding]}
         made |= {"samples": len(self), "tokens": tokens, "shards": len(self.shards), "bytes": size}
-        made |= {"bytes_per_token": size / tokens if tokens else None}
-        return {**made, "complete": self.complete, "merged": self.merged}
+        made |= {"complete": self.complete, "merged": self.merged}
+        return {**made, "bytes_per_token": size / tokens if tokens else None}
 
     def to_parquet(self, folder: str | os.PathLike[str]) -> None:
         """Write each shard as a Parquet file of the same columns into an existing folder."""

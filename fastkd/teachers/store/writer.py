@@ -38,9 +38,8 @@ class Writer:
         shard_bytes: a shard is put away when it has this many bytes.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind or value.
         CacheError: the folder's cache is damaged, or another one than this.
-        BlockingIOError: another writer of this rank lives (as far as POSIX locks tell).
+        BlockingIOError: another writer of this rank lives (as far as the system's locks tell).
     """
 
     def __init__(
@@ -92,9 +91,8 @@ class Writer:
 
     def add(self, output: Any, *, sample: int | None = None) -> None:
         """Add one sample: a `TopK` [L, K] or [K], or logits [L, V] or [V]; see `add_batch`."""
-        if not isinstance(output, (Tensor, fastkd.TopK)):
-            raise TypeError(f"output: got {type(output).__name__}, expected TopK or a tensor")
-        self.add_batch(output[None], samples=None if sample is None else [sample])
+        one = output[None] if isinstance(output, (Tensor, fastkd.TopK)) else output
+        self.add_batch(one, samples=None if sample is None else [sample])
 
     def add_batch(
         self, outputs: Any, *, lengths: Any = None, samples: list[int] | None = None
@@ -120,7 +118,7 @@ class Writer:
         if spec.sequences is None:
             measured = getattr(outputs, "tail_logprob", None) is not None
             spec = replace(spec, sequences=many, measured=measured)
-        if outputs.dim() != 2 + spec.sequences or not (many or lengths is None):
+        if outputs.dim() != 2 + bool(spec.sequences) or not (many or lengths is None):
             wanted = "[B, L, ...]" if spec.sequences else "[B, ...], without lengths"
             raise ValueError(f"outputs: got {list(outputs.shape)}, expected {wanted} as before")
         longest = outputs.size(1) if many else 1
