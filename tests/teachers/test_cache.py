@@ -196,17 +196,7 @@ def test_arrow_and_parquet_have_plain_numbers(tmp_path: Path) -> None:
     assert all(same(a, b) for a, b in zip(reader.decode(back), reader, strict=True))
 
 
-def test_the_loss_of_what_was_read_is_that_of_what_was_written(
-    stored: tuple[list[fastkd.TopK], store.Reader],
-) -> None:
-    outputs, reader = stored
-    student = rows(5, seed=9)
-    for loss in (fastkd.kl_div, fastkd.js_div, fastkd.tv_distance):
-        got, wanted = loss(student, reader[2]), loss(student, outputs[2])
-        assert abs(float(got - wanted)) <= 2e-3 * (1 + float(wanted))
-
-
-@pytest.mark.parametrize("context", [None, "fork", "spawn"])
+@pytest.mark.parametrize("context", [None, "spawn"])
 def test_a_dataloader_reads_it(
     stored: tuple[list[fastkd.TopK], store.Reader], context: str | None
 ) -> None:

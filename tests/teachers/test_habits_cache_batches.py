@@ -83,14 +83,6 @@ def test_the_same_labels_in_every_form(tmp_path: Path, form: str) -> None:
         captured([given], tmp_path / "d", labels="unshifted")
 
 
-def test_labels_that_are_shifted_already_pass(tmp_path: Path) -> None:
-    ids, labels = prompts()
-    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    alike = torch.full_like(ids, 3)  # one token again and again: shifted or not is the same
-    reader = captured([(ids, shifted), (alike, alike)], tmp_path)
-    assert [x.size(0) for x in reader] == [11] * 8 + [12] * 8
-
-
 # ---- dicts
 
 
