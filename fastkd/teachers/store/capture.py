@@ -44,7 +44,7 @@ def capture(
     samples: range | None = None,
     **options: Any,
 ) -> int:
-    """Run a teacher over its data and write what it says to a cache; goes on where one ended.
+    """Run a teacher over its data into a cache, or go on; returns this rank's number of samples.
 
     Sample i of the cache is sample i of the loader and must be sample i of its dataset, by which
     `Paired` reads it: a loader that shuffles is refused, and so is one whose first samples are
@@ -70,9 +70,6 @@ def capture(
         rank, world_size: this rank among how many that share the loader's samples.
         samples: the numbers this rank has, in place of an equal share.
         path, options: of `Writer`: vocab_size, k (None stores all logits), method, encoding, ...
-
-    Returns:
-        Number of samples of this rank.
 
     Raises:
         TypeError, ValueError: a loader, samples or a teacher that are not as above.

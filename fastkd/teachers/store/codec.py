@@ -26,7 +26,6 @@ GONE = MOST_DRAWS = 255  # the byte of a probability of 0
 FLOOR, REACH = 0.5, 128.0  # nats: where the steps of "uint8" begin to grow, and where they end
 RATE = math.log1p(REACH / FLOOR) / (GONE - 1)
 STEP = math.tanh(RATE / 2)  # between two marks of a geometric table: relative to the nearest
-HALF = torch.finfo(torch.float16)
 LOGITS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ENCODINGS = ("uint8", "plain", "counts")
 ERRORS = {  # |stored - given| is at most
@@ -125,5 +124,5 @@ def encode_tail(tail_logprob: Tensor, encoding: str) -> Tensor:
     """log(1 - sum p) [R] as float16; below its range it is its lowest, and -inf stays."""
     if encoding == "plain":
         return tail_logprob.float()
-    kept = torch.where(tail_logprob.isinf(), tail_logprob, tail_logprob.clamp_min(HALF.min))
+    kept = torch.where(tail_logprob.isinf(), tail_logprob, tail_logprob.clamp_min(-65504.0))
     return kept.half()

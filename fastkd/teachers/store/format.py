@@ -33,8 +33,8 @@ try:
 except ImportError:  # no such locks there: a writer in another process is not noticed
     fcntl = None  # type: ignore[assignment]
 
-VERSION = 3
-STATE, INFO, SHARDS = "state.json", "dataset_info.json", "teacher-*.arrow"
+VERSION, STATE, INFO, SHARDS = 3, "state.json", "dataset_info.json", "teacher-*.arrow"
+held: set[Path] = set()  # by this process, which the system would give the same lock twice
 TAILS = ("bucket", "renormalize", "restrict", "drop")
 
 
@@ -110,11 +110,10 @@ class CacheSpec:
         few = self.method == "sample" and k is not None and k <= MOST_DRAWS
         if encoding is None:
             encoding = "float32" if k is None else "counts" if few else "uint8"
-        known = ENCODINGS if few else ENCODINGS[:2]  # "counts" is of few draws alone
         for name, got, names in (
             ("method", self.method, ("top", "sample") if k else ("top", "logits")),
             ("tail", self.tail, TAILS if k else (*TAILS, None)),
-            ("encoding", encoding, known if k else tuple(LOGITS)),
+            ("encoding", encoding, ENCODINGS[: 2 + few] if k else tuple(LOGITS)),
         ):
             if not isinstance(got, (str, type(None))) or got not in names:
                 of = f"method={shown(self.method)}, k={k}"
@@ -248,8 +247,7 @@ def merged(folder: Path) -> list[str]:
 def merge(path: str | os.PathLike[str]) -> bool:
     """Name all shards in `state.json`, for `datasets.load_from_disk`; `Writer.close` does so too.
 
-    Of ranks that do so at once, the one that ends last has seen the shards of all. Returns whether
-    there was anything to do.
+    Of ranks that do so at once, the last one has seen the shards of all. Returns: did it change?
     """
     folder, changed = Path(path), False
     while names := [shard.file.name for shard in listed(folder)]:
@@ -293,12 +291,16 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def locked(path: Path) -> int:
-    """A file that one writer at a time holds open; the system closes it when the process dies."""
+    """A file that one writer at a time has open; the system closes it when the process dies."""
+    busy = BlockingIOError(f"{path}: another writer of this rank is at work")
+    if path in held:
+        raise busy
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(file)
-        raise BlockingIOError(f"{path}: another writer of this rank is at work") from None
+        raise busy from None
+    held.add(path)
     return file

@@ -69,7 +69,8 @@ class Writer:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._process, self._pieces = os.getpid(), list[dict[str, Tensor]]()
         self._counts, self._size, self._first = list[int](), 0, 0
-        self._lock: int | None = fmt.locked(self._folder / f".lock-{rank:05d}")
+        self._locked = self._folder.resolve() / f".lock-{rank:05d}"
+        self._lock: int | None = fmt.locked(self._locked)
         try:
             for file in self._folder.glob(f".teacher-{rank:05d}-*.tmp"):
                 file.unlink()
@@ -187,6 +188,7 @@ class Writer:
     def _release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
+            fmt.held.discard(self._locked)
         self._lock = None
 
     def _alive(self) -> None:
