@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("path", type=Path, help="the cache's folder")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_cache_info)
-    command = actions.add_parser("merge", help="one index of all ranks' indexes")
-    command.add_argument("path", type=Path, help="the cache's folder; nobody is writing to it")
+    command = actions.add_parser("merge", help="name all shards in state.json")
+    command.add_argument("path", type=Path, help="the cache's folder")
     command.set_defaults(run=_cache_merge)
     command = actions.add_parser("verify", help="read every byte and compare the hashes")
     command.add_argument("path", type=Path, help="the cache's folder")
@@ -120,7 +120,7 @@ def _cache_info(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
         print(error, file=sys.stderr)
         return 1
     if not arguments.json:
-        facts = {**facts.pop("teacher"), **facts, **facts.pop("bound")}
+        facts = {**facts.pop("teacher"), **facts}
     _print(facts, arguments.json)
     return 0
 
@@ -134,9 +134,8 @@ def _cache_merge(_: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    of = reader.spec.total
-    samples = f"{len(reader)} samples" + ("" if of is None else f" of {of}")
-    facts = f"{samples} in {len(reader.table)} shards of {len(reader.contents.sources)} ranks"
+    of = "" if reader.spec.total is None else f" of {reader.spec.total}"
+    facts = f"{len(reader)} samples{of} in {len(reader.shards)} shards"
     print(f"{arguments.path}: {facts}, {'merged' if changed else 'merged before'}")
     return 0
 

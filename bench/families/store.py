@@ -129,7 +129,7 @@ class Store(Family):
         for name, size in SIZES.items():
             told = f"{HELP[name]} (default: {size})"
             parser.add_argument(f"--{name}", type=whole, help=told)
-        parser.add_argument("--encoding", default="uint8", choices=("uint8", "float16"))
+        parser.add_argument("--encoding", default="uint8", choices=("uint8", "plain"))
         told = "of the DataLoader (default: 0)"
         parser.add_argument("--workers", type=int, default=0, help=told)
         told = "where the store is made (default: a temporary folder)"

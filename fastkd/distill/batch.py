@@ -351,7 +351,8 @@ def as_batch(item: Any) -> Batch:
     labelled = len(parts) in (1, 2) and isinstance(parts[-1], Tensor)
     has_teacher = len(parts) == 1 and teacher is not None
     if not (labelled or has_teacher) or not isinstance(parts[0], (Tensor, Mapping)):
-        got = ", ".join(type(part).__name__ for part in item if isinstance(item, (tuple, list)))
+        many = item if isinstance(item, (tuple, list)) else ()
+        got = ", ".join(type(part).__name__ for part in many)
         raise TypeError(
             f"loader: got a batch ({got or type(item).__name__}), expected (inputs, labels), "
             "inputs, (inputs, labels, teacher), (inputs, TopK), a dict with inputs among its keys, "

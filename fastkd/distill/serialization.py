@@ -20,7 +20,7 @@ WRAPPER = "module."  # DataParallel's and DistributedDataParallel's, in front of
 # what pip calls the module of another name
 PACKAGES = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
 # what the module imports once it is called
-LATE = {"safetensors.torch": ("numpy",)}
+LATE = {"safetensors.torch": ("numpy",), "pyarrow": ("numpy",)}
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], metadata: Any = None) -> None:

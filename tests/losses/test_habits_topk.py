@@ -254,7 +254,7 @@ def test_a_cache_takes_what_the_losses_take(tmp_path: Path, tail: str) -> None:
     """The bound of the mass and the sense of -inf are the losses' own."""
     half = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).log().bfloat16()
     stored = fastkd.TopK(half, torch.tensor([[3, 1, 0, 0]]), tail=tail)
-    with store.Writer(tmp_path, vocab_size=9, k=4, tail=tail, encoding="float16") as writer:
+    with store.Writer(tmp_path, vocab_size=9, k=4, tail=tail, encoding="plain") as writer:
         writer.add(stored)
         wrong = fastkd.TopK(torch.tensor([[-0.1, -0.1, -3.0, -4.0]]), stored.indices + 1, tail=tail)
         wrong.indices[0] = torch.arange(4)

@@ -152,12 +152,13 @@ EXTRAS = [
     "accelerate",
     "lightning",
 ]
-EXTRAS += ["pytorch_lightning", "tokenizers", "optuna", "onnx", "onnxscript", "tqdm"]
+EXTRAS += ["pytorch_lightning", "tokenizers", "optuna", "onnx", "onnxscript", "tqdm", "pyarrow"]
 # without all of these: the extra and the package that are named; None where it runs
 NEEDED: dict[str, tuple[str, str] | None] = {
     **dict.fromkeys(("import", "loss", "train", "train again", "evaluate"), None),
     "checkpoint": ("train", "numpy"),
-    **dict.fromkeys(("save", "load", "capture", "export"), ("train", "safetensors")),
+    **dict.fromkeys(("save", "load", "export"), ("train", "safetensors")),
+    "capture": ("store", "pyarrow"),
     **dict.fromkeys(("report", "pseudo_labels", "recipes"), ("train", "scikit-learn")),
     "plot": ("train", "matplotlib"),
     "automatic": ("tune", "optuna"),
@@ -270,7 +271,7 @@ COMMANDS = [
 
 def test_output_that_nobody_reads_ends_in_silence(tmp_path: Path) -> None:
     """As with `python -m fastkd recipes | head`, once head has gone."""
-    pytest.importorskip("safetensors")
+    pytest.importorskip("pyarrow")
     file, folder = tmp_path / "loss.py", tmp_path / "cache"
     file.write_text("import torch.nn.functional as F\nF.kl_div(F.log_softmax(a, -1), b)\n")
     pairs = [(torch.randn(4, 3), torch.arange(4) % 3)]

@@ -83,14 +83,6 @@ def test_the_same_labels_in_every_form(tmp_path: Path, form: str) -> None:
         captured([given], tmp_path / "d", labels="unshifted")
 
 
-def test_labels_that_are_shifted_already_pass(tmp_path: Path) -> None:
-    ids, labels = prompts()
-    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    alike = torch.full_like(ids, 3)  # one token again and again: shifted or not is the same
-    reader = captured([(ids, shifted), (alike, alike)], tmp_path)
-    assert [x.size(0) for x in reader] == [11] * 8 + [12] * 8
-
-
 # ---- dicts
 
 
@@ -150,7 +142,7 @@ def test_what_is_no_batch(tmp_path: Path, given: Any) -> None:
 # ---- another teacher
 
 
-@pytest.mark.parametrize("options", [{}, {"k": 4}, {"k": None}, {"k": 16, "encoding": "float16"}])
+@pytest.mark.parametrize("options", [{}, {"k": 4}, {"k": None}, {"k": 16, "encoding": "plain"}])
 @pytest.mark.parametrize("form", ["again", "on", "shared"])
 def test_another_teacher_is_refused(tmp_path: Path, form: str, options: dict[str, Any]) -> None:
     ids, _ = prompts()
@@ -193,6 +185,5 @@ def test_ids_beyond_the_vocabulary(tmp_path: Path, wrong: int, named: bool) -> N
     ids, _ = prompts()
     ids[3, 3] = wrong
     given = {"input_ids": ids} if named else ids
-    name = "input_ids" if named else "inputs"
-    with pytest.raises(ValueError, match=rf"{name}: got ids from .*, expected 0 to 19"):
+    with pytest.raises(IndexError, match=r"inputs: got ids from .*, expected 0 to 19"):
         captured([given], tmp_path)

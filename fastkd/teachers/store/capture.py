@@ -2,244 +2,231 @@
 
 from __future__ import annotations
 
+import math
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
 
 import fastkd
-from fastkd.distill.batch import to
+from fastkd.distill.batch import Batch, Outputs, device_of, forward, in_eval, to
 from fastkd.distill.logging import progress_bar
 from fastkd.distill.sample_order import check_order, watched
+from fastkd.teachers.inputs import check_labels, part, teacher_inputs, trimmed
 
-from .assignment import only, share, size_of
-from .format import INDEXES
-from .rank_watch import RankWatch
+from .codec import logprob_bound
+from .format import listed
 from .reader import Reader
-from .same_teacher import SAMPLES, check_same
-from .teacher_inputs import LABELS, TeacherInputs, answer, check_labels, teacher_inputs, trimmed
 from .writer import Writer
 
+SAMPLES, ROWS = 4, 16  # of a cache that is there already: asked for again, at most
+SLACK, SLACK_16 = 0.02, 0.15  # nats: what another batch size or 16 bits may move a mean by
 
+
+@torch.no_grad()
 def capture(
     teacher: Callable[[Any], Any],
     loader: Iterable[Any],
     path: str | os.PathLike[str],
     *,
-    vocab_size: int,
-    k: int | None = None,
-    method: str = "top",
-    temperature: float = 1.0,
-    tail: str = "bucket",
+    labels: str | None = None,
+    order: str | None = "dataset",
     generator: torch.Generator | None = None,
     progress: bool = True,
-    rank: int | None = None,
+    rank: int = 0,
     world_size: int | None = None,
     samples: range | None = None,
-    group: Any = None,
-    order: str | None = "dataset",
-    labels: str | None = None,
     **options: Any,
 ) -> int:
-    """Run a teacher over its data and write what it says to a cache; goes on where one ended.
+    """Run a teacher over its data into a cache, or go on; returns this rank's number of samples.
 
-    Sample i of the cache is sample i of the loader (of rank r among n: number r + n * i), and that
-    must be sample i of its dataset, by which `Paired` reads it: a loader that shuffles, by whatever
-    sampler or wrapper, is refused, and so is one whose first samples are others when they are read
-    a second time (random transforms).
+    Sample i of the cache is sample i of the loader and must be sample i of its dataset, by which
+    `Paired` reads it: a loader that shuffles is refused, and so is one whose first samples are
+    others when they are read a second time. Row i of a sample is stored where its label counts;
+    other rows are not stored where they end a sample, and elsewhere as rows of padding. Without
+    labels an attention_mask says which rows count; padding in front of a sample is left out.
 
-    Row i of a sample is stored where label i is not -100: labels are those that the losses here
-    read in row i, the next token's for a language model. With labels="input_ids" they are
-    transformers' own, shifted by nobody yet, and row i is stored where label i + 1 is not -100.
-    Other rows are not stored where they end a sample, and elsewhere as rows of padding; without
-    labels an attention_mask says which rows count, and padding in front of a sample is left out.
-
-    A cache that is there already is added to by the teacher that it is of: the first samples
-    stored are asked for again, and outputs that encoding and rounding do not explain are refused.
-
-    Many ranks capture one dataset with `world_size`, `samples` or `group`: each is given the loader
-    of all of it, runs the teacher over its share alone, writes files of its own, and, where a job
-    died, the next goes on with what is missing, on any number of ranks (see `share`). `merge` then
-    makes one index of theirs; with `group` that is done here, before and after.
+    Where a cache is there already, its first samples are asked for again, and must be the same.
+    Many ranks share a dataset with `world_size`: each captures what is missing of its part.
 
     Args:
         teacher: inputs -> logits [B, L, V] or [B, V], a `LinearLogits`, or an object with logits; a
-            module runs in eval mode, on its own device, and without gradient.
-        loader: gives (inputs, labels [B, L] or [B]), or inputs alone, in its dataset's order;
-            inputs may be a dict of the teacher's arguments, and one dict may hold these and
-            labels, as transformers' collators give it. Its first samples are read twice, but of
-            an iterator, which lasts one pass.
-        order: "dataset": as above. "loader": another order that stays (a sampler of fixed indices,
-            batches by length): read the cache by the loader's own count. None: nothing is checked.
-        labels: "shifted" or "input_ids", see above; None: "shifted", and labels that equal the
-            inputs are refused.
-        path, vocab_size, k, method, temperature, tail: see `Writer`; k=None stores all logits.
+            module runs in eval mode, on its own device.
+        loader: gives inputs, (inputs, labels [B, L] or [B]), or one dict of the teacher's arguments
+            and labels. Its first samples are read twice, but of an iterator.
+        labels: "shifted": row i counts where label i is not -100, as the losses here read it.
+            "input_ids": where label i + 1 is not, transformers' own. None: "shifted", and labels
+            that equal the inputs are refused.
+        order: "dataset": as above. "loader": another that stays, by whose count the cache is read.
+            None: nothing is checked.
         generator: for the draws of method="sample". A resumed capture makes new draws.
-        progress: show a tqdm bar with tokens per second and bytes per token.
+        progress: show a tqdm bar.
         rank, world_size: this rank among how many that share the loader's samples.
         samples: the numbers this rank has, in place of an equal share.
-        group: a process group, all ranks of which are here: its rank and size. Where one of them
-            fails or dies, the others stop, with what they captured stored.
-        options: of `Writer`: model, tokenizer, data, encoding, ranks (each rank has a loader of its
-            own samples), shard_bytes.
-
-    Returns:
-        Number of samples in this rank's part of the cache.
+        path, options: of `Writer`: vocab_size, k (None stores all logits), method, encoding, ...
 
     Raises:
-        TypeError, ValueError: a shuffled loader, samples that change from one reading to the next,
-            another order than the dataset's, outputs of other sizes than the batch, or an
-            argument of `Writer` or `fastkd.topk_from_logits` out of range.
+        TypeError, ValueError: a loader, samples or a teacher that are not as above.
         CacheError, OSError: see `Writer`.
-        RuntimeError: another rank of `group` failed or died; names it, and its error.
     """
-    if labels not in LABELS:
+    if labels not in ("shifted", "input_ids", None):
         raise ValueError(f"labels: got {labels!r:.60}, expected 'shifted', 'input_ids' or None")
-    check_order(loader, order, rank=rank or 0, ranks=options.get("ranks", 1))
-    chosen: dict[str, Any] = {"method": method, "temperature": temperature, "tail": tail}
+    check_order(loader, order)
     numbers: Iterable[list[int] | None] = repeat(None)
-    job: RankWatch | None = None
-    if group is not None:
-        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-        job = RankWatch(group, path)
-    with job or nullcontext():
-        if shared := world_size is not None or samples is not None:
-            total = size_of(loader)
-            mine = {"rank": rank or 0, "world_size": world_size or (rank or 0) + 1}
-            left = share(path, total, samples=samples, **mine)
-            data, (loader, numbers) = loader, only(loader, left)  # type: ignore[arg-type]
-            options["total"] = total
-        with (
-            Writer(path, vocab_size=vocab_size, k=k, rank=rank or 0, **chosen, **options) as writer,
-            progress_bar(progress, desc="capture", unit="sample") as bar,
-            _modes(teacher) as device,
-        ):
-            if job:
-                job.begin()
-            teach = _Teach(teacher, device, vocab_size, k, labels, chosen)
-            start, seen, tokens, begun = 0 if shared else writer.done, 0, 0, time.monotonic()
-            if shared and order is not None:
-                teach.probe_dataset(path, data)
-            for batch, named in zip(watched(loader, order), numbers, strict=False):
-                if job:
-                    job.look()
-                whole = teacher_inputs(batch)
-                check_labels(whole, labels)
-                size = len(whole)
-                known, seen = min(max(start - seen, 0), size), seen + size
-                if known and seen == size and order is not None:
-                    numbered = [(rank or 0) + options.get("ranks", 1) * i for i in range(known)]
-                    teach.probe(path, whole.part(0, known), numbered)
-                if known < size:
-                    output, lengths = teach(whole.part(known), generator)
-                    writer.add_batch(output, lengths=lengths, samples=named)
-                    rows = output.shape[:-1].numel() if lengths is None else int(lengths.sum())
-                    tokens += rows
-                    rate = tokens / max(time.monotonic() - begun, 1e-9)
-                    text = f"{rate:.0f} tokens/s, {writer.bytes_per_token:.0f} bytes/token"
-                    bar.set_postfix_str(text, refresh=False)
-                bar.update(size)
-            if seen < start:
-                got = f"got {seen} samples, expected the {start} stored, and more"
-                raise ValueError(f"loader: {got}")
+    shared, data = world_size is not None or samples is not None, loader
+    if shared:
+        ranks = {"rank": rank, "world_size": world_size or rank + 1, "samples": samples}
+        loader, numbers, options["total"] = _only(path, loader, **ranks)
+    with (
+        Writer(path, rank=rank, **options) as writer,
+        progress_bar(progress, desc="capture", unit="sample") as bar,
+        in_eval(teacher) if isinstance(teacher, nn.Module) else nullcontext(),
+    ):
+        ask = _Ask(teacher, writer, labels, generator)
+        start, seen = 0 if shared else writer.done, 0
+        if shared and order is not None and (there := listed(Path(path))):
+            known = range(there[0].first, there[0].last + 1)[:SAMPLES]
+            ask.again(path, data.collate_fn([data.dataset[i] for i in known]), known)  # type: ignore[attr-defined]
+        for item, named in zip(watched(loader, order), numbers, strict=False):
+            batch = teacher_inputs(item)
+            check_labels(batch, labels)
+            old = min(max(start - seen, 0), batch.samples)
+            if old and not seen and order is not None:
+                ask.again(path, item, range(old))
+            if old < batch.samples:
+                output, lengths = ask(part(batch, old))
+                named = named or [*range(seen + old, seen + batch.samples)]
+                writer.add_batch(output, lengths=lengths, samples=named)
+            seen += batch.samples
+            bar.update(batch.samples)
+        if seen < start:
+            raise ValueError(f"loader: got {seen} samples, expected the {start} stored, and more")
     return writer.done
 
 
-class _Teach:
+class _Ask:
     """A teacher's outputs as they are stored."""
 
-    def __init__(
-        self,
-        teacher: Any,
-        device: torch.device | None,
-        vocab_size: int,
-        k: int | None,
-        labels: str | None,
-        chosen: dict[str, Any],
-    ) -> None:
-        self._teacher, self._device, self._vocab, self._k = teacher, device, vocab_size, k
-        self._labels, self._chosen = labels, chosen
+    def __init__(self, teacher: Any, writer: Writer, labels: str | None, generator: Any) -> None:
+        self._teacher, self._spec, self._labels = teacher, writer.spec, labels
+        self._draws = {"method": writer.spec.method, "generator": generator}
+        self._device = device_of(teacher) if isinstance(teacher, nn.Module) else None
 
-    def __call__(
-        self, given: TeacherInputs, generator: torch.Generator | None = None, **other: Any
-    ) -> tuple[Any, Tensor | None]:
+    def __call__(self, batch: Batch, **other: Any) -> tuple[Any, Tensor | None]:
         """Outputs of a batch, and how many rows each sample has."""
-        inputs = given.inputs if self._device is None else to(given.inputs, self._device)
-        logits = answer(self._teacher, inputs)
-        _of_batch(logits, given, self._k)
+        spec, own = self._spec, batch.labels
+        inputs = batch.inputs if self._device is None else to(batch.inputs, self._device)
+        logits = Outputs(forward(self._teacher, inputs), role="teacher").logits
+        kinds: Any = (Tensor, fastkd.LinearLogits) if spec.k else Tensor
+        if not isinstance(logits, kinds):
+            expected = "a tensor of logits" + (" or LinearLogits" if spec.k else ", as k is None")
+            raise TypeError(f"teacher: got {type(logits).__name__}, expected {expected}")
+        lead = list(logits.shape[:-1])
+        good = len(lead) in (1, 2) and lead[0] == batch.samples
+        if not (good if own is None else lead == list(own.shape)):
+            wanted = f"[{batch.samples}, ..., V]" if own is None else f"{[*own.shape]} and V"
+            raise ValueError(f"teacher: got logits {list(logits.shape)}, expected {wanted}")
         self.dtype = logits.dtype
-        output: Any
-        if self._k is None:
-            output = logits[..., : self._vocab]
-        else:
-            made: dict[str, Any] = {**self._chosen, **other}
-            output = fastkd.topk_from_logits(
-                logits, self._k, vocab_size=self._vocab, generator=generator, **made
-            )
-        return trimmed(output, given, self._labels)
+        if spec.k is None:
+            return trimmed(logits[..., : spec.vocab_size], batch, self._labels)
+        made: dict[str, Any] = {"temperature": spec.temperature, "tail": spec.tail, **self._draws}
+        made |= {"vocab_size": spec.vocab_size, **other}
+        return trimmed(fastkd.topk_from_logits(logits, spec.k, **made), batch, self._labels)
 
-    def probe(self, path: Any, given: TeacherInputs, numbers: Sequence[int]) -> None:
+    def again(self, path: Any, item: Any, numbers: Sequence[int]) -> None:
         """Ask for some samples that are stored, and compare."""
-        reader = Reader(path)
-        numbers, given = numbers[:SAMPLES], given.part(0, min(len(numbers), SAMPLES))
-        if not bool((reader.check().find(torch.tensor(numbers)) >= 0).all()):
-            return  # a writer gave them numbers of its own
-        there = self._k is None or self._k <= self._vocab
-        if there:
-            output, lengths = self(given, method="top")
-            stored = reader.__getitems__(numbers)
-            said = [output[i] for i in range(len(numbers))]
-            if lengths is not None and [x.size(0) for x in stored] != lengths.tolist():
-                raise ValueError(
-                    f"loader: got samples of {lengths.tolist()} rows, expected the "
-                    f"{[x.size(0) for x in stored]} stored in {str(path)[:150]}: other data or "
-                    "labels"
-                )
-            check_same(path, reader.spec, stored, said, self.dtype)
-
-    def probe_dataset(self, path: Any, loader: Any) -> None:
-        """The same of a shared cache's first samples, from the dataset itself."""
-        if next(Path(path).glob(INDEXES), None) is None:
-            return
-        reader = Reader(path)
-        if len(reader):
-            shard = int(reader.table.first.argmin())
-            numbers = reader.of_shard(shard)[:SAMPLES].tolist()
-            batch = loader.collate_fn([loader.dataset[number] for number in numbers])
-            self.probe(path, teacher_inputs(batch), numbers)
+        numbers, spec = numbers[:SAMPLES], self._spec
+        if spec.k is not None and spec.k > spec.vocab_size:
+            return  # more draws than there are columns to compare them with
+        output, lengths = self(part(teacher_inputs(item), 0, len(numbers)), method="top")
+        stored = Reader(path).__getitems__(numbers)
+        if lengths is not None and (got := [x.size(0) for x in stored]) != lengths.tolist():
+            raise ValueError(
+                f"loader: got samples of {lengths.tolist()} rows, expected the {got} stored in "
+                f"{str(path)[:150]}: other data or labels"
+            )
+        check_same(path, spec, stored, [output[i] for i in range(len(stored))], self.dtype)
 
 
-@contextmanager
-def _modes(teacher: Any) -> Iterator[torch.device | None]:
-    """A module's device, with it in eval mode; no gradient."""
-    modules = list(teacher.modules()) if isinstance(teacher, nn.Module) else []
-    modes = [(module, module.training) for module in modules]
-    device = None
-    if isinstance(teacher, nn.Module):
-        device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
-        teacher.eval()
-    try:
-        with torch.no_grad():
-            yield device
-    finally:
-        for module, training in modes:
-            module.training = training
+def share(
+    path: Any, total: int, *, rank: int, world_size: int, samples: range | None = None
+) -> list[range]:
+    """What is left to a rank, in ranges: of its n-th of all samples, or of `samples`, those that
+    nobody has written to the folder `path` yet."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: got {rank} of {world_size} ranks, expected 0 to {world_size - 1}")
+    mine = samples or range(rank * total // world_size, (rank + 1) * total // world_size)
+    if mine.step != 1 or mine.start < 0 or mine.stop > total:
+        raise ValueError(f"samples: got {samples}, expected a range of step 1 in {range(total)}")
+    left, at = [], mine.start
+    for shard in listed(Path(path)):
+        left.append(range(at, min(shard.first, mine.stop)))
+        at = max(at, shard.last + 1)
+    return [gap for gap in (*left, range(at, mine.stop)) if gap]
 
 
-def _of_batch(logits: Any, given: TeacherInputs, k: int | None) -> None:
-    """Does each sample have its logits?"""
-    if not isinstance(logits, (Tensor, fastkd.LinearLogits) if k else Tensor):
-        expected = "a tensor of logits" + (" or LinearLogits" if k else ", as k is None")
-        raise TypeError(f"teacher: got {type(logits).__name__}, expected {expected}")
-    lead, labels, size = list(logits.shape[:-1]), given.labels, len(given)
-    of_inputs = labels is None and len(lead) in (1, 2) and lead[0] == size
-    if not of_inputs and (labels is None or lead != list(labels.shape)):
-        wanted = f"[{size}, ..., V]" if labels is None else f"{[*labels.shape]} and V"
-        raise ValueError(f"teacher: got logits {list(logits.shape)}, expected {wanted}")
+def _only(path: Any, loader: Any, **ranks: Any) -> tuple[Any, list[list[int]], int]:
+    """The same loader for a rank's samples alone, their numbers by batches, and those of all."""
+    whole = isinstance(loader, DataLoader) and isinstance(loader.sampler, SequentialSampler)
+    if not whole or loader.batch_size is None:
+        expected = "a DataLoader of a map-style dataset in its own order, with batch_size"
+        raise ValueError(f"loader: got one that ranks cannot share, expected {expected}")
+    total, size = len(loader.dataset), loader.batch_size
+    left = share(path, total, **ranks)
+    numbers = [list(of[i : i + size]) for of in left for i in range(0, len(of), size)]
+    names = ("collate_fn", "num_workers", "prefetch_factor", "multiprocessing_context", "timeout")
+    kept = {name: getattr(loader, name) for name in (*names, "pin_memory", "worker_init_fn")}
+    return DataLoader(loader.dataset, batch_sampler=numbers, **kept), numbers, total
+
+
+def check_same(path: Any, spec: Any, stored: list[Any], said: Any, dtype: Any) -> None:
+    """ValueError where samples of the cache (of draws: their k best columns) and what the teacher
+    says of them now, in `dtype`, are apart by more than encoding and rounding explain."""
+    slack = SLACK if dtype in (torch.float32, torch.float64) else SLACK_16
+    for old, new in zip(stored, said, strict=True):
+        apart = (_logits if isinstance(old, Tensor) else _topk)(spec, old, new)
+        if apart > slack:
+            raise ValueError(
+                f"teacher: got outputs {apart:.3g} nats off what is stored of the same samples in "
+                f"{str(path)[:150]}, expected the same teacher and the same data in the same order "
+                "to go on with; write another's outputs to a folder of their own (model= and "
+                "data= name whose they are)"
+            )
+
+
+def _logits(_: Any, old: Tensor, new: Tensor) -> float:
+    """Mean distance beyond the rounding of 16 bits."""
+    one, two = old.float(), new[: len(old)].float().cpu()
+    rows = (one != 0) & one.isfinite() & two.isfinite()
+    one, two = one[rows], two[rows]
+    return float((one - two).abs().mean() - 2.0**-8 * one.abs().mean()) if len(one) else 0.0
+
+
+def _topk(spec: Any, old: Any, new: Any) -> float:
+    """Mean distance of the log-probabilities of columns that both have; 1 where few are."""
+    if old.dim() == 1:
+        old, new = old[None], new[None]
+    some = (old.indices >= 0).any(-1).nonzero().flatten()[:ROWS]
+    if not len(some):
+        return 0.0
+    new = new.to("cpu")
+    columns, given = old.indices[some].long(), old.logprobs[some].double()
+    there, now = new.indices[some].long(), new.logprobs[some].double()
+    both = (columns[:, :, None] == there[:, None, :]) & (columns >= 0)[:, :, None]
+    if spec.method == "sample":  # are as many draws among the best columns as these have mass?
+        share = float(torch.where(both.any(-1), given.exp(), 0.0).sum(-1).mean())
+        mass = float(now.exp().sum(-1).mean())
+        noise = math.sqrt(max(mass * (1 - mass), 0.0) / (spec.k * len(some)))
+        return max(abs(share - mass) - 6 * noise, 0.0)
+    if float(both.sum()) < 0.5 * float((columns >= 0).sum()):
+        return 1.0
+    apart = (given[:, :, None] - now[:, None, :]).abs()
+    apart = (apart - logprob_bound(spec.encoding, spec.k, given)[:, :, None])[both]
+    apart = apart[apart.isfinite()]
+    return float(apart.mean()) if len(apart) else 1.0

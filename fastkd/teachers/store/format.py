@@ -1,45 +1,55 @@
-"""A cache's folder: its files, their names, and how each appears whole or not at all.
+"""A cache's folder: Arrow IPC streams, whose names say what they have and their hash.
 
-    index-RRRRR.json                what rank R has written: the teacher, its shards, their hashes
-    teacher-RRRRR/NNNNNN.safetensors  shard N of rank R; a cache of one rank has no such folders:
-    teacher-RRRRR-NNNNNN.safetensors  shard N of rank R there, and in version 1
-    index.safetensors               all indexes in columns, where they were merged (`merged_index`)
-    .lock-RRRRR                     empty; locked while a writer of rank R lives
-    .job-RRRRR, .failed             of ranks that capture as a group (`rank_watch`)
+    teacher-RRRRR-FIRST-LAST-SHA256.arrow  of rank R: one record batch, a row for each sample
+    state.json, dataset_info.json          all of them, for `datasets.load_from_disk`
+    .lock-RRRRR                            empty; locked while a writer of rank R lives
 
-No rank writes another's files: a cache is the union of its indexes, merged or not.
+Columns: sample int64, its number, from FIRST to LAST; rows int32, how many of the teacher's it has;
+and of these, one after the other, the columns of `CacheSpec.columns`. What they mean is in the
+schema's metadata, "fastkd". No file is ever changed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+import os
+import secrets
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from fastkd.arguments.messages import shown
+from fastkd.distill import serialization
 
-from .atomic_io import write_whole
-from .codec import LOGITS, MOST_DRAWS, bound_facts, index_bits
-from .limits import shard_fault, size_faults, spec_fault
+from .codec import ENCODINGS, ERRORS, LOGITS, MOST_DRAWS
 
-FORMAT, VERSION = "fastkd teacher cache", 2
-READABLE = (1, VERSION)
-INDEXES = "index-*.json"
-METHODS, TAILS = ("top", "sample"), ("bucket", "renormalize", "restrict", "drop")
-Spelled = dict[str, tuple[str, tuple[int, ...]]]  # of tensors: dtype in safetensors' words, shape
+try:
+    import fcntl
+except ImportError:  # no such locks there: a writer in another process is not noticed
+    fcntl = None  # type: ignore[assignment]
+
+VERSION, STATE, INFO, SHARDS = 3, "state.json", "dataset_info.json", "teacher-*.arrow"
+held: set[Path] = set()  # by this process, which the system would give the same lock twice
+TAILS = ("bucket", "renormalize", "restrict", "drop")
 
 
 class CacheError(ValueError):
     """A cache that is damaged, of another version, or made for something else; names the file."""
 
 
+def needed(module: str) -> Any:
+    """A module of the extra `store`, by name."""
+    return serialization.needed(module, "a teacher cache", "store")
+
+
 @dataclass(frozen=True)
 class CacheSpec:
-    """What a cache holds: equal in all of its indexes."""
+    """What a cache holds: equal in all of its shards."""
 
     model: str
     tokenizer: str
@@ -50,221 +60,247 @@ class CacheSpec:
     temperature: float
     tail: str | None
     encoding: str
-    ranks: int | None  # None: any number, each sample of `total` by whoever has it to do
+    total: int | None  # samples of all ranks, where it is known
     sequences: bool | None = None  # a sample has rows [L, ...], not one; None before the first
     measured: bool | None = None  # with tail_logprob
-    total: int | None = None  # samples of all ranks, where they share them
 
     def other(self, spec: CacheSpec) -> str | None:
         """The first difference, as "name: got this, expected that"; what is None is not known."""
         for name in (field.name for field in fields(self)):
             got, wanted = getattr(spec, name), getattr(self, name)
-            unknown = name in ("sequences", "measured") and None in (got, wanted)
-            if got != wanted and not unknown:
+            if got != wanted and not (name in ("sequences", "measured") and None in (got, wanted)):
                 return f"{name}: got {shown(got)}, expected {wanted!r}"
         return None
 
     @property
-    def shapes(self) -> Spelled:
-        """dtype, as safetensors spells it, and shape behind the first dimension of each tensor."""
-        always: dict[str, tuple[str, tuple[int, ...]]] = {
-            "ends": ("I64", ()),
-            "samples": ("I64", ()),
-        }
+    def columns(self) -> dict[str, tuple[str, int]]:
+        """Of each column the kind of its numbers, and how many a row has."""
         if self.k is None:
-            spelled = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[self.encoding]
-            return {**always, "logits": (spelled, (self.vocab_size,))}
-        size = -(-self.k * index_bits(self.vocab_size) // 8)
-        of_gaps = "F16" if self.encoding == "float16" else "U8"
-        return {
-            **always,
-            "indices": ("U8", (size,)),
-            "logprobs": (of_gaps, (self.k,)),
-            **({} if self.encoding == "counts" else {"level": ("F32", ())}),
-            **({"tail_logprob": ("F16", ())} if self.measured else {}),
-        }
+            wide = self.encoding == "bfloat16"  # which Arrow has not
+            size = self.vocab_size
+            return {"logits": ("binary", 2 * size) if wide else (self.encoding, size)}
+        if self.encoding == "plain":
+            made = {"indices": ("int32", self.k), "logprobs": ("float32", self.k)}
+            return {**made, **({"tail_logprob": ("float32", 1)} if self.measured else {})}
+        made = {"indices": ("binary", -(-self.k * self.vocab_size.bit_length() // 8))}
+        made |= {"logprobs": ("binary", self.k)}
+        made |= {"level": ("float32", 1)} if self.encoding == "uint8" else {}
+        return made | ({"tail_logprob": ("float16", 1)} if self.measured else {})
+
+    def schema(self) -> Any:
+        """The columns in Arrow's words."""
+        pa = needed("pyarrow")
+        of = {name: getattr(pa, kind)() for name, (kind, _) in self.columns.items()}
+        made = [(x, kind if kind == pa.binary() else pa.list_(kind)) for x, kind in of.items()]
+        return pa.schema([("sample", pa.int64()), ("rows", pa.int32()), *made])
+
+    def checked(self) -> CacheSpec:
+        """The same with its defaults; an error where a field is wrong or does not fit another."""
+        for name, low in (("vocab_size", 1), ("k", 1), ("total", 0)):
+            number, most = getattr(self, name), 2**31 if name != "total" else 2**40
+            if number is None and name != "vocab_size":
+                continue
+            if type(number) is not int or not low <= number < most:
+                raise ValueError(f"{name}: got {shown(number)}, expected {low} to {most - 1}")
+        k, heat, encoding = self.k, self.temperature, self.encoding
+        if not isinstance(heat, (int, float)) or not 1e-18 <= heat <= 1e18:
+            raise ValueError(f"temperature: got {shown(heat)}, expected a positive finite number")
+        if k is None and heat != 1.0:
+            raise ValueError(f"k: got None with temperature={heat:g}; all logits have none")
+        few = self.method == "sample" and k is not None and k <= MOST_DRAWS
+        if encoding is None:
+            encoding = "float32" if k is None else "counts" if few else "uint8"
+        for name, got, names in (
+            ("method", self.method, ("top", "sample") if k else ("top", "logits")),
+            ("tail", self.tail, TAILS if k else (*TAILS, None)),
+            ("encoding", encoding, ENCODINGS[: 2 + few] if k else tuple(LOGITS)),
+        ):
+            if not isinstance(got, (str, type(None))) or got not in names:
+                of = f"method={shown(self.method)}, k={k}"
+                raise ValueError(f"{name}: got {shown(got)} with {of}, expected one of {names}")
+        only: dict[str, Any] = {"method": "logits", "tail": None} if k is None else {}
+        return replace(self, encoding=encoding, temperature=float(heat), **only)
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One file of a rank. Its samples are first, first + step, ...; step 0: as the file lists."""
+class Shard(NamedTuple):
+    """What a file's name says of it."""
 
-    file: str
-    samples: int
-    tokens: int
-    bytes: int
-    sha256: str
     first: int
     last: int
-    step: int
-
-
-@dataclass
-class Part:
-    """An index: what one rank has written. complete: its writer was closed, and not stopped."""
-
-    spec: CacheSpec
     rank: int
-    shards: list[Shard]
-    complete: bool = False
-    size: int = 0  # bytes of its file, as it was read; they grow with each shard
-    sha256: str = ""  # the same of its hash
-
-    @property
-    def samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
-
-    def document(self) -> dict[str, Any]:
-        """An index, but for its hash."""
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "rank": self.rank,
-            "complete": self.complete,
-            "teacher": asdict(self.spec),
-            "bound": bound_facts(self.spec.encoding, self.spec.k),
-            "shards": [asdict(shard) for shard in self.shards],
-        }
+    sha256: str
+    file: Path
 
 
-def settled(
-    k: int | None, method: str, temperature: float, tail: str, encoding: str | None
-) -> dict[str, Any]:
-    """The fields of a `CacheSpec` that depend on each other, checked, defaults filled in."""
-    if method not in METHODS:
-        raise ValueError(f"method: got {shown(method)}, expected one of {', '.join(METHODS)}")
-    if tail not in TAILS:
-        raise ValueError(f"tail: got {shown(tail)}, expected one of {', '.join(TAILS)}")
-    if not 1e-18 <= temperature <= 1e18:
-        raise ValueError(
-            f"temperature: got {shown(temperature)}, expected a positive finite number"
-        )
-    if k is None:
-        if temperature != 1.0 or method != "top":
-            got = f"temperature={temperature:g}, method={shown(method)}"
-            raise ValueError(f"k: got None with {got}; all logits have no temperature or method")
-        if encoding is None:
-            encoding = "float32"
-    elif encoding is None:
-        encoding = "counts" if method == "sample" and k <= MOST_DRAWS else "uint8"
-    known = tuple(LOGITS) if k is None else ("uint8", "float16", "counts")
-    if encoding not in known:
-        what = "of all logits" if k is None else "of log-probabilities"
-        raise ValueError(
-            f"encoding: got {shown(encoding)}, expected {what} one of {', '.join(known)}"
-        )
-    if encoding == "counts" and (method != "sample" or k is None or k > MOST_DRAWS):
-        raise ValueError(
-            f"encoding: got 'counts' with method={shown(method)}, k={k}, expected method='sample' "
-            f"with k <= {MOST_DRAWS}"
-        )
-    of_logits = {"method": "logits", "tail": None}
-    made = {"method": method, "temperature": temperature, "tail": tail, "encoding": encoding}
-    return {**made, **of_logits} if k is None else made
+def shard_name(rank: int, first: int, last: int, digest: str) -> str:
+    return f"teacher-{rank:05d}-{first:012d}-{last:012d}-{digest}.arrow"
 
 
-def index_name(rank: int) -> str:
-    return f"index-{rank:05d}.json"
+def listed(folder: Path) -> list[Shard]:
+    """A folder's shards, by their first samples; CacheError: one is in two of them (names both)."""
+    found = []
+    for file in folder.glob(SHARDS):
+        try:
+            _, rank, first, last, digest = file.stem.split("-")
+            found.append(Shard(int(first), int(last), int(rank), digest, file))
+        except ValueError:
+            raise CacheError(f"{file}: got another name than a shard has") from None
+    found.sort()
+    for one, other in itertools.pairwise(found):
+        if one.last >= other.first:
+            names = f"{one.file.name} and {other.file.name}"
+            raise CacheError(f"{folder}: sample {other.first} is in {names}")
+    return found
 
 
-def lock_name(rank: int) -> str:
-    return f".lock-{rank:05d}"
+def shard_bytes(spec: CacheSpec, stored: dict[str, Tensor], first: int, counts: list[int]) -> bytes:
+    """A shard's file: rows [R, width] or [R] of each column; how many of them each sample has."""
+    pa, np = needed("pyarrow"), needed("numpy")
+    ends = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    columns = [pa.array(np.arange(first, first + len(counts))), pa.array(counts, pa.int32())]
+    for name, (kind, width) in spec.columns.items():
+        if ends[-1] * width >= 2**31:
+            raise ValueError(f"{name}: got 2**31 numbers or more in a shard, expected fewer")
+        x, offsets = stored[name].contiguous(), (ends * width).astype(np.int32)
+        flat = (x.view(torch.uint8) if kind == "binary" else x).numpy().reshape(-1)
+        if kind == "binary":
+            parts = [None, pa.py_buffer(offsets), pa.py_buffer(flat)]
+            columns.append(pa.Array.from_buffers(pa.binary(), len(counts), parts))
+        else:
+            columns.append(pa.ListArray.from_arrays(offsets, pa.array(flat)))
+    facts = {"version": VERSION, "teacher": asdict(spec), "error": ERRORS[spec.encoding]}
+    schema = spec.schema().with_metadata({"fastkd": json.dumps(facts)})
+    sink = pa.BufferOutputStream()
+    with needed("pyarrow.ipc").new_stream(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=schema))
+    return bytes(sink.getvalue())
 
 
-def shard_name(rank: int, number: int | str, *, folder: bool) -> str:
-    """A shard's file; in a folder of its rank, or beside those of all."""
-    name = number if isinstance(number, str) else f"{number:06d}"
-    return f"teacher-{rank:05d}{'/' if folder else '-'}{name}.safetensors"
+def opened(file: Path) -> tuple[CacheSpec, Any]:
+    """What a shard's schema says, and its stream, mapped; CacheError: no shard, or another's."""
+    pa = needed("pyarrow")
+    try:
+        stream = needed("pyarrow.ipc").open_stream(pa.memory_map(str(file)))
+        facts = json.loads((stream.schema.metadata or {})[b"fastkd"])
+        if facts["version"] != VERSION:
+            raise ValueError(f"version: got {shown(facts['version'])}, expected {VERSION}")
+        spec = CacheSpec(**facts["teacher"]).checked()
+        if not stream.schema.remove_metadata().equals(spec.schema()):
+            raise ValueError(f"got columns {shown(stream.schema.names)}")
+    except FileNotFoundError:
+        raise CacheError(f"{file}: got no such file") from None
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CacheError(f"{file}: altered: got no shard ({str(error)[:200]})") from None
+    return spec, stream
 
 
-def _text(document: dict[str, Any]) -> bytes:
-    return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()
+def batch_of(shard: Shard, spec: CacheSpec) -> Any:
+    """A shard's record batch, mapped; CacheError: not as its name and its schema say."""
+    pa, np = needed("pyarrow"), needed("numpy")
+    own, stream = opened(shard.file)
+    if difference := spec.other(own):
+        raise CacheError(f"{shard.file}: not of one cache with its neighbours; {difference}")
+    try:
+        batch = stream.read_next_batch()
+        batch.validate(full=True)
+        sample, rows = (batch.column(name).to_numpy() for name in ("sample", "rows"))
+        ends = np.concatenate([[0], rows.cumsum(dtype=np.int64)])
+        good = [np.array_equal(sample, np.arange(shard.first, shard.first + len(sample)))]
+        good += [len(sample) == shard.last - shard.first + 1, rows.min() >= 0]
+        for name, (_, width) in spec.columns.items():  # every list ends where its sample does
+            column = batch.column(name)
+            offsets = np.frombuffer(column.buffers()[1], np.int32, len(ends))
+            nulls = column.null_count + getattr(column, "values", column).null_count
+            good += [np.array_equal(offsets, ends * width), nulls == 0]
+        if not all(good):
+            raise ValueError("got other samples than its name says, or lists of other lengths")
+    except (pa.ArrowException, OSError, ValueError, StopIteration) as error:
+        raise CacheError(f"{shard.file}: altered: {str(error)[:200]}") from None
+    return batch
 
 
-def _signed(plain: bytes) -> tuple[bytes, str]:
-    """An index's text with its own hash as the last entry, and the hash."""
-    digest = hashlib.sha256(plain).hexdigest()
-    return plain.removesuffix(b"\n}\n") + f',\n "sha256": "{digest}"\n}}\n'.encode(), digest
+def state(names: list[str]) -> dict[str, bytes]:
+    """The files by which `datasets.load_from_disk` opens shards; of columns it asks the shards."""
+    digest = hashlib.sha256("".join(names).encode()).hexdigest()[:16]
+    document: dict[str, Any] = {"_data_files": [{"filename": name} for name in names]}
+    document |= dict.fromkeys(("_format_columns", "_format_type", "_split"))
+    document |= {"_fingerprint": digest, "_format_kwargs": {}, "_output_all_columns": False}
+    return {INFO: b"{}\n", STATE: (json.dumps(document, indent=0) + "\n").encode()}
 
 
-def save_part(folder: Path, part: Part) -> None:
-    """Replace a rank's index by one with its own hash in it."""
-    write_whole(folder / index_name(part.rank), _signed(_text(part.document()))[0])
+def _read(folder: Path) -> dict[str, bytes]:
+    return {x: (folder / x).read_bytes() if (folder / x).exists() else b"" for x in (INFO, STATE)}
 
 
-def load_part(path: Path) -> Part:
-    """Read an index, every byte of which must be as it was written.
+def merged(folder: Path) -> list[str]:
+    """The shards that `state.json` names, none where there is no such file; CacheError: altered."""
+    found = _read(folder)
+    try:
+        names = [entry["filename"] for entry in json.loads(found[STATE] or "{}")["_data_files"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        names = []
+    if found[STATE] and found != state(names):
+        raise CacheError(f"{folder / STATE} or {INFO}: altered after it was written; merge again")
+    return names
 
-    Raises:
-        CacheError: another format or version, or an altered file.
+
+def merge(path: str | os.PathLike[str]) -> bool:
+    """Name all shards in `state.json`, for `datasets.load_from_disk`; `Writer.close` does so too.
+
+    Of ranks that do so at once, the last one has seen the shards of all. Returns: did it change?
     """
-    data = path.read_bytes()
-    try:
-        document = json.loads(data)
-        version = document["version"] if document["format"] == FORMAT else None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CacheError(f"{path}: got no index of a teacher cache ({str(error)[:100]})") from None
-    if version is None:
-        raise CacheError(f"{path}: got format {document['format']!r:.60}, expected {FORMAT!r}")
-    if type(version) is not int or version not in READABLE:
-        raise CacheError(f"{path}: got a cache of version {version!r:.60}, expected {VERSION}")
-    # its own bytes, not its fields written once more: of many ranks that took most of the time
-    signed, digest = _signed(data[: data.rfind(b",\n")] + b"\n}\n")
-    if signed != data:
-        raise CacheError(f"{path}: the index was altered after it was written (its hash differs)")
-    try:
-        shards = [Shard(**shard) for shard in document["shards"]]
-        spec, rank = CacheSpec(**document["teacher"]), document["rank"]
-        part = Part(spec, rank, shards, document["complete"], len(data), digest)
-    except (KeyError, TypeError) as error:
-        why = str(error)[:100]
-        raise CacheError(f"{path}: got fields that version {version} has not ({why})") from None
-    if type(rank) is not int or not 0 <= rank < 2**31 or type(part.complete) is not bool:
-        got = f"{type(rank).__name__} and {type(part.complete).__name__}"
-        raise CacheError(
-            f"{path}: rank, complete: got {got}, expected an integer and true or false"
-        )
-    if path.name != index_name(rank):
-        raise CacheError(f"{path}: got the index of rank {rank}, expected {index_name(rank)!r}")
-    for number, shard in enumerate(part.shards):  # a name leads nowhere else
-        expected = [shard_name(rank, number, folder=folder) for folder in (False, True)]
-        if shard.file not in expected:
-            raise CacheError(f"{path}: got a shard {shard.file!r:.60}, expected {expected[0]!r}")
-    check_parts(path, spec, part.shards)
-    return part
-
-
-def check_parts(path: Path, spec: CacheSpec, shards: Iterable[Shard]) -> None:
-    """Raise CacheError for what cannot be so; nothing of the sizes named is made."""
-    if fault := spec_fault(spec):
-        raise CacheError(f"{path}: {fault}")
-    sizes = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4, "I64": 8}
-    row = sum(
-        sizes[kind] * math.prod(shape)
-        for name, (kind, shape) in spec.shapes.items()
-        if name not in ("ends", "samples")
-    )
-    shards = list(shards)
-    for number, shard in enumerate(shards):
-        if fault := shard_fault(shard, row):
-            raise CacheError(f"{path}: shard {number}: {fault}")
-        if not spec.sequences and shard.tokens != shard.samples:
-            got = f"{shard.tokens} tokens of {shard.samples} samples of one row each"
-            raise CacheError(f"{path}: shard {number}: sequences: got {spec.sequences!r}, {got}")
-    for fault in size_faults(path.parent, iter(shards)):
-        raise CacheError(fault)
+    folder, changed = Path(path), False
+    while names := [shard.file.name for shard in listed(folder)]:
+        old = _read(folder)
+        if old == state(names):
+            return changed
+        for name, data in state(names).items():
+            write_whole(folder / name, data)
+        changed = True
+    raise FileNotFoundError(f"{folder}: no teacher cache there: no {SHARDS}")
 
 
 def tokenizer_name(tokenizer: Any) -> str:
-    """A tokenizer's name in a cache: a string as it is; an object by its vocabulary's hash.
-
-    Args:
-        tokenizer: str, or an object with get_vocab() -> dict[str, int].
-    """
+    """A tokenizer's name in a cache: a str as it is; an object by the hash of its get_vocab()."""
     if isinstance(tokenizer, str):
         return tokenizer
     if not hasattr(tokenizer, "get_vocab"):
-        got = type(tokenizer).__name__
-        raise TypeError(f"tokenizer: got {got}, expected a name or an object with get_vocab()")
+        raise TypeError(f"tokenizer: got {shown(tokenizer)}, expected a name or a tokenizer")
     entries = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     return "sha256:" + hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears complete or not at all, and stays if the power goes."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(part, "wb", buffering=0) as file:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(file.fileno(), rest) :]
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        why = f"{error.strerror}: {len(data)} bytes not written; files written before are whole"
+        raise OSError(error.errno, why, str(path)) from error
+
+
+def locked(path: Path) -> int:
+    """A file that one writer at a time has open; the system closes it when the process dies."""
+    busy = BlockingIOError(f"{path}: another writer of this rank is at work")
+    if path in held:
+        raise busy
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        raise busy from None
+    held.add(path)
+    return file

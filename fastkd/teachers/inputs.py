@@ -1,0 +1,90 @@
+"""What a teacher is asked, a loader's batch, and which rows of its answer are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd.distill.batch import IGNORED, Batch, as_batch, mapped, tensors
+
+from .pairs import rows_at, without
+
+NOT_ASKED = ("labels", "teacher", "index")  # of a dict that holds the model's arguments themselves
+
+
+def teacher_inputs(item: Any) -> Batch:
+    """A loader's batch: inputs, (inputs, labels), {"inputs", "labels"}, a model's own arguments
+    with "labels" among them, or a `Batch`."""
+    if isinstance(item, Mapping) and "inputs" not in item:
+        own = {name: x for name, x in item.items() if name not in NOT_ASKED}
+        made = Batch(own, item.get("labels"))
+    else:
+        made = as_batch(item)
+    first = next(tensors(made.inputs), None)
+    if first is None or not first.dim() or not isinstance(made.labels, (Tensor, type(None))):
+        raise TypeError(
+            f"loader: got a batch ({type(item).__name__}), expected (inputs, labels), inputs, or "
+            "one dict of the teacher's arguments and labels; all of tensors"
+        )
+    made.samples = first.size(0)
+    return made
+
+
+def part(batch: Batch, start: int, stop: int | None = None) -> Batch:
+    """Samples start to stop of a batch."""
+    size = batch.samples
+
+    def cut(x: Tensor) -> Tensor:
+        return x[start:stop] if x.dim() and x.size(0) == size else x
+
+    rows = len(range(size)[start:stop])
+    return Batch(mapped(batch.inputs, cut), mapped(batch.labels, cut), samples=rows)
+
+
+def check_labels(batch: Batch, labels: str | None) -> None:
+    """Refuse labels that are the inputs themselves, unless it was said what they are."""
+    ids = batch.inputs.get("input_ids") if isinstance(batch.inputs, Mapping) else batch.inputs
+    own = batch.labels
+    if labels is not None or own is None or not isinstance(ids, Tensor):
+        return
+    if ids.is_floating_point() or ids.dim() != 2 or ids.shape != own.shape:
+        return
+    kept, ids = own != IGNORED, ids.to(own.device)
+    same = bool(((own == ids) | ~kept).all()) and bool(kept[:, 1:].any())
+    if same and not bool(((own[:, :-1] == ids[:, 1:]) | ~kept[:, :-1]).all()):
+        raise ValueError(
+            "labels: got input_ids themselves (-100 where a token does not count), which "
+            "transformers shifts within its loss: labels='input_ids' keeps the rows that predict "
+            "them; expected the label of row i in place i, or labels='shifted' if it is"
+        )
+
+
+def trimmed(output: Any, batch: Batch, labels: str | None) -> tuple[Any, Tensor | None]:
+    """A teacher's output with nothing in the rows that do not count, and rows of each sample.
+
+    Padding in front of a sample, by its attention_mask, is left out: its row 0 is that of its
+    first token.
+    """
+    lead, own = list(output.shape[:-1]), batch.labels
+    if len(lead) == 1:
+        return (output if own is None else without(output, own == IGNORED)), None
+    mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, Mapping) else None
+    mask = mask.cpu() != 0 if isinstance(mask, Tensor) and list(mask.shape) == lead else None
+    if own is None and mask is None:
+        return output, None
+    kept = torch.ones(lead, dtype=torch.bool) if mask is None else mask
+    if own is not None:
+        counts = (own != IGNORED).cpu()
+        if labels == "input_ids":
+            counts = torch.cat([counts[:, 1:], torch.zeros_like(counts[:, :1])], 1)
+        kept = kept & counts
+    place = torch.arange(lead[1])
+    if mask is not None and not bool(mask[:, 0].all()):
+        at = place + mask.int().argmax(1, keepdim=True)
+        inside, at = at < lead[1], at.clamp_max(lead[1] - 1)
+        kept, output = kept.gather(1, at) & inside, rows_at(output, at)
+    lengths = ((place + 1) * kept).amax(-1) if lead[1] else torch.zeros(lead[0], dtype=torch.int64)
+    return without(output, ~kept), lengths
