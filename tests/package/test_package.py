@@ -53,6 +53,7 @@ ROW_OPTIONS = {
     "vocab_size",
     "inplace",
     "group",
+    "return_outputs",
 }
 
 
