@@ -55,11 +55,11 @@ def plain(
         )
     else:
         logp = (teacher / temperature).log_softmax(-1)
-        loss = loss_of(logp[..., columns], logq, divergence.param)
         rest = logp.index_fill(-1, columns, -1e30).logsumexp(-1, keepdim=True)
-        # kl leaves out what would be infinite; of acceptance, min(p, 0) adds nothing
-        if divergence.name not in ("kl", "acceptance"):
-            loss = loss + loss_of(rest, torch.full_like(rest, -1e30), divergence.param)
+        logp = logp[..., columns]
+        if divergence.name != "kl":  # one more outcome, which the student does not have
+            logp, logq = torch.cat((logp, rest), -1), F.pad(logq, (0, 1), value=-1e30)
+        loss = loss_of(logp, logq, divergence.param)
     if alpha and labels is not None:
         hard = F.cross_entropy(
             student.flatten(0, -2),

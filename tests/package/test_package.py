@@ -55,6 +55,7 @@ ROW_OPTIONS = {
     "inplace",
     "return_outputs",
     "group",
+    "return_outputs",
 }
 
 
