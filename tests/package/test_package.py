@@ -53,7 +53,6 @@ ROW_OPTIONS = {
     "normalizer",
     "vocab_size",
     "inplace",
-    "return_outputs",
     "group",
     "return_outputs",
 }
