@@ -16,13 +16,13 @@
 
 #include "vec.h"
 
-#define FASTKD_DIVERGENCES(X) \
-  X(kl, KL)                   \
-  X(reverse_kl, ReverseKL)    \
-  X(js, JS)                   \
-  X(skew_kl, SkewKL)          \
+#define FASTKD_DIVERGENCES(X)       \
+  X(kl, KL)                         \
+  X(reverse_kl, ReverseKL)          \
+  X(js, JS)                         \
+  X(skew_kl, SkewKL)                \
   X(skew_reverse_kl, SkewReverseKL) \
-  X(tv, TV)                   \
+  X(tv, TV)                         \
   X(acceptance, Acceptance)
 
 namespace fastkd {

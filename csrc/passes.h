@@ -101,8 +101,12 @@ __attribute__((noinline)) double general_row(const Args& a, int64_t r) {
   }
   if (a.z != 0.0) loss += a.z * stats_t1.log_sum() * stats_t1.log_sum();
   if (a.grad.data != nullptr) {
-    const Slopes<T> slopes{sides, Score<T>(a.at_one() ? stats_t1 : s, kLog2E), slope, of.by,
-                           stats_t1.log_sum(), scale_of<T>(a, r)};
+    const Slopes<T> slopes{sides,
+                           Score<T>(a.at_one() ? stats_t1 : s, kLog2E),
+                           slope,
+                           of.by,
+                           stats_t1.log_sum(),
+                           scale_of<T>(a, r)};
     grad_loop<T, D>(a, r, student, teacher, slopes, buffers.g);
   }
   return loss;
@@ -242,9 +246,9 @@ inline double fused_row(const Args& a, int64_t r, const ThreadPool& pool,
     return result;
   }
   if constexpr (E == Expectation::none)
-    rate_chunks<T, D>(a, pool, scratch, row,
-                      grad ? top_rate<T, D>(a, scratch, row).origin
-                           : centred<D>(static_cast<T>(a.param)));
+    rate_chunks<T, D>(
+        a, pool, scratch, row,
+        grad ? top_rate<T, D>(a, scratch, row).origin : centred<D>(static_cast<T>(a.param)));
   if (!expectation_value<E>(row)) return general_row<T, D>(a, r);
   close_value<T, D>(row);
   if (grad && too_steep<T>(a, r, row)) return general_row<T, D>(a, r);

@@ -52,7 +52,7 @@ struct Partial {
   double cross = 0.0;
   double value = 0.0;
   double slope = 0.0;
-  double by = 1.0;  // of the slopes, where `value` is a function of the sum
+  double by = 1.0;            // of the slopes, where `value` is a function of the sum
   double scores = 0.0;        // for label smoothing: sum of the scores at T = 1
   double columns = 0.0;       // how many columns `scores` sums
   bool out_of_range = false;  // a score is beyond kMostShift, or NaN

@@ -105,8 +105,8 @@ void rate_step(const Args& a, int64_t begin, int64_t end, const ThreadPool& pool
     Partial row = merged<D::expectation>(a, r, label);
     if (row.out_of_range || degenerate(a, row.s.sum, row.t.sum, result)) continue;
     const Scratch<float> scratch = step_scratch<D>(a, r);
-    const Top<float> top =
-        a.grad.data == nullptr ? Top<float>{centred<D>(static_cast<float>(a.param))}
+    const Top<float> top = a.grad.data == nullptr
+                               ? Top<float>{centred<D>(static_cast<float>(a.param))}
                                : top_rate<float, D>(a, scratch, row);
     rate_chunks<float, D>(a, pool, scratch, row, top.origin);
     out = {row.value, static_cast<float>(row.slope), top.rate};

@@ -62,7 +62,8 @@ struct Case {
   int divergence = 0;
   DType student = DType::f32, teacher = DType::f32, grad = DType::f32;
   int64_t a = 1, b = 2, vocab = 1, width = 1, classes = 1;
-  double temperature = 1.0, param = 0.5, soft = 1.0, hard = 0.0, smoothing = 0.0, factor = 1.0;
+  double temperature = 1.0, param = 0.5, soft = 1.0, hard = 0.0, smoothing = 0.0, z = 0.0;
+  double factor = 1.0;
   bool keep = false, scale = false, equal = false, threads = false, flush = false;
   Content content = Content::any, of_teacher = Content::any;  // any: as the student's
   TeacherKind kind = TeacherKind::logits;
@@ -71,6 +72,7 @@ struct Case {
 
   bool wide() const { return student == DType::f64 || teacher == DType::f64; }
   int64_t rows() const { return a * b; }
+  bool at_one() const { return hard != 0.0 || z != 0.0; }              // a term at T = 1
   bool same() const { return student == teacher && student == grad; }  // dtypes
 
   std::string text() const {
@@ -80,14 +82,14 @@ struct Case {
                   static_cast<long long>(k));
     std::snprintf(line, sizeof line,
                   "seed %llu: %s, student %s, teacher %s %s, gradient %s, rows %lld x %lld, vocab "
-                  "%lld of %lld, T %g, param %g, soft %g, hard %g, smoothing %g, factor "
+                  "%lld of %lld, T %g, param %g, soft %g, hard %g, smoothing %g, z %g, factor "
                   "%g%s%s%s%s",
                   static_cast<unsigned long long>(seed), kDivergences[divergence], name_of(student),
                   name_of(teacher), teachers, name_of(grad), static_cast<long long>(a),
                   static_cast<long long>(b), static_cast<long long>(vocab),
-                  static_cast<long long>(width), temperature, param, soft, hard, smoothing, factor,
-                  keep ? ", keep" : "", scale ? ", scale" : "", equal ? ", equal sides" : "",
-                  flush ? ", subnormals flushed" : "");
+                  static_cast<long long>(width), temperature, param, soft, hard, smoothing, z,
+                  factor, keep ? ", keep" : "", scale ? ", scale" : "",
+                  equal ? ", equal sides" : "", flush ? ", subnormals flushed" : "");
     return line;
   }
 };
@@ -149,6 +151,7 @@ inline Case draw(uint64_t seed) {
     c.k = random.chance(0.2) ? c.vocab + 3 : random.chance(0.1) ? 0 : 70;
     c.k = std::min<int64_t>(c.k, random.chance(0.3) ? 70 : random.between(1, 12));
   }
+  if (random.chance(0.2)) c.z = random.chance(0.5) ? 1e-4 : random.unit();
   return c;
 }
 

@@ -78,6 +78,8 @@ class Comparison {
           exact += static_cast<R>(c.hard) * of.hard.value;
           slack += static_cast<R>(c.hard) * of.hard.slack;
         }
+        exact += of.z.value;
+        slack += of.z.slack;
         if (of.broken) exact = std::numeric_limits<R>::quiet_NaN();
       }
       report_.expect(stands_for<T>(got, exact, slack, kOut),
@@ -113,6 +115,10 @@ class Comparison {
               static_cast<R>(c.hard) * (row.of.hard_grad[i].slack +
                                         R(kUnits<T>) * std::numeric_limits<T>::epsilon() * uniform);
         }
+        if (c.z != 0.0) {
+          exact += row.of.z_grad[i].value;
+          slack += row.of.z_grad[i].slack;
+        }
         if (exactly_nothing(r)) exact = slack = R(0);
         slack *= std::fabs(factor);
         if (!exactly_nothing(r))
@@ -147,8 +153,8 @@ class Comparison {
     const auto& row = p.row(r);
     const auto& of = row.of;
     const bool one_empty = p.kept(r) && row.s.empty != row.t.empty;
-    // with a label the row has no loss, and what of that stands here does not matter
-    if (p.kept(r) && row.s.empty && row.t.empty && c.hard != 0.0) return;
+    // with a term at T = 1 the row has no loss, and what of that stands here does not matter
+    if (p.kept(r) && row.s.empty && row.t.empty && c.at_one()) return;
     if (!p.kept(r) || (row.s.empty && row.t.empty)) {
       report_.expect(value == T(0) && slope == T(0),
                      describe("value or slope where there is nothing", r, 0, value, 0, 0));
@@ -169,7 +175,7 @@ class Comparison {
     const auto& row = p.row(r);
     // of two dtypes one may be flushed where the other is not
     if (c.flush && c.student != c.teacher) return false;
-    return p.kept(r) && row.equal && !row.of.broken && c.hard == 0.0 &&
+    return p.kept(r) && row.equal && !row.of.broken && !c.at_one() &&
            (name == "kl" || name == "reverse_kl" || name == "tv" || name == "acceptance");
   }
 

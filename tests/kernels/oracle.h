@@ -103,9 +103,7 @@ Definition<R> definition_of(const std::string& name) {
       return (sign / R(2)) * (c.p - c.q);
     };
   if (name == "acceptance")
-    return [](C c, R) {
-      return c.q.x < c.p.x ? c.q : c.p.x < c.q.x ? c.p : Dual<R>{c.p.x, R(0)};
-    };
+    return [](C c, R) { return c.q.x < c.p.x ? c.q : c.p.x < c.q.x ? c.p : Dual<R>{c.p.x, R(0)}; };
   std::fprintf(stderr, "oracle.h: no definition of the divergence '%s'\n", name.c_str());
   std::exit(2);
 }
@@ -179,9 +177,10 @@ struct RowTruth {
   Truth<R> sum, slope;              // sums of values and of centred slopes
   Truth<R> value;                   // the divergence, a function of the sum of values
   Truth<R> hard;                    // the cross-entropy
+  Truth<R> z;                       // the weighted square of the log-sum-exp at T = 1
   std::vector<Truth<R>> soft_grad;  // by column, of the divergence by the logit times T
   std::vector<R> steepness;  // what q times the row's factor is multiplied by, and may underflow
-  std::vector<Truth<R>> hard_grad;
+  std::vector<Truth<R>> hard_grad, z_grad;
 };
 
 // Turns the sum of values into the divergence. All but one are the sum itself.
@@ -194,7 +193,9 @@ void of_sum(const std::string& name, RowTruth<R>& row) {
   row.vague |= (x - slack < least) != (x + slack < least);
   const R by = x < least ? R(0) : R(1) / x, share = R(1.1) * slack * by;
   row.vague |= !(share < R(0.1));
-  row.value = {-std::log(std::max(x, least)), share + (x + slack + whole > R(1) ? whole : R(0))};
+  const R loss = -std::log(std::max(x, least));
+  const R rounding = std::numeric_limits<T>::epsilon() * std::fabs(loss);
+  row.value = {loss, share + rounding + (x + slack + whole > R(1) ? whole : R(0))};
   for (Truth<R>& g : row.soft_grad)
     g = {-by * g.value, by * (R(1.1) * g.slack + share * std::fabs(g.value))};
   for (R& steep : row.steepness) steep *= by;
@@ -300,6 +301,21 @@ void hard_truth(const Softmax<R>& s, int64_t label, R smoothing, RowTruth<R>& ro
     const R hot = j == label ? R(1) - smoothing : R(0);
     const R by_q = tiny + product(q, unit * (spread - logq));
     row.hard_grad.push_back({q - hot, by_q + unit * hot});
+  }
+}
+
+// z times the square of the log-sum-exp at T = 1.
+template <class R, class T>
+void z_truth(const Softmax<R>& s, R z, RowTruth<R>& row) {
+  constexpr R unit = R(kUnits<T>) * std::numeric_limits<T>::epsilon();
+  const R tiny = R(8) * std::numeric_limits<T>::min();
+  const R log_sum = s.top + std::log(s.sum), size = std::fabs(log_sum);
+  const R slack = unit * (s.spread + std::fabs(s.top));
+  if (R(2) * z * size > std::numeric_limits<T>::max() / R(1e6)) row.vague = true;
+  row.z = {z * log_sum * log_sum, z * (R(2) * size + slack) * slack};
+  for (R logq : s.logs) {
+    const R q = std::exp(logq), by_q = tiny + product(q, unit * (s.spread - logq));
+    row.z_grad.push_back({R(2) * z * log_sum * q, R(2) * z * (size * by_q + slack * q)});
   }
 }
 

@@ -70,7 +70,7 @@ class Batch {
   struct Row {
     Softmax<R> s, t, one;  // student and teacher, and the student at T = 1
     RowTruth<R> of;
-    bool dead = false;   // nothing has mass on either side, and no label: nothing there
+    bool dead = false;   // nothing has mass on either side, and no term at T = 1
     bool equal = false;  // the same numbers on both sides
   };
   const Row& row(int64_t r) const { return truths_[static_cast<size_t>(r)]; }
@@ -90,6 +90,7 @@ class Batch {
     a.soft = c.soft;
     a.hard = c.hard;
     a.smoothing = c.smoothing;
+    a.z = c.z;
     return a;
   }
 
@@ -212,11 +213,12 @@ class Problem final : public Batch<T> {
     row.t = softmax<R, T>(y, c.temperature);
     row.one = softmax<R, T>(x, 1.0);
     row.equal = x == y;
-    row.dead = row.s.empty && row.t.empty && c.hard == 0.0;
+    row.dead = row.s.empty && row.t.empty && !c.at_one();
     row.of.broken = row.s.broken || row.t.broken || ((row.s.empty || row.t.empty) && !row.dead);
     if (row.of.broken || row.dead) return row;
     soft_truth<R, T>(kDivergences[c.divergence], static_cast<R>(c.param), row.s, row.t, row.of);
     if (c.hard != 0.0) hard_truth<R, T>(row.one, label()[r], static_cast<R>(c.smoothing), row.of);
+    if (c.z != 0.0) z_truth<R, T>(row.one, static_cast<R>(c.z), row.of);
     return row;
   }
 };

@@ -202,7 +202,7 @@ class TopKProblem final : public Batch<T> {
 
   Row truth(int64_t r) const override {
     Row row;
-    const bool hard = c.hard != 0.0, restricted = c.kind == TeacherKind::restricted;
+    const bool at_one = c.at_one(), restricted = c.kind == TeacherKind::restricted;
     const bool partial = c.kind == TeacherKind::drop;
     const std::vector<R> x = this->numbers(student, r);
     const Softmax<R> whole = softmax<R, T>(x, c.temperature);
@@ -215,9 +215,9 @@ class TopKProblem final : public Batch<T> {
       some |= y != -inf;
       row.of.broken |= y != y;
     }
-    row.dead = row.s.empty && !some && !hard;
+    row.dead = row.s.empty && !some && !at_one;
     row.of.broken |=
-        row.s.broken || (hard && whole.broken) || ((row.s.empty || !some) && !row.dead);
+        row.s.broken || (at_one && whole.broken) || ((row.s.empty || !some) && !row.dead);
     if (row.of.broken || row.dead) return row;
     row.t.lost.resize(row.t.logs.size(), false);
     if (!restricted) {
@@ -235,7 +235,8 @@ class TopKProblem final : public Batch<T> {
     soft_truth<R, T>(kDivergences[c.divergence], static_cast<R>(c.param), row.s, row.t, row.of,
                      partial);
     to_columns(r, whole.logs, row);
-    if (hard) hard_truth<R, T>(row.one, label()[r], static_cast<R>(c.smoothing), row.of);
+    if (c.hard != 0.0) hard_truth<R, T>(row.one, label()[r], static_cast<R>(c.smoothing), row.of);
+    if (c.z != 0.0) z_truth<R, T>(row.one, static_cast<R>(c.z), row.of);
     return row;
   }
 

@@ -196,7 +196,6 @@ def common_args(
             keep=contiguous(rows.keep), label=contiguous(rows.label), scale=contiguous(rows.scale)
         ),
         "skip": rows.skip,
-        "outputs": rows.outputs,
         **dict(vocab=spec.vocab, width=spec.vocab if grad is None else grad.size(2)),
         **scale_args(spec),
         **dict(
@@ -291,6 +290,7 @@ class FusedPasses(Backend):
                 grad=None if grad is None else aligned(grad, align_offset),
                 align_offset=align_offset,
                 loss=loss,
+                outputs=rows.outputs,
             ),
             **common_args(spec, rows, acc, grad, s=student, t=teacher, g=place),
             "classes": spec.classes,
@@ -337,7 +337,7 @@ class FusedPasses(Backend):
             **dict(student=student, grad=grad, logprobs=logprobs, indices=indices),
             **dict(sorted_indices=torch.nn.functional.pad(past, (0, 1), value=LAST)),
             "support_grad": None if grad is None else torch.empty_like(logprobs),
-            **dict(tail=tail, loss=loss),
+            **dict(tail=tail, loss=loss, outputs=rows.outputs),
             **common_args(spec, rows, acc, grad, s=student, g=student if grad is None else grad),
             **dict(classes=spec.classes, count=count),
             "centre": divergences[spec.divergence].centre(spec.param),
