@@ -53,6 +53,7 @@ BUDGETS = {
     "skew_kl": Budget(10.4, 82),
     "skew_reverse_kl": Budget(10.4, 83),
     "tv": Budget(6.5, 59),
+    "acceptance": Budget(6.5, 55),
 }
 # what hard labels at T != 1 add, and smoothing on top of it
 HARD, SMOOTH = Budget(2.3, 14), Budget(0, 6)

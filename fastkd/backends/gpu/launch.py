@@ -47,6 +47,7 @@ if interpreted():
 
 _ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
 _EXPECTATION = {name: divergences[name].expectation or "none" for name in divergences}
+_OF_SUM = {name: pairs.of_sum(name) for name in divergences}
 
 
 class GpuInfo(NamedTuple):
@@ -203,8 +204,8 @@ def common_args(
         ),
         **dict(eps_over_v=spec.smoothing / spec.classes, z=spec.z_loss),
         "DIVERGENCE": divergence_of(spec),
-        "OF_SUM": pairs.of_sum(spec.divergence),
-        "HARD_T1": spec.at_one and spec.temperature != 1.0,
+        "OF_SUM": _OF_SUM[spec.divergence],
+        "HARD_T1": (rows.label is not None or spec.z_loss != 0.0) and spec.temperature != 1.0,
         "Z_LOSS": spec.z_loss != 0.0,
         "ACC": _ACC[acc],
     }
@@ -302,7 +303,7 @@ class FusedPasses(Backend):
         columns = size.lanes * size.group
         # a cluster is another way to the same end; the pattern of UNWRITTEN is that of a float32
         none, arch = size.ctas > 1 or acc == torch.float64, gpu_info(student.device).arch
-        light = align_offset is None and (rows.label is None or args["EXPECTATION"] != "none")
+        light = align_offset is None and (not spec.at_one or args["EXPECTATION"] != "none")
         most = registers(arch, size.threads, light)
         holds = None if none else cooperative.capacity(student.device, arch)
         resident = OF_PROCESSOR // ((most or 64) * size.threads)
