@@ -4,14 +4,12 @@ A gradient must be rounded once, with its final factor. Forward has the operands
 backward knows what was made of the loss (`* T * T`, `/ steps`, a loss scaler). So each loss
 remembers the upstream gradient of its last backward, and forward computes the gradient with it.
 Where that was right, which in a training loop is at every step but the first, backward hands the
-gradient out. Where it was wrong, and for a second backward, backward computes it again. Nothing
-rounded is multiplied, so the bits never depend on the guess.
+gradient out; else it computes it again. Nothing rounded is multiplied, so the bits never depend on
+the guess.
 
-A loss is known again by its kind (divergence, dtype, device, operands), by the line that calls it
-and those that call that line, and by its place among the losses of that kind and line whose
-backward is still to come: two losses of a step have two places. On a GPU nothing is read on the
-host: a place holds a 0-d tensor on the device, at one address for as long as it exists, so that a
-CUDA graph that is replayed reads and leaves what it should.
+A loss is known again by its kind, by the lines that call it, and by its place among the losses of
+those whose backward is still to come. On a GPU nothing is read on the host: a place holds a 0-d
+tensor at one address, so that a CUDA graph that is replayed reads and leaves what it should.
 
 A gradient of the teacher is the student's gradient of the dual divergence with the sides exchanged.
 A top-k teacher takes no part in autograd here. One loss per row: `per_row.py`.
@@ -32,7 +30,6 @@ from fastkd.backends import formulas
 from fastkd.backends.base import LossSpec, TopKRows, rows_of
 from fastkd.backends.choice import in_functorch
 from fastkd.engine import linear
-from fastkd.engine.device_guess import OnDevice
 from fastkd.engine.rare_backward import in_place, reduced_graph
 from fastkd.engine.records import Call
 
@@ -41,14 +38,7 @@ Needs = Sequence[bool]
 
 
 def wants_gradient(tensors: Tensors) -> bool:
-    if torch.is_grad_enabled():
-        for x in tensors:
-            if x is not None and x.requires_grad:
-                return True
-    return False
-
-
-# ---- passes over logits that are given
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def dense_pass(
@@ -118,9 +108,6 @@ def _dense_total(
     return backend.total(loss, rows.scale, rows.factor), grads
 
 
-# ---- what backward finds
-
-
 def save(ctx: Any, *operands: Tensor | None) -> None:
     """save_for_backward, which refuses tensors made in inference mode; a teacher may be one."""
     for x in operands:
@@ -140,11 +127,6 @@ def saved(ctx: Any) -> list[Any]:
     if kept is None:
         return list(saved)
     return [x if y is None else y for x, y in zip(saved, kept, strict=True)]
-
-
-def again(call: Call) -> Call:
-    """The call as backward makes it: the outputs have been told."""
-    return call if call.outputs is None else call._replace(outputs=None)
 
 
 # ---- the guess of the upstream gradient
@@ -202,18 +184,28 @@ class _Places(threading.local):
 _places = _Places()
 
 
-class OnHost:
+class _Taken:
+    """A place while its loss waits for a backward; given back with the graph if none comes."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, place: _Place) -> None:
+        self.place: _Place | None = place
+
+    def __del__(self) -> None:
+        if self.place is not None:
+            self.place.busy = False
+
+
+class OnHost(_Taken):
     """A place while its loss waits for a backward, where values can be read."""
 
-    __slots__ = ("expected", "place")
-
-    expected: float | None
+    __slots__ = ("expected",)
 
     def __init__(self, kind: Hashable, inplace: bool) -> None:
         """In place, the operands are gone after a wrong guess: only what has repeated is one."""
-        place = _taken(kind)
-        self.place: _Place | None = place
-        self.expected = place.expected() if place.misses < MOST_MISSES else None
+        super().__init__(place := _taken(kind))
+        self.expected: float | None = place.expected() if place.misses < MOST_MISSES else None
         if inplace and not (place.repeated and place.last and math.isfinite(place.last)):
             self.expected = None
 
@@ -228,9 +220,29 @@ class OnHost:
                 place.learn(factor)
         return self.expected is not None and _same(factor, self.expected)
 
-    def __del__(self) -> None:
-        if self.place is not None:
-            self.place.busy = False
+
+class OnDevice(_Taken):
+    """The same where values stay on a device."""
+
+    __slots__ = ("expected",)
+
+    def __init__(self, place: _Place, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(place)
+        if place.on_device is None:
+            place.on_device = torch.ones((), dtype=dtype, device=device)
+        self.expected = place.on_device.clone()
+
+    def settle(self, factor: Tensor) -> Tensor:
+        """As `OnHost.settle`; a 0-d bool tensor."""
+        place = self.place
+        if place is not None:
+            assert place.on_device is not None
+            # a gradient in place must be divided by it if it was wrong
+            usable = factor.isfinite() & (factor != 0.0)
+            place.on_device.copy_(torch.where(usable, factor, place.on_device))
+            place.busy, self.place = False, None
+        a, b = factor, self.expected
+        return ((a == b) & ((a != 0.0) | (a.signbit() == b.signbit()))) | (a.isnan() & b.isnan())
 
 
 def _line() -> int:
@@ -285,7 +297,11 @@ class _Reduced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Tensor:
         needs = ctx.needs_input_grad[1:]
-        ctx.call, ctx.work, ctx.overwritten = again(call), None, None
+        ctx.call, ctx.work, ctx.overwritten = (
+            call if call.outputs is None else call.told(),
+            None,
+            None,
+        )
         ctx.guess = guess = _guess(call, tensors)
         expected: Any = None if guess is None else guess.expected
         if call.products is not None and (guess is None or expected is not None):

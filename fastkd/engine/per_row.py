@@ -16,7 +16,6 @@ from fastkd.engine import linear
 from fastkd.engine.autograd import (
     Needs,
     Tensors,
-    again,
     dense_gradients,
     dense_pass,
     save,
@@ -73,7 +72,7 @@ class _PerRow(torch.autograd.Function):
     def forward(ctx: Any, call: Call, lead: torch.Size, *tensors: Tensor | None) -> Tensor:
         # keep and label are the call's: saved so that whoever changes the labels hears of it
         save(ctx, *tensors, call.rows.keep, call.rows.label)
-        ctx.call = again(call)
+        ctx.call = call.told()
         return row_values(call, tensors).view(lead)
 
     @staticmethod

@@ -66,3 +66,7 @@ class Call(NamedTuple):
         """The gradients times the upstream gradient of all rows; `Rows.skip` as given."""
         rows = self.rows.times(upstream, student.numel() // student.shape[-1])
         return self._replace(rows=rows._replace(skip=skip))
+
+    def told(self) -> Call:
+        """The call as backward makes it: the outputs have been told."""
+        return self if self.outputs is None else self._replace(outputs=None)

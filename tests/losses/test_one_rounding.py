@@ -17,7 +17,6 @@ import fastkd
 from fastkd.backends.base import Backend as Passes
 from fastkd.divergence import Divergence
 from fastkd.engine import autograd as upstreams
-from fastkd.engine.device_guess import OnDevice
 
 N, V = 12, 300
 T = 2.0
@@ -378,7 +377,7 @@ def test_a_loop_with_a_gradient_scaler_is_that_of_torch() -> None:
 
 def test_without_synchronisation_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device's form, on tensors whose values nobody may read."""
-    guess = OnDevice(upstreams._taken("kind"), torch.device("meta"), torch.float32)
+    guess = upstreams.OnDevice(upstreams._taken("kind"), torch.device("meta"), torch.float32)
     assert guess.expected.is_meta
     assert guess.settle(torch.ones((), device="meta")).is_meta
 
