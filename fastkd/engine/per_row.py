@@ -39,7 +39,11 @@ def row_gradients(
     call: Call, tensors: Tensors, needs: Needs, upstream: Tensor
 ) -> list[Tensor | None]:
     """The gradients of sum(upstream * loss of each row)."""
-    scale = upstream.resolve_neg().reshape(-1).contiguous()
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    acc = torch.float64 if wide else torch.float32
+    acc = acc if call.topk is None else call.topk.logprobs.dtype
+    # the passes read it as acc: whoever calls the operator may give another dtype
+    scale = upstream.resolve_neg().reshape(-1).to(acc).contiguous()
     if call.products is not None:
         return _linear_gradients(call, tensors, needs, scale)
     return dense_gradients(call._replace(rows=call.rows._replace(scale=scale)), tensors, needs)

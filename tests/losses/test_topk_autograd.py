@@ -110,7 +110,7 @@ def test_opcheck() -> None:
     kept = stored(torch.randn(3, 20), 4)
     backend = fastkd.backends.choice.pick(kept.device)
     rows = topk_rows(kept, 1.0, 20, None, torch.float32, backend)
-    plan = ("kl", 0.0, 1.0, 1.0, 0.0, 0.0, 20, 20)
+    plan = ("kl", 0.0, 1.0, 1.0, 0.0, 0.0, 20, 20, 0.0)
     student = torch.randn(3, 20, requires_grad=True)
     numbers = (None, None, 1.0, 0.0, torch.float32)
     inputs = (*numbers, None, *numbers, None, None, *rows, 0, *plan)
