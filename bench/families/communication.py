@@ -33,7 +33,9 @@ from bench.harness.timing import Say
 
 LIMIT = 64.0  # bytes a row that a rank hands over
 FLOAT = 4  # bytes
-CALL = 6 * 8  # bytes of every call, whatever its rows: the sizes that ranks tell each other
+# bytes of every call, whatever its rows: the sizes that ranks tell each other, and whether the
+# factor that each expected was right
+CALL = 6 * 8 + 1
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 ROWS, K, HIDDEN = 64, 16, 32  # of the counted run
 

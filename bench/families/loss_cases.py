@@ -248,7 +248,9 @@ CASES: dict[str, Case] = {
     )
 }
 
-DENSE = {name: case for name, case in CASES.items() if not isinstance(case, TopKCase)}
+DENSE = {
+    name: case for name, case in CASES.items() if not isinstance(case, (TopKCase, WrittenCase))
+}
 
 SMALL_SHAPES = (
     Shape(1, 10, "one row of ten classes: the cost of the call itself"),
