@@ -84,6 +84,7 @@ class StoreScale(Family):
             yield Input(f"{count} shards", torch.uint8, None, self.name)
 
     def measure(self, one: Input, a: argparse.Namespace, say: Say) -> list[Result]:
+        say("making its folder")
         return [measured(int(one.case.split()[0]), a)]
 
     def counted(self, result: Result) -> dict[str, str]:

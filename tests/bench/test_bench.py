@@ -97,7 +97,6 @@ def test_the_program_lists_everything() -> None:
         (["--json", "no/such/folder/x.json"], "no/such/folder", "a folder that exists"),
         (["--toy", "--demo"], "--demo", "not allowed with"),
         (["store", "--samples", "3"], "got 3", "at least 4"),
-        (["store-scale", "--shards", "5"], "[5]", "two sizes"),
         (["communication", "--shapes", "2x8"], "8", "at least 32"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
