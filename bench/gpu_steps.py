@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PROCESSES = 8  # of the tests: their time is the compiler's, on the host
 OWN = "fastkd,fastkd-inplace"
-EVERYONE = f"eager,compile,compile-max,liger,{OWN}"
+EVERYONE = f"eager,compile,compile-max,liger,{OWN},fastkd-outputs"
 # Threads of a program and blocks of a cluster decide how many rows are in flight, and so what of
 # them the second tile loop finds in the cache. As in fastkd/backends/gpu/tune.py.
 TILES = ("8192:256:1", "16384:512:1", "32768:1024:1", "8192:256:2", "8192:256:4")
