@@ -196,7 +196,8 @@ def test_a_launch_that_fails_is_said_once(
             assert_as_good_as_torch(student, teacher, labels, divergence=fastkd.divergences["kl"])
     texts = [str(w.message) for w in said if "computes each wide row" in str(w.message)]
     assert len(texts) == 1 and "could not be launched" in texts[0]
-    assert list(cooperative._refused) == [student.device] and launched.count("fused_kernel") == 2
+    assert list(cooperative._refused) == [student.device]
+    assert set(launched) == {"fused_kernel", "total_kernel"}  # none cooperated
 
 
 # ---- a GPU's own
