@@ -1,6 +1,7 @@
 # make demo   a language model distilled on real text, each way beside torch's own loss
 # make check  for every save: lint, types and the two minutes of tests that catch most
 # make test   everything that is checked: lint, types, sdist, tests on every backend, toy benchmark
+# make docs   the documents and the reference as pages: build/docs/index.html
 # make kernels, sanitize, aarch64: the C++ kernels alone, see below
 # make gpu    on a machine with a GPU and its own torch and triton: build, test, measure
 #
@@ -22,7 +23,7 @@ PRESET ?= small
 # without them.
 export FASTKD_REQUIRE_CPU ?= 1
 
-.PHONY: demo check test pytest lint sdist kernels sanitize aarch64 gpu clean
+.PHONY: demo check test pytest lint sdist docs kernels sanitize aarch64 gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -74,6 +75,10 @@ aarch64: $(VENV)/ready
 # its own, where the checkout cannot be found.
 sdist: $(VENV)/ready
 	$(RUN) tests/sdist.py
+
+# The READMEs and the reference of the public modules as pages in build/docs; a dead link fails.
+docs: $(VENV)/ready
+	$(RUN) tests/docs.py
 
 # Warnings are errors here, where the compiler is known, and not in a user's build.
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
