@@ -23,7 +23,7 @@ PRESET ?= small
 # without them.
 export FASTKD_REQUIRE_CPU ?= 1
 
-.PHONY: demo check test pytest lint sdist docs kernels sanitize aarch64 gpu clean
+.PHONY: demo check test pytest lint sdist docs wheels cross kernels sanitize aarch64 gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -70,6 +70,17 @@ sanitize: $(VENV)/ready
 # Cross-compiled and run under qemu; writes tests/kernels/aarch64.json, which says when it passed.
 aarch64: $(VENV)/ready
 	$(KERNELS) --fuzz $(SECONDS) aarch64
+
+# Compiled, not run, for macOS and Windows by Zig's compiler (pip install ziglang).
+cross: $(VENV)/ready
+	$(RUN) -m pip install --quiet ziglang
+	$(RUN) tests/kernels/cross.py
+
+# The release's files in dist/ for each interpreter in PYTHONS, every wheel installed in a bare
+# environment, where the first example of README.md runs if the environment has torch.
+PYTHONS ?= $(PYTHON)
+wheels: $(VENV)/ready
+	$(RUN) tests/wheels.py $(PYTHONS)
 
 # The package as a user gets it: sdist, the wheel built from it, and that wheel in an environment of
 # its own, where the checkout cannot be found.
