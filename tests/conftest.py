@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import zlib
@@ -19,6 +20,11 @@ from common import Backend, require
 from progress import Progress
 
 import fastkd
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from interpreter import hurry
+
+    hurry()
 
 # two threads per tiny tensor cost a hundred times the work where other processes want the cores;
 # the tests that are about threads ask for them
