@@ -4,13 +4,17 @@ The options that all of them share (`**rows`, keyword-only):
 
     labels            [...] integers; rows whose label is ignore_index are left out: never read,
                       gradient exactly 0, whatever they hold
-    ignore_index      -100
+    ignore_index      -100, or several integers, such as (-100, 255)
     weight            [...] floats, one factor per row
     reduction         "mean": sum of weight * loss over the sum of the kept rows' weights, 0 where
                       that is 0; "batchmean": sum over student.size(0), as F.kl_div; "sum";
                       "none": [...] with 0 in ignored rows
     normalizer        number or 0-d tensor in place of the denominator of "mean"
     vocab_size        use the first n columns of both sides only; the rest has gradient 0
+    class_dim         the dimension of the classes, -1; maps [N, C, H, W] have class_dim=1, their
+                      labels, weight and loss per row are [N, H, W]. Logits are read where they lie
+                      if the classes have stride 1 (channels_last), else from a copy; the gradient
+                      has the student's own strides. For tensors of logits on both sides
     inplace           the gradient may overwrite the student's logits; with a LinearLogits it
                       changes nothing (what is overwritten is its own chunk, always)
     group             ProcessGroup or one-dimensional DeviceMesh over which the vocabulary is split:
@@ -42,6 +46,7 @@ make their rows NaN. Under autocast, logits are read in the dtype they come in a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 from torch import Tensor
@@ -59,11 +64,12 @@ Reduction = Literal["mean", "batchmean", "sum", "none"]
 class MixedOptions(TypedDict, total=False):
     """The options that all losses share but labels; see the module's docstring."""
 
-    ignore_index: int
+    ignore_index: int | Sequence[int]
     weight: Tensor | None
     reduction: Reduction
     normalizer: float | Tensor | None
     vocab_size: int | None
+    class_dim: int
     inplace: bool
     group: object
     return_outputs: bool

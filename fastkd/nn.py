@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
@@ -10,7 +11,7 @@ from typing_extensions import Unpack
 
 from fastkd import losses
 from fastkd.divergence import Divergence, divergences
-from fastkd.engine import dispatch, validate
+from fastkd.engine import class_axis, dispatch, validate
 from fastkd.losses import MixedOptions, Reduction
 from fastkd.mapped import AnyTeacher as Teacher
 from fastkd.operands import Operand
@@ -22,9 +23,10 @@ class Options(TypedDict, total=False):
     """The options of every module; those that are tensors are arguments of forward."""
 
     temperature: float
-    ignore_index: int
+    ignore_index: int | Sequence[int]
     reduction: Reduction
     vocab_size: int | None
+    class_dim: int
     inplace: bool
     return_outputs: bool
 
@@ -33,16 +35,19 @@ class _Loss(torch.nn.Module):
     def __init__(
         self,
         temperature: float = 1.0,
-        ignore_index: int = -100,
+        ignore_index: int | Sequence[int] = -100,
         reduction: Reduction = "mean",
         vocab_size: int | None = None,
+        class_dim: int = -1,
         inplace: bool = False,
         return_outputs: bool = False,
     ) -> None:
         super().__init__()
         validate.reduction(reduction)
         self.temperature = validate.temperature(temperature)
-        self.ignore_index = validate.ignored(ignore_index)
+        many = class_axis.several(ignore_index)
+        self.ignore_index = many[0] if len(many) == 1 else many
+        self.class_dim = class_axis.dimension(class_dim)
         self.reduction: Reduction = reduction
         self.vocab_size = None if vocab_size is None else validate.columns(vocab_size, least=1)
         self.inplace, self.return_outputs = inplace, return_outputs
@@ -54,6 +59,7 @@ class _Loss(torch.nn.Module):
             "reduction": self.reduction,
             "normalizer": normalizer,
             "vocab_size": self.vocab_size,
+            "class_dim": self.class_dim,
             "inplace": self.inplace,
             "return_outputs": self.return_outputs,
         }
@@ -68,6 +74,8 @@ class _Loss(torch.nn.Module):
             options += f", ignore_index={self.ignore_index}"
         if self.vocab_size is not None:
             options += f", vocab_size={self.vocab_size}"
+        if self.class_dim != -1:
+            options += f", class_dim={self.class_dim}"
         if self.inplace:
             options += ", inplace=True"
         if self.return_outputs:
@@ -212,13 +220,15 @@ class DistillationLoss(_Loss):
         label_smoothing: float = 0.0,
         t_squared: bool = True,
         z_loss: float = 0.0,
-        ignore_index: int = -100,
+        ignore_index: int | Sequence[int] = -100,
         reduction: Reduction = "mean",
         vocab_size: int | None = None,
+        class_dim: int = -1,
         inplace: bool = False,
         return_outputs: bool = False,
     ) -> None:
-        super().__init__(temperature, ignore_index, reduction, vocab_size, inplace, return_outputs)
+        rows = reduction, vocab_size, class_dim, inplace, return_outputs
+        super().__init__(temperature, ignore_index, *rows)
         self.alpha = validate.share("alpha", alpha)
         self.divergence = divergences.entry(divergence)
         self.label_smoothing = validate.share("label_smoothing", label_smoothing)

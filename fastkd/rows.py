@@ -16,12 +16,14 @@ tensor([0.3333, 0.0000, 0.3333, 0.3333])
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from fastkd.arguments.messages import shown
+from fastkd.engine import class_axis
 from fastkd.engine import reduction as engine
 
 IGNORED = -100  # torch's own label for a row that does not count
@@ -31,7 +33,7 @@ REDUCTIONS = ("mean", "batchmean", "sum", "none")
 class RowOptions(TypedDict, total=False):
     """Which rows count, and how much, as in `fastkd.losses`."""
 
-    ignore_index: int
+    ignore_index: int | Sequence[int]
     weight: Tensor | None
     reduction: str
     normalizer: float | Tensor | None
@@ -78,8 +80,14 @@ def coefficient(name: str, value: float) -> None:
         raise ValueError(f"{name}: got {shown(value)}, expected a finite number >= 0")
 
 
+def classes_last(student: Tensor, teacher: Tensor, class_dim: int) -> tuple[Tensor, Tensor]:
+    """Both sides with dimension `class_dim`, that of the classes, last: see `fastkd.losses`."""
+    student, teacher = class_axis.classes_last(student, teacher, class_dim)
+    return student, teacher
+
+
 def mask(
-    student: Tensor, labels: Tensor | None, ignore_index: int = IGNORED
+    student: Tensor, labels: Tensor | None, ignore_index: int | Sequence[int] = IGNORED
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """keep [N] bool, label [N] (0 where a row has none) and bad [N]: labels that nobody may read.
 
@@ -89,7 +97,7 @@ def mask(
     Args:
         student: logits [..., V].
         labels: int [...], None for rows that all count.
-        ignore_index: the label of a row that does not count.
+        ignore_index: the label of a row that does not count, or several of them.
     """
     if labels is None:
         return None, None, None
@@ -103,6 +111,8 @@ def mask(
         raise ValueError(
             f"labels: got a tensor on {labels.device}, expected the student's {student.device}"
         )
+    labels, ignore_index = class_axis.one_ignored(labels, ignore_index)
+    assert labels is not None
     keep, label, bad = engine.mask(labels.reshape(-1), ignore_index, vocab)
     assert keep is not None and label is not None
     return keep, torch.where(keep if bad is None else keep & ~bad, label, 0), bad

@@ -10,6 +10,7 @@ from fastkd.arguments.numbers import integer, real
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 INDEX_DTYPES = frozenset((torch.int32, torch.int64))
+INT_DTYPES = INDEX_DTYPES | {torch.int16, torch.int8, torch.uint8}
 
 
 def layout(x: Tensor) -> str:

@@ -1,6 +1,7 @@
 """Checks of the logits and labels of a term; their errors say what to write instead.
 
-Classes lie along the last dimension and a label is the number of one. What looks otherwise (maps
+Classes lie along the last dimension, or that which the term names, and a label is the number of
+one. What looks otherwise (maps
 [B, C, H, W], probabilities, several labels of a sample, numbers) would run and mean something else,
 so it is refused here.
 """
@@ -57,12 +58,12 @@ def in_use(name: str, logits: Tensor, vocab_size: int | None) -> Tensor:
 class Classes:
     """Looks at the student's logits of a term before a softmax over their last dimension."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self._warned = name, False
+    def __init__(self, name: str, class_dim: int = -1) -> None:
+        self.name, self.class_dim, self._warned = name, class_dim, False
 
     def __call__(self, logits: Any, batch: Batch) -> None:
         """ValueError for classes along another dimension; one warning for a single class."""
-        if not isinstance(logits, Tensor) or logits.dim() == 0:
+        if not isinstance(logits, Tensor) or logits.dim() == 0 or self.class_dim != -1:
             return
         classes_last(f"term {self.name!r}: ", logits, batch.labels, batch.inputs)
         if logits.size(-1) == 1 and not self._warned:
@@ -86,8 +87,8 @@ def classes_last(where: str, logits: Tensor, labels: Any, inputs: Any = None) ->
         seen = f"labels {list(labels.shape)}" if spatial else "images as inputs"
         raise ValueError(
             f"{where}student: got logits {shape} for {seen}, expected classes last, "
-            f"{[shape[0], *shape[2:], shape[1]]}; wrap each model in a module that returns its "
-            "logits.movedim(1, -1).contiguous()"
+            f"{[shape[0], *shape[2:], shape[1]]}; give the term class_dim=1, or wrap each model in "
+            "a module that returns its logits.movedim(1, -1)"
         )
 
 

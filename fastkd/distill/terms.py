@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd.arguments.messages import shown
+from fastkd.rows import classes_last
 
 from .batch import IGNORED, Batch, Outputs, mapped, tensors
 from .distributed import is_dtensor
@@ -94,6 +95,7 @@ def hard(
     *,
     label_smoothing: float = 0.0,
     vocab_size: int | None = None,
+    class_dim: int = -1,
     name: str = "hard",
 ) -> Term:
     """Cross-entropy with the labels, mean over the labelled rows of the step: CE(labels, s).
@@ -102,13 +104,14 @@ def hard(
         weight: factor, or step -> factor.
         label_smoothing: in [0, 1].
         vocab_size: use the first n columns only (a padded vocabulary).
+        class_dim: the dimension of the classes: 1 for maps [N, C, H, W] with labels [N, H, W].
         name: of the term.
 
     Raises:
         TypeError, ValueError: in training: no labels, labels that are no class numbers
-            (probabilities, several of a sample), classes that are not along the last dimension.
+            (probabilities, several of a sample), classes that are not along class_dim.
     """
-    look = Classes(name)
+    look = Classes(name, class_dim)
 
     def function(student: Outputs, _: Outputs, batch: Batch) -> Tensor:
         labels, logits = labels_of(name, batch), student.logits
@@ -122,8 +125,10 @@ def hard(
                 ignore_index=IGNORED,
                 label_smoothing=label_smoothing,
                 vocab_size=vocab_size,
+                class_dim=class_dim,
             )
         if isinstance(logits, Tensor):
+            logits, _ = classes_last(logits, logits, class_dim)
             logits = in_use(f"term {name!r}", logits, vocab_size)
             labels = class_numbers(name, logits, labels, f"term {name!r}: ")
         try:
@@ -151,6 +156,7 @@ def soft(
     divergence: Any = "kl",
     rows: str = "all",
     vocab_size: int | None = None,
+    class_dim: int = -1,
     return_outputs: bool = False,
     name: str = "soft",
 ) -> Term:
@@ -164,6 +170,7 @@ def soft(
             is -100 are left out (padding of a language model); every batch needs labels then.
         vocab_size: use the first n columns of both sides only (vocabularies that are padded
             differently). Of a `TopK` with a bucket, further columns join the bucket.
+        class_dim: the dimension of the classes: 1 for maps [N, C, H, W] with labels [N, H, W].
         return_outputs: log three means over these rows as well, from the same pass (see
             `fastkd.LossOutputs`): "term/soft/soft", the divergence without T^2, and
             "term/soft/student_entropy" and "term/soft/teacher_entropy", both at T.
@@ -173,7 +180,7 @@ def soft(
     if rows not in ("all", "labelled"):
         raise ValueError(f"rows: got {shown(rows)}, expected 'all' or 'labelled'")
 
-    look = Classes(name)
+    look = Classes(name, class_dim)
 
     def function(student: Outputs, teacher: Outputs, batch: Batch) -> Any:
         target = teacher_logits(name, teacher)
@@ -185,7 +192,7 @@ def soft(
             found: Any = fastkd.distillation_loss(
                 student.logits, target, labels,
                 temperature=T, alpha=0.0, divergence=divergence, vocab_size=vocab_size,
-                return_outputs=return_outputs,
+                class_dim=class_dim, return_outputs=return_outputs,
             )  # fmt: skip
         return (found[0], _means(found[1], labels)) if return_outputs else found
 

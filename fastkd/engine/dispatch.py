@@ -19,7 +19,7 @@ from fastkd.arguments.tensors import DTYPES
 from fastkd.backends import choice, formulas, reference
 from fastkd.backends.base import Backend, LossSpec, Rows
 from fastkd.divergence import Divergence
-from fastkd.engine import autograd, of_dtensors, ops, outputs, per_row, validate
+from fastkd.engine import autograd, class_axis, of_dtensors, ops, outputs, per_row, validate
 from fastkd.engine import reduction as reductions
 from fastkd.engine.mapped_rows import Mapped, mapped
 from fastkd.engine.records import Call, Products, Request
@@ -50,11 +50,12 @@ def loss(
     /,
     *,
     labels: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | Sequence[int] = -100,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     vocab_size: int | None = None,
+    class_dim: int = -1,
     inplace: bool = False,
     group: object = None,
     return_outputs: bool = False,
@@ -64,13 +65,16 @@ def loss(
     if unknown:
         known = validate.known_options(name, divergence)
         validate.refuse_option(name, next(iter(unknown)), known)
+    if type(class_dim) is not int or class_dim != class_axis.LAST:
+        student, teacher = class_axis.classes_last(student, teacher, class_dim, group)
+    if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
+        labels, ignore_index = class_axis.one_ignored(labels, ignore_index)
     if param is None:
         param = divergence.default if divergence.given is None else divergence.given
     usual = (
         vocab_size is None
         and (type(temperature) is float and 1e-18 <= temperature <= 1e18)
         and (type(reduction) is str and reduction in validate.REDUCTIONS)
-        and (type(ignore_index) is int and -(2**63) <= ignore_index < 2**63)
         and _alike(student, teacher)
     )
     backend = _kernels(student.device) if usual else None
@@ -171,7 +175,7 @@ def _usual_rows(
         return Rows(None, None, None, _factor(reduction, student))
     if not (type(labels) in _ROWS and type(weight) in _ROWS and type(normalizer) in _NUMBERS):
         return None
-    validate.rows(student, labels, ignore_index, weight)
+    validate.rows(student, labels, weight)
     validate.normalizer(normalizer, reduction, student)
     r = Request(
         student, teacher, spec, labels, ignore_index, weight, reduction, normalizer, False, None
@@ -232,7 +236,7 @@ def _request(
     if not ordinary:
         temperature = float(validate.temperature(temperature))
         validate.reduction(reduction)
-        ignore_index = validate.rows(student, labels, ignore_index, weight)
+        validate.rows(student, labels, weight)
         normalizer = validate.normalizer(normalizer, reduction, student)
     if group is not None:
         call = f"{name}, {divergence.name} {param:g}, T={temperature:g}, {soft:g}, {hard:g}"

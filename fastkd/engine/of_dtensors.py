@@ -32,7 +32,7 @@ def loss(
         normalizer = normalizer.full_tensor()
     validate.normalizer(normalizer, reduction, student)
     part = dtensor.local(student, teacher, labels, weight, inplace, group)
-    validate.rows(part.student, part.labels, ignore_index, part.weight)
+    validate.rows(part.student, part.labels, part.weight)
     own, by = part.normalizer(reduction, normalizer, ignore_index)
     value = again(
         *(name, part.student, part.teacher, *numbers),

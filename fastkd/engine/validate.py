@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from fastkd.arguments.messages import describe, shown, sizes, warn_once
 from fastkd.arguments.numbers import WAITS, integer, real
-from fastkd.arguments.tensors import DTYPES, answers_itself, layout
+from fastkd.arguments.tensors import DTYPES, INT_DTYPES, answers_itself, layout
 from fastkd.backends.choice import forced
 from fastkd.divergence import Divergence
 from fastkd.mapped import AnyTeacher as Teacher
@@ -24,10 +24,9 @@ from fastkd.operands import LinearLogits, Operand, TopK
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
 OPTIONS = (
     *("labels", "ignore_index", "weight", "reduction"),
-    *("normalizer", "vocab_size", "inplace", "group", "return_outputs"),
+    *("normalizer", "vocab_size", "class_dim", "inplace", "group", "return_outputs"),
 )
 _PLAIN = (Tensor, Parameter)
-INT_DTYPES = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 
 
 def known_options(name: str, divergence: Divergence) -> list[str]:
@@ -211,24 +210,11 @@ def _readable(name: str, x: object) -> None:
     )
 
 
-def ignored(ignore_index: int) -> int:
-    """ignore_index as an int."""
-    number = ignore_index if type(ignore_index) is int else integer(ignore_index)
-    if number is None:
-        raise TypeError(f"ignore_index: got {describe(ignore_index)}, expected an integer")
-    if not -(2**63) <= number < 2**63:
-        raise ValueError(f"ignore_index: got {shown(ignore_index)}, expected a 64-bit integer")
-    return number
-
-
-def rows(student: Operand, labels: Tensor | None, ignore_index: int, weight: Tensor | None) -> int:
-    """ignore_index as an int."""
-    number = ignored(ignore_index)
+def rows(student: Operand, labels: Tensor | None, weight: Tensor | None) -> None:
     if labels is not None:
         _per_row("labels", labels, "integers", student)
     if weight is not None:
         _per_row("weight", weight, "floats", student)
-    return number
 
 
 def _other_labels(labels: Tensor, student: Operand) -> str:
@@ -245,10 +231,7 @@ def _other_labels(labels: Tensor, student: Operand) -> str:
             "(alpha=0) and add F.binary_cross_entropy_with_logits(student, labels.float())"
         )
     if student.dim() > 2 and labels.shape == (student.shape[0], *student.shape[2:]):
-        return (
-            "; if the classes are dimension 1, give student.movedim(1, -1).contiguous() and the "
-            "teacher's logits likewise"
-        )
+        return "; if the classes are dimension 1, give class_dim=1"
     return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,7 +55,9 @@ def replicated(x: Tensor, group: Any) -> Tensor:
     return _SummedGradient.apply(x, group)
 
 
-def token_count(labels: Tensor, group: Any = None, ignore_index: int = -100) -> Tensor:
+def token_count(
+    labels: Tensor, group: Any = None, ignore_index: int | Sequence[int] = -100
+) -> Tensor:
     """The number of labels that are not `ignore_index`, over all ranks: a loss's `normalizer`.
 
         sum over ranks of |{i : labels_i != ignore_index}|
@@ -67,12 +70,14 @@ def token_count(labels: Tensor, group: Any = None, ignore_index: int = -100) -> 
         labels: this rank's labels, int [...].
         group: ProcessGroup or one-dimensional DeviceMesh whose ranks have different rows; None for
             all ranks, or for this process alone where torch.distributed is not initialised.
-        ignore_index: label of rows that are left out.
+        ignore_index: label of rows that are left out, or several of them.
 
     Returns:
         0-d float64 on the labels' device, the same on every rank.
     """
-    count = (labels.long() != ignore_index).sum().double()  # as in reduction.mask
+    kept, several = labels.long(), ignore_index if isinstance(ignore_index, Sequence) else None
+    counted = [kept != index for index in ((ignore_index,) if several is None else several)]
+    count = torch.stack(counted).all(0).sum().double()  # as in reduction.mask
     if group is not None or (dist.is_available() and dist.is_initialized()):
         dist.all_reduce(count, group=None if group is None else process_group(group))
     return count

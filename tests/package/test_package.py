@@ -52,6 +52,7 @@ ROW_OPTIONS = {
     "reduction",
     "normalizer",
     "vocab_size",
+    "class_dim",
     "inplace",
     "group",
     "return_outputs",

@@ -32,6 +32,7 @@ class Rows(RowOptions, total=False):
     """The options that all losses of rows share, as in `fastkd.losses`."""
 
     vocab_size: int | None
+    class_dim: int
 
 
 def row_loss(
@@ -44,6 +45,7 @@ def row_loss(
     """The formula's loss of each row that counts, reduced; its gradient in the operands' dtypes."""
     known_options(rows)
     weight, reduction = rows.get("weight"), rows.get("reduction", "mean")
+    student, teacher = row_options.classes_last(student, teacher, rows.get("class_dim", -1))
     student, teacher = operands(student, teacher, rows.get("vocab_size"))
     row_options.check(rows, list(student.shape[:-1]))
     vocab, leading = student.size(-1), student.shape[:-1]
@@ -80,10 +82,10 @@ def plainly() -> bool:
     return torch.compiler.is_compiling() or in_functorch()
 
 
-def known_options(rows: RowOptions) -> None:
+def known_options(rows: RowOptions, options: type = Rows) -> None:
     """TypeError for an option that no loss of rows has."""
-    if unknown := rows.keys() - Rows.__annotations__.keys():
-        known = sorted(("labels", *Rows.__annotations__))
+    if unknown := rows.keys() - options.__annotations__.keys():
+        known = sorted(("labels", *options.__annotations__))
         raise TypeError(f"got unexpected options {sorted(unknown)}, has {known}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.rows import coefficient, mask
+from fastkd.rows import classes_last, coefficient, mask
 
 from .chunked import (
     elements,
@@ -33,8 +33,9 @@ def dist(
     beta: float = 1.0,
     gamma: float = 1.0,
     temperature: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | Sequence[int] = -100,
     vocab_size: int | None = None,
+    class_dim: int = -1,
 ) -> Tensor:
     """One minus the correlation of the probabilities, over the classes and over the batch.
 
@@ -54,6 +55,7 @@ def dist(
         temperature: T > 0, finite.
         ignore_index: label of the rows that are left out: not read, gradient exactly 0.
         vocab_size: use the first n columns of both sides only; the rest has gradient 0.
+        class_dim: the dimension of the classes.
 
     Returns:
         0-d float32 (float64 where an operand is); 0 where no row counts.
@@ -66,6 +68,7 @@ def dist(
     positive("temperature", temperature)
     coefficient("beta", beta)
     coefficient("gamma", gamma)
+    student, teacher = classes_last(student, teacher, class_dim)
     student, teacher = operands(student, teacher, vocab_size)
     T = float(temperature)
 

@@ -1,8 +1,9 @@
 """Losses of responses beside the divergences: logits compared as vectors, classes taken apart.
 
 p is the teacher's distribution and q the student's. Logits are finite unless a function says
-otherwise; `**rows` are ignore_index, weight, reduction, normalizer and vocab_size, as described in
-`fastkd.losses`: a row whose label is ignore_index is not read and gets a gradient of exactly 0.
+otherwise; `**rows` are ignore_index, weight, reduction, normalizer, vocab_size and class_dim, as
+described in `fastkd.losses`: a row whose label is ignore_index is not read and gets a gradient of
+exactly 0.
 """
 
 from __future__ import annotations
@@ -277,7 +278,7 @@ def response(
     if unknown := options.keys() - known:
         raise TypeError(f"{name}: got unexpected options {sorted(unknown)}")
 
-    look = Classes(name)
+    look = Classes(name, options.get("class_dim", -1))
     # one of your own may lay out classes otherwise; plain differences see one logit, too
     softmax = is_own_loss(function) and not (
         function is logit_mse and options.get("centred") is False

@@ -86,7 +86,7 @@ def uld_loss(
     Boizard et al. 2024, arXiv 2402.12030.
     """
     positive("temperature", temperature)
-    known_options(rows)
+    known_options(rows, RowOptions)
     if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
         raise ValueError(f"top: got {shown(top)}, expected a number of ranks, at least 1")
     teachers = teacher.tensors if isinstance(teacher, fastkd.TopK) else (teacher,)
