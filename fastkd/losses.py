@@ -53,7 +53,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkd.divergence import Divergence, divergences
-from fastkd.engine import validate
+from fastkd.engine import label_kinds, validate
 from fastkd.engine.dispatch import loss
 from fastkd.mapped import AnyTeacher as Teacher
 from fastkd.operands import Operand
@@ -302,6 +302,7 @@ def distillation_loss(
     label_smoothing: float = 0.0,
     t_squared: bool = True,
     z_loss: float = 0.0,
+    class_weight: Tensor | None = None,
     **rows: Unpack[MixedOptions],
 ) -> Tensor:
     """Hard cross-entropy and soft divergence in one pass over the student's logits.
@@ -315,7 +316,9 @@ def distillation_loss(
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
         teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
         labels: [...] integers, the hard labels; rows at ignore_index are left out of both terms.
-            May be None with alpha=0.
+            Or floats [..., V], probabilities of the classes (mixup, cutmix): the hard term is then
+            -sum_v y_v log q_v, as `F.cross_entropy` has it, and no row is left out. May be None
+            with alpha=0.
         temperature: T > 0, finite.
         alpha: weight of the hard term, 0 <= alpha <= 1.
         divergence: a name of `fastkd.divergences`, or an entry such as
@@ -324,7 +327,17 @@ def distillation_loss(
         t_squared: keep the gradient's size independent of T by the factor T^2.
         z_loss: weight of the squared log-sum-exp, which keeps logits from drifting: a finite
             number of 0 or more, 1e-4 in PaLM. Neither alpha nor T^2 multiplies it.
+        class_weight: [V] floats, a weight of each class in the hard term alone, as the `weight` of
+            `F.cross_entropy`. Each term has a denominator of its own: "mean" divides the hard term
+            by the sum of the kept labels' class weights (times `weight`); for probabilities, and
+            the soft term always, by the sum of `weight`, the number of rows without one. A
+            `normalizer` replaces both.
         **rows: as described in `fastkd.losses`.
+
+    Probabilities and class_weight make the two terms two losses, each in a pass of its own: twice
+    the time, and the student's gradient is a sum of two that have been rounded. Probabilities, or
+    class_weight with label_smoothing, also cost one tensor of the size of the logits. Neither works
+    over ranks that share the vocabulary. `outputs.hard` then has the classes' weights in it.
 
     Returns:
         0-d float32 (float64 where an operand is), [...] with reduction="none".
@@ -344,17 +357,8 @@ def distillation_loss(
         )
     temperature = validate.temperature(temperature)
     soft = (1.0 - alpha) * (temperature * temperature if t_squared else 1.0)
-    return loss(
-        "distillation_loss",
-        student,
-        teacher,
-        divergence,
-        temperature,
-        None,
-        soft,
-        float(alpha),
-        float(label_smoothing),
-        validate.z_loss(z_loss),
-        labels=labels,
-        **rows,
-    )
+    numbers = temperature, None, soft, float(alpha), float(label_smoothing), validate.z_loss(z_loss)
+    sides = "distillation_loss", student, teacher, divergence, *numbers
+    if label_kinds.special(labels, class_weight):
+        return label_kinds.loss(loss, sides, class_weight, labels, {**rows})
+    return loss(*sides, labels=labels, **rows)

@@ -220,6 +220,7 @@ class DistillationLoss(_Loss):
         label_smoothing: float = 0.0,
         t_squared: bool = True,
         z_loss: float = 0.0,
+        class_weight: Tensor | None = None,
         ignore_index: int | Sequence[int] = -100,
         reduction: Reduction = "mean",
         vocab_size: int | None = None,
@@ -234,6 +235,8 @@ class DistillationLoss(_Loss):
         self.label_smoothing = validate.share("label_smoothing", label_smoothing)
         self.t_squared = t_squared
         self.z_loss = validate.z_loss(z_loss)
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", class_weight, persistent=False)
 
     def forward(
         self,
@@ -255,6 +258,7 @@ class DistillationLoss(_Loss):
             label_smoothing=self.label_smoothing,
             t_squared=self.t_squared,
             z_loss=self.z_loss,
+            class_weight=self.class_weight,
             **self._rows(weight, normalizer),
         )
 
@@ -262,8 +266,9 @@ class DistillationLoss(_Loss):
         d = self.divergence
         name = f"{d.name}({d.parameter}={d.param:g})" if d.parameter else d.name
         square = " T^2" if self.t_squared else ""
-        hard = f"{self.alpha:g} CE" + (
-            f"(label_smoothing={self.label_smoothing:g})" if self.label_smoothing else ""
-        )
+        of = f"label_smoothing={self.label_smoothing:g}" if self.label_smoothing else ""
+        if self.class_weight is not None:
+            of += f"{', ' if of else ''}class_weight={list(self.class_weight.shape)}"
+        hard = f"{self.alpha:g} CE" + (f"({of})" if of else "")
         z = f" + {self.z_loss:g} lse^2" if self.z_loss else ""
         return f"{hard} + {1 - self.alpha:g}{square} {name}(p, q){z}"

@@ -128,7 +128,7 @@ def hard(
                 class_dim=class_dim,
             )
         if isinstance(logits, Tensor):
-            logits, _ = classes_last(logits, logits, class_dim)
+            logits = classes_last(logits, logits, class_dim)[0]
             logits = in_use(f"term {name!r}", logits, vocab_size)
             labels = class_numbers(name, logits, labels, f"term {name!r}: ")
         try:

@@ -33,6 +33,7 @@ def known_options(name: str, divergence: Divergence) -> list[str]:
     """The options of the public function of this name, its own first."""
     if name == "distillation_loss":
         own = ["temperature", "alpha", "divergence", "label_smoothing", "t_squared", "z_loss"]
+        own.append("class_weight")
     else:
         own = [divergence.parameter] if divergence.parameter else []
         own.append("temperature")
@@ -221,14 +222,13 @@ def _other_labels(labels: Tensor, student: Operand) -> str:
     """What to write instead, for labels that are not one column of each row."""
     if labels.shape == student.shape and labels.dtype.is_floating_point:
         return (
-            "; for soft labels give none here (alpha=0) and add F.cross_entropy(student.flatten(0, "
-            "-2), labels.flatten(0, -2)), for multi-label targets "
-            "F.binary_cross_entropy_with_logits(student, labels)"
+            "; probabilities are labels of fastkd.distillation_loss alone, multi-label targets of "
+            "fastkd.binary_distillation_loss"
         )
     if labels.shape == student.shape:
         return (
-            "; one-hot labels are labels.int().argmax(-1), for multi-label targets give none here "
-            "(alpha=0) and add F.binary_cross_entropy_with_logits(student, labels.float())"
+            "; one-hot labels are labels.int().argmax(-1), multi-label targets are labels of "
+            "fastkd.binary_distillation_loss"
         )
     if student.dim() > 2 and labels.shape == (student.shape[0], *student.shape[2:]):
         return "; if the classes are dimension 1, give class_dim=1"

@@ -75,9 +75,11 @@ def token_count(
     Returns:
         0-d float64 on the labels' device, the same on every rank.
     """
-    kept, several = labels.long(), ignore_index if isinstance(ignore_index, Sequence) else None
-    counted = [kept != index for index in ((ignore_index,) if several is None else several)]
-    count = torch.stack(counted).all(0).sum().double()  # as in reduction.mask
+    many = ignore_index if isinstance(ignore_index, Sequence) else (ignore_index,)
+    kept = torch.ones_like(labels, dtype=torch.bool)
+    for index in many:
+        kept = kept & (labels.long() != index)  # as in reduction.mask
+    count = kept.sum().double()
     if group is not None or (dist.is_available() and dist.is_initialized()):
         dist.all_reduce(count, group=None if group is None else process_group(group))
     return count

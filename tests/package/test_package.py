@@ -43,6 +43,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.0,
         "t_squared": True,
         "z_loss": 0.0,
+        "class_weight": None,
     },
 }
 ROW_OPTIONS = {
