@@ -2,6 +2,12 @@
 
 from fastkd import nn
 from fastkd.backends.choice import use_backend
+from fastkd.binary import (
+    binary_distillation_loss,
+    binary_js_div,
+    binary_kl_div,
+    binary_reverse_kl_div,
+)
 from fastkd.divergence import divergences
 from fastkd.engine.outputs import LossOutputs
 from fastkd.engine.reduction import checked
@@ -28,6 +34,10 @@ __all__ = [
     "TopK",
     "__version__",
     "acceptance_loss",
+    "binary_distillation_loss",
+    "binary_js_div",
+    "binary_kl_div",
+    "binary_reverse_kl_div",
     "checked",
     "distillation_loss",
     "divergences",

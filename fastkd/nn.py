@@ -10,6 +10,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkd import losses
+from fastkd.binary_modules import BinaryDistillationLoss as BinaryDistillationLoss
+from fastkd.binary_modules import BinaryDivergence as BinaryDivergence
+from fastkd.binary_modules import named
 from fastkd.divergence import Divergence, divergences
 from fastkd.engine import class_axis, dispatch, validate
 from fastkd.losses import MixedOptions, Reduction
@@ -263,12 +266,10 @@ class DistillationLoss(_Loss):
         )
 
     def formula(self) -> str:
-        d = self.divergence
-        name = f"{d.name}({d.parameter}={d.param:g})" if d.parameter else d.name
         square = " T^2" if self.t_squared else ""
         of = f"label_smoothing={self.label_smoothing:g}" if self.label_smoothing else ""
         if self.class_weight is not None:
             of += f"{', ' if of else ''}class_weight={list(self.class_weight.shape)}"
         hard = f"{self.alpha:g} CE" + (f"({of})" if of else "")
         z = f" + {self.z_loss:g} lse^2" if self.z_loss else ""
-        return f"{hard} + {1 - self.alpha:g}{square} {name}(p, q){z}"
+        return f"{hard} + {1 - self.alpha:g}{square} {named(self.divergence)}(p, q){z}"

@@ -6,6 +6,7 @@ from .evaluation import Evaluation, Report, agreement, calibration_error, evalua
 from .hooks import Hooks, projector
 from .logging import CSVLogger, Step
 from .losses import attention, features, relations
+from .losses.binary import binary_hard, binary_soft
 from .losses.correlation import dist
 from .losses.logits import cosine, dkd, logit_mse, nkd, response, zscore
 from .losses.token_alignment import Alignment, align, align_labelled
@@ -54,6 +55,8 @@ __all__ = [
     "align_labelled",
     "assistant_chain",
     "attention",
+    "binary_hard",
+    "binary_soft",
     "born_again",
     "calibration_error",
     "copy_layers",

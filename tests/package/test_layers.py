@@ -17,11 +17,11 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Who stands on whom: a folder or file imports its own layer's and those above it in this list.
 LAYERS = [
     {"arguments"},
-    {"divergence", "operands", "mapped"},
+    {"divergence", "bernoulli", "operands", "mapped"},
     {"backends"},
     {"parallel"},
     {"engine"},
-    {"losses", "topk", "nn", "info", "rows", "scan"},
+    {"losses", "binary", "binary_modules", "topk", "nn", "info", "rows", "scan"},
     {"distill", "teachers"},
     {"recipes", "demo", "integrations"},
 ]
@@ -37,6 +37,7 @@ HIDDEN = {
     "operands",
     "mapped",
     "divergence",
+    "bernoulli",
     "_C",
 }
 DEVICE_QUESTIONS = {"is_cuda", "is_cpu", "is_xpu", "is_meta", "is_mps"}

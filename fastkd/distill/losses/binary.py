@@ -1,0 +1,68 @@
+"""Terms of models with one logit for each yes or no: several labels of a sample, or one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+import fastkd
+
+from ..batch import IGNORED, Batch, Outputs
+from ..targets import labels_of, teacher_logits
+from ..terms import Term, Weight
+
+
+def binary_hard(
+    weight: Weight = 1.0, *, pos_weight: Tensor | None = None, name: str = "binary_hard"
+) -> Term:
+    """Binary cross-entropy with the labels, mean over the labelled logits of the step.
+
+        -(pos_weight y log sigmoid(s) + (1 - y) log sigmoid(-s))
+
+    Args:
+        weight: factor, or step -> factor.
+        pos_weight: floats that broadcast to the logits, such as [C]: the weight of a yes.
+        name: of the term.
+
+    Labels are in the logits' shape, floats from 0 to 1 or integers 0 and 1; -100 is left out.
+
+    Raises:
+        TypeError, ValueError: in training: no labels, or labels of another shape or value.
+    """
+
+    def function(student: Outputs, _: Outputs, batch: Batch) -> Tensor:
+        logits = student.logits
+        return fastkd.binary_distillation_loss(
+            logits, logits, labels_of(name, batch),
+            alpha=1.0, pos_weight=pos_weight, ignore_index=IGNORED,
+        )  # fmt: skip
+
+    return Term(name, function, weight)
+
+
+def binary_soft(
+    weight: Weight = 1.0,
+    *,
+    temperature: float | Callable[[int], float] = 2.0,
+    divergence: Any = "kl",
+    name: str = "binary_soft",
+) -> Term:
+    """The teacher's part of `fastkd.binary_distillation_loss`: T^2 D(p, q) of each logit.
+
+    Args:
+        weight: factor, or step -> factor.
+        temperature: T, or step -> T.
+        divergence: "kl", "reverse_kl" or "js", or their entries of `fastkd.divergences`.
+        name: of the term.
+    """
+
+    def function(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        T = temperature(batch.step) if callable(temperature) else temperature
+        return fastkd.binary_distillation_loss(
+            student.logits, teacher_logits(name, teacher),
+            alpha=0.0, temperature=T, divergence=divergence,
+        )  # fmt: skip
+
+    return Term(name, function, weight, mean="samples")

@@ -1,0 +1,310 @@
+"""A loss of one logit each: checks, what is left out, the reduction and the gradient.
+
+Forward reads the operands once and keeps nothing of their size; backward reads them once more and
+writes the gradient with its final factor, rounded once. On the CPU a block at a time runs through
+the formula's operations, while it is in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastkd.arguments.messages import describe, shown, sizes
+from fastkd.arguments.tensors import DTYPES, INT_DTYPES, layout
+from fastkd.backends.base import on_host
+from fastkd.bernoulli import Bernoulli, describe_logits
+from fastkd.engine import class_axis, reduction, validate
+
+REDUCTIONS = ("mean", "sum", "none")
+BLOCK = 2**15  # elements; some ten tensors of them stay in the second level of the cache
+
+
+class Elements(NamedTuple):
+    """The operands: as they were given, or as blocks of rows [r, C]."""
+
+    student: Tensor
+    teacher: Tensor | None
+    labels: Tensor | None
+    weight: Tensor | None
+    pos_weight: Tensor | None
+
+
+class _Run(NamedTuple):
+    what: Bernoulli
+    ignored: tuple[int, ...]
+    reduction: str
+    normalizer: float | Tensor | None
+    acc: torch.dtype
+    read: bool  # whether labels have been looked at: else those out of range become NaN
+
+
+def loss(
+    what: Bernoulli,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    labels: Tensor | None = None,
+    ignore_index: Any = -100,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """The loss of all logits, reduced; the options are those of `fastkd.binary`."""
+    ignored = class_axis.several(ignore_index)
+    _check(student, teacher, reduction)
+    normalizer = validate.normalizer(normalizer, reduction, student)
+    read = labels is not None and _check_labels(labels, student, ignored)
+    for name, x in (("weight", weight), ("pos_weight", pos_weight)):
+        if x is not None:
+            _check_factor(name, x, student)
+    wide = torch.float64 in (student.dtype, teacher.dtype)
+    acc = torch.float64 if wide else torch.float32
+    run = _Run(what, ignored, reduction, normalizer, acc, read)
+    others = labels, weight, pos_weight, normalizer
+    learnt = any(isinstance(x, Tensor) and x.requires_grad for x in others)
+    if learnt or _traced() or not student.numel():
+        return _plain(run, Elements(student, teacher, labels, weight, pos_weight))
+    return _Elementwise.apply(run, student, teacher, labels, weight, pos_weight)
+
+
+def _traced() -> bool:
+    """Whether torch has to see its own operations."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+# ---- checks
+
+
+def _check(student: Any, teacher: Any, reduction: str) -> None:
+    for name, x in (("student", student), ("teacher", teacher)):
+        if not isinstance(x, Tensor):
+            raise TypeError(describe_logits(name, x))
+        if x.layout is not torch.strided or x.is_nested or hasattr(x, "placements"):
+            raise TypeError(f"{name}: got {layout(x)}, expected a dense tensor")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{describe_logits(name, x)}, in float32, bfloat16, float16 or float64")
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"teacher: got shape {sizes(teacher.shape)}, expected the student's "
+            f"{sizes(student.shape)}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(f"teacher: got a tensor on {teacher.device}, expected {student.device}")
+    reduction_of(reduction)
+
+
+def reduction_of(reduction: Any) -> Any:
+    """The reduction; ValueError for what is none."""
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(
+            f"reduction: got {shown(reduction)}, expected one of {', '.join(REDUCTIONS)}"
+        )
+    return reduction
+
+
+def _check_labels(labels: Any, student: Tensor, ignored: tuple[int, ...]) -> bool:
+    """Whether the labels were read and are all right."""
+    expected = f"a tensor {sizes(student.shape)} of floats from 0 to 1, bool or integers 0 and 1"
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: got {describe(labels)}, expected {expected}")
+    if not (labels.is_floating_point() or labels.dtype in INT_DTYPES or labels.dtype == torch.bool):
+        raise TypeError(f"labels: got {describe(labels)}, expected {expected}")
+    if labels.shape != student.shape:
+        hint = ""
+        if labels.numel() == student.numel():
+            hint = f"; labels.view({sizes(student.shape)}) if the order is the same"
+        raise ValueError(f"labels: got shape {sizes(labels.shape)}, expected {expected}{hint}")
+    if labels.device != student.device:
+        raise ValueError(f"labels: got a tensor on {labels.device}, expected {student.device}")
+    if not reduction.reads_values(labels) or torch._C._are_functorch_transforms_active():
+        return False
+    bad = _kept(labels, ignored) & ~((labels >= 0) & (labels <= 1))
+    if bool(bad.any()):
+        value = float(labels.reshape(-1)[int(bad.reshape(-1).int().argmax())])
+        raise ValueError(
+            f"labels: got {value:g}, expected 0 to 1, NaN or ignore_index={shown(ignored)}"
+        )
+    return True
+
+
+def _check_factor(name: str, x: Any, student: Tensor) -> None:
+    shape = sizes(student.shape)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name}: got {describe(x)}, expected floats that broadcast to {shape}")
+    try:
+        fits = torch.broadcast_shapes(x.shape, student.shape) == student.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name}: got shape {sizes(x.shape)}, expected one that broadcasts to {shape}"
+        )
+    if x.device != student.device:
+        raise ValueError(f"{name}: got a tensor on {x.device}, expected {student.device}")
+
+
+def _kept(labels: Tensor, ignored: tuple[int, ...]) -> Tensor:
+    """Which logits count."""
+    keep = ~labels.isnan() if labels.is_floating_point() else torch.ones_like(labels).bool()
+    if labels.dtype != torch.bool:
+        wide = labels if labels.is_floating_point() else labels.to(torch.int64)
+        for index in ignored:
+            keep = keep & (wide != index)
+    return keep
+
+
+# ---- one block
+
+
+def _block(run: _Run, x: Elements, slopes: bool) -> tuple[Tensor, Tensor, Any, Any]:
+    """Of some logits: loss times weight, weights (or their sum); else slopes of the former."""
+    s, t, y, weight, pos_weight = (
+        None if part is None else part.to(run.acc) if part.is_floating_point() else part
+        for part in x
+    )
+    assert s is not None
+    keep = None if y is None else _kept(y, run.ignored)
+    factor = None if weight is None else weight.expand_as(s)
+    if y is not None and keep is not None:
+        # where, not a product: what is left out may hold anything
+        y = torch.where(keep, y.to(run.acc), 0.0)
+        s = torch.where(keep, s, 0.0)
+        t = None if t is None else torch.where(keep, t, 0.0)
+        factor = keep.to(run.acc) if factor is None else torch.where(keep, factor, 0.0)
+    value, slope_s, slope_t = run.what(s, t, y, pos_weight, slopes)
+    if y is not None and not run.read:
+        bad = torch.where((y >= 0) & (y <= 1), 0.0, math.nan)
+        value = value + bad
+        slope_s = None if slope_s is None else slope_s + bad
+    found: list[Any] = [value, slope_s, slope_t]
+    if factor is not None:
+        found = [None if x is None else factor * x for x in found]
+    counted = s.new_full((), s.numel()) if factor is None else factor
+    return found[0], counted, found[1], found[2]
+
+
+def _inverse(by: Tensor) -> Tensor:
+    return torch.where(by == 0, 0.0, 1.0 / torch.where(by == 0, 1.0, by))
+
+
+def _denominator(run: _Run, counted: Tensor) -> Tensor:
+    if run.reduction != "mean":
+        return torch.ones_like(counted)
+    if run.normalizer is None:
+        return counted
+    return torch.as_tensor(run.normalizer, dtype=counted.dtype, device=counted.device)
+
+
+def _plain(run: _Run, x: Elements) -> Tensor:
+    """The definition, which torch differentiates as often as it is asked to."""
+    value, factor, *_ = _block(run, x, slopes=False)
+    if run.reduction == "none":
+        return value
+    return value.sum() * _inverse(_denominator(run, factor.sum()))
+
+
+# ---- all of them
+
+
+class _Order(NamedTuple):
+    """How logits lie as [R, C], with their memory from first to last where it is dense."""
+
+    dims: list[int]
+    shape: list[int]  # of all dimensions, in this order
+    columns: int
+
+    def rows(self, x: Tensor | None) -> Tensor | None:
+        """[R, C] of an operand; less of a factor that is the same for all rows."""
+        if x is None or (x.dim() < 2 <= len(self.dims) and self.dims == sorted(self.dims)):
+            return x
+        like = [self.shape[self.dims.index(dim)] for dim in range(len(self.dims))]
+        return x.expand(like).permute(self.dims).reshape(-1, self.columns)
+
+    def back(self, rows: Tensor) -> Tensor:
+        """[R, C] as the logits were, strides and all."""
+        inverse = sorted(range(len(self.dims)), key=self.dims.__getitem__)
+        return rows.view(self.shape).permute(inverse)
+
+
+def _order(x: Tensor) -> _Order:
+    dims = list(range(x.dim()))
+    if torch.ops.aten.is_non_overlapping_and_dense(x):
+        strides = x.stride()
+        dims.sort(key=lambda dim: (-strides[dim], dim))
+    columns = x.size(dims[-1]) if len(dims) > 1 else 1
+    return _Order(dims, [x.size(dim) for dim in dims], columns)
+
+
+def _blocks(run: _Run, x: Elements, order: _Order) -> Iterator[tuple[slice, Elements]]:
+    """Blocks of rows; all of them at once where the device has no cache to keep them in."""
+    x = x if run.what.soft else x._replace(teacher=None)
+    parts = [order.rows(part) for part in x]
+    assert parts[0] is not None
+    rows = parts[0].size(0)
+    step = max(1, BLOCK // order.columns) if on_host(x.student.device) else rows
+    for start in range(0, rows, step):
+        at = slice(start, start + step)
+        yield at, Elements(*(y if y is None or y.dim() < 2 else y[at] for y in parts))  # type: ignore
+
+
+class _Elementwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: _Run, *given: Any) -> Tensor:
+        ctx.inference = [x if x is not None and x.is_inference() else None for x in given]
+        pairs = zip(given, ctx.inference, strict=True)
+        ctx.save_for_backward(*(x if y is None else None for x, y in pairs))
+        student = given[0]
+        ctx.run, order = run, _order(student)
+        blocks = _blocks(run, Elements(*given), order)
+        if run.reduction == "none":
+            values = [_block(run, block, slopes=False)[0] for _, block in blocks]
+            return order.back(torch.cat(values))
+        total, counted = torch.zeros(2, dtype=torch.float64, device=student.device)
+        for _, block in blocks:
+            value, factor, *_ = _block(run, block, slopes=False)
+            total = total + value.sum(dtype=torch.float64)
+            counted = counted + factor.sum(dtype=torch.float64)
+        ctx.by = _inverse(_denominator(run, counted))
+        return (total * ctx.by).to(run.acc)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        run, needs = ctx.run, ctx.needs_input_grad[1:3]
+        pairs = zip(ctx.saved_tensors, ctx.inference, strict=True)
+        x = Elements(*(one if other is None else other for one, other in pairs))
+        if torch.is_grad_enabled():  # a gradient of the gradient: torch's own graph
+            found = torch.autograd.grad(
+                _plain(run, x),
+                [one for one, need in zip(x, needs, strict=False) if need and one is not None],
+                upstream,
+                create_graph=True,
+                allow_unused=True,
+            )
+            some = iter(found)
+            return (None, *(next(some) if need else None for need in needs), None, None, None)
+        order, each = _order(x.student), run.reduction == "none"
+        by: Any = order.rows(upstream) if each else (upstream * ctx.by).to(run.acc)
+        parts: list[list[Tensor]] = [[], []]
+        for at, block in _blocks(run, x, order):
+            factor = by[at] if each else by
+            for part, one, need, slope in zip(
+                parts, (x.student, x.teacher), needs, _block(run, block, slopes=True)[2:],
+                strict=True,
+            ):  # fmt: skip
+                if need:
+                    assert one is not None
+                    slope = torch.zeros_like(block.student) if slope is None else slope * factor
+                    part.append(slope.to(one.dtype))
+        grads = (order.back(torch.cat(part)) if part else None for part in parts)
+        return None, *grads, None, None, None
