@@ -9,6 +9,7 @@ from .losses import attention, features, relations
 from .losses.binary import binary_hard, binary_soft
 from .losses.correlation import dist
 from .losses.logits import cosine, dkd, logit_mse, nkd, response, zscore
+from .losses.regression import bounded_regression_loss, regression, regression_loss
 from .losses.token_alignment import Alignment, align, align_labelled
 from .losses.uld import uld, uld_loss
 from .methods.export import export, fine_tune
@@ -58,6 +59,7 @@ __all__ = [
     "binary_hard",
     "binary_soft",
     "born_again",
+    "bounded_regression_loss",
     "calibration_error",
     "copy_layers",
     "cosine",
@@ -84,6 +86,8 @@ __all__ = [
     "on_policy",
     "projector",
     "prune",
+    "regression",
+    "regression_loss",
     "relations",
     "replace_head",
     "report",
