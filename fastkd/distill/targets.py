@@ -130,19 +130,14 @@ def class_numbers(name: str, logits: Tensor, labels: Any, where: str = "") -> Te
     got = f"{got} for logits {list(logits.shape)}, expected class numbers, int {rows}"
     many = labels.shape == logits.shape and logits.size(-1) > 1
     if labels.is_floating_point() or labels.is_complex() or many:
-        names = [("soft labels (mixup, cutmix)", "F.cross_entropy(s.logits, b.labels)")]
-        names.append(
-            (
-                "several labels of a sample",
-                "F.binary_cross_entropy_with_logits(s.logits, b.labels.float())",
-            )
+        hint = (
+            "probabilities (mixup, cutmix) are labels of distill.hard alone, several labels of a "
+            "sample of distill.binary_hard"
         )
         if not many:
-            names = [("numbers", "F.mse_loss(s.logits.squeeze(-1), b.labels)")]
-        hints = "; ".join(
-            f"for {what} {WRITE.format(name=name, call=call)}" for what, call in names
-        )
-        raise (ValueError if many else TypeError)(f"{got}; {hints}")
+            call = "F.mse_loss(s.logits.squeeze(-1), b.labels)"
+            hint = f"for numbers {WRITE.format(name=name, call=call)}, or distill.regression"
+        raise (ValueError if many else TypeError)(f"{got}; {hint}")
     if labels.numel() != logits[..., 0].numel():
         raise ValueError(got)
     return labels.long().view(rows) if labels.is_contiguous() else labels.long().reshape(rows)

@@ -100,6 +100,8 @@ def hard(
 ) -> Term:
     """Cross-entropy with the labels, mean over the labelled rows of the step: CE(labels, s).
 
+    Labels are class numbers, or probabilities in the logits' shape (mixup, cutmix).
+
     Args:
         weight: factor, or step -> factor.
         label_smoothing: in [0, 1].
@@ -108,25 +110,21 @@ def hard(
         name: of the term.
 
     Raises:
-        TypeError, ValueError: in training: no labels, labels that are no class numbers
-            (probabilities, several of a sample), classes that are not along class_dim.
+        TypeError, ValueError: in training: no labels, labels that are neither class numbers nor
+            probabilities of the classes, classes that are not along class_dim.
     """
     look = Classes(name, class_dim)
 
     def function(student: Outputs, _: Outputs, batch: Batch) -> Tensor:
         labels, logits = labels_of(name, batch), student.logits
         look(logits, batch)
-        if is_dtensor(logits):
-            return fastkd.distillation_loss(
-                logits,
-                logits.detach(),
-                labels,
-                alpha=1.0,
-                ignore_index=IGNORED,
-                label_smoothing=label_smoothing,
-                vocab_size=vocab_size,
-                class_dim=class_dim,
-            )
+        of_classes = isinstance(labels, Tensor) and labels.is_floating_point()
+        if is_dtensor(logits) or (of_classes and labels.shape == logits.shape):
+            with _naming(name):
+                return fastkd.distillation_loss(
+                    logits, logits.detach(), labels, alpha=1.0,
+                    label_smoothing=label_smoothing, vocab_size=vocab_size, class_dim=class_dim,
+                )  # fmt: skip
         if isinstance(logits, Tensor):
             logits = classes_last(logits, logits, class_dim)[0]
             logits = in_use(f"term {name!r}", logits, vocab_size)
@@ -219,6 +217,15 @@ def _unless_warned(logits: Any) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors with the term's name before them."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"term {name!r}: {error}") from error
 
 
 Layer = str | tuple[str, ...]

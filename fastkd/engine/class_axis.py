@@ -54,7 +54,7 @@ def classes_last(student: Any, teacher: Any, class_dim: int, group: object = Non
                 f"expected tensors of logits on both sides; give logits.movedim({at}, -1) and "
                 "leave class_dim out"
             )
-    if not _dense(student) or not _dense(teacher):
+    if not _dense(student) or not _dense(teacher) or not dims:
         return student, teacher  # for the loss's own checks to refuse
     if not -dims <= at < dims:
         raise ValueError(
@@ -75,10 +75,14 @@ def moved(x: Tensor, class_dim: int) -> Tensor:
     if rows.stride(-1) == 1 or rows.size(-1) <= 1:
         return rows
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return rows.contiguous()
+        return _copy(rows)
     if forward_ad._current_level >= 0 or not (x.requires_grad and torch.is_grad_enabled()):
-        return rows.contiguous()
+        return _copy(rows)
     return _Copied.apply(x, class_dim)
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty one
 
 
 class _Copied(torch.autograd.Function):
@@ -89,7 +93,7 @@ class _Copied(torch.autograd.Function):
         ctx.class_dim, ctx.strides = class_dim, x.stride()
         # a permutation of memory without gaps; else any layout is as good
         ctx.dense = torch.ops.aten.is_non_overlapping_and_dense(x)
-        return x.movedim(class_dim, -1).contiguous()
+        return _copy(x.movedim(class_dim, -1))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:

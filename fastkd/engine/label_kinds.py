@@ -75,11 +75,12 @@ def loss(
     if probabilities:
         labels = _check_probabilities(labels, vocab, student)
     spec = divergence, temperature, param, soft, 0.0, 0.0, z_loss
+    if hard:
+        options["inplace"] = False  # the second term reads the logits, too
     value = of_rows(name, student, teacher, *spec, labels=rows, **options)
     if hard == 0.0:
         return value
     value, told = value if options["return_outputs"] else (value, None)
-    options["inplace"] = False  # the gradient of the first term is there
     parts = _Hard(of_rows, name, student, teacher, class_weight, labels, smoothing, vocab)
     of_hard, of_rows_told = (_of_target if probabilities or smoothing else _of_classes)(
         parts, options
@@ -177,7 +178,7 @@ def _of_target(hard: _Hard, options: dict[str, Any]) -> tuple[Tensor, Any]:
     acc = torch.float64 if student.dtype == torch.float64 else torch.float32
     by, keep = torch.ones(student.shape[:-1], dtype=acc, device=student.device), None
     if labels.is_floating_point():
-        target = labels.to(torch.promote_types(labels.dtype, acc))
+        target = labels.to(acc)
     else:
         assert hard.class_weight is not None
         by, keep = _label_weight(hard.class_weight, labels, options), _kept(labels, options)
@@ -185,7 +186,7 @@ def _of_target(hard: _Hard, options: dict[str, Any]) -> tuple[Tensor, Any]:
     if hard.smoothing:
         target = target * (1.0 - hard.smoothing) + hard.smoothing / vocab
     if hard.class_weight is not None:
-        target = target * hard.class_weight
+        target = target * hard.class_weight.to(acc)
     mass, given = target.sum(-1), options["weight"]
     weight = mass if given is None else mass * given
     if options["reduction"] == "mean" and options["normalizer"] is None:

@@ -200,12 +200,11 @@ def mixed(rows: int = 8) -> Tensor:
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
-        (mixed(), r"F\.cross_entropy\(s\.logits, b\.labels\)"),
-        (torch.randint(2, (8, 3)), "binary_cross_entropy_with_logits"),
+        (torch.randint(2, (8, 3)), r"of distill\.binary_hard"),
         (torch.rand(8), r"F\.mse_loss"),
         (torch.randint(3, (6,)), r"got int64 \[6\] for logits \[8, 3\]"),
     ],
-    ids=["mixup", "multi-label", "regression", "rows"],
+    ids=["multi-label", "regression", "rows"],
 )
 def test_labels_that_are_no_class_numbers(labels: Tensor, says: str) -> None:
     given = distill.Batch(batch()[0], labels)
@@ -216,11 +215,15 @@ def test_labels_that_are_no_class_numbers(labels: Tensor, says: str) -> None:
         distill.evaluate(nn.Linear(4, 3), [given])
 
 
-def test_what_the_message_proposes_is_right() -> None:
+def test_probabilities_are_labels_of_the_hard_term() -> None:
     student, labels = nn.Linear(4, 3), mixed()
-    term = distill.Term("hard", lambda s, t, b: F.cross_entropy(s.logits, b.labels), mean="samples")
-    want = F.cross_entropy(student(batch()[0]), labels).item()
+    want = F.cross_entropy(student(batch()[0]), labels, label_smoothing=0.1).item()
+    term = distill.hard(label_smoothing=0.1)
     assert step(student, (batch()[0], labels), term).loss == pytest.approx(want)
+    with pytest.raises(ValueError, match=r"term 'hard': labels: .*sum to 3 in row 0.*binary_dist"):
+        step(student, (batch()[0], torch.ones(8, 3)), term)
+    with pytest.raises(ValueError, match=r"labels of distill\.hard alone"):
+        distill.evaluate(nn.Linear(4, 3), [distill.Batch(batch()[0], labels)])
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])

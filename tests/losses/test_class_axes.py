@@ -158,6 +158,12 @@ def test_several_ignored_labels(backend: Backend, dtype: torch.dtype, reduction:
     assert label.tolist() == [1, 0, 156, 2, 0, 0]
 
 
+def test_no_rows() -> None:
+    none = torch.randn(0, 5, 3, requires_grad=True)
+    loss = fastkd.kl_div(none, none.detach().clone(), class_dim=1)
+    assert loss == 0 and torch.autograd.grad(loss, none)[0].shape == none.shape
+
+
 def test_repr() -> None:
     text = repr(nn.DistillationLoss(class_dim=1, ignore_index=(-100, 255)))
     assert "class_dim=1" in text and "ignore_index=(-100, 255)" in text

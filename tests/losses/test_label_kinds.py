@@ -132,6 +132,20 @@ def test_one_hot_probabilities_are_labels(backend: Backend, value: str) -> None:
         torch.testing.assert_close(found, want_soft)
 
 
+def test_in_place_and_in_float64() -> None:
+    """The second term must not read a gradient."""
+    torch.manual_seed(0)
+    s, t, y = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6), torch.tensor([1, 2, 3, 0])
+    for labels in (y, mixup(y, 6).double()):
+        call: dict[str, Any] = dict(class_weight=torch.rand(6).double(), label_smoothing=0.1)
+        found, want = (
+            fastkd.distillation_loss(s * 1, t, labels, inplace=inplace, **call)
+            for inplace in (True, False)
+        )
+        assert torch.equal(found, want) and found.dtype == torch.float32
+        assert torch.equal(*(torch.autograd.grad(x, s)[0] for x in (found, want)))
+
+
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_one_term_alone(alpha: float) -> None:
     torch.manual_seed(0)
