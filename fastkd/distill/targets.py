@@ -70,8 +70,8 @@ class Classes:
             self._warned = True
             warnings.warn(
                 f"term {self.name!r}: got a single logit {list(logits.shape)}, whose softmax is 1 "
-                "whatever it is: nothing is learnt from it; write a Term with "
-                "F.binary_cross_entropy_with_logits or F.mse_loss instead",
+                "whatever it is: nothing is learnt from it; use distill.binary_hard and "
+                "binary_soft, or distill.regression for a number",
                 stacklevel=2,
             )
 

@@ -295,8 +295,8 @@ def silence(name: str, student: Operand, teacher: Teacher, columns: int) -> None
     if columns == 1:
         warn_once(
             f"{name}: a softmax over one column is constant, so that the loss is 0 and nothing is "
-            "learnt; one logit under a sigmoid is for fastkd.binary_distillation_loss, a number for "
-            "a regression loss"
+            "learnt; one logit under a sigmoid is for fastkd.binary_distillation_loss, a number "
+            "for a regression loss"
         )
     elif student is teacher:
         warn_once(
