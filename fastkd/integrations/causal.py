@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd.arguments.messages import shown
+from fastkd.distill import Batch, Teacher
 from fastkd.integrations.convention import check_convention, unwrapped
 from fastkd.integrations.heads import (
     Head,
@@ -51,8 +52,9 @@ class DistillationLoss:
     without gradient (`generate`) and in eval mode they are whole.
 
     Args:
-        teacher: a `PreTrainedModel`, which is frozen; None where each batch holds `teacher`: logits
-            [B, L, V] or a `TopK` [B, L, K], row i for the token behind position i.
+        teacher: a `PreTrainedModel`, which is frozen; a `fastkd.distill.Teacher` that answers with
+            rows for the token behind each position, as `fastkd.teachers.Served`; None where each
+            batch holds `teacher`: logits [B, L, V] or a `TopK` [B, L, K] of such rows.
         linear: logits of both models by `LinearLogits`; False: those that they build themselves.
         pack: leave ignored tokens out of the head's products, see `LinearLogits`.
         **options: of `fastkd.distillation_loss`: temperature, alpha, divergence, t_squared,
@@ -79,6 +81,8 @@ class DistillationLoss:
         options |= {k: at(0) for k, at in self._schedules.items()}
         trial = {k: v for k, v in options.items() if k != "vocab_size"}
         fastkd.distillation_loss(nothing, nothing + 1, torch.zeros(1, dtype=torch.long), **trial)
+        self.source = teacher if isinstance(teacher, Teacher) else None  # asked, not run here
+        teacher = None if self.source is not None else teacher
         self.teacher, self.linear, self.pack, self.options = teacher, bool(linear), pack, options
         self.step: Callable[[], int] | None = None  # the Trainer's, for a schedule
         self._warned = False
@@ -121,6 +125,9 @@ class DistillationLoss:
         if teacher is not None:
             check_convention(teacher, "teacher", loss=False)
         sizes = [vocabulary(model) for model in (student, teacher) if model is not None]
+        if self.source is not None:
+            self.source.beside(unwrapped(student))
+            sizes.append(getattr(self.source, "vocab_size", None))
         if requested is None and None not in sizes and len(set(sizes)) > 1:
             raise ValueError(
                 f"teacher: got a vocabulary of {sizes[1]}, expected the student's {sizes[0]}; "
@@ -240,7 +247,7 @@ class DistillationLoss:
                 "[B, L], one label for each position" + (hint if more > 0 else "")
             )
         options = self._now()
-        teacher = self._teacher_output(inputs, stored, autocast, student.device)
+        teacher = self._teacher_output(inputs, labels, stored, autocast, student.device)
         loss: Any = fastkd.distillation_loss(
             student, teacher, labels, normalizer=num_items_in_batch, **options
         )
@@ -301,11 +308,12 @@ class DistillationLoss:
     def _teacher_output(
         self,
         inputs: dict[str, Any],
+        labels: Tensor,
         stored: Any,
         autocast: tuple[str, torch.dtype, bool] | None,
         device: torch.device,
     ) -> Any:
-        teacher = self.teacher
+        teacher = self.teacher if self.source is None else self.source
         if (teacher is None) == (stored is None):
             got = "neither a model nor" if teacher is None else "a model and also"
             raise ValueError(
@@ -315,6 +323,8 @@ class DistillationLoss:
             )
         if teacher is None:
             return stored.to(device, non_blocking=True)
+        if self.source is not None:
+            return self.source(Batch(inputs, labels)).logits.to(device)
         if getattr(teacher, "hf_device_map", None) is None and teacher.device != device:
             teacher.to(device)
         _check_embeddings(inputs.get("inputs_embeds"), teacher)

@@ -201,7 +201,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     Args:
         *args, **kwargs: the Trainer's own.
-        teacher: a `PreTrainedModel`; None where batches hold `teacher`, see `DistillationLoss`.
+        teacher: a `PreTrainedModel`; a `fastkd.teachers.Served`, which is asked for batches ahead
+            of their step; None where batches hold `teacher`, see `DistillationLoss`.
         loss: options of `fastkd.distillation_loss`, as {"temperature": 2.0, "alpha": 0.1}:
             temperature, alpha, divergence, t_squared, label_smoothing, z_loss, vocab_size.
             Temperature and alpha may be functions of the step:
@@ -264,7 +265,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         options = dict(loss or {})
         function = DistillationLoss(teacher, linear=linear, pack=pack, **options)
         super().__init__(*args, **{**kwargs, "compute_loss_func": function})
-        self.distillation = function
+        self.distillation, self._ahead = function, (None, None)
         function.step = lambda: self.state.global_step
         collator: Any = self.data_collator
         self.data_collator: Any = _Collate(collator)
@@ -293,6 +294,14 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         if linear and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(SHARDED)
         function.prepare(self.model)
+
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        source = self.distillation.source
+        if source is not None:  # one look ahead for each epoch
+            if self._ahead[0] is not epoch_iterator:
+                self._ahead = epoch_iterator, source.ahead(epoch_iterator)
+            epoch_iterator = self._ahead[1]
+        return super().get_batch_samples(epoch_iterator, *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         # hooks for this call alone: whoever else calls the student finds it as it was

@@ -56,8 +56,9 @@ def capture(
     Many ranks share a dataset with `world_size`: each captures what is missing of its part.
 
     Args:
-        teacher: inputs -> logits [B, L, V] or [B, V], a `LinearLogits`, or an object with logits; a
-            module runs in eval mode, on its own device.
+        teacher: inputs -> logits [B, L, V] or [B, V], a `LinearLogits`, an object with logits, or a
+            `TopK` of the cache's k, temperature and tail (`Served`); a module runs in eval mode, on
+            its own device.
         loader: gives inputs, (inputs, labels [B, L] or [B]), or one dict of the teacher's arguments
             and labels. Its first samples are read twice, but of an iterator.
         labels: "shifted": row i counts where label i is not -100, as the losses here read it.
@@ -123,9 +124,10 @@ class _Ask:
         spec, own = self._spec, batch.labels
         inputs = batch.inputs if self._device is None else to(batch.inputs, self._device)
         logits = Outputs(forward(self._teacher, inputs), role="teacher").logits
-        kinds: Any = (Tensor, fastkd.LinearLogits) if spec.k else Tensor
+        kinds: Any = (Tensor, fastkd.LinearLogits, fastkd.TopK) if spec.k else Tensor
         if not isinstance(logits, kinds):
-            expected = "a tensor of logits" + (" or LinearLogits" if spec.k else ", as k is None")
+            more = ", LinearLogits or TopK" if spec.k else ", as k is None"
+            expected = f"a tensor of logits{more}"
             raise TypeError(f"teacher: got {type(logits).__name__}, expected {expected}")
         lead = list(logits.shape[:-1])
         good = len(lead) in (1, 2) and lead[0] == batch.samples
@@ -133,6 +135,8 @@ class _Ask:
             wanted = f"[{batch.samples}, ..., V]" if own is None else f"{[*own.shape]} and V"
             raise ValueError(f"teacher: got logits {list(logits.shape)}, expected {wanted}")
         self.dtype = logits.dtype
+        if isinstance(logits, fastkd.TopK):  # a server's
+            return trimmed(logits, batch, self._labels)
         if spec.k is None:
             return trimmed(logits[..., : spec.vocab_size], batch, self._labels)
         made: dict[str, Any] = {"temperature": spec.temperature, "tail": spec.tail, **self._draws}
