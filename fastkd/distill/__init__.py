@@ -8,6 +8,7 @@ from .logging import CSVLogger, Step
 from .losses import attention, features, relations
 from .losses.correlation import dist
 from .losses.logits import cosine, dkd, logit_mse, nkd, response, zscore
+from .losses.sampled import sampled_reverse_kl
 from .losses.token_alignment import Alignment, align, align_labelled
 from .losses.uld import uld, uld_loss
 from .methods.export import export, fine_tune
@@ -79,6 +80,7 @@ __all__ = [
     "replace_head",
     "report",
     "response",
+    "sampled_reverse_kl",
     "save",
     "self_distillation",
     "soft",
