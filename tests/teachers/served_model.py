@@ -129,7 +129,7 @@ class Server(ThreadingHTTPServer):
         self.told = {"id": NAME, "max_model_len": 64} | told
         self.requests: list[dict[str, Any]] = []  # for texts
         self.headers: list[Any] = []
-        self.delay, self.most, self._now = 0.0, 0, 0
+        self.delay, self.most, self.now = 0.0, 0, 0
 
     @property
     def url(self) -> str:
@@ -163,14 +163,14 @@ class Handler(BaseHTTPRequestHandler):
             server.requests.append(body)
             server.headers.append(self.headers)
             fault = server.faults.pop(0) if server.faults else ""
-            server._now += 1
-            server.most = max(server.most, server._now)
+            server.now += 1
+            server.most = max(server.most, server.now)
         try:
             time.sleep(server.delay)
             self._answer(body, fault)
         finally:
             with server.lock:
-                server._now -= 1
+                server.now -= 1
 
     def _answer(self, body: dict[str, Any], fault: str) -> None:
         answer = ANSWERS[self.path]
@@ -181,7 +181,7 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         if fault == "late":
-            time.sleep(1.0)
+            time.sleep(0.5)
         if fault.isdigit():
             said = {"error": {"message": "the queue is full", "code": int(fault)}}
             self._send(int(fault), said, {"Retry-After": "0.05"} if fault == "429" else {})

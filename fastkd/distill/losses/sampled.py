@@ -44,7 +44,7 @@ def sampled_reverse_kl(
 
     Args:
         student: logits [..., V] at the temperature that sampled, or `LinearLogits`.
-        teacher: log p_y [...], or a `TopK` that names each row's label (`Served(k=0)`, or own=True).
+        teacher: log p_y [...], or a `TopK` that names every label (`Served(k=0)`, or own=True).
         labels: int [...], y; -100 where a row does not count.
         estimator: "k1" or "k3".
         sampled_logprob: log r_y [...] floats of the student that wrote; None: this one.

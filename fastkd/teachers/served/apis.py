@@ -172,7 +172,8 @@ def check(said: fastkd.TopK, question: Question, asking: Asking, vocab_size: int
     mass = said.logprobs[rows].double().exp().sum(-1)
     few = (named < min(asking.k, vocab_size or asking.k)) & (mass < 1.0 - FLOOR)
     if bool(few.any()):
-        got = f"{int(named[few][0])} columns in row {int(rows[few][0])} with {float(mass[few][0]):.3f}"
+        got = f"{int(named[few][0])} columns in row {int(rows[few][0])}"
+        got += f" with {float(mass[few][0]):.3f}"
         raise ValueError(
             f"answer: got {got} of the mass, expected k={asking.k}: the server's own limit "
             "(vLLM: --max-logprobs)?"

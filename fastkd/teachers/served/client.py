@@ -207,4 +207,4 @@ def _retry_after(value: str | None) -> float:
             seconds = parsedate_to_datetime(str(value)).timestamp() - time.time()
         except (TypeError, ValueError):
             seconds = 0.0
-    return min(max(seconds, 0.0), LONGEST_REFUSAL)  # of a NaN: 0
+    return min(seconds, LONGEST_REFUSAL) if seconds > 0 else 0.0
