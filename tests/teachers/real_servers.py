@@ -1,0 +1,216 @@
+"""`make served`: real servers beside the model that they run; writes served.json.
+
+Each server that is installed (vLLM here, or in the environment whose Python FASTKD_VLLM names;
+`llama-server` on the PATH or in FASTKD_LLAMA_SERVER, with the package gguf) is started on loopback
+with a tiny random Llama and a tokenizer of bytes. What `Served` says of random texts is compared
+with transformers' own logits, API by API. Nothing is downloaded. A server that is not there leaves
+its last record alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import fastkd
+from fastkd.teachers import Served
+
+RECORD = Path(__file__).with_name("served.json")
+NAME, K, VOCAB = "tiny", 20, 320
+NATS = 2e-3  # of a log-probability in float32, and of a mean loss
+STARTS = 600.0  # seconds
+
+
+def made(folder: Path) -> tuple[Any, Any]:
+    """A random Llama and a tokenizer of bytes, in the folder and here."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = transformers.LlamaConfig(vocab_size=VOCAB, max_position_embeddings=256, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(4)  # rows that are not flat
+    model.save_pretrained(folder)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+def compared(url: str, api: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Errors of what a server says against the model here, in nats; raises where they are large."""
+    torch.manual_seed(1)
+    ids = torch.randint(VOCAB - 20, (6, 24))
+    mask = torch.arange(24) < torch.tensor([24, 5, 17, 3, 24, 11])[:, None]
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask.long()).logits
+    expected = logits.double().log_softmax(-1)
+    with Served(
+        url, api=api, k=K, tokenizer=tokenizer, vocab_size=VOCAB, timeout=60, retries=2
+    ) as teacher:
+        said = teacher(input_ids=ids, attention_mask=mask.long())
+        identity = teacher.identity()
+    rows = said.indices[mask].long()
+    apart = (said.logprobs[mask].double() - expected[mask].gather(-1, rows)).abs()
+    best = fastkd.topk_from_logits(logits, K)
+    # the k-th column may be another one of the same probability
+    missed = expected[mask].topk(K).values[:, -1] - said.logprobs[mask].double().amin(-1)
+    student = torch.randn(*ids.shape, VOCAB)
+    labels = torch.where(mask, 0, -100)
+    losses = [float(fastkd.kl_div(student, x, labels=labels)) for x in (said, best)]
+    found = {"texts": len(ids), "rows": int(mask.sum()), "k": K}
+    found |= {"logprob_error": float(apart.max()), "missed": float(missed.abs().max())}
+    found |= {"loss": losses[0], "loss_error": abs(losses[0] - losses[1]), "identity": identity}
+    worst = max(found["logprob_error"], found["missed"], found["loss_error"])
+    if not worst <= NATS:
+        raise ValueError(f"{api}: got {json.dumps(found)}, expected errors up to {NATS}")
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(command: list[str], port: int, log: Path, env: dict[str, str]) -> Iterator[str]:
+    """The server's url while it runs; the end of its log where it does not start."""
+    url = f"http://127.0.0.1:{port}"
+    with open(log, "w", encoding="utf-8") as out:
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **env},
+            start_new_session=True,
+        )
+    try:
+        until = time.monotonic() + STARTS
+        while True:
+            try:
+                with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as answer:
+                    if answer.status == 200:
+                        break
+            except (urllib.error.URLError, OSError):
+                pass
+            if process.poll() is not None or time.monotonic() > until:
+                end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+                raise RuntimeError(f"{command[0]} did not start:\n{end}")
+            time.sleep(1.0)
+        yield url
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(30)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
+
+
+def vllm(folder: Path, port: int) -> tuple[list[str], dict[str, str], list[str]] | None:
+    """(command, environment, command that tells versions); None where it is not there."""
+    program = os.environ.get("FASTKD_VLLM") or sys.executable
+    version = [program, "-c", "import vllm; print('vllm', vllm.__version__)"]
+    if subprocess.run(version, capture_output=True, check=False).returncode:
+        return None
+    command = [program, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", NAME, "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "128", "--max-logprobs", str(K)]
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return command, env, version
+
+
+def llama_cpp(folder: Path, port: int) -> tuple[list[str], dict[str, str], list[str]] | None:
+    program = os.environ.get("FASTKD_LLAMA_SERVER") or shutil.which("llama-server")
+    convert = os.environ.get("FASTKD_LLAMA_CONVERT")
+    if not program or not convert:
+        return None
+    gguf = folder / "model.gguf"
+    told = [sys.executable, convert, str(folder), "--outfile", str(gguf), "--outtype", "f32"]
+    subprocess.run(told, check=True, capture_output=True)
+    command = [program, "-m", str(gguf), "--host", "127.0.0.1", "--port", str(port)]
+    return [*command, "--alias", NAME, "-c", "512"], {}, [program, "--version"]
+
+
+SERVERS = {"vllm": (vllm, ("vllm", "openai")), "llama.cpp": (llama_cpp, ("llama.cpp",))}
+
+
+def commit() -> str:
+    told = ["git", "-C", str(RECORD.parent), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(told, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("servers", nargs="*", default=[*SERVERS], choices=[*SERVERS, []])
+    wanted = parser.parse_args().servers
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    failed = False
+    for name in wanted:
+        find, apis = SERVERS[name]
+        with tempfile.TemporaryDirectory() as place:
+            model, tokenizer = made(Path(place))
+            port = free_port()
+            if (found := find(Path(place), port)) is None:
+                print(f"{name}: not installed")
+                continue
+            command, env, version = found
+            told = subprocess.run(version, capture_output=True, text=True, check=False)
+            words = (told.stdout + told.stderr).strip().splitlines() or ["?"]
+            entry: dict[str, Any] = {
+                "date": datetime.date.today().isoformat(),
+                "commit": commit(),
+                "versions": {name: words[-1][:80], "transformers": transformers.__version__}
+                | {"torch": torch.__version__, "tokenizers": tokenizers.__version__},
+                "arguments": command[command.index("--port") + 2 :],
+                "apis": {},
+            }
+            try:
+                with running(command, port, Path(place) / "log", env) as url:
+                    for api in apis:
+                        try:
+                            outcome: Any = compared(url, api, model, tokenizer)
+                        except (ValueError, OSError) as error:
+                            outcome, failed = {"failed": str(error)[:400]}, True
+                        entry["apis"][api] = outcome
+                        print(f"{name}, api={api!r}: {json.dumps(outcome)}")
+            except RuntimeError as error:
+                print(f"{name}: {error}")
+                failed = True
+                continue
+        entry["passed"] = not any("failed" in x for x in entry["apis"].values())
+        record[name] = entry
+        RECORD.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
