@@ -313,7 +313,7 @@ class DistillationLoss:
         autocast: tuple[str, torch.dtype, bool] | None,
         device: torch.device,
     ) -> Any:
-        teacher = self.teacher if self.source is None else self.source
+        teacher: Any = self.teacher if self.source is None else self.source
         if (teacher is None) == (stored is None):
             got = "neither a model nor" if teacher is None else "a model and also"
             raise ValueError(

@@ -265,7 +265,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         options = dict(loss or {})
         function = DistillationLoss(teacher, linear=linear, pack=pack, **options)
         super().__init__(*args, **{**kwargs, "compute_loss_func": function})
-        self.distillation, self._ahead = function, (None, None)
+        self.distillation = function
+        self._ahead: tuple[Any, Any] = (None, None)
         function.step = lambda: self.state.global_step
         collator: Any = self.data_collator
         self.data_collator: Any = _Collate(collator)

@@ -251,3 +251,10 @@ def serving(model: Any, **told: Any) -> Iterator[Server]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@torch.no_grad()
+def local(server: Server, inputs: Any) -> Tensor:
+    inputs = inputs if isinstance(inputs, dict) else {"input_ids": inputs}
+    logits: Tensor = server.score.model(**inputs).logits
+    return logits

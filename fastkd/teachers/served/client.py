@@ -111,8 +111,8 @@ class Client:
             return _Answer()
         if status >= 500 or status in TRANSIENT:
             got = f"got status {status} ({_said(data)})"
-            error = ConnectionError(f"{request}: {got}, expected 200")
-            return _Answer(error=error, wait=_retry_after(headers.get("Retry-After")))
+            refused = ConnectionError(f"{request}: {got}, expected 200")
+            return _Answer(error=refused, wait=_retry_after(headers.get("Retry-After")))
         if status != 200:
             kind = PermissionError if status in (401, 403) else ValueError
             raise kind(f"{request}: got status {status} ({_said(data)}), expected 200")
@@ -178,6 +178,8 @@ def _split(url: Any) -> SplitResult:
     parts = urlsplit(url) if isinstance(url, str) else None
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"url: got {shown(url)}, expected one like 'http://localhost:8000'")
+    if "@" in parts.netloc:  # which every message would show
+        raise ValueError("url: got one with a password, expected it in headers=")
     path = parts.path.rstrip("/").removesuffix("/v1")
     return parts._replace(path=path)
 

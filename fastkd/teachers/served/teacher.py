@@ -15,14 +15,14 @@ from torch import Tensor, nn
 import fastkd
 from fastkd.arguments.messages import listed, shown
 from fastkd.arguments.numbers import integer, real
-from fastkd.distill.batch import Batch, Outputs
+from fastkd.distill.batch import Batch, Outputs, unwrap
 from fastkd.distill.teachers import Teacher
 
 from . import apis
 from .apis import APIS, Asking, Question
 from .client import Client
 from .kept import Kept, key
-from .texts import questions, shifted_labels
+from .texts import asked_of, questions
 
 PROBE = "Zwei Tokenizer, one text:\n\tdef f(x): return x**2 # 1234567 \u00e9\u4f60"
 WAITING = 4096  # texts asked ahead that nobody has fetched; a transform may have changed them
@@ -118,7 +118,8 @@ class Served(Teacher):
         self._client = Client(url, timeout=timeout, retries=retries, headers=headers)
         self._kept = None if keep is None else Kept(keep)
         self._named, self._tokenizer, self._longest = model, tokenizer, None
-        self._met, self._asking = False, None
+        self._met = False
+        self._asking: Asking | None = None
         self._lock, self._meeting, self._process = threading.Lock(), threading.Lock(), os.getpid()
         self._waiting: OrderedDict[str, Future[fastkd.TopK]] = OrderedDict()
         self._pool = ThreadPoolExecutor(concurrency, "fastkd-served")
@@ -130,24 +131,19 @@ class Served(Teacher):
         """`Outputs` of a `Batch`; a `TopK` of ids [B, L], or of a model's own arguments."""
         if not isinstance(batch, Batch):
             return self.score(inputs if batch is None else batch)
-        seen, labels = batch.inputs, batch.labels
-        if batch.teacher_inputs is not None:  # another prompt: the labels are not its
-            seen, labels = batch.teacher_inputs, None
-        return Outputs(self.score(seen, labels), role="teacher")
+        return Outputs(self.score(*asked_of(batch)), role="teacher")
 
     def ahead(self, batches: Iterator[Any], most: int | None = None) -> Iterator[Any]:
         waiting: list[Any] = []
         for batch in batches:
-            self.prefetch(
-                batch.inputs if isinstance(batch, Batch) else batch, *shifted_labels(batch)
-            )
+            self.prefetch(*asked_of(batch))
             waiting.append(batch)
             if len(waiting) > (self.ahead_by if most is None else most):
                 yield waiting.pop(0)
         yield from waiting
 
     def beside(self, student: nn.Module) -> None:
-        config = getattr(student, "config", None)
+        config = getattr(unwrap(student), "config", None)
         text = getattr(config, "get_text_config", None)
         found = getattr(text() if callable(text) else config, "vocab_size", None)
         self.vocab_size = found if self.vocab_size is None else self.vocab_size
@@ -211,7 +207,12 @@ class Served(Teacher):
 
     def _question(self, question: Question) -> dict[str, Any]:
         asking = self._asked_as()
-        asked = {"api": self.api, "model": asking.model, "k": asking.k, "tail": asking.tail}
+        asked: dict[str, Any] = {
+            "api": self.api,
+            "model": asking.model,
+            "k": asking.k,
+            "tail": asking.tail,
+        }
         asked |= {"temperature": asking.temperature, "tokens": question.tokens}
         return asked if self._api.whole else asked | {"rows": question.rows}
 

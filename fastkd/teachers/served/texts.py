@@ -27,16 +27,18 @@ def questions(
     return ids, [_question(*x) for x in zip(ids.tolist(), mask.cpu(), wanted, strict=True)]
 
 
-def shifted_labels(batch: Any) -> tuple[Any, ...]:
-    """Labels of a trainer's batch; those of transformers' are shifted where they are used."""
+def asked_of(batch: Any) -> tuple[Any, Tensor | None]:
+    """Inputs and labels of a trainer's batch; transformers' labels are shifted where they count."""
     if isinstance(batch, Batch):
-        return (batch.labels,)
+        if batch.teacher_inputs is not None:  # another prompt: the labels are not its
+            return batch.teacher_inputs, None
+        return batch.inputs, batch.labels
     found = batch.get("labels") if isinstance(batch, Mapping) else None
-    if isinstance(batch, Mapping) and batch.get("shift_labels") is not None:
-        return (batch["shift_labels"],)
-    if found is None:
-        return ()
-    return (pad(found[..., 1:], (0, 1), value=IGNORED),)
+    if found is not None and batch.get("shift_labels") is not None:
+        found = batch["shift_labels"]
+    elif found is not None:
+        found = pad(found[..., 1:], (0, 1), value=IGNORED)
+    return batch, found
 
 
 def _ids(inputs: Any) -> tuple[Tensor, Tensor]:
