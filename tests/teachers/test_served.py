@@ -173,7 +173,7 @@ def test_close_wakes_who_waits(server: Server) -> None:
     teacher.prefetch(torch.randint(3, VOCAB, (1, 6)))
     while not server.requests:
         pass
-    (future,) = teacher._waiting.values()
+    ((future, _),) = teacher._waiting.values()
     teacher.close()
     with pytest.raises(ConnectionAbortedError, match="the teacher was closed"):
         future.result()
@@ -231,6 +231,7 @@ def test_another_model_tokenizer_or_length(server: Server, monkeypatch: Any) -> 
         ({"url": "http://me:secret@localhost"}, "url: got one with a password"),
         ({"api": "tgi"}, "api: got 'tgi', expected one of vllm"),
         ({"api": "trl", "k": 0}, "k: got 0, expected an integer >= 1"),
+        ({"api": "llama.cpp", "own": True}, "own: got True with api='llama.cpp'"),
         ({"timeout": 0}, "timeout: got 0"),
         ({"tail": "all"}, "tail: got 'all'"),
     ]:

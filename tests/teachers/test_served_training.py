@@ -81,6 +81,16 @@ def test_batches_are_asked_for_ahead_of_their_step(server: Server) -> None:
     assert seen == [2, 3, 4, 5, 5, 1, 2, 3, 4, 5, 3, 5, 5]
 
 
+def test_a_text_of_two_batches_is_asked_for_once(server: Server) -> None:
+    batch = batches(1)[0]
+    with Served(server.url, k=K) as teacher:
+        for _ in range(2):
+            teacher.prefetch(batch["inputs"], batch["labels"])
+        for _ in range(2):
+            teacher.score(batch["inputs"], batch["labels"])
+        assert len(server.requests) == teacher.asked == 4 and not teacher._waiting
+
+
 def test_an_interrupted_run_pays_nothing_twice(server: Server, tmp_path: Path) -> None:
     data, answers = batches(6), tmp_path / "answers"
     checkpoint = distill.Checkpoints(tmp_path / "run", every=1)

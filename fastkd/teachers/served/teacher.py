@@ -111,6 +111,10 @@ class Served(Teacher):
                 f"temperature: got {temperature:g} with api={api!r}, expected 1: it scores a given "
                 "text at T = 1; at the loss's own T, tail='renormalize' is exact over the k columns"
             )
+        if own and not self._api.whole:
+            raise ValueError(
+                f"own: got True with api={api!r}, expected False: it tells its best tokens alone"
+            )
         if tail not in (None, "bucket", "renormalize", "restrict", "drop"):
             raise ValueError(f"tail: got {shown(tail)}, expected None or a tail of TopK")
         self.url, self.k, self.own, self.ahead_by = url, k, bool(own) or not k, ahead
@@ -121,7 +125,7 @@ class Served(Teacher):
         self._met = False
         self._asking: Asking | None = None
         self._lock, self._meeting, self._process = threading.Lock(), threading.Lock(), os.getpid()
-        self._waiting: OrderedDict[str, Future[fastkd.TopK]] = OrderedDict()
+        self._waiting: OrderedDict[str, tuple[Future[fastkd.TopK], int]] = OrderedDict()
         self._pool = ThreadPoolExecutor(concurrency, "fastkd-served")
         self.asked = 0  # texts that the server was asked for; those that were kept are not counted
 
@@ -224,11 +228,12 @@ class Served(Teacher):
             )
         name = key(self._question(question))
         with self._lock:
-            future = self._waiting.pop(name, None)
+            future, count = self._waiting.pop(name, (None, 0))
             if future is None:
                 future = self._pool.submit(self._answer, name, question)
-            if not fetched:
-                self._waiting[name] = future
+            count += -1 if fetched else 1  # two batches may have one text
+            if count > 0:
+                self._waiting[name] = future, count
                 while len(self._waiting) > WAITING:
                     self._waiting.popitem(last=False)
             return future
