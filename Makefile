@@ -71,7 +71,7 @@ sanitize: $(VENV)/ready
 aarch64: $(VENV)/ready
 	$(KERNELS) --fuzz $(SECONDS) aarch64
 
-# vLLM (FASTKD_VLLM=its Python) and llama.cpp beside transformers; writes tests/teachers/served.json.
+# vLLM (FASTKD_VLLM=its Python) beside transformers; writes tests/teachers/served.json.
 served: $(VENV)/ready
 	$(RUN) tests/teachers/real_servers.py
 

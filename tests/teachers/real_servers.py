@@ -1,10 +1,9 @@
 """`make served`: real servers beside the model that they run; writes served.json.
 
-Each server that is installed (vLLM here, or in the environment whose Python FASTKD_VLLM names;
-`llama-server` on the PATH or in FASTKD_LLAMA_SERVER, with the package gguf) is started on loopback
-with a tiny random Llama and a tokenizer of bytes. What `Served` says of random texts is compared
-with transformers' own logits, API by API. Nothing is downloaded. A server that is not there leaves
-its last record alone.
+Each server that is installed (vLLM here, or in the environment whose Python FASTKD_VLLM names) is
+started on loopback with a tiny random Llama and a tokenizer of bytes. What `Served` says of random
+texts is compared with transformers' own logits, API by API. Nothing is downloaded. A server that is
+not there leaves its last record alone; another one is a function that gives its command.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import argparse
 import datetime
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -148,19 +146,7 @@ def vllm(folder: Path, port: int) -> tuple[list[str], dict[str, str], list[str]]
     return command, env, version
 
 
-def llama_cpp(folder: Path, port: int) -> tuple[list[str], dict[str, str], list[str]] | None:
-    program = os.environ.get("FASTKD_LLAMA_SERVER") or shutil.which("llama-server")
-    convert = os.environ.get("FASTKD_LLAMA_CONVERT")
-    if not program or not convert:
-        return None
-    gguf = folder / "model.gguf"
-    told = [sys.executable, convert, str(folder), "--outfile", str(gguf), "--outtype", "f32"]
-    subprocess.run(told, check=True, capture_output=True)
-    command = [program, "-m", str(gguf), "--host", "127.0.0.1", "--port", str(port)]
-    return [*command, "--alias", NAME, "-c", "512"], {}, [program, "--version"]
-
-
-SERVERS = {"vllm": (vllm, ("vllm", "openai")), "llama.cpp": (llama_cpp, ("llama.cpp",))}
+SERVERS = {"vllm": (vllm, ("vllm", "openai"))}
 
 
 def commit() -> str:
