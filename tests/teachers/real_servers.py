@@ -61,6 +61,13 @@ def made(folder: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+class Reversed:
+    """A tokenizer of the same width, and other ids."""
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [255 - byte for byte in text.encode()]
+
+
 def compared(url: str, api: str, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Errors of what a server says against the model here, in nats; raises where they are large."""
     torch.manual_seed(1)
@@ -84,7 +91,20 @@ def compared(url: str, api: str, model: Any, tokenizer: Any) -> dict[str, Any]:
     losses = [float(fastkd.kl_div(student, x, labels=labels)) for x in (said, best)]
     found = {"texts": len(ids), "rows": int(mask.sum()), "k": K}
     found |= {"logprob_error": float(apart.max()), "missed": float(missed.abs().max())}
-    found |= {"loss": losses[0], "loss_error": abs(losses[0] - losses[1]), "identity": identity}
+    found |= {"loss": losses[0], "loss_error": abs(losses[0] - losses[1]), "model": identity[2]}
+    if api == "vllm":  # the texts' own tokens alone; and it tells which tokenizer it has
+        own = torch.where(mask, ids.roll(-1, -1), -100).masked_fill(labels < 0, -100)
+        with Served(url, api=api, k=0) as one:
+            logprobs = one.score({"input_ids": ids, "attention_mask": mask.long()}, own).logprobs
+        apart = (logprobs[mask][:, 0] - expected[mask].gather(-1, own[mask][:, None])[:, 0]).abs()
+        found["own_error"] = float(apart.max())
+        found["loss_error"] = max(found["loss_error"], found["own_error"])
+        try:
+            with Served(url, api=api, tokenizer=Reversed()) as other:
+                other(ids[:1])
+            found["another tokenizer"] = "taken"
+        except ValueError as error:
+            found["another tokenizer"] = "refused" if "tokenizer: got" in str(error) else "failed"
     worst = max(found["logprob_error"], found["missed"], found["loss_error"])
     if not worst <= NATS:
         raise ValueError(f"{api}: got {json.dumps(found)}, expected errors up to {NATS}")

@@ -239,3 +239,13 @@ def test_another_model_tokenizer_or_length(server: Server, monkeypatch: Any) -> 
             Served(**{"url": server.url, **options})  # type: ignore[arg-type]
     with Served(server.url, api="trl", k=2, keep="/nowhere/at/all" and None) as teacher:
         assert teacher(ids).shape == (1, 6, 2)
+
+
+def test_the_record_of_real_servers() -> None:
+    """`make served` writes it; it is committed where every API has passed."""
+    record = json.loads(Path(__file__).with_name("served.json").read_text())
+    assert record
+    for server in record.values():
+        assert server["passed"] and server["versions"] and server["date"]
+        for errors in server["apis"].values():
+            assert errors["rows"] > 50 and errors["logprob_error"] < 2e-3
