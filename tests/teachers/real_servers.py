@@ -177,8 +177,8 @@ def commit() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("servers", nargs="*", default=[*SERVERS], choices=[*SERVERS, []])
-    wanted = parser.parse_args().servers
+    parser.add_argument("servers", nargs="*", help=f"of {', '.join(SERVERS)}; none: all")
+    wanted = parser.parse_args().servers or [*SERVERS]
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     failed = False
     for name in wanted:
