@@ -3,6 +3,7 @@
 # make test   everything that is checked: lint, types, sdist, tests on every backend, toy benchmark
 # make docs   the documents and the reference as pages: build/docs/index.html
 # make kernels, sanitize, aarch64: the C++ kernels alone, see below
+# make served beside real servers that run teachers, where they are installed
 # make gpu    on a machine with a GPU and its own torch and triton: build, test, measure
 #
 # An interrupted demo goes on where it was; `rm -r demo` begins anew.
@@ -23,7 +24,7 @@ PRESET ?= small
 # without them.
 export FASTKD_REQUIRE_CPU ?= 1
 
-.PHONY: demo check test pytest lint sdist docs wheels cross kernels sanitize aarch64 gpu clean
+.PHONY: demo check test pytest lint sdist docs wheels cross kernels sanitize aarch64 served gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -81,6 +82,9 @@ cross: $(VENV)/ready
 PYTHONS ?= $(PYTHON)
 wheels: $(VENV)/ready
 	$(RUN) tests/wheels.py $(PYTHONS)
+# vLLM (FASTKD_VLLM=its Python) beside transformers; writes tests/teachers/served.json.
+served: $(VENV)/ready
+	$(RUN) tests/teachers/real_servers.py
 
 # The package as a user gets it: sdist, the wheel built from it, and that wheel in an environment of
 # its own, where the checkout cannot be found.

@@ -10,6 +10,7 @@ from .losses.binary import binary_hard, binary_soft
 from .losses.correlation import dist
 from .losses.logits import cosine, dkd, logit_mse, nkd, response, zscore
 from .losses.regression import bounded_regression_loss, regression, regression_loss
+from .losses.sampled import sampled_reverse_kl
 from .losses.token_alignment import Alignment, align, align_labelled
 from .losses.uld import uld, uld_loss
 from .methods.export import export, fine_tune
@@ -92,6 +93,7 @@ __all__ = [
     "replace_head",
     "report",
     "response",
+    "sampled_reverse_kl",
     "save",
     "self_distillation",
     "soft",

@@ -64,6 +64,13 @@ class Teacher:
     def beside(self, student: nn.Module) -> None:
         """Called at the start of a run; the student may share modules with the teacher."""
 
+    def ahead(self, batches: Iterator[Any], most: int | None = None) -> Iterator[Any]:
+        """An epoch's batches; a teacher that is asked over a network looks at them here.
+
+        It may take up to `most` of them before their step, None: as many as it likes.
+        """
+        return batches
+
     def begin(self) -> None:
         """Called at the start of an epoch."""
 

@@ -55,6 +55,7 @@ def train(
     lr: float = 1e-3,
     device: torch.device | str | None = None,
     accumulate: int | None = None,
+    ahead: int | None = None,
     clip_norm: float | None = None,
     schedule: Callable[[int], float] | None = None,
     amp: torch.dtype | None = None,
@@ -90,6 +91,8 @@ def train(
         device: where to run; None means where the student is, or where `accelerator` runs.
         accumulate: batches to one optimizer step; the last step of an epoch may have fewer. None:
             what `accelerator` says, else 1.
+        ahead: batches that a served teacher may take from the loader before their step; None: what
+            it was made with. Other teachers take none.
         clip_norm: upper bound of the gradient's 2-norm, above 0; None leaves it as it is.
         schedule: step (from 0) -> factor on each group's learning rate; undone on return. Beside a
             torch scheduler it is refused at the first rate that has been changed under it.
@@ -147,6 +150,7 @@ def train(
             student.train()  # after it: what the two share is in the student's mode
             objective.modules.train()
             batches = epoch_batches(loader, position, where, exact=checkpoint is not None)
+            batches = soft.ahead(batches, ahead)
             for group in ranks.groups(batches, parts.accumulate, where, plain=plain):
                 step = position.step
                 parts.rates.at(step)

@@ -47,7 +47,8 @@ class DistillationLoss:
     Args:
         teacher: a `PreTrainedModel`, which is frozen; "base": the student without its adapter;
             "ema": its moving average; {name: teacher}: one for each sample, by the batch's
-            "teacher_id"; or `distill`'s `EMATeacher`, `RoutedTeacher`, `PromptedTeacher`. None
+            "teacher_id"; `distill`'s `EMATeacher`, `RoutedTeacher`, `PromptedTeacher`; or a
+            `fastkd.teachers.Served`. None
             where each batch holds `teacher`: logits [B, L, V], a `TopK` [B, L, K] or a store's
             `LinearLogits`, row i for the token behind position i.
         linear: logits of both models by `LinearLogits`; False: those that they build themselves.

@@ -23,7 +23,7 @@ from fastkd.distill.heads import (
 )
 from fastkd.distill.self_teachers import without_adapter
 from fastkd.distill.teacher_routes import routes
-from fastkd.integrations.convention import check_convention
+from fastkd.integrations.convention import check_convention, unwrapped
 from fastkd.integrations.hooks import answering, shared
 
 Autocast = tuple[str, torch.dtype, bool]
@@ -71,18 +71,7 @@ class Live:
     def prepare(self, student: Any, linear: bool, vocab_size: int | None) -> None:
         """Look at the teacher before the first step, and read its head."""
         check_convention(self.model, "teacher", loss=False)
-        sizes = [vocabulary(student), vocabulary(self.model)]
-        if vocab_size is None and None not in sizes and len(set(sizes)) > 1:
-            raise ValueError(
-                f"teacher: got a vocabulary of {sizes[1]}, expected the student's {sizes[0]}; "
-                "where both begin with the same tokens and the rest is padding, say how many: "
-                "vocab_size="
-            )
-        if vocab_size is not None and any(x is not None and x < vocab_size for x in sizes):
-            raise ValueError(
-                f"vocab_size: got {vocab_size}, expected at most {min(filter(None, sizes))}, the "
-                "smaller of the models' vocabularies"
-            )
+        _check_sizes([vocabulary(student), vocabulary(self.model)], vocab_size)
         self.linear, self._student = linear, student
         self.head = head_of(self.model) if linear else None
 
@@ -239,6 +228,26 @@ class LiveRouted(Live):
         return [average for member in self.members.values() for average in member.averages]
 
 
+class LiveAsked(Live):
+    """One that is asked and not run here, as `fastkd.teachers.Served`."""
+
+    def __init__(self, source: distill.Teacher) -> None:
+        super().__init__(None)
+        self.source = source
+
+    def check(self, student: Any) -> None:
+        self.source.beside(unwrapped(student))
+
+    def prepare(self, student: Any, linear: bool, vocab_size: int | None) -> None:
+        self.linear, self._student = linear, student
+        _check_sizes([vocabulary(student), getattr(self.source, "vocab_size", None)], vocab_size)
+
+    def parts(
+        self, inputs: Any, labels: Tensor, extra: Any, autocast: Any, device: torch.device
+    ) -> Iterator[Part]:
+        yield None, self.source(distill.Batch(inputs, labels)).logits.to(device)
+
+
 KINDS: dict[type, Callable[[Any], Live]] = {
     distill.BaseTeacher: lambda _: LiveBase(),
     distill.EMATeacher: LiveEMA,
@@ -258,10 +267,24 @@ def live(teacher: Any) -> Live:
         return LiveRouted(teacher, "teacher_id")
     if isinstance(teacher, distill.Teacher):
         if (kind := KINDS.get(type(teacher))) is None:
-            names = ", ".join(x.__name__ for x in KINDS)
-            raise TypeError(f"teacher: got {type(teacher).__name__}, expected a model or {names}")
+            return LiveAsked(teacher)
         return kind(teacher)
     return Live(teacher)
+
+
+def _check_sizes(sizes: list[int | None], vocab_size: int | None) -> None:
+    """Of student and teacher, beside what the user says."""
+    if vocab_size is None and None not in sizes and len(set(sizes)) > 1:
+        raise ValueError(
+            f"teacher: got a vocabulary of {sizes[1]}, expected the student's {sizes[0]}; "
+            "where both begin with the same tokens and the rest is padding, say how many: "
+            "vocab_size="
+        )
+    if vocab_size is not None and any(x is not None and x < vocab_size for x in sizes):
+        raise ValueError(
+            f"vocab_size: got {vocab_size}, expected at most {min(filter(None, sizes))}, the "
+            "smaller of the models' vocabularies"
+        )
 
 
 def _check_embeddings(embeddings: Any, teacher: Any) -> None:

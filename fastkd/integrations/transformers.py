@@ -242,8 +242,9 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     Args:
         *args, **kwargs: the Trainer's own.
         teacher: a `PreTrainedModel`, "base" (the student without its adapter), "ema" (its moving
-            average, in the checkpoints), a dict of them (each sample's by its "teacher_id"), ...;
-            None where batches hold `teacher`, see `DistillationLoss`.
+            average, in the checkpoints), a dict of them (each sample's by its "teacher_id"), or a
+            `fastkd.teachers.Served`, which is asked for batches ahead of their step, ...; None
+            where batches hold `teacher`, see `DistillationLoss`.
         loss: options of `fastkd.distillation_loss`, as {"temperature": 2.0, "alpha": 0.1}:
             temperature, alpha, divergence, t_squared, label_smoothing, z_loss, vocab_size.
             Temperature and alpha may be functions of the step:
@@ -309,6 +310,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         function = DistillationLoss(teacher, linear=linear, pack=pack, **options)
         super().__init__(*args, **{**kwargs, "compute_loss_func": function})
         self.distillation = function
+        self._ahead: tuple[Any, Any] = (None, None)
         function.step = lambda: self.state.global_step
         collator: Any = self.data_collator
         self._columns = () if function.live is None else function.live.columns
@@ -340,6 +342,14 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         function.prepare(self.model)
         if function.live is not None and (averages := function.live.averages):
             self.add_callback(_Follow(averages, self.model))
+
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        source = getattr(self.distillation.live, "source", None)
+        if source is not None:  # one look ahead for each epoch
+            if self._ahead[0] is not epoch_iterator:
+                self._ahead = epoch_iterator, source.ahead(epoch_iterator)
+            epoch_iterator = self._ahead[1]
+        return super().get_batch_samples(epoch_iterator, *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         # hooks for this call alone: whoever else calls the student finds it as it was

@@ -32,6 +32,7 @@ def on_policy(
     teacher_share: float = 0.0,
     end: int | Sequence[int] | None = None,
     seed: int = 0,
+    ahead: int = 0,
     **options: Any,
 ) -> list[Step]:
     """Train a language model in place on the dataset's answers, its own and the teacher's.
@@ -61,6 +62,10 @@ def on_policy(
         end: token that ends an answer, or several of which each does, itself counted; None: all of
             the answer counts.
         seed: of the draws; `generate` has torch's own random state.
+        ahead: batches that a served teacher (`fastkd.teachers.Served`) may score while the next are
+            written. Each is then written by the student of so many steps before, without
+            checkpoints. With accumulate=n a step's n texts are written by one student anyway, and
+            those before are scored meanwhile, at ahead=0 too.
         options: of `train`.
 
     Returns:
@@ -80,6 +85,11 @@ def on_policy(
             f"teacher_share: got {shown(teacher_share)} beside a student_share of "
             f"{shown(student_share)}, expected a sum of at most 1"
         )
+    if ahead and options.get("checkpoint") is not None:
+        raise ValueError(
+            f"ahead: got {shown(ahead)} with a checkpoint, expected 0: a resumed run would write "
+            "those batches anew, by another student (accumulate= scores while the next is written)"
+        )
     soft_teacher = as_teacher(teacher)
     if teacher_share and not isinstance(teacher, nn.Module):
         got = type(teacher).__name__
@@ -93,7 +103,7 @@ def on_policy(
     writers = {"student": (student, student_share), "teacher": (teacher, teacher_share)}
     loader_class = _Sized if hasattr(loader, "__len__") else _Written
     written = loader_class(loader, partial(_text, generate=generate, end=ends), writers, seed)
-    return train(student, written, loss, teacher=soft_teacher, **options)
+    return train(student, written, loss, teacher=soft_teacher, ahead=ahead, **options)
 
 
 class _Written:

@@ -59,8 +59,9 @@ def capture(
     Many ranks share a dataset with `world_size`: each captures what is missing of its part.
 
     Args:
-        teacher: inputs -> logits [B, L, V] or [B, V], a `LinearLogits`, or an object with logits; a
-            module runs in eval mode, on its own device.
+        teacher: inputs -> logits [B, L, V] or [B, V], a `LinearLogits`, an object with logits, or a
+            `TopK` of the cache's k, temperature and tail (`Served`); a module runs in eval mode, on
+            its own device.
         loader: gives inputs, (inputs, labels [B, L] or [B]), or one dict of the teacher's arguments
             and labels. Its first samples are read twice, but of an iterator.
         labels: "shifted": row i counts where label i is not -100, as the losses here read it.
@@ -155,10 +156,12 @@ class _Ask:
         else:
             named = inputs if isinstance(inputs, Mapping) else {"input_ids": inputs}
             logits = linear_logits(self._teacher, {**named, **self._off}, self._head)[0]
-        kinds: Any = (Tensor, fastkd.LinearLogits) if spec.k else Tensor
+        kinds: Any = (Tensor, fastkd.LinearLogits, fastkd.TopK) if spec.k else Tensor
         kinds = fastkd.LinearLogits if self._hidden else kinds
         if not isinstance(logits, kinds):
-            expected = "a tensor of logits" + (" or LinearLogits" if spec.k else ", as k is None")
+            expected = "a tensor of logits" + (
+                ", LinearLogits or TopK" if spec.k else ", as k is None"
+            )
             expected = NO_HEAD if self._hidden else expected
             raise TypeError(f"teacher: got {type(logits).__name__}, expected {expected}")
         lead = list(logits.shape[:-1])
@@ -170,6 +173,8 @@ class _Ask:
         if self._hidden:
             states, lengths = trimmed(logits.hidden, batch, self._labels)
             return logits.with_hidden(states), lengths
+        if isinstance(logits, fastkd.TopK):  # a server's
+            return trimmed(logits, batch, self._labels)
         if spec.k is None:
             return trimmed(logits[..., : spec.vocab_size], batch, self._labels)
         made: dict[str, Any] = {"temperature": spec.temperature, "tail": spec.tail, **self._draws}

@@ -1,0 +1,224 @@
+"""`make served`: real servers beside the model that they run; writes served.json.
+
+Each server that is installed (vLLM here, or in the environment whose Python FASTKD_VLLM names) is
+started on loopback with a tiny random Llama and a tokenizer of bytes. What `Served` says of random
+texts is compared with transformers' own logits, API by API. Nothing is downloaded. A server that is
+not there leaves its last record alone; another one is a function that gives its command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import fastkd
+from fastkd.teachers import Served
+
+RECORD = Path(__file__).with_name("served.json")
+NAME, K, VOCAB = "tiny", 20, 320
+NATS = 2e-3  # of a log-probability in float32, and of a mean loss
+STARTS = 900.0  # seconds
+
+
+def made(folder: Path) -> tuple[Any, Any]:
+    """A random Llama and a tokenizer of bytes, in the folder and here."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    # vLLM's attention on the CPU has no smaller heads
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    config = transformers.LlamaConfig(vocab_size=VOCAB, max_position_embeddings=256, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(4)  # rows that are not flat
+    model.save_pretrained(folder)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+class Reversed:
+    """A tokenizer of the same width, and other ids."""
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [255 - byte for byte in text.encode()]
+
+
+def compared(url: str, api: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Errors of what a server says against the model here, in nats; raises where they are large."""
+    torch.manual_seed(1)
+    ids = torch.randint(VOCAB - 20, (6, 24))
+    mask = torch.arange(24) < torch.tensor([24, 5, 17, 3, 24, 11])[:, None]
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask.long()).logits
+    expected = logits.double().log_softmax(-1)
+    with Served(
+        url, api=api, k=K, tokenizer=tokenizer, vocab_size=VOCAB, timeout=60, retries=2
+    ) as teacher:
+        said = teacher(input_ids=ids, attention_mask=mask.long())
+        identity = teacher.identity()
+    rows = said.indices[mask].long()
+    apart = (said.logprobs[mask].double() - expected[mask].gather(-1, rows)).abs()
+    best = fastkd.topk_from_logits(logits, K)
+    # the k-th column may be another one of the same probability
+    missed = expected[mask].topk(K).values[:, -1] - said.logprobs[mask].double().amin(-1)
+    student = torch.randn(*ids.shape, VOCAB)
+    labels = torch.where(mask, 0, -100)
+    losses = [float(fastkd.kl_div(student, x, labels=labels)) for x in (said, best)]
+    found = {"texts": len(ids), "rows": int(mask.sum()), "k": K}
+    found |= {"logprob_error": float(apart.max()), "missed": float(missed.abs().max())}
+    found |= {"loss": losses[0], "loss_error": abs(losses[0] - losses[1]), "model": identity[2]}
+    if api == "vllm":  # the texts' own tokens alone; and it tells which tokenizer it has
+        own = torch.where(mask, ids.roll(-1, -1), -100).masked_fill(labels < 0, -100)
+        with Served(url, api=api, k=0) as one:
+            logprobs = one.score({"input_ids": ids, "attention_mask": mask.long()}, own).logprobs
+        apart = (logprobs[mask][:, 0] - expected[mask].gather(-1, own[mask][:, None])[:, 0]).abs()
+        found["own_error"] = float(apart.max())
+        found["loss_error"] = max(found["loss_error"], found["own_error"])
+        try:
+            with Served(url, api=api, tokenizer=Reversed()) as other:
+                other(ids[:1])
+            found["another tokenizer"] = "taken"
+        except ValueError as error:
+            found["another tokenizer"] = "refused" if "tokenizer: got" in str(error) else "failed"
+    worst = max(found["logprob_error"], found["missed"], found["loss_error"])
+    if not worst <= NATS:
+        raise ValueError(f"{api}: got {json.dumps(found)}, expected errors up to {NATS}")
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(command: list[str], port: int, log: Path, env: dict[str, str]) -> Iterator[str]:
+    """The server's url while it runs; the end of its log where it does not start."""
+    url = f"http://127.0.0.1:{port}"
+    with open(log, "w", encoding="utf-8") as out:
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **env},
+            start_new_session=True,
+        )
+    try:
+        until = time.monotonic() + STARTS
+        while True:
+            try:
+                with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as answer:
+                    if answer.status == 200:
+                        break
+            except (urllib.error.URLError, OSError):
+                pass
+            if process.poll() is not None or time.monotonic() > until:
+                end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+                raise RuntimeError(f"{command[0]} did not start:\n{end}")
+            time.sleep(1.0)
+        yield url
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(30)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
+
+
+def vllm(folder: Path, port: int) -> tuple[list[str], dict[str, str], list[str]] | None:
+    """(command, environment, command that tells versions); None where it is not there."""
+    program = os.environ.get("FASTKD_VLLM") or sys.executable
+    version = [program, "-c", "import vllm; print('vllm', vllm.__version__)"]
+    if subprocess.run(version, capture_output=True, check=False).returncode:
+        return None
+    command = [program, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", NAME, "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "128", "--max-logprobs", str(K)]
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return command, env, version
+
+
+SERVERS = {"vllm": (vllm, ("vllm", "openai"))}
+
+
+def commit() -> str:
+    told = ["git", "-C", str(RECORD.parent), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(told, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("servers", nargs="*", help=f"of {', '.join(SERVERS)}; none: all")
+    wanted = parser.parse_args().servers or [*SERVERS]
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    failed = False
+    for name in wanted:
+        find, apis = SERVERS[name]
+        with tempfile.TemporaryDirectory() as place:
+            model, tokenizer = made(Path(place))
+            port = free_port()
+            if (found := find(Path(place), port)) is None:
+                print(f"{name}: not installed")
+                continue
+            command, env, version = found
+            told = subprocess.run(version, capture_output=True, text=True, check=False)
+            words = (told.stdout + told.stderr).strip().splitlines() or ["?"]
+            entry: dict[str, Any] = {
+                "date": datetime.date.today().isoformat(),
+                "commit": commit(),
+                "versions": {name: words[-1][:80], "transformers": transformers.__version__}
+                | {"torch": torch.__version__, "tokenizers": tokenizers.__version__},
+                "arguments": command[command.index("--port") + 2 :],
+                "apis": {},
+            }
+            try:
+                with running(command, port, Path(place) / "log", env) as url:
+                    for api in apis:
+                        try:
+                            outcome: Any = compared(url, api, model, tokenizer)
+                        except (ValueError, OSError) as error:
+                            outcome, failed = {"failed": str(error)[:400]}, True
+                            print((Path(place) / "log").read_text(errors="replace")[-3000:])
+                        entry["apis"][api] = outcome
+                        print(f"{name}, api={api!r}: {json.dumps(outcome)}")
+            except RuntimeError as error:
+                print(f"{name}: {error}")
+                failed = True
+                continue
+        entry["passed"] = not any("failed" in x for x in entry["apis"].values())
+        record[name] = entry
+        RECORD.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""A user has a vLLM server and transformers' Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from causal_models import arguments, curve, hf, llama, ragged, run, together
+from served_model import Server, serving
+
+import fastkd
+from fastkd.integrations.transformers import DistillationTrainer, compute_loss_func
+from fastkd.teachers import Served
+
+LOSS = {"temperature": 1.0, "alpha": 0.1}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving(llama(9)) as made:
+        yield made
+
+
+def test_ten_lines_with_a_vllm_server_and_a_trainer(server: Server, tmp_path: Path) -> None:
+    student, data = llama(1), ragged()
+    args = arguments(tmp_path, max_steps=6, gradient_accumulation_steps=2)
+    # what a user writes
+    with Served(server.url, k=8, keep=tmp_path / "answers") as teacher:
+        trainer = DistillationTrainer(student, args, train_dataset=data, teacher=teacher, loss=LOSS)
+        trainer.train()
+    losses = curve(trainer)
+    assert len(losses) == 6 and losses[-1] < losses[0]
+    # three epochs, and each text is paid for once
+    assert teacher.asked == len(server.requests) == len(data)
+
+
+class Waiting(hf.TrainerCallback):  # type: ignore[misc]
+    """How many texts have been asked for, and not used yet, behind each step."""
+
+    def __init__(self, teacher: Served) -> None:
+        self.teacher, self.seen = teacher, []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seen.append(len(self.teacher._waiting))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_curve_is_that_of_the_models_own_columns(
+    plain: bool, server: Server, tmp_path: Path
+) -> None:
+    """Beside batches that bring a `TopK` of the same model; dense, linear and packed students."""
+    student, local, data = llama(1), server.score.model, ragged()
+
+    class Stored:
+        def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+            batch = together(rows)
+            with torch.no_grad():
+                logits = local(batch["input_ids"], batch["attention_mask"]).logits
+            return {**batch, "teacher": fastkd.topk_from_logits(logits, 8)}
+
+    own = llama(1)
+    args = arguments(tmp_path, max_steps=4)
+    expected = run(
+        DistillationTrainer(own, args, train_dataset=data, loss=LOSS, data_collator=Stored())
+    )
+    with Served(server.url, k=8, ahead=2) as teacher:
+        if plain:
+            loss = compute_loss_func(student, teacher, **LOSS)
+            trainer = hf.Trainer(student, args, train_dataset=data, compute_loss_func=loss)
+        else:
+            trainer = DistillationTrainer(
+                student, args, train_dataset=data, teacher=teacher, loss=LOSS
+            )
+        waiting = Waiting(teacher)
+        trainer.add_callback(waiting)
+        run(trainer)
+    assert waiting.seen == ([0] * 4 if plain else [8, 8, 4, 0][: len(waiting.seen)])
+    assert curve(trainer) == pytest.approx(curve(expected), rel=1e-3)
+    torch.testing.assert_close(student.state_dict(), own.state_dict(), rtol=0, atol=1e-3)
+
+
+def test_what_a_user_meets_first(server: Server, tmp_path: Path) -> None:
+    student, data = llama(1), ragged()
+    args = arguments(tmp_path, max_steps=1)
+    with Served(server.url, k=8, vocab_size=120) as teacher:
+        with pytest.raises(ValueError, match=r"teacher: got a vocabulary of 120.*vocab_size="):
+            DistillationTrainer(student, args, train_dataset=data, teacher=teacher, loss=LOSS)
+    with Served(server.url, k=8) as teacher:
+        # the Trainer's usual temperature is not what a server says
+        loss = {"temperature": 2.0, "alpha": 0.1}
+        trainer = DistillationTrainer(student, args, train_dataset=data, teacher=teacher, loss=loss)
+        with pytest.raises(ValueError, match="temperature"):
+            trainer.train()
+    with Served(server.url, k=8, tail="renormalize") as teacher:
+        trainer = DistillationTrainer(student, args, train_dataset=data, teacher=teacher, loss=loss)
+        assert run(trainer).state.global_step == 1
