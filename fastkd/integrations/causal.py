@@ -1,4 +1,4 @@
-"""The loss of a causal language model's distillation, as a Trainer calls it.
+"""The loss of a model's distillation, as a Trainer calls it.
 
 A Trainer hands its loss function the student's outputs, the labels and a count of tokens. What else
 the loss needs, it sees by hooks on the student: the inputs, for the teacher, and the hidden states
@@ -7,6 +7,7 @@ at the head, from which the logits are never built.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -14,28 +15,38 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
 from fastkd.arguments.messages import shown
 from fastkd.integrations.convention import check_convention, unwrapped
+from fastkd.integrations.families import (
+    IGNORED,
+    Family,
+    auxiliary,
+    check_columns,
+    check_pair,
+    encoder_of_both,
+    family_of,
+    is_noisy,
+    named,
+)
 from fastkd.integrations.heads import (
     Head,
-    check_causal,
+    encoded,
     head_of,
     linear_logits,
     output_embeddings,
     uncached,
-    vocabulary,
 )
 from fastkd.integrations.hooks import Hook, answering, shared
+from fastkd.integrations.labels import check_first, rows_of
 
 SCHEDULED = ("temperature", "alpha")  # options that may be functions of the step
-IGNORED = -100  # torch's own label for a row that does not count
 # of the student's arguments, those that say how it answers: the teacher does not get them
 ANSWER_OPTIONS = {"labels", "num_items_in_batch", "past_key_values", "use_cache", "logits_to_keep"}
 ANSWER_OPTIONS |= {"return_dict", "output_hidden_states", "output_attentions", "return_loss"}
+ANSWER_OPTIONS |= {"cache", "cache_params"}
 # what takes the hooks off each student that has some: a second loss takes the first one's place
 _HOOKED: WeakKeyDictionary[Any, Callable[[], None]] = WeakKeyDictionary()
 
@@ -52,8 +63,10 @@ class DistillationLoss:
 
     Args:
         teacher: a `PreTrainedModel`, which is frozen; None where each batch holds `teacher`: logits
-            [B, L, V] or a `TopK` [B, L, K], row i for the token behind position i.
-        linear: logits of both models by `LinearLogits`; False: those that they build themselves.
+            [B, L, V] or a `TopK` [B, L, K], row i for the token behind position i (of a classifier
+            [B, C], of other models row i for position i).
+        linear: logits of both models by `LinearLogits`; False: those that they build themselves;
+            None: the former for language models, the latter for classifiers.
         pack: leave ignored tokens out of the head's products, see `LinearLogits`.
         **options: of `fastkd.distillation_loss`: temperature, alpha, divergence, t_squared,
             label_smoothing, z_loss, vocab_size. With `DistillationTrainer` temperature and alpha
@@ -66,7 +79,7 @@ class DistillationLoss:
     """
 
     def __init__(
-        self, teacher: Any = None, *, linear: bool = True, pack: bool = False, **options: Any
+        self, teacher: Any = None, *, linear: bool | None = None, pack: bool = False, **options: Any
     ) -> None:
         for name in ("labels", "ignore_index", "weight", "reduction", "normalizer", "group"):
             if name in options:
@@ -79,7 +92,8 @@ class DistillationLoss:
         options |= {k: at(0) for k, at in self._schedules.items()}
         trial = {k: v for k, v in options.items() if k != "vocab_size"}
         fastkd.distillation_loss(nothing, nothing + 1, torch.zeros(1, dtype=torch.long), **trial)
-        self.teacher, self.linear, self.pack, self.options = teacher, bool(linear), pack, options
+        self.teacher, self.linear, self.pack, self.options = teacher, linear, pack, options
+        self.family: Family | None = None  # the student's
         self.step: Callable[[], int] | None = None  # the Trainer's, for a schedule
         self._warned = False
         self.trims = False  # also in eval mode: nobody wants these logits
@@ -90,22 +104,38 @@ class DistillationLoss:
         self._told: dict[str, Tensor] = {}  # sums over tokens, and their count, since the last log
         self._checked = False
         self._uncached: dict[str, Any] = {}
+        self._common_encoder: Any = None
+        self._teachers_own: set[str] = (
+            set()
+        )  # arguments that its forward names and the student's not
         self._frozen: set[int] = set()  # parameters of the teacher that were not, by id
         self._trained: list[nn.Module] = []  # modules of it that were in train mode
         if teacher is not None:
-            check_causal(teacher, "teacher")
+            family_of(teacher, "teacher")
             self._uncached = uncached(teacher)
             self._frozen = {id(p) for p in teacher.parameters() if p.requires_grad}
             teacher.requires_grad_(False)
             self._trained = [module for module in teacher.modules() if module.training]
             teacher.eval()
 
+    def choose(self, student: Any) -> None:
+        """Find the student's family, and whether its logits are built."""
+        self.family = family = family_of(student, "student")
+        if self.linear is None:
+            self.linear = family.linear
+        if self.linear and not family.linear:
+            raise ValueError(
+                f"linear: got True for {type(unwrapped(student)).__name__}, {family.name}, expected "
+                "linear=False or none: its logits are few, and no head of a vocabulary makes them"
+            )
+
     def prepare(self, student: Any) -> None:
         """Read and compare the heads of student and teacher; the errors before the first step."""
         if student is self._student and not self._replaced():
             return
         teacher, requested = self.teacher, self.options.get("vocab_size")
-        check_causal(student, "student")
+        self.choose(student)
+        assert self.family is not None
         if teacher is student:
             raise ValueError("teacher: got the student itself, expected a model of its own")
         common = [name for name, p in student.named_parameters() if id(p) in self._frozen]
@@ -117,21 +147,15 @@ class DistillationLoss:
         for module in shared(self._trained, student):
             module.training = True
         self._trained = []
-        check_convention(student, "student", loss=True)
+        models = [student] if teacher is None else [student, teacher]
+        if self.family.shift:
+            for model, name in zip(models, ("student", "teacher"), strict=False):
+                check_convention(model, name, loss=model is student)
         if teacher is not None:
-            check_convention(teacher, "teacher", loss=False)
-        sizes = [vocabulary(model) for model in (student, teacher) if model is not None]
-        if requested is None and None not in sizes and len(set(sizes)) > 1:
-            raise ValueError(
-                f"teacher: got a vocabulary of {sizes[1]}, expected the student's {sizes[0]}; "
-                "where both begin with the same tokens and the rest is padding, say how many: "
-                "vocab_size="
-            )
-        if requested is not None and any(size is not None and size < requested for size in sizes):
-            raise ValueError(
-                f"vocab_size: got {requested}, expected at most {min(filter(None, sizes))}, the "
-                "smaller of the models' vocabularies"
-            )
+            check_pair(student, teacher, requested)
+            self._common_encoder = encoder_of_both(student, teacher)
+            self._teachers_own = named(teacher) - named(student) - ANSWER_OPTIONS
+        check_columns(models, requested)
         if self.linear:
             self._heads = (head_of(student), None if teacher is None else head_of(teacher))
         self._student, self._checked = student, False
@@ -143,6 +167,10 @@ class DistillationLoss:
             head is not None and head.module is not output_embeddings(model)
             for head, model in zip(self._heads, models, strict=True)
         )
+
+    def students_own(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch without what is the teacher's alone."""
+        return {k: v for k, v in inputs.items() if k != "teacher" and k not in self._teachers_own}
 
     @contextmanager
     def watching(self, student: Any) -> Iterator[None]:
@@ -161,22 +189,22 @@ class DistillationLoss:
         _HOOKED.pop(base, _nothing)()
         self.prepare(student)
         seen, head, pack = self._seen, self._heads[0], self.pack
+        arguments = [*inspect.signature(base.forward).parameters]
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if module is not student:
                 return None
             seen.clear()
-            kwargs = dict(kwargs)
-            seen.stored, seen.shifted = (
-                kwargs.pop("teacher", None),
-                kwargs.pop("shift_labels", None),
-            )
-            named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
-            seen.inputs = {k: v for k, v in named.items() if k not in ANSWER_OPTIONS}
+            given = dict(zip(arguments, args, strict=False)) | kwargs
+            seen.stored, seen.shifted = given.pop("teacher", None), given.pop("shift_labels", None)
+            seen.inputs = {k: v for k, v in given.items() if k not in ANSWER_OPTIONS}
+            kwargs = self.students_own(kwargs)
+            kwargs.pop("shift_labels", None)
             return args, kwargs
 
-        def inside(module: nn.Module, args: tuple[Any, ...]) -> None:
-            device_type = args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"
+        def inside(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            device_type = next((x.device.type for x in found), "cpu")
             seen.autocast = (
                 device_type,
                 torch.get_autocast_dtype(device_type),
@@ -193,7 +221,8 @@ class DistillationLoss:
             return self.trims or (student.training and torch.is_grad_enabled())
 
         hooks = [student.register_forward_pre_hook(Hook(before), with_kwargs=True)]
-        hooks.append(student.get_input_embeddings().register_forward_pre_hook(Hook(inside)))
+        for child in base.children():
+            hooks.append(child.register_forward_pre_hook(Hook(inside), with_kwargs=True))
         if head is not None:
             hooks.append(head.watch(with_head, trim=trim))
 
@@ -221,24 +250,25 @@ class DistillationLoss:
                 "student: got outputs of a forward that was not seen; is it the model given to the "
                 "Trainer, in one process per device, and no newer loss function made for it?"
             )
+        family = self.family
+        assert family is not None
         if not self.linear:
-            student = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+            mapped = isinstance(outputs, Mapping)
+            student = outputs[family.logits] if mapped else outputs[0]
         elif student is not None:
             _check_whole(student.weight)
-        labels = self._targets(labels, shifted, inputs)
         if student is None:
             raise RuntimeError(
                 "student: got a forward in which the head that was read was not called; was it "
                 "replaced since (resize_token_embeddings)? Make the loss function after that"
             )
-        if labels.dim() < 2 or student.shape[:-1] != labels.shape:
-            more = student.size(-2) - labels.size(-1) if student.dim() == 3 and labels.dim() else 0
-            hint = f" ({more} virtual tokens of prompt tuning are before the batch's own?"
-            hint += " Adapters that add none, as LoRA, are taken)"
-            raise ValueError(
-                f"labels: got {list(labels.shape)} for logits {list(student.shape)}, expected "
-                "[B, L], one label for each position" + (hint if more > 0 else "")
-            )
+        if not self._checked and labels is not None and shifted is None:
+            check_first(labels, inputs, unwrapped(self._student), family)
+            self._checked = True
+        labels = rows_of(labels, shifted, student, family)
+        states = getattr(outputs, "encoder_last_hidden_state", None)
+        if states is not None and self._common_encoder is not None:
+            inputs = self._encoded(inputs, states)
         options = self._now()
         teacher = self._teacher_output(inputs, stored, autocast, student.device)
         loss: Any = fastkd.distillation_loss(
@@ -248,10 +278,17 @@ class DistillationLoss:
             loss, rows = loss
             if torch.is_grad_enabled():  # not of an evaluation
                 self._tell(rows, labels)
-        aux = getattr(outputs, "aux_loss", None)
-        if aux is not None:  # a mixture of experts' load balance, as its own forward adds it
-            loss = loss + self._student.config.router_aux_loss_coef * aux.to(loss.device)
-        return loss
+        aux = auxiliary(outputs, unwrapped(self._student))
+        return loss if aux is None else loss + aux.to(loss.device)
+
+    def _encoded(self, inputs: dict[str, Any], states: Tensor) -> dict[str, Any]:
+        """The teacher's inputs, with what the encoder of both models has just given the student."""
+        encoder = self._common_encoder
+        if "encoder_outputs" in inputs or is_noisy(encoder):
+            return inputs
+        read = named(encoder) - {"attention_mask"}
+        rest = {name: x for name, x in inputs.items() if name not in read}
+        return rest | {"encoder_outputs": encoded(states.detach())}
 
     def _tell(self, rows: fastkd.LossOutputs, labels: Tensor) -> None:
         sums = {name: x.sum() for name, x in rows._asdict().items() if x is not None}
@@ -282,22 +319,6 @@ class DistillationLoss:
             )
         return self.options | {name: at(step) for name, at in self._schedules.items()}
 
-    def _targets(
-        self, labels: Tensor | None, shifted: Tensor | None, inputs: dict[str, Any]
-    ) -> Tensor:
-        """Labels [B, L] of the token behind each position, -100 where there is none to count."""
-        if labels is None:
-            raise ValueError(
-                "labels: got none in the batch, expected input_ids with -100 where a token does "
-                "not count, as DataCollatorForLanguageModeling(mlm=False) gives them"
-            )
-        if shifted is not None:
-            return shifted
-        if not self._checked:
-            _check_unshifted(labels, inputs.get("input_ids"))
-            self._checked = True
-        return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
-
     def _teacher_output(
         self,
         inputs: dict[str, Any],
@@ -325,7 +346,7 @@ class DistillationLoss:
             inputs = inputs | self._uncached
             if self.linear:
                 return linear_logits(teacher, inputs, self._heads[1])[0]
-            return teacher(**inputs).logits
+            return getattr(teacher(**inputs), self.family.logits)
 
 
 def _nothing() -> None:
@@ -347,8 +368,10 @@ class _Seen:
 
 
 def _check_embeddings(embeddings: Any, teacher: Any) -> None:
+    if embeddings is None:
+        return
     table = getattr(teacher.get_input_embeddings(), "weight", None)
-    if embeddings is None or table is None or embeddings.size(-1) == table.size(-1):
+    if table is None or embeddings.size(-1) == table.size(-1):
         return
     raise ValueError(
         f"inputs_embeds: got vectors of {embeddings.size(-1)} for a teacher of {table.size(-1)}, "
@@ -363,16 +386,4 @@ def _check_whole(weight: Tensor) -> None:
         raise ValueError(
             "linear: got True with weights that are sharded outside of a model's forward (FSDP, "
             "ZeRO-3), expected linear=False (dense logits)"
-        )
-
-
-def _check_unshifted(labels: Tensor, tokens: Tensor | None) -> None:
-    if tokens is None or tokens.shape != labels.shape:
-        return
-    kept, own = labels != IGNORED, labels == tokens
-    ahead = (labels[..., :-1] == tokens[..., 1:]) | ~kept[..., :-1]
-    if bool(ahead.all() & (kept[..., :-1] & ~own[..., :-1]).any()):
-        raise ValueError(
-            "labels: got input_ids shifted by one already, expected input_ids themselves (-100 "
-            "where a token does not count): they are shifted here, once"
         )

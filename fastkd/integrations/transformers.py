@@ -19,7 +19,8 @@ from fastkd.arguments.messages import shown
 from fastkd.distill.serialization import absent
 from fastkd.integrations.causal import SCHEDULED, DistillationLoss
 from fastkd.integrations.convention import unwrapped
-from fastkd.integrations.heads import SHIFTED, head_of, linear_logits
+from fastkd.integrations.families import CAUSAL, decoder_inputs, named
+from fastkd.integrations.heads import head_of, linear_logits
 
 try:
     import transformers
@@ -53,7 +54,12 @@ _check_version()
 
 
 def compute_loss_func(
-    student: Any, teacher: Any = None, *, linear: bool = True, pack: bool = False, **loss: Any
+    student: Any,
+    teacher: Any = None,
+    *,
+    linear: bool | None = None,
+    pack: bool = False,
+    **loss: Any,
 ) -> DistillationLoss:
     """The distillation loss as `compute_loss_func` of a plain transformers Trainer.
 
@@ -105,14 +111,16 @@ def compute_loss_func(
             "return_outputs: got True, expected no such option: a loss function cannot log; "
             "DistillationTrainer(loss={'return_outputs': True}) does"
         )
-    if linear and _sharded():
+    function.choose(student)
+    if function.linear and _sharded():
         raise ValueError(SHARDED)
     function.detach = function.attach(student, _unnamed)
     base = unwrapped(student)
-    if getattr(base, "loss_type", "") is None:  # GPT2LMHeadModel, by its class's name
+    assert function.family is not None
+    if function.family.shift and getattr(base, "loss_type", "") is None:  # GPT2LMHeadModel
         # the loss that transformers takes for want of a name; without it the Trainer would count
         # the first label of each row, which nothing predicts
-        base.loss_type = _Named(SHIFTED[0])
+        base.loss_type = _Named(CAUSAL.classes[0])
     return function
 
 
@@ -248,7 +256,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         *args: Any,
         teacher: Any = None,
         loss: Mapping[str, Any] | None = None,
-        linear: bool = True,
+        linear: bool | None = None,
         pack: bool = False,
         teacher_tokenizer: Any = None,
         **kwargs: Any,
@@ -275,9 +283,11 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                     "tokenizer beside it: their ids are compared"
                 )
             _check_tokenizers(self.processing_class, teacher_tokenizer, options.get("vocab_size"))
-        # labels are shifted whatever the model; the Trainer would count the first of each row too
-        # where it knows no loss of the model's class (GPT2LMHeadModel)
-        self._loss_shifts_labels = True
+        function.choose(self.model)
+        assert function.family is not None
+        # the Trainer would count the first label of each row too where it knows no loss of the
+        # model's class (GPT2LMHeadModel)
+        self._loss_shifts_labels = function.family.shift
         if self.args.label_smoothing_factor:
             if "label_smoothing" in options:
                 raise ValueError(
@@ -290,11 +300,19 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 f"args: got {self.args.n_gpu} GPUs in one process, expected one process for each: "
                 "start with torchrun or accelerate launch"
             )
-        if linear and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+        if function.linear and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(SHARDED)
         function.prepare(self.model)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        family = self.distillation.family
+        if family.decoder and "labels" in inputs:
+            reads = {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
+            if not reads:  # the model itself makes them of labels, which it is not given here
+                inputs = {
+                    **inputs,
+                    "decoder_input_ids": decoder_inputs(self.model, inputs["labels"]),
+                }
         # hooks for this call alone: whoever else calls the student finds it as it was
         with self.distillation.watching(self.model):
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -318,6 +336,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
+        if "labels" not in inputs:  # no loss, and no hooks: what is the teacher's goes here
+            inputs = self.distillation.students_own(inputs)
         self.distillation.trims = prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
@@ -326,5 +346,6 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "teacher" not in self._signature_columns:
-            self._signature_columns.append("teacher")
+        teacher = self.distillation.teacher
+        wanted = {"teacher"} | (set() if teacher is None else named(teacher))
+        self._signature_columns += sorted(wanted - {*self._signature_columns})
