@@ -101,13 +101,19 @@ def chosen() -> dict[str, Tensor]:
 
 
 class Case(NamedTuple):
-    """A class of models, its config, a row of data; shift: of the labels; linear: a head is read."""
+    """A class of models, its config, a row of data, and whether labels shift and a head is read.
+
+    Args:
+        size: factor of the first weights, so that logits tell rows apart; where experts are chosen,
+            small ones keep two runs from choosing otherwise.
+    """
 
     model: str
     config: Callable[[], Any]
     row: Callable[[], dict[str, Tensor]]
     shift: bool = False
     linear: bool = False
+    size: float = 3.0
 
 
 CASES = {
@@ -148,6 +154,7 @@ CASES = {
         lambda: hf.SwitchTransformersConfig(**SWITCH),
         lambda: translated(tokens),
         linear=True,
+        size=1.0,
     ),
     "vit": Case("ViTForImageClassification", lambda: hf.ViTConfig(**VIT), lambda: one(picture())),
     "resnet": Case(
@@ -185,7 +192,7 @@ def build(case: Case, seed: int, **changed: Any) -> Any:
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2:
-                p.mul_(3)
+                p.mul_(case.size)
     return model
 
 

@@ -105,9 +105,7 @@ class DistillationLoss:
         self._checked = False
         self._uncached: dict[str, Any] = {}
         self._common_encoder: Any = None
-        self._teachers_own: set[str] = (
-            set()
-        )  # arguments that its forward names and the student's not
+        self._teachers_own: set[str] = set()  # arguments of its forward, none of the student's
         self._frozen: set[int] = set()  # parameters of the teacher that were not, by id
         self._trained: list[nn.Module] = []  # modules of it that were in train mode
         if teacher is not None:
@@ -125,8 +123,8 @@ class DistillationLoss:
             self.linear = family.linear
         if self.linear and not family.linear:
             raise ValueError(
-                f"linear: got True for {type(unwrapped(student)).__name__}, {family.name}, expected "
-                "linear=False or none: its logits are few, and no head of a vocabulary makes them"
+                f"linear: got True for {type(unwrapped(student)).__name__}, {family.name}, "
+                "expected linear=False or none: its logits are few, and are built"
             )
 
     def prepare(self, student: Any) -> None:

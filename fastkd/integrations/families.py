@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkd.integrations.convention import unwrapped
-from fastkd.integrations.heads import _config, _name, output_embeddings, vocabulary
+from fastkd.integrations.heads import _config, _name, vocabulary
 
 IGNORED = -100  # torch's own label for a row that does not count
 

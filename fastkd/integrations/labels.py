@@ -49,8 +49,8 @@ def check_first(labels: Tensor, inputs: dict[str, Any], student: Any, family: Fa
         token = getattr(student.config, field, None)
         if isinstance(token, int) and bool((labels == token).any()):
             raise ValueError(
-                f"labels: got {int((labels == token).sum())} of {field} {token}, which stands for a "
-                "part of a picture or a sound, expected -100 there: text alone is learned "
+                f"labels: got {int((labels == token).sum())} of {field} {token}, which stands for "
+                "a part of a picture or a sound, expected -100 there: text alone is learned "
                 f"(labels[labels == {token}] = -100 in the collator)"
             )
 

@@ -8,7 +8,7 @@ from typing import Any
 import family_models as models
 import pytest
 import torch
-from causal_models import arguments, curve, hf
+from causal_models import arguments, curve
 from family_models import CASES, Case
 
 from fastkd.integrations import transformers as ours
