@@ -25,6 +25,7 @@ from fastkd.integrations.families import (
     Family,
     auxiliary,
     check_columns,
+    check_decoder,
     check_pair,
     encoder_of_both,
     family_of,
@@ -187,13 +188,16 @@ class DistillationLoss:
         _HOOKED.pop(base, _nothing)()
         self.prepare(student)
         seen, head, pack = self._seen, self._heads[0], self.pack
-        arguments = [*inspect.signature(base.forward).parameters]
+        arguments, family = [*inspect.signature(base.forward).parameters], self.family
+        assert family is not None
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if module is not student:
                 return None
             seen.clear()
             given = dict(zip(arguments, args, strict=False)) | kwargs
+            if family.decoder and student.training:
+                check_decoder(given)
             seen.stored, seen.shifted = given.pop("teacher", None), given.pop("shift_labels", None)
             seen.inputs = {k: v for k, v in given.items() if k not in ANSWER_OPTIONS}
             kwargs = self.students_own(kwargs)
@@ -250,6 +254,8 @@ class DistillationLoss:
             )
         family = self.family
         assert family is not None
+        if family.decoder:
+            check_decoder(inputs)
         if not self.linear:
             mapped = isinstance(outputs, Mapping)
             student = outputs[family.logits] if mapped else outputs[0]

@@ -7,7 +7,7 @@ logits, how many columns they have, and whether they are worth not building. A n
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -200,11 +200,24 @@ def auxiliary(outputs: Any, model: Any) -> Any:
         values = [getattr(outputs, side + part, None) for side in ("", "encoder_", "decoder_")]
         for value in values:
             if isinstance(value, Tensor):
-                field = next(
-                    x for x in (f"router_{part}_coef", f"{part}_coef") if hasattr(config, x)
-                )
-                terms.append(getattr(config, field) * value)
+                fields = (f"router_{part}_coef", f"{part}_coef")
+                terms.append(next(getattr(config, x) for x in fields if hasattr(config, x)) * value)
+    if not terms and getattr(config, "output_router_logits", False) is True:
+        raise ValueError(
+            f"student: got {_name(model)} with output_router_logits=True, whose forward gives no "
+            "balance of experts unless it is given labels, expected output_router_logits=False"
+        )
     return sum(terms[1:], terms[0]) if terms else None
+
+
+def check_decoder(inputs: Mapping[str, Any]) -> None:
+    """Raise where an encoder-decoder is not told what its decoder reads."""
+    if not {"decoder_input_ids", "decoder_inputs_embeds", "labels"} & inputs.keys():
+        raise ValueError(
+            "decoder_input_ids: got none in the batch of an encoder-decoder, which a Trainer with "
+            "a loss function does not give its labels; expected a collator that makes them, as "
+            "DataCollatorForSeq2Seq(tokenizer, model=student), or DistillationTrainer, which does"
+        )
 
 
 def named(model: Any) -> set[str]:
