@@ -62,13 +62,13 @@ def ragged(rows: int = 16, length: int = 8, seed: int = 0) -> list[dict[str, Ten
     return data
 
 
-def arguments(folder: Path, **extra: Any) -> Any:
+def arguments(folder: Path, kind: Any = hf.TrainingArguments, **extra: Any) -> Any:
     default: dict[str, Any] = {
         **{"per_device_train_batch_size": 4, "max_steps": 10, "logging_steps": 1, "seed": 1},
         **{"learning_rate": 1e-2, "lr_scheduler_type": "constant", "report_to": []},
         **{"disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "max_grad_norm": 0.0},
     }
-    return hf.TrainingArguments(str(folder), **default | extra)
+    return kind(str(folder), **default | extra)
 
 
 def eager_loss(

@@ -84,7 +84,9 @@ def test_the_plain_trainer_with_a_sequence_to_sequence_model(tmp_path: Path) -> 
             compute_loss_func=ours.compute_loss_func(student, teacher, **LOSS),
         )
         if collator is None:
-            with pytest.raises(ValueError, match="decoder_input_ids: got none.*DataCollatorForSeq"):
+            with pytest.raises(
+                ValueError, match=r"decoder_input_ids: got none.*CollatorForSeq2Seq"
+            ):
                 trainer.train()
         else:
             trainer.train()
@@ -271,7 +273,7 @@ def test_logits_that_are_always_built(tmp_path: Path) -> None:
 
 def test_labels_of_a_picture(tmp_path: Path) -> None:
     data = [row | {"labels": row["input_ids"]} for row in models.rows(CASES["llava"])]
-    with pytest.raises(ValueError, match="labels: got 16 of image_token_id 29.*expected -100"):
+    with pytest.raises(ValueError, match=r"labels: got 16 of image_token_id 29.*expected -100"):
         trained(tmp_path, "llava", *pair("llava"), train_dataset=data)
 
 
@@ -280,5 +282,5 @@ def test_a_balance_of_experts_that_needs_labels(tmp_path: Path) -> None:
     trainer = trained(tmp_path, "mixtral", student, teacher, args={"max_steps": 1})
     student.register_forward_hook(lambda _, inputs, output: setattr(output, "aux_loss", None))
     batch = models.stacked(models.rows(CASES["mixtral"]))
-    with pytest.raises(ValueError, match="student: got Mixtral.*expected output_router_logits=Fal"):
+    with pytest.raises(ValueError, match=r"student: got Mixtral.*output_router_logits=False"):
         trainer.compute_loss(student, batch)
