@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fastkd
 from fastkd.arguments.messages import shown
 from fastkd.integrations.convention import check_convention, unwrapped
-from fastkd.integrations.heads import (
+from fastkd.distill.heads import (
     Head,
     check_causal,
     head_of,
@@ -29,7 +29,8 @@ from fastkd.integrations.heads import (
     uncached,
     vocabulary,
 )
-from fastkd.integrations.hooks import Hook, answering, shared
+from fastkd.distill.hooks import Hook
+from fastkd.integrations.hooks import answering, shared
 
 SCHEDULED = ("temperature", "alpha")  # options that may be functions of the step
 IGNORED = -100  # torch's own label for a row that does not count

@@ -19,7 +19,7 @@ from fastkd.arguments.messages import shown
 from fastkd.distill.serialization import absent
 from fastkd.integrations.causal import SCHEDULED, DistillationLoss
 from fastkd.integrations.convention import unwrapped
-from fastkd.integrations.heads import SHIFTED, head_of, linear_logits
+from fastkd.distill.heads import SHIFTED, head_of, linear_logits
 
 try:
     import transformers
