@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -118,3 +118,20 @@ def projector(
         f"{teacher_layer!r}, expected equal shapes, [..., D] with equal leading dimensions, or "
         "[B, C, H, W] on both"
     )
+
+
+class Hook:
+    """A forward pre-hook; in a pickle or a deep copy of its module it does nothing."""
+
+    def __init__(self, act: Callable[..., Any]) -> None:
+        self.act = act
+
+    def __call__(self, *args: Any) -> Any:
+        return self.act(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (_nothing,)
+
+
+def _nothing(*args: Any) -> None:
+    """The hook of a copied module."""

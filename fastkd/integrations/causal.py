@@ -19,6 +19,15 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd.arguments.messages import shown
+from fastkd.distill.heads import (
+    Head,
+    encoded,
+    head_of,
+    linear_logits,
+    output_embeddings,
+    uncached,
+)
+from fastkd.distill.hooks import Hook
 from fastkd.integrations.convention import check_convention, unwrapped
 from fastkd.integrations.families import (
     IGNORED,
@@ -32,15 +41,7 @@ from fastkd.integrations.families import (
     is_noisy,
     named,
 )
-from fastkd.integrations.heads import (
-    Head,
-    encoded,
-    head_of,
-    linear_logits,
-    output_embeddings,
-    uncached,
-)
-from fastkd.integrations.hooks import Hook, answering, shared
+from fastkd.integrations.hooks import answering, shared
 from fastkd.integrations.labels import check_first, rows_of
 
 SCHEDULED = ("temperature", "alpha")  # options that may be functions of the step

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.integrations.heads import _config, _device, _name, uncached, vocabulary
+from fastkd.distill.heads import _config, _device, _name, uncached, vocabulary
 from fastkd.integrations.hooks import evaluating
 
 # classes that transformers finds no loss for by their names, and whose labels it shifts; asked only

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd.distill.heads import _config, _name, vocabulary
 from fastkd.integrations.convention import unwrapped
-from fastkd.integrations.heads import _config, _name, vocabulary
 
 IGNORED = -100  # torch's own label for a row that does not count
 

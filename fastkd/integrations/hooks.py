@@ -1,29 +1,11 @@
-"""Hooks that a copy of a model does not take along, and modes that are put back."""
+"""Modes of a teacher's modules, and of those that it shares with the student."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
-
-
-class Hook:
-    """A forward pre-hook; in a pickle or a deep copy of its module it does nothing."""
-
-    def __init__(self, act: Callable[..., Any]) -> None:
-        self.act = act
-
-    def __call__(self, *args: Any) -> Any:
-        return self.act(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Hook, (_nothing,)
-
-
-def _nothing(*args: Any) -> None:
-    """The hook of a copied module."""
 
 
 @contextmanager

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from fastkd.arguments.messages import shown
+from fastkd.distill.heads import head_of, linear_logits
 from fastkd.distill.serialization import absent
 from fastkd.integrations.causal import SCHEDULED, DistillationLoss
 from fastkd.integrations.convention import unwrapped
 from fastkd.integrations.families import CAUSAL, decoder_inputs, named
-from fastkd.integrations.heads import head_of, linear_logits
 
 try:
     import transformers

@@ -27,7 +27,7 @@ from causal_models import (
 )
 from torch import nn
 
-from fastkd.integrations import heads
+from fastkd.distill import heads
 from fastkd.integrations import transformers as ours
 from fastkd.operands import build
 

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd.arguments.messages import shown
-from fastkd.integrations.hooks import Hook, evaluating
+
+from .batch import in_eval
+from .hooks import Hook
 
 # fields that multiply logits, or divide them; which of the two, the model's forward says
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -229,7 +231,7 @@ def _forward(model: Any, module: nn.Linear, hidden: Tensor) -> tuple[Tensor, int
 
     hook = module.register_forward_pre_hook(replace)
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), in_eval(model):
             return model(**_three_tokens(model), **uncached(model)).logits, calls
     except Exception as error:
         raise ValueError(
