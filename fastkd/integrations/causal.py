@@ -30,6 +30,7 @@ from fastkd.distill.heads import (
 from fastkd.distill.hooks import Hook
 from fastkd.integrations.convention import check_convention, unwrapped
 from fastkd.integrations.families import (
+    CAUSAL,
     IGNORED,
     Family,
     auxiliary,
@@ -95,7 +96,7 @@ class DistillationLoss:
         trial = {k: v for k, v in options.items() if k != "vocab_size"}
         fastkd.distillation_loss(nothing, nothing + 1, torch.zeros(1, dtype=torch.long), **trial)
         self.teacher, self.linear, self.pack, self.options = teacher, linear, pack, options
-        self.family: Family | None = None  # the student's
+        self.family: Family = CAUSAL  # the student's, once it is known
         self.step: Callable[[], int] | None = None  # the Trainer's, for a schedule
         self._warned = False
         self.trims = False  # also in eval mode: nobody wants these logits
@@ -135,7 +136,6 @@ class DistillationLoss:
             return
         teacher, requested = self.teacher, self.options.get("vocab_size")
         self.choose(student)
-        assert self.family is not None
         if teacher is student:
             raise ValueError("teacher: got the student itself, expected a model of its own")
         common = [name for name, p in student.named_parameters() if id(p) in self._frozen]
@@ -190,7 +190,6 @@ class DistillationLoss:
         self.prepare(student)
         seen, head, pack = self._seen, self._heads[0], self.pack
         arguments, family = [*inspect.signature(base.forward).parameters], self.family
-        assert family is not None
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if module is not student:
@@ -254,7 +253,6 @@ class DistillationLoss:
                 "Trainer, in one process per device, and no newer loss function made for it?"
             )
         family = self.family
-        assert family is not None
         if family.decoder:
             check_decoder(inputs)
         if not self.linear:

@@ -47,8 +47,9 @@ class Family(NamedTuple):
     linear: bool = False
 
 
-ONE_LABEL = ("ForSequenceClassification", "ForImageClassification", "ForVideoClassification")
-ONE_LABEL += ("ForAudioClassification", "ForImageClassificationWithTeacher")
+ONE_LABEL: tuple[str, ...] = ("ForSequenceClassification", "ForAudioClassification")
+ONE_LABEL += ("ForImageClassification", "ForImageClassificationWithTeacher")
+ONE_LABEL += ("ForVideoClassification",)
 CAUSAL = Family("a causal language model", ("ForCausalLM",), False, shift=True, linear=True)
 FAMILIES = (
     CAUSAL,

@@ -2,8 +2,10 @@
 
 `DistillationTrainer` is the Trainer with a teacher; `compute_loss_func` puts the same loss into the
 plain one, or into a subclass of one's own. Both leave the Trainer's conventions as they are: labels
-are input_ids with -100 where a token does not count, and are shifted here, once; the loss is summed
-over the kept tokens and divided by `num_items_in_batch`, those of all micro-batches of a step.
+are those that the model itself takes, with -100 where one does not count; a causal model's are
+shifted here, once, and no others; the loss is summed over the kept labels and divided by
+`num_items_in_batch`, those of all micro-batches of a step. `families.FAMILIES` is what can be
+distilled.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ def compute_loss_func(
     The Trainer hands a loss function only outputs, labels and the count of tokens, so hooks stay on
     the student: they keep what its forward got, for the teacher. In training the student's own
     logits are then [B, 0, V], of no position, except without gradient (`generate`). A batch with a
-    stored `teacher` needs remove_unused_columns=False. `label_smoothing_factor` is not read by the
+    stored `teacher` needs remove_unused_columns=False, and a sequence-to-sequence model a collator
+    that makes decoder_input_ids. `label_smoothing_factor` is not read by the
     Trainer beside a loss function (a warning says so): give label_smoothing here. Made a second
     time for a student, the newer function takes the place of the older.
 
@@ -82,14 +85,13 @@ def compute_loss_func(
         TypeError, ValueError: a head that cannot be read, another vocabulary, a refused option.
 
     >>> import torch, tempfile
-    >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+    >>> from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
     >>> from fastkd.integrations.transformers import compute_loss_func
     >>> size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1)
-    >>> heads = dict(num_attention_heads=2, num_key_value_heads=2)
-    >>> config = LlamaConfig(vocab_size=99, **size, **heads)
-    >>> teacher, student = LlamaForCausalLM(config), LlamaForCausalLM(config)
-    >>> tokens = torch.randint(99, (8, 12))
-    >>> data = [{"input_ids": row, "labels": row} for row in tokens]
+    >>> config = ViTConfig(image_size=8, patch_size=4, num_attention_heads=2, num_labels=5, **size)
+    >>> teacher, student = ViTForImageClassification(config), ViTForImageClassification(config)
+    >>> pictures = torch.randn(8, 3, 8, 8)
+    >>> data = [{"pixel_values": x, "labels": torch.tensor(i % 5)} for i, x in enumerate(pictures)]
     >>> folder = tempfile.mkdtemp()
     >>> args = TrainingArguments(folder, max_steps=2, report_to=[], disable_tqdm=True, use_cpu=True)
     >>> loss = compute_loss_func(student, teacher, temperature=2.0, alpha=0.1)
@@ -116,7 +118,6 @@ def compute_loss_func(
         raise ValueError(SHARDED)
     function.detach = function.attach(student, _unnamed)
     base = unwrapped(student)
-    assert function.family is not None
     if function.family.shift and getattr(base, "loss_type", "") is None:  # GPT2LMHeadModel
         # the loss that transformers takes for want of a name; without it the Trainer would count
         # the first label of each row, which nothing predicts
@@ -202,14 +203,16 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
         alpha CE(labels, q) + (1 - alpha) T^2 D(p, q),   p = softmax(teacher / T), q of the student
 
-    Labels are shifted once, -100 is left out, and the sum over tokens is divided by those of all
-    micro-batches of the step (`num_items_in_batch`). Evaluation gives the same loss as eval_loss,
-    and `compute_metrics` whole logits. The teacher is frozen, in eval mode, on the student's
-    device, and not a part of the checkpoints. `label_smoothing_factor` smooths the hard labels.
+    Labels of causal models are shifted once, -100 is left out, and the sum over labels is divided
+    by those of all micro-batches of the step (`num_items_in_batch`). Evaluation gives the same loss
+    as eval_loss, and `compute_metrics` whole logits. The teacher is frozen, in eval mode, on the
+    student's device, and not a part of the checkpoints. `label_smoothing_factor` smooths the hard
+    labels. An encoder-decoder's decoder_input_ids are made of the labels, for both models.
 
     Args:
         *args, **kwargs: the Trainer's own.
-        teacher: a `PreTrainedModel`; None where batches hold `teacher`, see `DistillationLoss`.
+        teacher: a `PreTrainedModel` of the student's family (`families.FAMILIES`), of any
+            architecture; None where batches hold `teacher`, see `DistillationLoss`.
         loss: options of `fastkd.distillation_loss`, as {"temperature": 2.0, "alpha": 0.1}:
             temperature, alpha, divergence, t_squared, label_smoothing, z_loss, vocab_size.
             Temperature and alpha may be functions of the step:
@@ -217,15 +220,17 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             With return_outputs=True each log of the training loss holds the means of
             `fastkd.LossOutputs` over the tokens since the last one, from the same pass:
             log_history gets "soft", "hard", "student_entropy", "teacher_entropy" and so on.
-        linear: logits of both models by `LinearLogits`, never built; False: dense ones.
+        linear: logits of both models by `LinearLogits`, never built; False: dense ones; None: the
+            former for language models, the latter for classifiers, whose logits are few.
         pack: leave ignored tokens out of the head's products, see `LinearLogits`.
         teacher_tokenizer: its ids are compared with those of `processing_class`, the student's:
             vocabularies of one width may hold other tokens. None: not compared.
 
     Raises:
         TypeError, ValueError: before the first step: a head that cannot be read, another
-            vocabulary without vocab_size, a refused option, several GPUs in one process, weights
-            that are sharded with linear=True; on the first batch: labels that are shifted already.
+            vocabulary without vocab_size, other labels, a model of no family, regression, several
+            labels at once, a refused option, several GPUs in one process, weights that are sharded
+            with linear=True; on the first batch: labels that are shifted already, or of pictures.
 
     >>> import torch, tempfile
     >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
@@ -284,7 +289,6 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 )
             _check_tokenizers(self.processing_class, teacher_tokenizer, options.get("vocab_size"))
         function.choose(self.model)
-        assert function.family is not None
         # the Trainer would count the first label of each row too where it knows no loss of the
         # model's class (GPT2LMHeadModel)
         self._loss_shifts_labels = function.family.shift

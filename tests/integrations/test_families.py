@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from causal_models import arguments, curve
 from family_models import CASES, Case
 
 from fastkd.integrations import transformers as ours
+from fastkd.integrations.families import FAMILIES
 
 T, ALPHA = 2.0, 0.3
 LOSS = {"temperature": T, "alpha": ALPHA}
@@ -67,3 +69,19 @@ def test_the_hard_loss_is_the_models_own(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         own = student(**batch).loss
         torch.testing.assert_close(trainer.compute_loss(student, batch), own)
+
+
+def test_each_family_is_tried() -> None:
+    tried = {case.model for case in CASES.values()}
+    for family in FAMILIES:
+        assert any(model.endswith(family.classes) for model in tried), family.name
+
+
+def test_the_page_s_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(ours.__file__).with_name("README.md").read_text()
+    section = page.split("### What can be distilled")[1].split("### ")[0]
+    (example,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["trainer"].state.global_step == 2  # type: ignore[attr-defined]
