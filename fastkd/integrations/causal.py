@@ -7,7 +7,6 @@ at the head, from which the logits are never built.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -154,7 +153,7 @@ class DistillationLoss:
         if teacher is not None:
             check_pair(student, teacher, requested)
             self._common_encoder = encoder_of_both(student, teacher)
-            self._teachers_own = named(teacher) - named(student) - ANSWER_OPTIONS
+            self._teachers_own = {*named(teacher)} - {*named(student)} - ANSWER_OPTIONS
         check_columns(models, requested)
         if self.linear:
             self._heads = (head_of(student), None if teacher is None else head_of(teacher))
@@ -189,7 +188,7 @@ class DistillationLoss:
         _HOOKED.pop(base, _nothing)()
         self.prepare(student)
         seen, head, pack = self._seen, self._heads[0], self.pack
-        arguments, family = [*inspect.signature(base.forward).parameters], self.family
+        arguments, family = named(base), self.family
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if module is not student:
@@ -289,7 +288,7 @@ class DistillationLoss:
         encoder = self._common_encoder
         if "encoder_outputs" in inputs or is_noisy(encoder):
             return inputs
-        read = named(encoder) - {"attention_mask"}
+        read = {*named(encoder)} - {"attention_mask"}
         rest = {name: x for name, x in inputs.items() if name not in read}
         return rest | {"encoder_outputs": encoded(states.detach())}
 

@@ -221,9 +221,16 @@ def check_decoder(inputs: Mapping[str, Any]) -> None:
         )
 
 
-def named(model: Any) -> set[str]:
-    """Arguments of a model's forward, by name."""
-    return set(inspect.signature(unwrapped(model).forward).parameters)
+def named(model: Any) -> list[str]:
+    """Arguments of a model's forward; behind a forward(*args, **kwargs), of what it overrides."""
+    base = unwrapped(model)
+    found = [*inspect.signature(base.forward).parameters]
+    for base_class in type(base).__mro__:
+        if getattr(base, "main_input_name", None) in (None, *found):
+            break
+        if "forward" in vars(base_class):
+            found = [*inspect.signature(base_class.forward).parameters]
+    return found
 
 
 def encoder_of_both(student: Any, teacher: Any) -> Any:

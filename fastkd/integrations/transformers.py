@@ -351,5 +351,5 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         teacher = self.distillation.teacher
-        wanted = {"teacher"} | (set() if teacher is None else named(teacher))
-        self._signature_columns += sorted(wanted - {*self._signature_columns})
+        wanted = ["teacher", *([] if teacher is None else named(teacher))]
+        self._signature_columns += [x for x in wanted if x not in self._signature_columns]

@@ -160,6 +160,18 @@ def test_segments_that_only_the_teacher_reads(tmp_path: Path) -> None:
     assert trainer.predict(unlabelled).predictions.shape == (models.ROWS, models.CLASSES)
 
 
+def test_a_forward_that_passes_on_what_it_gets(tmp_path: Path) -> None:
+    class Passing(hf.DistilBertForSequenceClassification):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    student, teacher = pair("distilbert")
+    first = expected("distilbert", student, teacher)
+    student.__class__ = Passing
+    trainer = trained(tmp_path, "distilbert", student, teacher)
+    assert curve(trainer)[0] == pytest.approx(first, rel=1e-4)
+
+
 @pytest.mark.parametrize(("dropout", "calls"), [(0.0, 1), (0.1, 2)])
 def test_a_frozen_encoder_of_both(dropout: float, calls: int, tmp_path: Path) -> None:
     """Its states are computed once, unless the student's dropout makes them others."""
