@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 hf = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-from fastkd.integrations import causal  # noqa: E402
+from fastkd.integrations import trainer_loss  # noqa: E402
 from fastkd.integrations import transformers as ours  # noqa: E402
 
 T, ALPHA, VOCAB = 2.0, 0.3, 99
@@ -124,7 +124,7 @@ def together(data: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def loss_of(student: Any, teacher: Any, batch: dict[str, Any], **options: Any) -> Tensor:
-    function = causal.DistillationLoss(teacher, **LOSS | options)
+    function = trainer_loss.DistillationLoss(teacher, **LOSS | options)
     inputs = dict(batch)
     labels = inputs.pop("labels")
     with function.watching(student):

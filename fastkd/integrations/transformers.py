@@ -20,9 +20,9 @@ import torch
 from fastkd.arguments.messages import shown
 from fastkd.distill.heads import head_of, linear_logits
 from fastkd.distill.serialization import absent
-from fastkd.integrations.causal import SCHEDULED, DistillationLoss
 from fastkd.integrations.convention import unwrapped
 from fastkd.integrations.families import CAUSAL, decoder_inputs, named
+from fastkd.integrations.trainer_loss import SCHEDULED, DistillationLoss
 
 try:
     import transformers
