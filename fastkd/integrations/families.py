@@ -229,7 +229,7 @@ def named(model: Any) -> list[str]:
         if getattr(base, "main_input_name", None) in (None, *found):
             break
         if "forward" in vars(base_class):
-            found = [*inspect.signature(base_class.forward).parameters]
+            found = [*inspect.signature(vars(base_class)["forward"]).parameters]
     return found
 
 
