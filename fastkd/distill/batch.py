@@ -364,4 +364,4 @@ def as_batch(item: Any) -> Batch:
 def _is_teacher_output(value: Any, *, last: bool) -> bool:
     """Is it a teacher's: an operand, or behind inputs and labels a tensor of logits?"""
     logits = last and isinstance(value, Tensor) and value.is_floating_point()
-    return logits or isinstance(value, fastkd.TopK)
+    return logits or isinstance(value, (fastkd.TopK, fastkd.LinearLogits))

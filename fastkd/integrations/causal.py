@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd.arguments.messages import shown
-from fastkd.integrations.convention import check_convention, unwrapped
 from fastkd.distill.heads import (
     Head,
     check_causal,
@@ -30,6 +29,7 @@ from fastkd.distill.heads import (
     vocabulary,
 )
 from fastkd.distill.hooks import Hook
+from fastkd.integrations.convention import check_convention, unwrapped
 from fastkd.integrations.hooks import answering, shared
 
 SCHEDULED = ("temperature", "alpha")  # options that may be functions of the step

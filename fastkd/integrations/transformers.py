@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from fastkd.arguments.messages import shown
+from fastkd.distill.heads import SHIFTED, head_of, linear_logits
 from fastkd.distill.serialization import absent
 from fastkd.integrations.causal import SCHEDULED, DistillationLoss
 from fastkd.integrations.convention import unwrapped
-from fastkd.distill.heads import SHIFTED, head_of, linear_logits
 
 try:
     import transformers
