@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import fastkd
-from fastkd.distill.batch import IGNORED
+from fastkd.distill.batch import IGNORED, rows_at
 
 TEACHER = "teacher"
 
@@ -263,12 +263,6 @@ def without(output: Any, ignored: Tensor) -> Any:
         return x.masked_fill(rows.unsqueeze(-1) if x.dim() > rows.dim() else rows, fill)
 
     return joined([output], filled)
-
-
-def rows_at(output: Any, at: Tensor) -> Any:
-    """output[b, at[b, l]] in place of output[b, l]."""
-    at = at.to(output.device)
-    return output[torch.arange(len(at), device=at.device)[:, None], at]
 
 
 def padded(
