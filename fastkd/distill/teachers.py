@@ -169,7 +169,7 @@ class EMATeacher(ModelTeacher):
             raise ValueError(f"decay: got {shown(decay)}, expected a number in [0, 1)")
         if type(every) is not int or every < 1:
             raise ValueError(f"every: got {shown(every)}, expected an integer >= 1")
-        self.decay, self.every, self._steps = decay, every, 0
+        self.decay, self.every, self.steps = decay, every, 0
         self.models, self._copied = [], False
         if student is not None:
             self.bind(student)
@@ -187,8 +187,8 @@ class EMATeacher(ModelTeacher):
 
     @torch.no_grad()
     def step(self, student: nn.Module) -> None:
-        self._steps += 1
-        if self._steps % self.every:
+        self.steps += 1
+        if self.steps % self.every:
             return
         bare = unwrap(student)
         reshard(self.model)  # who has called it may have left it whole
@@ -201,10 +201,10 @@ class EMATeacher(ModelTeacher):
 
     def state_dict(self) -> dict[str, Any]:
         state = bare_state(self.model)
-        return state if self.every == 1 else {"model": state, "steps": self._steps}
+        return state if self.every == 1 else {"model": state, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._steps = 0 if self.every == 1 else state["steps"]
+        self.steps = 0 if self.every == 1 else state["steps"]
         load_bare_state(self.model, state if self.every == 1 else state["model"])
 
     def identity(self) -> Any:

@@ -8,8 +8,8 @@ at the head, from which the logits are never built.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -19,18 +19,11 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd.arguments.messages import shown
-from fastkd.distill.heads import (
-    Head,
-    check_causal,
-    head_of,
-    linear_logits,
-    output_embeddings,
-    uncached,
-    vocabulary,
-)
+from fastkd.distill.batch import in_rows
+from fastkd.distill.heads import Head, check_causal, head_of, output_embeddings, vocabulary
 from fastkd.distill.hooks import Hook
 from fastkd.integrations.convention import check_convention, unwrapped
-from fastkd.integrations.hooks import answering, shared
+from fastkd.integrations.live import live
 
 SCHEDULED = ("temperature", "alpha")  # options that may be functions of the step
 IGNORED = -100  # torch's own label for a row that does not count
@@ -52,8 +45,11 @@ class DistillationLoss:
     without gradient (`generate`) and in eval mode they are whole.
 
     Args:
-        teacher: a `PreTrainedModel`, which is frozen; None where each batch holds `teacher`: logits
-            [B, L, V] or a `TopK` [B, L, K], row i for the token behind position i.
+        teacher: a `PreTrainedModel`, which is frozen; "base": the student without its adapter;
+            "ema": its moving average; {name: teacher}: one for each sample, by the batch's
+            "teacher_id"; or `distill`'s `EMATeacher`, `RoutedTeacher`, `PromptedTeacher`. None
+            where each batch holds `teacher`: logits [B, L, V], a `TopK` [B, L, K] or a store's
+            `LinearLogits`, row i for the token behind position i.
         linear: logits of both models by `LinearLogits`; False: those that they build themselves.
         pack: leave ignored tokens out of the head's products, see `LinearLogits`.
         **options: of `fastkd.distillation_loss`: temperature, alpha, divergence, t_squared,
@@ -86,64 +82,36 @@ class DistillationLoss:
         self.trims = False  # also in eval mode: nobody wants these logits
         self.detach: Callable[[], None] = lambda: None
         self._student: Any = None
-        self._heads: tuple[Head | None, Head | None] = (None, None)
+        self._head: Head | None = None
         self._seen = _Seen()
         self._told: dict[str, Tensor] = {}  # sums over tokens, and their count, since the last log
         self._checked = False
-        self._uncached: dict[str, Any] = {}
-        self._frozen: set[int] = set()  # parameters of the teacher that were not, by id
-        self._trained: list[nn.Module] = []  # modules of it that were in train mode
-        if teacher is not None:
-            check_causal(teacher, "teacher")
-            self._uncached = uncached(teacher)
-            self._frozen = {id(p) for p in teacher.parameters() if p.requires_grad}
-            teacher.requires_grad_(False)
-            self._trained = [module for module in teacher.modules() if module.training]
-            teacher.eval()
+        self.live = None if teacher is None else live(teacher)
+        self._answering = False  # a teacher that is the student; no forward of the student's own
 
     def prepare(self, student: Any) -> None:
         """Read and compare the heads of student and teacher; the errors before the first step."""
         if student is self._student and not self._replaced():
             return
-        teacher, requested = self.teacher, self.options.get("vocab_size")
+        requested = self.options.get("vocab_size")
         check_causal(student, "student")
-        if teacher is student:
-            raise ValueError("teacher: got the student itself, expected a model of its own")
-        common = [name for name, p in student.named_parameters() if id(p) in self._frozen]
-        if common:
-            raise ValueError(
-                f"teacher: got {len(common)} parameters of the student ({common[0]!r} is one), "
-                "which would be frozen with it, expected a model of its own (copy.deepcopy)"
-            )
-        for module in shared(self._trained, student):
-            module.training = True
-        self._trained = []
+        if self.live is not None:
+            self.live.check(student)
         check_convention(student, "student", loss=True)
-        if teacher is not None:
-            check_convention(teacher, "teacher", loss=False)
-        sizes = [vocabulary(model) for model in (student, teacher) if model is not None]
-        if requested is None and None not in sizes and len(set(sizes)) > 1:
+        if self.live is not None:
+            self.live.prepare(student, self.linear, requested)
+        elif requested is not None and (vocabulary(student) or requested) < requested:
             raise ValueError(
-                f"teacher: got a vocabulary of {sizes[1]}, expected the student's {sizes[0]}; "
-                "where both begin with the same tokens and the rest is padding, say how many: "
-                "vocab_size="
-            )
-        if requested is not None and any(size is not None and size < requested for size in sizes):
-            raise ValueError(
-                f"vocab_size: got {requested}, expected at most {min(filter(None, sizes))}, the "
+                f"vocab_size: got {requested}, expected at most {vocabulary(student)}, the "
                 "smaller of the models' vocabularies"
             )
-        if self.linear:
-            self._heads = (head_of(student), None if teacher is None else head_of(teacher))
+        self._head = head_of(student) if self.linear else None
         self._student, self._checked = student, False
 
     def _replaced(self) -> bool:
         """Whether a head is not the one that was read (resize_token_embeddings makes a new one)."""
-        models = (self._student, self.teacher)
-        return any(
-            head is not None and head.module is not output_embeddings(model)
-            for head, model in zip(self._heads, models, strict=True)
-        )
+        head, other = self._head, self.live is not None and self.live.replaced()
+        return other or (head is not None and head.module is not output_embeddings(self._student))
 
     @contextmanager
     def watching(self, student: Any) -> Iterator[None]:
@@ -161,10 +129,11 @@ class DistillationLoss:
         base = unwrapped(student)
         _HOOKED.pop(base, _nothing)()
         self.prepare(student)
-        seen, head, pack = self._seen, self._heads[0], self.pack
+        seen, head, pack = self._seen, self._head, self.pack
+        columns = () if self.live is None else self.live.columns
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if module is not student:
+            if module is not student or self._answering:
                 return None
             seen.clear()
             kwargs = dict(kwargs)
@@ -172,11 +141,14 @@ class DistillationLoss:
                 kwargs.pop("teacher", None),
                 kwargs.pop("shift_labels", None),
             )
+            seen.extra = {name: kwargs.pop(name, None) for name in columns}
             named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
             seen.inputs = {k: v for k, v in named.items() if k not in ANSWER_OPTIONS}
             return args, kwargs
 
         def inside(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self._answering:
+                return
             device_type = args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"
             seen.autocast = (
                 device_type,
@@ -187,11 +159,14 @@ class DistillationLoss:
         def with_head(hidden: Tensor) -> None:
             # made here, where the logits would be made: accelerate's autocast ends with the forward
             assert head is not None
+            if self._answering:
+                return
             _check_whole(head.module.weight)
             seen.logits = head.logits(hidden, pack=pack)
 
         def trim() -> bool:
-            return self.trims or (student.training and torch.is_grad_enabled())
+            training = student.training and torch.is_grad_enabled()
+            return not self._answering and (self.trims or training)
 
         hooks = [student.register_forward_pre_hook(Hook(before), with_kwargs=True)]
         hooks.append(student.get_input_embeddings().register_forward_pre_hook(Hook(inside)))
@@ -215,7 +190,7 @@ class DistillationLoss:
         """The loss of the forward that the student has just run."""
         seen = self._seen
         inputs, stored, shifted = seen.inputs, seen.stored, seen.shifted
-        student, autocast = seen.logits, seen.autocast
+        student, autocast, extra = seen.logits, seen.autocast, seen.extra
         seen.clear()
         if inputs is None:
             raise RuntimeError(
@@ -241,14 +216,27 @@ class DistillationLoss:
                 "[B, L], one label for each position" + (hint if more > 0 else "")
             )
         options = self._now()
-        teacher = self._teacher_output(inputs, stored, autocast, student.device)
-        loss: Any = fastkd.distillation_loss(
-            student, teacher, labels, normalizer=num_items_in_batch, **options
-        )
-        if options.get("return_outputs"):
-            loss, rows = loss
-            if torch.is_grad_enabled():  # not of an evaluation
-                self._tell(rows, labels)
+        self._check_source(stored)
+        if self.live is None:
+            parts: Any = [(None, stored.to(student.device, non_blocking=True))]
+        else:
+            parts = self.live.parts(inputs, labels, extra, autocast, student.device)
+        losses = []
+        for rows, teacher in self._alone(parts):
+            s, y = student, labels
+            if rows is not None:
+                s, y = in_rows(student, lambda x: x[rows]), labels[rows]  # noqa: B023
+                if num_items_in_batch is None:  # of all parts
+                    num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
+            loss: Any = fastkd.distillation_loss(
+                s, teacher, y, normalizer=num_items_in_batch, **options
+            )
+            if options.get("return_outputs"):
+                loss, told = loss
+                if torch.is_grad_enabled():  # not of an evaluation
+                    self._tell(told, y)
+            losses.append(loss)
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         aux = getattr(outputs, "aux_loss", None)
         if aux is not None:  # a mixture of experts' load balance, as its own forward adds it
             loss = loss + self._student.config.router_aux_loss_coef * aux.to(loss.device)
@@ -299,34 +287,27 @@ class DistillationLoss:
             self._checked = True
         return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
 
-    def _teacher_output(
-        self,
-        inputs: dict[str, Any],
-        stored: Any,
-        autocast: tuple[str, torch.dtype, bool] | None,
-        device: torch.device,
-    ) -> Any:
-        teacher = self.teacher
-        if (teacher is None) == (stored is None):
-            got = "neither a model nor" if teacher is None else "a model and also"
+    def _check_source(self, stored: Any) -> None:
+        if (self.live is None) == (stored is None):
+            got = "neither a model nor" if self.live is None else "a model and also"
             raise ValueError(
                 f"teacher: got {got} a batch with its outputs, expected one of them: teacher=, "
                 "or the batch's key 'teacher' (logits [B, L, V] or a TopK; the plain Trainer drops "
                 "such a column unless TrainingArguments(remove_unused_columns=False))"
             )
-        if teacher is None:
-            return stored.to(device, non_blocking=True)
-        if getattr(teacher, "hf_device_map", None) is None and teacher.device != device:
-            teacher.to(device)
-        _check_embeddings(inputs.get("inputs_embeds"), teacher)
-        as_student: Any = nullcontext()
-        if autocast is not None:
-            as_student = torch.autocast(autocast[0], dtype=autocast[1], enabled=autocast[2])
-        with torch.no_grad(), as_student, answering(teacher, self._student):
-            inputs = inputs | self._uncached
-            if self.linear:
-                return linear_logits(teacher, inputs, self._heads[1])[0]
-            return teacher(**inputs).logits
+
+    def _alone(self, parts: Iterable[Any]) -> Iterator[Any]:
+        """The parts; while one is made, the hooks on the student see nothing."""
+        parts = iter(parts)
+        while True:
+            self._answering = True
+            try:
+                part = next(parts, None)
+            finally:
+                self._answering = False
+            if part is None:
+                return
+            yield part
 
 
 def _nothing() -> None:
@@ -343,19 +324,9 @@ class _Seen:
         self.inputs: dict[str, Any] | None = None
         self.stored: Any = None
         self.shifted: Tensor | None = None
+        self.extra: dict[str, Any] = {}
         self.logits: fastkd.LinearLogits | None = None
         self.autocast: tuple[str, torch.dtype, bool] | None = None
-
-
-def _check_embeddings(embeddings: Any, teacher: Any) -> None:
-    table = getattr(teacher.get_input_embeddings(), "weight", None)
-    if embeddings is None or table is None or embeddings.size(-1) == table.size(-1):
-        return
-    raise ValueError(
-        f"inputs_embeds: got vectors of {embeddings.size(-1)} for a teacher of {table.size(-1)}, "
-        "expected input_ids, of which each model makes its own, or a batch with the teacher's "
-        "outputs (key 'teacher')"
-    )
 
 
 def _check_whole(weight: Tensor) -> None:

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastkd.arguments.messages import shown
 from fastkd.distill.heads import SHIFTED, head_of, linear_logits
-from fastkd.distill.serialization import absent
+from fastkd.distill.serialization import absent, load, save
+from fastkd.distill.teachers import EMATeacher
 from fastkd.integrations.causal import SCHEDULED, DistillationLoss
 from fastkd.integrations.convention import unwrapped
 
@@ -105,6 +107,11 @@ def compute_loss_func(
             "return_outputs: got True, expected no such option: a loss function cannot log; "
             "DistillationTrainer(loss={'return_outputs': True}) does"
         )
+    if function.live is not None and function.live.averages:
+        raise TypeError(
+            "teacher: got a moving average of the student, which a loss function cannot keep up to "
+            "date, expected another teacher; DistillationTrainer knows the steps"
+        )
     if linear and _sharded():
         raise ValueError(SHARDED)
     function.detach = function.attach(student, _unnamed)
@@ -164,10 +171,17 @@ def _check_tokenizers(student: Any, teacher: Any, columns: int | None) -> None:
 class _Collate:
     """A Trainer's collator, and a word on a stored teacher that it cannot stack."""
 
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
+    def __init__(self, collator: Any, columns: Sequence[str] = ()) -> None:
+        self.collator, self.columns = collator, columns
 
     def __call__(self, rows: Any) -> Any:
+        columns = [name for name in self.columns if rows and name in rows[0]]
+        apart = {name: [row[name] for row in rows] for name in columns}  # names, lists of ids
+        if apart:
+            rows = [{k: x for k, x in row.items() if k not in apart} for row in rows]
+        return {**self._batch(rows), **apart} if apart else self._batch(rows)
+
+    def _batch(self, rows: Any) -> Any:
         try:
             return self.collator(rows)
         except (ValueError, TypeError, RuntimeError) as error:
@@ -178,6 +192,32 @@ class _Collate:
                 "lengths?), expected a data_collator= that pads it and makes batch['teacher'] "
                 f"of it, logits [B, L, V] or a TopK ({type(error).__name__}: {error!s:.120})"
             ) from error
+
+
+class _Follow(transformers.TrainerCallback):  # type: ignore[misc]
+    """Moving averages of a Trainer's student: a step each, and a file in each checkpoint."""
+
+    def __init__(self, averages: Sequence[EMATeacher], student: Any) -> None:
+        self.averages, self.student = averages, student
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        for average in self.averages:
+            average.step(self.student)
+
+    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.is_world_process_zero:
+            for at, average in enumerate(self.averages):
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                save(average.model, folder / f"ema-{at}.safetensors", {"steps": average.steps})
+
+    def load(self, folder: str) -> None:
+        for at, average in enumerate(self.averages):
+            if not (file := Path(folder) / f"ema-{at}.safetensors").exists():
+                raise ValueError(
+                    f"resume_from_checkpoint: got {folder} without {file.name}, expected one of a "
+                    "run with the same teacher, the student's moving average"
+                )
+            average.steps = load(average.model, file)["steps"]
 
 
 class _Named(str):
@@ -201,7 +241,9 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     Args:
         *args, **kwargs: the Trainer's own.
-        teacher: a `PreTrainedModel`; None where batches hold `teacher`, see `DistillationLoss`.
+        teacher: a `PreTrainedModel`, "base" (the student without its adapter), "ema" (its moving
+            average, in the checkpoints), a dict of them (each sample's by its "teacher_id"), ...;
+            None where batches hold `teacher`, see `DistillationLoss`.
         loss: options of `fastkd.distillation_loss`, as {"temperature": 2.0, "alpha": 0.1}:
             temperature, alpha, divergence, t_squared, label_smoothing, z_loss, vocab_size.
             Temperature and alpha may be functions of the step:
@@ -267,7 +309,10 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         self.distillation = function
         function.step = lambda: self.state.global_step
         collator: Any = self.data_collator
-        self.data_collator: Any = _Collate(collator)
+        self._columns = (
+            ("teacher",) if function.live is None else ("teacher", *function.live.columns)
+        )
+        self.data_collator: Any = _Collate(collator, self._columns[1:])
         if teacher_tokenizer is not None:
             if self.processing_class is None:
                 raise ValueError(
@@ -293,6 +338,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         if linear and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(SHARDED)
         function.prepare(self.model)
+        if function.live is not None and (averages := function.live.averages):
+            self.add_callback(_Follow(averages, self.model))
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         # hooks for this call alone: whoever else calls the student finds it as it was
@@ -326,5 +373,11 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "teacher" not in self._signature_columns:
-            self._signature_columns.append("teacher")
+        more = [name for name in self._columns if name not in self._signature_columns]
+        self._signature_columns += more
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, _Follow):
+                callback.load(resume_from_checkpoint)
