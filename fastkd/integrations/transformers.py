@@ -285,6 +285,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     2
     """
 
+    _columns: Sequence[str] = ()  # of the dataset, for the teacher alone
+
     def __init__(
         self,
         *args: Any,
@@ -309,10 +311,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         self.distillation = function
         function.step = lambda: self.state.global_step
         collator: Any = self.data_collator
-        self._columns = (
-            ("teacher",) if function.live is None else ("teacher", *function.live.columns)
-        )
-        self.data_collator: Any = _Collate(collator, self._columns[1:])
+        self._columns = () if function.live is None else function.live.columns
+        self.data_collator: Any = _Collate(collator, self._columns)
         if teacher_tokenizer is not None:
             if self.processing_class is None:
                 raise ValueError(
@@ -373,7 +373,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        more = [name for name in self._columns if name not in self._signature_columns]
+        more = [name for name in ("teacher", *self._columns) if name not in self._signature_columns]
         self._signature_columns += more
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
