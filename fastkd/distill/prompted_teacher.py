@@ -86,6 +86,10 @@ class PromptedTeacher(Teacher):
                 "input_ids, of which the teacher's prompt can be a part"
             )
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+        at = given.get("position_ids") if named else None
+        if isinstance(at, Tensor) and at.shape == ids.shape:
+            if bool(((at.diff(dim=-1) <= 0) & mask[:, 1:] & mask[:, :-1]).any()):
+                raise ValueError("position_ids: got packed samples, expected one in each row")
         if self.replace and (not isinstance(labels, Tensor) or labels.shape != ids.shape):
             raise ValueError("labels: got none of the ids' shape, expected them with replace=True")
         prompts = self._prompts(extra, ids)

@@ -19,7 +19,7 @@ def without_adapter(model: Any) -> Iterator[None]:
     PEFT sets requires_grad of adapters on the way back; here every parameter gets its own back.
 
     Raises:
-        ValueError: no adapter, or one that was switched off already.
+        ValueError: no adapter.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:

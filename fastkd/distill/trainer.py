@@ -207,8 +207,9 @@ def _set_up(
     if weight_noise and ranks.sharded:
         raise ValueError("weight_noise: got a student of shards, expected one whole on every rank")
     objective, soft = Objective(loss), as_teacher(teacher)
-    soft.bind(student)
     followers = [soft] if ema is None or ema is soft else [soft, ema]
+    for follower in followers:
+        follower.bind(student)
     for model in (student, objective.modules, *(m for f in followers for m in f.models)):
         model.to(where)
     soft.beside(student)

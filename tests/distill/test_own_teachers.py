@@ -320,12 +320,14 @@ def test_prompts_in_training() -> None:
 
 def test_prompts_by_name() -> None:
     ids, labels = rows(2)
+    packed = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)}
     for made, batch, match in (
         ({"prompt": "p"}, Batch(ids, labels), "p: got none for 2 samples"),
         ({"prompt": "p"}, Batch(ids, labels, extra={"p": [[1]]}), "p: got 1 for 2 samples"),
         ({"prompt": "p"}, Batch(ids, labels, extra={"p": ["ab", "c"]}), "p: got 'ab'"),
         ({"prompt": [1], "replace": True}, Batch(ids), "labels: got none of the ids' shape"),
         ({"prompt": [1]}, Batch(torch.randn(2, 3)), r"inputs: got .*expected ids \[B, L\]"),
+        ({"prompt": [1]}, Batch(packed), "position_ids: got packed samples"),
         ({"prompt": [0.5]}, None, "prompt: got torch.float32"),
         ({"prompt": [1], "after": -1}, None, "after: got -1"),
         ({"prompt": [1], "after": 1, "replace": True}, None, "after: got 1 with replace=True"),

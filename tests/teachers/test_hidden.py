@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_pairs import columns, left, right
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -158,7 +159,7 @@ def test_another_head_or_other_states_are_refused(tmp_path: Path) -> None:
     captured(tmp_path)
     other = Net()
     other.head.weight.data[3, 4] += 0.25
-    with pytest.raises(store.CacheError, match=r"head was changed since; sha256: got .*expected"):
+    with pytest.raises(store.CacheError, match="changed since; weight: got 1 other numbers"):
         captured(tmp_path, other)
     other = Net()
     other.body.weight.data += 1.0
@@ -231,6 +232,29 @@ def test_what_travels_are_hidden_states_alone(tmp_path: Path) -> None:
     labels = torch.zeros(3, L, dtype=torch.long)
     with pytest.raises(ValueError, match=r"label 0 in sample 0 of the batch, row 4, where"):
         store.collate([(x, y, z) for x, y, z in zip(IDS, labels, batch, strict=False)])
+
+
+@pytest.mark.parametrize("reading", [left, right, None])
+def test_columns_padded_in_front_or_behind(tmp_path: Path, reading: Any) -> None:
+    """Each row of the teacher stands beside the token that it was asked for."""
+    data: Any = columns()
+
+    class Named(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Embedding(V + 40, H)
+
+        def forward(self, input_ids: Tensor, attention_mask: Any = None) -> Any:
+            return super().forward(input_ids)
+
+    options: dict[str, Any] = {"labels": "input_ids", "progress": False, "hidden": True}
+    loader, net = DataLoader(data, 3, collate_fn=left), Named()
+    store.capture(net, loader, tmp_path, vocab_size=V, **options)
+    pairs = store.Paired(data, store.Reader(tmp_path))
+    batch = store.collate([pairs[i] for i in range(4)], collator=reading)
+    kept = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100
+    expected = net.body(batch["input_ids"])
+    assert torch.equal(batch["teacher"].hidden[kept], expected[kept]) and bool(kept.any())
 
 
 def test_the_command_line_and_other_readers(

@@ -165,6 +165,12 @@ def with_head(
     tensors = {"weight": given.weight[:vocab]}
     tensors |= {} if given.bias is None else {"bias": given.bias[:vocab]}
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    if spec.head is not None:
+        if differs := _differs(head_in(folder, spec), tensors, numbers):
+            raise CacheError(
+                f"{str(folder)[:200]}: another head is there, or it was changed since; {differs}"
+            )
+        return spec
     data = serialization.needed("safetensors.torch", USER).save(tensors)
     sums = [x.double().abs().sum(-1).amax() for x in tensors["weight"].split(ROWS)]
     size, dtype = given.weight.size(1), str(given.weight.dtype)[6:]
@@ -173,19 +179,27 @@ def with_head(
     facts["row_norm"] = norm = abs(made.scale) * float(torch.stack(sums).amax())
     if not norm < float("inf"):
         raise ValueError(f"head: got weights whose largest row sums up to {norm}, expected numbers")
-    if spec.head not in (None, facts):
-        old = {**(spec.head or {})}
-        differs = next(name for name in facts if facts[name] != old[name])
-        raise CacheError(
-            f"{str(folder)[:200]}: another cache is there, or the head was changed since; "
-            f"{differs}: got {shown(facts[differs])}, expected {shown(old[differs])}"
-        )
     exact = dtype if dtype in LOGITS else "float32"
-    spec = replace(spec, head=facts, encoding=spec.encoding or exact)
     file = folder / f"head-{facts['sha256']}.safetensors"
     if not file.exists():
         fmt.write_whole(file, data)
-    return spec
+    return replace(spec, head=facts, encoding=spec.encoding or exact)
+
+
+def _differs(stored: StoredHead, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> str | None:
+    """The first difference of a head from the stored one, as "name: got this, expected that"."""
+    for name, value in numbers.items():
+        if value != stored.facts[name]:
+            return f"{name}: got {value}, expected {stored.facts[name]}"
+    there = dict(zip(("weight", "bias"), stored.on(torch.device("cpu")), strict=True))
+    for name, old in there.items():
+        new = tensors.get(name)
+        kinds = [None if x is None else (x.dtype, list(x.shape)) for x in (new, old)]
+        if kinds[0] != kinds[1]:
+            return f"{name}: got {kinds[0]}, expected {kinds[1]}"
+        if new is not None and old is not None and not torch.equal(new, old):
+            return f"{name}: got {int((new != old).sum())} other numbers than there, expected none"
+    return None
 
 
 def hidden_rows(hidden: Tensor, keep: Tensor, spec: CacheSpec, check: Any) -> dict[str, Tensor]:

@@ -214,7 +214,8 @@ class Reader(Dataset[Any]):
         """What is in the cache, JSON-ready; opens all shards."""
         size, tokens = sum(shard.file.stat().st_size for shard in self.shards), self.tokens
         made: dict[str, Any] = {"path": str(self.path), "version": fmt.VERSION}
-        made |= {"teacher": asdict(self.spec), "error": self.spec.error}
+        spec = {name: x for name, x in asdict(self.spec).items() if name != "head" or x}
+        made |= {"teacher": spec, "error": self.spec.error}
         made |= {"samples": len(self), "tokens": tokens, "shards": len(self.shards), "bytes": size}
         made |= {"complete": self.complete, "merged": self.merged}
         return {**made, "bytes_per_token": size / tokens if tokens else None}
