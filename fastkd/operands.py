@@ -101,6 +101,12 @@ class LinearLogits:
     def requires_grad(self) -> bool:
         return any(x is not None and x.requires_grad for x in self.tensors)
 
+    def with_hidden(self, hidden: Tensor) -> LinearLogits:
+        """The same head over other hidden states [..., H]."""
+        scale, cap, _ = self.head
+        of: Any = {"scale": scale, "softcap": cap, "chunk_size": self.chunk_size, "pack": self.pack}
+        return LinearLogits(hidden, self.weight, self.bias, **of)
+
     def dim(self) -> int:
         return self.hidden.dim()
 

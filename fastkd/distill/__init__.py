@@ -17,15 +17,19 @@ from .methods.on_policy import on_policy
 from .methods.self_distillation import born_again, mean_teacher, self_distillation
 from .methods.student_init import copy_layers, freeze, layer_map, prune, replace_head
 from .noise import input_noise, weight_noise
+from .prompted_teacher import PromptedTeacher
 from .schedules import curriculum, lr_schedule
+from .self_teachers import BaseTeacher
 from .serialization import load, save
 from .teacher_ensembles import EnsembleTeacher, PeerTeacher
+from .teacher_routes import RoutedTeacher
 from .teachers import CachedTeacher, CallableTeacher, EMATeacher, ModelTeacher, Teacher
 from .terms import Term, feature, hard, soft
 from .trainer import train
 
 __all__ = [
     "Alignment",
+    "BaseTeacher",
     "Batch",
     "CSVLogger",
     "CachedTeacher",
@@ -39,7 +43,9 @@ __all__ = [
     "ModelTeacher",
     "Outputs",
     "PeerTeacher",
+    "PromptedTeacher",
     "Report",
+    "RoutedTeacher",
     "Step",
     "Teacher",
     "Term",

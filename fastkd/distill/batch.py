@@ -152,6 +152,20 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def rows_at(output: Any, at: Tensor) -> Any:
+    """output[b, at[b, l]] in place of output[b, l], of logits or an operand [B, L, ...]."""
+    at = at.to(output.device)
+    batch = torch.arange(len(at), device=at.device)[:, None]
+    return in_rows(output, lambda x: x[batch, at])
+
+
+def in_rows(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Logits or an operand with its rows changed; a head has none."""
+    if isinstance(output, fastkd.LinearLogits):
+        return output.with_hidden(change(output.hidden))
+    return mapped(output, change)
+
+
 def to(value: Any, device: torch.device) -> Any:
     """`value` with every tensor in it on `device`."""
     if isinstance(value, Tensor):
@@ -364,4 +378,4 @@ def as_batch(item: Any) -> Batch:
 def _is_teacher_output(value: Any, *, last: bool) -> bool:
     """Is it a teacher's: an operand, or behind inputs and labels a tensor of logits?"""
     logits = last and isinstance(value, Tensor) and value.is_floating_point()
-    return logits or isinstance(value, fastkd.TopK)
+    return logits or isinstance(value, (fastkd.TopK, fastkd.LinearLogits))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,12 +11,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .batch import Batch, Outputs, bare_state, forward, load_bare_state, unwrap
+from fastkd.arguments.messages import shown
+
+from .batch import (
+    Batch,
+    Outputs,
+    bare_state,
+    forward,
+    load_bare_state,
+    unwrap,
+)
 from .distributed import Ranks
 from .hooks import Hooks
 from .objective import Objective
 from .optimizers import check_optimizer
-from .teachers import BatchTeacher, CachedTeacher, CallableTeacher, ModelTeacher, Teacher
+from .self_teachers import BaseTeacher
+from .teachers import (
+    BatchTeacher,
+    CachedTeacher,
+    CallableTeacher,
+    EMATeacher,
+    ModelTeacher,
+    Teacher,
+)
 
 
 class PeerTeacher(Teacher):
@@ -142,6 +159,11 @@ class EnsembleTeacher(Teacher):
         self.reads_batch = any(member.reads_batch for member in self.members)
         self._member_outputs: list[Outputs] = []
 
+    def bind(self, student: nn.Module) -> None:
+        for member in self.members:
+            member.bind(student)
+        self.models = [model for member in self.members for model in member.models]
+
     def beside(self, student: nn.Module) -> None:
         peers = [
             m for member in self.members if isinstance(member, PeerTeacher) for m in member.models
@@ -212,10 +234,21 @@ class EnsembleTeacher(Teacher):
         return Outputs(mean, features, tuple(outputs))
 
 
+OWN = {"base": BaseTeacher, "ema": EMATeacher}  # teachers that are made of the student
+
+
 def as_teacher(teacher: Any) -> Teacher:
     """A `Teacher` of what a user may give: a module, several, a function, a cache, or None."""
     if isinstance(teacher, Teacher):
         return teacher
+    if isinstance(teacher, str):
+        if teacher not in OWN:
+            raise ValueError(f"teacher: got {shown(teacher)}, expected one of {list(OWN)}")
+        return OWN[teacher]()
+    if isinstance(teacher, Mapping):
+        from .teacher_routes import RoutedTeacher  # which is made of an ensemble
+
+        return RoutedTeacher(teacher)
     if teacher is None:
         return BatchTeacher()
     if isinstance(teacher, nn.Module):
@@ -228,6 +261,6 @@ def as_teacher(teacher: Any) -> Teacher:
         return CallableTeacher(teacher)
     got = type(teacher).__name__
     raise TypeError(
-        f"teacher: got {got}, expected a module, a list of them, a function, a cache's Reader or "
-        "a Teacher"
+        f"teacher: got {got}, expected a module, a list or a dict of them, 'base', 'ema', a "
+        "function, a cache's Reader or a Teacher"
     )

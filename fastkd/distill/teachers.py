@@ -58,6 +58,9 @@ class Teacher:
             )
         yield
 
+    def bind(self, student: nn.Module) -> None:
+        """Called before a run is set up, with its student, of which a teacher may be made."""
+
     def beside(self, student: nn.Module) -> None:
         """Called at the start of a run; the student may share modules with the teacher."""
 
@@ -147,27 +150,46 @@ class EMATeacher(ModelTeacher):
 
         w <- decay * w + (1 - decay) * w_student   after every step; buffers are copied
 
+    With decay=0 and `every` it is an older self, the student as it was up to `every` steps ago.
+
     Args:
-        student: copied as it is now.
+        student: copied as it is now; None: when the run begins, by `train(teacher=)`, where "ema"
+            is short for `EMATeacher()`.
         decay: in [0, 1).
+        every: steps between two of these updates.
 
     The average is `self.model`.
     Paper: Tarvainen and Valpola 2017, arXiv 1703.01780.
     """
 
-    def __init__(self, student: nn.Module, decay: float = 0.999) -> None:
+    def __init__(
+        self, student: nn.Module | None = None, decay: float = 0.999, *, every: int = 1
+    ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay: got {shown(decay)}, expected a number in [0, 1)")
+        if type(every) is not int or every < 1:
+            raise ValueError(f"every: got {shown(every)}, expected an integer >= 1")
+        self.decay, self.every, self.steps = decay, every, 0
+        self.models, self._copied = [], False
+        if student is not None:
+            self.bind(student)
+
+    def bind(self, student: nn.Module) -> None:
+        if self._copied:
+            return
         if any(is_dtensor(p) for p in student.parameters()):
             raise ValueError(
                 "student: got one in shards, which cannot be copied; make the EMATeacher before "
                 "fully_shard(student), and fully_shard(average.model) too, or leave it whole"
             )
         super().__init__(copy.deepcopy(unwrap(student)).requires_grad_(False))
-        self.decay = decay
+        self._copied = True
 
     @torch.no_grad()
     def step(self, student: nn.Module) -> None:
+        self.steps += 1
+        if self.steps % self.every:
+            return
         bare = unwrap(student)
         reshard(self.model)  # who has called it may have left it whole
         pairs = list(zip(self.model.parameters(), bare.parameters(), strict=True))
@@ -178,13 +200,15 @@ class EMATeacher(ModelTeacher):
             a.copy_(b)
 
     def state_dict(self) -> dict[str, Any]:
-        return bare_state(self.model)
+        state = bare_state(self.model)
+        return state if self.every == 1 else {"model": state, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_bare_state(self.model, state)
+        self.steps = 0 if self.every == 1 else state["steps"]
+        load_bare_state(self.model, state if self.every == 1 else state["model"])
 
     def identity(self) -> Any:
-        return ["EMATeacher", self.decay]
+        return ["EMATeacher", self.decay, *([self.every] if self.every > 1 else [])]
 
 
 class CallableTeacher(Teacher):

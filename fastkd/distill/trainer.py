@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -49,7 +49,7 @@ def train(
     loader: Iterable[Any],
     loss: Callable[[Tensor, Any, Any], Tensor] | Term | Sequence[Term],
     *,
-    teacher: Teacher | nn.Module | Sequence[Any] | Callable[[Any], Any] | None = None,
+    teacher: Teacher | nn.Module | Sequence[Any] | Mapping[Any, Any] | str | Any = None,
     optimizer: torch.optim.Optimizer | None = None,
     epochs: int = 1,
     lr: float = 1e-3,
@@ -79,8 +79,9 @@ def train(
         loss: terms (see `Term`), or (student logits, teacher logits or None, labels or None) ->
             scalar tensor.
         teacher: a module (runs in eval mode without gradient, leaves as it came), a list of them,
-            a function of the inputs, a cache's `Reader`, or a `Teacher`. None: outputs that come
-            with the batches.
+            a dict of them (each sample's by its "teacher_id", see `RoutedTeacher`), "base" (the
+            student without its adapter), "ema" (its moving average), a function of the inputs, a
+            cache's `Reader`, or a `Teacher`. None: outputs that come with the batches.
         optimizer: over the student's parameters; None makes AdamW at `lr`. Parameters that terms
             learn join the optimizer's first group where they are missing. A torch scheduler is
             stepped by `on_step`, `validate` or `log`: without `schedule` no rate is written here.
@@ -207,6 +208,8 @@ def _set_up(
         raise ValueError("weight_noise: got a student of shards, expected one whole on every rank")
     objective, soft = Objective(loss), as_teacher(teacher)
     followers = [soft] if ema is None or ema is soft else [soft, ema]
+    for follower in followers:
+        follower.bind(student)
     for model in (student, objective.modules, *(m for f in followers for m in f.models)):
         model.to(where)
     soft.beside(student)

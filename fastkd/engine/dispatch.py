@@ -135,7 +135,7 @@ def _alike(student: Operand, teacher: Teacher) -> bool:
 def _plain(*operands: Any) -> bool:
     """Whether no DTensor can be among them, by their types alone."""
     for x in operands:
-        parts = (x.hidden, x.weight, x.bias) if type(x) is LinearLogits else (x,)
+        parts = x.tensors if isinstance(x, LinearLogits) else (x,)
         for part in parts:
             if type(part) not in _NO_DTENSORS:
                 return False

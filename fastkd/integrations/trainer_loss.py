@@ -8,8 +8,8 @@ at the head, from which the logits are never built.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -18,14 +18,8 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd.arguments.messages import shown
-from fastkd.distill.heads import (
-    Head,
-    encoded,
-    head_of,
-    linear_logits,
-    output_embeddings,
-    uncached,
-)
+from fastkd.distill.batch import in_rows
+from fastkd.distill.heads import Head, encoded, head_of, output_embeddings
 from fastkd.distill.hooks import Hook
 from fastkd.integrations.convention import check_convention, unwrapped
 from fastkd.integrations.families import (
@@ -35,14 +29,13 @@ from fastkd.integrations.families import (
     auxiliary,
     check_columns,
     check_decoder,
-    check_pair,
     encoder_of_both,
     family_of,
     is_noisy,
     named,
 )
-from fastkd.integrations.hooks import answering, shared
 from fastkd.integrations.labels import check_first, rows_of
+from fastkd.integrations.live import Live, live
 
 SCHEDULED = ("temperature", "alpha")  # options that may be functions of the step
 # of the student's arguments, those that say how it answers: the teacher does not get them
@@ -64,9 +57,12 @@ class DistillationLoss:
     without gradient (`generate`) and in eval mode they are whole.
 
     Args:
-        teacher: a `PreTrainedModel`, which is frozen; None where each batch holds `teacher`: logits
-            [B, L, V] or a `TopK` [B, L, K], row i for the token behind position i (of a classifier
-            [B, C], of other models row i for position i).
+        teacher: a `PreTrainedModel`, which is frozen; "base": the student without its adapter;
+            "ema": its moving average; {name: teacher}: one for each sample, by the batch's
+            "teacher_id"; or `distill`'s `EMATeacher`, `RoutedTeacher`, `PromptedTeacher`. None
+            where each batch holds `teacher`: logits [B, L, V], a `TopK` [B, L, K] or a store's
+            `LinearLogits`, row i for the token behind position i (of a classifier [B, C], of other
+            models row i for position i).
         linear: logits of both models by `LinearLogits`; False: those that they build themselves;
             None: the former for language models, the latter for classifiers.
         pack: leave ignored tokens out of the head's products, see `LinearLogits`.
@@ -101,22 +97,14 @@ class DistillationLoss:
         self.trims = False  # also in eval mode: nobody wants these logits
         self.detach: Callable[[], None] = lambda: None
         self._student: Any = None
-        self._heads: tuple[Head | None, Head | None] = (None, None)
+        self._head: Head | None = None
         self._seen = _Seen()
         self._told: dict[str, Tensor] = {}  # sums over tokens, and their count, since the last log
         self._checked = False
-        self._uncached: dict[str, Any] = {}
         self._common_encoder: Any = None
         self._teachers_own: set[str] = set()  # arguments of its forward, none of the student's
-        self._frozen: set[int] = set()  # parameters of the teacher that were not, by id
-        self._trained: list[nn.Module] = []  # modules of it that were in train mode
-        if teacher is not None:
-            family_of(teacher, "teacher")
-            self._uncached = uncached(teacher)
-            self._frozen = {id(p) for p in teacher.parameters() if p.requires_grad}
-            teacher.requires_grad_(False)
-            self._trained = [module for module in teacher.modules() if module.training]
-            teacher.eval()
+        self.live = None if teacher is None else live(teacher)
+        self._answering = False  # a teacher that is the student; no forward of the student's own
 
     def choose(self, student: Any) -> None:
         """Find the student's family, and whether its logits are built."""
@@ -133,43 +121,30 @@ class DistillationLoss:
         """Read and compare the heads of student and teacher; the errors before the first step."""
         if student is self._student and not self._replaced():
             return
-        teacher, requested = self.teacher, self.options.get("vocab_size")
+        requested = self.options.get("vocab_size")
         self.choose(student)
-        if teacher is student:
-            raise ValueError("teacher: got the student itself, expected a model of its own")
-        common = [name for name, p in student.named_parameters() if id(p) in self._frozen]
-        if common:
-            raise ValueError(
-                f"teacher: got {len(common)} parameters of the student ({common[0]!r} is one), "
-                "which would be frozen with it, expected a model of its own (copy.deepcopy)"
-            )
-        for module in shared(self._trained, student):
-            module.training = True
-        self._trained = []
-        models = [student] if teacher is None else [student, teacher]
+        if self.live is not None:
+            self.live.check(student)
         if self.family.shift:
-            for model, name in zip(models, ("student", "teacher"), strict=False):
-                check_convention(model, name, loss=model is student)
-        if teacher is not None:
-            check_pair(student, teacher, requested)
-            self._common_encoder = encoder_of_both(student, teacher)
-            self._teachers_own = {*named(teacher)} - {*named(student)} - ANSWER_OPTIONS
-        check_columns(models, requested)
-        if self.linear:
-            self._heads = (head_of(student), None if teacher is None else head_of(teacher))
+            check_convention(student, "student", loss=True)
+        if self.live is not None:
+            self.live.prepare(student, bool(self.linear), requested)
+        if type(self.live) is Live:
+            self._common_encoder = encoder_of_both(student, self.live.model)
+            self._teachers_own = {*named(self.live.model)} - {*named(student)} - ANSWER_OPTIONS
+        check_columns([student], requested)
+        self._head = head_of(student) if self.linear else None
         self._student, self._checked = student, False
 
     def _replaced(self) -> bool:
         """Whether a head is not the one that was read (resize_token_embeddings makes a new one)."""
-        models = (self._student, self.teacher)
-        return any(
-            head is not None and head.module is not output_embeddings(model)
-            for head, model in zip(self._heads, models, strict=True)
-        )
+        head, other = self._head, self.live is not None and self.live.replaced()
+        return other or (head is not None and head.module is not output_embeddings(self._student))
 
     def students_own(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """A batch without what is the teacher's alone."""
-        return {k: v for k, v in inputs.items() if k != "teacher" and k not in self._teachers_own}
+        other = {"teacher", *self._teachers_own, *(() if self.live is None else self.live.columns)}
+        return {k: v for k, v in inputs.items() if k not in other}
 
     @contextmanager
     def watching(self, student: Any) -> Iterator[None]:
@@ -187,23 +162,27 @@ class DistillationLoss:
         base = unwrapped(student)
         _HOOKED.pop(base, _nothing)()
         self.prepare(student)
-        seen, head, pack = self._seen, self._heads[0], self.pack
+        seen, head, pack = self._seen, self._head, self.pack
+        columns = () if self.live is None else self.live.columns
         arguments, family = named(base), self.family
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if module is not student:
+            if module is not student or self._answering:
                 return None
             seen.clear()
             given = dict(zip(arguments, args, strict=False)) | kwargs
             if family.decoder and student.training:
                 check_decoder(given)
             seen.stored, seen.shifted = given.pop("teacher", None), given.pop("shift_labels", None)
+            seen.extra = {name: given.pop(name, None) for name in columns}
             seen.inputs = {k: v for k, v in given.items() if k not in ANSWER_OPTIONS}
             kwargs = self.students_own(kwargs)
             kwargs.pop("shift_labels", None)
             return args, kwargs
 
         def inside(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._answering:
+                return
             found = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             device_type = next((x.device.type for x in found), "cpu")
             seen.autocast = (
@@ -215,11 +194,14 @@ class DistillationLoss:
         def with_head(hidden: Tensor) -> None:
             # made here, where the logits would be made: accelerate's autocast ends with the forward
             assert head is not None
+            if self._answering:
+                return
             _check_whole(head.module.weight)
             seen.logits = head.logits(hidden, pack=pack)
 
         def trim() -> bool:
-            return self.trims or (student.training and torch.is_grad_enabled())
+            training = student.training and torch.is_grad_enabled()
+            return not self._answering and (self.trims or training)
 
         hooks = [student.register_forward_pre_hook(Hook(before), with_kwargs=True)]
         for child in base.children():
@@ -244,7 +226,7 @@ class DistillationLoss:
         """The loss of the forward that the student has just run."""
         seen = self._seen
         inputs, stored, shifted = seen.inputs, seen.stored, seen.shifted
-        student, autocast = seen.logits, seen.autocast
+        student, autocast, extra = seen.logits, seen.autocast, seen.extra
         seen.clear()
         if inputs is None:
             raise RuntimeError(
@@ -272,14 +254,27 @@ class DistillationLoss:
         if states is not None and self._common_encoder is not None:
             inputs = self._encoded(inputs, states)
         options = self._now()
-        teacher = self._teacher_output(inputs, stored, autocast, student.device)
-        loss: Any = fastkd.distillation_loss(
-            student, teacher, labels, normalizer=num_items_in_batch, **options
-        )
-        if options.get("return_outputs"):
-            loss, rows = loss
-            if torch.is_grad_enabled():  # not of an evaluation
-                self._tell(rows, labels)
+        self._check_source(stored)
+        if self.live is None:
+            parts: Any = [(None, stored.to(student.device, non_blocking=True))]
+        else:
+            parts = self.live.parts(inputs, labels, extra, autocast, student.device)
+        losses = []
+        for rows, teacher in self._alone(parts):
+            s, y = student, labels
+            if rows is not None:
+                s, y = in_rows(student, lambda x: x[rows]), labels[rows]  # noqa: B023
+                if num_items_in_batch is None:  # of all parts
+                    num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
+            loss: Any = fastkd.distillation_loss(
+                s, teacher, y, normalizer=num_items_in_batch, **options
+            )
+            if options.get("return_outputs"):
+                loss, told = loss
+                if torch.is_grad_enabled():  # not of an evaluation
+                    self._tell(told, y)
+            losses.append(loss)
+        loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         aux = auxiliary(outputs, unwrapped(self._student))
         return loss if aux is None else loss + aux.to(loss.device)
 
@@ -321,34 +316,27 @@ class DistillationLoss:
             )
         return self.options | {name: at(step) for name, at in self._schedules.items()}
 
-    def _teacher_output(
-        self,
-        inputs: dict[str, Any],
-        stored: Any,
-        autocast: tuple[str, torch.dtype, bool] | None,
-        device: torch.device,
-    ) -> Any:
-        teacher = self.teacher
-        if (teacher is None) == (stored is None):
-            got = "neither a model nor" if teacher is None else "a model and also"
+    def _check_source(self, stored: Any) -> None:
+        if (self.live is None) == (stored is None):
+            got = "neither a model nor" if self.live is None else "a model and also"
             raise ValueError(
                 f"teacher: got {got} a batch with its outputs, expected one of them: teacher=, "
                 "or the batch's key 'teacher' (logits [B, L, V] or a TopK; the plain Trainer drops "
                 "such a column unless TrainingArguments(remove_unused_columns=False))"
             )
-        if teacher is None:
-            return stored.to(device, non_blocking=True)
-        if getattr(teacher, "hf_device_map", None) is None and teacher.device != device:
-            teacher.to(device)
-        _check_embeddings(inputs.get("inputs_embeds"), teacher)
-        as_student: Any = nullcontext()
-        if autocast is not None:
-            as_student = torch.autocast(autocast[0], dtype=autocast[1], enabled=autocast[2])
-        with torch.no_grad(), as_student, answering(teacher, self._student):
-            inputs = inputs | self._uncached
-            if self.linear:
-                return linear_logits(teacher, inputs, self._heads[1])[0]
-            return getattr(teacher(**inputs), self.family.logits)
+
+    def _alone(self, parts: Iterable[Any]) -> Iterator[Any]:
+        """The parts; while one is made, the hooks on the student see nothing."""
+        parts = iter(parts)
+        while True:
+            self._answering = True
+            try:
+                part = next(parts, None)
+            finally:
+                self._answering = False
+            if part is None:
+                return
+            yield part
 
 
 def _nothing() -> None:
@@ -365,21 +353,9 @@ class _Seen:
         self.inputs: dict[str, Any] | None = None
         self.stored: Any = None
         self.shifted: Tensor | None = None
+        self.extra: dict[str, Any] = {}
         self.logits: fastkd.LinearLogits | None = None
         self.autocast: tuple[str, torch.dtype, bool] | None = None
-
-
-def _check_embeddings(embeddings: Any, teacher: Any) -> None:
-    if embeddings is None:
-        return
-    table = getattr(teacher.get_input_embeddings(), "weight", None)
-    if table is None or embeddings.size(-1) == table.size(-1):
-        return
-    raise ValueError(
-        f"inputs_embeds: got vectors of {embeddings.size(-1)} for a teacher of {table.size(-1)}, "
-        "expected input_ids, of which each model makes its own, or a batch with the teacher's "
-        "outputs (key 'teacher')"
-    )
 
 
 def _check_whole(weight: Tensor) -> None:

@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastkd.arguments.messages import shown
 from fastkd.distill.heads import head_of, linear_logits
-from fastkd.distill.serialization import absent
+from fastkd.distill.serialization import absent, load, save
+from fastkd.distill.teachers import EMATeacher
+from fastkd.integrations.collate import Collate, check_tokenizers
 from fastkd.integrations.convention import unwrapped
 from fastkd.integrations.families import CAUSAL, decoder_inputs, named
+from fastkd.integrations.live import Live
 from fastkd.integrations.trainer_loss import SCHEDULED, DistillationLoss
 
 try:
@@ -113,6 +117,11 @@ def compute_loss_func(
             "return_outputs: got True, expected no such option: a loss function cannot log; "
             "DistillationTrainer(loss={'return_outputs': True}) does"
         )
+    if function.live is not None and function.live.averages:
+        raise TypeError(
+            "teacher: got a moving average of the student, which a loss function cannot keep up to "
+            "date, expected another teacher; DistillationTrainer knows the steps"
+        )
     function.choose(student)
     if function.linear and _sharded():
         raise ValueError(SHARDED)
@@ -149,44 +158,30 @@ def _sharded() -> bool:
     return is_deepspeed_zero3_enabled() or is_fsdp_enabled()
 
 
-def _check_tokenizers(student: Any, teacher: Any, columns: int | None) -> None:
-    """Raise where an id is one token here and another there: widths that agree do not tell."""
-    student_tokens, teacher_tokens = (
-        {i: token for token, i in getattr(x, "tokenizer", x).get_vocab().items()}
-        for x in (student, teacher)
-    )
-    common = sorted(
-        i for i in student_tokens.keys() & teacher_tokens.keys() if columns is None or i < columns
-    )
-    other = [i for i in common if student_tokens[i] != teacher_tokens[i]]
-    if other:
-        i = other[0]
-        raise ValueError(
-            f"teacher_tokenizer: got other tokens than processing_class at {len(other)} of "
-            f"{len(common)} ids (id {i} is {teacher_tokens[i]!r:.40} here and "
-            f"{student_tokens[i]!r:.40} there), "
-            "expected the same; vocab_size= leaves out those behind it, distill.uld compares "
-            "models of other tokenizers"
-        )
+class _Follow(transformers.TrainerCallback):  # type: ignore[misc]
+    """Moving averages of a Trainer's student: a step each, and a file in each checkpoint."""
 
+    def __init__(self, averages: Sequence[EMATeacher], student: Any) -> None:
+        self.averages, self.student = averages, student
 
-class _Collate:
-    """A Trainer's collator, and a word on a stored teacher that it cannot stack."""
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        for average in self.averages:
+            average.step(self.student)
 
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
+    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.is_world_process_zero:
+            for at, average in enumerate(self.averages):
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                save(average.model, folder / f"ema-{at}.safetensors", {"steps": average.steps})
 
-    def __call__(self, rows: Any) -> Any:
-        try:
-            return self.collator(rows)
-        except (ValueError, TypeError, RuntimeError) as error:
-            if not (rows and isinstance(rows[0], Mapping) and "teacher" in rows[0]):
-                raise
-            raise ValueError(
-                "teacher: got a stored column that the data collator cannot stack (rows of other "
-                "lengths?), expected a data_collator= that pads it and makes batch['teacher'] "
-                f"of it, logits [B, L, V] or a TopK ({type(error).__name__}: {error!s:.120})"
-            ) from error
+    def load(self, folder: str) -> None:
+        for at, average in enumerate(self.averages):
+            if not (file := Path(folder) / f"ema-{at}.safetensors").exists():
+                raise ValueError(
+                    f"resume_from_checkpoint: got {folder} without {file.name}, expected one of a "
+                    "run with the same teacher, the student's moving average"
+                )
+            average.steps = load(average.model, file)["steps"]
 
 
 class _Named(str):
@@ -211,8 +206,10 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     Args:
         *args, **kwargs: the Trainer's own.
-        teacher: a `PreTrainedModel` of the student's family (`families.FAMILIES`), of any
-            architecture; None where batches hold `teacher`, see `DistillationLoss`.
+        teacher: a `PreTrainedModel` of the student's family (`families.FAMILIES`) and of any
+            architecture, "base" (the student without its adapter), "ema" (its moving average, in
+            the checkpoints), a dict of them (each sample's by its "teacher_id"), ...; None where
+            batches hold `teacher`, see `DistillationLoss`.
         loss: options of `fastkd.distillation_loss`, as {"temperature": 2.0, "alpha": 0.1}:
             temperature, alpha, divergence, t_squared, label_smoothing, z_loss, vocab_size.
             Temperature and alpha may be functions of the step:
@@ -256,6 +253,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     2
     """
 
+    _columns: Sequence[str] = ()  # of the dataset, for the teacher alone
+
     def __init__(
         self,
         *args: Any,
@@ -280,14 +279,15 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         self.distillation = function
         function.step = lambda: self.state.global_step
         collator: Any = self.data_collator
-        self.data_collator: Any = _Collate(collator)
+        self._columns = () if function.live is None else function.live.columns
+        self.data_collator: Any = Collate(collator, self._columns)
         if teacher_tokenizer is not None:
             if self.processing_class is None:
                 raise ValueError(
                     "teacher_tokenizer: got one without processing_class, expected the student's "
                     "tokenizer beside it: their ids are compared"
                 )
-            _check_tokenizers(self.processing_class, teacher_tokenizer, options.get("vocab_size"))
+            check_tokenizers(self.processing_class, teacher_tokenizer, options.get("vocab_size"))
         function.choose(self.model)
         # the Trainer would count the first label of each row too where it knows no loss of the
         # model's class (GPT2LMHeadModel)
@@ -307,6 +307,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         if function.linear and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(SHARDED)
         function.prepare(self.model)
+        if function.live is not None and (averages := function.live.averages):
+            self.add_callback(_Follow(averages, self.model))
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         family = self.distillation.family
@@ -350,6 +352,13 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        teacher = self.distillation.teacher
-        wanted = ["teacher", *([] if teacher is None else named(teacher))]
-        self._signature_columns += [x for x in wanted if x not in self._signature_columns]
+        live = self.distillation.live
+        reads = named(live.model) if type(live) is Live else []
+        more = [x for x in ("teacher", *self._columns, *reads) if x not in self._signature_columns]
+        self._signature_columns += more
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, _Follow):
+                callback.load(resume_from_checkpoint)

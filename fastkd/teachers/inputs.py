@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.distill.batch import IGNORED, Batch, as_batch, mapped, tensors
+from fastkd.distill.batch import IGNORED, Batch, as_batch, mapped, rows_at, tensors
 
-from .pairs import rows_at, without
+from .pairs import without
 
 NOT_ASKED = ("labels", "teacher", "index")  # of a dict that holds the model's arguments themselves
 

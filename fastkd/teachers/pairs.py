@@ -1,7 +1,7 @@
 """A teacher's stored outputs beside the samples of a dataset: a training loop's batches of both.
 
 Nothing here knows where the outputs are from: a reader has `covers(size)`, and a `TopK` or logits
-of each of the numbers in `__getitems__(numbers)`.
+(or `LinearLogits` that can be indexed) of each of the numbers in `__getitems__(numbers)`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import fastkd
-from fastkd.distill.batch import IGNORED
+from fastkd.distill.batch import IGNORED, rows_at
 
 TEACHER = "teacher"
 
@@ -73,9 +73,9 @@ def collate(
     """A DataLoader's `collate_fn` for samples of a `Reader` or of a `Paired` dataset.
 
     Sequences are padded behind their ends: inputs with `pad`, labels with `ignore_index`, a `TopK`
-    with rows of index -1 (log-probability -inf, tail 0) and logits with 0, rows that the losses
-    never read where labels are ignored. A teacher may have fewer rows than its sample, whose last
-    labels are ignored then.
+    with rows of index -1 (log-probability -inf, tail 0), logits and hidden states with 0, rows that
+    the losses never read where labels are ignored. A teacher may have fewer rows than its sample,
+    whose last labels are ignored then.
 
     Dicts of columns (input_ids, attention_mask, labels, ..., teacher) become a dict of batches with
     the key "teacher", as transformers' Trainer takes it: labels are those of the dataset, row i of
@@ -217,6 +217,8 @@ def check_taught(
     bare = torch.zeros_like(labels, dtype=torch.bool)
     if isinstance(teacher, fastkd.TopK):
         bare = (teacher.indices < 0).all(-1)
+    elif isinstance(teacher, fastkd.LinearLogits):
+        bare = (teacher.hidden == 0).all(-1)
     if counts is not None and labels.dim() == 2:
         bare = bare | (torch.arange(labels.size(1)) >= torch.tensor(counts)[:, None])
     for at in (bare & (labels != ignore_index)).nonzero().tolist():
@@ -233,6 +235,8 @@ def joined(outputs: list[Any], join: Callable[[list[Tensor], float], Tensor]) ->
     first = outputs[0]
     if isinstance(first, Tensor):
         return join(outputs, 0.0)
+    if isinstance(first, fastkd.LinearLogits):
+        return first.with_hidden(join([x.hidden for x in outputs], 0.0))
     tail = None
     if first.tail_logprob is not None:
         tail = join([x.tail_logprob for x in outputs], 0.0)
@@ -259,12 +263,6 @@ def without(output: Any, ignored: Tensor) -> Any:
         return x.masked_fill(rows.unsqueeze(-1) if x.dim() > rows.dim() else rows, fill)
 
     return joined([output], filled)
-
-
-def rows_at(output: Any, at: Tensor) -> Any:
-    """output[b, at[b, l]] in place of output[b, l]."""
-    at = at.to(output.device)
-    return output[torch.arange(len(at), device=at.device)[:, None], at]
 
 
 def padded(

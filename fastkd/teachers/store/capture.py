@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import repeat
 from pathlib import Path
@@ -16,16 +16,18 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 import fastkd
 from fastkd.distill.batch import Batch, Outputs, device_of, forward, in_eval, to
+from fastkd.distill.heads import Head, head_of, linear_logits, uncached, vocabulary
 from fastkd.distill.logging import progress_bar
 from fastkd.distill.sample_order import check_order, watched
 from fastkd.teachers.inputs import check_labels, part, teacher_inputs, trimmed
 
-from .codec import logprob_bound
+from .codec import decode_hidden, encode_hidden, logprob_bound
 from .format import listed
 from .reader import Reader
 from .writer import Writer
 
 SAMPLES, ROWS = 4, 16  # of a cache that is there already: asked for again, at most
+NO_HEAD = "a causal language model (get_output_embeddings) or LinearLogits, as hidden=True"
 SLACK, SLACK_16 = 0.02, 0.15  # nats: what another batch size or 16 bits may move a mean by
 
 
@@ -42,6 +44,7 @@ def capture(
     rank: int = 0,
     world_size: int | None = None,
     samples: range | None = None,
+    hidden: bool = False,
     **options: Any,
 ) -> int:
     """Run a teacher over its data into a cache, or go on; returns this rank's number of samples.
@@ -69,6 +72,9 @@ def capture(
         progress: show a tqdm bar.
         rank, world_size: this rank among how many that share the loader's samples.
         samples: the numbers this rank has, in place of an equal share.
+        hidden: store the last hidden states of a causal language model, or of a teacher that gives
+            `LinearLogits`, and the head once: all columns, exact at any temperature. No k then;
+            vocab_size is the model's unless it is given; encoding="int8" takes a byte an element.
         path, options: of `Writer`: vocab_size, k (None stores all logits), method, encoding, ...
 
     Raises:
@@ -77,6 +83,7 @@ def capture(
     """
     if labels not in ("shifted", "input_ids", None):
         raise ValueError(f"labels: got {labels!r:.60}, expected 'shifted', 'input_ids' or None")
+    head = _head(teacher, options) if hidden else None
     check_order(loader, order)
     numbers: Iterable[list[int] | None] = repeat(None)
     shared, data = world_size is not None or samples is not None, loader
@@ -88,7 +95,7 @@ def capture(
         progress_bar(progress, desc="capture", unit="sample") as bar,
         in_eval(teacher) if isinstance(teacher, nn.Module) else nullcontext(),
     ):
-        ask = _Ask(teacher, writer, labels, generator)
+        ask = _Ask(teacher, writer, labels, generator, head)
         start, seen = 0 if shared else writer.done, 0
         if shared and order is not None and (there := listed(Path(path))):
             known = range(there[0].first, there[0].last + 1)[:SAMPLES]
@@ -110,22 +117,49 @@ def capture(
     return writer.done
 
 
+def _head(teacher: Any, options: dict[str, Any]) -> Head | None:
+    """A causal language model's head, of a function None; says in `options` what is stored."""
+    options["method"] = "hidden" if options.get("method") is None else options["method"]
+    if options["method"] != "hidden":
+        got = f"{options['method']!r:.60} with hidden=True"
+        raise ValueError(f"method: got {got}, expected no method: no columns are chosen")
+    if not hasattr(teacher, "get_output_embeddings"):
+        return None
+    try:
+        head = head_of(teacher)
+    except (ValueError, TypeError) as error:
+        why = str(error).replace("linear=False (dense logits)", "k=, its largest columns")
+        raise type(error)(f"hidden: got True for a teacher without a head to read: {why}") from None
+    options.setdefault("vocab_size", vocabulary(teacher))
+    return head
+
+
 class _Ask:
     """A teacher's outputs as they are stored."""
 
-    def __init__(self, teacher: Any, writer: Writer, labels: str | None, generator: Any) -> None:
+    def __init__(
+        self, teacher: Any, writer: Writer, labels: str | None, generator: Any, head: Head | None
+    ) -> None:
         self._teacher, self._spec, self._labels = teacher, writer.spec, labels
+        self._hidden, self._head, self._writer = writer.spec.method == "hidden", head, writer
         self._draws = {"method": writer.spec.method, "generator": generator}
         self._device = device_of(teacher) if isinstance(teacher, nn.Module) else None
+        self._off = {} if head is None else uncached(teacher)
 
     def __call__(self, batch: Batch, **other: Any) -> tuple[Any, Tensor | None]:
         """Outputs of a batch, and how many rows each sample has."""
         spec, own = self._spec, batch.labels
         inputs = batch.inputs if self._device is None else to(batch.inputs, self._device)
-        logits = Outputs(forward(self._teacher, inputs), role="teacher").logits
+        if self._head is None:
+            logits = Outputs(forward(self._teacher, inputs), role="teacher").logits
+        else:
+            named = inputs if isinstance(inputs, Mapping) else {"input_ids": inputs}
+            logits = linear_logits(self._teacher, {**named, **self._off}, self._head)[0]
         kinds: Any = (Tensor, fastkd.LinearLogits) if spec.k else Tensor
+        kinds = fastkd.LinearLogits if self._hidden else kinds
         if not isinstance(logits, kinds):
             expected = "a tensor of logits" + (" or LinearLogits" if spec.k else ", as k is None")
+            expected = NO_HEAD if self._hidden else expected
             raise TypeError(f"teacher: got {type(logits).__name__}, expected {expected}")
         lead = list(logits.shape[:-1])
         good = len(lead) in (1, 2) and lead[0] == batch.samples
@@ -133,6 +167,9 @@ class _Ask:
             wanted = f"[{batch.samples}, ..., V]" if own is None else f"{[*own.shape]} and V"
             raise ValueError(f"teacher: got logits {list(logits.shape)}, expected {wanted}")
         self.dtype = logits.dtype
+        if self._hidden:
+            states, lengths = trimmed(logits.hidden, batch, self._labels)
+            return logits.with_hidden(states), lengths
         if spec.k is None:
             return trimmed(logits[..., : spec.vocab_size], batch, self._labels)
         made: dict[str, Any] = {"temperature": spec.temperature, "tail": spec.tail, **self._draws}
@@ -151,6 +188,9 @@ class _Ask:
                 f"loader: got samples of {lengths.tolist()} rows, expected the {got} stored in "
                 f"{str(path)[:150]}: other data or labels"
             )
+        if self._hidden:
+            self._writer.with_head(output)
+            output = output.hidden
         check_same(path, spec, stored, [output[i] for i in range(len(stored))], self.dtype)
 
 
@@ -190,7 +230,8 @@ def check_same(path: Any, spec: Any, stored: list[Any], said: Any, dtype: Any) -
     says of them now, in `dtype`, are apart by more than encoding and rounding explain."""
     slack = SLACK if dtype in (torch.float32, torch.float64) else SLACK_16
     for old, new in zip(stored, said, strict=True):
-        apart = (_logits if isinstance(old, Tensor) else _topk)(spec, old, new)
+        dense = _logits if isinstance(old, Tensor) else _hidden
+        apart = (_topk if spec.k else dense)(spec, old, new)
         if apart > slack:
             raise ValueError(
                 f"teacher: got outputs {apart:.3g} nats off what is stored of the same samples in "
@@ -206,6 +247,17 @@ def _logits(_: Any, old: Tensor, new: Tensor) -> float:
     rows = (one != 0) & one.isfinite() & two.isfinite()
     one, two = one[rows], two[rows]
     return float((one - two).abs().mean() - 2.0**-8 * one.abs().mean()) if len(one) else 0.0
+
+
+def _hidden(spec: Any, old: Any, new: Any) -> float:
+    """Mean distance of logits of what is stored and of what would be."""
+    rows = (old.hidden != 0).any(-1).nonzero().flatten()[:ROWS] if old.dim() > 1 else ...
+    if not (one := old.hidden[rows]).numel():
+        return 0.0
+    made = encode_hidden(new.cpu()[rows].reshape(-1, new.size(-1)), spec.encoding)
+    two = decode_hidden(made["hidden"], made.get("row_scale"), spec.head["dtype"])
+    apart = nn.functional.linear(one - two.view(one.shape), old.weight)
+    return abs(spec.head["scale"]) * float(apart.float().abs().mean())
 
 
 def _topk(spec: Any, old: Any, new: Any) -> float:

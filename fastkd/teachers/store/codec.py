@@ -12,6 +12,8 @@ Why: a gap is within step * (floor + gap), and a row's level moves by log of a m
 the row's own probabilities w; with gaps y the mean of step * y is at most step * log k, for
 sum w**(1 - s) <= k**s. "counts" are the draws of a sampled teacher, share = count / k, a byte each
 and exact; "plain" are float32 beside int32 columns, which any reader understands.
+
+Hidden states are floats of a dtype, or ("int8") code * row_scale, row_scale = max |hidden| / 127.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ GONE = MOST_DRAWS = 255  # the byte of a probability of 0
 FLOOR, REACH = 0.5, 128.0  # nats: where the steps of "uint8" begin to grow, and where they end
 RATE = math.log1p(REACH / FLOOR) / (GONE - 1)
 STEP = math.tanh(RATE / 2)  # between two marks of a geometric table: relative to the nearest
+TINY = 2.0**-126  # the smallest normal float32
 LOGITS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ENCODINGS = ("uint8", "plain", "counts")
+HIDDEN = (*LOGITS, "int8")
 ERRORS = {  # |stored - given| is at most
     "uint8": f"{STEP:.6f} * (1 + gap + log k) + 2**-22 * (|given| + gap), gap <= {REACH:g}",
     "counts": "2**-22 * |given| of whole draws",
@@ -126,3 +130,30 @@ def encode_tail(tail_logprob: Tensor, encoding: str) -> Tensor:
         return tail_logprob.float()
     kept = torch.where(tail_logprob.isinf(), tail_logprob, tail_logprob.clamp_min(-65504.0))
     return kept.half()
+
+
+def encode_hidden(hidden: Tensor, encoding: str) -> dict[str, Tensor]:
+    """Hidden states [R, H] as tensors for a shard."""
+    if encoding != "int8":
+        return {"hidden": hidden.to(LOGITS[encoding])}
+    given = hidden.double()
+    scale = (given.abs().amax(-1) / 127).clamp_min(TINY).float()
+    code = (given / scale.double().unsqueeze(-1)).round().clamp(-127, 127)
+    return {"hidden": code.to(torch.int8), "row_scale": scale}
+
+
+def decode_hidden(code: Tensor, scale: Tensor | None, dtype: str) -> Tensor:
+    """Hidden states [R, H] in the head's dtype from the tensors of `encode_hidden`."""
+    hidden = code if scale is None else code.float() * scale.unsqueeze(-1)
+    return hidden.to(getattr(torch, dtype))
+
+
+def hidden_step(encoding: str, dtype: str) -> tuple[float, float]:
+    """(step, floor): an element given in `dtype` is within step * max |hidden| + floor."""
+    unit = {name: torch.finfo(getattr(torch, name)).eps / 2 for name in (*LOGITS, dtype)}
+    floor = 2.0**-24 if "float16" in (encoding, dtype) else TINY  # below normal numbers
+    if encoding == "int8":
+        return 1 / 254 + unit["float32"] + unit[dtype], floor
+    kept = LOGITS[encoding]
+    exact = torch.promote_types(kept, getattr(torch, dtype)) == kept
+    return (0.0, 0.0) if exact else (unit[encoding], floor)

@@ -1,6 +1,7 @@
 """A cache's folder: Arrow IPC streams, whose names say what they have and their hash.
 
     teacher-RRRRR-FIRST-LAST-SHA256.arrow  of rank R: one record batch, a row for each sample
+    head-SHA256.safetensors                of hidden states alone, see `hidden.py`
     state.json, dataset_info.json          all of them, for `datasets.load_from_disk`
     .lock-RRRRR                            empty; locked while a writer of rank R lives
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from fastkd.arguments.messages import shown
 from fastkd.distill import serialization
 
-from .codec import ENCODINGS, ERRORS, LOGITS, MOST_DRAWS
+from .codec import ENCODINGS, ERRORS, HIDDEN, LOGITS, MOST_DRAWS, hidden_step
 
 try:
     import fcntl
@@ -59,16 +60,18 @@ class CacheSpec:
     method: str
     temperature: float
     tail: str | None
-    encoding: str
+    encoding: str  # of hidden states None before the first
     total: int | None  # samples of all ranks, where it is known
     sequences: bool | None = None  # a sample has rows [L, ...], not one; None before the first
     measured: bool | None = None  # with tail_logprob
+    head: dict[str, Any] | None = None  # of hidden states, see `hidden.py`; None before the first
 
     def other(self, spec: CacheSpec) -> str | None:
         """The first difference, as "name: got this, expected that"; what is None is not known."""
         for name in (field.name for field in fields(self)):
             got, wanted = getattr(spec, name), getattr(self, name)
-            if got != wanted and not (name in ("sequences", "measured") and None in (got, wanted)):
+            open_ = name in ("sequences", "measured", "head", "encoding") and None in (got, wanted)
+            if got != wanted and not open_:
                 return f"{name}: got {shown(got)}, expected {wanted!r}"
         return None
 
@@ -76,9 +79,11 @@ class CacheSpec:
     def columns(self) -> dict[str, tuple[str, int]]:
         """Of each column the kind of its numbers, and how many a row has."""
         if self.k is None:
-            wide = self.encoding == "bfloat16"  # which Arrow has not
-            size = self.vocab_size
-            return {"logits": ("binary", 2 * size) if wide else (self.encoding, size)}
+            size = self.vocab_size if self.head is None else self.head["hidden_size"]
+            bytes_of = {"bfloat16": 2, "int8": 1}.get(self.encoding)  # Arrow has no bfloat16
+            kind = ("binary", bytes_of * size) if bytes_of else (self.encoding, size)
+            scales = {"row_scale": ("float32", 1)} if self.encoding == "int8" else {}
+            return {"logits" if self.head is None else "hidden": kind, **scales}
         if self.encoding == "plain":
             made = {"indices": ("int32", self.k), "logprobs": ("float32", self.k)}
             return {**made, **({"tail_logprob": ("float32", 1)} if self.measured else {})}
@@ -86,6 +91,15 @@ class CacheSpec:
         made |= {"logprobs": ("binary", self.k)}
         made |= {"level": ("float32", 1)} if self.encoding == "uint8" else {}
         return made | ({"tail_logprob": ("float16", 1)} if self.measured else {})
+
+    @property
+    def error(self) -> str:
+        """|stored - given| is at most this; of hidden states that of a logit."""
+        if self.head is None:
+            return ERRORS[self.encoding]
+        step, floor = hidden_step(self.encoding, self.head["dtype"])
+        most = [f"{self.head['row_norm'] * x:.6g}" for x in (step, floor)]
+        return f"{most[0]} * max |hidden| + {most[1]} of a logit" if step else "0 of a logit"
 
     def schema(self) -> Any:
         """The columns in Arrow's words."""
@@ -107,18 +121,23 @@ class CacheSpec:
             raise ValueError(f"temperature: got {shown(heat)}, expected a positive finite number")
         if k is None and heat != 1.0:
             raise ValueError(f"k: got None with temperature={heat:g}; all logits have none")
+        hidden = self.method == "hidden"
+        if hidden and k is not None:
+            raise ValueError(f"k: got {k} with method='hidden', expected None: a head has them all")
         few = self.method == "sample" and k is not None and k <= MOST_DRAWS
-        if encoding is None:
+        if encoding is None and not hidden:
             encoding = "float32" if k is None else "counts" if few else "uint8"
+        encodings: Any = ENCODINGS[: 2 + few] if k else (None, *HIDDEN) if hidden else (*LOGITS,)
         for name, got, names in (
-            ("method", self.method, ("top", "sample") if k else ("top", "logits")),
+            ("method", self.method, ("top", "sample") if k else ("top", "logits", "hidden")),
             ("tail", self.tail, TAILS if k else (*TAILS, None)),
-            ("encoding", encoding, ENCODINGS[: 2 + few] if k else tuple(LOGITS)),
+            ("encoding", encoding, encodings),
         ):
             if not isinstance(got, (str, type(None))) or got not in names:
                 of = f"method={shown(self.method)}, k={k}"
                 raise ValueError(f"{name}: got {shown(got)} with {of}, expected one of {names}")
-        only: dict[str, Any] = {"method": "logits", "tail": None} if k is None else {}
+        only: dict[str, Any] = {"tail": None} if k is None else {}
+        only |= {"method": "logits"} if k is None and not hidden else {}
         return replace(self, encoding=encoding, temperature=float(heat), **only)
 
 
@@ -168,7 +187,7 @@ def shard_bytes(spec: CacheSpec, stored: dict[str, Tensor], first: int, counts: 
             columns.append(pa.Array.from_buffers(pa.binary(), len(counts), parts))
         else:
             columns.append(pa.ListArray.from_arrays(offsets, pa.array(flat)))
-    facts = {"version": VERSION, "teacher": asdict(spec), "error": ERRORS[spec.encoding]}
+    facts = {"version": VERSION, "teacher": asdict(spec), "error": spec.error}
     schema = spec.schema().with_metadata({"fastkd": json.dumps(facts)})
     sink = pa.BufferOutputStream()
     with needed("pyarrow.ipc").new_stream(sink, schema) as writer:

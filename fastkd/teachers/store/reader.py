@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -19,14 +20,17 @@ from fastkd.distill.logging import progress_bar
 from fastkd.teachers.pairs import teachers
 
 from . import format as fmt
-from .codec import ERRORS, decode, unpack
+from .codec import decode, decode_hidden, unpack
 from .format import CacheError
+from .hidden import StoredLogits, head_in
 
 OPEN_SHARDS = 64  # mapped at a time by a process
 
 
 class Reader(Dataset[Any]):
     """A cache by sample number: `reader[i]` is a `TopK` [L, K] or [K], or logits [L, V] or [V].
+
+    Of stored hidden states it is a `fastkd.LinearLogits` of either shape.
 
     A map-style dataset for any number of workers, which map a shard where it is first asked for.
     `spec` tells what it holds, which is what was whole when it was opened.
@@ -59,6 +63,7 @@ class Reader(Dataset[Any]):
         for key, wanted in asked.items():
             if wanted is not None and wanted != (got := getattr(self.spec, key)):
                 raise CacheError(f"{self.path}: made for {key}={got!r}, expected {wanted!r}")
+        self.head = head_in(self.path, self.spec) if self.spec.head else None
         self._first = torch.tensor([shard.first for shard in self.shards])
         self._open: OrderedDict[int, Any] = OrderedDict()
 
@@ -127,7 +132,7 @@ class Reader(Dataset[Any]):
     def decode(self, table: Any) -> list[Any]:
         """The samples of a pyarrow Table of this cache's rows, read or streamed by any library."""
         np, spec, rows = fmt.needed("numpy"), self.spec, table["rows"].to_pylist()
-        stored: dict[str, Any] = {"level": None, "tail_logprob": None}
+        stored: dict[str, Any] = {"level": None, "tail_logprob": None, "row_scale": None}
         for name, (kind, width) in spec.columns.items():
             column = table[name].combine_chunks()
             if kind == "binary":
@@ -135,11 +140,16 @@ class Reader(Dataset[Any]):
             else:
                 flat = np.array(column.flatten().to_numpy())
             flat = torch.from_numpy(flat)
-            stored[name] = flat.float() if width == 1 else flat.view(sum(rows), width)
+            single = name in ("level", "tail_logprob", "row_scale")
+            stored[name] = flat.float() if single else flat.view(sum(rows), width)
         output: Any
         if spec.k is None:
-            output = stored["logits"]
-            output = output.view(torch.bfloat16) if spec.encoding == "bfloat16" else output
+            output = stored["logits" if self.head is None else "hidden"]
+            as_dtype = {"bfloat16": torch.bfloat16, "int8": torch.int8}.get(spec.encoding)
+            output = output if as_dtype is None else output.view(as_dtype)
+            if self.head is not None:
+                hidden = decode_hidden(output, stored["row_scale"], self.head.facts["dtype"])
+                output = StoredLogits(hidden, self.head)
         else:
             indices = stored["indices"]
             if spec.encoding != "plain":
@@ -183,6 +193,8 @@ class Reader(Dataset[Any]):
                 yield f"{self.path / name}: got no such file, which {fmt.STATE} names"
         except CacheError as error:
             yield str(error)
+        if self.head is not None and (fault := self.head.fault()):
+            yield fault
         for shard in progress_bar(progress, self.shards, desc="verify", unit="shard"):
             digest = hashlib.sha256()
             try:
@@ -202,13 +214,16 @@ class Reader(Dataset[Any]):
         """What is in the cache, JSON-ready; opens all shards."""
         size, tokens = sum(shard.file.stat().st_size for shard in self.shards), self.tokens
         made: dict[str, Any] = {"path": str(self.path), "version": fmt.VERSION}
-        made |= {"teacher": asdict(self.spec), "error": ERRORS[self.spec.encoding]}
+        spec = {name: x for name, x in asdict(self.spec).items() if name != "head" or x}
+        made |= {"teacher": spec, "error": self.spec.error}
         made |= {"samples": len(self), "tokens": tokens, "shards": len(self.shards), "bytes": size}
         made |= {"complete": self.complete, "merged": self.merged}
         return {**made, "bytes_per_token": size / tokens if tokens else None}
 
     def to_parquet(self, folder: str | os.PathLike[str]) -> None:
-        """Write each shard as a Parquet file of the same columns into an existing folder."""
+        """Write each shard as a Parquet file of the same columns, and the head, into a folder."""
         write = fmt.needed("pyarrow.parquet").write_table
         for shard in self.shards:
             write(fmt.opened(shard.file)[1].read_all(), Path(folder, f"{shard.file.stem}.parquet"))
+        if self.head is not None:
+            shutil.copy(self.head.file, folder)

@@ -17,6 +17,7 @@ from fastkd.arguments.messages import shown
 from . import format as fmt
 from .codec import LOGITS, encode, encode_tail, pack
 from .format import CacheError, CacheSpec, Shard
+from .hidden import hidden_rows, with_head
 
 
 class Writer:
@@ -30,9 +31,11 @@ class Writer:
         vocab_size: V, columns of the teacher's logits.
         k: columns or draws kept of each row, K of the `TopK`s to come; None: all logits.
         model, tokenizer, data: names for a reader to ask for; or a tokenizer with get_vocab().
-        method: how the K were chosen, "top" or "sample".
+        method: how the K were chosen, "top" or "sample"; "hidden": last hidden states and the head
+            of the `LinearLogits`s to come, no K.
         temperature, tail: those of the `TopK`s to come.
-        encoding: see `fastkd.teachers.store`; of logits a dtype's name. None: by k and method.
+        encoding: see `fastkd.teachers.store`; of logits a dtype's name, of hidden states that or
+            "int8". None: by k and method, and of hidden states the head's own dtype.
         rank: this writer among others; those beside rank 0 give their samples' numbers.
         total: samples of the whole cache, where it is known.
         shard_bytes: a shard is put away when it has this many bytes.
@@ -69,6 +72,7 @@ class Writer:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._process, self._pieces = os.getpid(), list[dict[str, Tensor]]()
         self._counts, self._size, self._first = list[int](), 0, 0
+        self._weight: Tensor | None = None  # of the head that was given last
         self._locked = self._folder.resolve() / f".lock-{rank:05d}"
         self._lock: int | None = fmt.locked(self._locked)
         try:
@@ -93,6 +97,8 @@ class Writer:
     def add(self, output: Any, *, sample: int | None = None) -> None:
         """Add one sample: a `TopK` [L, K] or [K], or logits [L, V] or [V]; see `add_batch`."""
         one = output[None] if isinstance(output, (Tensor, fastkd.TopK)) else output
+        if isinstance(output, fastkd.LinearLogits):
+            one = output.with_hidden(output.hidden[None])
         self.add_batch(one, samples=None if sample is None else [sample])
 
     def add_batch(
@@ -101,7 +107,8 @@ class Writer:
         """Add samples of a batch; nothing of it is added if anything is wrong with it.
 
         Args:
-            outputs: a `TopK` [B, L, K] or [B, K], or logits [B, L, V] or [B, V], on any device.
+            outputs: a `TopK` [B, L, K] or [B, K], logits [B, L, V] or [B, V], or `LinearLogits` of
+                those shapes where hidden states are stored; on any device.
             lengths: B numbers of rows from 0 to L, those that a sample has; None: all L.
             samples: B numbers of samples, rising by 1; None: the next in turn.
 
@@ -111,10 +118,13 @@ class Writer:
             OSError: see `flush`.
         """
         self._alive()
-        kind, spec = (fastkd.TopK if self.spec.k else Tensor), self.spec
+        spec, hidden = self.spec, self.spec.method == "hidden"
+        kind: Any = fastkd.TopK if spec.k else fastkd.LinearLogits if hidden else Tensor
         if not isinstance(outputs, kind):
             expected = f"{kind.__name__} of {spec.k or 'all'} columns"
             raise TypeError(f"outputs: got {type(outputs).__name__}, expected {expected}")
+        if hidden:
+            spec, outputs = self.with_head(outputs), outputs.hidden
         many, size = outputs.dim() == 3, outputs.size(0)
         if spec.sequences is None:
             measured = getattr(outputs, "tail_logprob", None) is not None
@@ -130,7 +140,7 @@ class Writer:
             return
         first = self._number(samples, size)
         keep = torch.arange(longest) < counts[:, None]
-        rows = topk_rows if spec.k else logit_rows
+        rows = topk_rows if spec.k else hidden_rows if hidden else logit_rows
         piece = rows(outputs if many else outputs[:, None], keep, spec, _where(first, keep))
         if self._counts and first != self._first + len(self._counts):
             self.flush()  # what others have lies between
@@ -140,6 +150,12 @@ class Writer:
         self._size += sum(x.numel() * x.element_size() for x in piece.values()) + 16 * size
         if self._size >= self._shard_bytes:
             self.flush()
+
+    def with_head(self, given: fastkd.LinearLogits) -> CacheSpec:
+        """The spec with the head of hidden states, once written; CacheError: another one."""
+        spec = with_head(self._folder, self.spec, given, self._weight)
+        self._weight = given.weight
+        return spec
 
     def _number(self, samples: list[int] | None, size: int) -> int:
         """The first sample's number of a batch, of which this rank has none."""
