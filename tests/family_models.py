@@ -31,7 +31,8 @@ MAMBA = {"vocab_size": VOCAB, "hidden_size": 16, "state_size": 4, "num_hidden_la
 MIXTRAL = LLAMA | {"num_local_experts": 2, "output_router_logits": True}
 MIXTRAL |= {"router_aux_loss_coef": 0.5}
 SWITCH = T5 | {"num_experts": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
-SWITCH |= {"output_router_logits": True, "router_aux_loss_coef": 0.5, "expert_capacity": 8}
+SWITCH |= {"num_layers": 2, "num_decoder_layers": 2}  # every second one has experts
+SWITCH |= {"router_aux_loss_coef": 0.5, "expert_capacity": 8}
 IMAGE = 29  # the token that stands for a picture's patch
 
 

@@ -195,20 +195,22 @@ def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
 
 def auxiliary(outputs: Any, model: Any) -> Any:
     """What a mixture of experts adds to its loss, as its own forward adds it, or None."""
-    config = _config(model)
-    terms = []
+    config, terms = _config(model), []
     for part in ("aux_loss", "z_loss"):
         values = [getattr(outputs, side + part, None) for side in ("", "encoder_", "decoder_")]
-        for value in values:
-            if isinstance(value, Tensor):
-                fields = (f"router_{part}_coef", f"{part}_coef")
-                terms.append(next(getattr(config, x) for x in fields if hasattr(config, x)) * value)
-    if not terms and getattr(config, "output_router_logits", False) is True:
+        for value in (x for x in values if x is not None):
+            fields = (f"router_{part}_coef", f"{part}_coef")
+            terms.append(next(getattr(config, x) for x in fields if hasattr(config, x)) * value)
+    field = "output_router_logits"
+    option = inspect.signature(unwrapped(model).forward).parameters.get(field)
+    of_config = option is None or option.default is None  # else the config's is not read
+    if not terms and of_config and getattr(config, field, False) is True:
         raise ValueError(
             f"student: got {_name(model)} with output_router_logits=True, whose forward gives no "
             "balance of experts unless it is given labels, expected output_router_logits=False"
         )
-    return sum(terms[1:], terms[0]) if terms else None
+    total = sum(terms)
+    return total if isinstance(total, Tensor) else None
 
 
 def check_decoder(inputs: Mapping[str, Any]) -> None:
