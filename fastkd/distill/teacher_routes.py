@@ -34,6 +34,8 @@ class RoutedTeacher(EnsembleTeacher):
     """
 
     def __init__(self, teachers: Mapping[Any, Any], by: str = "teacher_id") -> None:
+        if not isinstance(teachers, Mapping):
+            raise TypeError(f"teachers: got {shown(teachers)}, expected {{name: teacher}}")
         super().__init__(list(teachers.values()))
         self.names, self.by = list(teachers), by
         if any(isinstance(member, PeerTeacher) for member in self.members):

@@ -238,8 +238,9 @@ class CachedTeacher(Teacher):
 
     Args:
         reader: a `fastkd.teachers.store.Reader`, or map-style: number -> logits [..., V] or a
-            `TopK` of one sample. Its `identity`, an attribute or a method, goes into checkpoints,
-            also where batches bring what was read. None where nobody knows where that is from.
+            `TopK` of one sample (of a store's hidden states `LinearLogits`). Its `identity`, an
+            attribute or a method, goes into checkpoints, also where batches bring what was read.
+            None where nobody knows where that is from.
     """
 
     def __init__(self, reader: Any = None) -> None:

@@ -163,6 +163,8 @@ def test_routes_that_lead_nowhere() -> None:
         routed(batch_)
     with pytest.raises(TypeError, match="teachers: got a PeerTeacher"):
         distill.RoutedTeacher({"a": distill.PeerTeacher(Net(), TERM)})
+    with pytest.raises(TypeError, match=re.escape("expected {name: teacher}")):
+        distill.RoutedTeacher([Net(), Net()])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="teachers: got none"):
         trained(Net(), [], {})
 

@@ -91,7 +91,7 @@ def lora(model: Any) -> Any:
     return peft.get_peft_model(model, config)
 
 
-def test_the_student_without_its_adapter(tmp_path: Path) -> None:
+def test_a_trainers_student_without_its_adapter(tmp_path: Path) -> None:
     base, data = llama(4), ragged(12)
     student = lora(copy.deepcopy(base))
     next(p for n, p in student.named_parameters() if "lora_A" in n).requires_grad_(False)
