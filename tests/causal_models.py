@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 hf = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 
-from fastkd.integrations import causal  # noqa: E402
+from fastkd.integrations import trainer_loss  # noqa: E402
 from fastkd.integrations import transformers as ours  # noqa: E402
 
 T, ALPHA, VOCAB = 2.0, 0.3, 99
@@ -62,13 +62,13 @@ def ragged(rows: int = 16, length: int = 8, seed: int = 0) -> list[dict[str, Ten
     return data
 
 
-def arguments(folder: Path, **extra: Any) -> Any:
+def arguments(folder: Path, kind: Any = hf.TrainingArguments, **extra: Any) -> Any:
     default: dict[str, Any] = {
         **{"per_device_train_batch_size": 4, "max_steps": 10, "logging_steps": 1, "seed": 1},
         **{"learning_rate": 1e-2, "lr_scheduler_type": "constant", "report_to": []},
         **{"disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "max_grad_norm": 0.0},
     }
-    return hf.TrainingArguments(str(folder), **default | extra)
+    return kind(str(folder), **default | extra)
 
 
 def eager_loss(
@@ -124,7 +124,7 @@ def together(data: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def loss_of(student: Any, teacher: Any, batch: dict[str, Any], **options: Any) -> Tensor:
-    function = causal.DistillationLoss(teacher, **LOSS | options)
+    function = trainer_loss.DistillationLoss(teacher, **LOSS | options)
     inputs = dict(batch)
     labels = inputs.pop("labels")
     with function.watching(student):

@@ -1,4 +1,4 @@
-"""The head of a causal language model: what turns its last hidden states into logits.
+"""The head of a language model: what turns its last hidden states into logits.
 
 Config fields say how logits are scaled and capped, but two families use one field's name for
 opposite things (Granite divides by `logits_scaling`, HyperCLOVA X multiplies). So fields are only
@@ -25,7 +25,6 @@ from .hooks import Hook
 
 # fields that multiply logits, or divide them; which of the two, the model's forward says
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-SHIFTED = ("ForCausalLM", "ForConditionalGeneration")  # losses that shift their labels
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
 # sizes of the logits shown to the model: small ones tell scales, large ones tell caps, and a cap
 # bends what lies between
@@ -35,7 +34,7 @@ CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.f
 
 
 class Head(NamedTuple):
-    """A causal language model's head, as its own forward was found to use it.
+    """A language model's head, as its own forward was found to use it.
 
         logits = cap(scale * (hidden @ weight.T + bias)),   cap(z) = softcap * tanh(z / softcap)
 
@@ -74,10 +73,11 @@ class Head(NamedTuple):
 
 
 def head_of(model: Any) -> Head:
-    """Read a causal language model's head: its module, logit scale and soft-cap.
+    """Read a language model's head: its module, logit scale and soft-cap.
 
     The model's forward runs once or twice, on three tokens, without gradient and in eval mode; its
-    modes are put back. transformers' models of any family are read, also inside a PEFT model.
+    modes are put back. transformers' causal, masked and sequence-to-sequence language models of any
+    family are read, also inside a PEFT model.
 
     Args:
         model: a `PreTrainedModel` with `get_output_embeddings`.
@@ -89,12 +89,11 @@ def head_of(model: Any) -> Head:
         ValueError, TypeError: a head that is not there, not a plain `nn.Linear`, or whose output
             is made into logits in another way; the message names the model.
     """
-    check_causal(model)
     name, module = _name(model), output_embeddings(model)
     if module is None:
         raise ValueError(
-            f"model: got {name}, whose get_output_embeddings() gives no head, expected a causal "
-            "language model"
+            f"model: got {name}, whose get_output_embeddings() gives no head, expected a language "
+            "model"
         )
     weight = getattr(module, "weight", None)
     if (
@@ -134,7 +133,7 @@ def head_of(model: Any) -> Head:
 
 
 def linear_logits(model: Any, inputs: Mapping[str, Any], head: Head | None = None) -> Any:
-    """A causal language model's logits that are never built, and the rest of its output.
+    """A language model's logits that are never built, and the rest of its output.
 
     Args:
         model: a `PreTrainedModel`, or a wrapper of it where `head` is given.
@@ -166,22 +165,6 @@ def linear_logits(model: Any, inputs: Mapping[str, Any], head: Head | None = Non
     finally:
         hook.remove()
     return seen[-1], output
-
-
-def check_causal(model: Any, name: str = "model") -> None:
-    """Raise for what is not a causal language model: its labels would be shifted all the same."""
-    if not callable(getattr(model, "forward", None)):
-        raise TypeError(f"{name}: got {model!r:.80}, expected a causal language model")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{name}: got {_name(model)}, an encoder-decoder, expected a causal language model"
-        )
-    loss_type = getattr(model, "loss_type", None)  # from the class's name; None for GPT2LMHeadModel
-    if isinstance(loss_type, str) and not loss_type.endswith(SHIFTED):
-        raise ValueError(
-            f"{name}: got {_name(model)}, whose loss is {loss_type!r}, expected a causal language "
-            "model: labels are shifted here"
-        )
 
 
 def output_embeddings(model: Any) -> Any:
@@ -246,12 +229,10 @@ def _forward(model: Any, module: nn.Linear, hidden: Tensor) -> tuple[Tensor, int
         calls += 1
         return (hidden, *args[1:])
 
-    tokens = torch.arange(hidden.size(1), device=_device(model)).view(1, -1)
     hook = module.register_forward_pre_hook(replace)
     try:
         with torch.no_grad(), in_eval(model):
-            inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-            return model(**inputs, **uncached(model)).logits, calls
+            return model(**_three_tokens(model), **uncached(model)).logits, calls
     except Exception as error:
         raise ValueError(
             f"model: got {_name(model)}, whose forward fails on three tokens "
@@ -259,6 +240,27 @@ def _forward(model: Any, module: nn.Linear, hidden: Tensor) -> tuple[Tensor, int
         ) from error
     finally:
         hook.remove()
+
+
+def _three_tokens(model: Any) -> dict[str, Any]:
+    """Inputs of a forward; beside an encoder of pictures or sound, tokens of the decoder alone."""
+    tokens = torch.arange(len(SIZES), device=_device(model)).view(1, -1)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return inputs
+    if model.main_input_name == "input_ids":
+        return inputs | {"decoder_input_ids": tokens}
+    encoder = model.get_encoder()
+    width, dtype = encoder.config.hidden_size, next(encoder.parameters()).dtype
+    states = torch.zeros(1, len(SIZES), width, dtype=dtype, device=tokens.device)
+    return {"encoder_outputs": encoded(states), "decoder_input_ids": tokens}
+
+
+def encoded(states: Tensor) -> Any:
+    """The states [B, L, H] of an encoder, as an encoder-decoder's forward takes them."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    return BaseModelOutput(last_hidden_state=states)
 
 
 def _difference(head: Head, hidden: Tensor, logits: Tensor) -> float:
@@ -276,13 +278,16 @@ def _detached(x: Tensor | None) -> Tensor | None:
 
 
 def _device(model: Any) -> torch.device:
-    find = getattr(model, "get_input_embeddings", None)
-    module = find() if callable(find) else None
+    try:
+        module = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # of pictures
+        module = None
     return next((module or model).parameters()).device
 
 
 def uncached(model: Any) -> dict[str, Any]:
     """Options that keep a forward from building a cache of keys and values for more tokens."""
     takes = inspect.signature(model.forward).parameters.values()
-    named = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in takes)
-    return {"use_cache": False} if named else {}
+    named = any(p.name == "use_cache" for p in takes)
+    swallowed = any(p.kind is p.VAR_KEYWORD for p in takes) and hasattr(_config(model), "use_cache")
+    return {"use_cache": False} if named or swallowed else {}

@@ -14,16 +14,15 @@ from fastkd.arguments.messages import shown
 from fastkd.distill.batch import rows_at
 from fastkd.distill.heads import (
     Head,
-    check_causal,
     head_of,
     linear_logits,
     output_embeddings,
     uncached,
-    vocabulary,
 )
 from fastkd.distill.self_teachers import without_adapter
 from fastkd.distill.teacher_routes import routes
 from fastkd.integrations.convention import check_convention, unwrapped
+from fastkd.integrations.families import check_columns, check_pair, check_sizes, family_of
 from fastkd.integrations.hooks import answering, shared
 
 Autocast = tuple[str, torch.dtype, bool]
@@ -47,7 +46,7 @@ class Live:
             self._freeze(model)
 
     def _freeze(self, model: Any) -> None:
-        check_causal(model, "teacher")
+        family_of(model, "teacher")
         self._uncached = uncached(model)
         self._frozen = {id(p) for p in model.parameters() if p.requires_grad}
         model.requires_grad_(False)
@@ -70,8 +69,10 @@ class Live:
 
     def prepare(self, student: Any, linear: bool, vocab_size: int | None) -> None:
         """Look at the teacher before the first step, and read its head."""
-        check_convention(self.model, "teacher", loss=False)
-        _check_sizes([vocabulary(student), vocabulary(self.model)], vocab_size)
+        if family_of(self.model).shift:
+            check_convention(self.model, "teacher", loss=False)
+        check_pair(student, self.model, vocab_size)
+        check_columns([student, self.model], vocab_size)
         self.linear, self._student = linear, student
         self.head = head_of(self.model) if linear else None
 
@@ -107,7 +108,7 @@ class Live:
             if self.linear:
                 said = linear_logits(model, named, self.head)[0]
             else:
-                said = model(**named).logits
+                said = getattr(model(**named), family_of(model).logits)
         yield None, said  # outside of all that
 
     def _as_it_was(self) -> AbstractContextManager[None]:
@@ -240,7 +241,15 @@ class LiveAsked(Live):
 
     def prepare(self, student: Any, linear: bool, vocab_size: int | None) -> None:
         self.linear, self._student = linear, student
-        _check_sizes([vocabulary(student), getattr(self.source, "vocab_size", None)], vocab_size)
+        family, size = family_of(student), getattr(self.source, "vocab_size", None)
+        if not family.shift:
+            raise ValueError(
+                f"teacher: got {type(self.source).__name__}, which says what comes behind each "
+                f"token, for {family.name}, expected a model"
+            )
+        check_sizes(family.columns(unwrapped(student)), size, vocab_size, words=True)
+        if vocab_size is not None and size is not None and size < vocab_size:
+            raise ValueError(f"vocab_size: got {vocab_size}, expected at most the teacher's {size}")
 
     def parts(
         self, inputs: Any, labels: Tensor, extra: Any, autocast: Any, device: torch.device
@@ -272,24 +281,11 @@ def live(teacher: Any) -> Live:
     return Live(teacher)
 
 
-def _check_sizes(sizes: list[int | None], vocab_size: int | None) -> None:
-    """Of student and teacher, beside what the user says."""
-    if vocab_size is None and None not in sizes and len(set(sizes)) > 1:
-        raise ValueError(
-            f"teacher: got a vocabulary of {sizes[1]}, expected the student's {sizes[0]}; "
-            "where both begin with the same tokens and the rest is padding, say how many: "
-            "vocab_size="
-        )
-    if vocab_size is not None and any(x is not None and x < vocab_size for x in sizes):
-        raise ValueError(
-            f"vocab_size: got {vocab_size}, expected at most {min(filter(None, sizes))}, the "
-            "smaller of the models' vocabularies"
-        )
-
-
 def _check_embeddings(embeddings: Any, teacher: Any) -> None:
+    if embeddings is None:
+        return
     table = getattr(teacher.get_input_embeddings(), "weight", None)
-    if embeddings is None or table is None or embeddings.size(-1) == table.size(-1):
+    if table is None or embeddings.size(-1) == table.size(-1):
         return
     raise ValueError(
         f"inputs_embeds: got vectors of {embeddings.size(-1)} for a teacher of {table.size(-1)}, "

@@ -2,8 +2,10 @@
 
 `DistillationTrainer` is the Trainer with a teacher; `compute_loss_func` puts the same loss into the
 plain one, or into a subclass of one's own. Both leave the Trainer's conventions as they are: labels
-are input_ids with -100 where a token does not count, and are shifted here, once; the loss is summed
-over the kept tokens and divided by `num_items_in_batch`, those of all micro-batches of a step.
+are those that the model itself takes, with -100 where one does not count; a causal model's are
+shifted here, once, and no others; the loss is summed over the kept labels and divided by
+`num_items_in_batch`, those of all micro-batches of a step. `families.FAMILIES` is what can be
+distilled.
 """
 
 from __future__ import annotations
@@ -17,11 +19,14 @@ from typing import Any
 import torch
 
 from fastkd.arguments.messages import shown
-from fastkd.distill.heads import SHIFTED, head_of, linear_logits
+from fastkd.distill.heads import head_of, linear_logits
 from fastkd.distill.serialization import absent, load, save
 from fastkd.distill.teachers import EMATeacher
-from fastkd.integrations.causal import SCHEDULED, DistillationLoss
+from fastkd.integrations.collate import Collate, check_tokenizers
 from fastkd.integrations.convention import unwrapped
+from fastkd.integrations.families import CAUSAL, decoder_inputs, named
+from fastkd.integrations.live import Live
+from fastkd.integrations.trainer_loss import SCHEDULED, DistillationLoss
 
 try:
     import transformers
@@ -55,14 +60,20 @@ _check_version()
 
 
 def compute_loss_func(
-    student: Any, teacher: Any = None, *, linear: bool = True, pack: bool = False, **loss: Any
+    student: Any,
+    teacher: Any = None,
+    *,
+    linear: bool | None = None,
+    pack: bool = False,
+    **loss: Any,
 ) -> DistillationLoss:
     """The distillation loss as `compute_loss_func` of a plain transformers Trainer.
 
     The Trainer hands a loss function only outputs, labels and the count of tokens, so hooks stay on
     the student: they keep what its forward got, for the teacher. In training the student's own
     logits are then [B, 0, V], of no position, except without gradient (`generate`). A batch with a
-    stored `teacher` needs remove_unused_columns=False. `label_smoothing_factor` is not read by the
+    stored `teacher` needs remove_unused_columns=False, and a sequence-to-sequence model a collator
+    that makes decoder_input_ids. `label_smoothing_factor` is not read by the
     Trainer beside a loss function (a warning says so): give label_smoothing here. Made a second
     time for a student, the newer function takes the place of the older.
 
@@ -78,14 +89,13 @@ def compute_loss_func(
         TypeError, ValueError: a head that cannot be read, another vocabulary, a refused option.
 
     >>> import torch, tempfile
-    >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+    >>> from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
     >>> from fastkd.integrations.transformers import compute_loss_func
     >>> size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1)
-    >>> heads = dict(num_attention_heads=2, num_key_value_heads=2)
-    >>> config = LlamaConfig(vocab_size=99, **size, **heads)
-    >>> teacher, student = LlamaForCausalLM(config), LlamaForCausalLM(config)
-    >>> tokens = torch.randint(99, (8, 12))
-    >>> data = [{"input_ids": row, "labels": row} for row in tokens]
+    >>> config = ViTConfig(image_size=8, patch_size=4, num_attention_heads=2, num_labels=5, **size)
+    >>> teacher, student = ViTForImageClassification(config), ViTForImageClassification(config)
+    >>> pictures = torch.randn(8, 3, 8, 8)
+    >>> data = [{"pixel_values": x, "labels": torch.tensor(i % 5)} for i, x in enumerate(pictures)]
     >>> folder = tempfile.mkdtemp()
     >>> args = TrainingArguments(folder, max_steps=2, report_to=[], disable_tqdm=True, use_cpu=True)
     >>> loss = compute_loss_func(student, teacher, temperature=2.0, alpha=0.1)
@@ -112,14 +122,15 @@ def compute_loss_func(
             "teacher: got a moving average of the student, which a loss function cannot keep up to "
             "date, expected another teacher; DistillationTrainer knows the steps"
         )
-    if linear and _sharded():
+    function.choose(student)
+    if function.linear and _sharded():
         raise ValueError(SHARDED)
     function.detach = function.attach(student, _unnamed)
     base = unwrapped(student)
-    if getattr(base, "loss_type", "") is None:  # GPT2LMHeadModel, by its class's name
+    if function.family.shift and getattr(base, "loss_type", "") is None:  # GPT2LMHeadModel
         # the loss that transformers takes for want of a name; without it the Trainer would count
         # the first label of each row, which nothing predicts
-        base.loss_type = _Named(SHIFTED[0])
+        base.loss_type = _Named(CAUSAL.classes[0])
     return function
 
 
@@ -145,53 +156,6 @@ class _SmoothingUnread(DistillationLoss):
 
 def _sharded() -> bool:
     return is_deepspeed_zero3_enabled() or is_fsdp_enabled()
-
-
-def _check_tokenizers(student: Any, teacher: Any, columns: int | None) -> None:
-    """Raise where an id is one token here and another there: widths that agree do not tell."""
-    student_tokens, teacher_tokens = (
-        {i: token for token, i in getattr(x, "tokenizer", x).get_vocab().items()}
-        for x in (student, teacher)
-    )
-    common = sorted(
-        i for i in student_tokens.keys() & teacher_tokens.keys() if columns is None or i < columns
-    )
-    other = [i for i in common if student_tokens[i] != teacher_tokens[i]]
-    if other:
-        i = other[0]
-        raise ValueError(
-            f"teacher_tokenizer: got other tokens than processing_class at {len(other)} of "
-            f"{len(common)} ids (id {i} is {teacher_tokens[i]!r:.40} here and "
-            f"{student_tokens[i]!r:.40} there), "
-            "expected the same; vocab_size= leaves out those behind it, distill.uld compares "
-            "models of other tokenizers"
-        )
-
-
-class _Collate:
-    """A Trainer's collator, and a word on a stored teacher that it cannot stack."""
-
-    def __init__(self, collator: Any, columns: Sequence[str] = ()) -> None:
-        self.collator, self.columns = collator, columns
-
-    def __call__(self, rows: Any) -> Any:
-        columns = [name for name in self.columns if rows and name in rows[0]]
-        apart = {name: [row[name] for row in rows] for name in columns}  # names, lists of ids
-        if apart:
-            rows = [{k: x for k, x in row.items() if k not in apart} for row in rows]
-        return {**self._batch(rows), **apart} if apart else self._batch(rows)
-
-    def _batch(self, rows: Any) -> Any:
-        try:
-            return self.collator(rows)
-        except (ValueError, TypeError, RuntimeError) as error:
-            if not (rows and isinstance(rows[0], Mapping) and "teacher" in rows[0]):
-                raise
-            raise ValueError(
-                "teacher: got a stored column that the data collator cannot stack (rows of other "
-                "lengths?), expected a data_collator= that pads it and makes batch['teacher'] "
-                f"of it, logits [B, L, V] or a TopK ({type(error).__name__}: {error!s:.120})"
-            ) from error
 
 
 class _Follow(transformers.TrainerCallback):  # type: ignore[misc]
@@ -234,15 +198,17 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
         alpha CE(labels, q) + (1 - alpha) T^2 D(p, q),   p = softmax(teacher / T), q of the student
 
-    Labels are shifted once, -100 is left out, and the sum over tokens is divided by those of all
-    micro-batches of the step (`num_items_in_batch`). Evaluation gives the same loss as eval_loss,
-    and `compute_metrics` whole logits. The teacher is frozen, in eval mode, on the student's
-    device, and not a part of the checkpoints. `label_smoothing_factor` smooths the hard labels.
+    Labels of causal models are shifted once, -100 is left out, and the sum over labels is divided
+    by those of all micro-batches of the step (`num_items_in_batch`). Evaluation gives the same loss
+    as eval_loss, and `compute_metrics` whole logits. The teacher is frozen, in eval mode, on the
+    student's device, and not a part of the checkpoints. `label_smoothing_factor` smooths the hard
+    labels. An encoder-decoder's decoder_input_ids are made of the labels, for both models.
 
     Args:
         *args, **kwargs: the Trainer's own.
-        teacher: a `PreTrainedModel`, "base" (the student without its adapter), "ema" (its moving
-            average, in the checkpoints), a dict of them (each sample's by its "teacher_id"), or a
+        teacher: a `PreTrainedModel` of the student's family (`families.FAMILIES`) and of any
+            architecture, "base" (the student without its adapter), "ema" (its moving average, in
+            the checkpoints), a dict of them (each sample's by its "teacher_id"), a
             `fastkd.teachers.Served`, which is asked for batches ahead of their step, ...; None
             where batches hold `teacher`, see `DistillationLoss`.
         loss: options of `fastkd.distillation_loss`, as {"temperature": 2.0, "alpha": 0.1}:
@@ -252,15 +218,17 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             With return_outputs=True each log of the training loss holds the means of
             `fastkd.LossOutputs` over the tokens since the last one, from the same pass:
             log_history gets "soft", "hard", "student_entropy", "teacher_entropy" and so on.
-        linear: logits of both models by `LinearLogits`, never built; False: dense ones.
+        linear: logits of both models by `LinearLogits`, never built; False: dense ones; None: the
+            former for language models, the latter for classifiers, whose logits are few.
         pack: leave ignored tokens out of the head's products, see `LinearLogits`.
         teacher_tokenizer: its ids are compared with those of `processing_class`, the student's:
             vocabularies of one width may hold other tokens. None: not compared.
 
     Raises:
         TypeError, ValueError: before the first step: a head that cannot be read, another
-            vocabulary without vocab_size, a refused option, several GPUs in one process, weights
-            that are sharded with linear=True; on the first batch: labels that are shifted already.
+            vocabulary without vocab_size, other labels, a model of no family, regression, several
+            labels at once, a refused option, several GPUs in one process, weights that are sharded
+            with linear=True; on the first batch: labels that are shifted already, or of pictures.
 
     >>> import torch, tempfile
     >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
@@ -293,7 +261,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         *args: Any,
         teacher: Any = None,
         loss: Mapping[str, Any] | None = None,
-        linear: bool = True,
+        linear: bool | None = None,
         pack: bool = False,
         teacher_tokenizer: Any = None,
         **kwargs: Any,
@@ -314,17 +282,18 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         function.step = lambda: self.state.global_step
         collator: Any = self.data_collator
         self._columns = () if function.live is None else function.live.columns
-        self.data_collator: Any = _Collate(collator, self._columns)
+        self.data_collator: Any = Collate(collator, self._columns)
         if teacher_tokenizer is not None:
             if self.processing_class is None:
                 raise ValueError(
                     "teacher_tokenizer: got one without processing_class, expected the student's "
                     "tokenizer beside it: their ids are compared"
                 )
-            _check_tokenizers(self.processing_class, teacher_tokenizer, options.get("vocab_size"))
-        # labels are shifted whatever the model; the Trainer would count the first of each row too
-        # where it knows no loss of the model's class (GPT2LMHeadModel)
-        self._loss_shifts_labels = True
+            check_tokenizers(self.processing_class, teacher_tokenizer, options.get("vocab_size"))
+        function.choose(self.model)
+        # the Trainer would count the first label of each row too where it knows no loss of the
+        # model's class (GPT2LMHeadModel)
+        self._loss_shifts_labels = function.family.shift
         if self.args.label_smoothing_factor:
             if "label_smoothing" in options:
                 raise ValueError(
@@ -337,7 +306,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 f"args: got {self.args.n_gpu} GPUs in one process, expected one process for each: "
                 "start with torchrun or accelerate launch"
             )
-        if linear and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+        if function.linear and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
             raise ValueError(SHARDED)
         function.prepare(self.model)
         if function.live is not None and (averages := function.live.averages):
@@ -352,6 +321,14 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         return super().get_batch_samples(epoch_iterator, *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        family = self.distillation.family
+        if family.decoder and "labels" in inputs:
+            reads = {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
+            if not reads:  # the model itself makes them of labels, which it is not given here
+                inputs = {
+                    **inputs,
+                    "decoder_input_ids": decoder_inputs(self.model, inputs["labels"]),
+                }
         # hooks for this call alone: whoever else calls the student finds it as it was
         with self.distillation.watching(self.model):
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -375,6 +352,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
+        if "labels" not in inputs:  # no loss, and no hooks: what is the teacher's goes here
+            inputs = self.distillation.students_own(inputs)
         self.distillation.trims = prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
@@ -383,7 +362,9 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        more = [name for name in ("teacher", *self._columns) if name not in self._signature_columns]
+        live = self.distillation.live
+        reads = named(live.model) if type(live) is Live else []
+        more = [x for x in ("teacher", *self._columns, *reads) if x not in self._signature_columns]
         self._signature_columns += more
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -105,15 +105,8 @@ def wrapped_head(model: Any) -> Any:
         ),
         (lambda: llama().to("meta"), ValueError, "LlamaForCausalLM .*sharded or offloaded"),
         (lambda: nn.Linear(2, 2), ValueError, "got Linear, whose"),
-        (
-            lambda: hf.T5ForConditionalGeneration(
-                hf.T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-            ),
-            ValueError,
-            "T5ForConditionalGeneration .*encoder-decoder",
-        ),
     ],
-    ids=["other", "twice", "none", "sequential", "meta", "no-model", "t5"],
+    ids=["other", "twice", "none", "sequential", "meta", "no-model"],
 )
 def test_heads_that_are_refused(model: Callable[[], Any], error: Any, words: str) -> None:
     with pytest.raises(error, match=words):
@@ -223,40 +216,9 @@ def test_what_the_trainer_refuses(tmp_path: Path) -> None:
         trainer_of(tmp_path, llama(1), llama(9), train_dataset=data).train()
 
 
-BERT = {k: v for k, v in SIZES.items() if k not in ("num_key_value_heads", "head_dim")}
-
-
-def bert(kind: str) -> Any:
-    return getattr(hf, f"BertFor{kind}")(hf.BertConfig(**BERT))
-
-
-def t5() -> Any:
-    return hf.T5ForConditionalGeneration(
-        hf.T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    )
-
-
-@pytest.mark.parametrize("linear", [True, False])
-@pytest.mark.parametrize(
-    ("model", "words"),
-    [
-        (lambda: bert("MaskedLM"), "BertForMaskedLM.*whose loss is 'ForMaskedLM'"),
-        (lambda: bert("TokenClassification"), ".*whose loss is 'ForTokenClassification'"),
-        (lambda: bert("SequenceClassification"), ".*whose loss is 'ForSequenceClassification'"),
-        (t5, "T5ForConditionalGeneration.*an encoder-decoder"),
-    ],
-)
-def test_models_whose_labels_are_not_shifted(
-    model: Callable[[], Any], words: str, linear: bool, tmp_path: Path
-) -> None:
-    for name, pair in (("student", (model(), llama(9))), ("teacher", (llama(1), model()))):
-        with pytest.raises(ValueError, match=f"{name}: got {words}"):
-            trainer_of(tmp_path, *pair, linear=linear)
-
-
 @pytest.mark.parametrize("teacher", ["gpt2", [1]])
 def test_a_teacher_that_is_no_model(teacher: Any) -> None:
-    with pytest.raises(TypeError, match=r"teacher: got .*expected a causal language model"):
+    with pytest.raises(TypeError, match=r"teacher: got .*expected a model of transformers"):
         ours.DistillationLoss(teacher)
 
 

@@ -1,4 +1,4 @@
-"""The loss of a causal language model's distillation, as a Trainer calls it.
+"""The loss of a model's distillation, as a Trainer calls it.
 
 A Trainer hands its loss function the student's outputs, the labels and a count of tokens. What else
 the loss needs, it sees by hooks on the student: the inputs, for the teacher, and the hidden states
@@ -14,22 +14,34 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
 from fastkd.arguments.messages import shown
 from fastkd.distill.batch import in_rows
-from fastkd.distill.heads import Head, check_causal, head_of, output_embeddings, vocabulary
+from fastkd.distill.heads import Head, encoded, head_of, output_embeddings
 from fastkd.distill.hooks import Hook
 from fastkd.integrations.convention import check_convention, unwrapped
-from fastkd.integrations.live import live
+from fastkd.integrations.families import (
+    CAUSAL,
+    IGNORED,
+    Family,
+    auxiliary,
+    check_columns,
+    check_decoder,
+    encoder_of_both,
+    family_of,
+    is_noisy,
+    named,
+)
+from fastkd.integrations.labels import check_first, rows_of
+from fastkd.integrations.live import Live, live
 
 SCHEDULED = ("temperature", "alpha")  # options that may be functions of the step
-IGNORED = -100  # torch's own label for a row that does not count
 # of the student's arguments, those that say how it answers: the teacher does not get them
 ANSWER_OPTIONS = {"labels", "num_items_in_batch", "past_key_values", "use_cache", "logits_to_keep"}
 ANSWER_OPTIONS |= {"return_dict", "output_hidden_states", "output_attentions", "return_loss"}
+ANSWER_OPTIONS |= {"cache", "cache_params"}
 # what takes the hooks off each student that has some: a second loss takes the first one's place
 _HOOKED: WeakKeyDictionary[Any, Callable[[], None]] = WeakKeyDictionary()
 
@@ -48,10 +60,11 @@ class DistillationLoss:
         teacher: a `PreTrainedModel`, which is frozen; "base": the student without its adapter;
             "ema": its moving average; {name: teacher}: one for each sample, by the batch's
             "teacher_id"; `distill`'s `EMATeacher`, `RoutedTeacher`, `PromptedTeacher`; or a
-            `fastkd.teachers.Served`. None
-            where each batch holds `teacher`: logits [B, L, V], a `TopK` [B, L, K] or a store's
-            `LinearLogits`, row i for the token behind position i.
-        linear: logits of both models by `LinearLogits`; False: those that they build themselves.
+            `fastkd.teachers.Served`. None where each batch holds `teacher`: logits [B, L, V], a
+            `TopK` [B, L, K] or a store's `LinearLogits`, row i for the token behind position i (of
+            a classifier [B, C], of other models row i for position i).
+        linear: logits of both models by `LinearLogits`; False: those that they build themselves;
+            None: the former for language models, the latter for classifiers.
         pack: leave ignored tokens out of the head's products, see `LinearLogits`.
         **options: of `fastkd.distillation_loss`: temperature, alpha, divergence, t_squared,
             label_smoothing, z_loss, vocab_size. With `DistillationTrainer` temperature and alpha
@@ -64,7 +77,7 @@ class DistillationLoss:
     """
 
     def __init__(
-        self, teacher: Any = None, *, linear: bool = True, pack: bool = False, **options: Any
+        self, teacher: Any = None, *, linear: bool | None = None, pack: bool = False, **options: Any
     ) -> None:
         for name in ("labels", "ignore_index", "weight", "reduction", "normalizer", "group"):
             if name in options:
@@ -77,7 +90,8 @@ class DistillationLoss:
         options |= {k: at(0) for k, at in self._schedules.items()}
         trial = {k: v for k, v in options.items() if k != "vocab_size"}
         fastkd.distillation_loss(nothing, nothing + 1, torch.zeros(1, dtype=torch.long), **trial)
-        self.teacher, self.linear, self.pack, self.options = teacher, bool(linear), pack, options
+        self.teacher, self.linear, self.pack, self.options = teacher, linear, pack, options
+        self.family: Family = CAUSAL  # the student's, once it is known
         self.step: Callable[[], int] | None = None  # the Trainer's, for a schedule
         self._warned = False
         self.trims = False  # also in eval mode: nobody wants these logits
@@ -87,25 +101,38 @@ class DistillationLoss:
         self._seen = _Seen()
         self._told: dict[str, Tensor] = {}  # sums over tokens, and their count, since the last log
         self._checked = False
+        self._common_encoder: Any = None
+        self._teachers_own: set[str] = set()  # arguments of its forward, none of the student's
         self.live = None if teacher is None else live(teacher)
         self._answering = False  # a teacher that is the student; no forward of the student's own
+
+    def choose(self, student: Any) -> None:
+        """Find the student's family, and whether its logits are built."""
+        self.family = family = family_of(student, "student")
+        if self.linear is None:
+            self.linear = family.linear
+        if self.linear and not family.linear:
+            raise ValueError(
+                f"linear: got True for {type(unwrapped(student)).__name__}, {family.name}, "
+                "expected linear=False or none: its logits are few, and are built"
+            )
 
     def prepare(self, student: Any) -> None:
         """Read and compare the heads of student and teacher; the errors before the first step."""
         if student is self._student and not self._replaced():
             return
         requested = self.options.get("vocab_size")
-        check_causal(student, "student")
+        self.choose(student)
         if self.live is not None:
             self.live.check(student)
-        check_convention(student, "student", loss=True)
+        if self.family.shift:
+            check_convention(student, "student", loss=True)
         if self.live is not None:
-            self.live.prepare(student, self.linear, requested)
-        elif requested is not None and (vocabulary(student) or requested) < requested:
-            raise ValueError(
-                f"vocab_size: got {requested}, expected at most {vocabulary(student)}, the "
-                "smaller of the models' vocabularies"
-            )
+            self.live.prepare(student, bool(self.linear), requested)
+        if type(self.live) is Live:
+            self._common_encoder = encoder_of_both(student, self.live.model)
+            self._teachers_own = {*named(self.live.model)} - {*named(student)} - ANSWER_OPTIONS
+        check_columns([student], requested)
         self._head = head_of(student) if self.linear else None
         self._student, self._checked = student, False
 
@@ -113,6 +140,11 @@ class DistillationLoss:
         """Whether a head is not the one that was read (resize_token_embeddings makes a new one)."""
         head, other = self._head, self.live is not None and self.live.replaced()
         return other or (head is not None and head.module is not output_embeddings(self._student))
+
+    def students_own(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch without what is the teacher's alone."""
+        other = {"teacher", *self._teachers_own, *(() if self.live is None else self.live.columns)}
+        return {k: v for k, v in inputs.items() if k not in other}
 
     @contextmanager
     def watching(self, student: Any) -> Iterator[None]:
@@ -132,25 +164,27 @@ class DistillationLoss:
         self.prepare(student)
         seen, head, pack = self._seen, self._head, self.pack
         columns = () if self.live is None else self.live.columns
+        arguments, family = named(base), self.family
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if module is not student or self._answering:
                 return None
             seen.clear()
-            kwargs = dict(kwargs)
-            seen.stored, seen.shifted = (
-                kwargs.pop("teacher", None),
-                kwargs.pop("shift_labels", None),
-            )
-            seen.extra = {name: kwargs.pop(name, None) for name in columns}
-            named = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
-            seen.inputs = {k: v for k, v in named.items() if k not in ANSWER_OPTIONS}
+            given = dict(zip(arguments, args, strict=False)) | kwargs
+            if family.decoder and student.training:
+                check_decoder(given)
+            seen.stored, seen.shifted = given.pop("teacher", None), given.pop("shift_labels", None)
+            seen.extra = {name: given.pop(name, None) for name in columns}
+            seen.inputs = {k: v for k, v in given.items() if k not in ANSWER_OPTIONS}
+            kwargs = self.students_own(kwargs)
+            kwargs.pop("shift_labels", None)
             return args, kwargs
 
-        def inside(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def inside(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._answering:
                 return
-            device_type = args[0].device.type if args and isinstance(args[0], Tensor) else "cpu"
+            found = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            device_type = next((x.device.type for x in found), "cpu")
             seen.autocast = (
                 device_type,
                 torch.get_autocast_dtype(device_type),
@@ -170,7 +204,8 @@ class DistillationLoss:
             return not self._answering and (self.trims or training)
 
         hooks = [student.register_forward_pre_hook(Hook(before), with_kwargs=True)]
-        hooks.append(student.get_input_embeddings().register_forward_pre_hook(Hook(inside)))
+        for child in base.children():
+            hooks.append(child.register_forward_pre_hook(Hook(inside), with_kwargs=True))
         if head is not None:
             hooks.append(head.watch(with_head, trim=trim))
 
@@ -198,24 +233,26 @@ class DistillationLoss:
                 "student: got outputs of a forward that was not seen; is it the model given to the "
                 "Trainer, in one process per device, and no newer loss function made for it?"
             )
+        family = self.family
+        if family.decoder:
+            check_decoder(inputs)
         if not self.linear:
-            student = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+            mapped = isinstance(outputs, Mapping)
+            student = outputs[family.logits] if mapped else outputs[0]
         elif student is not None:
             _check_whole(student.weight)
-        labels = self._targets(labels, shifted, inputs)
         if student is None:
             raise RuntimeError(
                 "student: got a forward in which the head that was read was not called; was it "
                 "replaced since (resize_token_embeddings)? Make the loss function after that"
             )
-        if labels.dim() < 2 or student.shape[:-1] != labels.shape:
-            more = student.size(-2) - labels.size(-1) if student.dim() == 3 and labels.dim() else 0
-            hint = f" ({more} virtual tokens of prompt tuning are before the batch's own?"
-            hint += " Adapters that add none, as LoRA, are taken)"
-            raise ValueError(
-                f"labels: got {list(labels.shape)} for logits {list(student.shape)}, expected "
-                "[B, L], one label for each position" + (hint if more > 0 else "")
-            )
+        if not self._checked and labels is not None and shifted is None:
+            check_first(labels, inputs, unwrapped(self._student), family)
+            self._checked = True
+        labels = rows_of(labels, shifted, student, family)
+        states = getattr(outputs, "encoder_last_hidden_state", None)
+        if states is not None and self._common_encoder is not None:
+            inputs = self._encoded(inputs, states)
         options = self._now()
         self._check_source(stored)
         if self.live is None:
@@ -238,10 +275,17 @@ class DistillationLoss:
                     self._tell(told, y)
             losses.append(loss)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        aux = getattr(outputs, "aux_loss", None)
-        if aux is not None:  # a mixture of experts' load balance, as its own forward adds it
-            loss = loss + self._student.config.router_aux_loss_coef * aux.to(loss.device)
-        return loss
+        aux = auxiliary(outputs, unwrapped(self._student))
+        return loss if aux is None else loss + aux.to(loss.device)
+
+    def _encoded(self, inputs: dict[str, Any], states: Tensor) -> dict[str, Any]:
+        """The teacher's inputs, with what the encoder of both models has just given the student."""
+        encoder = self._common_encoder
+        if "encoder_outputs" in inputs or is_noisy(encoder):
+            return inputs
+        read = {*named(encoder)} - {"attention_mask"}
+        rest = {name: x for name, x in inputs.items() if name not in read}
+        return rest | {"encoder_outputs": encoded(states.detach())}
 
     def _tell(self, rows: fastkd.LossOutputs, labels: Tensor) -> None:
         sums = {name: x.sum() for name, x in rows._asdict().items() if x is not None}
@@ -271,22 +315,6 @@ class DistillationLoss:
                 stacklevel=3,
             )
         return self.options | {name: at(step) for name, at in self._schedules.items()}
-
-    def _targets(
-        self, labels: Tensor | None, shifted: Tensor | None, inputs: dict[str, Any]
-    ) -> Tensor:
-        """Labels [B, L] of the token behind each position, -100 where there is none to count."""
-        if labels is None:
-            raise ValueError(
-                "labels: got none in the batch, expected input_ids with -100 where a token does "
-                "not count, as DataCollatorForLanguageModeling(mlm=False) gives them"
-            )
-        if shifted is not None:
-            return shifted
-        if not self._checked:
-            _check_unshifted(labels, inputs.get("input_ids"))
-            self._checked = True
-        return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
 
     def _check_source(self, stored: Any) -> None:
         if (self.live is None) == (stored is None):
@@ -336,16 +364,4 @@ def _check_whole(weight: Tensor) -> None:
         raise ValueError(
             "linear: got True with weights that are sharded outside of a model's forward (FSDP, "
             "ZeRO-3), expected linear=False (dense logits)"
-        )
-
-
-def _check_unshifted(labels: Tensor, tokens: Tensor | None) -> None:
-    if tokens is None or tokens.shape != labels.shape:
-        return
-    kept, own = labels != IGNORED, labels == tokens
-    ahead = (labels[..., :-1] == tokens[..., 1:]) | ~kept[..., :-1]
-    if bool(ahead.all() & (kept[..., :-1] & ~own[..., :-1]).any()):
-        raise ValueError(
-            "labels: got input_ids shifted by one already, expected input_ids themselves (-100 "
-            "where a token does not count): they are shifted here, once"
         )

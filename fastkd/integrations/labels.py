@@ -1,0 +1,67 @@
+"""From a batch's labels to one label for each row of logits, and what no label can be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkd.integrations.families import IGNORED, Family, check_problem
+
+
+def rows_of(labels: Tensor | None, shifted: Tensor | None, student: Any, family: Family) -> Tensor:
+    """Labels of the student's logits [..., V], one for each row of them.
+
+    Those of a causal model are the next position's, -100 where there is none; all others stand
+    where they are.
+    """
+    if labels is None:
+        like = "input_ids with -100 where a token does not count, as "
+        like += "DataCollatorForLanguageModeling(mlm=False) gives them"
+        expected = like if family.shift else f"a column 'labels' {family.form}"
+        raise ValueError(f"labels: got none in the batch, expected {expected}")
+    if shifted is not None:
+        labels = shifted
+    elif family.shift:
+        labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+    elif family.form == "[B]" and labels.shape == (student.size(0), 1):
+        labels = labels.squeeze(-1)  # as the models themselves take them
+    if student.shape[:-1] == labels.shape:
+        return labels
+    more = student.size(-2) - labels.size(-1) if student.dim() == 3 and labels.dim() else 0
+    hint = f" ({more} virtual tokens of prompt tuning are before the batch's own?"
+    hint += " Adapters that add none, as LoRA, are taken)"
+    each = "one label for each position" if family.form == "[B, L]" else "one label for each row"
+    raise ValueError(
+        f"labels: got {list(labels.shape)} for logits {list(student.shape)}, expected "
+        f"{family.form}, {each}" + (hint if more > 0 and family.form == "[B, L]" else "")
+    )
+
+
+def check_first(labels: Tensor, inputs: dict[str, Any], student: Any, family: Family) -> None:
+    """Raise for the labels of a first batch that its family's loss does not mean."""
+    check_problem(student, family, "student", labels)
+    if not family.shift:
+        return
+    _check_unshifted(labels, inputs.get("input_ids"))
+    for field in ("image_token_id", "video_token_id", "audio_token_id", "image_token_index"):
+        token = getattr(student.config, field, None)
+        if isinstance(token, int) and bool((labels == token).any()):
+            raise ValueError(
+                f"labels: got {int((labels == token).sum())} of {field} {token}, which stands for "
+                "a part of a picture or a sound, expected -100 there: text alone is learned "
+                f"(labels[labels == {token}] = -100 in the collator)"
+            )
+
+
+def _check_unshifted(labels: Tensor, tokens: Tensor | None) -> None:
+    if tokens is None or tokens.shape != labels.shape:
+        return
+    kept, own = labels != IGNORED, labels == tokens
+    ahead = (labels[..., :-1] == tokens[..., 1:]) | ~kept[..., :-1]
+    if bool(ahead.all() & (kept[..., :-1] & ~own[..., :-1]).any()):
+        raise ValueError(
+            "labels: got input_ids shifted by one already, expected input_ids themselves (-100 "
+            "where a token does not count): they are shifted here, once"
+        )
