@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from .source import step_calls
 if TYPE_CHECKING:
     from .watch import Backward, Steps, Watch
 
+UNUSED = "gets a gradient that no optimizer uses"
 SOFT = ("kl", "hand", "soft", "fastkd")
 
 
@@ -38,11 +39,11 @@ def judged(watch: Watch) -> Findings:
 def _marked(watch: Watch) -> Iterator[Finding]:
     names = {name for name, _ in watch.marks}
     for (name, site), (count, evidence, fix) in watch.marks.items():
-        if count < 0.5 * watch.seen[site]:
+        if count < 0.3 * watch.terms_at(site):
             continue
-        if name == "mask" and evidence.startswith("all ") and count < watch.seen[site] // 2:
+        if name == "mask" and evidence.startswith("all ") and count < watch.terms_at(site):
             continue
-        if name == "gradient" and names & {"shared", "mask"} and "optimizer" in evidence:
+        if name == "gradient" and names & {"shared", "mask", "swapped"} and "optimizer" in evidence:
             continue  # its cause has been named
         yield finding(name, site.file, site.line, evidence, fix)
 
@@ -63,7 +64,7 @@ class Checks:
 
     def mark(self, name: str, site: Site, evidence: str, fix: str = "") -> None:
         self.watch.mark(name, site, evidence, fix)
-        self.watch.marks[name, site][0] = max(self.watch.seen[site], 1)
+        self.watch.marks[name, site][0] = max(self.watch.terms_at(site), 1)
 
     # ---- who is who
 
@@ -118,7 +119,7 @@ class Checks:
         for at, module in self.watch.modules.items():
             if self.watch.fed.get(at, 0) and self.watch.roots.get(at):
                 behind |= {id(x) for x in module.parameters()}
-        held = self.watch.book.within(mask)
+        held = self.watch.book.within(mask & self.watch.graded)
         return [x for x in held if x.requires_grad and id(x) not in behind]
 
     def _moves(self, mask: int) -> bool:
@@ -153,15 +154,17 @@ class Checks:
                     continue
                 one = part.term
                 without = part.detached or not (one.student.grad or one.teacher.grad)  # type: ignore[union-attr]
-                counts[one.site][0] += without
+                counts[one.site][0] += int(without)
                 counts[one.site][1] += 1
             if not backward.grad:
                 self.mark("gradient", backward.site, "backward of a loss that requires no grad")
-        for site, (without, total) in counts.items():
-            if without > 0.5 * total:
-                self.mark(
-                    "gradient", site, f"the soft term had no gradient in {without} of {total}"
-                )
+        asked = {x.site for _, x in self.watch.items if x.teacher is not None} - set(counts)
+        for site in asked if self.watch.added else ():
+            text = "the soft term enters the sum as a number, by .item() or float(): no gradient"
+            self.mark("gradient", site, text, "add the tensor itself")
+        for site, (lost, total) in counts.items():
+            if lost > 0.5 * total:
+                self.mark("gradient", site, f"the soft term had no gradient in {lost} of {total}")
 
     def _backwards(self) -> list[Backward]:
         return [x for step in self.watch.backwards for x in step]
@@ -203,14 +206,16 @@ class Checks:
         uneven: dict[Site, list[int]] = defaultdict(lambda: [0, 0])
         seen: dict[Site, str] = {}
         for step in self.watch.backwards[:-1]:
-            groups: dict[tuple[Site, Site, str], list[tuple[float, float]]] = defaultdict(list)
+            groups: dict[Any, list[tuple[float, Term]]] = defaultdict(list)
             for backward in step:
                 for part in backward.parts:
                     if part.term.kind != "pair" and part.term.rows:
-                        key = (backward.site, part.term.site, part.term.kind)
-                        groups[key].append((abs(part.factor), part.term.rows))
-            for (where, site, _), parts in groups.items():
-                factors, rows = [x for x, _ in parts], [x for _, x in parts]
+                        trained = backward.mask & self.trained
+                        key = (backward.place, part.term.place, part.term.kind, trained)
+                        groups[key].append((abs(part.factor), part.term))
+            for parts in groups.values():
+                factors, rows = [x for x, _ in parts], [x.rows for _, x in parts]
+                site = parts[0][1].site
                 if len(parts) < 2 or min(factors) <= 0:
                     continue
                 uneven[site][1] += 1
@@ -219,7 +224,6 @@ class Checks:
                     sizes = ", ".join(f"{x:g}" for x in rows[:6])
                     weights = ", ".join(f"{x:.3g}" for x in factors[:6])
                     seen.setdefault(site, f"rows {sizes} count {weights} each")
-                del where
         for site, (wrong, total) in uneven.items():
             if wrong > 0.5 * total:
                 self.mark("denominator", site, f"micro-batches of one step: {seen[site]}")
@@ -229,7 +233,7 @@ class Checks:
         wrong = total = count = 0
         site = Site("", 0)
         for step in self.watch.backwards[:-1]:
-            if len(step) < 2 or len({(x.site, x.mask) for x in step}) > 1:
+            if len(step) < 2 or len({(x.place, x.mask) for x in step}) > 1:
                 continue
             if not any(p.term.teacher is not None for x in step for p in x.parts):
                 continue
@@ -264,8 +268,9 @@ class Checks:
         teachers = 0
         for one in self.soft:
             assert one.teacher is not None
-            if not one.teacher.tag.mask & self.trained:
-                teachers |= one.teacher.tag.mask
+            for side in (one.student, one.teacher)[one.kind != "pair" :]:
+                if not side.tag.mask & self.trained:
+                    teachers |= side.tag.mask
         owned = set[int]()
         for at, module in loose.items():
             owned |= {id(x) for x in module.parameters()}
@@ -275,17 +280,13 @@ class Checks:
                 continue
             count = sum(x.numel() for x in module.parameters())
             name, site = watch.names.get(at, (_class(module), Site("", 0)))
-            text = (
-                f"{name} ({_class(module)}, {count} numbers) gets a gradient that no optimizer uses"
-            )
+            text = f"{name} ({_class(module)}, {count} numbers) {UNUSED}"
             fix = f'optimizer.add_param_group({{"params": {name}.parameters()}})'
             self.mark("projector", site, text, fix)
         owned |= {id(x) for m in watch.modules.values() for x in m.parameters()}
         for x in book.within(watch.graded & ~self.optimized):
             if isinstance(x, nn.Parameter) and id(x) not in owned:
-                text = (
-                    f"a parameter of shape {tuple(x.shape)} gets a gradient that no optimizer uses"
-                )
+                text = f"a parameter of shape {tuple(x.shape)} {UNUSED}"
                 self.mark("projector", self.used[0].made if self.used else Site("", 0), text)
 
     # ---- schedules and float16
@@ -314,7 +315,10 @@ class Checks:
             elif one.told >= 2 and one.other >= 0.8 * one.told:
                 text = f"{name}: the optimizer did not use its learning rate in {one.other} of "
                 self.mark(
-                    "schedule", one.made, text + f"{one.told} steps: it was put back", "(none)"
+                    "schedule",
+                    one.made,
+                    text + f"{one.told} steps: it was put back",
+                    "leave the rate to scheduler.step()",
                 )
             elif stepped and not mine and any(not x.count for x in self.all):
                 text = f"{name} is over an optimizer that makes no step"

@@ -53,13 +53,14 @@ def diagnose(
                 value.backward()
             else:
                 watch.backward(value)
+            watch.grade()
             moved = any(x.grad is not None and bool(x.grad.any()) for x in student.parameters())
         finally:
             for x, gradient in gradients:
                 x.grad = gradient
             with torch.no_grad():
-                for x, held in buffers:
-                    x.copy_(held)
+                for buffer, held in buffers:
+                    buffer.copy_(held)
     if not moved and value.requires_grad:
         watch.mark("gradient", watch.program.site(), "no parameter of the student has a gradient")
     return judged(watch)

@@ -90,10 +90,10 @@ class Term:
     power: int = 0  # of T, that the loss itself carries
     reverse: bool = False  # the program says that the direction is meant
     grad: bool = True
-    labels: Tensor | None = None
     grad_mode: bool = True
     files: tuple[str, ...] = ()
     step: int = 0
+    place: Site | None = None  # of the call itself
 
 
 class Part(NamedTuple):
@@ -161,6 +161,12 @@ class Book:
     def within(self, mask: int) -> list[Tensor]:
         """The parameters of a mask."""
         return [x for at, x in enumerate(self.parameters) if mask >> at & 1]
+
+
+def take(new: Tag, tag: Tag) -> None:
+    """Makes a tag equal to another."""
+    for name in Tag.__dataclass_fields__:
+        setattr(new, name, getattr(tag, name))
 
 
 def tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:

@@ -72,7 +72,7 @@ def term(
         watch.stale = watch.kd_since = False
     step = sum(x.count for x in watch.optimizers.values())
     one = Term(kind, name, site, first, second, temperature, rows, grad_mode=watch.grad_mode)
-    one.step = step
+    one.step, one.place = step, watch.program.place()
     one.files = tuple({f.f_code.co_filename for f in watch.program.frames()})
     watch.files.update(one.files)
     if second is not None:
@@ -81,7 +81,7 @@ def term(
             watch.kd_since = True
             _versions(watch, second.tag.mask)
     watch.terms.append(one)
-    watch.seen[site] += 1
+    (watch.seen_hard if second is None else watch.seen)[site] += 1
     new.terms = (Part(one, factor),)
     if second is not None and kind != "pair":
         _look(watch, one, student, teacher)
@@ -152,8 +152,8 @@ def loss(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag) 
     reduction = named.get("reduction", "mean")
     if name == "kl_div":
         rows = a.numel() / max(a.shape[-1], 1)
-        by = {"mean": 1.0 / max(a.numel(), 1), "batchmean": 1.0 / max(a.shape[0], 1)}
-        term(watch, new, "kl", "F.kl_div", a, b, by.get(reduction, 1.0), rows)
+        factors = {"mean": 1.0 / max(a.numel(), 1), "batchmean": 1.0 / max(a.shape[0], 1)}
+        term(watch, new, "kl", "F.kl_div", a, b, factors.get(reduction, 1.0), rows)
         _kl_values(watch, a, b, bool(named.get("log_target", False)))
     elif name in ("cross_entropy", "nll_loss"):
         if b.is_floating_point():
@@ -203,7 +203,7 @@ def _hard_values(watch: Watch, name: str, a: Tensor) -> None:
     if kind == "prob" or (kind == "" and is_probabilities(a, axis)):
         what = "logits" if name == "cross_entropy" else "log-probabilities"
         text = f"F.{name} takes {what}, its first operand holds probabilities: rows sum to 1"
-        watch.mark("probabilities", site, text, f"F.cross_entropy({'logits'}, labels)")
+        watch.mark("probabilities", site, text, "F.cross_entropy(logits, labels)")
     elif name == "nll_loss" and kind == "" and a.numel() and float(a.max()) > 1e-3:
         text = (
             f"F.nll_loss takes log-probabilities, its input has values up to {float(a.max()):.3g}"
@@ -227,9 +227,8 @@ def fastkd_after(
 ) -> None:
     """A call of fastkd: one soft term, perhaps a hard one."""
     value = out[0] if isinstance(out, tuple) else out
-    divergence, temperature, _, soft, hard, *_ = (
-        (*args, None, 1.0, 0.0)[:5] if len(args) < 5 else args
-    )
+    temperature = float(args[1])
+    soft, hard = (float(args[i]) if len(args) > i else usual for i, usual in ((3, 1.0), (4, 0.0)))
     labels, ignored = options.get("labels"), options.get("ignore_index", IGNORED)
     shape = student.hidden.shape if isinstance(student, fastkd.LinearLogits) else student.shape
     rows = math.prod(shape[:-1])
@@ -242,9 +241,10 @@ def fastkd_after(
     tag.mask = side(watch, student).tag.mask | side(watch, teacher).tag.mask
     one = term(
         watch, tag, "fastkd", f"fastkd.{name}", student, teacher, factor, kept,
-        temperature=float(temperature),
+        temperature=temperature,
     )  # fmt: skip
-    one.labels = labels if isinstance(labels, Tensor) else None
+    if isinstance(labels, Tensor):
+        watch.labels = labels
     squared = temperature * temperature
     if name == "distillation_loss" or name == "DistillationLoss":
         weight = 1.0 - hard
@@ -305,6 +305,7 @@ def same_columns(watch: Watch, a: Any, b: Any) -> None:
 
 def float_term(watch: Watch, value: float) -> None:
     """A number in a sum that was a loss before .item()."""
+    watch.added.append(value)
     for was, one in watch.items[-50:]:
         if was == value and one.teacher is not None:
             text = f"{one.name} enters the sum as the number {value:.4g}: it has no gradient"

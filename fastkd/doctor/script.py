@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .checks import judged
-from .findings import Findings, finding
+from .findings import Findings
 from .source import Program
 from .watch import Stop, Watch
 
@@ -63,10 +63,7 @@ def examine(script: str | Path, arguments: Sequence[str] = (), *, steps: int = 1
                 error = f"the script ended with status {ended.code}"
         except Exception as failed:
             error = _traceback(failed, path)
-    found = judged(watch)
-    if not watch.stopped and watch.items and error is None:
-        found = Findings(found)
-    return Examined(found, watch.kd_steps, error)
+    return Examined(judged(watch), watch.kd_steps, error)
 
 
 def _traceback(failed: BaseException, path: Path) -> str:
@@ -89,6 +86,3 @@ def _as_main(path: Path, arguments: Sequence[str]) -> Iterator[None]:
         sys.argv, sys.path[:] = argv, search
         if main is not None:
             sys.modules["__main__"] = main
-
-
-__all__ = ["Examined", "examine", "finding"]

@@ -14,11 +14,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
 from .flow import Site
 
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
+INNER = (os.path.dirname(torch.__file__) + os.sep, str(Path(__file__).parent) + os.sep)
 LIBRARY = (sysconfig.get_paths()["stdlib"] + os.sep, sysconfig.get_paths()["platstdlib"] + os.sep)
 MEANT = re.compile(
     r"reverse|(^|[^a-z])r_?kl|rev_?kl|jsd|(^|[^a-z])js(_|$|[^a-z])|jensen|mode.?seek|symmetric|skew"
@@ -65,6 +67,16 @@ class Program:
     def site(self) -> Site:
         frame = next(self.frames(), None)
         return Site(frame.f_code.co_filename, frame.f_lineno) if frame else Site("", 0)
+
+    def place(self) -> Site:
+        """The innermost line that is neither torch's nor the doctor's, a library's too."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            file = frame.f_code.co_filename
+            if not file.startswith(INNER) and not file.startswith("<"):
+                return Site(file, frame.f_lineno)
+            frame = frame.f_back
+        return Site("", 0)
 
     def means_reverse(self) -> bool:
         """Whether names or comments near the call say that the direction is meant."""

@@ -20,6 +20,7 @@ ROLES = {
     "student": re.compile(r"stud|(^|_)(s|stu)(_|$)", re.IGNORECASE),
     "teacher": re.compile(r"teach|(^|_)(t|tea)(_|$)", re.IGNORECASE),
 }
+TABLES = "vocab stoi token_to_id ids encoder word2idx tok2id vocabulary".split()
 PADDED = re.compile(r"padded|pad_to|vocab.{0,12}pad|pad.{0,12}vocab", re.IGNORECASE)
 
 
@@ -29,7 +30,7 @@ def remember(watch: Watch, module: nn.Module, given: list[Tensor], found: list[T
     watch.inputs[id(module)] = x
     if out.requires_grad or not out.is_floating_point() or not 2 <= out.dim() <= 3:
         return
-    if x.shape[:1] != out.shape[:1] or not x.dim() or out.shape[-1] < 3:
+    if x.shape[:1] != out.shape[:1] or not x.dim() or out.shape[-1] < 3 or not out.numel():
         return
     first = out[:, 0] if out.dim() == 3 else out
     if watch.kept + first.numel() > MOST or watch.kd_steps:
@@ -53,8 +54,8 @@ def order(watch: Watch, one: Term, teacher: Any) -> None:
     """Whether stored outputs belong to the samples that the student has read."""
     assert one.teacher is not None
     a, b = one.student.tag, one.teacher.tag
-    if b.origins or not a.origins:
-        return
+    if not a.origins or (b.origins and b.origins[-1].call > watch.calls_before):
+        return  # the teacher has just been asked
     x = watch.inputs.get(id(a.origins[-1].module))
     value, columns = _rows(one, teacher)
     if x is None or value is None or value.shape[0] != x.shape[0] or value.shape[0] < 4:
@@ -120,12 +121,10 @@ def _rows(one: Term, teacher: Any) -> tuple[Tensor | None, Tensor | None]:
 
 def _by_labels(watch: Watch, one: Term, value: Tensor) -> None:
     """Counts how often stored outputs name the label, in the batch and in the order of storage."""
-    labels = one.labels if one.labels is not None else watch.labels
-    if watch.outputs or labels is None or labels.shape != value.shape[:1]:
+    if watch.outputs:
         return
     tally = watch.agreement
-    tally["batch"] += int((value.argmax(-1) == labels.to(value.device)).sum())
-    tally["rows"] += labels.numel()
+    tally["pending"] = value.argmax(-1)
     if "site" not in tally:
         tally["site"], tally["classes"] = one.site, value.shape[1]
         arrays = list(_arrays(watch))
@@ -138,6 +137,15 @@ def _by_labels(watch: Watch, one: Term, value: Tensor) -> None:
                         tally["all"] = max(tally.get("all", 0.0), share)
 
 
+def stepped(watch: Watch) -> None:
+    """A step is over: its stored outputs beside its labels."""
+    named, labels = watch.agreement.pop("pending", None), watch.labels
+    if named is not None and labels is not None and labels.shape == named.shape:
+        watch.agreement["batch"] += int((named == labels.to(named.device)).sum())
+        watch.agreement["rows"] += labels.numel()
+    watch.labels = None
+
+
 def judge(watch: Watch) -> None:
     """Stored outputs that fit the labels as they lie, and not as they are read."""
     tally = watch.agreement
@@ -148,6 +156,7 @@ def judge(watch: Watch) -> None:
     if whole > chance + 0.3 and batch < chance + 0.4 * (whole - chance):
         text = f"stored outputs name the label in {whole:.0%} of the samples as they are stored, "
         text += f"in {batch:.0%} as they are read (chance {chance:.0%})"
+        watch.marks["order", tally["site"]][0] = watch.terms_at(tally["site"])
         watch.mark("order", tally["site"], text, "read stored outputs by the sample's index")
 
 
@@ -239,16 +248,7 @@ def _table(value: Any) -> dict[Any, int] | None:
         return value if numbers and len(set(value.values())) == len(value) else None
     if hasattr(value, "get_vocab"):
         return dict(value.get_vocab())
-    for name in (
-        "vocab",
-        "stoi",
-        "token_to_id",
-        "ids",
-        "encoder",
-        "word2idx",
-        "tok2id",
-        "vocabulary",
-    ):
+    for name in TABLES:
         held = getattr(value, name, None)
         if isinstance(held, dict) and (table := _table(held)) is not None:
             return table

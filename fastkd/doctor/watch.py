@@ -1,4 +1,4 @@
-"""Watches a program: every torch function, module, backward, optimizer and schedule while it runs."""
+"""Watches a program: torch's functions, modules, backward, optimizers and schedules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import fastkd
 
-from . import losses, places
+from . import losses, places, stored
 from .flow import Book, Origin, Part, Run, Site, Term, tensors
 from .source import Program
 
@@ -35,7 +35,7 @@ class Backward:
     mask: int
     grad: bool
     scale: float
-    known: bool  # whether the loss was computed in sight
+    place: Site  # of the call itself, perhaps in a library
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Steps:
     soft: int = 0  # steps after a soft term
     moved: int = 0  # steps with a gradient other than 0
     lrs: list[float] = field(default_factory=list)
-    site: Site = Site("", 0)
+    site: Site = field(default_factory=lambda: Site("", 0))
 
 
 @dataclass
@@ -73,7 +73,8 @@ class Watch(TorchFunctionMode):
         self.calls = 0  # of modules
         self.stack: list[tuple[nn.Module, int, int, tuple[Any, ...]]] = []
         self.marks: dict[tuple[str, Site], list[Any]] = defaultdict(lambda: [0, "", ""])
-        self.seen: Counter[Site] = Counter()
+        self.seen: Counter[Site] = Counter()  # losses with two operands at a line
+        self.seen_hard: Counter[Site] = Counter()
         self.terms: list[Term] = []
         self.backwards: list[list[Backward]] = [[]]  # of each step
         self.optimizers: dict[int, Steps] = {}
@@ -88,6 +89,8 @@ class Watch(TorchFunctionMode):
         self.inputs: dict[int, Tensor] = {}  # of a model's last call
         self.recent: dict[tuple[int, ...], Tensor] = {}  # the last logits of each model
         self.kept = 0
+        self.calls_before = 0  # of modules, before this step
+        self.added: list[float] = []  # numbers in sums of losses
         self.labels: Tensor | None = None
         self.agreement: dict[str, Any] = {"batch": 0, "rows": 0}
         self.vocabularies: dict[str, dict[Any, int]] | None = None
@@ -108,6 +111,10 @@ class Watch(TorchFunctionMode):
         return {id(x) for group in held for x in group}
 
     # ---- marks
+
+    def terms_at(self, site: Site) -> int:
+        """How often a loss was computed at a line."""
+        return self.seen[site] or self.seen_hard[site]
 
     def mark(self, kind: str, site: Site, evidence: str, fix: str = "") -> None:
         entry = self.marks[kind, site]
@@ -188,10 +195,9 @@ class Watch(TorchFunctionMode):
         tag = self.book.get(loss)
         scale = tag.scale if tag is not None else 0.0
         parts = tag.terms if tag is not None else ()
-        known = tag is not None
         mask = tag.mask if tag is not None else 0
         grad = loss.requires_grad
-        found = Backward(self.program.site(), parts, mask, grad, scale, known)
+        found = Backward(self.program.site(), parts, mask, grad, scale, self.program.place())
         self.backwards[-1].append(found)
         self.scale_now = scale or max((abs(p.factor) * p.term.rows for p in parts), default=0.0)
         for run in {id(p.term.student.tag.run): p.term.student.tag.run for p in parts}.values():
@@ -216,18 +222,24 @@ class Watch(TorchFunctionMode):
             steps.moved += any(bool((x if not x.is_sparse else x._values()).any()) for x in graded)
             steps.lrs.append(float(optimizer.param_groups[0]["lr"]))
             self._scheduled(optimizer)
-            for at, x in enumerate(self.book.parameters):
-                if x.is_leaf and x.grad is not None:
-                    self.graded |= 1 << at
+            self.grade()
             steps.soft += self.kd_since
             if self.kd_since and not self.stale:
                 self.kd_steps += 1
             self.stale = True
+            self.calls_before = self.calls
+            stored.stepped(self)
             self.recent.clear()
             self.backwards.append([])
         if self.limit is not None and self.kd_steps >= self.limit:
             self.stopped = True
             raise Stop
+
+    def grade(self) -> None:
+        """Notes which parameters have a gradient."""
+        for at, x in enumerate(self.book.parameters):
+            if x.is_leaf and x.grad is not None:
+                self.graded |= 1 << at
 
     def _scheduled(self, optimizer: Optimizer) -> None:
         for held in self.schedules:
@@ -267,9 +279,10 @@ class Watch(TorchFunctionMode):
             for kind in (LRScheduler, ReduceLROnPlateau):
                 self._patch(stack, kind, "__init__", self._made_schedule(kind))
             self._patch(stack, torch.amp.GradScaler, "scale", self._scaled())
-            patched = losses.wrapped(self, fastkd.losses.loss)
-            self._patch(stack, fastkd.losses, "loss", patched)
-            self._patch(stack, fastkd.nn.dispatch, "loss", patched)
+            core: Any = fastkd.nn
+            patched = losses.wrapped(self, core.dispatch.loss)
+            self._patch(stack, core.losses, "loss", patched)
+            self._patch(stack, core.dispatch, "loss", patched)
             hook = register_optimizer_step_post_hook(lambda o, *_: self._stepped(o))
             stack.callback(hook.remove)
             self._patch(stack, torch, "compile", _uncompiled)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from faulty_scripts import IMAGES, TEXT
+from faulty_images import IMAGES
+from faulty_text import TEXT
 
 RIGHT = {
     "hinton": IMAGES
