@@ -30,9 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_info)
     command = commands.add_parser("scan", help="find the distillation losses of Python sources")
-    text = "files (.py, .ipynb) or folders; nothing is changed"
+    text = "files (.py, .ipynb) or folders; nothing is changed without --write"
     command.add_argument("paths", nargs="+", metavar="path", type=Path, help=text)
     command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--diff", action="store_true", help="show what --write would change")
+    command.add_argument("--write", action="store_true", help="write the lines without a note")
     command.set_defaults(run=_scan)
     text = "run ten steps of a training script, and name what is wrong with its distillation"
     command = commands.add_parser("doctor", help=text)
@@ -241,6 +243,9 @@ def _scan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         found: list[Any] = list(scan(*arguments.paths))
     except FileNotFoundError as error:
         parser.error(str(error))
+    if arguments.diff or arguments.write:
+        _rewrite(found, arguments)
+        return
     if arguments.json:
         print(json.dumps([loss._asdict() for loss in found], indent=2))
         return
@@ -255,6 +260,23 @@ def _scan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     losses = sum(bool(loss.code) for loss in found)
     unread = "" if losses == len(found) else f", {len(found) - losses} not read"
     print(f"{losses} found{unread}, nothing changed")
+
+
+def _rewrite(found: list[Any], arguments: argparse.Namespace) -> None:
+    from fastkd.scan.rewrite import rewritten
+
+    changed = list(rewritten(found))
+    for one in changed:
+        if arguments.diff:
+            print(one.diff(), end="")
+        if arguments.write:
+            Path(one.file).write_bytes(one.after.encode())
+    count, losses = sum(x.count for x in changed), sum(bool(x.code) for x in found)
+    verb = "written" if arguments.write else "to write"
+    print(
+        f"{count} of {losses} {verb}, the rest have a note: see scan without --diff",
+        file=sys.stderr,
+    )
 
 
 def _doctor(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:

@@ -215,6 +215,15 @@ def _sorted(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Ta
         new.kind = "sorted" if name == "sort" else tag.kind
 
 
+def _gathered(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag) -> None:
+    """Probabilities, or their logarithms, one behind the other."""
+    tags = [watch.book.get(x) for x in tensors(args[:1])]
+    kinds = {"" if tag is None else tag.kind for tag in tags}
+    first = tags[0] if tags else None
+    if first is not None and kinds in ({"prob"}, {"logprob"}):
+        new.kind, new.temperature, new.faults = first.kind, first.temperature, first.faults
+
+
 # ---- the losses
 
 
@@ -291,6 +300,7 @@ SPECIAL: dict[str, Any] = {
     **dict.fromkeys(ADD | SUB, sums.joined),
     **dict.fromkeys(REDUCED, sums.reduced),
     **dict.fromkeys(PAIRS | {"kl_div", "cross_entropy", "nll_loss"}, _loss),
+    **dict.fromkeys(("cat", "stack", "concat", "concatenate", "vstack"), _gathered),
     "embedding": _embedding,
     "logsumexp": _logsumexp,
 }

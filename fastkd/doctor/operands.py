@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,10 +25,10 @@ SMALLEST = 2.0**-14  # of float16 at full precision
 def side(watch: Watch, x: Any) -> Side:
     """One operand: logits, probabilities, or an operand of fastkd."""
     if isinstance(x, fastkd.LinearLogits):
-        found = side(watch, x.hidden)
-        found.tag.mask |= side(watch, x.weight).tag.mask
-        found.tag.axis = -1
-        return found
+        found, weight = side(watch, x.hidden), side(watch, x.weight)
+        tag = replace(found.tag, mask=found.tag.mask | weight.tag.mask, axis=-1, columns=0)
+        grad, shape = found.grad or weight.grad, (*found.shape[:-1], weight.shape[0])
+        return Side(tag, grad, shape, found.dtype)
     if not isinstance(x, Tensor):
         x = next((v for v in vars(x).values() if isinstance(v, Tensor)), None)
         if x is None or not x.is_floating_point():
@@ -85,6 +86,8 @@ def term(
     new.terms = (Part(one, factor),)
     if second is not None and kind != "pair":
         _look(watch, one, student, teacher)
+    elif second is not None:
+        stored.order(watch, one, teacher)
     places.follow(watch, one)
     return one
 

@@ -312,6 +312,20 @@ for x, y, index in DataLoader(data, batch_size=16, shuffle=True):
     loss.backward()
     opt.step()
 """,
+    "heads that are never built": TEXT
+    + """
+import fastkd
+for _ in range(3):
+    h = student.body(student.embed(ids))[0][:, :-1]
+    with torch.no_grad():
+        th = teacher.body(teacher.embed(ids))[0][:, :-1]
+    s = fastkd.LinearLogits(h, student.head.weight, student.head.bias)
+    t = fastkd.LinearLogits(th, teacher.head.weight, teacher.head.bias)
+    loss = fastkd.distillation_loss(s, t, ids[:, 1:], temperature=2.0)
+    loss.backward()
+    opt.step()
+    opt.zero_grad()
+""",
     "reverse": TEXT
     + """
 def reverse_kl(s, t, mask):
