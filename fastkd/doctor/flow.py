@@ -27,10 +27,16 @@ class Origin(NamedTuple):
 
 
 class Source:
-    """The logits that a softmax was taken of: two with one source are of the same logits."""
+    """The logits that a softmax was taken of: two with one source are of the same logits.
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = weakref.ref(tensor)
+    None: a mixture, of no logits.
+    """
+
+    def __init__(self, tensor: Tensor | None) -> None:
+        self.held = None if tensor is None else weakref.ref(tensor)
+
+    def tensor(self) -> Tensor | None:
+        return None if self.held is None else self.held()
 
 
 @dataclass
@@ -139,7 +145,7 @@ class Book:
         if tag is None:
             tag = self.put(x, Tag(mask=self.bit(x)))
         if tag.source is None:
-            tag.source = Source(x)
+            tag.source = Source(None if tag.kind else x)
         return tag
 
     def bit(self, x: Tensor) -> int:

@@ -88,8 +88,8 @@ def _tagged(watch: Watch, name: str, func: Any, args: Any, named: Any, out: Tens
         if tag is None and first.numel() > 1 and first.is_floating_point():
             tag = book.of(first)
         if tag is not None:
-            if tag.source is None and name not in ("data",):
-                tag.source = Source(first)
+            if tag.source is None:
+                tag.source = Source(None if tag.kind else first)
             new = moved(tag, name, func, first, out, rest, named)
             if name in ("detach", "data", "detach_") and tag.terms:
                 new.terms = tuple(part._replace(detached=True) for part in tag.terms)
@@ -222,6 +222,7 @@ def _gathered(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: 
     first = tags[0] if tags else None
     if first is not None and kinds in ({"prob"}, {"logprob"}):
         new.kind, new.temperature, new.faults = first.kind, first.temperature, first.faults
+        new.source = Source(None)
 
 
 # ---- the losses

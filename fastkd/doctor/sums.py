@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from . import operands
-from .flow import Part, Tag, number, take
+from .flow import Part, Source, Tag, number, take
 from .source import power
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def joined(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag
         return
     kinds = first.kind, second.kind
     if kinds == ("prob", "prob") and name in ADD:
-        take(new, replace(first, mask=first.mask | second.mask, source=None, pair=None))
+        take(new, replace(first, mask=first.mask | second.mask, source=Source(None), pair=None))
     elif kinds == ("logprob", "logprob") and name in SUB:
         pair = (second, first) if name in ("__rsub__", "rsub") else (first, second)
         new.kind, new.pair = "logratio", pair

@@ -10,8 +10,9 @@ from typing import Any
 import faulty_images
 import faulty_text
 import pytest
+import right_images
+import right_text
 import torch
-from right_scripts import RIGHT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +22,7 @@ from fastkd.doctor import FAULTS as KNOWN
 from fastkd.doctor import examine
 
 FAULTS = {**faulty_images.FAULTS, **faulty_text.FAULTS}
+RIGHT = {**right_images.RIGHT, **right_text.RIGHT}
 
 
 @pytest.fixture(autouse=True)
