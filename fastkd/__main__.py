@@ -271,7 +271,7 @@ def _rewrite(found: list[Any], arguments: argparse.Namespace) -> None:
             print(one.diff(), end="")
         if arguments.write:
             Path(one.file).write_bytes(one.after.encode())
-    count, losses = sum(x.count for x in changed), sum(bool(x.code) for x in found)
+    count, losses = sum(x.replaced for x in changed), sum(bool(x.code) for x in found)
     verb = "written" if arguments.write else "to write"
     print(
         f"{count} of {losses} {verb}, the rest have a note: see scan without --diff",

@@ -237,6 +237,8 @@ class Checks:
                 continue
             if not any(p.term.teacher is not None for x in step for p in x.parts):
                 continue
+            if len({tuple(p.term.place for p in x.parts) for x in step}) > 1:
+                continue  # parts of one loss, each with its own backward
             total += 1
             sums = [
                 sum(_size(p) / _square(p) for p in x.parts if p.term.kind in (*SOFT, "hard"))

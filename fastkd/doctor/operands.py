@@ -26,9 +26,9 @@ def side(watch: Watch, x: Any) -> Side:
     """One operand: logits, probabilities, or an operand of fastkd."""
     if isinstance(x, fastkd.LinearLogits):
         found, weight = side(watch, x.hidden), side(watch, x.weight)
-        tag = replace(found.tag, mask=found.tag.mask | weight.tag.mask, axis=-1, columns=0)
+        head = replace(found.tag, mask=found.tag.mask | weight.tag.mask, axis=-1, columns=0)
         grad, shape = found.grad or weight.grad, (*found.shape[:-1], weight.shape[0])
-        return Side(tag, grad, shape, found.dtype)
+        return Side(head, grad, shape, found.dtype)
     if not isinstance(x, Tensor):
         x = next((v for v in vars(x).values() if isinstance(v, Tensor)), None)
         if x is None or not x.is_floating_point():

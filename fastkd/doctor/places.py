@@ -52,7 +52,8 @@ def labels(watch: Watch, one: Term, logits: Tensor, target: Tensor, ignored: int
         text += f", {rates.get(1, 0.0):.0%} the next one"
         watch.mark("shift", one.site, text, "logits[:, :-1] with labels[:, 1:], once")
     shape = ids.shape
-    if 0 < int((~kept).sum()) < kept.numel():
+    causal = rates.get(1, 0.0) >= 0.9  # of a masked language model the rest may be learnt
+    if causal and 0 < int((~kept).sum()) < kept.numel():
         out = torch.zeros(shape.numel(), dtype=torch.bool, device=ids.device)
         out[rows[~kept]] = True
         out = out.view(shape)

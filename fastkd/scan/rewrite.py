@@ -20,7 +20,7 @@ class Rewritten(NamedTuple):
     file: str
     before: str
     after: str
-    count: int
+    replaced: int
 
     def diff(self) -> str:
         """A unified diff."""

@@ -5,6 +5,22 @@ from __future__ import annotations
 from faulty_text import TEXT
 
 RIGHT = {
+    "masked language model, taught at every place": TEXT
+    + """
+MASK = V - 1
+for _ in range(3):
+    chosen = torch.rand(ids.shape) < 0.4
+    labels = ids.masked_fill(~chosen, -100)
+    inputs = ids.clamp(max=V - 2).masked_fill(chosen, MASK)
+    with torch.no_grad():
+        t = teacher(inputs)
+    s = student(inputs)
+    kd = F.kl_div(F.log_softmax(s / 2, -1), F.softmax(t / 2, -1), reduction="none").sum(-1).mean()
+    for part in (4 * kd, F.cross_entropy(s.flatten(0, 1), labels.flatten())):
+        part.backward(retain_graph=True)
+    opt.step()
+    opt.zero_grad()
+""",
     "accumulation": TEXT
     + """
 lengths = [9, 3, 7, 4, 9, 2]
