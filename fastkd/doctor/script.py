@@ -50,27 +50,29 @@ def examine(script: str | Path, arguments: Sequence[str] = (), *, steps: int = 1
         raise FileNotFoundError(f"script: got {str(path)!r}, expected a Python file")
     if steps < 1:
         raise ValueError(f"steps: got {steps}, expected 1 or more")
-    watch = Watch(Program(str(path)), steps)
-    error = None
+    own = os.path.abspath(path)  # as Python names a script that it runs
+    watch, error = Watch(Program(own), steps), None
     with _as_main(path, arguments):
         try:
             with watch.watching():
-                runpy.run_path(str(path), run_name="__main__")
+                runpy.run_path(own, run_name="__main__")
         except Stop:
             pass
         except SystemExit as ended:
             if ended.code not in (None, 0):
                 error = f"the script ended with status {ended.code}"
         except Exception as failed:
-            error = _traceback(failed, path)
+            error = _traceback(failed, own)
     return Examined(judged(watch), watch.kd_steps, error)
 
 
-def _traceback(failed: BaseException, path: Path) -> str:
-    """The script's own part of a traceback."""
+def _traceback(failed: BaseException, script: str) -> str:
+    """The script's own part of a traceback, without the doctor's frames."""
     frames = traceback.TracebackException.from_exception(failed)
-    at = next((i for i, x in enumerate(frames.stack) if x.filename == str(path)), 0)
-    frames.stack = traceback.StackSummary.from_list(frames.stack[at:])
+    at = next((i for i, x in enumerate(frames.stack) if x.filename == script), 0)
+    mine = os.path.dirname(__file__)
+    kept = [x for x in frames.stack[at:] if not x.filename.startswith(mine)]
+    frames.stack = traceback.StackSummary.from_list(kept)
     return "".join(frames.format())
 
 
