@@ -87,6 +87,7 @@ def term(
     if second is not None and kind != "pair":
         _look(watch, one, student, teacher)
     elif second is not None:
+        places.shared(watch, one)
         stored.order(watch, one, teacher)
     places.follow(watch, one)
     return one

@@ -127,6 +127,8 @@ def shared(watch: Watch, one: Term) -> None:
                 text += ", with the same outputs" if equal else ""
                 watch.mark("shared", site, text, "teacher = copy.deepcopy(student).eval()")
         return
+    if one.kind == "pair":
+        return  # features of one model may be compared with each other
     mine = {id(x) for x in one_module.parameters()}
     both = [x for x in other.parameters() if id(x) in mine]
     held = watch.optimized()
