@@ -1,8 +1,9 @@
-"""python -m fastkd demo | info | scan | cache | recipes"""
+"""python -m fastkd demo | info | scan | doctor | cache | recipes"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -29,10 +30,19 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_info)
     command = commands.add_parser("scan", help="find the distillation losses of Python sources")
-    text = "files (.py, .ipynb) or folders; nothing is changed"
+    text = "files (.py, .ipynb) or folders; nothing is changed without --write"
     command.add_argument("paths", nargs="+", metavar="path", type=Path, help=text)
     command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--diff", action="store_true", help="show what --write would change")
+    command.add_argument("--write", action="store_true", help="write the lines without a note")
     command.set_defaults(run=_scan)
+    text = "run ten steps of a training script, and name what is wrong with its distillation"
+    command = commands.add_parser("doctor", help=text)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--steps", type=int, default=10, help="of distillation (default 10)")
+    command.add_argument("script", type=Path, help="a Python file; it runs as it would alone")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
+    command.set_defaults(run=_doctor)
     group = commands.add_parser("cache", help="a teacher's outputs on disk")
     actions = group.add_subparsers(dest="action", required=True)
     command = actions.add_parser("info", help="what a cache holds")
@@ -233,6 +243,9 @@ def _scan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         found: list[Any] = list(scan(*arguments.paths))
     except FileNotFoundError as error:
         parser.error(str(error))
+    if arguments.diff or arguments.write:
+        _rewrite(found, arguments)
+        return
     if arguments.json:
         print(json.dumps([loss._asdict() for loss in found], indent=2))
         return
@@ -247,6 +260,46 @@ def _scan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
     losses = sum(bool(loss.code) for loss in found)
     unread = "" if losses == len(found) else f", {len(found) - losses} not read"
     print(f"{losses} found{unread}, nothing changed")
+
+
+def _rewrite(found: list[Any], arguments: argparse.Namespace) -> None:
+    from fastkd.scan.rewrite import rewritten
+
+    changed = list(rewritten(found))
+    for one in changed:
+        if arguments.diff:
+            print(one.diff(), end="")
+        if arguments.write:
+            Path(one.file).write_bytes(one.after.encode())
+    count, losses = sum(x.replaced for x in changed), sum(bool(x.code) for x in found)
+    verb = "written" if arguments.write else "to write"
+    print(
+        f"{count} of {losses} {verb}, the rest have a note: see scan without --diff",
+        file=sys.stderr,
+    )
+
+
+def _doctor(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    from fastkd.doctor import examine, report
+
+    given, own = list(arguments.arguments), arguments.script
+    if "--json" in given and own.is_file() and "--json" not in own.read_text(errors="replace"):
+        given.remove("--json")  # said behind the script, which knows no such option
+        arguments.json = True
+    out = sys.stderr if arguments.json else sys.stdout  # JSON alone on standard output
+    try:
+        with contextlib.redirect_stdout(out):
+            seen = examine(own, given, steps=arguments.steps)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    if seen.error is not None:
+        print(seen.error, file=sys.stderr)
+    if arguments.json:
+        facts = {"findings": [x._asdict() for x in seen.findings], "steps": seen.steps}
+        print(json.dumps({**facts, "failed": seen.error}, indent=2))
+    else:
+        print(report(seen.findings, seen.steps))
+    return seen.status
 
 
 def _command_line() -> int:

@@ -1,5 +1,7 @@
 """The workflow around the losses: train, evaluate, compare and export a student."""
 
+from fastkd.doctor import diagnose
+
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
 from .evaluation import Evaluation, Report, agreement, calibration_error, evaluate, latency, report
@@ -65,6 +67,7 @@ __all__ = [
     "copy_layers",
     "cosine",
     "curriculum",
+    "diagnose",
     "dist",
     "dkd",
     "evaluate",

@@ -62,7 +62,9 @@ def scan(*paths: Path) -> Iterator[Found]:
             )
         for found in Source(str(file), parsed.tree).losses():
             cell, line = parsed.place(found.line)
-            yield found._replace(cell=cell, line=line)
+            first, start, last, end = found.span or (0, 0, 0, 0)
+            up = found.line - line
+            yield found._replace(cell=cell, line=line, span=(first - up, start, last - up, end))
 
 
 def _unread(fault: Unreadable) -> Found:
@@ -340,7 +342,10 @@ class Source:
         square = self._squared(node)
         if replacement is not None and square:
             notes = [*notes, f"the factor {square} stays"]
-        return Found(self.file, node.lineno, ast.unparse(node), replacement, "; ".join(notes))
+        last, end = node.end_lineno or node.lineno, node.end_col_offset or node.col_offset
+        span = (node.lineno, node.col_offset, last, end)
+        note = "; ".join(notes)
+        return Found(self.file, node.lineno, ast.unparse(node), replacement, note, None, span)
 
     def _squared(self, node: ast.AST) -> str:
         """The T * T or T ** 2 that a loss is multiplied by."""

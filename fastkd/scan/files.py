@@ -88,7 +88,7 @@ def _notebook(file: Path, document: object) -> Parsed:
         source = cell.get("source", "")
         text = "".join(map(str, source)) if isinstance(source, list) else str(source)
         try:
-            tree = _parsed(_python(text))
+            tree = _parsed(python_of(text))
         except (ValueError, RecursionError, MemoryError, SyntaxError) as error:
             parsed.faults.append(_fault(file, error, number))
             continue
@@ -100,7 +100,7 @@ def _notebook(file: Path, document: object) -> Parsed:
     return parsed
 
 
-def _python(text: str) -> str:
+def python_of(text: str) -> str:
     """A cell's Python, line for line, without the notebook's own commands."""
     first = re.match(r"\s*%%(\w+)", text)
     if first and first[1] not in PYTHON_CELLS:

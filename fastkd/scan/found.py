@@ -17,3 +17,4 @@ class Found(NamedTuple):
     replacement: str | None
     note: str
     cell: int | None = None
+    span: tuple[int, int, int, int] | None = None  # first line, byte, last line, byte of the code

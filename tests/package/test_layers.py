@@ -22,12 +22,12 @@ LAYERS = [
     {"parallel"},
     {"engine"},
     {"losses", "binary", "binary_modules", "topk", "nn", "info", "rows", "scan"},
-    {"distill", "teachers"},
+    {"distill", "teachers", "doctor"},
     {"recipes", "demo", "integrations"},
 ]
 FACE = {"__init__", "__main__"}
 # users of the public face: the package, nn and how arguments are quoted; no driver, no kernel
-USERS = {"distill", "teachers", "recipes", "demo", "integrations"}
+USERS = {"distill", "teachers", "doctor", "recipes", "demo", "integrations"}
 HIDDEN = {
     "backends",
     "parallel",

@@ -1,0 +1,9 @@
+"""The doctor: runs some steps of a training, and names what is wrong with its distillation."""
+
+from __future__ import annotations
+
+from .diagnosis import diagnose
+from .findings import FAULTS, Finding, Findings, report
+from .script import Examined, examine
+
+__all__ = ["FAULTS", "Examined", "Finding", "Findings", "diagnose", "examine", "report"]

@@ -1,0 +1,158 @@
+"""The doctor finds what was planted, and is silent over what is right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import faulty_images
+import faulty_text
+import pytest
+import right_images
+import right_text
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastkd.__main__ import main
+from fastkd.distill import diagnose
+from fastkd.doctor import FAULTS as KNOWN
+from fastkd.doctor import examine
+
+FAULTS = {**faulty_images.FAULTS, **faulty_text.FAULTS}
+RIGHT = {**right_images.RIGHT, **right_text.RIGHT}
+
+
+@pytest.fixture(autouse=True)
+def _same_random_state() -> Iterator[None]:
+    with torch.random.fork_rng():
+        yield
+
+
+def _doctor(
+    tmp_path: Path, script: str, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, dict[str, Any]]:
+    file = tmp_path / "train.py"
+    file.write_text(script)
+    status = main(["doctor", "--json", str(file)])
+    assert sorted(tmp_path.iterdir()) == [file]  # it writes nothing
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_finds_what_was_planted(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted, text, script = FAULTS[name]
+    status, told = _doctor(tmp_path, script, capsys)
+    assert status == 1
+    assert {x["name"] for x in told["findings"]} == {wanted}
+    lines = script.splitlines()
+    assert any(text in lines[x["line"] - 1] for x in told["findings"])
+    for found in told["findings"]:
+        assert found["file"] == str(tmp_path / "train.py")
+        assert found["evidence"] and found["fix"]
+    assert told["steps"]
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_is_silent_over_what_is_right(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, told = _doctor(tmp_path, RIGHT[name], capsys)
+    assert (status, told["findings"], told["failed"]) == (0, [], None)
+    assert told["steps"] > 0
+
+
+def test_every_kind_is_planted() -> None:
+    assert {kind for kind, _, _ in FAULTS.values()} == set(KNOWN)
+
+
+def test_results_are_those_of_the_script_alone(tmp_path: Path) -> None:
+    body = (
+        faulty_text.FAULTS["mean of means"][2]
+        + """
+with torch.no_grad():
+    total = [p.double().sum().item() for p in student.parameters()]
+"""
+    )
+    alone: dict[str, Any] = {}
+    exec(compile(body, "alone", "exec"), alone)
+    file, told = tmp_path / "train.py", tmp_path / "told.txt"
+    file.write_text(f"{body}\nopen({str(told)!r}, 'w').write(repr(total))\n")
+    assert examine(file).steps == 4
+    assert told.read_text() == repr(alone["total"])
+
+
+def test_stops_after_its_steps_and_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "train.py"
+    file.write_text(faulty_images.FAULTS["T squared missing"][2] + "\nprint('end of the script')\n")
+    assert main(["doctor", "--steps", "2", str(file), "--epochs", "3"]) == 1
+    out = capsys.readouterr().out
+    assert "temperature: the factor T^2 is missing or doubled" in out
+    assert "1 finding in 2 steps of distillation" in out
+    assert "end of the script" not in out
+
+
+def test_a_script_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "train.py"
+    body = """
+class Own(nn.Module):
+    def forward(self, x):
+        raise KeyError('mine')
+Own()(X)
+"""
+    file.write_text(faulty_images.IMAGES + body)
+    assert main(["doctor", str(file)]) == 2
+    told = capsys.readouterr()
+    assert "KeyError: 'mine'" in told.err and f'"{file}", line' in told.err
+    assert "runpy" not in told.err and "fastkd" not in told.err
+    file.write_text("import sys\nsys.exit(0)\n")
+    assert main(["doctor", str(file)]) == 0
+    with pytest.raises(SystemExit):
+        main(["doctor", str(tmp_path / "absent.py")])
+    with pytest.raises(ValueError, match="steps: got 0, expected 1 or more"):
+        examine(file, steps=0)
+
+
+def _net(seed: int, *, dropout: float = 0.0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(dropout), nn.Linear(6, 5))
+
+
+def _kl(s: Tensor, t: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+    soft = F.kl_div(F.log_softmax(s / 2, 1), F.softmax(t.detach() / 2, 1), reduction="batchmean")
+    return 0.5 * F.cross_entropy(s, batch[1]) + 0.5 * soft
+
+
+def test_diagnose_one_batch() -> None:
+    student, teacher = _net(0), _net(1)
+    batch = torch.randn(8, 4), torch.randint(0, 5, (8,))
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    state = torch.get_rng_state()
+    found = diagnose(student, teacher, batch, _kl)
+    assert {x.name for x in found} == {"temperature", "teacher_mode"}
+    assert "T = 2" in found.table() and str(found) == found.table()
+    assert all(x.grad is None for x in student.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    teacher.eval()
+    right = diagnose(
+        student, teacher, batch, lambda s, t, b: _kl(s, t, b) * 0 + F.mse_loss(s, t.detach())
+    )
+    assert right == [] and str(right) == "no findings"
+    with pytest.raises(TypeError, match="loss: got float"):
+        diagnose(student, teacher, batch, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="loss: got a float from it, expected a tensor"):
+        diagnose(student, teacher, batch, lambda s, t, b: 1.0)  # type: ignore[arg-type, return-value]
+
+
+def test_diagnose_a_loss_without_gradient() -> None:
+    student, teacher = _net(0), _net(1).eval()
+    batch = torch.randn(8, 4), torch.randint(0, 5, (8,))
+    found = diagnose(student, teacher, batch, lambda s, t, b: F.mse_loss(s.detach(), t.detach()))
+    assert {x.name for x in found} == {"gradient"}

@@ -1,0 +1,75 @@
+"""scan --diff and --write: the safe lines, and nothing else of a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastkd.__main__ import main
+
+SOURCE = """\
+# é: a comment that stays
+import torch
+import torch.nn.functional as F
+
+def soft(s, t, T):  # é
+    x = F.kl_div(F.log_softmax(s / T, -1),
+                 F.softmax(t / T, -1),
+                 reduction="batchmean") * T * T  # Hinton
+    return x + F.cross_entropy(s, t.softmax(1))
+"""
+WRITTEN = """\
+# é: a comment that stays
+import torch
+import torch.nn.functional as F
+import fastkd
+
+def soft(s, t, T):  # é
+    x = fastkd.kl_div(s, t, temperature=T, reduction="batchmean") * T * T  # Hinton
+    return x + F.cross_entropy(s, t.softmax(1))
+"""
+
+
+def test_diff_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "train.py"
+    file.write_text(SOURCE)
+    assert main(["scan", "--diff", str(file)]) == 0
+    told = capsys.readouterr()
+    assert file.read_text() == SOURCE
+    assert "+    x = fastkd.kl_div(s, t, temperature=T" in told.out
+    assert told.out.count("\n-") == 3 and "1 of 2 to write" in told.err
+
+
+def test_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "train.py"
+    for text, wanted in ((SOURCE, WRITTEN), (WRITTEN, WRITTEN)):
+        for end in ("\n", "\r\n"):
+            file.write_bytes(text.replace("\n", end).encode())
+            assert main(["scan", "--write", str(file)]) == 0
+            assert file.read_bytes() == wanted.replace("\n", end).encode()
+    held = SOURCE.replace("s / T, -1),", "s / T, -1),  # student")
+    file.write_text(held)
+    assert main(["scan", "--write", str(file)]) == 0
+    assert file.read_text() == held  # a comment would be lost
+
+
+def test_write_a_notebook(tmp_path: Path) -> None:
+    file = tmp_path / "kd.ipynb"
+    cells = [
+        {"cell_type": "markdown", "metadata": {}, "source": ["F.kl_div"]},
+        {
+            "cell_type": "code",
+            "execution_count": 3,
+            "metadata": {"tags": ["é"]},
+            "outputs": [],
+            "source": SOURCE.splitlines(keepends=True),
+        },
+    ]
+    document = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+    file.write_text(text)
+    assert main(["scan", "--write", str(file)]) == 0
+    cells[1]["source"] = WRITTEN.splitlines(keepends=True)
+    assert file.read_text() == json.dumps(document, indent=1, ensure_ascii=False) + "\n"
