@@ -113,7 +113,7 @@ def test_a_gradient_is_rounded_once_with_its_factor(
 @each_name
 @pytest.mark.parametrize("inplace", [False, True], ids=["apart", "inplace"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.interpreted(6)
+@pytest.mark.interpreted(3)
 def test_bits_do_not_depend_on_what_happened_before(
     kernels: Backend, operand: str, divergence: Divergence, inplace: bool, dtype: torch.dtype
 ) -> None:
