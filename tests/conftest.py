@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import zlib
@@ -11,7 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+# architectures to compile the Triton kernels for and to execute their PTX as on: tests/ptx
+PTX = os.environ.get("FASTKD_TEST_PTX", "").split(",")
+if PTX != [""]:
+    importlib.import_module("fastkd.backends.gpu")  # before a test asks for the interpreter
+elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
 
 import pairwise
@@ -112,6 +117,16 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.Tensor, "new_empty_strided"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=PTX != [""])
+def ptx(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Under FASTKD_TEST_PTX every launch is executed as PTX; the architecture by the test's id."""
+    from ptx.launcher import on_host
+
+    number = zlib.crc32(request.node.nodeid.rpartition("/")[2].encode())
+    with on_host(PTX[number % len(PTX)]) as driver:
+        yield driver
 
 
 @pytest.fixture(params=["reference", "cpu", "gpu"])
