@@ -2,6 +2,7 @@
 # make check  for every save: lint, types and the two minutes of tests that catch most
 # make test   everything that is checked: lint, types, sdist, tests on every backend, toy benchmark
 # make kernels, sanitize, aarch64: the C++ kernels alone, see below
+# make ptx    the Triton kernels' PTX, executed without a GPU
 # make gpu    on a machine with a GPU and its own torch and triton: build, test, measure
 #
 # An interrupted demo goes on where it was; `rm -r demo` begins anew.
@@ -22,7 +23,7 @@ PRESET ?= small
 # without them.
 export FASTKD_REQUIRE_CPU ?= 1
 
-.PHONY: demo check test pytest lint sdist kernels sanitize aarch64 gpu clean
+.PHONY: demo check test pytest lint sdist kernels sanitize aarch64 ptx gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -69,6 +70,11 @@ sanitize: $(VENV)/ready
 # Cross-compiled and run under qemu; writes tests/kernels/aarch64.json, which says when it passed.
 aarch64: $(VENV)/ready
 	$(KERNELS) --fuzz $(SECONDS) aarch64
+
+# The Triton kernels as PTX, executed here: every case on sm_80, sm_90 and sm_100, up to an hour;
+# writes tests/ptx/record.json, which says when it passed.
+ptx: $(VENV)/ready
+	$(RUN) tests/ptx/record.py
 
 # The package as a user gets it: sdist, the wheel built from it, and that wheel in an environment of
 # its own, where the checkout cannot be found.

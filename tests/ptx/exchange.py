@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
 from ptx.machine import BASE, TYPES, WARP, Blocks, Fault, Step
 from ptx.parser import Name, Register, Statement, Vector
 
@@ -140,7 +141,7 @@ ATOMICS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def _members(m: Blocks, s: Statement, operand: Any) -> None:
-    """The mask of threads that an exchange names: all of a warp, as everywhere in what Triton writes."""
+    """The threads that an exchange names: all of a warp, as in all that Triton writes."""
     mask = m.value(operand, TYPES["u32"])
     if mask.size == 1 and int(mask[0]) != 0xFFFFFFFF:
         raise NotImplementedError(f"{s.text}: an exchange among some threads of a warp")

@@ -12,12 +12,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-from ptx.machine import execute
-from ptx.memory import Global
-from ptx.parser import Program, parse
 
 from bench.aot.build import build
 from bench.aot.cases import Launch
+from ptx.machine import execute
+from ptx.memory import Global
+from ptx.parser import Program, parse
 
 VARIABLE = "FASTKD_TEST_PTX"  # the architecture: sm_80, sm_90, sm_100
 
@@ -47,7 +47,7 @@ class Driver:
     seed: int = 0
     resident: int = 8
     runs: list[Run] = field(default_factory=list)
-    edit: Callable[[str], str] = staticmethod(lambda text: text)  # of the PTX, to plant a fault
+    edit: Callable[[str], str] = str  # of the PTX, to plant a fault
 
     def launch(
         self, kernel: Any, programs: int, args: dict[str, Any], threads: int, device: Any

@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+
 from ptx.memory import BASE, Fault, Global, Place, Shared
 from ptx.parser import FILES, Address, BasicBlock, Name, Number, Program, Register, Statement
 
 WARP = 32
 TYPES = {
-    **{f"{kind}{n}": np.dtype(f"{letter}{n // 8}") for kind, letter in (("u", "u"), ("b", "u"), ("s", "i"), ("f", "f"))
-       for n in (8, 16, 32, 64) if (kind, n) != ("f", 8)},
-    "pred": np.dtype(bool),
-}  # fmt: skip
+    **{f"{kind}{n}": np.dtype(f"u{n // 8}") for kind in "ub" for n in (8, 16, 32, 64)},
+    **{f"s{n}": np.dtype(f"i{n // 8}") for n in (8, 16, 32, 64)},
+    **{"f32": np.dtype("f4"), "f64": np.dtype("f8"), "pred": np.dtype("?")},
+}
 WIDTHS = {"p": "pred", "rs": "b16", "r": "b32", "rd": "b64"}
 Step = Callable[[Any], None]  # takes the mask of the threads that do it; True: all of them
 
@@ -63,7 +64,9 @@ class Blocks:
         key = at, dtype
         if key not in self.views:
             row = self.files[at.file][at.index]
-            same = row.dtype.itemsize == dtype.itemsize and (row.dtype == bool) == (dtype == bool)
+            same = row.dtype.itemsize == dtype.itemsize and (row.dtype.kind == "b") == (
+                dtype.kind == "b"
+            )
             self.views[key] = row.view(dtype) if same else None
         if self.views[key] is None:
             raise Fault(f"%{at.file}{at.index} is used as {dtype}")
@@ -189,7 +192,7 @@ def number(operand: Number, dtype: Any) -> Any:
     if operand.bits:
         found = np.array([operand.value], f"u{operand.bits // 8}").view(f"f{operand.bits // 8}")
         return found.view(dtype) if found.dtype.itemsize == dtype.itemsize else found.astype(dtype)
-    if dtype == bool:
+    if dtype.kind == "b":
         return np.array([operand.value != 0])
     size = dtype.itemsize
     bits = operand.value & ((1 << 8 * size) - 1)

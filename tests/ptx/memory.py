@@ -33,7 +33,8 @@ class Place(NamedTuple):
 class Shadow:
     """Who has read and written each granule last, to find two accesses that nothing orders.
 
-    Two warps of a block are ordered by a barrier between them, blocks of one launch by nothing.
+    Two warps of a block are ordered by a barrier between them, blocks of one launch by nothing. A
+    write that changes nothing is no race, and is not noted.
     """
 
     def __init__(self, size: int) -> None:
@@ -53,7 +54,6 @@ class Shadow:
         if writes:
             clash |= self._clash(self.reader, self.read_block, self.read_epoch, at, place)
             self.writer[at], self.write_block[at], self.write_epoch[at] = warp, block, epoch
-            clash |= self.writer[at] != warp
         else:
             shared = (self.reader[at] != warp) & (self.reader[at] != NOBODY)
             shared &= self.read_epoch[at] == epoch
@@ -100,11 +100,14 @@ class Space:
         first = offset // size
         return [self.views[size][first + i] for i in range(n)]
 
-    def write(self, offset: Any, size: int, values: list[Any], place: Place | None) -> None:
+    def write(self, offset: Any, size: int, values: list[Any], place: Place) -> None:
         self.check(offset, size * len(values), "write")
-        if place is not None:
-            self.shadow.note(offset, size * len(values), place, True)
         first, view = offset // size, self.views[size]
+        # warps may write the same number to one place: Triton's reductions of replicated numbers do
+        new = np.logical_or.reduce([view[first + i] != v for i, v in enumerate(values)])
+        if new.any():
+            changed = Place(*(x[new] for x in place))
+            self.shadow.note(offset[new], size * len(values), changed, True)
         for i, value in enumerate(values):
             view[first + i] = value
             if (view[first + i] != value).any():
@@ -124,7 +127,7 @@ class Shared(Space):
     def check(self, offset: Any, size: int, kind: str) -> None:
         super().check(offset, size, kind)
         if self.stride == 0 or (offset % self.stride + size > self.size).any():
-            raise Fault(f"{kind} of {size} bytes past the end of {self.size} bytes of shared memory")
+            raise Fault(f"{kind} of {size} bytes past the end of {self.size} of shared memory")
 
 
 class Region(NamedTuple):
@@ -174,7 +177,9 @@ class Global(Space):
         storage = tensor.untyped_storage()
         region = self.regions.get(storage.data_ptr())
         # a tensor without elements: whatever is read there is out of bounds
-        return BASE + (64 if region is None else region.start + tensor.data_ptr() - region[3].data_ptr())
+        return BASE + (
+            64 if region is None else region.start + tensor.data_ptr() - region[3].data_ptr()
+        )
 
     def write_back(self) -> None:
         for region in self.regions.values():

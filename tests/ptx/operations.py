@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
 from ptx import exchange
 from ptx.machine import TYPES, Blocks, Step
 from ptx.parser import Name, Register, Statement, Vector
@@ -92,18 +93,20 @@ def writer(m: Blocks, operand: Any, kind: str) -> Callable[[Any, Any], None]:
     return lambda value, mask: np.copyto(out, value, where=mask, casting="unsafe")
 
 
-def function_of(function: Function, most: int = 3) -> Any:
-    """An operation that reads its operands in the type of the opcode's end, and writes that."""
+def function_of(function: Function, count: int) -> Any:
+    """An operation that reads `count` operands in the type of the opcode's end, and writes that."""
 
     def make(m: Blocks, s: Statement) -> Step:
         kind = s.parts[-1]
+        if len(s.operands) != count + 1:
+            raise NotImplementedError(f"{s.text}: {len(s.operands) - 1} operands in tests/ptx")
         mixed = kind in HALVES and "f32" in s.parts  # sub.rn.f32.bf16: only the first is narrow
         kinds = [kind, "f32", "f32"] if mixed else [kind] * 3
         if isinstance(function, np.ufunc) and "ftz" not in s.parts and kind in TYPES:
-            values = [m.value(x, TYPES[kind]) for x in s.operands[1 : most + 1]]
+            values = [m.value(x, TYPES[kind]) for x in s.operands[1:]]
             out = m.register(s.operands[0], TYPES[kind])
             return lambda mask: function(*values, out=out, where=mask)
-        read = [reader(m, x, k) for x, k in zip(s.operands[1 : most + 1], kinds, strict=False)]
+        read = [reader(m, x, k) for x, k in zip(s.operands[1:], kinds, strict=False)]
         write = writer(m, s.operands[0], "f32" if mixed else kind)
         if "ftz" in s.parts:
             return lambda mask: write(flush(function(*(flush(x()) for x in read))), mask)
@@ -185,7 +188,9 @@ def multiply(m: Blocks, s: Statement) -> Step:
 
 def extreme(plain: Function, keeps_nan: Function) -> Any:
     def make(m: Blocks, s: Statement) -> Step:
-        return function_of(keeps_nan if "NaN" in s.parts else plain, 2)(m, s)  # type: ignore[no-any-return]
+        two, count = keeps_nan if "NaN" in s.parts else plain, len(s.operands) - 1
+        of_three = lambda a, b, c: two(two(a, b), c)  # noqa: E731  # from sm_100 on
+        return function_of(two if count == 2 else of_three, count)(m, s)  # type: ignore[no-any-return]
 
     return make
 
@@ -240,9 +245,9 @@ def move(m: Blocks, s: Statement) -> Step:
             return lambda mask: [w(source[:, i], mask) for i, w in enumerate(out)] and None
         target = m.register(to, TYPES[f"b{width}"]).view(TYPES[part]).reshape(-1, len(many))
         values = [m.value(x, TYPES[part]) for x in of]
-        return lambda mask: [
-            np.copyto(target[:, i], v, where=mask) for i, v in enumerate(values)
-        ] and None
+        return lambda mask: (
+            [np.copyto(target[:, i], v, where=mask) for i, v in enumerate(values)] and None
+        )
     return _copy(m, s)
 
 
@@ -323,7 +328,9 @@ def saturated(x: Any, dtype: Any) -> Any:
     """Whole numbers as integers of a type; what it does not hold becomes its nearest, NaN 0."""
     least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
     inside = np.where((x >= float(least)) & (x < float(most)), x, 0).astype(dtype)
-    return np.where(x >= float(most), dtype.type(most), np.where(x < least, dtype.type(least), inside))
+    return np.where(
+        x >= float(most), dtype.type(most), np.where(x < least, dtype.type(least), inside)
+    )
 
 
 ROUNDED: dict[str, Function] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}

@@ -114,12 +114,13 @@ _FILE = re.compile(r"\.reg\s+\.(\w+)\s+%(\w+?)<(\d+)>")
 _SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\]")
 _LABEL = re.compile(r"\s*([$\w]+):\s*$")
 _STATEMENT = re.compile(r"(?:@(!?)%(\w+)\s+)?([\w.:]+)\s*(.*)", re.S)
+_SCRATCH = re.compile(r"\{ \.reg \.b32 (\w+); (mov\.b64 [^;]*;) \}")
 HANDS_OVER = ("ld.volatile", "atom")
 
 
 @lru_cache(maxsize=64)
 def parse(text: str) -> Program:
-    text = re.sub(r"//[^\n]*", "", text)
+    text = _SCRATCH.sub(_without_scratch, re.sub(r"//[^\n]*", "", text))
     found = _ENTRY.search(text)
     if found is None:
         raise ValueError("no entry in the PTX")
@@ -143,6 +144,11 @@ def parse(text: str) -> Program:
     )
     program.blocks = _cut(body)
     return program
+
+
+def _without_scratch(found: re.Match[str]) -> str:
+    """The half of a number that goes into a register of its own scope, and is not used."""
+    return re.sub(rf"\b{found[1]}\b", "_", found[2])
 
 
 def _cut(body: str) -> list[BasicBlock]:

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import stored_teachers
 import torch
-from common import DTYPES, TABLE, Backend
+from common import DTYPES, TABLE
 from oracle import assert_as_good_as_torch
-from ptx.launcher import Driver
 from torch import Tensor
 
 import fastkd
@@ -25,10 +24,11 @@ from fastkd.backends.gpu import cooperative, launch
 from fastkd.backends.gpu.tune import Tile
 from fastkd.backends.reference import BACKEND as reference
 from fastkd.divergence import Divergence
+from ptx.launcher import Driver
 
+Layout = Callable[[torch.dtype], Tensor]
 each = pytest.mark.parametrize("divergence", TABLE, ids=lambda entry: entry.name)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-HOST = Backend("gpu", torch.device("cpu"))
 pytestmark = pytest.mark.filterwarnings("error:.*computes each wide row")
 
 
@@ -90,7 +90,11 @@ each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.ke
 @each_dtype
 @each_layout
 def test_divergences(
-    divergence: Divergence, dtype: torch.dtype, layout: Callable[..., Tensor], narrow: None, ptx: Any
+    divergence: Divergence,
+    dtype: torch.dtype,
+    layout: Layout,
+    narrow: None,
+    ptx: Any,
 ) -> None:
     assert_as_good_as_torch(layout(dtype), layout(dtype), divergence=divergence, temperature=2.0)
     assert kernels(ptx) >= {"fused", "total"}
@@ -109,9 +113,7 @@ def test_tiles_of_the_table(divergence: Divergence, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @each_layout
-def test_labels(
-    name: str, smoothing: float, z_loss: float, layout: Callable[..., Tensor], narrow: None
-) -> None:
+def test_labels(name: str, smoothing: float, z_loss: float, layout: Layout, narrow: None) -> None:
     student, teacher = layout(torch.bfloat16), layout(torch.bfloat16)
     assert_as_good_as_torch(
         student, teacher, torch.tensor([student.size(1) - 1, -100]),
@@ -140,9 +142,7 @@ def test_impossible_columns_and_rows(name: str, narrow: None) -> None:
 @pytest.mark.interpreted(2)
 @each
 @each_layout
-def test_in_place(
-    divergence: Divergence, layout: Callable[..., Tensor], narrow: None, ptx: Any
-) -> None:
+def test_in_place(divergence: Divergence, layout: Layout, narrow: None, ptx: Any) -> None:
     """The gradient lies in the student's memory, and is multiplied there by what comes later."""
     student, teacher = layout(torch.bfloat16), layout(torch.bfloat16)
 
@@ -195,7 +195,7 @@ def test_linear(name: str, form: str, narrow: None) -> None:
 @each_dtype
 @each_layout
 def test_split_rows(
-    divergence: Divergence, dtype: torch.dtype, layout: Callable[..., Tensor], narrow: None, ptx: Any,
+    divergence: Divergence, dtype: torch.dtype, layout: Layout, narrow: None, ptx: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(launch.split_rows, "programs_per_row", lambda *of: 3)
@@ -211,7 +211,7 @@ def test_split_rows(
 @each_dtype
 @each_layout
 def test_cooperative(
-    divergence: Divergence, dtype: torch.dtype, layout: Callable[..., Tensor], narrow: None, ptx: Any,
+    divergence: Divergence, dtype: torch.dtype, layout: Layout, narrow: None, ptx: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(cooperative, "programs_per_row", lambda *of: 3)
@@ -232,7 +232,11 @@ def test_cooperative(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @each_layout
 def test_unfused(
-    divergence: Divergence, dtype: torch.dtype, layout: Callable[..., Tensor], narrow: None, ptx: Any
+    divergence: Divergence,
+    dtype: torch.dtype,
+    layout: Layout,
+    narrow: None,
+    ptx: Any,
 ) -> None:
     student, teacher = layout(dtype)[None], layout(dtype)[None]
     vocab = student.size(2)
@@ -240,7 +244,9 @@ def test_unfused(
     rows = base.Rows(None, torch.tensor([1, vocab - 1]), torch.tensor([0.5, 2.0]))
 
     def run(passes: Any, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        stats = Stats(*(passes.stats(x, at, vocab, None) for x, at in ((s, 2.0), (t, 2.0), (s, 1.0))))
+        stats = Stats(
+            *(passes.stats(x, at, vocab, None) for x, at in ((s, 2.0), (t, 2.0), (s, 1.0)))
+        )
         sums = passes.loss(s, t, stats, spec, rows)
         grad = torch.empty_like(s)
         passes.grad(s, t, stats, sums, spec, rows, grad)

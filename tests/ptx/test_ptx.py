@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from ptx import operations
 from ptx.machine import execute
 from ptx.memory import Fault, Global
@@ -68,7 +69,9 @@ COPY = """
   add.s64 %rd5, %rd2, %rd3;
   setp.lt.u32 %p1, %r2, %r1;
 """
-MASKED = "@%p1 ld.global.b32 {{ %r3 }}, [ %rd4 + 0 ];\n @{}%p1 st.global.b32 [ %rd5 + 0 ], {{ %r3 }};"
+MASKED = (
+    "@%p1 ld.global.b32 {{ %r3 }}, [ %rd4 + 0 ];\n @{}%p1 st.global.b32 [ %rd5 + 0 ], {{ %r3 }};"
+)
 
 
 def test_a_masked_copy() -> None:
@@ -102,7 +105,7 @@ def test_a_wide_read_past_the_end() -> None:
   @%p1 ld.global.v4.b32 { %r3, %r4, %r5, %r6 }, [ %rd4 + 0 ];
 """
     run(body, torch.randn(12), f32())
-    with pytest.raises(Fault, match="read of 16 bytes outside of a tensor: 1 threads.*byte 32"):
+    with pytest.raises(Fault, match=r"read of 16 bytes outside of a tensor: 1 threads.*byte 32"):
         run(body, torch.randn(11), f32())
 
 
@@ -146,9 +149,12 @@ def test_a_barrier_for_some() -> None:
         run(body, f32(), f32())
 
 
-def test_blocks_that_write_to_one_place() -> None:
+def test_blocks_that_write_to_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     body = "mov.u32 %r3, %ctaid.x;\n add.s64 %rd5, %rd2, %rd3;\n st.global.b32 [%rd5], %r3;"
     run(body, f32(), f32())
+    with pytest.raises(Fault, match="race: two threads write different numbers"):
+        run(body, f32(), f32(), grid=2)
+    monkeypatch.setattr("ptx.machine.LANES", 64)  # one block after the other
     with pytest.raises(Fault, match="race: write"):
         run(body, f32(), f32(), grid=2)
 
