@@ -34,7 +34,7 @@ class Shadow:
     """Who has read and written each granule last, to find two accesses that nothing orders.
 
     Two warps of a block are ordered by a barrier between them, blocks of one launch by nothing. A
-    write that changes nothing is no race, and is not noted.
+    write that changes nothing of what another has written is no race, and is not noted.
     """
 
     def __init__(self, size: int) -> None:
@@ -104,10 +104,11 @@ class Space:
         self.check(offset, size * len(values), "write")
         first, view = offset // size, self.views[size]
         # warps may write the same number to one place: Triton's reductions of replicated numbers do
-        new = np.logical_or.reduce([view[first + i] != v for i, v in enumerate(values)])
-        if new.any():
-            changed = Place(*(x[new] for x in place))
-            self.shadow.note(offset[new], size * len(values), changed, True)
+        noted = np.logical_or.reduce([view[first + i] != v for i, v in enumerate(values)])
+        noted |= self.shadow.writer[offset // GRANULE] == NOBODY
+        if noted.any():
+            its = Place(*(x[noted] for x in place))
+            self.shadow.note(offset[noted], size * len(values), its, True)
         for i, value in enumerate(values):
             view[first + i] = value
             if (view[first + i] != value).any():
