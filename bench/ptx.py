@@ -150,10 +150,15 @@ def main() -> int:
     parser.add_argument("--passes", default=",".join(PASSES), help="of " + ", ".join(PASSES))
     parser.add_argument("--json", metavar="FILE")
     given = parser.parse_args()
-    given_lists = (given.divergences, given.dtypes, given.rows, given.passes)
     print(line(SHOWN))
     rows = []
-    for row in table(*(x.split(",") for x in given_lists), given.arch):
+    for row in table(
+        given.divergences.split(","),
+        given.dtypes.split(","),
+        given.rows.split(","),
+        given.passes.split(","),
+        given.arch,
+    ):
         rows.append(row)
         print(line(getattr(row, name) for name in SHOWN), flush=True)
     if given.json:
