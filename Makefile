@@ -4,6 +4,7 @@
 # make docs   the documents and the reference as pages: build/docs/index.html
 # make kernels, sanitize, aarch64: the C++ kernels alone, see below
 # make served beside real servers that run teachers, where they are installed
+# make ptx    the Triton kernels' PTX, executed without a GPU
 # make gpu    on a machine with a GPU and its own torch and triton: build, test, measure
 #
 # An interrupted demo goes on where it was; `rm -r demo` begins anew.
@@ -24,7 +25,7 @@ PRESET ?= small
 # without them.
 export FASTKD_REQUIRE_CPU ?= 1
 
-.PHONY: demo check test pytest lint sdist docs wheels cross kernels sanitize aarch64 served gpu clean
+.PHONY: demo check test pytest lint sdist docs wheels cross kernels sanitize aarch64 served ptx gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -82,9 +83,14 @@ cross: $(VENV)/ready
 PYTHONS ?= $(PYTHON)
 wheels: $(VENV)/ready
 	$(RUN) tests/wheels.py $(PYTHONS)
+
 # vLLM (FASTKD_VLLM=its Python) beside transformers; writes tests/teachers/served.json.
 served: $(VENV)/ready
 	$(RUN) tests/teachers/real_servers.py
+# The Triton kernels as PTX, executed here: every case on sm_80, sm_90 and sm_100, up to an hour;
+# writes tests/ptx/record.json, which says when it passed.
+ptx: $(VENV)/ready
+	$(RUN) tests/ptx/record.py
 
 # The package as a user gets it: sdist, the wheel built from it, and that wheel in an environment of
 # its own, where the checkout cannot be found.

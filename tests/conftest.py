@@ -13,7 +13,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
+    # read by triton when it is imported: no import before
+    os.environ["TRITON_INTERPRET"] = "0" if os.environ.get("FASTKD_TEST_PTX") else "1"
 
 import pairwise
 from common import Backend, require
@@ -29,6 +30,11 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 # two threads per tiny tensor cost a hundred times the work where other processes want the cores;
 # the tests that are about threads ask for them
 torch.set_num_threads(1)
+
+# architectures to compile the Triton kernels for and to execute their PTX as on: tests/ptx
+PTX = [arch for arch in os.environ.get("FASTKD_TEST_PTX", "").split(",") if arch]
+if PTX:
+    importlib.import_module("fastkd.backends.gpu")  # before a test asks for the interpreter
 
 
 # Triton's interpreter costs a tenth of a second a case: it runs this many of a test's cases, and
@@ -118,6 +124,16 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.Tensor, "new_empty_strided"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=bool(PTX))
+def ptx(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Under FASTKD_TEST_PTX every launch is executed as PTX; the architecture by the test's id."""
+    from ptx.launcher import on_host
+
+    number = zlib.crc32(request.node.nodeid.rpartition("/")[2].encode())
+    with on_host(PTX[number % len(PTX)]) as driver:
+        yield driver
 
 
 @pytest.fixture(params=["reference", "cpu", "gpu"])

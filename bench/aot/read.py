@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.aot.build import build
 from bench.aot.cases import ODD, Case, recorded
 
 
@@ -54,61 +55,22 @@ class Loops(NamedTuple):
 
 def compile_one(case: Case) -> Report:
     import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    from fastkd.backends.gpu.launch import PINNED
-
-    pointers = {
-        **{torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"},
-        **{torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"},
-    }
     launch = recorded(case)
     assert launch is not None, f"{case.divergence} does without {case.kernel}"
-    args = launch.args
-    signature, constants, attrs = {}, {}, {}
-    for i, param in enumerate(launch.kernel.params):
-        value, special = args[param.name], not param.do_not_specialize
-        if (
-            param.is_constexpr
-            or value is None
-            or (isinstance(value, int) and value == 1 and special)
-        ):
-            signature[param.name], constants[param.name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[param.name] = pointers[value.dtype]
-        elif isinstance(value, float):
-            signature[param.name] = param.annotation_type or "fp32"
-        else:
-            signature[param.name] = "i32" if abs(value) < 1 << 31 else "i64"
-        if not isinstance(value, float) and (
-            isinstance(value, torch.Tensor) or (value % 16 == 0 and special)
-        ):
-            attrs[(i,)] = [["tt.divisibility", 16]]
-    cuda = case.target.startswith("sm_")
-    if cuda:
-        target = GPUTarget("cuda", int(case.target[3:]), 32)
-    else:
-        target = GPUTarget("hip", case.target, 64)
+    args, built = launch.args, build(launch, case.target)
     ctas = args.get("num_ctas", 1)
-    warps = max(1, launch.threads // target.warp_size)
-    given = {name: args[name] for name in args.keys() & {"num_ctas", "maxnreg"}}
-    options = {"num_warps": warps, **given, **PINNED}
-    source = ASTSource(launch.kernel, signature, constants, attrs)
-    out = triton.compile(source, target=target, options=options)
     report = Report(
         **asdict(case),
-        shared=out.metadata.shared,
+        shared=built.shared,
         threads=launch.threads,
         ctas=ctas,
-        pointers=sum(value.startswith("*") for value in signature.values()),
+        pointers=sum(isinstance(value, torch.Tensor) for value in built.values.values()),
         rows="LANES" in args or "BLOCK" in args,
     )
     columns = args["LANES"] * args["GROUP"] if "LANES" in args else args.get("BLOCK", 1)
-    read = read_cuda if cuda else read_hip
-    read(report, out.asm, columns / (warps * ctas * target.warp_size))
+    read = read_cuda if case.target.startswith("sm_") else read_hip
+    read(report, built.asm, columns / (built.warps * ctas * built.warp))
     return report
 
 

@@ -6,8 +6,8 @@ program has the row to itself. Only the last, partial tile is masked.
 
 UNALIGNED: the row starts inside a group of columns, as rows of an odd vocabulary do. Its pointer is
 then the 16-byte boundary below, start is the number of columns in between, and the first tile is
-masked as well. Both ends are read in whole groups and cut afterwards: the memory of a group that
-holds a column of the row may be read, and one mask per column would turn a load into eight.
+masked as well. A group that a row shares with its neighbour, or with what lies behind a tensor's
+end, is read and written column by column; the rest of such a tile in whole groups.
 """
 
 import triton
@@ -49,6 +49,15 @@ def columns(start, LANES: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
+def whole_and_cut(at, start, stop, LANES: tl.constexpr, GROUP: tl.constexpr):
+    """Which groups of a tile lie within [start, stop), and which columns of the other groups do."""
+    here = columns(at, LANES, GROUP)
+    group = at + tl.arange(0, LANES)[:, None] * GROUP
+    complete = (group >= start) & (group + GROUP <= stop)
+    return complete, (here >= start) & (here < stop) & (complete == 0)
+
+
+@triton.jit
 def load(
     x,
     at,
@@ -63,10 +72,10 @@ def load(
 ):
     here = columns(at, LANES, GROUP)
     if MASKED and UNALIGNED:
-        group = at + tl.arange(0, LANES)[:, None] * GROUP
-        some = (group + GROUP > start) & (group < stop)
-        tile = tl.load(x + here, mask=some, other=-float("inf"), eviction_policy=POLICY)
-        tile = tl.where((here >= start) & (here < stop), tile.to(ACC), -float("inf"))
+        complete, cut = whole_and_cut(at, start, stop, LANES, GROUP)
+        tile = tl.load(x + here, mask=complete, other=-float("inf"), eviction_policy=POLICY)
+        rest = tl.load(x + here, mask=cut, other=-float("inf"), eviction_policy=POLICY)
+        tile = tl.where(complete, tile, rest)
     elif MASKED:
         tile = tl.load(x + here, mask=here < stop, other=-float("inf"), eviction_policy=POLICY)
     else:
@@ -81,11 +90,8 @@ def store(
 ):  # fmt: skip
     here = columns(at, LANES, GROUP)
     if MASKED and UNALIGNED:
-        group = at + tl.arange(0, LANES)[:, None] * GROUP
-        complete = (group >= start) & (group + GROUP <= stop)
+        complete, cut = whole_and_cut(at, start, stop, LANES, GROUP)
         tl.store(x + here, tile, mask=complete, eviction_policy="evict_first")
-        # groups shared with a neighbouring row: column by column
-        cut = (here >= start) & (here < stop) & (complete == 0)
         tl.store(x + here, tile, mask=cut, eviction_policy="evict_first")
     elif MASKED:
         tl.store(x + here, tile, mask=here < stop, eviction_policy="evict_first")

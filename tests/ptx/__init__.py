@@ -1,0 +1,1 @@
+"""Executes the PTX of the Triton kernels without a GPU: see README.md."""

@@ -1,0 +1,267 @@
+"""The kernels as PTX, through the public face, against the float64 oracle.
+
+`test_ptx.py` runs a sample of these cases and `make ptx` all of them, in a process of their own
+under FASTKD_TEST_PTX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import stored_teachers
+import torch
+from common import DTYPES, TABLE
+from oracle import assert_as_good_as_torch
+from torch import Tensor
+
+import fastkd
+from fastkd.backends import base
+from fastkd.backends.base import LossSpec, Stats
+from fastkd.backends.gpu import BACKEND as gpu
+from fastkd.backends.gpu import cooperative, launch
+from fastkd.backends.gpu.tune import Tile
+from fastkd.backends.reference import BACKEND as reference
+from fastkd.divergence import Divergence
+from ptx.launcher import Driver
+
+Layout = Callable[[torch.dtype], Tensor]
+each = pytest.mark.parametrize("divergence", TABLE, ids=lambda entry: entry.name)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+pytestmark = pytest.mark.filterwarnings("error:.*computes each wide row")
+
+
+@pytest.fixture(autouse=True)
+def backend(ptx: Driver) -> Iterator[None]:
+    with fastkd.use_backend("gpu"):
+        yield
+    # a row is read as it is computed: no tile goes through shared memory to change its layout
+    through = ("ldmatrix", "stmatrix", "st.shared.v")
+    assert not [op for run in ptx.runs for op in run.counts if op.startswith(through)]
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 64 threads, whatever the width: small rows are several of them."""
+    monkeypatch.setattr(launch, "tile", lambda vocab, size, *_: Tile(64, 16 // size, 64))
+
+
+def kernels(ptx: Driver) -> set[str]:
+    return {run.kernel.removesuffix("_kernel") for run in ptx.runs}
+
+
+def random(dtype: torch.dtype, *shape: int) -> Tensor:
+    return (3 * torch.randn(shape)).to(dtype)
+
+
+# ---- where rows lie: (name, operand of a dtype); each row has more than a tile, and a tail
+
+ROWS = 2
+
+
+def aligned(dtype: torch.dtype) -> Tensor:
+    return random(dtype, ROWS, 1024 // dtype.itemsize + 64)
+
+
+def odd(dtype: torch.dtype) -> Tensor:
+    """Too narrow for the alignment offset: columns one by one."""
+    return random(dtype, ROWS, 331)
+
+
+def offset_rows(dtype: torch.dtype) -> Tensor:
+    """Rows that start anywhere, of which the last ends with its tensor."""
+    return random(dtype, ROWS, 2048 // dtype.itemsize + 37)
+
+
+def inside(dtype: torch.dtype) -> Tensor:
+    """Rows off a boundary in a wider tensor that begins before them."""
+    wide = random(dtype, ROWS, 2048 // dtype.itemsize + 41)
+    return wide[:, 3:-1]
+
+
+def strided(dtype: torch.dtype) -> Tensor:
+    return random(dtype, 400, ROWS).t().contiguous().t().t()[:, :384]
+
+
+LAYOUTS = {f.__name__: f for f in (aligned, odd, offset_rows, inside, strided)}
+each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+# where the rest is at stake: one of each path to memory
+two_layouts = pytest.mark.parametrize(
+    "layout", [aligned, offset_rows], ids=["aligned", "offset_rows"]
+)
+
+
+@pytest.mark.interpreted(4)
+@each
+@each_dtype
+@each_layout
+def test_divergences(
+    divergence: Divergence,
+    dtype: torch.dtype,
+    layout: Layout,
+    narrow: None,
+    ptx: Any,
+) -> None:
+    assert_as_good_as_torch(layout(dtype), layout(dtype), divergence=divergence, temperature=2.0)
+    assert kernels(ptx) >= {"fused", "total"}
+
+
+@pytest.mark.interpreted(1)
+@each
+@each_dtype
+def test_tiles_of_the_table(divergence: Divergence, dtype: torch.dtype) -> None:
+    student, teacher = random(dtype, ROWS, 1100), random(dtype, ROWS, 1100)
+    assert_as_good_as_torch(student, teacher, divergence=divergence)
+
+
+@pytest.mark.interpreted(1)
+@pytest.mark.parametrize("name", ["kl", "reverse_kl", "js", "tv"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@two_layouts
+def test_labels(name: str, smoothing: float, z_loss: float, layout: Layout, narrow: None) -> None:
+    student, teacher = layout(torch.bfloat16), layout(torch.bfloat16)
+    assert_as_good_as_torch(
+        student, teacher, torch.tensor([student.size(1) - 1, -100]),
+        divergence=fastkd.divergences[name], temperature=2.0, alpha=0.3, t_squared=True,
+        label_smoothing=smoothing, z_loss=z_loss,
+    )  # fmt: skip
+
+
+@pytest.mark.interpreted(1)
+@pytest.mark.parametrize("name", ["kl", "js"])
+@pytest.mark.parametrize("pair", [("fp32", "bf16"), ("fp16", "fp32"), ("fp64", "fp64")])
+def test_dtypes_that_differ(name: str, pair: tuple[str, str], narrow: None) -> None:
+    student, teacher = (random(DTYPES[x], ROWS, 300) for x in pair)
+    assert_as_good_as_torch(student, teacher, divergence=fastkd.divergences[name])
+
+
+@pytest.mark.interpreted(1)
+@pytest.mark.parametrize("name", ["kl", "js", "skew_kl"])
+def test_impossible_columns_and_rows(name: str, narrow: None) -> None:
+    student, teacher = random(torch.float32, 3, 300), random(torch.float32, 3, 300)
+    student[:2, 7:200], teacher[:2, 7:200] = -torch.inf, -torch.inf
+    teacher[2, 1:] = -torch.inf
+    assert_as_good_as_torch(student, teacher, divergence=fastkd.divergences[name])
+
+
+@pytest.mark.interpreted(1)
+@each
+@each_layout
+def test_in_place(divergence: Divergence, layout: Layout, narrow: None, ptx: Any) -> None:
+    """The gradient lies in the student's memory, and is multiplied there by what comes later."""
+    student, teacher = layout(torch.bfloat16), layout(torch.bfloat16)
+
+    def run(inplace: bool) -> Tensor:
+        leaf = student.clone().requires_grad_()
+        computed = leaf * 1
+        loss = fastkd.distillation_loss(
+            computed, teacher, alpha=0.0, divergence=divergence, inplace=inplace
+        )
+        (2 * loss).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    apart = run(False)
+    assert torch.equal(run(True), apart)
+    assert "multiply" in kernels(ptx)
+
+
+@pytest.mark.interpreted(2)
+@each
+@stored_teachers.each_tail
+@pytest.mark.parametrize(("dtype", "vocab"), [(torch.float32, 331), (torch.bfloat16, 512)])
+def test_topk(
+    divergence: Divergence, tail: str, dtype: torch.dtype, vocab: int, narrow: None, ptx: Any
+) -> None:
+    student, teacher = random(dtype, ROWS, vocab), random(torch.float32, ROWS, vocab)
+    stored = stored_teachers.stored(teacher, 9, tail)
+    labels = torch.tensor([3, vocab - 1])
+    stored_teachers.assert_as_good_as_torch(
+        student, stored, labels, divergence=divergence, temperature=1.0, alpha=0.3
+    )
+    assert "topk" in kernels(ptx)
+
+
+@pytest.mark.interpreted(1)
+@pytest.mark.parametrize("name", ["kl", "js"])
+@pytest.mark.parametrize("form", ["linear-student", "linear"])
+def test_linear(name: str, form: str, narrow: None) -> None:
+    """Chunks of rows, of which the last is short."""
+    student, teacher = random(torch.float32, 3, 300), random(torch.float32, 3, 300)
+    assert_as_good_as_torch(student, teacher, form=form, divergence=fastkd.divergences[name])
+
+
+# ---- several programs to a row
+
+
+@pytest.mark.interpreted(1)
+@each
+@each_dtype
+@two_layouts
+def test_split_rows(
+    divergence: Divergence, dtype: torch.dtype, layout: Layout, narrow: None, ptx: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(launch.split_rows, "programs_per_row", lambda *of: 3)
+    student, teacher = layout(dtype), layout(dtype)
+    labels = torch.tensor([2, student.size(1) - 1])
+    assert_as_good_as_torch(
+        student, teacher, labels, divergence=divergence, temperature=2.0, alpha=0.3
+    )
+    assert kernels(ptx) >= {"split_sums", "split_finish", "split_grad"}
+
+
+@pytest.mark.interpreted(1)
+@each
+@each_dtype
+@two_layouts
+def test_cooperative(
+    divergence: Divergence, dtype: torch.dtype, layout: Layout, narrow: None, ptx: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(cooperative, "programs_per_row", lambda *of: 3)
+    labels = torch.tensor([2, -100])
+    for seed, resident in ((0, 4), (1, 3)):
+        ptx.seed, ptx.resident = seed, resident
+        assert_as_good_as_torch(
+            layout(dtype), layout(dtype), labels, divergence=divergence, temperature=2.0, alpha=0.3
+        )
+    assert "cooperative" in kernels(ptx)
+
+
+# ---- the passes apart, as ranks that share a vocabulary run them
+
+
+@pytest.mark.interpreted(1)
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@two_layouts
+def test_unfused(
+    divergence: Divergence,
+    dtype: torch.dtype,
+    layout: Layout,
+    narrow: None,
+    ptx: Any,
+) -> None:
+    student, teacher = layout(dtype)[None], layout(dtype)[None]
+    vocab = student.size(2)
+    spec = LossSpec(divergence.name, divergence.param, 2.0, 0.7, 0.3, 0.1, vocab, vocab)
+    rows = base.Rows(None, torch.tensor([1, vocab - 1]), torch.tensor([0.5, 2.0]))
+
+    def run(passes: Any, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        stats = Stats(
+            *(passes.stats(x, at, vocab, None) for x, at in ((s, 2.0), (t, 2.0), (s, 1.0)))
+        )
+        sums = passes.loss(s, t, stats, spec, rows)
+        grad = torch.empty_like(s)
+        passes.grad(s, t, stats, sums, spec, rows, grad)
+        return sums, grad
+
+    sums, grad = run(gpu, student, teacher)
+    true, true_grad = run(reference, student.double(), teacher.double())
+    torch.testing.assert_close(sums.double(), true, rtol=1e-5, atol=1e-5)
+    bound = float(true_grad.abs().max()) * (2**-7 if dtype == torch.bfloat16 else 1e-5)
+    torch.testing.assert_close(grad.double(), true_grad, rtol=0, atol=bound)
+    assert kernels(ptx) >= {"stats", "loss", "grad"}
