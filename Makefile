@@ -87,6 +87,7 @@ wheels: $(VENV)/ready
 # vLLM (FASTKD_VLLM=its Python) beside transformers; writes tests/teachers/served.json.
 served: $(VENV)/ready
 	$(RUN) tests/teachers/real_servers.py
+
 # The Triton kernels as PTX, executed here: every case on sm_80, sm_90 and sm_100, up to an hour;
 # writes tests/ptx/record.json, which says when it passed.
 ptx: $(VENV)/ready
