@@ -181,7 +181,13 @@ def cases(quick: bool, targets: list[str], divergences: list[str], dtypes: list[
     # `cooperative.capacity` knows no other devices
     of = {"cooperative": [name for name in targets if name.startswith("sm_")]}
     if quick:
-        picked = [*fused, *rest, *smooth, odd[0], short[0], *first]
+        # with labels or without, by turns: each divergence of the one kernel as not of the other
+        n = len(divergences)
+        turns = [x for i, x in enumerate(fused) if (i // 2 % n + i // 2 // n + i) % 2 == 0]
+        # the passes over a piece of a row have the divergence of the whole row's: two of them
+        pieces = [*divergences[:1], *divergences[2:3], "-"]
+        rest = [x for x in rest if not x[0].startswith("split_") or x[1] in pieces]
+        picked = [*turns, *rest, *smooth, odd[0], short[0], *first]
         todo = [
             Case(k, d, dtypes[i // len(targets) % len(dtypes)], own[i % len(own)], **v)
             for i, (k, d, v) in enumerate(picked)

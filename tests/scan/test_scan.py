@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from common import run_python
 
 import fastkd
+from fastkd.__main__ import main
 from fastkd.scan import Found, scan
 
 HEAD = """import torch
@@ -145,21 +146,24 @@ def test_folders_and_files_that_are_no_python(tmp_path: Path) -> None:
         list(scan(tmp_path / "nowhere"))
 
 
-def test_command(tmp_path: Path) -> None:
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "code.py").write_text(
         HEAD + "x = F.kl_div(F.log_softmax(a, -1), F.softmax(b, -1))\n"
     )
     shown = run_python("-m", "fastkd", "scan", str(tmp_path))
     assert shown.returncode == 0, shown.stderr
     assert "code.py:5" in shown.stdout and "fastkd.kl_div(a, b" in shown.stdout
-    document = json.loads(run_python("-m", "fastkd", "scan", str(tmp_path), "--json").stdout)
+    assert main(["scan", str(tmp_path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
     assert document[0]["line"] == 5 and document[0]["replacement"].startswith("fastkd.kl_div")
     (tmp_path / "latin.py").write_bytes(b"x = '\xe9'\n")
-    several = run_python("-m", "fastkd", "scan", *(str(tmp_path / x) for x in FILES))
-    assert several.returncode == 0 and "latin.py:1" in several.stdout, several.stderr
-    assert "not read: " in several.stdout and "1 found, 1 not read" in several.stdout
-    missing = run_python("-m", "fastkd", "scan", str(tmp_path / "nowhere"))
-    assert missing.returncode != 0 and "expected a Python file or a folder" in missing.stderr
+    assert main(["scan", *(str(tmp_path / x) for x in FILES)]) == 0
+    several = capsys.readouterr().out
+    assert "latin.py:1" in several
+    assert "not read: " in several and "1 found, 1 not read" in several
+    with pytest.raises(SystemExit):
+        main(["scan", str(tmp_path / "nowhere")])
+    assert "expected a Python file or a folder" in capsys.readouterr().err
 
 
 def test_notebook(tmp_path: Path) -> None:
