@@ -218,7 +218,7 @@ def test_what_the_trainer_refuses(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("teacher", ["gpt2", [1]])
 def test_a_teacher_that_is_no_model(teacher: Any) -> None:
-    with pytest.raises(TypeError, match=r"teacher: got .*expected a model of transformers"):
+    with pytest.raises((TypeError, ValueError), match=r"teacher: got .*expected a model"):
         ours.DistillationLoss(teacher)
 
 

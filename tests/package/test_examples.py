@@ -65,8 +65,15 @@ def logits(folder: Path) -> Names:
 
 
 def sharded(folder: Path) -> Names:
-    """A group of one rank, and another tool's file."""
-    return {**captured(folder), **logits(folder), "mesh": {"tp": dist.group.WORLD}}
+    """A group of one rank, another tool's file, and a teacher behind a server, which is not asked."""
+    from fastkd.teachers import Served
+
+    return {
+        **captured(folder),
+        **logits(folder),
+        "Served": Served,
+        "mesh": {"tp": dist.group.WORLD},
+    }
 
 
 def captured(folder: Path) -> Names:
@@ -94,8 +101,8 @@ def transformers(folder: Path) -> Names:
 
     from fastkd.integrations.transformers import DistillationTrainer
 
-    class Patched(GKDTrainer):
-        pass
+    class Patched(GKDTrainer):  # with a loss of its own: the class of TRL stays as it is
+        generalized_jsd_loss = staticmethod(GKDTrainer.generalized_jsd_loss)
 
     return {
         "Trainer": Trainer,
