@@ -77,6 +77,11 @@ def test_formulas_rows_and_operands(estimator: str) -> None:
     distill.sampled_reverse_kl(logits, own, labels, estimator=estimator).backward()
     assert logits.grad is not None and not logits.grad[labels == -100].any()
     assert logits.grad[labels != -100].abs().sum(-1).min() > 0
+    several = labels.clone()  # two labels that do not count
+    several[1, 3] = V + 5
+    call = {"estimator": estimator, "ignore_index": (-100, V + 5)}
+    found = distill.sampled_reverse_kl(logits, own, several, **call)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     # k3 of two near rows is small and not below 0
     near = log_q.detach() + 1e-5
     small = distill.sampled_reverse_kl(logits, near, labels, estimator="k3", reduction="none")

@@ -78,8 +78,10 @@ def sampled_reverse_kl(
         ignore_index=ignored,
         vocab_size=rows.get("vocab_size"),
     ).flatten()
-    keep = (labels != ignored).flatten()
-    log_p = _of_tokens("teacher", teacher, labels, ignored, leading).to(log_q)
+    several = [ignored] if isinstance(ignored, int) else list(ignored)
+    kept = ~torch.isin(labels, torch.tensor(several, device=labels.device))
+    keep = kept.flatten()
+    log_p = _of_tokens("teacher", teacher, labels, kept, leading).to(log_q)
     value, fixed = log_q - log_p, log_q.detach()
     if estimator == "k1":
         loss = value.detach() * (1.0 + log_q - fixed)
@@ -87,7 +89,7 @@ def sampled_reverse_kl(
         wide = -value.double()
         loss = (torch.expm1(wide) - wide).to(value)
     if sampled_logprob is not None:
-        wrote = _of_tokens("sampled_logprob", sampled_logprob, labels, ignored, leading)
+        wrote = _of_tokens("sampled_logprob", sampled_logprob, labels, kept, leading)
         loss = loss * (fixed - wrote.to(fixed)).exp()
     weight: Any = rows.get("weight")
     weight = torch.ones_like(fixed) if weight is None else weight.flatten().to(fixed)
@@ -96,9 +98,8 @@ def sampled_reverse_kl(
     return loss.view(leading) if rows.get("reduction") == "none" else loss.sum()
 
 
-def _of_tokens(name: str, given: Any, labels: Tensor, ignored: int, leading: list[int]) -> Tensor:
-    """Log-probabilities of the labels, [N] without gradient, 0 in rows that do not count."""
-    kept = labels != ignored
+def _of_tokens(name: str, given: Any, labels: Tensor, kept: Tensor, leading: list[int]) -> Tensor:
+    """Log-probabilities of the labels, [N] without gradient, 0 in rows that are not kept."""
     if isinstance(given, fastkd.TopK):
         if list(given.shape[:-1]) != leading:
             got = f"{list(given.shape)}"
