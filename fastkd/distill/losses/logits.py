@@ -255,7 +255,8 @@ def response(
     """A term of a loss between the logits: function(student, teacher, labels, **options).
 
     Args:
-        function: `logit_mse`, `dkd`, `nkd`, `zscore`, `cosine`, `dist`, or one of your own.
+        function: `logit_mse`, `dkd`, `nkd`, `zscore`, `cosine`, `dist`, `pixel_wise`,
+            `channel_wise`, or one of your own.
         weight: factor, or step -> factor.
         rows: "labelled": rows whose label is -100 are left out, and every batch needs labels;
             "all": the function gets no labels. None: "labelled" where the function cannot do
@@ -278,7 +279,8 @@ def response(
     if unknown := options.keys() - known:
         raise TypeError(f"{name}: got unexpected options {sorted(unknown)}")
 
-    look = Classes(name, options.get("class_dim", -1))
+    own_dim = getattr(parameters.get("class_dim"), "default", -1)  # 1 of the losses of maps
+    look = Classes(name, options.get("class_dim", own_dim))
     # one of your own may lay out classes otherwise; plain differences see one logit, too
     softmax = is_own_loss(function) and not (
         function is logit_mse and options.get("centred") is False
