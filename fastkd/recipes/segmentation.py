@@ -48,7 +48,8 @@ def segmenter(width: int) -> nn.Sequential:
         convolution = nn.Conv2d(inputs, width, 3, padding=gap, dilation=gap)
         layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
     layers.append(nn.Conv2d(width, CLASSES, 1))
-    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    model = nn.Sequential(*layers)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def mean_iou(model: nn.Module, images: Tensor, labels: Tensor) -> float:

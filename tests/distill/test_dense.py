@@ -169,6 +169,7 @@ X = torch.randn(2, 3, 4, 4)
         (dict(teacher=X[:, :2]), ValueError, r"teacher: got maps \[2, 2, 4, 4\].*channels"),
         (dict(teacher=X[..., :2]), ValueError, r"\[2, 3, 4, 2\].*resize='bilinear' interpolates"),
         (dict(resize="cubic"), ValueError, "resize: got 'cubic', expected None or one of bilinear"),
+        (dict(resize=[3]), ValueError, "resize: got"),
         (dict(resize="linear"), ValueError, "resize: got 'linear'"),
         (dict(class_dim=4), ValueError, "class_dim: got 4"),
         (dict(class_dim=0), ValueError, "class_dim: got 0"),

@@ -188,6 +188,7 @@ X = torch.randn(3, 2)
         (lambda: distill.in_batch_similarity((X, X[:2]), X), ValueError, "teacher: got embed"),
         (lambda: distill.in_batch_similarity((X, 3), X), TypeError, "student: got int"),
         (lambda: distill.in_batch_similarity(X[None], X[None]), ValueError, "pooled"),
+        (lambda: distill.in_batch_similarity(X, X, diagonal="no"), TypeError, "diagonal: got 'no'"),
         (lambda: distill.in_batch_similarity(X, X, temperature=0), ValueError, "temperature: got"),
         (
             lambda: distill.in_batch_similarity(X, X, teacher_temperature=-1),

@@ -213,10 +213,14 @@ X = torch.randn(3, 2)
         (dict(mask=torch.ones(3).bool()), ValueError, r"mask: got shape \[3\]"),
         (dict(mask=X > 0, lengths=[2, 2, 2]), ValueError, "mask: got one beside lengths"),
         (dict(lengths=[2, 2]), ValueError, r"lengths: got shape \[2\], expected \[3\]"),
-        (dict(lengths=[2, 2, 3]), ValueError, "lengths: got numbers from 2 to 3, expected 0 to 2"),
+        (dict(lengths=[2, 2, 3]), ValueError, "lengths: got 3, expected at most 2"),
         (dict(lengths=torch.ones(3)), TypeError, "lengths: got .*expected integers"),
         (dict(student=X[:, :1], lengths=[2, 2]), ValueError, "student: got scores.*sum is 4"),
         (dict(student=X[:, :1], lengths=[2.0, 1]), TypeError, "lengths: got .*expected integers"),
+        (dict(lengths=2), TypeError, "lengths: got .*expected integers"),
+        (dict(lengths=["a"]), TypeError, "lengths: got .*expected integers"),
+        (dict(lengths=[2, 2, -1]), ValueError, "lengths: got -1"),
+        (dict(student=X[:, :1], teacher=X[:, :1]), ValueError, r"student: got scores \[3, 1\]"),
         (dict(weight=torch.ones(2)), ValueError, r"weight: got shape \[2\]"),
         (dict(reduction="avg"), ValueError, "reduction: got 'avg'"),
         (dict(ignore_index=2), TypeError, "unexpected options.*ignore_index"),
@@ -231,6 +235,8 @@ def test_bad_input(options: dict[str, Any], error: type[Exception], says: str) -
 def test_bad_parameters() -> None:
     with pytest.raises(ValueError, match="normalize: got 'max', expected one of none, minmax"):
         distill.listwise_loss(X, X, normalize="max")
+    with pytest.raises(TypeError, match=r"got listwise_loss, a loss without labels.*ranking"):
+        distill.response(distill.listwise_loss)
     with pytest.raises(ValueError, match="temperature: got 0"):
         distill.listwise_loss(X, X, temperature=0)
     with pytest.raises(ValueError, match="expected a positive and negatives"):

@@ -146,8 +146,9 @@ def _one_size(
     if at is None or not -student.dim() <= at < student.dim() or at % student.dim() == 0:
         expected = "the dimension of the classes, 1 for [N, C, H, W]"
         raise ValueError(f"class_dim: got {shown(class_dim)}, expected {expected}")
-    if resize is not None and RESIZES.get(resize, -1) not in (0, student.dim()):
-        names = [name for name, dims in RESIZES.items() if dims in (0, student.dim())]
+    dims = RESIZES.get(resize, -1) if isinstance(resize, str) else -1
+    if resize is not None and dims not in (0, student.dim()):
+        names = [name for name, of in RESIZES.items() if of in (0, student.dim())]
         expected = f"None or one of {', '.join(names)} for maps {sizes(student.shape)}"
         raise ValueError(f"resize: got {shown(resize)}, expected {expected}")
     s, t = ([x.size(0), x.size(at)] for x in (student, teacher))

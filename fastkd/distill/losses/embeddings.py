@@ -112,6 +112,8 @@ def in_batch_similarity(
     if similarity not in SIMILARITIES:
         got = shown(similarity)
         raise ValueError(f"similarity: got {got}, expected one of {', '.join(SIMILARITIES)}")
+    if diagonal not in (None, True, False):
+        raise TypeError(f"diagonal: got {shown(diagonal)}, expected True, False or None")
     (a, b), (c, d) = _sides("student", student), _sides("teacher", teacher)
     if a.size(0) != c.size(0) or b.size(0) != d.size(0) or (a is b) != (c is d):
         raise ValueError(

@@ -271,6 +271,9 @@ def response(
     name = str(name or getattr(function, "__name__", "response"))
     parameters = inspect.signature(function).parameters
     needs_labels = "labels" in parameters and parameters["labels"].default is inspect._empty
+    if is_own_loss(function) and "labels" not in parameters:
+        expected = "distill.ranking, embedding, regression or feature for it"
+        raise TypeError(f"function: got {name}, a loss without labels, expected {expected}")
     rows = ("labelled" if needs_labels else "all") if rows is None else rows
     if rows not in ("all", "labelled") or (rows == "all" and needs_labels):
         expected = "'labelled'" if needs_labels else "'all' or 'labelled'"

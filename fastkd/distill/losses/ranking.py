@@ -22,6 +22,7 @@ import fastkd
 from fastkd import rows as row_options
 from fastkd.arguments.messages import describe, shown, sizes
 from fastkd.arguments.numbers import integer
+from fastkd.arguments.tensors import INT_DTYPES
 
 from ..batch import Batch, Outputs
 from ..targets import entry_of, teacher_logits
@@ -86,6 +87,9 @@ def listwise_loss(
         raise ValueError(f"normalize: got {got}, expected one of {', '.join(NORMALIZATIONS)}")
     s, t, kept = _candidates(student, teacher, mask, lengths)
     _check(rows, s)
+    if s.size(-1) == 1 and mask is None and lengths is None:
+        got = f"scores {sizes(student.shape)}, of one candidate a row, from which nothing is learnt"
+        raise ValueError(f"student: got {got}; expected [..., C], or lengths= for flat scores")
     if normalize != "none":
         change = _minmax if normalize == "minmax" else _standardised
         s, t = change(s, kept), change(t, kept)
@@ -226,6 +230,8 @@ def _candidates(
     if teacher.device != student.device:
         got = f"a tensor on {teacher.device}"
         raise ValueError(f"teacher: got {got}, expected the student's {student.device}")
+    if lengths is not None:
+        lengths = _numbers(lengths)
     acc = wide(student, teacher)
     sides = [
         _lists(name, x, lengths) if lengths is not None and _is_flat(x) else x
@@ -254,30 +260,36 @@ def _is_flat(x: Tensor) -> bool:
     return x.dim() == 1 or x.shape[1:] == (1,)
 
 
-def _lists(name: str, x: Tensor, lengths: Lengths) -> Tensor:
+def _numbers(lengths: Lengths) -> Tensor:
+    """lengths as a tensor of integers."""
+    found = lengths
+    if isinstance(lengths, (list, tuple)) and all(integer(n) is not None for n in lengths):
+        found = torch.tensor([integer(n) for n in lengths], dtype=torch.int64)
+    if not isinstance(found, Tensor) or found.dtype not in INT_DTYPES:
+        raise TypeError(f"lengths: got {describe(lengths)}, expected integers, one a query")
+    if found.device.type == "cpu" and bool((found < 0).any()):
+        raise ValueError(f"lengths: got {int(found.min())}, expected integers >= 0")
+    return found
+
+
+def _lists(name: str, x: Tensor, lengths: Tensor) -> Tensor:
     """Flat scores [R] or [R, 1] as rows of candidates, -inf behind each."""
-    numbers = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
-    wrong = not isinstance(numbers, list) or any(integer(n) is None or n < 0 for n in numbers)
-    if wrong:
-        raise TypeError(f"lengths: got {shown(lengths)}, expected integers >= 0, one a query")
-    if sum(numbers) != x.numel() or x.numel() != x.size(0):
-        got = f"scores {sizes(x.shape)} for lengths whose sum is {sum(numbers)}"
+    numbers = lengths.tolist()
+    if lengths.dim() != 1 or sum(numbers) != x.numel():
+        got = f"scores {sizes(x.shape)} for lengths whose sum is {int(lengths.sum())}"
         raise ValueError(f"{name}: got {got}, expected flat scores, one for each candidate")
     return pad_sequence(list(x.reshape(-1).split(numbers)), True, -INF)
 
 
-def _first(lengths: Lengths, s: Tensor) -> Tensor:
+def _first(lengths: Tensor, s: Tensor) -> Tensor:
     """Which places [..., C] lie before their row's length."""
-    numbers = torch.as_tensor(lengths, device=s.device)
-    if numbers.is_floating_point() or numbers.dtype == torch.bool:
-        raise TypeError(f"lengths: got {describe(lengths)}, expected integers")
+    numbers = lengths.to(s.device)
     if numbers.shape != s.shape[:-1]:
         got = sizes(numbers.shape)
         raise ValueError(f"lengths: got shape {got}, expected {sizes(s.shape[:-1])}")
-    if numbers.device.type == "cpu" and bool(((numbers < 0) | (numbers > s.size(-1))).any()):
-        most = s.size(-1)
-        got = f"numbers from {int(numbers.min())} to {int(numbers.max())}"
-        raise ValueError(f"lengths: got {got}, expected 0 to {most}, the candidates of a row")
+    if lengths.device.type == "cpu" and bool((lengths > s.size(-1)).any()):
+        expected = f"at most {s.size(-1)}, the candidates of a row"
+        raise ValueError(f"lengths: got {int(lengths.max())}, expected {expected}")
     return torch.arange(s.size(-1), device=s.device) < numbers.unsqueeze(-1)
 
 
