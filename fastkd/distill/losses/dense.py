@@ -114,7 +114,7 @@ def channel_wise(
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value.
 
-    Shu et al. 2021, arXiv 2011.13256 (there a sum over the batch's maps or their mean).
+    Shu et al. 2021, arXiv 2011.13256.
     """
     _options(rows)
     student, teacher = _one_size(student, teacher, resize, class_dim)
