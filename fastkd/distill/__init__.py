@@ -10,7 +10,10 @@ from .logging import CSVLogger, Step
 from .losses import attention, features, relations
 from .losses.binary import binary_hard, binary_soft
 from .losses.correlation import dist
+from .losses.dense import channel_wise, pixel_wise
+from .losses.embeddings import embedding, embedding_loss, in_batch_similarity
 from .losses.logits import cosine, dkd, logit_mse, nkd, response, zscore
+from .losses.ranking import listwise_loss, margin_mse, ranking
 from .losses.regression import bounded_regression_loss, regression, regression_loss
 from .losses.sampled import sampled_reverse_kl
 from .losses.token_alignment import Alignment, align, align_labelled
@@ -64,12 +67,15 @@ __all__ = [
     "born_again",
     "bounded_regression_loss",
     "calibration_error",
+    "channel_wise",
     "copy_layers",
     "cosine",
     "curriculum",
     "diagnose",
     "dist",
     "dkd",
+    "embedding",
+    "embedding_loss",
     "evaluate",
     "export",
     "feature",
@@ -77,19 +83,24 @@ __all__ = [
     "fine_tune",
     "freeze",
     "hard",
+    "in_batch_similarity",
     "input_noise",
     "latency",
     "layer_map",
+    "listwise_loss",
     "load",
     "logit_mse",
     "lr_schedule",
     "lwf",
+    "margin_mse",
     "mean_teacher",
     "mutual",
     "nkd",
     "on_policy",
+    "pixel_wise",
     "projector",
     "prune",
+    "ranking",
     "regression",
     "regression_loss",
     "relations",

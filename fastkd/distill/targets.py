@@ -156,13 +156,18 @@ def kept_rows(name: str, batch: Batch, rows: str, mask: str | None) -> Tensor | 
         return labels_of(name, batch) != IGNORED
     if mask is None:
         return None
+    return entry_of(batch, "mask", mask) != 0
+
+
+def entry_of(batch: Batch, argument: str, key: str) -> Tensor:
+    """The tensor of that name in a batch's inputs or beside them; ValueError without one."""
     inputs = batch.inputs if hasattr(batch.inputs, "keys") else {}
-    found = inputs[mask] if mask in inputs else batch.extra.get(mask)
+    found = inputs[key] if key in inputs else batch.extra.get(key)
     if not isinstance(found, Tensor):
-        known = [str(key)[:40] for key in (*inputs, *batch.extra)][:8]
-        got = f"no tensor {mask!r} among the entries {known} of the batch"
-        raise ValueError(f"mask: got {got}, expected one in inputs or beside them")
-    return found != 0
+        known = [str(name)[:40] for name in (*inputs, *batch.extra)][:8]
+        got = f"no tensor {key!r} among the entries {known} of the batch"
+        raise ValueError(f"{argument}: got {got}, expected one in inputs or beside them")
+    return found
 
 
 def only(x: Tensor, kept: Tensor) -> Tensor:

@@ -188,6 +188,11 @@ def by_rank(folder: Path) -> Names:
     }
 
 
+def nothing(folder: Path) -> Names:
+    """What every block has: it makes terms alone."""
+    return {}
+
+
 # a word of the block, and the names that it takes as given
 GIVEN: tuple[tuple[str, str, Callable[[Path], Names]], ...] = (
     ("README.md", "# after: one pass", logits),
@@ -199,6 +204,8 @@ GIVEN: tuple[tuple[str, str, Callable[[Path], Names]], ...] = (
     ("fastkd/integrations/README.md", "compute_loss_func", transformers),
     ("fastkd/integrations/README.md", "def collate", transformers),
     ("fastkd/integrations/README.md", "patch(GKDTrainer)", transformers),
+    ("fastkd/distill/losses/README.md", "sentence_embedding", nothing),
+    ("fastkd/distill/losses/README.md", "distill.channel_wise", nothing),
     ("fastkd/teachers/README.md", "# once, offline", logits),
     ("fastkd/teachers/README.md", "top_p=0.95", logits),
     ("fastkd/teachers/README.md", "d2t", logits),

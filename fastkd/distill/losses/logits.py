@@ -255,7 +255,8 @@ def response(
     """A term of a loss between the logits: function(student, teacher, labels, **options).
 
     Args:
-        function: `logit_mse`, `dkd`, `nkd`, `zscore`, `cosine`, `dist`, or one of your own.
+        function: `logit_mse`, `dkd`, `nkd`, `zscore`, `cosine`, `dist`, `pixel_wise`,
+            `channel_wise`, or one of your own.
         weight: factor, or step -> factor.
         rows: "labelled": rows whose label is -100 are left out, and every batch needs labels;
             "all": the function gets no labels. None: "labelled" where the function cannot do
@@ -270,6 +271,9 @@ def response(
     name = str(name or getattr(function, "__name__", "response"))
     parameters = inspect.signature(function).parameters
     needs_labels = "labels" in parameters and parameters["labels"].default is inspect._empty
+    if is_own_loss(function) and "labels" not in parameters:
+        expected = "distill.ranking, embedding, regression or feature for it"
+        raise TypeError(f"function: got {name}, a loss without labels, expected {expected}")
     rows = ("labelled" if needs_labels else "all") if rows is None else rows
     if rows not in ("all", "labelled") or (rows == "all" and needs_labels):
         expected = "'labelled'" if needs_labels else "'all' or 'labelled'"
@@ -278,7 +282,8 @@ def response(
     if unknown := options.keys() - known:
         raise TypeError(f"{name}: got unexpected options {sorted(unknown)}")
 
-    look = Classes(name, options.get("class_dim", -1))
+    own_dim = getattr(parameters.get("class_dim"), "default", -1)  # 1 of the losses of maps
+    look = Classes(name, options.get("class_dim", own_dim))
     # one of your own may lay out classes otherwise; plain differences see one logit, too
     softmax = is_own_loss(function) and not (
         function is logit_mse and options.get("centred") is False
