@@ -18,6 +18,7 @@ FAMILIES = {
     "integrations": "integrations",
     "store": "store",
     "store-scale": "store_scale",
+    "store-stream": "store_stream",
     "vocab-parallel": "vocab_parallel",
     "communication": "communication",
 }
