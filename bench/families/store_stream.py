@@ -103,6 +103,7 @@ class StoreStream(Family):
         yield Input("stream", torch.uint8, None, self.name)
 
     def measure(self, one: Input, a: argparse.Namespace, say: Say) -> list[Result]:
+        say("writing")
         with tempfile.TemporaryDirectory(dir=a.folder) as name:
             start = time.perf_counter()
             size = write(Path(name), a, say)
