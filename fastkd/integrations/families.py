@@ -79,8 +79,8 @@ FAMILIES = (
 # problem types of transformers that no divergence between softmaxes is for, and what is
 PROBLEMS = {
     "regression": "torch.nn.functional.mse_loss(student_logits, teacher_logits)",
-    "multi_label_classification": "torch.nn.functional.binary_cross_entropy_with_logits("
-    "student_logits, teacher_logits.sigmoid())",
+    "multi_label_classification": "fastkd.binary_distillation_loss(student_logits, "
+    "teacher_logits, labels)",
 }
 
 

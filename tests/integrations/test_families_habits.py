@@ -241,13 +241,13 @@ def refused(folder: Path, student: Any, teacher: Any, words: str, **options: Any
 
 def test_problems_that_are_no_choice_of_one_label(tmp_path: Path) -> None:
     student, teacher = pair("bert", problem_type="multi_label_classification")
-    words = r"student: got BertForSeq.*'multi_label_classification'.*binary_cross_entropy"
+    words = r"student: got BertForSeq.*'multi_label_classification'.*binary_distillation_loss"
     refused(tmp_path, student, teacher, words)
     student, _ = pair("vit", num_labels=1)
     refused(tmp_path, student, None, r"student: got ViT.*'regression'.*num_labels 1.*mse_loss")
     student, teacher = pair("bert")
     data = [row | {"labels": torch.rand(3)} for row in models.rows(CASES["bert"])]
-    with pytest.raises(ValueError, match=r"'multi_label_classification'.*binary_cross"):
+    with pytest.raises(ValueError, match=r"'multi_label_classification'.*binary_distillation"):
         trained(tmp_path, "bert", student, teacher, train_dataset=data)
 
 
