@@ -25,6 +25,7 @@ from causal_models import (
 from torch import Tensor
 
 from fastkd import distill
+from fastkd.distill.self_teachers import without_adapter
 
 STEPS: dict[str, Any] = {"max_steps": 3, "gradient_accumulation_steps": 2}
 STEPS |= {"per_device_train_batch_size": 2, "logging_steps": 1, "save_strategy": "no"}
@@ -118,6 +119,30 @@ def test_a_trainers_student_without_its_adapter(tmp_path: Path) -> None:
     torch.testing.assert_close(said, base(**inputs).logits)
     with pytest.raises(ValueError, match="teacher: got 'base' for LlamaForCausalLM, which has no"):
         trainer_of(tmp_path, llama(), "base")
+
+
+def test_an_adapter_of_transformers_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`model.add_adapter`, one of two at work: the base, and everything as it was."""
+    peft = pytest.importorskip("peft")
+    # transformers asks for a PEFT that may not be released yet
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    base, student, data = llama(4).eval(), llama(4), ragged(12)
+    torch.manual_seed(3)
+    for name in ("first", "second"):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        student.add_adapter(config, name)
+    student.set_adapter("first")
+    inputs = {"input_ids": data[0]["input_ids"][None]}
+    with without_adapter(student.eval()):
+        torch.testing.assert_close(student(**inputs).logits, base(**inputs).logits)
+    assert student.active_adapters() == ["first"]
+    assert float((student(**inputs).logits - base(**inputs).logits).detach().abs().max()) > 1e-3
+    flags = {name: p.requires_grad for name, p in student.named_parameters()}
+    expected = by_hand(copy.deepcopy(student), data, lambda _, x: base(**x).logits)
+    assert curve(run(in_order(tmp_path, student, "base", data))) == pytest.approx(
+        expected, rel=1e-4
+    )
+    assert {name: p.requires_grad for name, p in student.named_parameters()} == flags
 
 
 def test_the_moving_average_and_its_checkpoint(tmp_path: Path) -> None:
