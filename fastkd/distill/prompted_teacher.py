@@ -69,13 +69,24 @@ class PromptedTeacher(Teacher):
         prompt = self.prompt if isinstance(self.prompt, str) else self.prompt.tolist()
         return ["PromptedTeacher", self.teacher.identity(), prompt, self.after, self.replace]
 
-    def __call__(self, batch: Batch) -> Outputs:
-        inputs, at = self.inputs(batch.inputs, batch.labels, batch.extra)
-        said = self.teacher(Batch(inputs, extra=batch.extra, samples=batch.samples))
-        return Outputs(rows_at(said.logits, at), role="teacher")
+    @property
+    def ahead_by(self) -> int | None:  # type: ignore[override]
+        return self.teacher.ahead_by
 
-    def inputs(self, given: Any, labels: Any, extra: Mapping[str, Any]) -> tuple[Any, Tensor]:
-        """What the teacher reads, and the teacher's row [B, L] of each of the student's."""
+    def expect(self, batch: Batch) -> None:
+        if self.ahead_by is not None:
+            self.teacher.expect(self._asked(batch)[0])
+
+    def __call__(self, batch: Batch) -> Outputs:
+        asked, at = self._asked(batch)
+        return Outputs(rows_at(self.teacher(asked).logits, at), role="teacher")
+
+    def _asked(self, batch: Batch) -> tuple[Batch, Tensor]:
+        inputs, labels, at = self.inputs(batch.inputs, batch.labels, batch.extra)
+        return Batch(inputs, labels, extra=batch.extra, samples=batch.samples), at
+
+    def inputs(self, given: Any, labels: Any, extra: Mapping[str, Any]) -> tuple[Any, Any, Tensor]:
+        """What the teacher reads, its labels, and its row [B, L] of each of the student's."""
         named = isinstance(given, Mapping)
         ids, mask = (
             (given.get("input_ids"), given.get("attention_mask")) if named else (given, None)
@@ -107,11 +118,18 @@ class PromptedTeacher(Teacher):
         at = place + torch.tensor(shifts, device=ids.device)[:, None]
         at = torch.where(place < self.after - 1, place, at)  # in front of the prompt
         at = at.clamp_min(0).minimum((sizes - 1).clamp_min(0)[:, None])
+        if isinstance(labels, Tensor) and labels.shape == ids.shape:
+            kept = labels != IGNORED
+            moved = torch.full_like(made, IGNORED)
+            moved[kept.nonzero()[:, 0], at[kept]] = labels[kept].to(made.dtype)
+            labels = moved
+        else:
+            labels = None
         if not named:
-            return made, at
+            return made, labels, at
         rest = {k: x for k, x in given.items() if getattr(x, "shape", ())[:2] != ids.shape}
         behind = torch.arange(made.size(1), device=ids.device) < sizes[:, None]
-        return {**rest, "input_ids": made, "attention_mask": behind.to(torch.int64)}, at
+        return {**rest, "input_ids": made, "attention_mask": behind.to(torch.int64)}, labels, at
 
     def _prompts(self, extra: Mapping[str, Any], ids: Tensor) -> list[Tensor]:
         name, size = self.prompt, ids.size(0)

@@ -159,6 +159,15 @@ class EnsembleTeacher(Teacher):
         self.reads_batch = any(member.reads_batch for member in self.members)
         self._member_outputs: list[Outputs] = []
 
+    @property
+    def ahead_by(self) -> int | None:  # type: ignore[override]
+        counts = [x.ahead_by for x in self.members if x.ahead_by is not None]
+        return max(counts, default=None)
+
+    def expect(self, batch: Batch) -> None:
+        for member in self.members:
+            member.expect(batch)
+
     def bind(self, student: nn.Module) -> None:
         for member in self.members:
             member.bind(student)
@@ -218,6 +227,12 @@ class EnsembleTeacher(Teacher):
 
     def _mean(self, outputs: list[Outputs], weights: list[float]) -> Outputs:
         T, logits = self.temperature, [each.logits for each in outputs]
+        if other := [type(x).__name__ for x in logits if not isinstance(x, Tensor)]:
+            raise TypeError(
+                f"teachers: got {other[0]} of {len(other)} of {len(logits)} teachers, expected "
+                "tensors of logits: the mean of columns that one names and another does not is not "
+                "known; {name: teacher} chooses one for each sample, and takes them"
+            )
         shapes = [list(x.shape) for x in logits if isinstance(x, Tensor)]
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError(

@@ -16,6 +16,7 @@ from fastkd.arguments.messages import shown
 from .batch import Batch, Outputs, in_rows, mapped, tensors
 from .distributed import is_dtensor
 from .teacher_ensembles import EnsembleTeacher, PeerTeacher
+from .teachers import Teacher
 
 
 class RoutedTeacher(EnsembleTeacher):
@@ -56,13 +57,23 @@ class RoutedTeacher(EnsembleTeacher):
                 stack.enter_context(member.hooked(names))
             yield
 
-    def __call__(self, batch: Batch) -> Outputs:
+    def _routed(self, batch: Batch) -> Iterator[tuple[Teacher, list[int]]]:
+        """Each teacher that has samples of the batch, and their places."""
         of = routes(batch.extra.get(self.by), self.names, batch.samples, self.by)
+        for member, name in zip(self.members, self.names, strict=True):
+            if own := [place for place, other in enumerate(of) if other == name]:
+                yield member, own
+
+    def expect(self, batch: Batch) -> None:
+        for member, own in self._routed(batch):
+            if member.ahead_by is not None:
+                member.expect(samples(batch, own))
+
+    def __call__(self, batch: Batch) -> Outputs:
         said, places = [], []
-        for at, member in enumerate(self.members):
-            if own := [place for place, name in enumerate(of) if name == self.names[at]]:
-                said.append(member(samples(batch, own)))
-                places += own
+        for member, own in self._routed(batch):
+            said.append(member(samples(batch, own)))
+            places += own
         order = torch.tensor(places).argsort()
         logits = stacked_rows([each.logits for each in said], order)
         layers = said[0].features if said else {}
@@ -120,7 +131,10 @@ def stacked_rows(parts: Sequence[Any], order: Tensor) -> Any:
         return parts[0] if bool((order[1:] > order[:-1]).all()) else in_rows(parts[0], _at(order))
     kinds = {type(x).__name__ for x in parts}
     if len(kinds) > 1 or not isinstance(parts[0], (Tensor, fastkd.TopK)):
-        raise TypeError(f"teachers: got {sorted(kinds)}, expected logits of all or TopK of all")
+        raise TypeError(
+            f"teachers: got {sorted(kinds)}, expected logits of all or TopK of all (a model's: "
+            "lambda inputs: fastkd.topk_from_logits(model(inputs), k))"
+        )
     if isinstance(parts[0], Tensor):
         shapes = [list(x.shape) for x in parts]
         if any(shape[1:] != shapes[0][1:] for shape in shapes):

@@ -39,11 +39,13 @@ class Teacher:
             optimizer.
         student_layers: names of student modules whose outputs `follow` needs.
         reads_batch: whether `Batch.teacher` reaches it; where not, a batch with one is refused.
+        ahead_by: batches that it is told of before their step; None: it is told of none.
     """
 
     models: Sequence[nn.Module] = ()
     student_layers: tuple[str, ...] = ()
     reads_batch: bool = True
+    ahead_by: int | None = None
 
     def __call__(self, batch: Batch) -> Outputs:
         """The teacher's outputs on a micro-batch, without gradient; called once for each."""
@@ -64,12 +66,16 @@ class Teacher:
     def beside(self, student: nn.Module) -> None:
         """Called at the start of a run; the student may share modules with the teacher."""
 
-    def ahead(self, batches: Iterator[Any], most: int | None = None) -> Iterator[Any]:
-        """An epoch's batches; a teacher that is asked over a network looks at them here.
+    def expect(self, batch: Batch) -> None:
+        """Called with a batch that will come, by `ahead`; returns at once."""
 
-        It may take up to `most` of them before their step, None: as many as it likes.
+    def ahead(self, batches: Iterator[Any], most: int | None = None) -> Iterator[Any]:
+        """An epoch's batches; one that is asked over a network is told of `most` before their step.
+
+        None: as many as it was made for.
         """
-        return batches
+        most = self.ahead_by if most is None else most
+        return batches if self.ahead_by is None else expected(batches, self.expect, most or 0)
 
     def begin(self) -> None:
         """Called at the start of an epoch."""
@@ -90,6 +96,17 @@ class Teacher:
     def identity(self) -> Any:
         """JSON value that says which teacher this is; a resumed run must have the same."""
         return type(self).__name__
+
+
+def expected(batches: Iterator[Any], expect: Callable[[Any], None], most: int) -> Iterator[Any]:
+    """The same batches, each told to `expect` up to `most` of them before it comes."""
+    waiting: list[Any] = []
+    for batch in batches:
+        expect(batch)
+        waiting.append(batch)
+        if len(waiting) > most:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 class ModelTeacher(Teacher):

@@ -128,7 +128,7 @@ def train(
 
     Paper: Hinton, Vinyals and Dean 2015, arXiv 1503.02531.
     """
-    _check_numbers(epochs, amp, accumulate, clip_norm)
+    _check_numbers(epochs, amp, accumulate, ahead, clip_norm)
     _check_functions(log, schedule=schedule, transform=transform, validate=validate)
     parts, stepper, followers, weights = _set_up(
         *(student, loader, loss, teacher, optimizer, lr, schedule, ema),
@@ -334,13 +334,19 @@ def _metric(value: Any) -> float:
 
 
 def _check_numbers(
-    epochs: int, amp: torch.dtype | None, accumulate: int | None, clip_norm: float | None
+    epochs: int,
+    amp: torch.dtype | None,
+    accumulate: int | None,
+    ahead: int | None,
+    clip_norm: float | None,
 ) -> None:
     _check_count("epochs", epochs)
     if amp not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"amp: got {shown(amp)}, expected torch.bfloat16, torch.float16 or None")
     if accumulate is not None:
         _check_count("accumulate", accumulate)
+    if ahead is not None and (integer(ahead) is None or ahead < 0):
+        raise ValueError(f"ahead: got {shown(ahead)}, expected an integer >= 0 or None")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm: got {shown(clip_norm)}, expected > 0 or None")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -30,15 +30,22 @@ def check_tokenizers(student: Any, teacher: Any, columns: int | None) -> None:
 class Collate:
     """A Trainer's collator, and a word on a stored teacher that it cannot stack."""
 
-    def __init__(self, collator: Any, columns: Sequence[str] = ()) -> None:
-        self.collator, self.columns = collator, columns
+    def __init__(
+        self,
+        collator: Any,
+        columns: Sequence[str] = (),
+        expect: Callable[[Any], None] = lambda batch: None,
+    ) -> None:
+        self.collator, self.columns, self.expect = collator, columns, expect
 
     def __call__(self, rows: Any) -> Any:
         columns = [name for name in self.columns if rows and name in rows[0]]
         apart = {name: [row[name] for row in rows] for name in columns}  # names, lists of ids
         if apart:
             rows = [{k: x for k, x in row.items() if k not in apart} for row in rows]
-        return {**self._batch(rows), **apart} if apart else self._batch(rows)
+        made = {**self._batch(rows), **apart} if apart else self._batch(rows)
+        self.expect(made)
+        return made
 
     def _batch(self, rows: Any) -> Any:
         try:

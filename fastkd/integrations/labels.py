@@ -21,11 +21,8 @@ def rows_of(labels: Tensor | None, shifted: Tensor | None, student: Any, family:
         like += "DataCollatorForLanguageModeling(mlm=False) gives them"
         expected = like if family.shift else f"a column 'labels' {family.form}"
         raise ValueError(f"labels: got none in the batch, expected {expected}")
-    if shifted is not None:
-        labels = shifted
-    elif family.shift:
-        labels = F.pad(labels[..., 1:], (0, 1), value=IGNORED)
-    elif family.form == "[B]" and labels.shape == (student.size(0), 1):
+    labels = shifted_labels(labels, shifted, family)
+    if family.form == "[B]" and labels.shape == (student.size(0), 1):
         labels = labels.squeeze(-1)  # as the models themselves take them
     if student.shape[:-1] == labels.shape:
         return labels
@@ -37,6 +34,13 @@ def rows_of(labels: Tensor | None, shifted: Tensor | None, student: Any, family:
         f"labels: got {list(labels.shape)} for logits {list(student.shape)}, expected "
         f"{family.form}, {each}" + (hint if more > 0 and family.form == "[B, L]" else "")
     )
+
+
+def shifted_labels(labels: Tensor, shifted: Tensor | None, family: Family) -> Tensor:
+    """A batch's labels, each in the row that predicts it."""
+    if shifted is not None:
+        return shifted
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORED) if family.shift else labels
 
 
 def check_first(labels: Tensor, inputs: dict[str, Any], student: Any, family: Family) -> None:

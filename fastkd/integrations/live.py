@@ -34,6 +34,7 @@ class Live:
     """A frozen model, in eval mode in each of its forwards."""
 
     columns: tuple[str, ...] = ()  # of the batch, which the student does not get
+    ahead_by: int | None = None  # batches that it is told of before their step
 
     def __init__(self, model: Any) -> None:
         self.model, self.linear = model, True
@@ -111,6 +112,9 @@ class Live:
                 said = getattr(model(**named), family_of(model).logits)
         yield None, said  # outside of all that
 
+    def expect(self, inputs: Any, labels: Tensor, extra: Mapping[str, Any]) -> None:
+        """Called with a batch that will come, as `parts` gets it; returns at once."""
+
     def _as_it_was(self) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -165,7 +169,7 @@ class LivePrompted(Live):
         super().__init__(None)
         self.prompted, self.within = prompted, live(prompted.teacher)
         own = (prompted.prompt,) if isinstance(prompted.prompt, str) else ()
-        self.columns = (*own, *self.within.columns)
+        self.columns, self.ahead_by = (*own, *self.within.columns), self.within.ahead_by
 
     def check(self, student: Any) -> None:
         self.within.check(student)
@@ -176,8 +180,12 @@ class LivePrompted(Live):
     def replaced(self) -> bool:
         return self.within.replaced()
 
+    def expect(self, inputs: Any, labels: Tensor, extra: Any) -> None:
+        inputs, labels, _ = self.prompted.inputs(inputs, labels, extra)
+        self.within.expect(inputs, labels, extra)
+
     def parts(self, inputs: Any, labels: Tensor, extra: Any, *how: Any) -> Iterator[Part]:
-        inputs, at = self.prompted.inputs(inputs, labels, extra)
+        inputs, labels, at = self.prompted.inputs(inputs, labels, extra)
         for rows, said in self.within.parts(inputs, labels, extra, *how):
             yield rows, rows_at(said, at if rows is None else at[rows])
 
@@ -195,6 +203,8 @@ class LiveRouted(Live):
             raise ValueError("teacher: got an empty dict, expected {name: model}")
         self.members, self.by = {name: live(x) for name, x in teachers.items()}, by
         self.columns = (by, *(c for member in self.members.values() for c in member.columns))
+        counts = [x.ahead_by for x in self.members.values() if x.ahead_by is not None]
+        self.ahead_by = max(counts, default=None)
 
     def check(self, student: Any) -> None:
         for member in self.members.values():
@@ -207,7 +217,8 @@ class LiveRouted(Live):
     def replaced(self) -> bool:
         return any(member.replaced() for member in self.members.values())
 
-    def parts(self, inputs: Any, labels: Tensor, extra: Any, *how: Any) -> Iterator[Part]:
+    def _routed(self, inputs: Any, labels: Tensor, extra: Any) -> Iterator[tuple[Any, ...]]:
+        """Of each member that has samples of a batch their places, and its part of the batch."""
         size = labels.size(0)
         of = routes(extra.get(self.by), list(self.members), size, self.by)
 
@@ -221,7 +232,15 @@ class LiveRouted(Live):
                 continue
             mine, more = ({k: cut(x, own) for k, x in y.items()} for y in (inputs, extra))
             at = torch.tensor(own, device=labels.device)
-            for rows, said in member.parts(mine, labels[at], more, *how):
+            yield member, at, (mine, labels[at], more)
+
+    def expect(self, *batch: Any) -> None:
+        for member, _, mine in self._routed(*batch):
+            member.expect(*mine)
+
+    def parts(self, inputs: Any, labels: Tensor, extra: Any, *how: Any) -> Iterator[Part]:
+        for member, at, mine in self._routed(inputs, labels, extra):
+            for rows, said in member.parts(*mine, *how):
                 yield (at if rows is None else at[rows]), said
 
     @property
@@ -234,7 +253,7 @@ class LiveAsked(Live):
 
     def __init__(self, source: distill.Teacher) -> None:
         super().__init__(None)
-        self.source = source
+        self.source, self.ahead_by = source, source.ahead_by
 
     def check(self, student: Any) -> None:
         self.source.beside(unwrapped(student))
@@ -250,6 +269,9 @@ class LiveAsked(Live):
         check_sizes(family.columns(unwrapped(student)), size, vocab_size, words=True)
         if vocab_size is not None and size is not None and size < vocab_size:
             raise ValueError(f"vocab_size: got {vocab_size}, expected at most the teacher's {size}")
+
+    def expect(self, inputs: Any, labels: Tensor, extra: Any) -> None:
+        self.source.expect(distill.Batch(inputs, labels))
 
     def parts(
         self, inputs: Any, labels: Tensor, extra: Any, autocast: Any, device: torch.device

@@ -21,6 +21,7 @@ from fastkd.arguments.messages import shown
 from fastkd.distill.batch import in_rows
 from fastkd.distill.heads import Head, encoded, head_of, output_embeddings
 from fastkd.distill.hooks import Hook
+from fastkd.integrations.collate import Collate
 from fastkd.integrations.convention import check_convention, unwrapped
 from fastkd.integrations.families import (
     CAUSAL,
@@ -34,7 +35,7 @@ from fastkd.integrations.families import (
     is_noisy,
     named,
 )
-from fastkd.integrations.labels import check_first, rows_of
+from fastkd.integrations.labels import check_first, rows_of, shifted_labels
 from fastkd.integrations.live import Live, live
 
 SCHEDULED = ("temperature", "alpha")  # options that may be functions of the step
@@ -145,6 +146,27 @@ class DistillationLoss:
         """A batch without what is the teacher's alone."""
         other = {"teacher", *self._teachers_own, *(() if self.live is None else self.live.columns)}
         return {k: v for k, v in inputs.items() if k not in other}
+
+    def expect(self, batch: Mapping[str, Any]) -> None:
+        """Tell a served teacher of a Trainer's batch that will come; returns at once."""
+        labels, shifted = batch.get("labels"), batch.get("shift_labels")
+        if self.live is None or self.live.ahead_by is None or labels is None:
+            return
+        inputs = self.students_own(batch)
+        inputs = {k: x for k, x in inputs.items() if k not in {"shift_labels", *ANSWER_OPTIONS}}
+        extra = {name: batch.get(name) for name in self.live.columns}
+        self.live.expect(inputs, shifted_labels(labels, shifted, self.family), extra)
+
+    def collator(self, collator: Any) -> Collate:
+        """A plain Trainer's `data_collator`, by which a served teacher is asked ahead of the step.
+
+        `trainer.data_collator = loss.collator(trainer.data_collator)`: what it makes is asked for
+        at once. The Trainer makes a batch, and all micro-batches of a step, before it needs them;
+        with dataloader_num_workers=0, as a worker cannot ask. It also hands on the batch's columns
+        that are the teacher's alone, as "teacher_id". `DistillationTrainer` needs no such line.
+        """
+        columns = () if self.live is None else self.live.columns
+        return Collate(collator, columns, self.expect)
 
     @contextmanager
     def watching(self, student: Any) -> Iterator[None]:

@@ -21,7 +21,7 @@ import torch
 from fastkd.arguments.messages import shown
 from fastkd.distill.heads import head_of, linear_logits
 from fastkd.distill.serialization import absent, load, save
-from fastkd.distill.teachers import EMATeacher
+from fastkd.distill.teachers import EMATeacher, expected
 from fastkd.integrations.collate import Collate, check_tokenizers
 from fastkd.integrations.convention import unwrapped
 from fastkd.integrations.families import CAUSAL, decoder_inputs, named
@@ -313,10 +313,11 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             self.add_callback(_Follow(averages, self.model))
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
-        source = getattr(self.distillation.live, "source", None)
-        if source is not None:  # one look ahead for each epoch
+        most = getattr(self.distillation.live, "ahead_by", None)
+        if most is not None:  # one look ahead for each epoch
             if self._ahead[0] is not epoch_iterator:
-                self._ahead = epoch_iterator, source.ahead(epoch_iterator)
+                told = expected(epoch_iterator, self.distillation.expect, most)
+                self._ahead = epoch_iterator, told
             epoch_iterator = self._ahead[1]
         return super().get_batch_samples(epoch_iterator, *args, **kwargs)
 

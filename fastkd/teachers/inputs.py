@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.distill.batch import IGNORED, Batch, as_batch, mapped, rows_at, tensors
+from fastkd.distill.batch import IGNORED, Batch, as_batch, rows_at, tensors
 
 from .pairs import without
 
@@ -31,17 +31,6 @@ def teacher_inputs(item: Any) -> Batch:
         )
     made.samples = first.size(0)
     return made
-
-
-def part(batch: Batch, start: int, stop: int | None = None) -> Batch:
-    """Samples start to stop of a batch."""
-    size = batch.samples
-
-    def cut(x: Tensor) -> Tensor:
-        return x[start:stop] if x.dim() and x.size(0) == size else x
-
-    rows = len(range(size)[start:stop])
-    return Batch(mapped(batch.inputs, cut), mapped(batch.labels, cut), samples=rows)
 
 
 def check_labels(batch: Batch, labels: str | None) -> None:

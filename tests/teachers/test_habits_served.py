@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from causal_models import arguments, curve, hf, llama, ragged, run, together
-from served_model import Server, serving
+from causal_models import VOCAB, arguments, curve, hf, llama, ragged, run, together
+from served_model import Server
 
 import fastkd
+from fastkd import distill
 from fastkd.integrations.transformers import DistillationTrainer, compute_loss_func
 from fastkd.teachers import Served
 
 LOSS = {"temperature": 1.0, "alpha": 0.1}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving(llama(9)) as made:
-        yield made
 
 
 def test_ten_lines_with_a_vllm_server_and_a_trainer(server: Server, tmp_path: Path) -> None:
@@ -47,9 +42,9 @@ class Waiting(hf.TrainerCallback):  # type: ignore[misc]
         self.seen.append(len(self.teacher._waiting))
 
 
-@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("plain", ["", "plain", "collator"])
 def test_the_curve_is_that_of_the_models_own_columns(
-    plain: bool, server: Server, tmp_path: Path
+    plain: str, server: Server, tmp_path: Path
 ) -> None:
     """Beside batches that bring a `TopK` of the same model; dense, linear and packed students."""
     student, local, data = llama(1), server.score.model, ragged()
@@ -70,6 +65,8 @@ def test_the_curve_is_that_of_the_models_own_columns(
         if plain:
             loss = compute_loss_func(student, teacher, **LOSS)
             trainer = hf.Trainer(student, args, train_dataset=data, compute_loss_func=loss)
+            if plain == "collator":  # accelerate's loader makes the batch behind this one, too
+                trainer.data_collator = loss.collator(trainer.data_collator)
         else:
             trainer = DistillationTrainer(
                 student, args, train_dataset=data, teacher=teacher, loss=LOSS
@@ -77,7 +74,8 @@ def test_the_curve_is_that_of_the_models_own_columns(
         waiting = Waiting(teacher)
         trainer.add_callback(waiting)
         run(trainer)
-    assert waiting.seen == ([0] * 4 if plain else [8, 8, 4, 0][: len(waiting.seen)])
+    ahead = {"": [8, 8, 4, 0], "plain": [0] * 4, "collator": [4, 4, 4, 0]}[plain]
+    assert waiting.seen == ahead[: len(waiting.seen)]
     assert curve(trainer) == pytest.approx(curve(expected), rel=1e-3)
     torch.testing.assert_close(student.state_dict(), own.state_dict(), rtol=0, atol=1e-3)
 
@@ -97,3 +95,33 @@ def test_what_a_user_meets_first(server: Server, tmp_path: Path) -> None:
     with Served(server.url, k=8, tail="renormalize") as teacher:
         trainer = DistillationTrainer(student, args, train_dataset=data, teacher=teacher, loss=loss)
         assert run(trainer).state.global_step == 1
+
+
+@pytest.mark.parametrize("how", ["routed", "prompted", "plain"])
+def test_a_served_teacher_within_another(how: str, server: Server, tmp_path: Path) -> None:
+    """All columns of a server are the model itself; texts are asked for ahead of their step."""
+    data = [{**row, "teacher_id": "ab"[i % 2]} for i, row in enumerate(ragged())]
+    model, other = server.score.model, llama(8)
+
+    def teacher(one: Any) -> Any:
+        return distill.PromptedTeacher(one, [5, 6]) if how == "prompted" else {"a": one, "b": other}
+
+    def curve_of(one: Any, seen: Any = None) -> list[float]:
+        student, args = llama(1), arguments(tmp_path, max_steps=4)
+        if how == "plain":
+            loss = compute_loss_func(student, teacher(one), **LOSS)
+            args.remove_unused_columns = False
+            trainer = hf.Trainer(student, args, train_dataset=data, compute_loss_func=loss)
+            trainer.data_collator = loss.collator(trainer.data_collator)
+        else:
+            options = {"train_dataset": data, "teacher": teacher(one), "loss": LOSS}
+            trainer = DistillationTrainer(student, args, **options)
+        trainer.add_callback(seen) if seen else None
+        return curve(run(trainer))
+
+    with Served(server.url, k=VOCAB, ahead=1) as served:
+        seen = Waiting(served)
+        found = curve_of(served, seen)
+    assert found == pytest.approx(curve_of(copy.deepcopy(model)), rel=1e-3)
+    assert all(seen.seen[:3]) and seen.seen[3] == 0
+    assert {len(x["prompt"]) for x in server.requests} <= set(range(2, 11))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from causal_models import VOCAB, llama
-from served_model import NAME, Server, local, serving
+from causal_models import VOCAB
+from served_model import NAME, Server, local
 from torch import Tensor
 
 import fastkd
@@ -20,19 +19,6 @@ from fastkd.teachers.served import client
 
 K = 8
 APIS = ("vllm", "openai", "sglang", "trl", "llama.cpp")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving(llama(9)) as made:
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def fresh(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "FIRST_DELAY", 0.001)
-    server.faults, server.delay, server.most = [], 0.0, 0
-    server.requests.clear()
 
 
 def padded() -> tuple[dict[str, Tensor], Tensor]:

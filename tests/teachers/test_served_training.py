@@ -17,23 +17,9 @@ from torch.utils.data import DataLoader
 import fastkd
 from fastkd import distill
 from fastkd.teachers import Served, store
-from fastkd.teachers.served import client
 
 K = 8
 APIS = ("vllm", "openai", "sglang", "trl", "llama.cpp")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving(llama(9)) as made:
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def fresh(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "FIRST_DELAY", 0.001)
-    server.faults, server.delay, server.most = [], 0.0, 0
-    server.requests.clear()
 
 
 def batches(steps: int = 10) -> list[dict[str, Any]]:
@@ -79,6 +65,42 @@ def test_batches_are_asked_for_ahead_of_their_step(server: Server) -> None:
         with Served(server.url, k=K, ahead=1) as teacher:
             trained(teacher, loader(), on_step=lambda *_: seen.append(len(taken)), **options)
     assert seen == [2, 3, 4, 5, 5, 1, 2, 3, 4, 5, 3, 5, 5]
+
+
+def test_teachers_of_served_ones_hand_on_what_is_ahead(server: Server) -> None:
+    data = [{**x, "teacher_id": list("abab")} for x in batches(4)]
+
+    def ids(inputs: Any) -> fastkd.TopK:
+        return fastkd.topk_from_logits(local(server, inputs), K)
+
+    for make in (
+        lambda one: {"a": one, "b": ids},
+        lambda one: distill.PromptedTeacher(one, [5, 6], after=1),
+        lambda one: distill.PromptedTeacher({"a": ids, "b": one}, [7], replace=True),
+    ):
+        server.requests.clear()
+        seen: list[int] = []
+        with Served(server.url, k=K, ahead=1) as one:
+            count = lambda *_: seen.append(len(one._waiting))  # noqa: E731, B023
+            found = trained(make(one), data, on_step=count)
+            assert one.asked == len(server.requests)
+        assert found == pytest.approx(trained(make(ids), data), rel=1e-4)
+        assert all(seen[:3]) and seen[3] == 0
+
+
+def test_an_ensemble_and_an_ahead_that_are_not_known(server: Server) -> None:
+    with Served(server.url, k=K) as one:
+        both = distill.EnsembleTeacher([one, llama(8)])
+        assert both.ahead_by == 2 and distill.EnsembleTeacher([llama(8)]).ahead_by is None
+        with pytest.raises(TypeError, match="teachers: got TopK of 1 of 2 teachers, expected"):
+            trained(both)
+        for wrong in ("2", -1, True, 1.5):
+            with pytest.raises(ValueError, match=r"ahead: got .*, expected an integer >= 0"):
+                trained(one, ahead=wrong)
+    with pytest.raises(TypeError, match=r"headers: got something else, expected \{name: value\}"):
+        Served(server.url, headers={"Authorization": 3})  # type: ignore[dict-item]
+    with pytest.raises(FileExistsError, match=r"keep: got .*, which cannot be a folder"):
+        Served(server.url, keep=__file__)
 
 
 def test_a_text_of_two_batches_is_asked_for_once(server: Server) -> None:
@@ -139,6 +161,48 @@ def test_a_store_is_captured_from_a_server_behind_workers(server: Server, tmp_pa
         assert float(ours) == pytest.approx(
             float(fastkd.kl_div(student, expected[number])), abs=1e-2
         )
+
+
+@pytest.mark.parametrize("labels", ["shifted", "input_ids", None])
+def test_a_capture_asks_ahead_for_the_rows_that_count(
+    labels: str | None, server: Server, tmp_path: Path
+) -> None:
+    taken: list[int] = []
+    seen: list[int] = []
+    rows = ragged(12)
+    data = [together(rows[at : at + 4]) for at in range(0, 12, 4)]
+    if labels == "shifted":
+        data = [
+            {**x, "labels": torch.nn.functional.pad(x["labels"][:, 1:], (0, 1), value=-100)}
+            for x in data
+        ]
+    if labels is None:
+        data = [{k: x for k, x in batch.items() if k != "labels"} for batch in data]
+
+    def loader() -> Iterator[Any]:
+        for batch in data:
+            taken.append(len(taken))
+            yield batch
+
+    options: Any = {"vocab_size": VOCAB, "k": K, "labels": labels, "progress": False}
+    with Served(server.url, k=K, ahead=1) as teacher:
+        score = teacher.score
+        teacher.score = lambda *x: (seen.append(len(taken)), score(*x))[1]  # type: ignore[method-assign]
+        store.capture(teacher, loader(), tmp_path / "s", **options)
+        assert seen == [2, 3, 3] and not teacher._waiting
+        store.capture(teacher, loader(), tmp_path / "s", **options)  # nothing is missing
+        assert teacher.asked == len(server.requests) == 12 + 4
+    store.capture(server.score.model, data, tmp_path / "m", **options)
+    one, other = store.Reader(tmp_path / "s"), store.Reader(tmp_path / "m")
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a.indices, b.indices)
+    prompted = distill.PromptedTeacher(server.score.model, [5], after=1)
+    store.capture(prompted, data, tmp_path / "p", **options)
+    assert not all(torch.equal(*x) for x in _indices(store.Reader(tmp_path / "p"), one))
+
+
+def _indices(*readers: store.Reader) -> list[tuple[Tensor, ...]]:
+    return [tuple(x.indices for x in said) for said in zip(*readers, strict=True)]
 
 
 class Policy(torch.nn.Module):

@@ -44,6 +44,11 @@ class Client:
     def __init__(
         self, url: str, *, timeout: float, retries: int, headers: Mapping[str, str] | None
     ) -> None:
+        if headers is not None and not (
+            isinstance(headers, Mapping)
+            and all(isinstance(x, str) for pair in headers.items() for x in pair)
+        ):  # no message shows them
+            raise TypeError("headers: got something else, expected {name: value} of str, or None")
         self.url, self._where = url, _split(url)
         self.timeout, self.retries = timeout, retries
         self._headers = {"Content-Type": "application/json", **(headers or {})}
@@ -92,6 +97,12 @@ class Client:
                         connection.sock.shutdown(socket.SHUT_RDWR)
                     except OSError:
                         pass  # it is down already
+
+    def release(self) -> None:
+        """Close the connections, of which no thread has use any more."""
+        for connection in self._open:
+            connection.close()
+        self._open.clear()
 
     def _once(self, path: str, body: Any, request: str, optional: bool) -> _Answer:
         deadline = time.monotonic() + self.timeout

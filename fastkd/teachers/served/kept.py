@@ -31,7 +31,11 @@ class Kept:
     def __init__(self, folder: Any) -> None:
         needed("safetensors.torch", USER)
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            why = f"{folder!s:.300}, which cannot be a folder ({error.strerror}), expected one"
+            raise type(error)(error.errno, f"keep: got {why}") from None
 
     def path(self, name: str) -> Path:
         return self.folder / name[:2] / f"{name}.safetensors"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -137,14 +137,8 @@ class Served(Teacher):
             return self.score(inputs if batch is None else batch)
         return Outputs(self.score(*asked_of(batch)), role="teacher")
 
-    def ahead(self, batches: Iterator[Any], most: int | None = None) -> Iterator[Any]:
-        waiting: list[Any] = []
-        for batch in batches:
-            self.prefetch(*asked_of(batch))
-            waiting.append(batch)
-            if len(waiting) > (self.ahead_by if most is None else most):
-                yield waiting.pop(0)
-        yield from waiting
+    def expect(self, batch: Batch) -> None:
+        self.prefetch(*asked_of(batch))
 
     def beside(self, student: nn.Module) -> None:
         config = getattr(unwrap(student), "config", None)
@@ -202,6 +196,7 @@ class Served(Teacher):
         """Stop asking; threads that wait for an answer are woken."""
         self._client.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._client.release()
 
     def __enter__(self) -> Served:
         return self

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fastkd.arguments.messages import listed, shown
 from fastkd.distill.batch import IGNORED, Batch, tensors
@@ -27,18 +26,11 @@ def questions(
     return ids, [_question(*x) for x in zip(ids.tolist(), mask.cpu(), wanted, strict=True)]
 
 
-def asked_of(batch: Any) -> tuple[Any, Tensor | None]:
-    """Inputs and labels of a trainer's batch; transformers' labels are shifted where they count."""
-    if isinstance(batch, Batch):
-        if batch.teacher_inputs is not None:  # another prompt: the labels are not its
-            return batch.teacher_inputs, None
-        return batch.inputs, batch.labels
-    found = batch.get("labels") if isinstance(batch, Mapping) else None
-    if found is not None and batch.get("shift_labels") is not None:
-        found = batch["shift_labels"]
-    elif found is not None:
-        found = pad(found[..., 1:], (0, 1), value=IGNORED)
-    return batch, found
+def asked_of(batch: Batch) -> tuple[Any, Tensor | None]:
+    """Inputs and labels of a trainer's batch."""
+    if batch.teacher_inputs is not None:  # another prompt: the labels are not its
+        return batch.teacher_inputs, None
+    return batch.inputs, batch.labels
 
 
 def _ids(inputs: Any) -> tuple[Tensor, Tensor]:
@@ -60,7 +52,7 @@ def _ids(inputs: Any) -> tuple[Tensor, Tensor]:
     mask = mask != 0
     # a mask of 1s with a hole, or positions that start again: several texts in a row
     steps = mask.int().diff(dim=-1)
-    holes = (steps == 1).sum(-1) + mask[:, 0] > 1
+    holes = (steps == 1).sum(-1) + mask[:, :1].sum(-1) > 1
     if places is not None:
         again = places.expand_as(ids).diff(dim=-1) != 1
         holes = holes | (again & mask[:, 1:] & mask[:, :-1]).any(-1)

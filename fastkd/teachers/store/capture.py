@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 
 import fastkd
-from fastkd.distill.batch import Batch, Outputs, device_of, forward, in_eval, to
+from fastkd.distill.batch import IGNORED, Batch, Outputs, device_of, forward, in_eval, moved
 from fastkd.distill.heads import Head, head_of, linear_logits, uncached, vocabulary
 from fastkd.distill.logging import progress_bar
 from fastkd.distill.sample_order import check_order, watched
-from fastkd.teachers.inputs import check_labels, part, teacher_inputs, trimmed
+from fastkd.distill.teacher_routes import samples as samples_of
+from fastkd.distill.teachers import Teacher, expected
+from fastkd.teachers.inputs import check_labels, teacher_inputs, trimmed
 
 from .codec import decode_hidden, encode_hidden, logprob_bound
 from .format import listed
@@ -60,8 +62,8 @@ def capture(
 
     Args:
         teacher: inputs -> logits [B, L, V] or [B, V], a `LinearLogits`, an object with logits, or a
-            `TopK` of the cache's k, temperature and tail (`Served`); a module runs in eval mode, on
-            its own device.
+            `TopK` of the cache's k, temperature and tail; a module runs in eval mode, on its own
+            device. Or a `distill.Teacher`: a `Served` one is asked ahead, for the rows that count.
         loader: gives inputs, (inputs, labels [B, L] or [B]), or one dict of the teacher's arguments
             and labels. Its first samples are read twice, but of an iterator.
         labels: "shifted": row i counts where label i is not -100, as the losses here read it.
@@ -94,28 +96,43 @@ def capture(
     with (
         Writer(path, rank=rank, **options) as writer,
         progress_bar(progress, desc="capture", unit="sample") as bar,
-        in_eval(teacher) if isinstance(teacher, nn.Module) else nullcontext(),
+        in_eval(nn.ModuleList(_modules(teacher))),
     ):
         ask = _Ask(teacher, writer, labels, generator, head)
-        start, seen = 0 if shared else writer.done, 0
+        start = 0 if shared else writer.done
         if shared and order is not None and (there := listed(Path(path))):
             known = range(there[0].first, there[0].last + 1)[:SAMPLES]
             ask.again(path, data.collate_fn([data.dataset[i] for i in known]), known)  # type: ignore[attr-defined]
-        for item, named in zip(watched(loader, order), numbers, strict=False):
-            batch = teacher_inputs(item)
-            check_labels(batch, labels)
-            old = min(max(start - seen, 0), batch.samples)
-            if old and not seen and order is not None:
-                ask.again(path, item, range(old))
-            if old < batch.samples:
-                output, lengths = ask(part(batch, old))
-                named = named or [*range(seen + old, seen + batch.samples)]
-                writer.add_batch(output, lengths=lengths, samples=named)
-            seen += batch.samples
+
+        def missing() -> Iterator[tuple[Batch, list[int]]]:
+            """What is not stored yet, and its numbers."""
+            seen = 0
+            for item, named in zip(watched(loader, order), numbers, strict=False):
+                batch = teacher_inputs(item)
+                check_labels(batch, labels)
+                old = min(max(start - seen, 0), batch.samples)
+                if old and not seen and order is not None:
+                    ask.again(path, item, range(old))
+                if old < batch.samples:
+                    mine = samples_of(batch, range(old, batch.samples)) if old else batch
+                    yield mine, named or [*range(seen + old, seen + batch.samples)]
+                seen += batch.samples
+                bar.update(old)
+            if seen < start:
+                got = f"{seen} samples, expected the {start} stored, and more"
+                raise ValueError(f"loader: got {got}")
+
+        for batch, own in ask.ahead(missing()):
+            output, lengths = ask(batch)
+            writer.add_batch(output, lengths=lengths, samples=own)
             bar.update(batch.samples)
-        if seen < start:
-            raise ValueError(f"loader: got {seen} samples, expected the {start} stored, and more")
     return writer.done
+
+
+def _modules(teacher: Any) -> list[nn.Module]:
+    if isinstance(teacher, Teacher):
+        return [*teacher.models]
+    return [teacher] if isinstance(teacher, nn.Module) else []
 
 
 def _head(teacher: Any, options: dict[str, Any]) -> Head | None:
@@ -144,14 +161,34 @@ class _Ask:
         self._teacher, self._spec, self._labels = teacher, writer.spec, labels
         self._hidden, self._head, self._writer = writer.spec.method == "hidden", head, writer
         self._draws = {"method": writer.spec.method, "generator": generator}
-        self._device = device_of(teacher) if isinstance(teacher, nn.Module) else None
+        modules = _modules(teacher)
+        self._device = device_of(modules[0]) if modules else None
         self._off = {} if head is None else uncached(teacher)
+        self._is_source = isinstance(teacher, Teacher)
+
+    def ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same; a teacher that is asked over a network is told of some before their turn."""
+        most = getattr(self._teacher, "ahead_by", None) if self._is_source else None
+        if most is None:
+            return batches
+        return expected(batches, lambda x: self._teacher.expect(self._shifted(x[0])), most)
+
+    def _shifted(self, batch: Batch) -> Batch:
+        """As `distill.train` has it: each label in the row that predicts it."""
+        own = batch.labels
+        if own is not None and self._labels == "input_ids":
+            own = nn.functional.pad(own[:, 1:], (0, 1), value=IGNORED)
+        return replace(batch, labels=own)
 
     def __call__(self, batch: Batch, **other: Any) -> tuple[Any, Tensor | None]:
         """Outputs of a batch, and how many rows each sample has."""
         spec, own = self._spec, batch.labels
-        inputs = batch.inputs if self._device is None else to(batch.inputs, self._device)
-        if self._head is None:
+        if self._device is not None:
+            batch = moved(batch, self._device)
+        inputs = batch.inputs
+        if self._is_source:
+            logits = self._teacher(self._shifted(batch)).logits
+        elif self._head is None:
             logits = Outputs(forward(self._teacher, inputs), role="teacher").logits
         else:
             named = inputs if isinstance(inputs, Mapping) else {"input_ids": inputs}
@@ -186,7 +223,8 @@ class _Ask:
         numbers, spec = numbers[:SAMPLES], self._spec
         if spec.k is not None and spec.k > spec.vocab_size:
             return  # more draws than there are columns to compare them with
-        output, lengths = self(part(teacher_inputs(item), 0, len(numbers)), method="top")
+        batch = samples_of(teacher_inputs(item), range(len(numbers)))
+        output, lengths = self(batch, method="top")
         stored = Reader(path).__getitems__(numbers)
         if lengths is not None and (got := [x.size(0) for x in stored]) != lengths.tolist():
             raise ValueError(
