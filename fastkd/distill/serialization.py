@@ -6,7 +6,8 @@ import importlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,19 +128,30 @@ def same_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], got
 def write(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Any, user: str
 ) -> None:
-    """Tensors and JSON under a temporary name, flushed to the disk, then renamed."""
+    """Tensors and JSON, in a file that appears complete or not at all."""
     header = {"format": "pt", "fastkd": json.dumps(metadata, allow_nan=False)}
     # copies: safetensors takes no two tensors of one storage, such as tied weights
     state = {n: x.detach().to("cpu", copy=True).contiguous() for n, x in tensors.items()}
-    part = Path(path).with_name(f".{Path(path).name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with appearing(Path(path)) as part:
         part.touch()
         mode = part.stat().st_mode
         needed("safetensors.torch", user).save_file(state, part, metadata=header)
         part.chmod(mode)  # safetensors may make the file its owner's alone, whatever the umask
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; flushed to the disk and renamed at the end, else removed."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield part
         with part.open("rb+") as file:
             os.fsync(file.fileno())  # else a power cut may keep the new name and lose the bytes
         os.replace(part, path)
+        if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
     finally:
         part.unlink(missing_ok=True)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
 
 from fastkd.distill.batch import IGNORED, Batch, as_batch, rows_at, tensors
 
@@ -77,3 +78,32 @@ def trimmed(output: Any, batch: Batch, labels: str | None) -> tuple[Any, Tensor 
         kept, output = kept.gather(1, at) & inside, rows_at(output, at)
     lengths = ((place + 1) * kept).amax(-1) if lead[1] else torch.zeros(lead[0], dtype=torch.int64)
     return without(output, ~kept), lengths
+
+
+def left(total: int, there: Iterable[tuple[int, int]], mine: range) -> list[range]:
+    """Of the samples `mine` of all, the ranges that are not in `there`, (first, last)s in order."""
+    if mine.step != 1 or mine.start < 0 or mine.stop > total:
+        raise ValueError(f"samples: got {mine}, expected a range of step 1 in {range(total)}")
+    gaps, at = [], mine.start
+    for first, last in there:
+        gaps.append(range(at, min(first, mine.stop)))
+        at = max(at, last + 1)
+    return [gap for gap in (*gaps, range(at, mine.stop)) if gap]
+
+
+def shareable(loader: Any) -> int:
+    """How many samples a loader in order has; ValueError for another."""
+    whole = isinstance(loader, DataLoader) and isinstance(loader.sampler, SequentialSampler)
+    if not whole or loader.batch_size is None:
+        expected = "a DataLoader of a map-style dataset in its own order, with batch_size"
+        raise ValueError(f"loader: got one that ranks cannot share, expected {expected}")
+    return len(loader.dataset)
+
+
+def only(loader: Any, ranges: Iterable[range]) -> tuple[Any, list[list[int]]]:
+    """A loader in order for the samples of some ranges alone, and their numbers by batches."""
+    size = loader.batch_size
+    numbers = [list(of[i : i + size]) for of in ranges for i in range(0, len(of), size)]
+    names = ("collate_fn", "num_workers", "prefetch_factor", "multiprocessing_context", "timeout")
+    kept = {name: getattr(loader, name) for name in (*names, "pin_memory", "worker_init_fn")}
+    return DataLoader(loader.dataset, batch_sampler=numbers, **kept), numbers

@@ -159,7 +159,7 @@ def test_another_head_or_other_states_are_refused(tmp_path: Path) -> None:
     captured(tmp_path)
     other = Net()
     other.head.weight.data[3, 4] += 0.25
-    with pytest.raises(store.CacheError, match="changed since; weight: got 1 other numbers"):
+    with pytest.raises(store.CacheError, match="changed since: got another sha256, expected"):
         captured(tmp_path, other)
     other = Net()
     other.body.weight.data += 1.0

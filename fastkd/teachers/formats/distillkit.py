@@ -14,6 +14,7 @@ from torch import Tensor
 from fastkd.arguments.messages import describe, listed, shown
 from fastkd.arguments.numbers import integer
 from fastkd.distill.serialization import needed
+from fastkd.teachers.bits import MOST, pack, unpack
 
 from . import tables
 from .records import Options, Record, Rows
@@ -99,7 +100,7 @@ def write(records: Iterable[Record], path: str | os.PathLike[str]) -> None:
         ids = torch.nn.functional.pad(ids.clamp_min(0), (0, k - ids.size(-1)))
         logs = torch.nn.functional.pad(logs, (0, k - logs.size(-1)), value=-torch.inf)
         data = logs.contiguous().view(torch.uint8)
-        packed = pack_bits(ids, index_bits(most + 2))
+        packed = pack(ids, index_bits(most + 2))
         return {
             "input_ids": tokens,
             "compressed_logprobs": data.tolist(),
@@ -135,22 +136,12 @@ def index_bits(vocab_size: int) -> int:
     return max(1, math.ceil(torch.tensor(float(vocab_size)).log2().item()))
 
 
-def pack_bits(ids: Tensor, bits: int) -> Tensor:
-    """[rows, K] as bytes [rows, ceil(K bits / 8)], most significant bit first."""
-    spread = (ids[..., None] >> torch.arange(bits - 1, -1, -1)) & 1
-    spread = torch.nn.functional.pad(spread.flatten(1), (0, -ids.size(-1) * bits % 8))
-    weights = 1 << torch.arange(7, -1, -1)
-    return (spread.unflatten(-1, (-1, 8)) * weights).sum(-1).to(torch.uint8)
-
-
 def unpack_bits(data: Tensor, count: int, bits: int, where: str) -> Tensor:
-    """What `pack_bits` packed, int64 [rows, count]."""
+    """int64 [rows, count] of packed bytes."""
     if len(data):
         what = f"bytes a row for {count} numbers of {bits} bits"
         _same(data.size(-1), -(-count * bits // 8), f"{where}.bytepacked_indices", what)
-    spread = (data.long()[..., None] >> torch.arange(7, -1, -1)) & 1
-    spread = spread.flatten(1)[:, : count * bits].unflatten(-1, (count, bits))
-    return (spread << torch.arange(bits - 1, -1, -1)).sum(-1)
+    return unpack(data, count, bits).long()
 
 
 def unpack_words(words: Tensor, count: int, bits: int, where: str) -> Tensor:
@@ -244,7 +235,7 @@ def _checked(given: Any, known: dict[str, Any], name: str) -> dict[str, Any]:
             wrong, wanted = not isinstance(got, bool), "true or false"
         else:
             low, high = int(key not in ("exact_k", "polynomial_degree")), 2**31
-            high = 63 if key == "element_bits" else high
+            high = MOST if key == "element_bits" else high
             wrong = integer(got) is None or not low <= got <= high
             wanted = f"an integer from {low} to {high}"
         if wrong:

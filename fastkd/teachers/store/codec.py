@@ -1,5 +1,8 @@
 """How a teacher's rows are written: what is kept of a number, and how far it may be from it.
 
+A token of k = 32 at V = 128 256 takes 106 bytes: 68 of columns, 32 of log-probabilities, 4 of the
+row's level, 2 of log(1 - sum p), which is within 2**-11 of its size.
+
 Columns are integers of as many bits as the vocabulary's size has, each row from a byte of its own;
 vocab_size itself is padding. Log-probabilities ("uint8") are gaps below the row's level, a byte
 each of a table whose steps grow with the gap, so that the row's mass stays what it was:
@@ -14,15 +17,24 @@ sum w**(1 - s) <= k**s. "counts" are the draws of a sampled teacher, share = cou
 and exact; "plain" are float32 beside int32 columns, which any reader understands.
 
 Hidden states are floats of a dtype, or ("int8") code * row_scale, row_scale = max |hidden| / 127.
+Their logits are those of the teacher, but for the products' own rounding, within
+
+    row_norm * (step * max |hidden| of the row + floor),   row_norm = |scale| max_v sum_i |w_vi|
+
+with `hidden_step` of the encoding: 0 where it is the teacher's own dtype. A softcap takes nothing
+away from that. A log-probability at T is within 2 / T of it.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastkd.teachers import bits
 
 GONE = MOST_DRAWS = 255  # the byte of a probability of 0
 FLOOR, REACH = 0.5, 128.0  # nats: where the steps of "uint8" begin to grow, and where they end
@@ -47,38 +59,15 @@ def logprob_bound(encoding: str, k: int, given: Tensor) -> Tensor:
     return step * (2 * FLOOR + gap + math.log(k)) + 2.0**-22 * (given.abs() + gap)
 
 
-@functools.lru_cache
-def _places(k: int, bits: int) -> tuple[Tensor, Tensor]:
-    """First byte and bit in it of each of k numbers."""
-    start = torch.arange(k) * bits
-    return start // 8, start % 8
-
-
 def pack(indices: Tensor, vocab_size: int) -> Tensor:
     """Columns [R, K], -1 for padding, as bytes [R, ceil(K * bits / 8)]."""
-    bits, (rows, k) = vocab_size.bit_length(), indices.shape
-    first, shift = _places(k, bits)
-    number = torch.where(indices < 0, vocab_size, indices.long()) << shift
-    size, count = -(-k * bits // 8), (bits + 14) // 8
-    out = torch.zeros((rows, size + count), dtype=torch.int32)
-    for place in range(count):  # the bits of two numbers never meet: their sum is their union
-        byte = (number >> (8 * place)) & 255
-        out.index_add_(1, first + place, byte.to(torch.int32))
-    return out[:, :size].to(torch.uint8)
+    return bits.pack(indices.masked_fill(indices < 0, vocab_size), vocab_size.bit_length())
 
 
 def unpack(packed: Tensor, k: int, vocab_size: int) -> Tensor:
     """The columns [R, K] int32 of bytes by `pack`; what it never wrote is above vocab_size."""
-    bits = vocab_size.bit_length()
-    first, shift = _places(k, bits)
-    count = (bits + 14) // 8
-    kind = torch.int32 if count <= 4 else torch.int64
-    padded = torch.nn.functional.pad(packed, (0, count))
-    number = padded.index_select(1, first).to(kind)
-    for place in range(1, count):
-        number |= padded.index_select(1, first + place).to(kind) << (8 * place)
-    number = (number >> shift.to(kind)) & ((1 << bits) - 1)
-    return torch.where(number == vocab_size, -1, number).to(torch.int32)
+    number = bits.unpack(packed, k, vocab_size.bit_length())
+    return number.masked_fill(number == vocab_size, -1).to(torch.int32)
 
 
 @functools.lru_cache
@@ -132,14 +121,14 @@ def encode_tail(tail_logprob: Tensor, encoding: str) -> Tensor:
     return kept.half()
 
 
-def encode_hidden(hidden: Tensor, encoding: str) -> dict[str, Tensor]:
-    """Hidden states [R, H] as tensors for a shard."""
+def encode_numbers(given: Tensor, encoding: str, name: str) -> dict[str, Tensor]:
+    """Logits [R, V] or hidden states [R, H] as tensors for a shard."""
     if encoding != "int8":
-        return {"hidden": hidden.to(LOGITS[encoding])}
-    given = hidden.double()
+        return {name: given.to(LOGITS[encoding])}
+    given = given.double()
     scale = (given.abs().amax(-1) / 127).clamp_min(TINY).float()
     code = (given / scale.double().unsqueeze(-1)).round().clamp(-127, 127)
-    return {"hidden": code.to(torch.int8), "row_scale": scale}
+    return {name: code.to(torch.int8), "row_scale": scale}
 
 
 def decode_hidden(code: Tensor, scale: Tensor | None, dtype: str) -> Tensor:
@@ -157,3 +146,10 @@ def hidden_step(encoding: str, dtype: str) -> tuple[float, float]:
     kept = LOGITS[encoding]
     exact = torch.promote_types(kept, getattr(torch, dtype)) == kept
     return (0.0, 0.0) if exact else (unit[encoding], floor)
+
+
+def logit_bound(spec: Any, hidden: Tensor) -> Tensor:
+    """The largest error [...] of a logit of rows hidden [..., H] in a store of this spec."""
+    step, floor = hidden_step(spec.encoding, spec.head["dtype"])
+    most = hidden.detach().double().abs().amax(-1)
+    return spec.head["row_norm"] * (step * most + floor)

@@ -1,7 +1,7 @@
 """A cache's folder: Arrow IPC streams, whose names say what they have and their hash.
 
     teacher-RRRRR-FIRST-LAST-SHA256.arrow  of rank R: one record batch, a row for each sample
-    head-SHA256.safetensors                of hidden states alone, see `hidden.py`
+    head-SHA256.safetensors                of hidden states alone
     state.json, dataset_info.json          all of them, for `datasets.load_from_disk`
     .lock-RRRRR                            empty; locked while a writer of rank R lives
 
@@ -16,7 +16,7 @@ import hashlib
 import itertools
 import json
 import os
-import secrets
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,21 +26,12 @@ from torch import Tensor
 
 from fastkd.arguments.messages import shown
 from fastkd.distill import serialization
+from fastkd.teachers.files import CacheError, write_whole
 
 from .codec import ENCODINGS, ERRORS, HIDDEN, LOGITS, MOST_DRAWS, hidden_step
 
-try:
-    import fcntl
-except ImportError:  # no such locks there: a writer in another process is not noticed
-    fcntl = None  # type: ignore[assignment]
-
-VERSION, STATE, INFO, SHARDS = 3, "state.json", "dataset_info.json", "teacher-*.arrow"
-held: set[Path] = set()  # by this process, which the system would give the same lock twice
+VERSION, STATE, INFO, SHARDS = 4, "state.json", "dataset_info.json", "teacher-*.arrow"
 TAILS = ("bucket", "renormalize", "restrict", "drop")
-
-
-class CacheError(ValueError):
-    """A cache that is damaged, of another version, or made for something else; names the file."""
 
 
 def needed(module: str) -> Any:
@@ -64,7 +55,7 @@ class CacheSpec:
     total: int | None  # samples of all ranks, where it is known
     sequences: bool | None = None  # a sample has rows [L, ...], not one; None before the first
     measured: bool | None = None  # with tail_logprob
-    head: dict[str, Any] | None = None  # of hidden states, see `hidden.py`; None before the first
+    head: dict[str, Any] | None = None  # of hidden states, once; None before the first
 
     def other(self, spec: CacheSpec) -> str | None:
         """The first difference, as "name: got this, expected that"; what is None is not known."""
@@ -84,13 +75,12 @@ class CacheSpec:
             kind = ("binary", bytes_of * size) if bytes_of else (self.encoding, size)
             scales = {"row_scale": ("float32", 1)} if self.encoding == "int8" else {}
             return {"logits" if self.head is None else "hidden": kind, **scales}
-        if self.encoding == "plain":
-            made = {"indices": ("int32", self.k), "logprobs": ("float32", self.k)}
-            return {**made, **({"tail_logprob": ("float32", 1)} if self.measured else {})}
-        made = {"indices": ("binary", -(-self.k * self.vocab_size.bit_length() // 8))}
-        made |= {"logprobs": ("binary", self.k)}
+        plain, size = self.encoding == "plain", -(-self.k * self.vocab_size.bit_length() // 8)
+        made = {"indices": ("int32", self.k) if plain else ("binary", size)}
+        made |= {"logprobs": ("float32" if plain else "binary", self.k)}
         made |= {"level": ("float32", 1)} if self.encoding == "uint8" else {}
-        return made | ({"tail_logprob": ("float16", 1)} if self.measured else {})
+        tail = {"tail_logprob": ("float32" if plain else "float16", 1)}
+        return made | (tail if self.measured else {})
 
     @property
     def error(self) -> str:
@@ -110,18 +100,18 @@ class CacheSpec:
 
     def checked(self) -> CacheSpec:
         """The same with its defaults; an error where a field is wrong or does not fit another."""
-        for name, low in (("vocab_size", 1), ("k", 1), ("total", 0)):
-            number, most = getattr(self, name), 2**31 if name != "total" else 2**40
+        k, heat, encoding, hidden = self.k, self.temperature, self.encoding, self.method == "hidden"
+        whole = {"vocab_size": (1, 2**31), "k": (1, 2**31), "total": (0, 2**40)}
+        for name, (low, stop) in whole.items():
+            number = getattr(self, name)
             if number is None and name != "vocab_size":
                 continue
-            if type(number) is not int or not low <= number < most:
-                raise ValueError(f"{name}: got {shown(number)}, expected {low} to {most - 1}")
-        k, heat, encoding = self.k, self.temperature, self.encoding
+            if type(number) is not int or not low <= number < stop:
+                raise ValueError(f"{name}: got {shown(number)}, expected {low} to {stop - 1}")
         if not isinstance(heat, (int, float)) or not 1e-18 <= heat <= 1e18:
             raise ValueError(f"temperature: got {shown(heat)}, expected a positive finite number")
         if k is None and heat != 1.0:
             raise ValueError(f"k: got None with temperature={heat:g}; all logits have none")
-        hidden = self.method == "hidden"
         if hidden and k is not None:
             raise ValueError(f"k: got {k} with method='hidden', expected None: a head has them all")
         few = self.method == "sample" and k is not None and k <= MOST_DRAWS
@@ -136,8 +126,8 @@ class CacheSpec:
             if not isinstance(got, (str, type(None))) or got not in names:
                 of = f"method={shown(self.method)}, k={k}"
                 raise ValueError(f"{name}: got {shown(got)} with {of}, expected one of {names}")
-        only: dict[str, Any] = {"tail": None} if k is None else {}
-        only |= {"method": "logits"} if k is None and not hidden else {}
+        only: dict[str, Any] = {} if k else {"tail": None}
+        only |= {} if k or hidden else {"method": "logits"}
         return replace(self, encoding=encoding, temperature=float(heat), **only)
 
 
@@ -215,23 +205,21 @@ def opened(file: Path) -> tuple[CacheSpec, Any]:
 
 def batch_of(shard: Shard, spec: CacheSpec) -> Any:
     """A shard's record batch, mapped; CacheError: not as its name and its schema say."""
-    pa, np = needed("pyarrow"), needed("numpy")
+    pa, pc, np = needed("pyarrow"), needed("pyarrow.compute"), needed("numpy")
     own, stream = opened(shard.file)
     if difference := spec.other(own):
         raise CacheError(f"{shard.file}: not of one cache with its neighbours; {difference}")
     try:
         batch = stream.read_next_batch()
         batch.validate(full=True)
-        sample, rows = (batch.column(name).to_numpy() for name in ("sample", "rows"))
-        ends = np.concatenate([[0], rows.cumsum(dtype=np.int64)])
-        good = [np.array_equal(sample, np.arange(shard.first, shard.first + len(sample)))]
-        good += [len(sample) == shard.last - shard.first + 1, rows.min() >= 0]
-        for name, (_, width) in spec.columns.items():  # every list ends where its sample does
-            column = batch.column(name)
-            offsets = np.frombuffer(column.buffers()[1], np.int32, len(ends))
-            nulls = column.null_count + getattr(column, "values", column).null_count
-            good += [np.array_equal(offsets, ends * width), nulls == 0]
-        if not all(good):
+        rows, numbers = batch["rows"], pa.array(np.arange(shard.first, shard.last + 1))
+        good = batch["sample"].equals(numbers) and not rows.null_count
+        for name, (kind, width) in spec.columns.items():  # every list ends where its sample does
+            column, binary = batch[name], kind == "binary"
+            sizes = (pc.binary_length if binary else pc.list_value_length)(column)
+            good = good and sizes.equals(pc.multiply(rows, pa.scalar(width, pa.int32())))
+            good = good and (binary or not column.values.null_count)
+        if not good:
             raise ValueError("got other samples than its name says, or lists of other lengths")
     except (pa.ArrowException, OSError, ValueError, StopIteration) as error:
         raise CacheError(f"{shard.file}: altered: {str(error)[:200]}") from None
@@ -247,19 +235,14 @@ def state(names: list[str]) -> dict[str, bytes]:
     return {INFO: b"{}\n", STATE: (json.dumps(document, indent=0) + "\n").encode()}
 
 
-def _read(folder: Path) -> dict[str, bytes]:
-    return {x: (folder / x).read_bytes() if (folder / x).exists() else b"" for x in (INFO, STATE)}
-
-
 def merged(folder: Path) -> list[str]:
     """The shards that `state.json` names, none where there is no such file; CacheError: altered."""
-    found = _read(folder)
-    try:
-        names = [entry["filename"] for entry in json.loads(found[STATE] or "{}")["_data_files"]]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        names = []
-    if found[STATE] and found != state(names):
-        raise CacheError(f"{folder / STATE} or {INFO}: altered after it was written; merge again")
+    if not (folder / STATE).exists():
+        return []
+    names = re.findall(r"teacher-[-\w]+\.arrow", (folder / STATE).read_text(errors="replace"))
+    for name, data in state(names).items():
+        if not (folder / name).exists() or (folder / name).read_bytes() != data:
+            raise CacheError(f"{folder / name}: altered after it was written; merge again")
     return names
 
 
@@ -270,56 +253,12 @@ def merge(path: str | os.PathLike[str]) -> bool:
     """
     folder, changed = Path(path), False
     while names := [shard.file.name for shard in listed(folder)]:
-        old = _read(folder)
-        if old == state(names):
-            return changed
+        try:
+            if merged(folder) == names:
+                return changed
+        except CacheError:
+            pass  # written anew
         for name, data in state(names).items():
             write_whole(folder / name, data)
         changed = True
     raise FileNotFoundError(f"{folder}: no teacher cache there: no {SHARDS}")
-
-
-def tokenizer_name(tokenizer: Any) -> str:
-    """A tokenizer's name in a cache: a str as it is; an object by the hash of its get_vocab()."""
-    if isinstance(tokenizer, str):
-        return tokenizer
-    if not hasattr(tokenizer, "get_vocab"):
-        raise TypeError(f"tokenizer: got {shown(tokenizer)}, expected a name or a tokenizer")
-    entries = sorted((index, token) for token, index in tokenizer.get_vocab().items())
-    return "sha256:" + hashlib.sha256(json.dumps(entries).encode()).hexdigest()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that appears complete or not at all, and stays if the power goes."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(part, "wb", buffering=0) as file:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(file.fileno(), rest) :]
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be opened
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        why = f"{error.strerror}: {len(data)} bytes not written; files written before are whole"
-        raise OSError(error.errno, why, str(path)) from error
-
-
-def locked(path: Path) -> int:
-    """A file that one writer at a time has open; the system closes it when the process dies."""
-    busy = BlockingIOError(f"{path}: another writer of this rank is at work")
-    if path in held:
-        raise busy
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if fcntl is not None:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(file)
-        raise busy from None
-    held.add(path)
-    return file

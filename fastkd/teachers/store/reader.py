@@ -17,23 +17,22 @@ from torch.utils.data import Dataset
 
 import fastkd
 from fastkd.distill.logging import progress_bar
+from fastkd.teachers.files import CacheError, fault
+from fastkd.teachers.heads import StoredLogits, head_in
 from fastkd.teachers.pairs import teachers
+from fastkd.teachers.same import tokenizer_name
 
 from . import format as fmt
 from .codec import decode, decode_hidden, unpack
-from .format import CacheError
-from .hidden import StoredLogits, head_in
 
 OPEN_SHARDS = 64  # mapped at a time by a process
 
 
 class Reader(Dataset[Any]):
-    """A cache by sample number: `reader[i]` is a `TopK` [L, K] or [K], or logits [L, V] or [V].
+    """A cache by sample number: `reader[i]` is a `TopK` [L, K] or [K], or logits of either shape.
 
-    Of stored hidden states it is a `fastkd.LinearLogits` of either shape.
-
-    A map-style dataset for any number of workers, which map a shard where it is first asked for.
-    `spec` tells what it holds, which is what was whole when it was opened.
+    A map-style dataset for any number of workers, which map a shard where it is first asked for;
+    hidden states are `fastkd.LinearLogits`. `spec` tells what was there when it was opened.
 
     Args:
         path: a cache's folder.
@@ -57,13 +56,13 @@ class Reader(Dataset[Any]):
         self.shards = fmt.listed(self.path)
         if not self.shards:
             raise FileNotFoundError(f"{self.path}: no teacher cache there: no {fmt.SHARDS}")
-        self.spec = fmt.opened(self.shards[0].file)[0]
-        name = None if tokenizer is None else fmt.tokenizer_name(tokenizer)
-        asked = {"vocab_size": vocab_size, "tokenizer": name, "model": model, "data": data}
+        self.spec = spec = fmt.opened(self.shards[0].file)[0]
+        asked = {"vocab_size": vocab_size, "model": model, "data": data}
+        asked["tokenizer"] = None if tokenizer is None else tokenizer_name(tokenizer)
         for key, wanted in asked.items():
-            if wanted is not None and wanted != (got := getattr(self.spec, key)):
+            if wanted is not None and wanted != (got := getattr(spec, key)):
                 raise CacheError(f"{self.path}: made for {key}={got!r}, expected {wanted!r}")
-        self.head = head_in(self.path, self.spec) if self.spec.head else None
+        self.head = head_in(self.path, spec.vocab_size, spec.head) if spec.head else None
         self._first = torch.tensor([shard.first for shard in self.shards])
         self._open: OrderedDict[int, Any] = OrderedDict()
 
@@ -98,8 +97,7 @@ class Reader(Dataset[Any]):
         return self.shards[0].first == 0 and self.shards[-1].last + 1 == len(self) == size
 
     def __iter__(self) -> Iterator[Any]:
-        for number in self.numbers.tolist():
-            yield self[number]
+        yield from map(self.__getitem__, self.numbers.tolist())
 
     def __getitem__(self, number: int) -> Any:
         return self.__getitems__([number])[0]
@@ -193,37 +191,34 @@ class Reader(Dataset[Any]):
                 yield f"{self.path / name}: got no such file, which {fmt.STATE} names"
         except CacheError as error:
             yield str(error)
-        if self.head is not None and (fault := self.head.fault()):
-            yield fault
+        if self.head is not None and (wrong := self.head.fault()):
+            yield wrong
         for shard in progress_bar(progress, self.shards, desc="verify", unit="shard"):
-            digest = hashlib.sha256()
+            if wrong := fault(shard.file, shard.sha256):
+                yield wrong
+                continue
             try:
-                with shard.file.open("rb") as file:
-                    while piece := file.read(2**22):
-                        digest.update(piece)
-                if digest.hexdigest() != shard.sha256:
-                    yield f"{shard.file}: altered after it was written (its hash differs)"
-                else:
-                    fmt.batch_of(shard, self.spec)
-            except OSError as error:
-                yield f"{shard.file}: cannot be read ({error.strerror})"
+                fmt.batch_of(shard, self.spec)
             except CacheError as error:
                 yield str(error)
 
     def facts(self) -> dict[str, Any]:
         """What is in the cache, JSON-ready; opens all shards."""
         size, tokens = sum(shard.file.stat().st_size for shard in self.shards), self.tokens
-        made: dict[str, Any] = {"path": str(self.path), "version": fmt.VERSION}
         spec = {name: x for name, x in asdict(self.spec).items() if name != "head" or x}
-        made |= {"teacher": spec, "error": self.spec.error}
-        made |= {"samples": len(self), "tokens": tokens, "shards": len(self.shards), "bytes": size}
-        made |= {"complete": self.complete, "merged": self.merged}
+        made = {"path": str(self.path), "version": fmt.VERSION, "teacher": spec}
+        made |= {"error": self.spec.error, "samples": len(self), "tokens": tokens, "bytes": size}
+        made |= {"shards": len(self.shards), "complete": self.complete, "merged": self.merged}
         return {**made, "bytes_per_token": size / tokens if tokens else None}
 
     def to_parquet(self, folder: str | os.PathLike[str]) -> None:
-        """Write each shard as a Parquet file of the same columns, and the head, into a folder."""
-        write = fmt.needed("pyarrow.parquet").write_table
+        """Write each shard as a Parquet file, float16 as float32 (for Spark), and the head."""
+        pa, write = fmt.needed("pyarrow"), fmt.needed("pyarrow.parquet").write_table
+        half, single = pa.list_(pa.float16()), pa.list_(pa.float32())
         for shard in self.shards:
-            write(fmt.opened(shard.file)[1].read_all(), Path(folder, f"{shard.file.stem}.parquet"))
+            stream = fmt.opened(shard.file)[1]
+            fields = [x.with_type(single) if x.type == half else x for x in stream.schema]
+            table = stream.read_all().cast(pa.schema(fields, stream.schema.metadata))
+            write(table, Path(folder, f"{shard.file.stem}.parquet"))
         if self.head is not None:
             shutil.copy(self.head.file, folder)

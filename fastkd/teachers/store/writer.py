@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,26 +14,28 @@ from torch import Tensor
 
 import fastkd
 from fastkd.arguments.messages import shown
+from fastkd.distill.batch import in_rows
+from fastkd.teachers.files import CacheError, locked, write_whole
+from fastkd.teachers.heads import head_facts
+from fastkd.teachers.same import tokenizer_name
 
 from . import format as fmt
-from .codec import LOGITS, encode, encode_tail, pack
-from .format import CacheError, CacheSpec, Shard
-from .hidden import hidden_rows, with_head
+from .codec import LOGITS, encode, encode_numbers, encode_tail, pack
+from .format import CacheSpec, Shard
 
 
 class Writer:
     """Writes a teacher's outputs to a folder, a shard at a time; a context manager.
 
-    A kill loses at most the samples since the last shard, and a writer opened where one was before
-    goes on behind it. Any number of ranks write at once.
+    A kill loses at most the samples since the last shard; one opened there again goes on behind it.
 
     Args:
         path: the cache's folder; made if it is not there.
         vocab_size: V, columns of the teacher's logits.
         k: columns or draws kept of each row, K of the `TopK`s to come; None: all logits.
         model, tokenizer, data: names for a reader to ask for; or a tokenizer with get_vocab().
-        method: how the K were chosen, "top" or "sample"; "hidden": last hidden states and the head
-            of the `LinearLogits`s to come, no K.
+        method: how the K were chosen, "top" or "sample"; "hidden": hidden states and the head of
+            the `LinearLogits`s to come, no K.
         temperature, tail: those of the `TopK`s to come.
         encoding: see `fastkd.teachers.store`; of logits a dtype's name, of hidden states that or
             "int8". None: by k and method, and of hidden states the head's own dtype.
@@ -63,7 +66,7 @@ class Writer:
         shard_bytes: int = 2**25,
     ) -> None:
         kind: Any = (method, temperature, tail, encoding, total)
-        spec = CacheSpec(model, fmt.tokenizer_name(tokenizer), data, vocab_size, k, *kind)
+        spec = CacheSpec(model, tokenizer_name(tokenizer), data, vocab_size, k, *kind)
         self.spec = spec.checked()
         if not (isinstance(rank, int) and 0 <= rank < 2**31):
             raise ValueError(f"rank: got {shown(rank)}, expected an integer, at least 0")
@@ -72,9 +75,8 @@ class Writer:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._process, self._pieces = os.getpid(), list[dict[str, Tensor]]()
         self._counts, self._size, self._first = list[int](), 0, 0
-        self._weight: Tensor | None = None  # of the head that was given last
-        self._locked = self._folder.resolve() / f".lock-{rank:05d}"
-        self._lock: int | None = fmt.locked(self._locked)
+        self._seen: Any = None  # of the head that was given last
+        self._release = locked(self._folder.resolve() / f".lock-{rank:05d}")
         try:
             for file in self._folder.glob(f".teacher-{rank:05d}-*.tmp"):
                 file.unlink()
@@ -88,6 +90,7 @@ class Writer:
             self._release()
             raise
         self.shards = [shard for shard in there if shard.rank == rank]
+        self._open = True
 
     @property
     def done(self) -> int:
@@ -96,9 +99,7 @@ class Writer:
 
     def add(self, output: Any, *, sample: int | None = None) -> None:
         """Add one sample: a `TopK` [L, K] or [K], or logits [L, V] or [V]; see `add_batch`."""
-        one = output[None] if isinstance(output, (Tensor, fastkd.TopK)) else output
-        if isinstance(output, fastkd.LinearLogits):
-            one = output.with_hidden(output.hidden[None])
+        one = in_rows(output, lambda x: x[None])
         self.add_batch(one, samples=None if sample is None else [sample])
 
     def add_batch(
@@ -113,18 +114,40 @@ class Writer:
             samples: B numbers of samples, rising by 1; None: the next in turn.
 
         Raises:
-            TypeError, ValueError: outputs that are not the cache's, or hold what it cannot: NaN, a
-                mass above 1, an index twice, ... Names the sample and the row.
-            OSError: see `flush`.
+            TypeError, ValueError: outputs that are not the cache's or hold NaN, a mass above 1, an
+                index twice, ... Names the sample and the row. OSError: see `flush`.
         """
         self._alive()
+        made = self._encoded(outputs, lengths, lambda size: self._number(samples, size))
+        spec, piece, counts, first = made
+        if not counts:
+            return
+        if self._counts and first != self._first + len(self._counts):
+            self.flush()  # what others have lies between
+        self._first, self.spec = (self._first if self._counts else first), spec
+        self._pieces.append(piece)
+        self._counts += counts
+        self._size += sum(x.numel() * x.element_size() for x in piece.values()) + 16 * len(counts)
+        if self._size >= self._shard_bytes:
+            self.flush()
+
+    def table(self, outputs: Any, lengths: Any = None) -> Any:
+        """The pyarrow Table that `add_batch` would write."""
+        spec, piece, counts, _ = self._encoded(outputs, lengths, lambda _: 0)
+        data = fmt.shard_bytes(spec, piece, 0, counts)
+        return fmt.needed("pyarrow.ipc").open_stream(data).read_all()
+
+    def _encoded(
+        self, outputs: Any, lengths: Any, number: Callable[[int], int]
+    ) -> tuple[CacheSpec, dict[str, Tensor], list[int], int]:
+        """Checked and encoded: the spec, the columns, rows of each sample, the first's number."""
         spec, hidden = self.spec, self.spec.method == "hidden"
         kind: Any = fastkd.TopK if spec.k else fastkd.LinearLogits if hidden else Tensor
         if not isinstance(outputs, kind):
             expected = f"{kind.__name__} of {spec.k or 'all'} columns"
             raise TypeError(f"outputs: got {type(outputs).__name__}, expected {expected}")
         if hidden:
-            spec, outputs = self.with_head(outputs), outputs.hidden
+            spec, outputs = self._with_head(outputs), outputs.hidden
         many, size = outputs.dim() == 3, outputs.size(0)
         if spec.sequences is None:
             measured = getattr(outputs, "tail_logprob", None) is not None
@@ -136,26 +159,31 @@ class Writer:
         counts = torch.as_tensor([longest] * size if lengths is None else lengths).cpu().long()
         if counts.shape != (size,) or bool(((counts < 0) | (counts > longest)).any()):
             raise ValueError(f"lengths: got {shown(lengths)}, expected {size}, from 0 to {longest}")
-        if not size:
-            return
-        first = self._number(samples, size)
+        first = number(size)
         keep = torch.arange(longest) < counts[:, None]
-        rows = topk_rows if spec.k else hidden_rows if hidden else logit_rows
+        rows = topk_rows if spec.k else number_rows
         piece = rows(outputs if many else outputs[:, None], keep, spec, _where(first, keep))
-        if self._counts and first != self._first + len(self._counts):
-            self.flush()  # what others have lies between
-        self._first, self.spec = (self._first if self._counts else first), spec
-        self._pieces.append(piece)
-        self._counts += counts.tolist()
-        self._size += sum(x.numel() * x.element_size() for x in piece.values()) + 16 * size
-        if self._size >= self._shard_bytes:
-            self.flush()
+        return spec, piece, counts.tolist(), first
 
-    def with_head(self, given: fastkd.LinearLogits) -> CacheSpec:
-        """The spec with the head of hidden states, once written; CacheError: another one."""
-        spec = with_head(self._folder, self.spec, given, self._weight)
-        self._weight = given.weight
-        return spec
+    def _with_head(self, given: fastkd.LinearLogits) -> CacheSpec:
+        """The spec with the head, written where there is none; CacheError: another is there."""
+        seen = (given.weight.data_ptr(), given.weight.shape, given.head.scale, given.head.softcap)
+        if self.spec.head is not None and seen == self._seen:
+            return self.spec
+        facts, data = head_facts(given, self.spec.vocab_size)
+        if self.spec.head is None:
+            file = self._folder / f"head-{facts['sha256']}.safetensors"
+            if not file.exists():
+                write_whole(file, data)
+            exact = facts["dtype"] if facts["dtype"] in LOGITS else "float32"
+            self.spec = replace(self.spec, head=facts, encoding=self.spec.encoding or exact)
+        elif wrong := [name for name, new in facts.items() if new != self.spec.head[name]]:
+            raise CacheError(
+                f"{str(self._folder)[:200]}: another head is there, or it was changed since: got "
+                f"another {wrong[0]}, expected {self.spec.head[wrong[0]]}"
+            )
+        self._seen = seen
+        return self.spec
 
     def _number(self, samples: list[int] | None, size: int) -> int:
         """The first sample's number of a batch, of which this rank has none."""
@@ -187,40 +215,31 @@ class Writer:
         data = fmt.shard_bytes(self.spec, stored, self._first, self._counts)
         last, digest = self._first + len(self._counts) - 1, hashlib.sha256(data).hexdigest()
         file = self._folder / fmt.shard_name(self._rank, self._first, last, digest)
-        fmt.write_whole(file, data)
+        write_whole(file, data)
         self.shards.append(Shard(self._first, last, self._rank, digest, file))
         self._pieces, self._counts, self._size = [], [], 0
 
     def close(self) -> None:
         """`flush`, name all shards in `state.json`, and let others write to this rank."""
-        if self._lock is not None:
-            try:
-                self.flush()
-                if self.shards:
-                    fmt.merge(self._folder)
-            finally:
-                self._release()
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            fmt.held.discard(self._locked)
-        self._lock = None
+        self.__exit__(None, None, None)
 
     def _alive(self) -> None:
-        if self._lock is None or os.getpid() != self._process:
+        if not self._open or os.getpid() != self._process:
             raise ValueError(f"{self._folder}: the writer is closed, or of another process")
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not self._open:
+            return
         try:
-            if error is None:
-                self.close()
-            elif self._lock is not None and not isinstance(error, OSError):
-                self.flush()  # interrupted: what was added is sound
+            if not isinstance(error, OSError):  # interrupted: what was added is sound
+                self.flush()
+            if error is None and self.shards:
+                fmt.merge(self._folder)
         finally:
+            self._open = False
             self._release()
 
 
@@ -267,14 +286,16 @@ def topk_rows(outputs: Any, keep: Tensor, spec: CacheSpec, check: Any) -> dict[s
     return made
 
 
-def logit_rows(outputs: Any, keep: Tensor, spec: CacheSpec, check: Any) -> dict[str, Tensor]:
-    """Rows of logits [B, L, V] for a shard."""
-    if outputs.size(-1) != spec.vocab_size or not outputs.is_floating_point():
+def number_rows(outputs: Any, keep: Tensor, spec: CacheSpec, check: Any) -> dict[str, Tensor]:
+    """Rows of logits [B, L, V] or of hidden states [B, L, H] for a shard."""
+    hidden = spec.head is not None
+    if not hidden and (outputs.size(-1) != spec.vocab_size or not outputs.is_floating_point()):
         got = f"{list(outputs.shape)} of {outputs.dtype}"
         raise ValueError(f"outputs: got {got}, expected floats [..., {spec.vocab_size}]")
-    given = outputs.detach().cpu()[keep]
-    check(given.isnan() | (given == torch.inf), given, "logits", "a number or -inf")
-    kept = given.to(LOGITS[spec.encoding])
+    given, name = outputs.detach().cpu()[keep], "hidden" if hidden else "logits"
+    wrong = ~given.isfinite() if hidden else given.isnan() | (given == torch.inf)
+    check(wrong, given, name, "a finite number" if hidden else "a number or -inf")
+    made = encode_numbers(given, spec.encoding, name)
     what = f"what {spec.encoding} holds; encoding='float32' holds more"
-    check(kept.isinf() & ~given.isinf(), given, "logits", what)
-    return {"logits": kept}
+    check(made[name].isinf() & ~given.isinf(), given, name, what)
+    return made
