@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import fastkd
 from fastkd.teachers import store
@@ -45,7 +44,7 @@ def shard(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("encoding", "step"), [("uint8", 1), ("plain", 7)])
-def test_every_byte_flipped_is_detected(tmp_path: Path, encoding: str, step: int) -> None:
+def test_every_byte_flipped_and_every_end_lost(tmp_path: Path, encoding: str, step: int) -> None:
     """By `verify`; without it a reader gives an error of the file, or numbers in range."""
     reader = small(tmp_path, encoding=encoding)
     good = [reader[0], reader[1]]
@@ -60,6 +59,11 @@ def test_every_byte_flipped_is_detected(tmp_path: Path, encoding: str, step: int
                 store.Reader(tmp_path).verify()
             if file.suffix != ".arrow":
                 continue
+            if place % 3 == 0 and place < len(whole) - 8:  # all but the mark of the end
+                file.write_bytes(whole[:place])
+                with pytest.raises(CacheError, match=file.name):
+                    store.Reader(tmp_path)[0]
+                file.write_bytes(damaged)
             try:
                 got = store.Reader(tmp_path)[0]
             except CacheError as error:
@@ -71,21 +75,6 @@ def test_every_byte_flipped_is_detected(tmp_path: Path, encoding: str, step: int
     assert read
     store.Reader(tmp_path).verify()
     assert torch.equal(store.Reader(tmp_path)[1].logprobs, good[1].logprobs)
-
-
-def test_every_truncation_is_detected(tmp_path: Path) -> None:
-    small(tmp_path)
-    file = shard(tmp_path)
-    whole = file.read_bytes()
-    for size in range(0, len(whole), 3):
-        file.write_bytes(whole[:size])
-        with pytest.raises(CacheError, match=file.name):
-            store.Reader(tmp_path).verify()
-        if size < len(whole) - 8:  # all but the mark of the end
-            with pytest.raises(CacheError, match=file.name):
-                store.Reader(tmp_path)[0]
-    file.write_bytes(whole)
-    store.Reader(tmp_path).verify()
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -207,98 +196,6 @@ def test_the_same_sample_twice(tmp_path: Path) -> None:
             writer.add(topk(1, 0), sample=7)
     with pytest.raises(CacheError, match=r"sample 7 is in teacher-00000.* and teacher-00001"):
         store.Reader(tmp_path)
-
-
-# ---- bad input
-
-
-def changed(of: fastkd.TopK, **changes: Any) -> fastkd.TopK:
-    """A TopK with fields that its own checks may refuse."""
-    twin = object.__new__(fastkd.TopK)
-    vars(twin).update(vars(of))
-    for name, value in changes.items():
-        setattr(twin, name, value)
-    return twin
-
-
-def with_value(x: Tensor, row: int, column: int, value: float) -> Tensor:
-    x = x.clone()
-    x[row, column] = value
-    return x
-
-
-GOOD = topk(3, 1)
-
-
-@pytest.mark.parametrize(
-    ("output", "match"),
-    [
-        ({"indices": with_value(GOOD.indices, 2, 1, V)}, "indices: got 40 in row 2 of sample 1"),
-        ({"indices": with_value(GOOD.indices, 2, 1, -2)}, "indices: got -2 in row 2 of sample 1"),
-        (
-            {"indices": GOOD.indices[:, :1].expand(3, K).contiguous()},
-            "expected each column once, -1 for padding",
-        ),
-        ({"logprobs": with_value(GOOD.logprobs, 0, 0, 0.1)}, "logprobs: got 0.1 in row 0"),
-        ({"logprobs": with_value(GOOD.logprobs, 1, 0, torch.nan)}, "logprobs: got nan in row 1"),
-        ({"logprobs": GOOD.logprobs * 0}, "mass: got [34].* in row 0 of sample 1"),
-        ({"tail_logprob": torch.tensor([-1.0, 0.5, -1.0])}, "tail_logprob: got 0.5 in row 1"),
-        ({"tail_logprob": torch.full((3,), torch.nan)}, "tail_logprob: got nan in row 0"),
-        ({"tail_logprob": torch.zeros(3)}, "mass: got 1.* expected at most 1 but for rounding"),
-        ({"tail_logprob": None}, r"with tail_logprob\) = .*False\), expected .*True\) as before"),
-    ],
-)
-def test_a_bad_row_is_named_and_nothing_is_added(
-    tmp_path: Path, output: dict[str, Any], match: str
-) -> None:
-    with store.Writer(tmp_path, vocab_size=V, k=K) as writer:
-        writer.add(GOOD)
-        with pytest.raises(ValueError, match=match):
-            writer.add(changed(GOOD, **output))
-        writer.add(GOOD)
-    reader = store.Reader(tmp_path)
-    assert len(reader) == 2 and reader.tokens == 6
-    reader.verify()
-
-
-@pytest.mark.parametrize(
-    ("output", "error", "match"),
-    [
-        (GOOD, TypeError, "got TopK, expected Tensor of all columns"),
-        (torch.full((3, V), torch.nan), ValueError, "logits: got nan in row 0 of sample 0"),
-        (torch.full((3, V), torch.inf), ValueError, "logits: got inf"),
-        (torch.full((3, V), 1e5), ValueError, "float16 holds; encoding='float32' holds more"),
-        (torch.zeros(3, V + 1), ValueError, r"expected floats \[..., 40\]"),
-        (torch.zeros(3, V).long(), ValueError, "of torch.int64"),
-        ("text", TypeError, "outputs: got str"),
-    ],
-)
-def test_bad_logits(tmp_path: Path, output: Any, error: type[Exception], match: str) -> None:
-    with store.Writer(tmp_path, vocab_size=V, encoding="float16") as writer:
-        with pytest.raises(error, match=match):
-            writer.add(output)
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"vocab_size": 0}, "vocab_size: got 0"),
-        ({"vocab_size": 2**31}, "vocab_size: got 2147483648"),
-        ({"total": -1}, "total: got -1"),
-        ({"k": 0}, "k: got 0"),
-        ({"rank": -1}, "rank: got -1"),
-        ({"method": "best"}, "method: got 'best'"),
-        ({"tail": "none"}, "tail: got 'none'"),
-        ({"temperature": 0.0}, "temperature: got 0.0"),
-        ({"encoding": "int4"}, "encoding: got 'int4'"),
-        ({"encoding": "counts"}, "encoding: got 'counts' with method='top'"),
-        ({"k": None, "temperature": 2.0}, "k: got None with temperature=2"),
-    ],
-)
-def test_bad_arguments(tmp_path: Path, options: dict[str, Any], match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        store.Writer(tmp_path / "x", **{"vocab_size": V, "k": K, **options})
-    assert not (tmp_path / "x").exists()
 
 
 # ---- a full disk
@@ -424,19 +321,6 @@ def test_two_writers_of_one_rank(tmp_path: Path) -> None:
         writer.add(topk(1, 0))
     with pytest.raises(ValueError, match="the writer is closed"):
         writer.add(topk(1, 0))
-
-
-def test_an_interrupted_writer_keeps_what_it_was_given(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        with store.Writer(tmp_path, vocab_size=V, k=K) as writer:
-            writer.add(topk(2, 0))
-            raise KeyboardInterrupt
-    reader = store.Reader(tmp_path)
-    assert len(reader) == 1 and not reader.complete
-    with store.Writer(tmp_path, vocab_size=V, k=K) as writer:
-        assert writer.done == 1
-        writer.add(topk(2, 1))
-    whole(tmp_path, 2)
 
 
 def test_leftovers_of_a_dead_writer_go(tmp_path: Path) -> None:

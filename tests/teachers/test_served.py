@@ -117,6 +117,7 @@ def test_retry_after_is_seconds_or_a_date() -> None:
     [
         ("400", ValueError, r"got status 400 \(the queue is full\), expected 200"),
         ("401", PermissionError, "got status 401"),
+        ("404", ValueError, "got status 404 .*: is it a server of the kind that api= says"),
         ("nan", ValueError, "got nan in row 0, expected finite numbers"),
         ("fewer", ValueError, r"got \d columns in row \d with 0\.\d+ of the mass, expected k=8"),
         ("beyond", ValueError, "got the id 50000, expected ids below vocab_size=99"),

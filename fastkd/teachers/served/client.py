@@ -126,7 +126,8 @@ class Client:
             return _Answer(error=refused, wait=_retry_after(headers.get("Retry-After")))
         if status != 200:
             kind = PermissionError if status in (401, 403) else ValueError
-            raise kind(f"{request}: got status {status} ({_said(data)}), expected 200")
+            hint = ": is it a server of the kind that api= says?" if status in MISSING else ""
+            raise kind(f"{request}: got status {status} ({_said(data)}), expected 200{hint}")
         try:
             return _Answer(json.loads(data))
         except ValueError as error:
