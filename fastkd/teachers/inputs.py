@@ -6,10 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 
+from fastkd.arguments.messages import shown
 from fastkd.distill.batch import IGNORED, Batch, as_batch, rows_at, tensors
+from fastkd.distill.self_teachers import BaseTeacher
+from fastkd.distill.teachers import EMATeacher, Teacher
 
 from .pairs import without
 
@@ -32,6 +35,24 @@ def teacher_inputs(item: Any) -> Batch:
         )
     made.samples = first.size(0)
     return made
+
+
+def check_teacher(teacher: Any) -> None:
+    """Refuse what cannot be asked before anything is made of it."""
+    made_of = isinstance(teacher, (BaseTeacher, EMATeacher)) and not hasattr(teacher, "model")
+    if made_of or not callable(teacher):
+        got = f"{type(teacher).__name__} without its student" if made_of else shown(teacher)
+        raise TypeError(
+            f"teacher: got {got}, expected a module, a function of the inputs or a distill.Teacher "
+            "(of several: EnsembleTeacher, RoutedTeacher)"
+        )
+
+
+def modules(teacher: Any) -> list[nn.Module]:
+    """The modules that a teacher runs."""
+    if isinstance(teacher, Teacher):
+        return [*teacher.models]
+    return [teacher] if isinstance(teacher, nn.Module) else []
 
 
 def check_labels(batch: Batch, labels: str | None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import fastkd
+from fastkd.arguments.messages import shown
 from fastkd.distill.batch import IGNORED, rows_at
 
 TEACHER = "teacher"
@@ -34,6 +35,8 @@ class Paired(Dataset[Any]):
     """
 
     def __init__(self, dataset: Any, reader: Any) -> None:
+        if not hasattr(reader, "covers"):
+            raise TypeError(f"reader: got {shown(reader)}, expected a store.Reader")
         if not reader.covers(size := len(dataset)):
             raise ValueError(
                 f"reader: got {len(reader)} samples, the last number {int(reader.numbers[-1])}, in "

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_cache_faults import K, V, topk
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastkd
+from fastkd import distill
 from fastkd.teachers import store
 
 
@@ -89,6 +91,9 @@ def test_bad_logits(tmp_path: Path, output: Any, error: type[Exception], match: 
         ({"total": -1}, "total: got -1"),
         ({"k": 0}, "k: got 0"),
         ({"rank": -1}, "rank: got -1"),
+        ({"rank": "0"}, "rank: got '0'"),
+        ({"shard_bytes": "1MB"}, "shard_bytes: got '1MB', expected 1 to"),
+        ({"k": True}, "k: got True"),
         ({"method": "best"}, "method: got 'best'"),
         ({"tail": "none"}, "tail: got 'none'"),
         ({"temperature": 0.0}, "temperature: got 0.0"),
@@ -101,3 +106,23 @@ def test_bad_arguments(tmp_path: Path, options: dict[str, Any], match: str) -> N
     with pytest.raises(ValueError, match=match):
         store.Writer(tmp_path / "x", **{"vocab_size": V, "k": K, **options})
     assert not (tmp_path / "x").exists()
+
+
+def test_what_is_no_teacher_loader_or_reader(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"vocab_size": np.int64(V), "k": np.int32(K), "progress": False}
+    for teacher, match in (
+        ("base", "teacher: got 'base', expected a module, a function"),
+        ([len], "teacher: got .*expected a module"),
+        (None, "teacher: got None"),
+        (distill.EMATeacher(), "teacher: got EMATeacher without its student"),
+        (distill.BaseTeacher(), "teacher: got BaseTeacher without its student"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            store.capture(teacher, [torch.arange(4)], tmp_path / "x", **options)
+    with pytest.raises(ValueError, match="loader: got 0 samples, expected"):
+        store.capture(nn.Embedding(9, V), [], tmp_path / "x", **options)
+    assert store.capture(nn.Embedding(9, V), [torch.arange(4)], tmp_path / "y", **options) == 4
+    reader = store.Reader(tmp_path / "y")
+    assert type(reader.spec.k) is int and reader[torch.tensor(2)].shape == reader[2].shape
+    with pytest.raises(TypeError, match="reader: got 'x', expected a store"):
+        store.Paired([0], "x")

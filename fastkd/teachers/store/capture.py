@@ -19,7 +19,7 @@ from fastkd.distill.logging import progress_bar
 from fastkd.distill.sample_order import check_order, watched
 from fastkd.distill.teacher_routes import samples as samples_of
 from fastkd.distill.teachers import Teacher, expected
-from fastkd.teachers.inputs import check_labels, left, only, shareable, teacher_inputs, trimmed
+from fastkd.teachers import inputs
 from fastkd.teachers.same import apart
 
 from .format import listed
@@ -80,18 +80,19 @@ def capture(
     """
     if labels not in ("shifted", "input_ids", None):
         raise ValueError(f"labels: got {labels!r:.60}, expected 'shifted', 'input_ids' or None")
+    inputs.check_teacher(teacher)
     head = _head(teacher, options) if hidden else None
     check_order(loader, order)
     numbers: Iterable[list[int] | None] = repeat(None)
     shared, data = world_size is not None or samples is not None, loader
     if shared:
-        options["total"] = total = shareable(loader)
+        options["total"] = total = inputs.shareable(loader)
         ranks = {"rank": rank, "world_size": world_size or rank + 1, "samples": samples}
-        loader, numbers = only(loader, share(path, total, **ranks))  # type: ignore[arg-type]
+        loader, numbers = inputs.only(loader, share(path, total, **ranks))  # type: ignore[arg-type]
     with (
         Writer(path, rank=rank, **options) as writer,
         progress_bar(progress, desc="capture", unit="sample") as bar,
-        in_eval(nn.ModuleList(_modules(teacher))),
+        in_eval(nn.ModuleList(inputs.modules(teacher))),
     ):
         ask = _Ask(teacher, writer, labels, generator, head)
         start = 0 if shared else writer.done
@@ -103,8 +104,8 @@ def capture(
             """What is not stored yet, and its numbers."""
             seen = 0
             for item, named in zip(watched(loader, order), numbers, strict=False):
-                batch = teacher_inputs(item)
-                check_labels(batch, labels)
+                batch = inputs.teacher_inputs(item)
+                inputs.check_labels(batch, labels)
                 old = min(max(start - seen, 0), batch.samples)
                 if old and not seen and order is not None:
                     ask.again(path, item, range(old))
@@ -113,7 +114,7 @@ def capture(
                     yield rest, named or [*range(seen + old, seen + batch.samples)]
                 seen += batch.samples
                 bar.update(old)
-            if seen < start:
+            if seen < (start or not shared):  # an empty one, too
                 wanted = f"the {start} stored, and more"
                 raise ValueError(f"loader: got {seen} samples, expected {wanted}")
 
@@ -131,13 +132,7 @@ def share(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: got {rank} of {world_size} ranks, expected 0 to {world_size - 1}")
     mine = samples or range(rank * total // world_size, (rank + 1) * total // world_size)
-    return left(total, [(x.first, x.last) for x in listed(Path(path))], mine)
-
-
-def _modules(teacher: Any) -> list[nn.Module]:
-    if isinstance(teacher, Teacher):
-        return [*teacher.models]
-    return [teacher] if isinstance(teacher, nn.Module) else []
+    return inputs.left(total, [(x.first, x.last) for x in listed(Path(path))], mine)
 
 
 def _head(teacher: Any, options: dict[str, Any]) -> Head | None:
@@ -166,7 +161,7 @@ class _Ask:
         spec = writer.spec
         self._made = {"method": spec.method, "generator": generator, "vocab_size": spec.vocab_size}
         self._made |= {"temperature": spec.temperature, "tail": spec.tail}
-        self._is_source, modules = isinstance(teacher, Teacher), _modules(teacher)
+        self._is_source, modules = isinstance(teacher, Teacher), inputs.modules(teacher)
         self._device = device_of(modules[0]) if modules else None
         self._off = {} if head is None else uncached(teacher)
 
@@ -211,7 +206,7 @@ class _Ask:
             logits = logits[..., : spec.vocab_size]
         elif spec.k and not isinstance(logits, fastkd.TopK):
             logits = fastkd.topk_from_logits(logits, spec.k, **(self._made | other))
-        return trimmed(logits, batch, self._labels)
+        return inputs.trimmed(logits, batch, self._labels)
 
     def again(self, path: Any, item: Any, numbers: Sequence[int]) -> None:
         """Ask for some samples that are stored, and compare."""
@@ -219,7 +214,7 @@ class _Ask:
         draws = spec.k if spec.k and spec.method == "sample" else 0
         if draws > spec.vocab_size:
             return  # more draws than there are columns to compare them with
-        batch = samples_of(teacher_inputs(item), range(len(numbers)))
+        batch = samples_of(inputs.teacher_inputs(item), range(len(numbers)))
         output, lengths = self(batch, method="top")
         reader = Reader(path)
         old = reader.__getitems__(numbers)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastkd.arguments.messages import shown
+from fastkd.arguments.numbers import integer
 from fastkd.distill import serialization
 from fastkd.teachers.files import CacheError, write_whole
 
@@ -100,14 +101,14 @@ class CacheSpec:
 
     def checked(self) -> CacheSpec:
         """The same with its defaults; an error where a field is wrong or does not fit another."""
-        k, heat, encoding, hidden = self.k, self.temperature, self.encoding, self.method == "hidden"
-        whole = {"vocab_size": (1, 2**31), "k": (1, 2**31), "total": (0, 2**40)}
+        heat, encoding, hidden = self.temperature, self.encoding, self.method == "hidden"
+        whole: dict[str, Any] = {"vocab_size": (1, 2**31), "k": (1, 2**31), "total": (0, 2**40)}
         for name, (low, stop) in whole.items():
-            number = getattr(self, name)
-            if number is None and name != "vocab_size":
-                continue
-            if type(number) is not int or not low <= number < stop:
-                raise ValueError(f"{name}: got {shown(number)}, expected {low} to {stop - 1}")
+            given, whole[name] = getattr(self, name), (number := integer(getattr(self, name)))
+            if given is not None or name == "vocab_size":
+                if number is None or not low <= number < stop:
+                    raise ValueError(f"{name}: got {shown(given)}, expected {low} to {stop - 1}")
+        k = whole["k"]
         if not isinstance(heat, (int, float)) or not 1e-18 <= heat <= 1e18:
             raise ValueError(f"temperature: got {shown(heat)}, expected a positive finite number")
         if k is None and heat != 1.0:
@@ -128,7 +129,7 @@ class CacheSpec:
                 raise ValueError(f"{name}: got {shown(got)} with {of}, expected one of {names}")
         only: dict[str, Any] = {} if k else {"tail": None}
         only |= {} if k or hidden else {"method": "logits"}
-        return replace(self, encoding=encoding, temperature=float(heat), **only)
+        return replace(self, encoding=encoding, temperature=float(heat), **whole, **only)
 
 
 class Shard(NamedTuple):

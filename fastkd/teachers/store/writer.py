@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd.arguments.messages import shown
+from fastkd.arguments.numbers import integer
 from fastkd.distill.batch import in_rows
 from fastkd.teachers.files import CacheError, locked, write_whole
 from fastkd.teachers.heads import head_facts
@@ -68,8 +69,9 @@ class Writer:
         kind: Any = (method, temperature, tail, encoding, total)
         spec = CacheSpec(model, tokenizer_name(tokenizer), data, vocab_size, k, *kind)
         self.spec = spec.checked()
-        if not (isinstance(rank, int) and 0 <= rank < 2**31):
-            raise ValueError(f"rank: got {shown(rank)}, expected an integer, at least 0")
+        for name, number, low in (("rank", rank, 0), ("shard_bytes", shard_bytes, 1)):
+            if integer(number) is None or not low <= number < 2**31:
+                raise ValueError(f"{name}: got {shown(number)}, expected {low} to {2**31 - 1}")
         fmt.needed("pyarrow")  # said now, and not when the first shard is written
         self._folder, self._shard_bytes, self._rank = Path(path), shard_bytes, rank
         self._folder.mkdir(parents=True, exist_ok=True)
