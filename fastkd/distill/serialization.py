@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +149,10 @@ def appearing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # else a power cut may keep the new name and lose the bytes
         os.replace(part, path)
         if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be opened
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
+            with suppress(OSError):  # the file is there; some network disks sync no folders
+                folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+                os.fsync(folder)
+                os.close(folder)
     finally:
         part.unlink(missing_ok=True)
 

@@ -83,7 +83,8 @@ def compute_loss_func(
 
     Returns:
         A callable (outputs, labels, num_items_in_batch) -> 0-d loss; `.detach()` takes the hooks
-        off the student. To be made before the Trainer, which reads how the student's labels count.
+        off the student, `.collator(collator)` asks a served teacher ahead of the step. To be made
+        before the Trainer, which reads how the student's labels count.
 
     Raises:
         TypeError, ValueError: a head that cannot be read, another vocabulary, a refused option.

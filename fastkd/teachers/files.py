@@ -57,4 +57,9 @@ def locked(path: Path) -> Callable[[], None]:
         os.close(file)
         raise busy from None
     _held.add(path)
-    return lambda: (os.close(file), _held.discard(path))[1]
+
+    def release() -> None:
+        os.close(file)
+        _held.discard(path)
+
+    return release

@@ -1,4 +1,4 @@
-"""`python tests/teachers/other_readers.py STORE PARQUET`: what other libraries read of a store.
+"""`python tests/teachers/other_readers.py STORE PARQUET [NAME ...]`: what others read of a store.
 
 STORE was written with encoding="plain"; PARQUET is what `Reader.to_parquet` made of it, or of the
 same samples in 8 bits. Each of DuckDB, Ray Data, Spark and datasets that is installed reads both,
@@ -81,6 +81,8 @@ def main() -> int:
     expected["parquet"] = (ds.dataset(parquet).count_rows(), counts[1])
     failed = False
     for reads in (duckdb, ray, pyspark, datasets):
+        if reads.__name__ not in (sys.argv[3:] or reads.__name__):
+            continue
         try:
             library = __import__(reads.__name__)
         except ImportError:
