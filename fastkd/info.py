@@ -20,7 +20,8 @@ def info() -> dict[str, Any]:
     Returns:
         A JSON-ready dict: fastkd, python, torch, triton (version or None), backend (the one chosen
         by hand, or "auto"), cpu (None where the extension is not built, else isa, isas, openmp,
-        compiler, threads), gpu (None or name, capability, memory_gib, driver-independent facts).
+        compiler, threads), gpu (None or name, capability, memory_gib, driver-independent facts;
+        cooperative: "proven", "untried" or why programs do not share a row).
     """
     return {
         "fastkd": __version__,
@@ -59,4 +60,13 @@ def _gpu() -> dict[str, Any] | None:
         "memory_gib": round(device.total_memory / 2**30, 1),
         "multiprocessors": device.multi_processor_count,
         "runtime": torch.version.cuda or torch.version.hip,
+        "cooperative": _cooperative(),
     }
+
+
+def _cooperative() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "no Triton"
+    from fastkd.backends.gpu import proof
+
+    return proof.state(torch.device("cuda", torch.cuda.current_device()))

@@ -18,7 +18,6 @@ ends with NaN in the loss and the gradient.
 from __future__ import annotations
 
 import os
-import warnings
 from functools import cache
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ import triton
 import triton.language as tl
 
 from fastkd.backends.base import on_host
-from fastkd.backends.gpu import split_rows
+from fastkd.backends.gpu import proof, split_rows
 from fastkd.backends.gpu.device_fns import grad_loop, pair_loop, safe_sums, sum_loop
 from fastkd.backends.gpu.outputs import store_hard, store_side, zero_outputs
 from fastkd.backends.gpu.rows import (
@@ -74,9 +73,6 @@ class Capacity(NamedTuple):
     cache: int  # bytes of L2
 
 
-_refused: dict[torch.device, str] = {}
-
-
 @cache
 def _capacity(device: torch.device) -> Capacity | None:
     known = torch.get_device_module(device).get_device_properties(device)
@@ -89,21 +85,11 @@ def capacity(device: torch.device, arch: str) -> Capacity | None:
 
     gfx942 and its like have one cache for each part of the chip, and programs would reach across.
     """
-    if device in _refused:
+    if proof.refused(device):
         return None
     if on_host(device) or device.index is None:
         return HOST
     return _capacity(device) if arch.startswith("sm_") else None
-
-
-def refuse(device: torch.device, error: Exception) -> None:
-    """Programs do not cooperate on this device any more."""
-    _refused[device] = str(error)
-    warnings.warn(
-        f"{error}; from now on one program computes each wide row, and reads it twice",
-        RuntimeWarning,
-        stacklevel=2,
-    )
 
 
 def programs_per_row(

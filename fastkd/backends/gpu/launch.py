@@ -22,7 +22,7 @@ from fastkd.backends.base import (
     on_host,
     rows_of,
 )
-from fastkd.backends.gpu import cooperative, split_rows
+from fastkd.backends.gpu import cooperative, proof, split_rows
 from fastkd.backends.gpu import divergence as pairs
 from fastkd.backends.gpu import rows as kernels
 from fastkd.backends.gpu import topk as topk_kernels
@@ -218,8 +218,8 @@ def _registers(most: int | None) -> dict[str, int]:
 
 def _fused_cooperative(
     args: dict[str, Any], n: int, splits: int, threads: int, most: int | None
-) -> bool:
-    """`fused` by cooperative programs; False where the device has refused."""
+) -> None:
+    """`fused` by cooperative programs."""
     loss, count = args["loss"], split_rows.partials(args["outputs"]).value
     counts = 1, n * splits * count, n * splits * cooperative.SUMS.value
     unknown = torch.full(
@@ -237,12 +237,7 @@ def _fused_cooperative(
         ),
         **_registers(most),
     }
-    try:
-        launch(cooperative.cooperative_kernel, n * splits, args, threads, loss.device)
-    except RuntimeError as error:
-        cooperative.refuse(loss.device, error)
-        return False
-    return True
+    launch(cooperative.cooperative_kernel, n * splits, args, threads, loss.device)
 
 
 def _fused_split(args: dict[str, Any], n: int, splits: int, threads: int) -> None:
@@ -276,6 +271,13 @@ class FusedPasses(Backend):
     def fused(
         self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
     ) -> Tensor:
+        return self._fused(student, teacher, spec, rows, grad)
+
+    def _fused(
+        self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None,
+        cooperating: bool | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`fused`; cooperating: of a trial of cooperative programs, whether they are at work."""
         acc = acc_of(student, teacher)
         n = student.size(0) * student.size(1)
         loss = torch.empty(n, dtype=acc, device=student.device)
@@ -301,24 +303,39 @@ class FusedPasses(Backend):
         }
         row_bytes = spec.vocab * (student.element_size() + teacher.element_size())
         columns = size.lanes * size.group
+        device, threads = student.device, size.threads
         # a cluster is another way to the same end; the pattern of UNWRITTEN is that of a float32
-        none, arch = size.ctas > 1 or acc == torch.float64, gpu_info(student.device).arch
+        none, arch = size.ctas > 1 or acc == torch.float64, gpu_info(device).arch
         light = align_offset is None and (not spec.at_one or args["EXPECTATION"] != "none")
-        most = registers(arch, size.threads, light)
-        holds = None if none else cooperative.capacity(student.device, arch)
-        resident = OF_PROCESSOR // ((most or 64) * size.threads)
-        splits = cooperative.programs_per_row(n, spec.vocab, row_bytes, columns, resident, holds)
-        if splits > 1 and _fused_cooperative(args, n, splits, size.threads, most):
-            return loss
-        splits = split_rows.programs_per_row(
-            n, spec.vocab, columns, split_rows.processors(student.device)
-        )
+        most = registers(arch, threads, light)
+        holds = None if none else cooperative.capacity(device, arch)
+        resident = OF_PROCESSOR // ((most or 64) * threads)
+        splits = proof.SPLITS if cooperating else 1
+        if cooperating is None:
+            splits = cooperative.programs_per_row(
+                n, spec.vocab, row_bytes, columns, resident, holds
+            )
+            if splits > 1 and not proof.proven(device, self._fused):
+                splits = 1
         if splits > 1:
-            _fused_split(args, n, splits, size.threads)
+            try:
+                _fused_cooperative(args, n, splits, threads, most)
+                return loss
+            except RuntimeError as error:
+                if cooperating:
+                    raise
+                proof.refuse(device, str(error))
+        splits = 1
+        if cooperating is None:
+            splits = split_rows.programs_per_row(
+                n, spec.vocab, columns, split_rows.processors(device)
+            )
+        if splits > 1:
+            _fused_split(args, n, splits, threads)
         else:
             # of aligned rows ptxas takes no more than lets three or four programs be resident
             args |= {} if align_offset is None else _registers(most)
-            launch(kernels.fused_kernel, n, args, size.threads, student.device)
+            launch(kernels.fused_kernel, n, args, threads, device)
         return loss
 
     def topk(
