@@ -236,7 +236,7 @@ def cooperative_kernel(
     DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, EXPECTATION: tl.constexpr,
     HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, COUNT: tl.constexpr,
     SPLITS: tl.constexpr, SPAN: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """`rows.fused_kernel` for one split of a row: the next one that no program has begun.
 
@@ -246,14 +246,13 @@ def cooperative_kernel(
     if skip is not None:
         if tl.load(skip) != 0:
             return
-    UNALIGNED: tl.constexpr = align_offset is not None
     turn = tl.atomic_add(ticket, 1, sem="relaxed") - UNWRITTEN
     row, split = turn // splits, turn % splits
     start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
     begin, end = split_bounds(split, splits, start, stop, UNALIGNED, LANES, GROUP)
     last = tl.where(split == splits - 1, start + width, end)
     if grad is not None:
-        grad = row_at(grad, row, per_g, outer_g, inner_g, align_offset, GROUP)
+        grad = row_at(grad, row, per_g, outer_g, inner_g, align_offset, GROUP, UNALIGNED)
     if keep is not None:
         if tl.load(keep + row) == 0:
             if split == 0:
@@ -263,8 +262,8 @@ def cooperative_kernel(
             if grad is not None:
                 zero_columns(grad, begin, last, LANES, GROUP, UNALIGNED)
             return
-    student = row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP)
-    teacher = row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP)
+    student = row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP, UNALIGNED)
+    teacher = row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP, UNALIGNED)
     partial, sums = (
         partials_of(partial, row, splits, COUNT),
         partials_of(sums, row, splits, SUMS),
