@@ -26,6 +26,7 @@ from fastkd.backends.base import (
     autocast_off,
     batch_invariant,
     chunk_rows,
+    default_rows,
     rows_of,
 )
 from fastkd.engine.parameter_sum import Sum, buffer
@@ -40,7 +41,8 @@ FIXED_ROWS = 512  # of a product whose number of rows must not show in a row's b
 
 def _fixed_rows(backend: Backend, requested: int | None) -> int | None:
     """Rows of every product where a row's bits depend on nothing else; None elsewhere."""
-    return (requested or FIXED_ROWS) if batch_invariant() and not backend.on_host else None
+    rows = requested or default_rows or FIXED_ROWS
+    return rows if batch_invariant() and not backend.on_host else None
 
 
 class Linear:
