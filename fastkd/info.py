@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastkd.backends.base import batch_invariant
 from fastkd.backends.choice import forced
 
 __version__ = "0.1.0"
@@ -19,8 +20,11 @@ def info() -> dict[str, Any]:
 
     Returns:
         A JSON-ready dict: fastkd, python, torch, triton (version or None), backend (the one chosen
-        by hand, or "auto"), cpu (None where the extension is not built, else isa, isas, openmp,
-        compiler, threads), gpu (None or name, capability, memory_gib, driver-independent facts).
+        by hand, or "auto"), batch_invariant (whether a row's bits are the same in every batch on
+        a GPU, too: FASTKD_BATCH_INVARIANT=1 or torch.use_deterministic_algorithms), cpu (None where
+        the extension is not built, else isa, isas, openmp, compiler, threads), gpu (None or name,
+        capability, memory_gib, driver-independent facts; cooperative: "proven", "untried" or why
+        programs do not share a row).
     """
     return {
         "fastkd": __version__,
@@ -29,6 +33,7 @@ def info() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "backend": forced() or "auto",
+        "batch_invariant": batch_invariant(),
         "cpu": _cpu(),
         "gpu": _gpu(),
     }
@@ -59,4 +64,13 @@ def _gpu() -> dict[str, Any] | None:
         "memory_gib": round(device.total_memory / 2**30, 1),
         "multiprocessors": device.multi_processor_count,
         "runtime": torch.version.cuda or torch.version.hip,
+        "cooperative": _cooperative(),
     }
+
+
+def _cooperative() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "no Triton"
+    from fastkd.backends.gpu import proof
+
+    return proof.state(torch.device("cuda", torch.cuda.current_device()))

@@ -316,6 +316,14 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+_INVARIANT = os.environ.get("FASTKD_BATCH_INVARIANT", "0") not in ("", "0")
+
+
+def batch_invariant() -> bool:
+    """Whether a row's bits may depend on nothing but the row, on a GPU too (the CPU's never do)."""
+    return _INVARIANT or torch.are_deterministic_algorithms_enabled()
+
+
 def on_host(device: torch.device) -> bool:
     """True where reading a value costs no synchronisation."""
     return device.type == "cpu"

@@ -24,67 +24,25 @@ from fastkd.backends.base import (
     TopKRows,
     adds_wide,
     autocast_off,
+    batch_invariant,
     chunk_rows,
+    default_rows,
     rows_of,
 )
+from fastkd.engine.parameter_sum import Sum, buffer
 from fastkd.engine.records import Call
 from fastkd.operands import Head
 
 Tensors = Sequence["Tensor | None"]
 Needs = Sequence[bool]
 
-BLOCK = 2**18  # elements of a product that is added by hand: it stays in a core's own cache
+FIXED_ROWS = 512  # of a product whose number of rows must not show in a row's bits
 
 
-def _buffer(
-    backend: Backend, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Memory that the backend may have used before."""
-    return backend.empty_gradient(torch.empty((), dtype=dtype, device=device).expand(shape))
-
-
-class Sum:
-    """A parameter's gradient, the sum of a product per chunk, in float32 or wider.
-
-    once: there is one chunk only, whose product torch accumulates in float32 by itself.
-    """
-
-    def __init__(self, like: Tensor, dtype: torch.dtype, vocab: int, once: bool, backend: Backend):
-        # float16 has no room for what waits for the gradient of the loss
-        exact = dtype.itemsize >= 4 or (once and dtype == like.dtype != torch.float16)
-        self.dtype = dtype if exact else torch.float32
-        self.like, self.vocab, self.backend = like, vocab, backend
-        self.total: Tensor | None = None
-
-    def add(self, a: Tensor, b: Tensor) -> None:
-        """total[:vocab] += a @ b, in one row for a bias."""
-        beta = 0 if self.total is None else 1
-        if self.total is None:
-            self.total = _buffer(self.backend, self.like.shape, self.dtype, self.like.device)
-            self.total[self.vocab :].zero_()
-        into = self.total[: self.vocab]
-        into = into if into.dim() == 2 else into.unsqueeze(0)
-        if a.dtype == self.dtype:
-            torch.addmm(into, a, b, beta=beta, out=into)
-        elif adds_wide(a.device):
-            torch.ops.aten.addmm.dtype_out(into, a, b, self.dtype, beta=beta, alpha=1, out=into)
-        else:
-            step = max(1, BLOCK // max(into.size(1), 1))
-            for start in range(0, into.size(0), step):
-                at = slice(start, start + step)
-                product = torch.mm(a[at], b)
-                into[at].add_(product) if beta else into[at].copy_(product)
-
-    def finish(self, by: Tensor | None) -> Tensor:
-        """The gradient in the parameter's dtype, times `by`."""
-        like = self.like
-        if self.total is None:
-            return torch.zeros_like(like, memory_format=torch.contiguous_format)
-        if by is not None:
-            self.backend.multiply(self.total, by)
-        if self.dtype == like.dtype:
-            return self.total
-        return _buffer(self.backend, like.shape, like.dtype, like.device).copy_(self.total)
+def _fixed_rows(backend: Backend, requested: int | None) -> int | None:
+    """Rows of every product where a row's bits depend on nothing else; None elsewhere."""
+    rows = requested or default_rows or FIXED_ROWS
+    return rows if batch_invariant() and not backend.on_host else None
 
 
 class Linear:
@@ -124,6 +82,7 @@ class Linear:
         self.h: Tensor | None = None
         self.y: Tensor | None = None
         self.dtype, self.device = head.dtype, hidden.device
+        self.rows = 0  # of every product, where their number must not show in a row's bits
 
     def row_bytes(self, spare: bool) -> int:
         """Of its buffers: logits, what the softcap's gradient needs, a spare one."""
@@ -135,7 +94,8 @@ class Linear:
         """wait: the weight's product of the only chunk is left to `finish`."""
         shape, device = (step, -(-self.vocab // ALIGN) * ALIGN), self.device
         dtype, once = self.dtype, step >= n
-        self.buffers = [_buffer(self.backend, shape, dtype, device) for _ in range(self.count)]
+        self.rows = 0 if _fixed_rows(self.backend, None) is None else step
+        self.buffers = [buffer(self.backend, shape, dtype, device) for _ in range(self.count)]
         for memory in self.buffers:
             # torch 2.13's bfloat16 product on a CPU with AMX reads on behind a row's end, times 0
             memory[:, self.vocab :].zero_()
@@ -146,19 +106,29 @@ class Linear:
         if self.needs[0]:
             # with a factor that is still to come, in no 16 bits
             wide = torch.float32 if self.late and adds_wide(device) else self.hidden.dtype
-            self.grad = _buffer(self.backend, self.hidden.shape, wide, device)
+            self.grad = buffer(self.backend, self.hidden.shape, wide, device)
             if self.index is not None or n == 0:
                 self.grad.zero_()
 
     def _chunk(self, number: int, at: slice) -> Tensor:
         return self.buffers[number][: at.stop - at.start, : self.vocab]
 
+    def _whole(self, x: Tensor) -> Tensor:
+        """The rows of a chunk's buffer at x, those behind it 0, as many as a product must have."""
+        n = x.size(0)
+        if n < self.rows:
+            x = x.as_strided((self.rows, x.size(1)), x.stride(), x.storage_offset())
+            x[n:].zero_()
+        return x
+
     def logits(self, at: slice) -> Tensor:
         h = self.hidden[at] if self.index is None else self.hidden.index_select(0, self.index[at])
         if self.keep is not None:
             h = torch.where(self.keep[at].unsqueeze(-1), h, 0.0)
         self.h = h = h.to(self.dtype)
-        z = self._chunk(0, at)
+        z = self._whole(self._chunk(0, at))
+        if z.size(0) > h.size(0):
+            h = torch.cat((h, h.new_zeros(z.size(0) - h.size(0), h.size(1))))
         cap = self.head.softcap
         gain = self.head.scale / (cap or 1.0)
         if self.bias is not None:
@@ -167,6 +137,7 @@ class Linear:
             torch.addmm(z, h, self.weight.t(), beta=0, alpha=gain, out=z)
         else:
             torch.mm(h, self.weight.t(), out=z)
+        z = z[: at.stop - at.start]
         if cap is not None:
             self.y = torch.tanh(z, out=self._chunk(1, at) if self.any else z)
             torch.mul(self.y, cap, out=z)
@@ -182,14 +153,18 @@ class Linear:
         if self.y is not None:
             torch.ops.aten.tanh_backward.grad_input(dz, self.y, grad_input=dz)
         if self.needs[0]:
-            direct = self.index is None and self.grad.dtype == dz.dtype
+            every = self._whole(dz)
+            alone = self.index is None and every is dz
+            direct = alone and self.grad.dtype == dz.dtype
             if self.grad.dtype == torch.float32 != dz.dtype and adds_wide(self.device):
-                into = self.grad[at] if self.index is None else self.grad.new_empty(self.h.shape)
+                shape = every.size(0), self.grad.size(1)
+                into = self.grad[at] if alone else self.grad.new_empty(shape)
                 product = torch.ops.aten.addmm.dtype_out
-                dh = product(into, dz, self.weight, torch.float32, beta=0, alpha=1, out=into)
-                direct = self.index is None
+                dh = product(into, every, self.weight, torch.float32, beta=0, alpha=1, out=into)
+                direct = alone
             else:
-                dh = torch.mm(dz, self.weight, out=self.grad[at] if direct else None)
+                dh = torch.mm(every, self.weight, out=self.grad[at] if direct else None)
+            dh = dh[: dz.size(0)]
             if self.index is not None:
                 self.grad.index_copy_(0, self.index[at], dh.to(self.grad.dtype))
             elif not direct:
@@ -364,7 +339,8 @@ def _run(call: Call, sides: list[Side], n: int, wait: bool) -> Tensor:
     dual = formulas.dual(spec) if of_teacher else None
     both = student.any and of_teacher
     row_bytes = sum(side.row_bytes(both and side is teacher) for side in sides)
-    step = chunk_rows(n, row_bytes, student.device, call.products and call.products.chunk)
+    requested = call.products and call.products.chunk
+    step = _fixed_rows(backend, requested) or chunk_rows(n, row_bytes, student.device, requested)
     for side in sides:
         side.start(n, step, wait)
     dtypes = [side.dtype for side in sides] + ([] if topk is None else [topk.logprobs.dtype])

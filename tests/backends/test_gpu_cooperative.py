@@ -37,7 +37,8 @@ from test_gpu_split import (  # noqa: F401  the same tests under this file's fix
 )
 from together import together  # noqa: F401
 
-from fastkd.backends.gpu import cooperative, launch, split_rows
+from fastkd.backends import base
+from fastkd.backends.gpu import cooperative, launch, proof, split_rows
 from fastkd.backends.gpu.tune import Tile
 
 ON_GPU = torch.cuda.is_available()
@@ -181,7 +182,7 @@ def test_a_launch_that_fails_is_said_once(
     parts: int, launched: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the row kernel does the work from there on."""
-    monkeypatch.setattr(cooperative, "_refused", {})
+    monkeypatch.setattr(proof, "_verdicts", {})
     real = launch.launch
 
     def fail(kernel: Any, *rest: Any) -> None:
@@ -196,8 +197,128 @@ def test_a_launch_that_fails_is_said_once(
             assert_as_good_as_torch(student, teacher, labels, divergence=fastkd.divergences["kl"])
     texts = [str(w.message) for w in said if "computes each wide row" in str(w.message)]
     assert len(texts) == 1 and "could not be launched" in texts[0]
-    assert list(cooperative._refused) == [student.device]
+    assert list(proof._verdicts) == [student.device]
     assert set(launched) == {"fused_kernel", "total_kernel"}  # none cooperated
+
+
+# ---- safe until proven
+
+
+@pytest.fixture
+def untried(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A device that has to prove itself; a function: the kernels that a loss starts."""
+    monkeypatch.setattr(proof, "HOST", None)
+    monkeypatch.setattr(proof, "_verdicts", {})
+    monkeypatch.setattr(proof, "VOCAB", 300)
+    monkeypatch.setattr(proof, "JS", proof.JS._replace(vocab=300, classes=300))
+    student, teacher, _ = make(2, 260)
+
+    def started(launched: Launches) -> list[str]:
+        launched.clear()
+        assert_as_good_as_torch(student, teacher, divergence=fastkd.divergences["js"])
+        return [x for x in launched if x != "total_kernel"]
+
+    return started
+
+
+def test_a_device_proves_itself_once(parts: int, launched: Launches, untried: Any) -> None:
+    before = torch.get_rng_state()
+    first, shared = untried(launched), "cooperative_kernel"
+    assert first[:4] == ["fused_kernel", shared, shared, shared] and set(first[4:]) == {shared}
+    assert set(untried(launched)) == {shared}
+    assert list(proof._verdicts.values()) == [""] and torch.equal(before, torch.get_rng_state())
+
+
+def _wrong(kernel: Any, programs: int, args: dict[str, Any], *rest: Any) -> None:
+    launch.launch.real(kernel, programs, args, *rest)
+    args["loss"].add_(1e-2)
+
+
+def _raising(kernel: Any, *rest: Any) -> None:
+    raise ValueError("planted")
+
+
+def _another_time(kernel: Any, programs: int, args: dict[str, Any], *rest: Any) -> None:
+    """The numbers of one run in a row differ in their last bit."""
+    launch.launch.real(kernel, programs, args, *rest)
+    _another_time.turns += 1
+    args["loss"].mul_(1 + _another_time.turns * 1e-6)
+
+
+_another_time.turns = 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (_wrong, "came out otherwise"),
+        (_another_time, "came out otherwise"),
+        (_raising, "ValueError: planted"),
+        ("slow", "took 5.0 seconds"),
+    ],
+)
+def test_a_device_that_fails_is_refused_with_one_warning(
+    fault: Any, says: str, parts: int, launched: Launches, untried: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    real = launch.launch
+
+    def planted(kernel: Any, *rest: Any) -> None:
+        broken = kernel is cooperative.cooperative_kernel and fault != "slow"
+        (fault if broken else real)(kernel, *rest)
+
+    planted.real = real  # type: ignore[attr-defined]
+    monkeypatch.setattr(launch, "launch", planted)
+    if fault == "slow":
+        monkeypatch.setattr(proof, "timed", lambda device, run: (run(), 5.0))
+    with pytest.warns(RuntimeWarning, match=says) as said:
+        untried(launched)  # as good as torch all the same
+        assert "cooperative_kernel" not in untried(launched)
+    assert sum("computes each wide row" in str(w.message) for w in said) == 1
+    (why,) = proof._verdicts.values()
+    assert says in why and says in proof.state(next(iter(proof._verdicts)))
+
+
+@pytest.mark.parametrize("where", ["_capturing", "is_compiling"])
+def test_nothing_is_tried_within_a_capture(
+    where: str, parts: int, launched: Launches, untried: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as within:
+        of: Any = proof if where == "_capturing" else torch.compiler
+        within.setattr(of, where, lambda *device: True)
+        with fastkd.use_backend("gpu"):
+            row = torch.randn(1, 2, 500)
+            launch.FusedPasses().fused(row, row, proof.JS, base.Rows(), None)
+    assert launched == ["fused_kernel"] and proof._verdicts == {}
+    assert "cooperative_kernel" in untried(launched)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("NV_SANITIZER_INJECTION_PORT_BASE", "49152"),
+        ("CUDA_INJECTION64_PATH", "/opt/cuda/compute-sanitizer/libsanitizer-collection.so"),
+        ("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "50"),
+        ("CUDA_MPS_PIPE_DIRECTORY", "/run/mps"),
+        ("", ""),
+    ],
+)
+def test_tools_and_neighbours_are_refused(
+    name: str, value: str, parts: int, launched: Launches, untried: Any,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any,
+) -> None:  # fmt: skip
+    """Under a profiler, which sets a variable of the same name, programs do cooperate."""
+    monkeypatch.setenv("CUDA_INJECTION64_PATH", "/opt/nsight/libToolsInjection64.so")
+    if name:
+        monkeypatch.setenv(name, value)
+    else:
+        monkeypatch.setattr(proof, "MPS_PIPE", tmp_path)
+    proof.hindrance.cache_clear()
+    assert "cooperative_kernel" not in untried(launched)
+    assert proof.state(torch.device("cuda", 0)).startswith(("compute-sanitizer", "a multi-process"))
+    monkeypatch.undo()
+    proof.hindrance.cache_clear()
+    assert proof.hindrance() == ""
 
 
 # ---- a GPU's own

@@ -47,6 +47,23 @@ def test_every_kernel_of_the_package_is_launched_by_a_pass() -> None:
     assert {"fused", "topk", "stats", "loss", "grad", "total", "multiply"} <= kernels()
 
 
+# arguments of the kernels that have more than 20; constants are counted too
+ARGUMENTS = {
+    **{"fused": 41, "cooperative": 48, "topk": 44, "grad": 40, "loss": 22},
+    **{"split_sums": 24, "split_pairs": 25, "split_finish": 40, "split_grad": 37},
+}
+
+
+def test_no_kernel_takes_more_arguments_than_it_did() -> None:
+    """20 is the aim; "Arguments" in fastkd/backends/gpu/README.md says what is in its way."""
+    seen = {}
+    for name in kernels():
+        launch = recorded(Case(name, "js", "bf16", "sm_90"))
+        assert launch is not None
+        seen[name] = len(launch.kernel.arg_names)
+    assert {name: n for name, n in seen.items() if n > 20} == ARGUMENTS
+
+
 def test_a_launch_hands_over_what_its_kernel_takes() -> None:
     """And options that Triton's backend for the GPU knows: it refuses any other name."""
     from triton.backends.nvidia.compiler import CUDAOptions

@@ -126,6 +126,9 @@ def test_nobody_waits_for_a_device(path: Path) -> None:
         for node in _attributes(path)
         if node.attr == "equal" and isinstance(node.value, ast.Name) and node.value.id == "torch"
     ]
+    if path.stem == "proof":  # once for each device
+        assert len(equal) == 1
+        equal = []
     assert not found + equal
 
 

@@ -107,6 +107,39 @@ def test_divergences(
     assert kernels(ptx) >= {"fused", "total"}
 
 
+@pytest.mark.interpreted(2)
+@pytest.mark.parametrize("name", ["kl", "js", "tv", "topk"])
+@each_dtype
+@pytest.mark.parametrize("vocab", [331, 704])
+def test_batch_invariance(
+    name: str, dtype: torch.dtype, vocab: int, narrow: None, ptx: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Wherever its rows begin and however many there are: the same layouts, the same bits."""
+    monkeypatch.setattr(base, "_INVARIANT", True)
+
+    def run(student: Tensor, teacher: Any) -> Tensor:
+        leaf, labels = student.detach().requires_grad_(), torch.full((student.size(0),), 7)
+        divergence, temperature = ("kl", 1.0) if name == "topk" else (name, 2.0)
+        if name == "topk":
+            teacher = fastkd.topk_from_logits(teacher.float(), 9)
+        loss = fastkd.distillation_loss(
+            leaf, teacher, labels, divergence=divergence, temperature=temperature,
+            label_smoothing=0.1, reduction="none",
+        )  # fmt: skip
+        loss.sum().backward()
+        assert leaf.grad is not None
+        return torch.cat((loss.detach()[:, None], leaf.grad.float()), 1)
+
+    padded = torch.zeros(2, ROWS, vocab + 48 - vocab % 16, dtype=dtype)[..., :vocab]
+    shifted = random(dtype, 2, ROWS, vocab + 1)[..., 1:]
+    expected = run(*padded.copy_(shifted).unbind())
+    assert torch.equal(run(*shifted.unbind()), expected)
+    assert torch.equal(run(padded[0, 1:], shifted[1, 1:]), expected[1:])
+    assert torch.equal(run(*shifted[:, 1:].contiguous().unbind()), expected[1:])
+    assert {run.args["UNALIGNED"] for run in ptx.runs if "UNALIGNED" in run.args} == {2, 3}
+
+
 @pytest.mark.interpreted(1)
 @each
 @each_dtype
@@ -166,6 +199,49 @@ def test_in_place(divergence: Divergence, layout: Layout, narrow: None, ptx: Any
     apart = run(False)
     assert torch.equal(run(True), apart)
     assert "multiply" in kernels(ptx)
+
+
+@pytest.mark.interpreted(1)
+@pytest.mark.parametrize("name", ["kl", "js", "topk"])
+def test_one_rounding(name: str, narrow: None, ptx: Any) -> None:
+    """Backward's kernel leaves at once where the remembered factor holds; the bits are the same."""
+
+    def step(vocab: int, factor: float) -> tuple[int, Tensor]:
+        """(instructions of backward's kernel, gradient) of one step of a loop."""
+        torch.manual_seed(vocab)
+        student, teacher = random(torch.bfloat16, 2, ROWS, vocab).unbind()
+        given: Any = fastkd.topk_from_logits(teacher.float(), 9) if name == "topk" else teacher
+        leaf = student.requires_grad_()
+        divergence = "kl" if name == "topk" else name
+        loss = fastkd.distillation_loss(
+            leaf, given, alpha=0.0, temperature=1.0, divergence=divergence
+        )
+        begun = len(ptx.runs)
+        (factor * loss).backward()
+        (run,) = ptx.runs[begun:]
+        assert run.kernel == ("topk_kernel" if name == "topk" else "fused_kernel")
+        assert leaf.grad is not None
+        with fastkd.use_backend("reference"):
+            exact = student.detach().double().requires_grad_()
+            (
+                factor
+                * fastkd.distillation_loss(
+                    exact, given, alpha=0.0, temperature=1.0, divergence=divergence
+                )
+            ).backward()
+        assert exact.grad is not None
+        # one rounding: nearly every element is the exact one's nearest
+        assert (leaf.grad == exact.grad.to(torch.bfloat16)).double().mean() > 0.98
+        return sum(run.counts.values()), leaf.grad
+
+    counted = []
+    for vocab, factor in ((512, 21845.3), (1536, 0.37)):
+        # a loss is known again by the lines that call it
+        (missed, first), (held, second) = [step(vocab, factor) for _ in range(2)]
+        assert torch.equal(first, second)
+        counted.append((missed, held))
+    (missed, held), (missed_wide, held_wide) = counted
+    assert held == held_wide < missed / 20 and missed_wide > 1.2 * missed
 
 
 @pytest.mark.interpreted(2)

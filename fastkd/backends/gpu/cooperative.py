@@ -18,7 +18,6 @@ ends with NaN in the loss and the gradient.
 from __future__ import annotations
 
 import os
-import warnings
 from functools import cache
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ import triton
 import triton.language as tl
 
 from fastkd.backends.base import on_host
-from fastkd.backends.gpu import split_rows
+from fastkd.backends.gpu import proof, split_rows
 from fastkd.backends.gpu.device_fns import grad_loop, pair_loop, safe_sums, sum_loop
 from fastkd.backends.gpu.outputs import store_hard, store_side, zero_outputs
 from fastkd.backends.gpu.rows import (
@@ -74,9 +73,6 @@ class Capacity(NamedTuple):
     cache: int  # bytes of L2
 
 
-_refused: dict[torch.device, str] = {}
-
-
 @cache
 def _capacity(device: torch.device) -> Capacity | None:
     known = torch.get_device_module(device).get_device_properties(device)
@@ -89,21 +85,11 @@ def capacity(device: torch.device, arch: str) -> Capacity | None:
 
     gfx942 and its like have one cache for each part of the chip, and programs would reach across.
     """
-    if device in _refused:
+    if proof.refused(device):
         return None
     if on_host(device) or device.index is None:
         return HOST
     return _capacity(device) if arch.startswith("sm_") else None
-
-
-def refuse(device: torch.device, error: Exception) -> None:
-    """Programs do not cooperate on this device any more."""
-    _refused[device] = str(error)
-    warnings.warn(
-        f"{error}; from now on one program computes each wide row, and reads it twice",
-        RuntimeWarning,
-        stacklevel=2,
-    )
 
 
 def programs_per_row(
@@ -250,7 +236,7 @@ def cooperative_kernel(
     DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, EXPECTATION: tl.constexpr,
     HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, COUNT: tl.constexpr,
     SPLITS: tl.constexpr, SPAN: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """`rows.fused_kernel` for one split of a row: the next one that no program has begun.
 
@@ -260,14 +246,13 @@ def cooperative_kernel(
     if skip is not None:
         if tl.load(skip) != 0:
             return
-    UNALIGNED: tl.constexpr = align_offset is not None
     turn = tl.atomic_add(ticket, 1, sem="relaxed") - UNWRITTEN
     row, split = turn // splits, turn % splits
     start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
     begin, end = split_bounds(split, splits, start, stop, UNALIGNED, LANES, GROUP)
     last = tl.where(split == splits - 1, start + width, end)
     if grad is not None:
-        grad = row_at(grad, row, per_g, outer_g, inner_g, align_offset, GROUP)
+        grad = row_at(grad, row, per_g, outer_g, inner_g, align_offset, GROUP, UNALIGNED)
     if keep is not None:
         if tl.load(keep + row) == 0:
             if split == 0:
@@ -277,8 +262,8 @@ def cooperative_kernel(
             if grad is not None:
                 zero_columns(grad, begin, last, LANES, GROUP, UNALIGNED)
             return
-    student = row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP)
-    teacher = row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP)
+    student = row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP, UNALIGNED)
+    teacher = row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP, UNALIGNED)
     partial, sums = (
         partials_of(partial, row, splits, COUNT),
         partials_of(sums, row, splits, SUMS),

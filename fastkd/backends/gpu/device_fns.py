@@ -9,7 +9,7 @@ lanes are merged once, at the end. x is taken relative to a maximum before it is
 import triton
 import triton.language as tl
 
-from fastkd.backends.gpu.tiles import columns, load, scalar, store, unmasked
+from fastkd.backends.gpu.tiles import OFFSET, columns, load, scalar, store, unmasked
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Running maxima start with a finite number, because -inf - -inf would be NaN.
@@ -58,12 +58,12 @@ def shifted_step(
     MASKED: tl.constexpr, UNALIGNED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Updates sum_shifted, the sum of x - max; a lane has seen (at - start) / LANES columns."""
-    if MASKED and UNALIGNED:
+    if MASKED and UNALIGNED == OFFSET:
         here = columns(at, LANES, GROUP)
         x = tl.where((here >= start) & (here < stop), x, 0.0)
     elif MASKED:
         x = tl.where(columns(at, LANES, GROUP) < stop, x, 0.0)
-    if UNALIGNED:
+    if UNALIGNED == OFFSET:
         seen = tl.where(at > start, at // LANES - columns_before(start, LANES, GROUP), 0).to(
             x.dtype
         )
@@ -80,7 +80,7 @@ def shifted_merge(
     """The sum of x - highest over all columns."""
     full = stop // (LANES * GROUP) * (LANES * GROUP)
     tail = tl.sum((columns(full, LANES, GROUP) < stop).to(tl.int32), 1)
-    if UNALIGNED:
+    if UNALIGNED == OFFSET:
         seen = full // LANES + tail - columns_before(start, LANES, GROUP)
     else:
         seen = (full - start) // LANES + tail
@@ -110,7 +110,7 @@ def stats_loop(
     top, total = initial_sums(ACC, LANES)
     sum_shifted = total
     first, full, head = unmasked(start, stop, UNALIGNED, LANES, GROUP)
-    if UNALIGNED:
+    if UNALIGNED == OFFSET:
         if head:
             top, total, sum_shifted = stats_tile(
                 x, first - LANES * GROUP, start, stop, top, total, sum_shifted, exponent,
@@ -236,7 +236,7 @@ def sum_loop(
     m_t, d_t = initial_sums(ACC, LANES)
     cross, sum_t1, sum_shifted, weighted_s, weighted_t = d_s, d_s, d_s, d_s, d_s
     first, full, head = unmasked(start, stop, UNALIGNED, LANES, GROUP)
-    if UNALIGNED:
+    if UNALIGNED == OFFSET:
         if head:
             m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t = sum_tile(
                 student, teacher, first - LANES * GROUP, start, stop,
@@ -316,12 +316,12 @@ def pair_loop(
         slopes += tl.sum(slope, 1)
     for back in range(0, full - first, LANES * GROUP):
         at = full - LANES * GROUP - back
-        s = load(student, at, stop, False, POLICY, ACC, LANES, GROUP)
-        t = load(teacher, at, stop, False, POLICY, ACC, LANES, GROUP)
+        s = load(student, at, stop, False, POLICY, ACC, LANES, GROUP, start, UNALIGNED)
+        t = load(teacher, at, stop, False, POLICY, ACC, LANES, GROUP, start, UNALIGNED)
         value, slope, _ = pair(s, t, m_s, log_s, m_t, log_t, exponent, param, DIVERGENCE)
         values += tl.sum(value, 1)
         slopes += tl.sum(slope, 1)
-    if UNALIGNED:
+    if UNALIGNED == OFFSET:
         if head:
             at = first - LANES * GROUP
             s = load(student, at, stop, True, POLICY, ACC, LANES, GROUP, start, True)
@@ -390,7 +390,7 @@ def grad_loop(
             slopes, column, exponent, param, soft, unit, target, eps_over_v,
             DIVERGENCE, CENTRED, HARD, HARD_T1, True, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
-    if UNALIGNED:
+    if UNALIGNED == OFFSET:
         if head:
             grad_tile(
                 grad, student, teacher, first - LANES * GROUP, start, stop,

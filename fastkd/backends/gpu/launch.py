@@ -18,24 +18,23 @@ from fastkd.backends.base import (
     Rows,
     Stats,
     TopKRows,
+    batch_invariant,
     interpreted,
     on_host,
     rows_of,
 )
-from fastkd.backends.gpu import cooperative, split_rows
+from fastkd.backends.gpu import alignment, cooperative, proof, split_rows
 from fastkd.backends.gpu import divergence as pairs
 from fastkd.backends.gpu import rows as kernels
 from fastkd.backends.gpu import topk as topk_kernels
-from fastkd.backends.gpu.tune import BYTES_PER_LOAD, OF_PROCESSOR, Tile, registers, tile
+from fastkd.backends.gpu.tiles import ALIGNED, BY_COLUMN, OFFSET
+from fastkd.backends.gpu.tune import OF_PROCESSOR, Tile, registers, tile
 from fastkd.divergence import divergences
 
 LOG2E = 1.0 / math.log(2.0)
 TOTAL_BLOCK = 1024
 MOST_POINTS = 128  # named columns at a time
 LAST = 2**31 - 1  # above every column
-# Rows of fewer tiles keep their columns in the same lanes wherever they start, and so their bits:
-# most of their time is not in a loop that wider loads would shorten
-UNALIGNED_TILES = 2
 # A contracted product rounds where its twin on the other side does not, and identical logits must
 # cancel exactly. The formulas stand it too (`pair`); this keeps every target on one result.
 PINNED = {"enable_fp_fusion": False}
@@ -135,47 +134,22 @@ def tile_of(
     return size, lanes if size.ctas == 1 else {**lanes, "num_ctas": size.ctas}
 
 
-def _steps(x: Tensor, group: int) -> tuple[int, int, int]:
-    """How the rows of x [A, B, V] move against groups of columns: (B, outer, inner), reduced."""
-    (a, b, _), (outer, inner, _) = x.shape, x.stride()
-    if a == 1 or b == 1 or (outer - b * inner) % group == 0:
-        step = outer if b == 1 else inner
-        return 1, 0 if a * b == 1 else step % group, 0
-    return b, outer % group, inner % group
+def lay(
+    vocab: int, *operands: Tensor, loops: bool = True
+) -> tuple[Tile, dict[str, Any], int | None]:
+    """(tile, what of it a launch takes, alignment offset) of rows.
 
-
-def wide_align_offset(vocab: int, size: Tile, *operands: Tensor) -> int | None:
-    """`_align_offset` of rows that are wide enough for it to pay."""
-    wide = vocab >= UNALIGNED_TILES * size.lanes * size.group
-    return _align_offset(size.group, *operands) if wide else None
-
-
-def _align_offset(group: int, *operands: Tensor) -> int | None:
-    """Columns from a 16-byte boundary to the first row, for `tiles.row_at`.
-
-    None where all rows start on one, or where operands differ in how theirs do: a program reads
-    its row of all operands in the same groups of columns. Where a row starts then decides which
-    columns share a lane, and its sums may round otherwise than those of an aligned copy.
+    loops: of the usual loops over a row; no offset and no cluster otherwise.
     """
-    first, size = operands[0], operands[0].element_size()
-    align_offset, steps = first.data_ptr() % BYTES_PER_LOAD // size, _steps(first, group)
-    if align_offset == 0 and steps[1:] == (0, 0):
-        return None
-    for x in operands:
-        alike = x.element_size() == size and _steps(x, group) == steps
-        # before its storage begins there is no tensor to name
-        if (
-            not alike
-            or x.data_ptr() % BYTES_PER_LOAD != align_offset * size
-            or x.storage_offset() < align_offset
-        ):
-            return None
-    return align_offset
-
-
-def aligned(x: Tensor, align_offset: int | None) -> Tensor:
-    """The memory of x from the boundary below it, which makes an aligned pointer of it."""
-    return x if not align_offset else x.as_strided((1,), (1,), x.storage_offset() - align_offset)
+    size, lanes = tile_of(vocab, *operands, cluster=loops)
+    align_offset, how = None, 0
+    if batch_invariant():
+        whole = all(alignment.on_boundary(x) for x in operands)
+        how = (ALIGNED if whole else BY_COLUMN).value
+    elif loops:
+        align_offset = alignment.wide_align_offset(vocab, size, *operands)
+        how = 0 if align_offset is None else OFFSET.value
+    return size, {**lanes, "UNALIGNED": how}, align_offset
 
 
 def scale_args(spec: LossSpec) -> dict[str, float]:
@@ -218,8 +192,8 @@ def _registers(most: int | None) -> dict[str, int]:
 
 def _fused_cooperative(
     args: dict[str, Any], n: int, splits: int, threads: int, most: int | None
-) -> bool:
-    """`fused` by cooperative programs; False where the device has refused."""
+) -> None:
+    """`fused` by cooperative programs."""
     loss, count = args["loss"], split_rows.partials(args["outputs"]).value
     counts = 1, n * splits * count, n * splits * cooperative.SUMS.value
     unknown = torch.full(
@@ -237,12 +211,7 @@ def _fused_cooperative(
         ),
         **_registers(most),
     }
-    try:
-        launch(cooperative.cooperative_kernel, n * splits, args, threads, loss.device)
-    except RuntimeError as error:
-        cooperative.refuse(loss.device, error)
-        return False
-    return True
+    launch(cooperative.cooperative_kernel, n * splits, args, threads, loss.device)
 
 
 def _fused_split(args: dict[str, Any], n: int, splits: int, threads: int) -> None:
@@ -276,19 +245,28 @@ class FusedPasses(Backend):
     def fused(
         self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
     ) -> Tensor:
+        return self._fused(student, teacher, spec, rows, grad)
+
+    def _fused(
+        self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None,
+        cooperating: bool | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`fused`; cooperating: of a trial of cooperative programs, whether they are at work."""
         acc = acc_of(student, teacher)
         n = student.size(0) * student.size(1)
         loss = torch.empty(n, dtype=acc, device=student.device)
         if n == 0:
             return loss
         rows = rows if spec.hard != 0.0 else rows._replace(label=None)
-        size, lanes = tile_of(spec.vocab, student, teacher, grad)
         place = student if grad is None else grad
-        align_offset = wide_align_offset(spec.vocab, size, student, teacher, place)
+        size, lanes, align_offset = lay(spec.vocab, student, teacher, place)
         args = {
-            **dict(student=aligned(student, align_offset), teacher=aligned(teacher, align_offset)),
             **dict(
-                grad=None if grad is None else aligned(grad, align_offset),
+                student=alignment.aligned(student, align_offset),
+                teacher=alignment.aligned(teacher, align_offset),
+            ),
+            **dict(
+                grad=None if grad is None else alignment.aligned(grad, align_offset),
                 align_offset=align_offset,
                 loss=loss,
                 outputs=rows.outputs,
@@ -301,24 +279,39 @@ class FusedPasses(Backend):
         }
         row_bytes = spec.vocab * (student.element_size() + teacher.element_size())
         columns = size.lanes * size.group
+        device, threads = student.device, size.threads
         # a cluster is another way to the same end; the pattern of UNWRITTEN is that of a float32
-        none, arch = size.ctas > 1 or acc == torch.float64, gpu_info(student.device).arch
+        none, arch = size.ctas > 1 or acc == torch.float64, gpu_info(device).arch
         light = align_offset is None and (not spec.at_one or args["EXPECTATION"] != "none")
-        most = registers(arch, size.threads, light)
-        holds = None if none else cooperative.capacity(student.device, arch)
-        resident = OF_PROCESSOR // ((most or 64) * size.threads)
-        splits = cooperative.programs_per_row(n, spec.vocab, row_bytes, columns, resident, holds)
-        if splits > 1 and _fused_cooperative(args, n, splits, size.threads, most):
-            return loss
-        splits = split_rows.programs_per_row(
-            n, spec.vocab, columns, split_rows.processors(student.device)
-        )
+        most = registers(arch, threads, light)
+        holds = None if none else cooperative.capacity(device, arch)
+        resident = OF_PROCESSOR // ((most or 64) * threads)
+        splits, choose = proof.SPLITS if cooperating else 1, cooperating is None
+        if choose and not batch_invariant():
+            splits = cooperative.programs_per_row(
+                n, spec.vocab, row_bytes, columns, resident, holds
+            )
+            if splits > 1 and not proof.proven(device, self._fused):
+                splits = 1
         if splits > 1:
-            _fused_split(args, n, splits, size.threads)
+            try:
+                _fused_cooperative(args, n, splits, threads, most)
+                return loss
+            except RuntimeError as error:
+                if cooperating:
+                    raise
+                proof.refuse(device, str(error))
+        splits = 1
+        if choose and not batch_invariant():
+            splits = split_rows.programs_per_row(
+                n, spec.vocab, columns, split_rows.processors(device)
+            )
+        if splits > 1:
+            _fused_split(args, n, splits, threads)
         else:
             # of aligned rows ptxas takes no more than lets three or four programs be resident
             args |= {} if align_offset is None else _registers(most)
-            launch(kernels.fused_kernel, n, args, size.threads, student.device)
+            launch(kernels.fused_kernel, n, args, threads, device)
         return loss
 
     def topk(
@@ -331,7 +324,8 @@ class FusedPasses(Backend):
             return loss
         rows = rows if spec.hard != 0.0 else rows._replace(label=None)
         # its barrier holds back one block only, and blocks write into each other's columns
-        size, lanes = tile_of(spec.vocab, student, grad, cluster=False)
+        place = student if grad is None else grad
+        size, lanes, _ = lay(spec.vocab, student, place, loops=False)
         indices = indices.to(torch.int32)
         past = torch.where(indices < 0, LAST, indices).sort(-1).values
         args = {
@@ -339,7 +333,7 @@ class FusedPasses(Backend):
             **dict(sorted_indices=torch.nn.functional.pad(past, (0, 1), value=LAST)),
             "support_grad": None if grad is None else torch.empty_like(logprobs),
             **dict(tail=tail, loss=loss, outputs=rows.outputs),
-            **common_args(spec, rows, acc, grad, s=student, g=student if grad is None else grad),
+            **common_args(spec, rows, acc, grad, s=student, g=place),
             **dict(classes=spec.classes, count=count),
             "centre": divergences[spec.divergence].centre(spec.param),
             "RESTRICT": restrict,

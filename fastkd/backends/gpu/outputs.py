@@ -37,25 +37,27 @@ def store_hard(outputs, row, loss, m_s, sum_t1, at_label, here):
 @triton.jit
 def weighted_tile(
     x, start, vocab, top, exponent,
-    MASKED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    MASKED: tl.constexpr, UNALIGNED: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """e (x - max) of a tile, summed over groups."""
-    tile = load(x, start, vocab, MASKED, "evict_last", ACC, LANES, GROUP) - top
+    tile = load(x, start, vocab, MASKED, "evict_last", ACC, LANES, GROUP, 0, UNALIGNED) - top
     e = tl.exp2(tile * exponent)
     return tl.sum(tl.where(e == 0, 0.0, e * tile), 1)
 
 
 @triton.jit
 def weighted_loop(
-    x, vocab, top, exponent, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr
-):
+    x, vocab, top, exponent, UNALIGNED: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """The sum of e (x - max) over all columns."""
     sums = tl.zeros([LANES], ACC)
     full = vocab // (LANES * GROUP) * (LANES * GROUP)
     for start in range(0, full, LANES * GROUP):
-        sums += weighted_tile(x, start, vocab, top, exponent, False, ACC, LANES, GROUP)
+        sums += weighted_tile(x, start, vocab, top, exponent, False, UNALIGNED, ACC, LANES, GROUP)
     if full < vocab:
-        sums += weighted_tile(x, full, vocab, top, exponent, True, ACC, LANES, GROUP)
+        sums += weighted_tile(x, full, vocab, top, exponent, True, UNALIGNED, ACC, LANES, GROUP)
     return tl.sum(sums, 0)
 
 
@@ -63,7 +65,7 @@ def weighted_loop(
 def topk_outputs(
     outputs, student, indices, logprobs, tail, row, vocab, count, value, m_soft, log_total,
     exponent, inverse,
-    RESTRICT: tl.constexpr, POINTS: tl.constexpr,
+    RESTRICT: tl.constexpr, POINTS: tl.constexpr, UNALIGNED: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Outputs of the soft term; the student's softmax is read once more, from the cache."""
@@ -79,7 +81,7 @@ def topk_outputs(
         entropy -= tl.where(logp == NOTHING, 0.0, tl.exp(logp) * logp)
     of_student, of_teacher = tl.sum(weighted, 0), tl.sum(entropy, 0)
     if not RESTRICT:
-        of_student = weighted_loop(student, vocab, m_soft, exponent, ACC, LANES, GROUP)
+        of_student = weighted_loop(student, vocab, m_soft, exponent, UNALIGNED, ACC, LANES, GROUP)
     if tail is not None:
         logp = tl.load(tail + row).to(ACC)
         of_teacher -= tl.where(logp == NOTHING, 0.0, tl.exp(logp) * logp)

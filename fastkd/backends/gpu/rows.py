@@ -15,7 +15,7 @@ from fastkd.backends.gpu.device_fns import (
     sum_loop,
 )
 from fastkd.backends.gpu.outputs import store_hard, store_side, zero_outputs
-from fastkd.backends.gpu.tiles import columns, row_at, row_span, scalar, store
+from fastkd.backends.gpu.tiles import OFFSET, before, columns, row_at, row_span, scalar, store
 
 # The number of rows in a dimension changes from batch to batch: not worth a compilation.
 _PER = ["per_s", "per_t", "per_g"]
@@ -24,16 +24,16 @@ _FUSED = ["align_offset", *_PER]
 
 @triton.jit
 def zero_columns(
-    grad, start, stop, LANES: tl.constexpr, GROUP: tl.constexpr, UNALIGNED: tl.constexpr = False
+    grad, start, stop, LANES: tl.constexpr, GROUP: tl.constexpr, UNALIGNED: tl.constexpr = 0
 ):
     """Writes 0 to columns [start, stop). Tiles stay aligned, hence the mask at both ends."""
     zero = tl.zeros([LANES, GROUP], grad.dtype.element_ty)
     for at in range(start // (LANES * GROUP) * (LANES * GROUP), stop, LANES * GROUP):
-        if UNALIGNED:
-            store(grad, zero, at, start, stop, True, True, LANES, GROUP)
+        if UNALIGNED == OFFSET:
+            store(grad, zero, at, start, stop, True, OFFSET, LANES, GROUP)
         else:
             column = columns(at, LANES, GROUP)
-            tl.store(grad + column, zero, mask=(column >= start) & (column < stop))
+            tl.store(grad + column, zero, mask=(column >= start) & before(column, stop, UNALIGNED))
 
 
 @triton.jit
@@ -148,17 +148,16 @@ def fused_kernel(
     # constants
     DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, EXPECTATION: tl.constexpr,
     HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """loss = soft sum_v l(log p, log q) + hard CE; grad = its gradient scale factor. One row."""
     if skip is not None:
         if tl.load(skip) != 0:
             return
-    UNALIGNED: tl.constexpr = align_offset is not None
     row = tl.program_id(0)
     start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
     if grad is not None:
-        grad = row_at(grad, row, per_g, outer_g, inner_g, align_offset, GROUP)
+        grad = row_at(grad, row, per_g, outer_g, inner_g, align_offset, GROUP, UNALIGNED)
     if keep is not None:
         if tl.load(keep + row) == 0:
             tl.store(loss + row, scalar(0.0, ACC))
@@ -167,8 +166,8 @@ def fused_kernel(
             if grad is not None:
                 zero_columns(grad, start, start + width, LANES, GROUP, UNALIGNED)
             return
-    student = row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP)
-    teacher = row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP)
+    student = row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP, UNALIGNED)
+    teacher = row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP, UNALIGNED)
     exponent, inverse = scalar(exponent, ACC), scalar(inverse, ACC)
     param, soft, hard = scalar(param, ACC), scalar(soft, ACC), scalar(hard, ACC)
     one_minus_eps, eps_over_v = scalar(one_minus_eps, ACC), scalar(eps_over_v, ACC)
@@ -223,7 +222,7 @@ def stats_kernel(
     x, stats, keep,
     vocab, align_offset, per, outer, inner,
     exponent: tl.float64,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """stats = (max x, sum exp((x - max) / T), sum (x - max)). One row."""
     row = tl.program_id(0)
@@ -234,8 +233,9 @@ def stats_kernel(
             return
     start, stop = row_span(row, per, outer, inner, align_offset, vocab, GROUP)
     highest, total, sum_shifted = stats_loop(
-        row_at(x, row, per, outer, inner, align_offset, GROUP), start, stop, scalar(exponent, ACC),
-        align_offset is not None, ACC, LANES, GROUP,
+        row_at(x, row, per, outer, inner, align_offset, GROUP, UNALIGNED),
+        start, stop, scalar(exponent, ACC),
+        UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip
     tl.store(stats, tl.where(total == 0, -float("inf"), highest))
     tl.store(stats + 1, total)
@@ -257,7 +257,7 @@ def loss_kernel(
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64,
     DIVERGENCE: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """loss = (sum_v l(log p, log q), sum_v (slope - centre q)), p and q by the stats. One row."""
     row = tl.program_id(0)
@@ -271,11 +271,11 @@ def loss_kernel(
     d_s, d_t = safe_sums(d_s, d_t)
     start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
     value, slopes = pair_loop(
-        row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP),
-        row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP),
+        row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP, UNALIGNED),
+        row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP, UNALIGNED),
         start, stop, m_s, d_s, m_t, d_t,
         scalar(exponent, ACC), scalar(param, ACC),
-        DIVERGENCE, "evict_first", align_offset is not None, ACC, LANES, GROUP,
+        DIVERGENCE, "evict_first", UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip
     tl.store(loss, value)
     tl.store(loss + 1, slopes)
@@ -291,16 +291,15 @@ def grad_kernel(
     factor: tl.float64,
     DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, HARD_T1: tl.constexpr,
     Z_LOSS: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """grad = scale factor (soft (slope_v - q_v sum slope) / T + hard (q - target)). One row."""
     if skip is not None:
         if tl.load(skip) != 0:
             return
-    UNALIGNED: tl.constexpr = align_offset is not None
     row = tl.program_id(0)
     start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
-    grad = row_at(grad, row, per_g, outer_g, inner_g, align_offset, GROUP)
+    grad = row_at(grad, row, per_g, outer_g, inner_g, align_offset, GROUP, UNALIGNED)
     if keep is not None:
         if tl.load(keep + row) == 0:
             zero_columns(grad, start, start + width, LANES, GROUP, UNALIGNED)
@@ -321,8 +320,8 @@ def grad_kernel(
     inverse, eps_over_v = scalar(inverse, ACC), scalar(eps_over_v, ACC)
     grad_loop(
         grad,
-        row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP),
-        row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP),
+        row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP, UNALIGNED),
+        row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP, UNALIGNED),
         start, stop, m_s, d_s, m_t, d_t, tl.load(pairs + 1).to(ACC), sum_t1,
         column, scalar(exponent, ACC), scalar(param, ACC),
         scalar(soft, ACC) * inverse * by * of, unit * by, scalar(hard, ACC) * by,

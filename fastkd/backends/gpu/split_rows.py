@@ -39,7 +39,7 @@ from fastkd.backends.gpu.rows import (
     label_column,
     zero_columns,
 )
-from fastkd.backends.gpu.tiles import row_at, row_span, scalar
+from fastkd.backends.gpu.tiles import OFFSET, row_at, row_span, scalar
 
 # programs wanted per multiprocessor, fewest tiles of a split, most splits of a row
 PROGRAMS, TILES, MOST = 2, 2, 64
@@ -90,7 +90,7 @@ def split_bounds(
     tiles = tl.cdiv(stop, LANES * GROUP)
     begin = split * tiles // splits * (LANES * GROUP)
     end = (split + 1) * tiles // splits * (LANES * GROUP)
-    if UNALIGNED:
+    if UNALIGNED == OFFSET:
         begin = tl.maximum(begin, start)
     return begin, tl.minimum(end, stop)
 
@@ -184,21 +184,21 @@ def split_sums_kernel(
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64,
     EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr, SMOOTH: tl.constexpr,
-    COUNT: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    COUNT: tl.constexpr, UNALIGNED: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """partial[row, :, split] = the sums of a split, and split 0's logit at the label."""
     if skip is not None:
         if tl.load(skip) != 0:
             return
-    UNALIGNED: tl.constexpr = align_offset is not None
     row, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
     begin, end = split_bounds(split, splits, start, stop, UNALIGNED, LANES, GROUP)
     if keep is not None:
         if tl.load(keep + row) == 0:
             return
-    student = row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP)
-    teacher = row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP)
+    student = row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP, UNALIGNED)
+    teacher = row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP, UNALIGNED)
     at_label = scalar(0.0, ACC)
     if label is not None:  # now, before any split of an in-place gradient is written
         at_label = label_logit(student, label, row, split, start, vocab, ACC)
@@ -220,13 +220,12 @@ def split_pairs_kernel(
     per_s, outer_s, inner_s, per_t, outer_t, inner_t,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64,
     DIVERGENCE: tl.constexpr, SPLITS: tl.constexpr, COUNT: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """sums[row, :, split] = (sum of the values, sum of the centred slopes) of a split."""
     if skip is not None:
         if tl.load(skip) != 0:
             return
-    UNALIGNED: tl.constexpr = align_offset is not None
     row, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
     begin, end = split_bounds(split, splits, start, stop, UNALIGNED, LANES, GROUP)
@@ -240,8 +239,8 @@ def split_pairs_kernel(
     )  # fmt: skip
     d_s, d_t = safe_sums(d_s, d_t)
     value, slopes = pair_loop(
-        row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP),
-        row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP),
+        row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP, UNALIGNED),
+        row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP, UNALIGNED),
         begin, end, m_s, d_s, m_t, d_t, exponent, scalar(param, ACC),
         DIVERGENCE, "evict_last", UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip
@@ -259,13 +258,13 @@ def split_finish_kernel(
     hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, z: tl.float64,
     DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, EXPECTATION: tl.constexpr,
     HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, COUNT: tl.constexpr,
-    SPLITS: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    SPLITS: tl.constexpr, UNALIGNED: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """loss as in `rows.fused_kernel`; constants: those of `split_grad_kernel`."""
     if skip is not None:
         if tl.load(skip) != 0:
             return
-    UNALIGNED: tl.constexpr = align_offset is not None
     row = tl.program_id(0)
     start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
     if keep is not None:
@@ -288,8 +287,8 @@ def split_finish_kernel(
         slopes = tl.sum(load_partials(sums, splits, 1, 0.0, SPLITS), 0)
     else:
         value = expectation_or_pairs(
-            row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP),
-            row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP),
+            row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP, UNALIGNED),
+            row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP, UNALIGNED),
             start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, scalar(param, ACC),
             DIVERGENCE, EXPECTATION, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
@@ -336,17 +335,16 @@ def split_grad_kernel(
     hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, factor: tl.float64,
     DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr,
     Z_LOSS: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of `rows.fused_kernel` in one split; the last split reaches to `width`."""
     if skip is not None:
         if tl.load(skip) != 0:
             return
-    UNALIGNED: tl.constexpr = align_offset is not None
     row, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
     begin, end = split_bounds(split, splits, start, stop, UNALIGNED, LANES, GROUP)
-    grad = row_at(grad, row, per_g, outer_g, inner_g, align_offset, GROUP)
+    grad = row_at(grad, row, per_g, outer_g, inner_g, align_offset, GROUP, UNALIGNED)
     last = tl.where(split == splits - 1, start + width, end)
     if keep is not None:
         if tl.load(keep + row) == 0:
@@ -360,8 +358,8 @@ def split_grad_kernel(
     constants = constants + row * CONSTANTS
     grad_loop(
         grad,
-        row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP),
-        row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP),
+        row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP, UNALIGNED),
+        row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP, UNALIGNED),
         begin, end, tl.load(constants), tl.load(constants + 1), tl.load(constants + 2),
         tl.load(constants + 3), tl.load(constants + 4), tl.load(constants + 5),
         column, scalar(exponent, ACC), scalar(param, ACC),

@@ -4,14 +4,22 @@ A tile is [LANES, GROUP]: GROUP neighbouring columns are one 16-byte load and be
 tile loop covers columns [start, stop) of a row. start is a multiple of a tile, and 0 where the
 program has the row to itself. Only the last, partial tile is masked.
 
-UNALIGNED: the row starts inside a group of columns, as rows of an odd vocabulary do. Its pointer is
+OFFSET: the row starts inside a group of columns, as rows of an odd vocabulary do. Its pointer is
 then the 16-byte boundary below, start is the number of columns in between, and the first tile is
 masked as well. A group that a row shares with its neighbour, or with what lies behind a tensor's
 end, is read and written column by column; the rest of such a tile in whole groups.
+
+BY_COLUMN: rows may start anywhere, and yet their columns lie in the lanes as those of aligned rows
+do, so that the bits are the same. The compiler is told that the row starts on 16 bytes, as it is of
+ALIGNED rows, and lays out a tile by that; and it is given a mask of single columns, by which it
+reads and writes them one by one.
 """
 
 import triton
 import triton.language as tl
+
+# what UNALIGNED may be; 0: nothing is known, or what a launch's arguments tell
+OFFSET, BY_COLUMN, ALIGNED = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 @triton.jit
@@ -21,7 +29,10 @@ def scalar(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def row_at(x, row, per, outer, inner, align_offset=None, GROUP: tl.constexpr = 1):
+def row_at(
+    x, row, per, outer, inner, align_offset=None,
+    GROUP: tl.constexpr = 1, UNALIGNED: tl.constexpr = 0,
+):  # fmt: skip
     """The start of row [row // per, row % per]; 64 bits, since rows * columns passes 2^31.
 
     align_offset: columns from x, a 16-byte boundary, to the first row. The boundary below the row
@@ -30,7 +41,10 @@ def row_at(x, row, per, outer, inner, align_offset=None, GROUP: tl.constexpr = 1
     offset = (row // per).to(tl.int64) * outer + (row % per).to(tl.int64) * inner
     if align_offset is not None:
         offset = (offset + align_offset) // GROUP * GROUP
-    return x + offset
+    x += offset
+    if UNALIGNED >= BY_COLUMN:
+        x = tl.multiple_of(x, 16)
+    return x
 
 
 @triton.jit
@@ -46,6 +60,12 @@ def row_span(row, per, outer, inner, align_offset, vocab, GROUP: tl.constexpr):
 @triton.jit
 def columns(start, LANES: tl.constexpr, GROUP: tl.constexpr):
     return start + (tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :])
+
+
+@triton.jit
+def before(column, stop, UNALIGNED: tl.constexpr):
+    """column < stop; BY_COLUMN in a form of which no two columns are known to be alike."""
+    return column + 1 <= stop if UNALIGNED == BY_COLUMN else column < stop
 
 
 @triton.jit
@@ -68,16 +88,17 @@ def load(
     LANES: tl.constexpr,
     GROUP: tl.constexpr,
     start=0,
-    UNALIGNED: tl.constexpr = False,
+    UNALIGNED: tl.constexpr = 0,
 ):
     here = columns(at, LANES, GROUP)
-    if MASKED and UNALIGNED:
+    if MASKED and UNALIGNED == OFFSET:
         complete, cut = whole_and_cut(at, start, stop, LANES, GROUP)
         tile = tl.load(x + here, mask=complete, other=-float("inf"), eviction_policy=POLICY)
         rest = tl.load(x + here, mask=cut, other=-float("inf"), eviction_policy=POLICY)
         tile = tl.where(complete, tile, rest)
-    elif MASKED:
-        tile = tl.load(x + here, mask=here < stop, other=-float("inf"), eviction_policy=POLICY)
+    elif MASKED or UNALIGNED == BY_COLUMN:
+        here_too = before(here, stop, UNALIGNED)
+        tile = tl.load(x + here, mask=here_too, other=-float("inf"), eviction_policy=POLICY)
     else:
         tile = tl.load(x + here, eviction_policy=POLICY)
     return tile.to(ACC)
@@ -89,12 +110,13 @@ def store(
     MASKED: tl.constexpr, UNALIGNED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     here = columns(at, LANES, GROUP)
-    if MASKED and UNALIGNED:
+    if MASKED and UNALIGNED == OFFSET:
         complete, cut = whole_and_cut(at, start, stop, LANES, GROUP)
         tl.store(x + here, tile, mask=complete, eviction_policy="evict_first")
         tl.store(x + here, tile, mask=cut, eviction_policy="evict_first")
-    elif MASKED:
-        tl.store(x + here, tile, mask=here < stop, eviction_policy="evict_first")
+    elif MASKED or UNALIGNED == BY_COLUMN:
+        here_too = before(here, stop, UNALIGNED)
+        tl.store(x + here, tile, mask=here_too, eviction_policy="evict_first")
     else:
         tl.store(x + here, tile, eviction_policy="evict_first")
 
@@ -105,7 +127,7 @@ def unmasked(start, stop, UNALIGNED: tl.constexpr, LANES: tl.constexpr, GROUP: t
     full = stop // (LANES * GROUP) * (LANES * GROUP)
     first = start
     head = False
-    if UNALIGNED:
+    if UNALIGNED == OFFSET:
         first = tl.cdiv(start, LANES * GROUP) * (LANES * GROUP)
         # a row within a single tile has no head: it is the last tile
         head = (start < first) & (first <= full)

@@ -12,7 +12,7 @@ import triton.language as tl
 from fastkd.backends.gpu.device_fns import LOG2E, initial_sums, merge_lanes, online_update
 from fastkd.backends.gpu.outputs import NOTHING, store_hard, topk_outputs, zero_outputs
 from fastkd.backends.gpu.rows import at_one, grad_factor, label_column, zero_columns
-from fastkd.backends.gpu.tiles import columns, load, row_at, scalar
+from fastkd.backends.gpu.tiles import columns, load, row_at, scalar, store
 
 
 @triton.jit
@@ -20,10 +20,11 @@ def rest_tile(
     x, start, vocab, top, total, sum_t1, sum_shifted, base, sorted_indices, position, next_index,
     exponent,
     HARD_T1: tl.constexpr, SUM_SHIFTED: tl.constexpr,
-    MASKED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    MASKED: tl.constexpr, UNALIGNED: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile without its support. position: columns of the support so far, in index order."""
-    tile = load(x, start, vocab, MASKED, "evict_last", ACC, LANES, GROUP)
+    tile = load(x, start, vocab, MASKED, "evict_last", ACC, LANES, GROUP, 0, UNALIGNED)
     at = columns(start, LANES, GROUP)
     rest = tile
     while next_index < start + LANES * GROUP:
@@ -45,7 +46,7 @@ def rest_tile(
 def rest_loop(
     x, vocab, base, sorted_indices, exponent,
     HARD_T1: tl.constexpr, SUM_SHIFTED: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """(max, sum, sum at T = 1) of the columns off the support, and the sum of x - base over all."""
     top, total = initial_sums(ACC, LANES)
@@ -57,13 +58,13 @@ def rest_loop(
         top, total, sum_t1, sum_shifted, position, next_index = rest_tile(
             x, start, vocab, top, total, sum_t1, sum_shifted, base, sorted_indices, position,
             next_index, exponent,
-            HARD_T1, SUM_SHIFTED, False, ACC, LANES, GROUP,
+            HARD_T1, SUM_SHIFTED, False, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
     if full < vocab:
         top, total, sum_t1, sum_shifted, position, next_index = rest_tile(
             x, full, vocab, top, total, sum_t1, sum_shifted, base, sorted_indices, position,
             next_index, exponent,
-            HARD_T1, SUM_SHIFTED, True, ACC, LANES, GROUP,
+            HARD_T1, SUM_SHIFTED, True, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
     highest, total, _ = merge_lanes(top, total, exponent)
     if HARD_T1:
@@ -100,9 +101,10 @@ def points(
 def topk_grad_tile(
     grad, x, start, vocab, top, top_t1, by, exponent, column, hard, target, other,
     HARD: tl.constexpr, HARD_T1: tl.constexpr, RESTRICT: tl.constexpr,
-    MASKED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    MASKED: tl.constexpr, UNALIGNED: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tile = load(x, start, vocab, MASKED, "evict_first", ACC, LANES, GROUP)
+    tile = load(x, start, vocab, MASKED, "evict_first", ACC, LANES, GROUP, 0, UNALIGNED)
     out = tl.zeros([LANES, GROUP], ACC) + tl.where(by != by, by, 0.0)
     if not RESTRICT:
         out = tl.exp2((tile - top) * exponent) * by
@@ -110,16 +112,13 @@ def topk_grad_tile(
     if HARD:
         out += hard * tl.exp2((tile - top_t1) * LOG2E) - tl.where(at == column, target, other)
     out = out.to(grad.dtype.element_ty)
-    if MASKED:
-        tl.store(grad + at, out, mask=at < vocab, eviction_policy="evict_first")
-    else:
-        tl.store(grad + at, out, eviction_policy="evict_first")
+    store(grad, out, start, 0, vocab, MASKED, UNALIGNED, LANES, GROUP)
 
 
 @triton.jit
 def topk_grad_loop(
     grad, x, vocab, top, top_t1, by, exponent, column, hard, target, other,
-    HARD: tl.constexpr, HARD_T1: tl.constexpr, RESTRICT: tl.constexpr,
+    HARD: tl.constexpr, HARD_T1: tl.constexpr, RESTRICT: tl.constexpr, UNALIGNED: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient off the support, from the last whole tile to the first."""
@@ -128,13 +127,13 @@ def topk_grad_loop(
         topk_grad_tile(
             grad, x, full - LANES * GROUP - step, vocab, top, top_t1, by,
             exponent, column, hard, target, other,
-            HARD, HARD_T1, RESTRICT, False, ACC, LANES, GROUP,
+            HARD, HARD_T1, RESTRICT, False, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
     if vocab % (LANES * GROUP) != 0:
         topk_grad_tile(
             grad, x, full, vocab, top, top_t1, by,
             exponent, column, hard, target, other,
-            HARD, HARD_T1, RESTRICT, True, ACC, LANES, GROUP,
+            HARD, HARD_T1, RESTRICT, True, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
 
 
@@ -259,7 +258,7 @@ def topk_gradient(
     share, value, slope_sum, of_rest, sum_t1, exponent, param, centre, soft, unit, hard, column,
     target, eps_over_v,
     DIVERGENCE: tl.constexpr, NO_TAIL: tl.constexpr, HARD: tl.constexpr, HARD_T1: tl.constexpr,
-    RESTRICT: tl.constexpr, POINTS: tl.constexpr,
+    RESTRICT: tl.constexpr, POINTS: tl.constexpr, UNALIGNED: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The gradient: that of the support to support_grad, that of all other columns to grad."""
@@ -275,7 +274,7 @@ def topk_gradient(
     by_rest = tl.where(value != value, float("nan"), by_rest)
     topk_grad_loop(
         grad, student, vocab, m_rest, m_row, by_rest, exponent, column, unit, target, other,
-        HARD, HARD_T1, RESTRICT, ACC, LANES, GROUP,
+        HARD, HARD_T1, RESTRICT, UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip
 
 
@@ -318,7 +317,7 @@ def topk_kernel(
     # constants
     DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, RESTRICT: tl.constexpr,
     HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, POINTS: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """loss = soft D + hard CE against K columns; grad = its gradient * scale * factor. One row.
 
@@ -332,31 +331,31 @@ def topk_kernel(
     NO_TAIL: tl.constexpr = tail is None and not RESTRICT
     row = tl.program_id(0)
     if grad is not None:
-        grad = row_at(grad, row, per_g, outer_g, inner_g)
+        grad = row_at(grad, row, per_g, outer_g, inner_g, None, GROUP, UNALIGNED)
     if keep is not None:
         if tl.load(keep + row) == 0:
             tl.store(loss + row, scalar(0.0, ACC))
             if outputs is not None:
                 zero_outputs(outputs, row)
             if grad is not None:
-                zero_columns(grad, 0, width, LANES, GROUP)
+                zero_columns(grad, 0, width, LANES, GROUP, UNALIGNED)
             return
-    student = row_at(student, row, per_s, outer_s, inner_s)
+    student = row_at(student, row, per_s, outer_s, inner_s, None, GROUP, UNALIGNED)
     base = row.to(tl.int64) * count
     logprobs, indices = logprobs + base, indices + base
     sorted_indices = sorted_indices + row.to(tl.int64) * (count + 1)
     exponent, param, centre = scalar(exponent, ACC), scalar(param, ACC), scalar(centre, ACC)
     soft, hard = scalar(soft, ACC), scalar(hard, ACC)
     one_minus_eps, eps_over_v = scalar(one_minus_eps, ACC), scalar(eps_over_v, ACC)
-
     column, near = -1, scalar(0.0, ACC)
     if label is not None:
         column, here = label_column(label, row, 0, vocab)
         at_label = tl.load(student + column, mask=here, other=0.0).to(ACC)
         near = tl.where(at_label - at_label == 0, at_label, 0.0)  # a number near the scores
     m_rest, d_rest, t1_rest, sum_shifted = rest_loop(
-        student, vocab, near, sorted_indices, exponent, HARD_T1, SMOOTH, ACC, LANES, GROUP
-    )
+        student, vocab, near, sorted_indices, exponent, HARD_T1, SMOOTH, UNALIGNED,
+        ACC, LANES, GROUP,
+    )  # fmt: skip
     m_soft, m_row, log_total, share, t1_support = support_sums(
         student, indices, count, m_rest, d_rest, exponent, HARD, RESTRICT, ACC, POINTS
     )
@@ -367,7 +366,8 @@ def topk_kernel(
     if outputs is not None:
         topk_outputs(
             outputs, student, indices, logprobs, tail, row, vocab, count, value / soft, m_soft,
-            log_total, exponent, scalar(inverse, ACC), RESTRICT, POINTS, ACC, LANES, GROUP,
+            log_total, exponent, scalar(inverse, ACC),
+            RESTRICT, POINTS, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
     sum_t1 = scalar(1.0, ACC)
     if HARD:
@@ -392,9 +392,9 @@ def topk_kernel(
             m_row, log_total, share, value, slope_sum, of_rest, sum_t1, exponent, param, centre,
             soft * scalar(inverse, ACC) * by * of, unit * by, hard * by, column,
             one_minus_eps + eps_over_v, eps_over_v,
-            DIVERGENCE, NO_TAIL, HARD, HARD_T1, RESTRICT, POINTS, ACC, LANES, GROUP,
+            DIVERGENCE, NO_TAIL, HARD, HARD_T1, RESTRICT, POINTS, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
-        zero_columns(grad, vocab, width, LANES, GROUP)
+        zero_columns(grad, vocab, width, LANES, GROUP, UNALIGNED)
         # other threads have written the columns of the support, too
         tl.debug_barrier()
         scatter_support(grad, support_grad + base, indices, count, POINTS)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd.backends.base import LossSpec, Rows, Stats
-from fastkd.backends.gpu import launch
+from fastkd.backends.gpu import alignment, launch
 from fastkd.backends.gpu import rows as kernels
 
 
@@ -19,11 +19,10 @@ class GPU(launch.FusedPasses):
         out = torch.empty(n, 3, dtype=acc, device=x.device)
         if n == 0:
             return out
-        size, lanes = launch.tile_of(vocab, x)
-        align_offset = launch.wide_align_offset(vocab, size, x)
+        size, lanes, align_offset = launch.lay(vocab, x)
         args = {
             **dict(
-                x=launch.aligned(x, align_offset),
+                x=alignment.aligned(x, align_offset),
                 stats=out,
                 keep=launch.contiguous(keep),
                 vocab=vocab,
@@ -45,12 +44,11 @@ class GPU(launch.FusedPasses):
         out = torch.empty(n, 2, dtype=acc, device=student.device)
         if n == 0:
             return out
-        size, lanes = launch.tile_of(spec.vocab, student, teacher)
-        align_offset = launch.wide_align_offset(spec.vocab, size, student, teacher)
+        size, lanes, align_offset = launch.lay(spec.vocab, student, teacher)
         args = {
             **dict(
-                student=launch.aligned(student, align_offset),
-                teacher=launch.aligned(teacher, align_offset),
+                student=alignment.aligned(student, align_offset),
+                teacher=alignment.aligned(teacher, align_offset),
                 align_offset=align_offset,
             ),
             **launch.stats_args(stats),
@@ -82,14 +80,13 @@ class GPU(launch.FusedPasses):
             rows = rows._replace(label=None)
         if not spec.at_one:
             stats = stats._replace(hard=None)
-        size, lanes = launch.tile_of(spec.vocab, student, teacher, grad)
-        align_offset = launch.wide_align_offset(spec.vocab, size, student, teacher, grad)
+        size, lanes, align_offset = launch.lay(spec.vocab, student, teacher, grad)
         args = {
             **dict(
-                student=launch.aligned(student, align_offset),
-                teacher=launch.aligned(teacher, align_offset),
+                student=alignment.aligned(student, align_offset),
+                teacher=alignment.aligned(teacher, align_offset),
             ),
-            **dict(grad=launch.aligned(grad, align_offset), align_offset=align_offset),
+            **dict(grad=alignment.aligned(grad, align_offset), align_offset=align_offset),
             **launch.stats_args(stats),
             **dict(stats_hard=launch.contiguous(stats.hard), pairs=pairs.contiguous()),
             **launch.common_args(
