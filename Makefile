@@ -25,6 +25,9 @@ PRESET ?= small
 # without them.
 export FASTKD_REQUIRE_CPU ?= 1
 
+# The tests start many processes; without byte code each would compile what it imports.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo check test pytest lint sdist docs wheels cross kernels sanitize aarch64 served ptx gpu clean
 .DELETE_ON_ERROR:
 
@@ -106,12 +109,12 @@ docs: $(VENV)/ready
 	$(RUN) tests/docs.py
 
 # Warnings are errors here, where the compiler is known, and not in a user's build, which goes on
-# beside torch's download. What is imported is compiled to byte code then, not all of it now.
+# beside torch's download.
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	CXXFLAGS="-Wall -Wextra -Werror" $(RUN) -m pip install --quiet --no-deps --editable . & \
-	  $(RUN) -m pip install --quiet --no-compile "$(TORCH)" && wait $$!
-	$(RUN) -m pip install --quiet --no-compile "fastkd[dev,gpu]"
+	  $(RUN) -m pip install --quiet "$(TORCH)" && wait $$!
+	$(RUN) -m pip install --quiet "fastkd[dev,gpu]"
 	touch $@
 
 # Nothing is downloaded: what the machine has is used, and the folder is built in place. As it stands
