@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -19,16 +20,24 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 60  # seconds; a rank that waits for a dead one gives up then at the latest
-# not fastkd: the process that imports these does not look where the test does
+# by one process, once for all the ranks of a test process
 PRELOADED = ["numpy", "pytest", "torch.distributed.tensor", "torch.distributed.fsdp"]
+PRELOADED += ["common", "fastkd.distill"]
+
+
+def context() -> Any:
+    """Of multiprocessing: processes that are forks of one which has imported torch and fastkd."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    start = multiprocessing.get_context("forkserver")
+    start.set_forkserver_preload(PRELOADED)
+    _serve()
+    return start
 
 
 def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(*args) on each of `world` ranks (gloo); what they return, or AssertionError."""
-    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    start: Any = multiprocessing.get_context(kind)
-    if kind == "forkserver":  # torch is imported once for all the ranks of a test process
-        start.set_forkserver_preload(PRELOADED)
+    start = context()
     with tempfile.TemporaryDirectory() as folder:
         pipes = [start.Pipe(duplex=False) for _ in range(world)]
         processes = [
@@ -50,6 +59,20 @@ def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     failed = [f"rank {rank}: {what}" for rank, (good, what) in enumerate(results) if not good]
     assert not failed, "\n".join(failed)
     return [what for _, what in results]
+
+
+def _serve() -> None:
+    """Starts the process that ranks are forks of, which looks for modules where this one does."""
+    from multiprocessing import forkserver
+
+    kept = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if kept is not None:
+            os.environ["PYTHONPATH"] = kept
 
 
 def _rank(
