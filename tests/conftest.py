@@ -91,6 +91,10 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries count what is left at the end, and say so
+
+
 def _sample(items: list[pytest.Item], n: int) -> set[pytest.Item]:
     """n of them, the first ones in the order of a hash: along all axes, the same in every run."""
 
