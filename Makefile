@@ -25,6 +25,9 @@ PRESET ?= small
 # without them.
 export FASTKD_REQUIRE_CPU ?= 1
 
+# The tests start many processes; without byte code each would compile what it imports.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo check test pytest lint sdist docs wheels cross kernels sanitize aarch64 served ptx gpu clean
 .DELETE_ON_ERROR:
 
@@ -43,7 +46,10 @@ CHECK = tests/losses/test_losses.py tests/losses/test_options.py tests/losses/te
 check: $(VENV)/ready lint
 	$(RUN) -m pytest -n auto --maxprocesses 8 -x $(CHECK) -k "not gpu"
 
-test: lint sdist pytest
+# Lint and the sdist side by side, each one's output in one piece; then the tests have all cores.
+test: $(VENV)/ready
+	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) lint sdist
+	$(MAKE) pytest
 
 # One line a minute says where the tests are.
 pytest: $(VENV)/ready
@@ -102,11 +108,13 @@ sdist: $(VENV)/ready
 docs: $(VENV)/ready
 	$(RUN) tests/docs.py
 
-# Warnings are errors here, where the compiler is known, and not in a user's build.
+# Warnings are errors here, where the compiler is known, and not in a user's build, which goes on
+# beside torch's download.
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet "$(TORCH)"
-	CXXFLAGS="-Wall -Wextra -Werror" $(RUN) -m pip install --quiet --editable ".[dev,gpu]"
+	CXXFLAGS="-Wall -Wextra -Werror" $(RUN) -m pip install --quiet --no-deps --editable . & \
+	  $(RUN) -m pip install --quiet "$(TORCH)" && wait $$!
+	$(RUN) -m pip install --quiet "fastkd[dev,gpu]"
 	touch $@
 
 # Nothing is downloaded: what the machine has is used, and the folder is built in place. As it stands

@@ -7,12 +7,13 @@ is not needed to build.
 
 import os
 import platform
+import shlex
 import sys
 from contextlib import suppress
 from glob import glob
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
@@ -26,7 +27,10 @@ ISA_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
-SOURCES = ["module", "threads", "isa_baseline", *(ISA_FLAGS if X86 else ())]
+# what takes longest first: the sources are compiled side by side
+SOURCES = [*(ISA_FLAGS if X86 else ()), "isa_baseline", "module", "threads"]
+# after all other flags; of this project's own checks (-O0 where only the files are in question)
+LAST_FLAGS = shlex.split(os.environ.get("FASTKD_CXXFLAGS", ""))
 
 
 def tell(text):
@@ -48,7 +52,8 @@ class BuildExt(build_ext):
 
         def compile_for_isa(obj, src, ext, cc_args, extra, pp_opts):
             stem = src.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".cpp")
-            compile_one(obj, src, ext, cc_args, [*extra, *ISA_FLAGS.get(stem, [])], pp_opts)
+            flags = [*extra, *ISA_FLAGS.get(stem, []), *LAST_FLAGS]
+            compile_one(obj, src, ext, cc_args, flags, pp_opts)
 
         self.compiler._compile = compile_for_isa
         super().build_extensions()
@@ -110,4 +115,5 @@ extension = Pybind11Extension(
 extension.optional = os.environ.get("FASTKD_REQUIRE_CPU") != "1"
 
 if __name__ == "__main__":  # tests/kernels/binary.py reads the flags
+    ParallelCompile("FASTKD_JOBS").install()  # as many at once as there are cores, or so many
     setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})

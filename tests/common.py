@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import os
 import subprocess
@@ -50,6 +51,15 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
     variables = {**os.environ, "PYTHONPATH": root, **environment}
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+
+
+def imported_anew(name: str) -> Any:
+    """The module as a process with this environment would import it, beside the one in use."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextmanager

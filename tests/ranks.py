@@ -9,6 +9,8 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -19,16 +21,24 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 60  # seconds; a rank that waits for a dead one gives up then at the latest
-# not fastkd: the process that imports these does not look where the test does
+# by one process, once for all the ranks of a test process
 PRELOADED = ["numpy", "pytest", "torch.distributed.tensor", "torch.distributed.fsdp"]
+PRELOADED += ["common", "fastkd.distill"]
+
+
+def context() -> Any:
+    """Of multiprocessing: processes that are forks of one which has imported torch and fastkd."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    start = multiprocessing.get_context("forkserver")
+    start.set_forkserver_preload(PRELOADED)
+    _serve()
+    return start
 
 
 def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(*args) on each of `world` ranks (gloo); what they return, or AssertionError."""
-    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    start: Any = multiprocessing.get_context(kind)
-    if kind == "forkserver":  # torch is imported once for all the ranks of a test process
-        start.set_forkserver_preload(PRELOADED)
+    start = context()
     with tempfile.TemporaryDirectory() as folder:
         pipes = [start.Pipe(duplex=False) for _ in range(world)]
         processes = [
@@ -50,6 +60,38 @@ def run(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     failed = [f"rank {rank}: {what}" for rank, (good, what) in enumerate(results) if not good]
     assert not failed, "\n".join(failed)
     return [what for _, what in results]
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """As `python -c code` would run where fastkd is imported already, and no loss computed."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [str(Path(folder) / name) for name in ("out", "err")]
+        process = context().Process(target=_python, args=(code, environment, files))
+        process.start()
+        process.join(2 * TIMEOUT)
+        said = [Path(file).read_text() for file in files]
+        return subprocess.CompletedProcess([code], process.exitcode, *said)
+
+
+def _python(code: str, environment: dict[str, str], files: list[str]) -> None:
+    os.environ.update(environment)
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    exec(code, {"__name__": "__main__"})
+
+
+def _serve() -> None:
+    """Starts the process that ranks are forks of, which looks for modules where this one does."""
+    from multiprocessing import forkserver
+
+    kept = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if kept is not None:
+            os.environ["PYTHONPATH"] = kept
 
 
 def _rank(

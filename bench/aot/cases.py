@@ -162,8 +162,22 @@ def recorded(case: Case) -> Launch | None:
     return next((launch for launch in seen if launch.name == case.kernel), None)
 
 
+PASSES = ("topk", "loss", "grad")
+
+
+def _by_turns(kernel: str, divergence: str, divergences: list[str]) -> bool:
+    at = divergences.index(divergence) if divergence in divergences else 0
+    if kernel in PASSES:
+        return PASSES.index(kernel) == at % len(PASSES)
+    return kernel != "cooperative" or at % 2 == 0
+
+
 def cases(quick: bool, targets: list[str], divergences: list[str], dtypes: list[str]) -> list[Case]:
-    """Everything, or (quick) each kernel, divergence, dtype and target at least once."""
+    """Everything, or (quick) each kernel, divergence, dtype and target at least once.
+
+    Of the quick ones each divergence stands in the fused kernel, in every other cooperative one and
+    in one of the kernels of a pass: its formulas are the same device functions in all of them.
+    """
     bare = [
         (kernel, divergence)
         for kernel, (_, _, paired) in places().items()
@@ -191,7 +205,7 @@ def cases(quick: bool, targets: list[str], divergences: list[str], dtypes: list[
         todo = [
             Case(k, d, dtypes[i // len(targets) % len(dtypes)], own[i % len(own)], **v)
             for i, (k, d, v) in enumerate(picked)
-            if (own := of.get(k, targets))
+            if (own := of.get(k, targets)) and _by_turns(k, d, divergences)
         ]
     else:
         picked = [*fused, *rest, *smooth, *odd, *short]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from common import imported_anew
 from torch import Tensor
 
 import fastkd
@@ -101,18 +99,13 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(buffer_pool._kept) == before  # larger than the bound: torch's business
 
 
-def _run(megabytes: str) -> subprocess.CompletedProcess[str]:
-    code = (
-        "import torch, fastkd; from fastkd.backends import buffer_pool; "
-        f"buffer_pool.empty(torch.empty({SHAPE})); print(len(buffer_pool._kept))"
-    )
-    environment = {**os.environ, "FASTKD_POOL_MB": megabytes}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
-    )
+def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(megabytes: str) -> int:
+        monkeypatch.setenv("FASTKD_POOL_MB", megabytes)
+        pool = imported_anew("fastkd.backends.buffer_pool")
+        pool.empty(torch.empty(SHAPE))
+        return len(pool._kept)
 
-
-def test_the_switch() -> None:
-    assert _run("0").stdout.strip() == "0" and _run("64").stdout.strip() == "1"
-    refused = _run("many")
-    assert refused.returncode != 0 and "FASTKD_POOL_MB: got 'many'" in refused.stderr
+    assert kept("0") == 0 and kept("64") == 1
+    with pytest.raises(ValueError, match="FASTKD_POOL_MB: got 'many'"):
+        kept("many")

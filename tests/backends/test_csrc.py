@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
+import ranks
 import torch
 from common import (
     INPUTS,
@@ -18,7 +18,6 @@ from common import (
     each_pair,
     logits,
     require,
-    run_python,
 )
 from oracle import assert_as_good_as_torch, differentiate
 from told import assert_told
@@ -254,17 +253,14 @@ def test_isa_from_the_environment(extension: ModuleType, name: str) -> None:
         "import torch, fastkd; x = torch.randn(2, 5); fastkd.kl_div(x, x + 1);"
         "from fastkd import _C; print(_C.isa(), fastkd.info()['cpu']['isa'])"
     )
-    ran = run_python("-c", code, FASTKD_ISA=name)
+    ran = ranks.python(code, FASTKD_ISA=name)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == [name, name]
 
 
 def test_bad_isa_in_the_environment(extension: ModuleType) -> None:
-    ran = run_python(
-        "-c",
-        "import torch, fastkd; fastkd.kl_div(torch.ones(2, 5), torch.ones(2, 5))",
-        FASTKD_ISA="sse9",
-    )
+    code = "import torch, fastkd; fastkd.kl_div(torch.ones(2, 5), torch.ones(2, 5))"
+    ran = ranks.python(code, FASTKD_ISA="sse9")
     assert ran.returncode != 0
     for part in ("FASTKD_ISA", "'sse9'", *extension.isas()):
         assert part in ran.stderr.splitlines()[-1]
@@ -284,7 +280,7 @@ def test_unavailable_extension_is_said_and_the_reference_runs() -> None:
         "    with fastkd.use_backend('cpu'): fastkd.kl_div(x, x)\n"
         "except RuntimeError as error: print(error)\n"
     )
-    ran = run_python("-c", code)
+    ran = ranks.python(code)
     assert ran.returncode == 0, ran.stderr
     first, second = ran.stdout.splitlines()
     assert first.startswith("1 ") and "reference" in first and "'cpu'" in second
@@ -327,5 +323,5 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_a_forked_child_computes_the_same() -> None:
     """A DataLoader's worker: OpenMP's threads are not there, and waiting for them has no end."""
     require("cpu")
-    done = subprocess.run([sys.executable, "-c", FORK], timeout=120)
+    done = ranks.python(FORK)
     assert done.returncode == 0

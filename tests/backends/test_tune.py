@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
 
 pytest.importorskip("triton")
+from common import imported_anew
+
 import fastkd
 from fastkd.backends.base import LossSpec, Rows
 from fastkd.backends.gpu import BACKEND, launch, tune
@@ -75,16 +75,12 @@ def test_where_clusters_work(arch: str, version: str, reason: str | None) -> Non
     assert said is None if reason is None else said is not None and reason in said
 
 
-def test_the_override_is_read_at_import() -> None:
-    code = (
-        "from fastkd.backends.gpu.tune import tile\n"
-        "print(tile(10, 2, 'sm_90'), tile(256000, 2, 'sm_90'), tile(256000, 4, 'gfx942'))"
-    )
-    env = {**os.environ, VARIABLE: "16384:512:1"}
-    command = [sys.executable, "-c", code]
-    out = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+def test_the_override_is_read_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "16384:512:1")
+    tile = imported_anew("fastkd.backends.gpu.tune").tile
+    out = f"{tile(10, 2, 'sm_90')} {tile(256000, 2, 'sm_90')} {tile(256000, 4, 'gfx942')}"
     wide = "Tile(lanes=1024, group=8, threads=512, ctas=1)"
-    assert out.stdout.strip() == f"{wide} {wide} {wide.replace('group=8', 'group=4')}"
+    assert out == f"{wide} {wide} {wide.replace('group=8', 'group=4')}"
 
 
 def _launched(monkeypatch: pytest.MonkeyPatch, arch: str, refused: str | None) -> list[Any]:

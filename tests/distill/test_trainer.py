@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -175,61 +173,31 @@ def test_batch_without_any_label_has_loss_0_and_gradient_0() -> None:
     assert equal(weights(model), before)
 
 
-RANK = """
-    import sys
-    import torch
-    from torch import nn
-    import torch.nn.functional as F
-    from fastkd import distill
-
-    rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
-    )
+def take(out: str) -> None:
+    """The steps of a rank."""
+    rank = torch.distributed.get_rank()
     for split in ([8], [5, 3]):
         torch.manual_seed(0)
         student, teacher, projector = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(3, 3)
         inputs, labels = torch.randn(16, 5), torch.randint(0, 3, (16,))
         labels[:7] = -100
-        mine = range(8 * rank, 8 * rank + 8)
-        terms = [
-            distill.hard(),
-            distill.soft(),
-            distill.feature("", "", F.mse_loss, projector=projector),
-        ]
+        mine = slice(8 * rank, 8 * rank + 8)
         distill.train(
             nn.parallel.DistributedDataParallel(student),
-            list(zip(inputs[mine].split(split), labels[mine].split(split))),
-            terms,
+            list(zip(inputs[mine].split(split), labels[mine].split(split), strict=True)),
+            [distill.hard(), distill.soft(), distill.feature("", "", mse, projector=projector)],
             teacher=teacher,
             optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
             accumulate=len(split),
             progress=False,
         )
         distill.save(nn.ModuleList([student, projector]), f"{out}.{rank}.{len(split)}")
-    torch.distributed.destroy_process_group()
-"""
 
 
 def test_two_ranks_take_the_step_of_one(tmp_path: Path) -> None:
     """With 1 label against 8, in one micro-batch and two; a projector beside the student."""
-    script = textwrap.dedent(RANK)
-    root = str(Path(fastkd.__file__).parents[1])
-    store, out = str(tmp_path / "store"), str(tmp_path / "out")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), store, out],
-            cwd=root,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=120)
-        assert rank.returncode == 0, errors
-
+    out = str(tmp_path / "out")
+    ranks.run(2, take, out)
     torch.manual_seed(0)
     student, teacher, projector = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(3, 3)
     inputs, labels = torch.randn(16, 5), torch.randint(0, 3, (16,))

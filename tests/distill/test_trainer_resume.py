@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 from torch import Tensor, nn
 from trainer_runs import Data, Stop, a_run, equal, mlp, quiet, seed_all, weights
 
-import fastkd
 from fastkd import distill
 from fastkd.distill import Term
 from fastkd.distill.checkpoint import pack, unpack
@@ -192,44 +190,39 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, whole: A
     assert equal(got, expected) and len(after) == STEPS - 4
 
 
+def killed(folder: str) -> None:
+    """A run that ends by SIGKILL once half of the second file is written."""
+    import safetensors.torch
+
+    real, written = safetensors.torch.save_file, []
+
+    def save_file(state: Any, path: Any, metadata: Any) -> None:
+        written.append(path)
+        real(state, path, metadata=metadata)
+        if len(written) == 2:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    safetensors.torch.save_file = save_file
+    six_steps(folder)
+
+
+def six_steps(folder: str) -> list[distill.Step]:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    data = [(torch.randn(8, 5), torch.randint(0, 3, (8,))) for _ in range(6)]
+    points = distill.Checkpoints(folder, every=2, resume=True)
+    return distill.train(nn.Linear(5, 3), data, distill.hard(), checkpoint=points, progress=False)
+
+
 def test_kill_in_the_middle_of_a_checkpoint_leaves_the_one_before(tmp_path: Path) -> None:
-    """SIGKILL once half of the second file is written."""
-    script = """
-        import os, signal, sys
-        import torch
-        from torch import nn
-        import safetensors.torch
-        from fastkd import distill
-
-        real, count = safetensors.torch.save_file, 0
-
-        def save_file(state, path, metadata):
-            global count
-            count += 1
-            real(state, path, metadata=metadata)
-            if count == 2:
-                os.truncate(path, os.path.getsize(path) // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        if sys.argv[2] == "kill":
-            safetensors.torch.save_file = save_file
-        torch.manual_seed(0)
-        data = [(torch.randn(8, 5), torch.randint(0, 3, (8,))) for _ in range(6)]
-        model = nn.Linear(5, 3)
-        points = distill.Checkpoints(sys.argv[1], every=2, resume=True)
-        steps = distill.train(model, data, distill.hard(), checkpoint=points, progress=False)
-        print(steps[0].step, len(steps))
-    """
-    root = str(Path(fastkd.__file__).parents[1])
-
-    def run(how: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), how]
-        return subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120)
-
-    assert run("kill").returncode == -signal.SIGKILL
+    run = ranks.context().Process(target=killed, args=(str(tmp_path),))
+    run.start()
+    run.join()
+    assert run.exitcode == -signal.SIGKILL
     assert [p.name for p in distill.Checkpoints(tmp_path).files()] == ["step-00000002.safetensors"]
-    after = run("go on")
-    assert after.stdout.split() == ["2", "4"], after.stderr
+    after = six_steps(str(tmp_path))
+    assert (after[0].step, len(after)) == (2, 4)
     assert not list(tmp_path.glob(".*.tmp")), "what the killed run left is cleaned up"
 
 

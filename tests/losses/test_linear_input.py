@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import run_python
+from common import imported_anew
 from pairwise import pairwise
 from torch import Tensor
 
@@ -199,16 +199,15 @@ def test_the_smaller_chunk_of_two_sides_is_taken(monkeypatch: pytest.MonkeyPatch
 def test_chunk_in_the_environment(
     text: str, said: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One process reads it as it imports the package; here it is read again."""
+    """It is read as the package is imported."""
     monkeypatch.setenv("FASTKD_CHUNK", text)
     if isinstance(said, str):
         with pytest.raises(ValueError, match=said):
             base._in_environment()
         return
     assert base._in_environment() == said
-    script = "from fastkd.backends.base import chunk_rows; import torch; print('rows', "
-    script += "chunk_rows(100, 8, torch.device('cpu'), None))"
-    assert f"rows {said}" in run_python("-c", script).stdout
+    anew = imported_anew("fastkd.backends.base")
+    assert anew.chunk_rows(100, 8, torch.device("cpu"), None) == said
 
 
 # ---- memory

@@ -56,7 +56,7 @@ def test_a_training_loop_that_logs(backend: Backend) -> None:
 @each_pair
 @each_form
 @each_reduction
-@pytest.mark.parametrize("shape", [(4, 5), (3, 17), (2, 2049), (3, 20_000)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 5), (3, 17), (2, 2049), (2, 8_300)], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_outputs_by_the_rule(
     backend: Backend,

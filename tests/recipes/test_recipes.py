@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 
 from fastkd.__main__ import main
@@ -17,9 +19,10 @@ from fastkd.recipes.recipe import Figures, Gain, Recipe
 SIZE = 0.003  # the fewest steps of nearly all of them
 
 
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(scope="module")
+def few() -> Iterator[None]:
     """Less text, fewer held-out positions and candidates: of what the size does not reduce."""
+    monkeypatch = pytest.MonkeyPatch()
     kept = (cached.sources, cached.tokens, cached.teacher)
     for module, name, value in (
         (cached, "CHARACTERS", 200_000),
@@ -31,6 +34,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for one in kept:
         one.cache_clear()
     yield
+    monkeypatch.undo()
     for one in kept:
         one.cache_clear()
 
@@ -121,7 +125,9 @@ def test_bad_arguments(
     assert match in capsys.readouterr().err
 
 
-def test_seeds_in_processes_give_what_one_process_gives() -> None:
+def test_seeds_in_processes_give_what_one_process_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = ranks.context()
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: start)
     one, two = (
         runner.run(["self-taught"], seeds=2, size=SIZE, jobs=jobs, progress=False)
         for jobs in (1, 2)

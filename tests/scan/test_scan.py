@@ -166,7 +166,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a Python file or a folder" in capsys.readouterr().err
 
 
-def test_notebook(tmp_path: Path) -> None:
+def test_notebook(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Cells are read as one source, each named by its number; one that is no Python by itself."""
     sources = [
         ("markdown", ["# F.kl_div(a, b)"]),
@@ -185,5 +185,6 @@ def test_notebook(tmp_path: Path) -> None:
     assert (loss.cell, loss.line) == (6, 3)
     assert loss.replacement == 'fastkd.kl_div(s, t, temperature=T, reduction="sum")'
     assert old.note.startswith("not read") and torn.note.startswith("not read")
-    shown = run_python("-m", "fastkd", "scan", str(tmp_path)).stdout
+    main(["scan", str(tmp_path)])
+    shown = capsys.readouterr().out
     assert "book.ipynb:cell 6:3" in shown and "1 found, 3 not read" in shown
