@@ -161,6 +161,8 @@ def test_terms() -> None:
     distill.train(student, [stored], term, teacher=distill.CachedTeacher(), **options)
     with pytest.raises(ValueError, match="output: got no tensor 'pooled' in the student's output"):
         distill.train(student, [x], distill.embedding(output="pooled"), teacher=teacher, **options)
+    with pytest.raises(ValueError, match=r"output: got None .*'sentence_embedding'\], expected"):
+        distill.train(student, [x], distill.embedding(), teacher=teacher, **options)
 
 
 def test_no_value_is_read() -> None:
@@ -187,6 +189,7 @@ X = torch.randn(3, 2)
         (lambda: distill.in_batch_similarity(X, X[:2]), ValueError, r"teacher: got.*\[2, 2\]"),
         (lambda: distill.in_batch_similarity((X, X[:2]), X), ValueError, "teacher: got embed"),
         (lambda: distill.in_batch_similarity((X, 3), X), TypeError, "student: got int"),
+        (lambda: distill.in_batch_similarity(X, X.long()), TypeError, "teacher: got .*int64"),
         (lambda: distill.in_batch_similarity(X[None], X[None]), ValueError, "pooled"),
         (lambda: distill.in_batch_similarity(X, X, diagonal="no"), TypeError, "diagonal: got 'no'"),
         (lambda: distill.in_batch_similarity(X, X, temperature=0), ValueError, "temperature: got"),

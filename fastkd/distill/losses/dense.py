@@ -21,6 +21,7 @@ from typing_extensions import Unpack
 import fastkd
 from fastkd.arguments.messages import describe, shown, sizes
 from fastkd.arguments.numbers import integer
+from fastkd.arguments.tensors import INT_DTYPES
 
 from .chunked import logits as check_maps
 from .ranking import Rows, divergence_over
@@ -119,6 +120,9 @@ def channel_wise(
     _options(rows)
     student, teacher = _one_size(student, teacher, resize, class_dim)
     places = [student.size(0), *student.shape[2:]]
+    if 0 in places[1:]:  # no position: two at 0 on both sides, whose loss is 0
+        student, teacher = (F.pad(x.flatten(2), (0, 2)) for x in (student, teacher))
+        labels = None
     # [N, positions, C] with positions as the classes: copied only where they lie apart
     s, t = (x.flatten(2).transpose(1, 2) for x in (student, teacher))
     options: Any = {"temperature": temperature, "divergence": divergence, "class_dim": 1, **rows}
@@ -171,7 +175,7 @@ def _one_size(
 
 def _kept(labels: Any, places: list[int], ignore_index: int | Sequence[int]) -> Tensor:
     """Which positions count, bool [N, H, W]."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+    if not isinstance(labels, Tensor) or labels.dtype not in INT_DTYPES:
         raise TypeError(f"labels: got {describe(labels)}, expected integers {places}")
     if list(labels.shape) != places:
         raise ValueError(f"labels: got shape {sizes(labels.shape)}, expected {places}")

@@ -18,7 +18,7 @@ from fastkd.arguments.messages import describe, shown, sizes
 from ..batch import Batch, Outputs
 from ..targets import teacher_logits
 from ..terms import Term, Weight
-from .chunked import positive
+from .chunked import DTYPES, positive
 from .feature_shapes import full_precision, unit
 from .logits import cosine
 from .ranking import Rows
@@ -171,6 +171,9 @@ def embedding(
 
 def _output(side: str, outputs: Outputs, entry: str | None) -> Any:
     raw = outputs.raw
+    if entry is None and isinstance(raw, Mapping) and "logits" not in raw:
+        got = f"None for the {side}'s output with the entries {[str(key)[:40] for key in raw][:8]}"
+        raise ValueError(f"output: got {got}, expected the name of its embeddings")
     if entry is None:
         return outputs.logits
     if isinstance(raw, Tensor):  # a teacher's stored embeddings
@@ -189,8 +192,8 @@ def _sides(name: str, x: Embeddings) -> tuple[Tensor, Tensor]:
         raise TypeError(f"{name}: got {describe(x)}, expected embeddings [N, D] or a pair of them")
     a, b = pair
     for part in pair:
-        if not isinstance(part, Tensor):
-            raise TypeError(f"{name}: got {describe(part)}, expected embeddings [N, D]")
+        if not isinstance(part, Tensor) or part.dtype not in DTYPES:
+            raise TypeError(f"{name}: got {describe(part)}, expected float embeddings [N, D]")
     if a.dim() != 2 or b.dim() != 2 or a.size(1) != b.size(1):
         raise ValueError(f"{name}: got {_shapes(x)}, expected embeddings [N, D], pooled; one D")
     return a, b
