@@ -150,6 +150,17 @@ def images(folder: Path) -> Names:
     }
 
 
+def augmented(folder: Path) -> Names:
+    from torch.utils.data import Subset
+
+    from fastkd.teachers import store
+
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.randn(x.shape)
+
+    return {**images(folder), "store": store, "Subset": Subset, "transform": noisy}
+
+
 def wide(folder: Path) -> Names:
     """The same with more classes than the example keeps."""
     return {**images(folder), "teacher": nn.Linear(64, V), "V": V}
@@ -238,7 +249,8 @@ GIVEN: tuple[tuple[str, str, Callable[[Path], Names]], ...] = (
     ("fastkd/teachers/README.md", "d2t", logits),
     ("fastkd/teachers/formats/README.md", "formats.read", captured),
     ("fastkd/teachers/store/README.md", '"outputs"', wide),
-    ("fastkd/teachers/store/README.md", "in_order = DataLoader", images),
+    ("fastkd/teachers/store/README.md", "in_order = DataLoader(data", images),
+    ("fastkd/teachers/store/README.md", "store.Views", augmented),
     ("fastkd/teachers/store/README.md", "hf_loader", tokens),
     ("fastkd/teachers/store/README.md", "world_size=n", by_rank),
 )

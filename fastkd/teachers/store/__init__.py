@@ -15,6 +15,7 @@ cache so costs a loss some 1e-5 to 1e-4 nats a row.
 """
 
 from ..pairs import Paired, collate
+from ..views import Views
 from .capture import capture, share
 from .codec import logprob_bound
 from .format import CacheError, merge
@@ -22,5 +23,5 @@ from .hidden import logit_bound
 from .reader import Reader
 from .writer import Writer
 
-__all__ = ["CacheError", "Paired", "Reader", "Writer", "capture", "collate"]
+__all__ = ["CacheError", "Paired", "Reader", "Views", "Writer", "capture", "collate"]
 __all__ += ["logit_bound", "logprob_bound", "merge", "share"]

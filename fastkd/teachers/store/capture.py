@@ -20,6 +20,7 @@ from fastkd.distill.heads import Head, head_of, linear_logits, uncached, vocabul
 from fastkd.distill.logging import progress_bar
 from fastkd.distill.sample_order import check_order, watched
 from fastkd.teachers.inputs import check_labels, part, teacher_inputs, trimmed
+from fastkd.teachers.views import check_views
 
 from .codec import decode_hidden, encode_hidden, logprob_bound
 from .format import listed
@@ -97,6 +98,8 @@ def capture(
         in_eval(teacher) if isinstance(teacher, nn.Module) else nullcontext(),
     ):
         ask = _Ask(teacher, writer, labels, generator, head)
+        if order == "dataset":
+            check_views(getattr(data, "dataset", None), path, begin=not listed(Path(path)))
         start, seen = 0 if shared else writer.done, 0
         if shared and order is not None and (there := listed(Path(path))):
             known = range(there[0].first, there[0].last + 1)[:SAMPLES]
