@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -16,6 +17,7 @@ import fastkd
 from fastkd.arguments.messages import describe, shown, sizes
 
 from ..batch import Batch, Outputs
+from ..distributed import gathered_rows
 from ..targets import teacher_logits
 from ..terms import Term, Weight
 from .chunked import DTYPES, positive
@@ -78,6 +80,7 @@ def in_batch_similarity(
     teacher_temperature: float | None = None,
     similarity: str = "cosine",
     diagonal: bool | None = None,
+    group: Any = None,
 ) -> Tensor:
     """Which samples of the batch a sample is like: KL between rows of two similarity matrices.
 
@@ -86,7 +89,8 @@ def in_batch_similarity(
 
     The lengths of the two sides' embeddings may differ, and no projector is needed. No factor T^2:
     similarities are bounded, and T sets how near a neighbour has to be to count. Similarities are
-    those within one micro-batch; where a sample has no two others to choose from the loss is 0.
+    those within one micro-batch, of all ranks with `group`; where a sample has no two others to
+    choose from the loss is 0.
 
     Args:
         student, teacher: embeddings [N, D], or each a pair of queries [N, D] and documents [M, D],
@@ -97,6 +101,11 @@ def in_batch_similarity(
         diagonal: whether j = i counts. None: not among one set of embeddings, where each sample
             is most like itself, but with pairs, where document i belongs to query i. False needs
             N = M.
+        group: process group whose ranks' samples are compared with each other, gradients included,
+            such as torch.distributed.group.WORLD under DistributedDataParallel. Each rank has the
+            mean over its own i; the mean of those over ranks, as the wrapper takes it of gradients,
+            is the loss of the whole batch (of `distill.train` also where ranks have other N). All
+            of the ranks must call it, in the same order.
 
     Returns:
         0-d float32 (float64 where an operand is).
@@ -123,9 +132,12 @@ def in_batch_similarity(
     whole = a is not b if diagonal is None else diagonal
     if not whole and a.size(0) != b.size(0):
         raise ValueError(f"diagonal: got False for {_shapes(student)}, expected N = M")
+    start = 0
+    if group is not None:
+        (b, start), (d, _) = gathered_rows("student", b, group), gathered_rows("teacher", d, group)
     s, t = _similar(a, b, temperature, similarity), _similar(c, d, T_t, similarity)
     if not whole:
-        s, t = _without_diagonal(s), _without_diagonal(t)
+        s, t = _without_own(s, start), _without_own(t, start)
     if s.size(0) == 0 or s.size(1) < 2:  # a softmax over one column is constant
         return s.flatten()[:0].sum() + t.flatten()[:0].sum()
     return fastkd.kl_div(s, t)
@@ -209,7 +221,8 @@ def _similar(a: Tensor, b: Tensor, T: float, similarity: str) -> Tensor:
     return (a / T) @ b.T
 
 
-def _without_diagonal(x: Tensor) -> Tensor:
-    """[N, N - 1], without a mask that a GPU would have to count."""
-    n = x.size(0)
-    return x.flatten()[1:].view(n - 1, n + 1)[:, :-1].reshape(n, n - 1) if n > 1 else x[:, :0]
+def _without_own(x: Tensor, start: int) -> Tensor:
+    """[N, M - 1]: row i without column start + i, by no mask that a GPU would have to count."""
+    column = torch.arange(max(x.size(1) - 1, 0), device=x.device)
+    own = torch.arange(start, start + x.size(0), device=x.device).unsqueeze(-1)
+    return x.gather(1, column + (column >= own))
