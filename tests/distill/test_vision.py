@@ -1,4 +1,4 @@
-"""Convolutional students of the kind that torchvision and timm make: as a plain loop trains them."""
+"""Convolutional students, as torchvision and timm make them: as a plain loop trains them."""
 
 from __future__ import annotations
 
@@ -10,42 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from workflow_nets import ResNet
 
 import fastkd
 from fastkd import distill
 from fastkd.teachers import store
 
 CLASSES, STEPS = 5, 10
-
-
-class Block(nn.Module):
-    """A residual block with what trips hooks: ReLU in place, and a sum in place."""
-
-    def __init__(self, inputs: int, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 3, 2, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        # not of stride 2: of so small maps in channels_last torch 2.13's gradient breaks the heap
-        self.downsample = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(inputs, width, 1, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.bn1(self.conv1(x))
-        out += self.downsample(x)
-        return self.relu(out)
-
-
-class ResNet(nn.Module):
-    """Names as in torchvision and timm: layer1, layer2, ..., fc."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1)
-        self.layer1, self.layer2 = Block(width, width), Block(width, 2 * width)
-        self.fc = nn.Linear(2 * width, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.layer2(self.layer1(self.conv1(x))).mean((2, 3)))
 
 
 def channels_last(model: nn.Module) -> Any:
@@ -98,7 +69,9 @@ def test_a_convolutional_student_is_trained_as_in_a_plain_loop(amp: torch.dtype 
             sgd.step()
             sgd.zero_grad()
     want = torch.tensor(losses).view(-1, 2).mean(1)
-    close: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5} if amp is None else {"rtol": 0.02, "atol": 0.02}
+    close: dict[str, float] = (
+        {"rtol": 1e-4, "atol": 1e-5} if amp is None else {"rtol": 0.02, "atol": 0.02}
+    )
     torch.testing.assert_close(torch.tensor([step.loss for step in steps]), want, **close)
     assert len(steps) == STEPS
     for mine, its in zip(student.parameters(), plain.parameters(), strict=True):

@@ -222,6 +222,24 @@ def by_rank(folder: Path) -> Names:
     }
 
 
+def convolutions(folder: Path) -> Names:
+    """timm, or where that is missing (it needs torchvision) models with the names of its stages."""
+    import types
+
+    try:
+        import timm
+    except ImportError:
+        from workflow_nets import ResNet
+
+        def made(name: str, num_classes: int) -> nn.Module:
+            model: Any = ResNet(4 if name == "resnet10t" else 8, num_classes)
+            model.feature_info = [{"module": "layer1"}, {"module": "layer2"}]
+            return model
+
+        timm = types.SimpleNamespace(create_model=made)
+    return {"timm": timm}
+
+
 def nothing(folder: Path) -> Names:
     """What every block has: it takes no names of its own."""
     return {}
@@ -236,7 +254,8 @@ GIVEN: tuple[tuple[str, str, Callable[[Path], Names]], ...] = (
     ("fastkd/README.md", "fastkd.LinearLogits", logits),
     ("fastkd/README.md", "class_dim=1", maps),
     ("fastkd/README.md", "fastkd.binary_kl_div", several),
-    ("fastkd/distill/README.md", "features.hint", nothing),
+    ("fastkd/distill/README.md", 'feature("layer1", "layer3"', nothing),
+    ("fastkd/distill/README.md", "timm.create_model", convolutions),
     ("fastkd/integrations/README.md", "DistilBertConfig", nothing),
     ("fastkd/parallel/README.md", "own_rows", sharded),
     ("fastkd/integrations/README.md", "compute_loss_func", transformers),

@@ -6,6 +6,14 @@
 
 Both carry T^2, as `fastkd.distillation_loss` does. Sequences [N, C, L] and volumes [N, C, D, H, W]
 are maps, too.
+
+>>> import torch
+>>> from fastkd import distill
+>>> student, teacher = (torch.nn.Conv2d(3, 4, 1) for _ in range(2))
+>>> batch = torch.randn(2, 3, 8, 8), torch.randint(4, (2, 8, 8))
+>>> terms = [distill.hard(class_dim=1), distill.response(distill.channel_wise, 3.0)]
+>>> len(distill.train(student, [batch], terms, teacher=teacher, progress=False))
+1
 """
 
 from __future__ import annotations

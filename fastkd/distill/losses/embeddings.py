@@ -1,7 +1,15 @@
 """Losses of embeddings: a student encoder's vectors against its teacher's, or how they relate.
 
-distill.embedding(projector=nn.Linear(384, 768))
-distill.embedding(distill.in_batch_similarity, output="sentence_embedding")
+    distill.embedding(projector=nn.Linear(384, 768))
+    distill.embedding(distill.in_batch_similarity, output="sentence_embedding")
+
+>>> import torch
+>>> from fastkd import distill
+>>> student, teacher, projector = (torch.nn.Linear(*sizes) for sizes in ((6, 4), (6, 8), (4, 8)))
+>>> terms = [distill.embedding(projector=projector), distill.embedding(distill.in_batch_similarity)]
+>>> batch = torch.randn(5, 6)
+>>> len(distill.train(student, [batch], terms, teacher=teacher, progress=False))
+1
 """
 
 from __future__ import annotations

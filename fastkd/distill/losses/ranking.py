@@ -5,6 +5,14 @@ candidate each, with `lengths` saying how many candidates each query has. What p
 named by `mask` or `lengths`, or is -inf on either side: it is not read, and its gradient is
 exactly 0. `**rows` are weight, reduction and normalizer of the rows, as in `fastkd.losses`. Sums
 are in float32 (float64 where an operand is), also under autocast.
+
+>>> import torch
+>>> from fastkd import distill
+>>> student, teacher = (torch.nn.Linear(6, 1) for _ in range(2))  # a score of each pair
+>>> batch = {"inputs": torch.randn(7, 6), "lengths": torch.tensor([3, 4])}  # of two queries
+>>> term = distill.ranking(lengths="lengths", normalize="zscore")
+>>> len(distill.train(student, [batch], term, teacher=teacher, progress=False))
+1
 """
 
 from __future__ import annotations
