@@ -177,9 +177,9 @@ RECIPES = (
         paper="Zhou et al. 2019, arXiv 1904.07850 (the model); Chen et al. 2017, NeurIPS",
         run=run,
         gains=(
-            Gain("middles and sizes", "hard labels", 10.0, seeds_improved=1.0),
-            Gain("middles", "hard labels", 5.0),
-            Gain("middles and sizes", "middles", None),
+            Gain("middles and sizes", "hard labels", 5.0),
+            Gain("middles and sizes", "middles", 2.0),
+            Gain("middles", "hard labels", None),
         ),
         seeds=4,
     ),
