@@ -295,7 +295,7 @@ def _lists(name: str, x: Tensor, lengths: Tensor) -> Tensor:
     if lengths.dim() != 1 or sum(numbers) != x.numel():
         got = f"scores {sizes(x.shape)} for lengths whose sum is {int(lengths.sum())}"
         raise ValueError(f"{name}: got {got}, expected flat scores, one for each candidate")
-    if not x.numel():  # a column for each query, which counts nothing
+    if not x.numel():  # two places for each query, none a candidate
         return (x.sum() - INF).expand(len(numbers), 2)
     return pad_sequence(list(x.reshape(-1).split(numbers)), True, -INF)
 
