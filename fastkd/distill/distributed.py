@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastkd.arguments.messages import shown
+
 from .batch import Batch
 
 PLAINLY = contextlib.nullcontext()  # one for all: it is entered in every micro-batch
@@ -202,3 +204,40 @@ class Ranks:
             total = torch.stack(norms).norm()
             for part in by_mesh.values():
                 nn.utils.clip_grads_with_norm_(part, norm, total)
+
+
+def gathered_rows(name: str, x: Tensor, group: Any) -> tuple[Tensor, int]:
+    """The rows [N, D] of all ranks, end to end, with their gradients, and where this rank's begin.
+
+    Ranks may have other N. Raises TypeError, ValueError: no group, or other D, on every rank.
+    """
+    if not isinstance(group, dist.ProcessGroup):
+        expected = "a process group, such as torch.distributed.group.WORLD"
+        raise TypeError(f"group: got {shown(group)}, expected {expected}")
+    mine = torch.tensor(x.shape, device=x.device)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, mine, group=group)
+    shapes = torch.stack(found).tolist()
+    counts, lengths = ([shape[at] for shape in shapes] for at in (0, 1))
+    if len(set(lengths)) > 1:
+        raise ValueError(f"{name}: got rows of {lengths} on the ranks, expected one length")
+    return _Gathered.apply(x, counts, group), sum(counts[: dist.get_rank(group)])
+
+
+class _Gathered(torch.autograd.Function):
+    """Each rank's rows on all of them; a row's gradient is the sum of those of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: list[int], group: Any) -> Tensor:
+        ctx.counts, ctx.group = counts, group
+        most = max(counts)
+        mine = torch.cat([x, x.new_zeros(most - x.size(0), x.size(1))])
+        found = [torch.empty_like(mine) for _ in counts]
+        dist.all_gather(found, mine, group=group)
+        return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total.split(ctx.counts)[dist.get_rank(ctx.group)], None, None

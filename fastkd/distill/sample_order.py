@@ -36,7 +36,7 @@ RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 DEPTH = 8
 HINT = (
     "expected the same samples in the same order each time: shuffle=False and no random transform "
-    "here (shuffle where the student reads)"
+    "here (fastkd.teachers.store.Views seeds one; shuffle where the student reads)"
 )
 
 

@@ -26,7 +26,7 @@ MODULES = (  # each with its RECIPES
     *("soft_targets", "responses", "features", "relations", "attention_maps", "online"),
     *("self_taught", "cross_modal", "graph", "lifelong", "quantization", "adversarial"),
     *("data_free", "architecture", "pseudo_labels", "workflow", "cached", "cross_tokenizer"),
-    *("embeddings", "segmentation"),
+    *("embeddings", "segmentation", "detection"),
 )
 
 

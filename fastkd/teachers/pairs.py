@@ -17,6 +17,8 @@ import fastkd
 from fastkd.arguments.messages import shown
 from fastkd.distill.batch import IGNORED, rows_at
 
+from .views import check_views
+
 TEACHER = "teacher"
 
 
@@ -31,7 +33,8 @@ class Paired(Dataset[Any]):
         reader: a `store.Reader` that has sample i of it as number i.
 
     Raises:
-        ValueError: samples without an output of the teacher, or outputs without a sample.
+        ValueError: samples without an output of the teacher, outputs without a sample, or random
+            views other than those that the teacher saw (`views.py`).
     """
 
     def __init__(self, dataset: Any, reader: Any) -> None:
@@ -42,6 +45,7 @@ class Paired(Dataset[Any]):
                 f"reader: got {len(reader)} samples, the last number {int(reader.numbers[-1])}, in "
                 f"{reader.path}, expected 0 to {size - 1}, the dataset's"
             )
+        check_views(dataset, getattr(reader, "path", None))
         self._dataset, self._reader = dataset, reader
 
     def __len__(self) -> int:

@@ -104,6 +104,15 @@ def test_sequences_and_volumes(loss: Any) -> None:
 
 
 @each_loss
+@pytest.mark.parametrize("size", [(0, 3, 4, 4), (2, 3, 0, 4)])
+def test_nothing_to_learn_from(loss: Any, size: tuple[int, ...]) -> None:
+    s = torch.randn(size, requires_grad=True)
+    value = loss(s, torch.randn(size), torch.zeros(size[0], *size[2:], dtype=torch.long))
+    value.backward()
+    assert value == 0 and s.grad is not None and s.grad.shape == s.shape
+
+
+@each_loss
 def test_options(loss: Any) -> None:
     s, t = maps()
     rows = plain(s, t, loss=loss, temperature=1.0)
@@ -174,6 +183,7 @@ X = torch.randn(2, 3, 4, 4)
         (dict(class_dim=4), ValueError, "class_dim: got 4"),
         (dict(class_dim=0), ValueError, "class_dim: got 0"),
         (dict(labels=torch.zeros(2, 4)), TypeError, "labels: got"),
+        (dict(labels=torch.ones(2, 4, 4) > 0), TypeError, "labels: got .*bool"),
         (dict(labels=torch.zeros(2, 4).long()), ValueError, r"labels: got shape \[2, 4\]"),
         (dict(temperature=-1), ValueError, "temperature: got -1"),
         (dict(weights=X), TypeError, "unexpected options.*weights"),

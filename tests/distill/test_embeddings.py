@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 import pytest
+import ranks
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from common import unreadable
 from torch import Tensor, nn
@@ -103,6 +105,66 @@ def test_similarities_have_a_gradient() -> None:
     assert same == 0 and s.grad is not None and not s.grad.any()
 
 
+PARTS = [(3, 3), (5, 1), (6, 0)]  # rows of each of two ranks
+
+
+def compared(q: Tensor, d: Tensor, t: Tensor, e: Tensor, group: Any = None) -> list[Tensor]:
+    """A loss of one set of embeddings, of pairs, and of pairs without their own."""
+    own: dict[str, Any] = {"temperature": 0.5, "group": group}
+    return [
+        distill.in_batch_similarity(q, t, **own),
+        distill.in_batch_similarity((q, d), (t, e), **own),
+        distill.in_batch_similarity((q, d), (t, e), diagonal=False, **own),
+    ]
+
+
+def over_ranks(given: list[Tensor], x: Tensor) -> Any:
+    """This rank's shares of losses and its gradients; its trained weights; what is refused."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    found = []
+    for counts in PARTS:
+        q, d, t, e = (y.split(counts)[rank].clone() for y in given)
+        for y in (q, d):
+            y.requires_grad_()
+        share = counts[rank] / sum(counts)
+        losses = [share * loss for loss in compared(q, d, t, e, group)]
+        torch.stack(losses).sum().backward()
+        assert q.grad is not None and d.grad is not None
+        found.append([torch.stack(losses).tolist(), q.grad.tolist(), d.grad.tolist()])
+    with pytest.raises(ValueError, match=r"student: got rows of \[4, 5\] on the ranks") as error:
+        distill.in_batch_similarity(torch.randn(2, 4 + rank), torch.randn(2, 3), group=group)
+    return found, trained(x.split(PARTS[1])[rank], group).tolist(), str(error.value)
+
+
+def trained(x: Tensor, group: Any = None) -> Tensor:
+    torch.manual_seed(0)
+    student, teacher = nn.Linear(4, 3).double(), nn.Linear(4, 5).double()
+    model = student if group is None else nn.parallel.DistributedDataParallel(student)
+    term = distill.embedding(distill.in_batch_similarity, group=group)
+    sgd = torch.optim.SGD(student.parameters(), lr=0.1)
+    distill.train(model, [x, x + 1], term, teacher=teacher, optimizer=sgd, progress=False)
+    return student.weight.detach()
+
+
+def test_similarities_over_ranks_are_those_of_the_whole_batch() -> None:
+    given = [torch.randn(6, size).double() for size in (3, 3, 5, 5)]
+    x = torch.randn(6, 4).double()
+    results = ranks.run(2, over_ranks, given, x)
+    q, d = (y.clone().requires_grad_() for y in given[:2])
+    losses = torch.stack(compared(q, d, *given[2:]))
+    losses.sum().backward()
+    for i in range(len(PARTS)):
+        value, *grads = zip(*(found[i] for found, *_ in results), strict=True)
+        torch.testing.assert_close(torch.tensor(value, dtype=torch.float64).sum(0), losses.detach())
+        for (one, two), want in zip(grads, (q.grad, d.grad), strict=True):
+            torch.testing.assert_close(torch.tensor(one + two, dtype=torch.float64), want)
+    for _, weight, said in results:
+        torch.testing.assert_close(torch.tensor(weight, dtype=torch.float64), trained(x))
+        assert said == results[0][2]
+    with pytest.raises(TypeError, match="group: got 'world', expected a process group"):
+        distill.in_batch_similarity(x, x, group="world")
+
+
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_few_samples(n: int) -> None:
     s = torch.randn(n, 4, requires_grad=True)
@@ -161,6 +223,8 @@ def test_terms() -> None:
     distill.train(student, [stored], term, teacher=distill.CachedTeacher(), **options)
     with pytest.raises(ValueError, match="output: got no tensor 'pooled' in the student's output"):
         distill.train(student, [x], distill.embedding(output="pooled"), teacher=teacher, **options)
+    with pytest.raises(ValueError, match=r"output: got None .*'sentence_embedding'\], expected"):
+        distill.train(student, [x], distill.embedding(), teacher=teacher, **options)
 
 
 def test_no_value_is_read() -> None:
@@ -187,6 +251,7 @@ X = torch.randn(3, 2)
         (lambda: distill.in_batch_similarity(X, X[:2]), ValueError, r"teacher: got.*\[2, 2\]"),
         (lambda: distill.in_batch_similarity((X, X[:2]), X), ValueError, "teacher: got embed"),
         (lambda: distill.in_batch_similarity((X, 3), X), TypeError, "student: got int"),
+        (lambda: distill.in_batch_similarity(X, X.long()), TypeError, "teacher: got .*int64"),
         (lambda: distill.in_batch_similarity(X[None], X[None]), ValueError, "pooled"),
         (lambda: distill.in_batch_similarity(X, X, diagonal="no"), TypeError, "diagonal: got 'no'"),
         (lambda: distill.in_batch_similarity(X, X, temperature=0), ValueError, "temperature: got"),

@@ -128,6 +128,25 @@ def test_margins_may_be_stored() -> None:
         torch.testing.assert_close(got[:4], plain_margins(s, t)[:4])
     pair = distill.margin_mse(s[:, :2], (t[:, 0] - t[:, 1]).unsqueeze(-1))
     torch.testing.assert_close(pair, F.mse_loss(s[:, 0] - s[:, 1], t[:, 0] - t[:, 1]))
+    assert distill.margin_mse(s[:, :2], t[:, 0] - t[:, 1]) == pair
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0], torch.zeros(2, dtype=torch.int64)])
+def test_no_candidates(lengths: Any) -> None:
+    for loss in (distill.listwise_loss, distill.margin_mse):
+        s = torch.randn(0, 1, requires_grad=True)
+        value = loss(s, torch.randn(0), lengths=lengths)
+        value.backward()
+        assert value == 0 and s.grad is not None
+
+
+def test_lengths_in_a_compiled_graph() -> None:
+    s, t = scores()
+    lengths = torch.tensor(COUNTS)
+    compiled = torch.compile(
+        lambda *both: distill.listwise_loss(*both, lengths=lengths), fullgraph=True, backend="eager"
+    )
+    torch.testing.assert_close(compiled(s, t), distill.listwise_loss(s, t, lengths=lengths))
 
 
 @pytest.mark.parametrize("normalize", ["minmax", "zscore"])

@@ -150,6 +150,17 @@ def images(folder: Path) -> Names:
     }
 
 
+def augmented(folder: Path) -> Names:
+    from torch.utils.data import Subset
+
+    from fastkd.teachers import store
+
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.randn(x.shape)
+
+    return {**images(folder), "store": store, "Subset": Subset, "transform": noisy}
+
+
 def wide(folder: Path) -> Names:
     """The same with more classes than the example keeps."""
     return {**images(folder), "teacher": nn.Linear(64, V), "V": V}
@@ -211,6 +222,24 @@ def by_rank(folder: Path) -> Names:
     }
 
 
+def convolutions(folder: Path) -> Names:
+    """timm, or where that is missing (it needs torchvision) models with the names of its stages."""
+    import types
+
+    try:
+        import timm
+    except ImportError:
+        from workflow_nets import ResNet
+
+        def made(name: str, num_classes: int) -> nn.Module:
+            model: Any = ResNet(4 if name == "resnet10t" else 8, num_classes)
+            model.feature_info = [{"module": "layer1"}, {"module": "layer2"}]
+            return model
+
+        timm = types.SimpleNamespace(create_model=made)
+    return {"timm": timm}
+
+
 def nothing(folder: Path) -> Names:
     """What every block has: it takes no names of its own."""
     return {}
@@ -225,7 +254,8 @@ GIVEN: tuple[tuple[str, str, Callable[[Path], Names]], ...] = (
     ("fastkd/README.md", "fastkd.LinearLogits", logits),
     ("fastkd/README.md", "class_dim=1", maps),
     ("fastkd/README.md", "fastkd.binary_kl_div", several),
-    ("fastkd/distill/README.md", "features.hint", nothing),
+    ("fastkd/distill/README.md", 'feature("layer1", "layer3"', nothing),
+    ("fastkd/distill/README.md", "timm.create_model", convolutions),
     ("fastkd/integrations/README.md", "DistilBertConfig", nothing),
     ("fastkd/parallel/README.md", "own_rows", sharded),
     ("fastkd/integrations/README.md", "compute_loss_func", transformers),
@@ -238,7 +268,8 @@ GIVEN: tuple[tuple[str, str, Callable[[Path], Names]], ...] = (
     ("fastkd/teachers/README.md", "d2t", logits),
     ("fastkd/teachers/formats/README.md", "formats.read", captured),
     ("fastkd/teachers/store/README.md", '"outputs"', wide),
-    ("fastkd/teachers/store/README.md", "in_order = DataLoader", images),
+    ("fastkd/teachers/store/README.md", "in_order = DataLoader(data", images),
+    ("fastkd/teachers/store/README.md", "store.Views", augmented),
     ("fastkd/teachers/store/README.md", "hf_loader", tokens),
     ("fastkd/teachers/store/README.md", "world_size=n", by_rank),
 )

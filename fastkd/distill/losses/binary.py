@@ -1,4 +1,13 @@
-"""Terms of models with one logit for each yes or no: several labels of a sample, or one."""
+"""Terms of models with one logit for each yes or no: several labels of a sample, or one.
+
+>>> import torch
+>>> from fastkd import distill
+>>> student, teacher = (torch.nn.Linear(6, 4) for _ in range(2))
+>>> batch = torch.randn(5, 6), torch.randint(2, (5, 4))
+>>> terms = [distill.binary_hard(0.5), distill.binary_soft(0.5)]
+>>> len(distill.train(student, [batch], terms, teacher=teacher, progress=False))
+1
+"""
 
 from __future__ import annotations
 

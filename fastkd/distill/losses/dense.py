@@ -6,6 +6,14 @@
 
 Both carry T^2, as `fastkd.distillation_loss` does. Sequences [N, C, L] and volumes [N, C, D, H, W]
 are maps, too.
+
+>>> import torch
+>>> from fastkd import distill
+>>> student, teacher = (torch.nn.Conv2d(3, 4, 1) for _ in range(2))
+>>> batch = torch.randn(2, 3, 8, 8), torch.randint(4, (2, 8, 8))
+>>> terms = [distill.hard(class_dim=1), distill.response(distill.channel_wise, 3.0)]
+>>> len(distill.train(student, [batch], terms, teacher=teacher, progress=False))
+1
 """
 
 from __future__ import annotations
@@ -21,6 +29,7 @@ from typing_extensions import Unpack
 import fastkd
 from fastkd.arguments.messages import describe, shown, sizes
 from fastkd.arguments.numbers import integer
+from fastkd.arguments.tensors import INT_DTYPES
 
 from .chunked import logits as check_maps
 from .ranking import Rows, divergence_over
@@ -119,6 +128,9 @@ def channel_wise(
     _options(rows)
     student, teacher = _one_size(student, teacher, resize, class_dim)
     places = [student.size(0), *student.shape[2:]]
+    if 0 in places[1:]:  # no position: two at 0 on both sides, whose loss is 0
+        student, teacher = (F.pad(x.flatten(2), (0, 2)) for x in (student, teacher))
+        labels = None
     # [N, positions, C] with positions as the classes: copied only where they lie apart
     s, t = (x.flatten(2).transpose(1, 2) for x in (student, teacher))
     options: Any = {"temperature": temperature, "divergence": divergence, "class_dim": 1, **rows}
@@ -171,7 +183,7 @@ def _one_size(
 
 def _kept(labels: Any, places: list[int], ignore_index: int | Sequence[int]) -> Tensor:
     """Which positions count, bool [N, H, W]."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+    if not isinstance(labels, Tensor) or labels.dtype not in INT_DTYPES:
         raise TypeError(f"labels: got {describe(labels)}, expected integers {places}")
     if list(labels.shape) != places:
         raise ValueError(f"labels: got shape {sizes(labels.shape)}, expected {places}")

@@ -1,7 +1,15 @@
 """Losses of embeddings: a student encoder's vectors against its teacher's, or how they relate.
 
-distill.embedding(projector=nn.Linear(384, 768))
-distill.embedding(distill.in_batch_similarity, output="sentence_embedding")
+    distill.embedding(projector=nn.Linear(384, 768))
+    distill.embedding(distill.in_batch_similarity, output="sentence_embedding")
+
+>>> import torch
+>>> from fastkd import distill
+>>> student, teacher, projector = (torch.nn.Linear(*sizes) for sizes in ((6, 4), (6, 8), (4, 8)))
+>>> terms = [distill.embedding(projector=projector), distill.embedding(distill.in_batch_similarity)]
+>>> batch = torch.randn(5, 6)
+>>> len(distill.train(student, [batch], terms, teacher=teacher, progress=False))
+1
 """
 
 from __future__ import annotations
@@ -9,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -16,9 +25,10 @@ import fastkd
 from fastkd.arguments.messages import describe, shown, sizes
 
 from ..batch import Batch, Outputs
+from ..distributed import gathered_rows
 from ..targets import teacher_logits
 from ..terms import Term, Weight
-from .chunked import positive
+from .chunked import DTYPES, positive
 from .feature_shapes import full_precision, unit
 from .logits import cosine
 from .ranking import Rows
@@ -78,6 +88,7 @@ def in_batch_similarity(
     teacher_temperature: float | None = None,
     similarity: str = "cosine",
     diagonal: bool | None = None,
+    group: Any = None,
 ) -> Tensor:
     """Which samples of the batch a sample is like: KL between rows of two similarity matrices.
 
@@ -86,7 +97,8 @@ def in_batch_similarity(
 
     The lengths of the two sides' embeddings may differ, and no projector is needed. No factor T^2:
     similarities are bounded, and T sets how near a neighbour has to be to count. Similarities are
-    those within one micro-batch; where a sample has no two others to choose from the loss is 0.
+    those within one micro-batch, of all ranks with `group`; where a sample has no two others to
+    choose from the loss is 0.
 
     Args:
         student, teacher: embeddings [N, D], or each a pair of queries [N, D] and documents [M, D],
@@ -97,6 +109,11 @@ def in_batch_similarity(
         diagonal: whether j = i counts. None: not among one set of embeddings, where each sample
             is most like itself, but with pairs, where document i belongs to query i. False needs
             N = M.
+        group: process group whose ranks' samples are compared with each other, gradients included,
+            such as torch.distributed.group.WORLD under DistributedDataParallel. Each rank has the
+            mean over its own i; the mean of those over ranks, as the wrapper takes it of gradients,
+            is the loss of the whole batch (of `distill.train` also where ranks have other N). All
+            of the ranks must call it, in the same order.
 
     Returns:
         0-d float32 (float64 where an operand is).
@@ -123,9 +140,12 @@ def in_batch_similarity(
     whole = a is not b if diagonal is None else diagonal
     if not whole and a.size(0) != b.size(0):
         raise ValueError(f"diagonal: got False for {_shapes(student)}, expected N = M")
+    start = 0
+    if group is not None:
+        (b, start), (d, _) = gathered_rows("student", b, group), gathered_rows("teacher", d, group)
     s, t = _similar(a, b, temperature, similarity), _similar(c, d, T_t, similarity)
     if not whole:
-        s, t = _without_diagonal(s), _without_diagonal(t)
+        s, t = _without_own(s, start), _without_own(t, start)
     if s.size(0) == 0 or s.size(1) < 2:  # a softmax over one column is constant
         return s.flatten()[:0].sum() + t.flatten()[:0].sum()
     return fastkd.kl_div(s, t)
@@ -171,6 +191,9 @@ def embedding(
 
 def _output(side: str, outputs: Outputs, entry: str | None) -> Any:
     raw = outputs.raw
+    if entry is None and isinstance(raw, Mapping) and "logits" not in raw:
+        got = f"None for the {side}'s output with the entries {[str(key)[:40] for key in raw][:8]}"
+        raise ValueError(f"output: got {got}, expected the name of its embeddings")
     if entry is None:
         return outputs.logits
     if isinstance(raw, Tensor):  # a teacher's stored embeddings
@@ -189,8 +212,8 @@ def _sides(name: str, x: Embeddings) -> tuple[Tensor, Tensor]:
         raise TypeError(f"{name}: got {describe(x)}, expected embeddings [N, D] or a pair of them")
     a, b = pair
     for part in pair:
-        if not isinstance(part, Tensor):
-            raise TypeError(f"{name}: got {describe(part)}, expected embeddings [N, D]")
+        if not isinstance(part, Tensor) or part.dtype not in DTYPES:
+            raise TypeError(f"{name}: got {describe(part)}, expected float embeddings [N, D]")
     if a.dim() != 2 or b.dim() != 2 or a.size(1) != b.size(1):
         raise ValueError(f"{name}: got {_shapes(x)}, expected embeddings [N, D], pooled; one D")
     return a, b
@@ -206,7 +229,8 @@ def _similar(a: Tensor, b: Tensor, T: float, similarity: str) -> Tensor:
     return (a / T) @ b.T
 
 
-def _without_diagonal(x: Tensor) -> Tensor:
-    """[N, N - 1], without a mask that a GPU would have to count."""
-    n = x.size(0)
-    return x.flatten()[1:].view(n - 1, n + 1)[:, :-1].reshape(n, n - 1) if n > 1 else x[:, :0]
+def _without_own(x: Tensor, start: int) -> Tensor:
+    """[N, M - 1]: row i without column start + i, by no mask that a GPU would have to count."""
+    column = torch.arange(max(x.size(1) - 1, 0), device=x.device)
+    own = torch.arange(start, start + x.size(0), device=x.device).unsqueeze(-1)
+    return x.gather(1, column + (column >= own))

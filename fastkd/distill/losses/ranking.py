@@ -5,6 +5,14 @@ candidate each, with `lengths` saying how many candidates each query has. What p
 named by `mask` or `lengths`, or is -inf on either side: it is not read, and its gradient is
 exactly 0. `**rows` are weight, reduction and normalizer of the rows, as in `fastkd.losses`. Sums
 are in float32 (float64 where an operand is), also under autocast.
+
+>>> import torch
+>>> from fastkd import distill
+>>> student, teacher = (torch.nn.Linear(6, 1) for _ in range(2))  # a score of each pair
+>>> batch = {"inputs": torch.randn(7, 6), "lengths": torch.tensor([3, 4])}  # of two queries
+>>> term = distill.ranking(lengths="lengths", normalize="zscore")
+>>> len(distill.train(student, [batch], term, teacher=teacher, progress=False))
+1
 """
 
 from __future__ import annotations
@@ -113,7 +121,8 @@ def margin_mse(
 
     Args:
         student: scores s [..., C], or flat with lengths; float32, bfloat16, float16 or float64.
-        teacher: scores t [..., C] of any of these dtypes, or stored margins t_0 - t_j [..., C - 1].
+        teacher: scores t [..., C] of any of these dtypes, or stored margins t_0 - t_j [..., C - 1];
+            of one negative (C = 2) also [...], as sentence-transformers' labels.
         mask: bool [..., C], False where a place holds no candidate.
         lengths: int [...], the candidates of each row with its positive, the first ones; of flat
             scores a tensor or a list whose sum is R. Not together with mask.
@@ -224,7 +233,8 @@ def _candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores of both sides in one shape [..., C] and one dtype, and which are candidates."""
     for name, x in (("student", student), ("teacher", teacher)):
-        check_scores(name, x)
+        # of queries without any candidate flat scores are empty
+        check_scores(name, x.unsqueeze(-1) if lengths is not None and _is_flat(x) else x)
     if mask is not None and lengths is not None:
         raise ValueError("mask: got one beside lengths, expected one of them")
     if teacher.device != student.device:
@@ -238,6 +248,8 @@ def _candidates(
         for name, x in (("student", student), ("teacher", teacher))
     ]
     s, t = (x.to(acc) for x in sides)
+    if margins and s.size(-1) == 2 and t.shape == s.shape[:-1]:
+        t = t.unsqueeze(-1)
     if margins and t.dim() == s.dim() and t.size(-1) == s.size(-1) - 1:
         negatives = torch.where(t == -INF, -INF, -t)
         t = torch.cat([torch.zeros_like(negatives[..., :1]), negatives], -1)
@@ -256,8 +268,8 @@ def _candidates(
     return s, t, kept
 
 
-def _is_flat(x: Tensor) -> bool:
-    return x.dim() == 1 or x.shape[1:] == (1,)
+def _is_flat(x: Any) -> bool:
+    return isinstance(x, Tensor) and (x.dim() == 1 or x.shape[1:] == (1,))
 
 
 def _numbers(lengths: Lengths) -> Tensor:
@@ -267,9 +279,14 @@ def _numbers(lengths: Lengths) -> Tensor:
         found = torch.tensor([integer(n) for n in lengths], dtype=torch.int64)
     if not isinstance(found, Tensor) or found.dtype not in INT_DTYPES:
         raise TypeError(f"lengths: got {describe(lengths)}, expected integers, one a query")
-    if found.device.type == "cpu" and bool((found < 0).any()):
+    if _readable(found) and bool((found < 0).any()):
         raise ValueError(f"lengths: got {int(found.min())}, expected integers >= 0")
     return found
+
+
+def _readable(lengths: Tensor) -> bool:
+    """Whether to look at the values: not those of a device, and not in a graph that is compiled."""
+    return lengths.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _lists(name: str, x: Tensor, lengths: Tensor) -> Tensor:
@@ -278,6 +295,8 @@ def _lists(name: str, x: Tensor, lengths: Tensor) -> Tensor:
     if lengths.dim() != 1 or sum(numbers) != x.numel():
         got = f"scores {sizes(x.shape)} for lengths whose sum is {int(lengths.sum())}"
         raise ValueError(f"{name}: got {got}, expected flat scores, one for each candidate")
+    if not x.numel():  # two places for each query, none a candidate
+        return (x.sum() - INF).expand(len(numbers), 2)
     return pad_sequence(list(x.reshape(-1).split(numbers)), True, -INF)
 
 
@@ -287,7 +306,7 @@ def _first(lengths: Tensor, s: Tensor) -> Tensor:
     if numbers.shape != s.shape[:-1]:
         got = sizes(numbers.shape)
         raise ValueError(f"lengths: got shape {got}, expected {sizes(s.shape[:-1])}")
-    if lengths.device.type == "cpu" and bool((lengths > s.size(-1)).any()):
+    if _readable(lengths) and bool((lengths > s.size(-1)).any()):
         expected = f"at most {s.size(-1)}, the candidates of a row"
         raise ValueError(f"lengths: got {int(lengths.max())}, expected {expected}")
     return torch.arange(s.size(-1), device=s.device) < numbers.unsqueeze(-1)

@@ -3,6 +3,14 @@
 Vectors [..., D] of a row, such as the four numbers of a box; [..., 1] for one number. `**rows` are
 weight, reduction and normalizer as in `fastkd.losses`, and mask, bool [...]: rows where it is False
 are not read and get a gradient of exactly 0.
+
+>>> import torch
+>>> from fastkd import distill
+>>> student, teacher = (torch.nn.Linear(6, 4) for _ in range(2))
+>>> batch = torch.randn(5, 6), torch.randn(5, 4)
+>>> term = distill.regression(alpha=0.5, kind="smooth_l1")
+>>> len(distill.train(student, [batch], term, teacher=teacher, progress=False))
+1
 """
 
 from __future__ import annotations

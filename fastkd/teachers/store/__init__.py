@@ -5,11 +5,12 @@
 
 from ..files import CacheError
 from ..pairs import Paired, collate
+from ..views import Views
 from .capture import capture, share
 from .codec import logit_bound, logprob_bound
 from .format import merge
 from .reader import Reader
 from .writer import Writer
 
-__all__ = ["CacheError", "Paired", "Reader", "Writer", "capture", "collate"]
+__all__ = ["CacheError", "Paired", "Reader", "Views", "Writer", "capture", "collate"]
 __all__ += ["logit_bound", "logprob_bound", "merge", "share"]

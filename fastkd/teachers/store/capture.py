@@ -21,6 +21,7 @@ from fastkd.distill.teacher_routes import samples as samples_of
 from fastkd.distill.teachers import Teacher, expected
 from fastkd.teachers import inputs
 from fastkd.teachers.same import apart
+from fastkd.teachers.views import check_views
 
 from .format import listed
 from .reader import Reader
@@ -95,6 +96,8 @@ def capture(
         in_eval(nn.ModuleList(inputs.modules(teacher))),
     ):
         ask = _Ask(teacher, writer, labels, generator, head)
+        if order == "dataset":
+            check_views(getattr(data, "dataset", None), path, begin=not listed(Path(path)))
         start = 0 if shared else writer.done
         if shared and order is not None and (there := listed(Path(path))):
             known = range(there[0].first, there[0].last + 1)[:SAMPLES]
