@@ -177,16 +177,19 @@ class Checks:
             for backward in step:
                 hard = [x for x in backward.parts if x.term.kind == "hard"]
                 weight = sum(_size(x) for x in hard)
+                common = min((sum(n for _, n in x.powers) for x in hard), default=0.0)
                 for part in backward.parts:
                     one, t = part.term, part.term.temperature
                     if one.kind not in SOFT or abs(t - 1.0) < 0.05 or part.detached:
                         continue
-                    self._factor(part, weight, len(step), backward)
+                    self._factor(part, weight, len(step), common)
 
-    def _factor(self, part: Part, hard: float, count: int, backward: Backward) -> None:
+    def _factor(self, part: Part, hard: float, count: int, common: float) -> None:
+        """`common`: powers of T before the sum of both terms."""
         one, t = part.term, part.term.temperature
-        powers = one.power + sum(x for _, x in part.powers)
-        soft, shares = _size(part), (1.0, 1.0 / max(count, 1))
+        powers = one.power + sum(x for _, x in part.powers) - common
+        soft, hard = _size(part) / t**common, hard / t**common
+        shares = (1.0, 1.0 / max(count, 1))
         sums = {n: [hard / c + soft / (c * t**n) for c in shares] for n in (2, 4)}
         site = part.powers[-1][0] if part.powers else one.site
         doubled = powers >= 4 or (powers == 0 and hard and _is_one(sums[4]) and t >= 1.5)
@@ -208,8 +211,9 @@ class Checks:
         for step in self.watch.backwards[:-1]:
             groups: dict[Any, list[tuple[float, Term]]] = defaultdict(list)
             for backward in step:
+                chosen = {x.term.rows for x in backward.parts if x.term.sampled}
                 for part in backward.parts:
-                    if part.term.kind != "pair" and part.term.rows:
+                    if part.term.kind != "pair" and part.term.rows not in (0, *chosen):
                         trained = backward.mask & self.trained
                         key = (backward.place, part.term.place, part.term.kind, trained)
                         groups[key].append((abs(part.factor), part.term))

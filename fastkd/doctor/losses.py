@@ -143,6 +143,9 @@ def _embedding(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new:
     if ids.dim() == 2 and ids.shape[1] > 1 and ids.shape[0] * ids.shape[1] > 3:
         new.run = Run(ids.detach().clone())
         new.rows = torch.arange(ids.numel(), device=ids.device).view(*ids.shape, 1)
+        pad = named.get("padding_idx", args[2] if len(args) > 2 else None)
+        if pad is not None and watch.program.owns(watch.program.place().file):
+            places.padded(new.run, pad)
 
 
 def _noise(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag) -> None:

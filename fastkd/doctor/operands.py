@@ -13,11 +13,11 @@ import fastkd
 
 from . import places, stored
 from .flow import Part, Side, Tag, Term, number
+from .places import IGNORED
 
 if TYPE_CHECKING:
     from .watch import Watch
 
-IGNORED = -100
 TINY = 2.0**-25  # what rounds to 0 in float16
 SMALLEST = 2.0**-14  # of float16 at full precision
 

@@ -151,9 +151,17 @@ def power(frame: FrameType, temperature: float) -> float:
     if isinstance(found, ast.AugAssign):
         sign = {ast.Mult: 1.0, ast.Div: -1.0}.get(type(found.op), 0.0)
         return sign * _power(value, frame, temperature)
-    inner = [x for x in ast.walk(value) if isinstance(x, ast.BinOp)]
+    inner = [x for x in _outside(value) if isinstance(x, ast.BinOp)]
     powers = [_power(x, frame, temperature) for x in inner if not _divisor(x, inner)]
     return max(powers, default=0.0)
+
+
+def _outside(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and what is in it, without the indices: their numbers multiply nothing."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(node, ast.Subscript) and child is node.slice):
+            yield from _outside(child)
 
 
 def _divisor(node: ast.expr, others: list[ast.BinOp]) -> bool:
