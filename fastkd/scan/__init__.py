@@ -11,7 +11,9 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from fastkd.scan.around import Around, Walk
 from fastkd.scan.files import Unreadable, files, parse
 from fastkd.scan.found import Found
 from fastkd.scan.names import Names, arguments, written
@@ -81,10 +83,10 @@ class Source:
     def losses(self) -> Iterator[Found]:
         kinds = (ast.Call, ast.BinOp)
         nodes = [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
-        losses: list[Found | None] = []
-        for node in nodes:
-            one = self._call(node) if isinstance(node, ast.Call) else self._product(node)
-            losses.append(one)
+        found: list[tuple[ast.AST, Found | None]] = [
+            (x, self._call(x) if isinstance(x, ast.Call) else self._product(x)) for x in nodes
+        ]
+        losses = [one for node, one in found if node not in self.used]
         note = "its call was not found: give fastkd.kl_div the logits themselves there"
         for node in nodes:
             if isinstance(node, ast.Call) and self.names.function(node.func) == "KLDivLoss":
@@ -139,9 +141,9 @@ class Source:
         if first.same(second) and pure(first.logits):
             faults.append("the same logits on both sides: the loss is always 0")
         if reduction != "none":
-            return self._written(node, first, second, reduction, False, faults, [])
-        top, form, negative = self._reduced(node, first.dim)
-        return self._written(top, first, second, form, negative, faults, [])
+            return self._written(Around(node, reduction), first, second, faults, [])
+        around, sides = self._around(node, first, second, lambda x: tuple(map(x.read, sides)))
+        return self._written(around, *sides, faults, [])
 
     def _soft(
         self, node: ast.Call, read: Softmaxes, options: dict[str, ast.expr], hidden: bool
@@ -169,40 +171,105 @@ class Source:
         elif target.dim != 1:
             faults.append(f"F.cross_entropy takes dim 1 for the classes, its target {target.dim}")
         form = {"mean": "row mean", "none": "rows"}.get(reduction, reduction)
-        return self._written(node, student, target, form, False, faults, hints)
+        return self._written(Around(node, form), student, target, faults, hints)
 
     def _product(self, node: ast.BinOp) -> Found | None:
         """p * log q, the core of a soft cross-entropy by hand, or p * (log p - log q)."""
+        made = self._pair(node, node)
+        if made is None:
+            return None
+        first, second, negative, hints = made
+        around, again = self._around(node, first, second, lambda x: self._pair(node, x.site))
+        around = around._replace(negative=around.negative != negative)
+        return self._written(around, again[0], again[1], [], hints)
+
+    def _pair(
+        self, node: ast.BinOp, site: ast.AST
+    ) -> tuple[Softmax, Softmax, bool, list[str]] | None:
+        """(student, teacher, whether negated, hints) of a product or a difference of two."""
+        read, negative = Softmaxes(self.names, site), False
+        if isinstance(node.op, ast.Sub):
+            return self._two_products(node, site)
         if not isinstance(node.op, ast.Mult):
             return None
-        read, negative = Softmaxes(self.names, node), False
         sides = []
         for side in (node.left, node.right):
             while isinstance(side, ast.UnaryOp) and isinstance(side.op, ast.USub):
                 side, negative = side.operand, not negative
             sides.append(side)
         first, second = (read.read(x) for x in sides)
-        hints = ["by hand"]
         if first is not None and second is not None:
             if first.log == second.log or first.same(second):
                 return None  # no loss, or an entropy
             student, teacher = (first, second) if first.log else (second, first)
-            negative = not negative
-            hints = [f"a cross-entropy by hand: {ENTROPY}"]
-        else:
-            one = first or second
-            pair = self._difference(read, sides[first is not None])
-            if one is None or one.log or pair is None:
+            return student, teacher, not negative, [f"a cross-entropy by hand: {ENTROPY}"]
+        one = first or second
+        pair = self._difference(read, sides[first is not None])
+        if one is None or one.log or pair is None:
+            return None
+        if one.same(pair[1]):
+            pair, negative = pair[::-1], not negative
+        if not one.same(pair[0]) or one.same(pair[1]):
+            return None
+        return pair[1], one, negative, ["by hand"]
+
+    def _two_products(
+        self, node: ast.BinOp, site: ast.AST
+    ) -> tuple[Softmax, Softmax, bool, list[str]] | None:
+        """p * log p - p * log q, or the other way about."""
+        read, parts, notes = (
+            Softmaxes(self.names, site),
+            list[tuple[Softmax, Softmax]](),
+            list[str](),
+        )
+        products = []
+        for side in (node.left, node.right):
+            while not isinstance(side, ast.BinOp):
+                inner = self._filled(side)
+                value = inner or self.names.follow(side, site)
+                if value is None:
+                    return None
+                note = "columns where the logits are infinite count 0 there"
+                notes += [note] if inner and note not in notes else []
+                side = value
+            first, second = read.read(side.left), read.read(side.right)
+            if not isinstance(side.op, ast.Mult) or first is None or second is None:
                 return None
-            if one.same(pair[1]):
-                pair, negative = pair[::-1], not negative
-            if not one.same(pair[0]):
+            if first.log == second.log:
                 return None
-            teacher, student = one, pair[1]
-            if teacher.same(student):
-                return None
-        top, form, sign = self._reduced(node, student.dim)
-        return self._written(top, student, teacher, form, negative != sign, [], hints)
+            parts.append((second, first) if first.log else (first, second))
+            products.append(side)
+        (p, log_a), (other, log_b) = parts
+        if not p.same(other) or log_a.same(log_b) or not (p.same(log_a) or p.same(log_b)):
+            return None
+        self.used.update(products)
+        hints = ["by hand", *notes]
+        return (log_b, p, False, hints) if p.same(log_a) else (log_a, p, True, hints)
+
+    def _filled(self, node: ast.expr) -> ast.expr | None:
+        """x of x.masked_fill(isinf(...), 0)."""
+        if not isinstance(node, ast.Call) or "isinf(" not in ast.unparse(self._mask_of(node)):
+            return None
+        if self.names.function(node.func) == "masked_fill":
+            return node.args[0] if node.args else None
+        named = isinstance(node.func, ast.Attribute) and node.func.attr == "masked_fill"
+        return node.func.value if named else None  # type: ignore[attr-defined]
+
+    def _mask_of(self, node: ast.Call) -> ast.expr:
+        at = int(self.names.function(node.func) == "masked_fill")
+        given = node.args[at] if len(node.args) > at else node
+        return self.names.follow(given, node) or given
+
+    def _around(
+        self, node: ast.expr, first: Softmax, second: Softmax, again: Any
+    ) -> tuple[Around, Any]:
+        """What is around a loss per column, and its sides as they are written there."""
+        around = Walk(self.names, first.dim).up(node)
+        made = again(Softmaxes(self.names, around.node))
+        if made is not None and all(x is not None for x in made[:2]):
+            return around, made
+        alone = Walk(self.names, first.dim, inside=True).up(node)
+        return alone, again(Softmaxes(self.names, node))
 
     def _difference(self, read: Softmaxes, node: ast.expr) -> tuple[Softmax, Softmax] | None:
         """(log a, log b) of log a - log b or log(a / b)."""
@@ -224,52 +291,20 @@ class Source:
                     return parts[0], parts[1]
         return None
 
-    def _reduced(self, node: ast.expr, dim: object) -> tuple[ast.expr, str, bool]:
-        """(expression, form, whether negated) of the sums and means around numbers per column."""
-        form, negative = "columns", False
-        while True:
-            parent = self.names.parents.get(node)
-            if isinstance(parent, ast.UnaryOp) and isinstance(parent.op, ast.USub):
-                node, negative = parent, not negative
-                continue
-            call, name, given = parent, None, None
-            if isinstance(parent, ast.Attribute):  # x.sum(...)
-                call, name = self.names.parents.get(parent), parent.attr
-                if isinstance(call, ast.Call) and call.func is parent:
-                    given = arguments(call, "dim", "keepdim")
-            elif isinstance(parent, ast.Call) and parent.args[:1] == [node]:  # torch.sum(x, ...)
-                name = self.names.function(parent.func)
-                given = arguments(parent, "input", "dim", "keepdim")
-                given = given and {k: v for k, v in given.items() if k != "input"}
-            if name not in ("sum", "mean") or given is None or not isinstance(call, ast.Call):
-                return node, form, negative
-            axis = given.get("dim", given.get("axis"))
-            if axis is None and not given:
-                whole = {"columns": {"sum": "sum", "mean": "mean"}}
-                whole["rows"] = {"sum": "sum", "mean": "row mean"}
-                if form in whole:
-                    node, form = call, whole[form][name]
-                    continue
-            elif form == "columns" and len(given) == 1 and constant(axis) in (dim, [dim], (dim,)):
-                node, form = call, {"sum": "rows", "mean": "row means"}[name]
-                continue
-            return node, form, negative
-
     # ---- what is written
 
     def _written(
         self,
-        node: ast.expr,
+        around: Around,
         student: Softmax,
         teacher: Softmax,
-        form: str,
-        negative: bool,
         faults: list[str],
         hints: list[str],
     ) -> Found:
+        node, form, negative = around.node, around.form, around.negative
         notes = [*dict.fromkeys((*student.notes, *teacher.notes))]
         faults += [x for x in notes if x.startswith(TWICE)]
-        hints += [x for x in notes if not x.startswith(TWICE)]
+        hints += [x for x in (*notes, *around.notes) if not x.startswith(TWICE)]
         dim, second = student.dim, teacher.dim
         if dim != second:
             faults.append(f"two axes (dim={dim} and dim={second})")
@@ -278,16 +313,13 @@ class Source:
             faults.append(f"{what}; the line is for 2-D, of others move the classes last")
         elif isinstance(dim, str):
             faults.append(f"its dim could not be read ({dim}): move the classes last")
-        elif dim == 1:
-            hints.append(
-                "dim=1 is the last of 2-D logits: there without .movedim(1, -1).contiguous()"
-            )
-        elif dim != -1:
-            hints.append(f"fastkd's classes are the last axis: dim={dim} is moved there")
         function = "kl_div"
         if _says_teacher(student.logits) and not _says_teacher(teacher.logits):
             function, student, teacher = "reverse_kl_div", teacher, student
             hints.append("KL(student || teacher), since the first argument is the teacher's")
+            if any(ENTROPY in x for x in hints):
+                hints = [x for x in hints if ENTROPY not in x]
+                faults.append("a cross-entropy without the student's own entropy, no divergence")
         sides = [student.logits, teacher.logits]
         options = ""
         if student.divisors == teacher.divisors:
@@ -303,7 +335,7 @@ class Source:
         names = [x.logits.removesuffix(".contiguous()") for x in (student, teacher)]
         plain = next((x for x in names if "(" not in x), "")
         if isinstance(dim, int) and dim != -1:
-            sides = [f"{atom(x)}.movedim({dim}, -1).contiguous()" for x in sides]
+            options += f", class_dim={dim}"
         after = ""
         if form == "batchmean" and isinstance(dim, int) and dim != -1 and dim < 1:
             form, after = "sum", f" / {plain}.size(0)"
@@ -317,6 +349,9 @@ class Source:
                 "a loss per column, fastkd's is per row: in place of its sum over the classes"
             )
             form = "rows"
+        elif form in ("kept sum", "kept mean"):
+            options += around.mask
+            form = "sum" if form == "kept sum" else "row mean"
         elif form not in ("sum", "batchmean", "rows", "row mean"):
             form = "?"
             hints.append("with that reduction; 'mean' of F.kl_div is 'sum' / logits.numel()")
