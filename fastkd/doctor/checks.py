@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fastkd.scan import rules
+
 from . import stored
 from .findings import Finding, Findings, finding
 from .flow import Part, Site, Term
@@ -131,7 +133,7 @@ class Checks:
         return one.kind == "hand" and one.student.tag.pair is not None
 
     def _swapped(self, one: Term) -> None:
-        what = "the first operand is the teacher's (not trained), the second the student's"
+        what = f"{rules.SWAPPED.seen} (not trained), the second the student's"
         fix = ""
         if one.kind == "fastkd":
             fix = f"{one.name}(student_logits, teacher_logits, ...)"

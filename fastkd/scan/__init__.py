@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastkd.scan import rules
 from fastkd.scan.around import Around, Walk
 from fastkd.scan.files import Unreadable, files, parse
 from fastkd.scan.found import Found
-from fastkd.scan.names import Names, arguments, written
-from fastkd.scan.softmax import TWICE, Softmax, Softmaxes, Unread, atom, constant, pure
+from fastkd.scan.names import Names, arguments
+from fastkd.scan.products import ENTROPY, Products
+from fastkd.scan.softmax import Softmax, Softmaxes, Unread, atom, constant, pure
 
 TEACHERS = {"teacher", "teachers", "tea", "t", "ref", "target", "targets"}  # words of a name
 BATCHES = re.compile(r"(size\(0\)|shape\[0\]|\blen\(|batch|\bbs\b|^[BN]$)", re.IGNORECASE)
@@ -31,7 +33,6 @@ FUNCTIONS = {
     ),
 }
 CONSTRUCTORS = {"KLDivLoss": "kl_div", "CrossEntropyLoss": "cross_entropy"}
-ENTROPY = "larger by the teacher's entropy, the gradient is the same"
 
 
 def scan(*paths: Path) -> Iterator[Found]:
@@ -78,6 +79,7 @@ class Source:
 
     def __init__(self, file: str, tree: ast.Module) -> None:
         self.file, self.tree, self.names = file, tree, Names(tree)
+        self.products = Products(self.names)
         self.used = set[ast.AST]()  # constructors whose calls were found
 
     def losses(self) -> Iterator[Found]:
@@ -86,7 +88,7 @@ class Source:
         found: list[tuple[ast.AST, Found | None]] = [
             (x, self._call(x) if isinstance(x, ast.Call) else self._product(x)) for x in nodes
         ]
-        losses = [one for node, one in found if node not in self.used]
+        losses = [one for node, one in found if node not in self.products.used]
         note = "its call was not found: give fastkd.kl_div the logits themselves there"
         for node in nodes:
             if isinstance(node, ast.Call) and self.names.function(node.func) == "KLDivLoss":
@@ -133,17 +135,17 @@ class Source:
         if hidden:
             faults.append("its options are hidden in * or **")
         if not first.log:
-            faults.append("its input is a softmax, not its logarithm: this line has a fault")
+            faults.append(f"{rules.INPUT.seen}: this line has a fault")
         if isinstance(log_target, Unread):
             faults.append(f"its log_target could not be read ({log_target})")
         elif second.log != bool(log_target):
-            faults.append("log_target does not fit the target: this line has a fault")
+            faults.append(f"{rules.TARGET.seen}: this line has a fault")
         if first.same(second) and pure(first.logits):
-            faults.append("the same logits on both sides: the loss is always 0")
+            faults.append(rules.SAME.seen)
         if reduction != "none":
             return self._written(Around(node, reduction), first, second, faults, [])
-        around, sides = self._around(node, first, second, lambda x: tuple(map(x.read, sides)))
-        return self._written(around, *sides, faults, [])
+        around, two = self._around(node, first, second, lambda x: tuple(map(x.read, sides)))
+        return self._written(around, two[0], two[1], faults, [])
 
     def _soft(
         self, node: ast.Call, read: Softmaxes, options: dict[str, ast.expr], hidden: bool
@@ -175,90 +177,15 @@ class Source:
 
     def _product(self, node: ast.BinOp) -> Found | None:
         """p * log q, the core of a soft cross-entropy by hand, or p * (log p - log q)."""
-        made = self._pair(node, node)
+        made = self.products.pair(node, node)
         if made is None:
             return None
         first, second, negative, hints = made
-        around, again = self._around(node, first, second, lambda x: self._pair(node, x.site))
+        around, again = self._around(
+            node, first, second, lambda x: self.products.pair(node, x.site)
+        )
         around = around._replace(negative=around.negative != negative)
         return self._written(around, again[0], again[1], [], hints)
-
-    def _pair(
-        self, node: ast.BinOp, site: ast.AST
-    ) -> tuple[Softmax, Softmax, bool, list[str]] | None:
-        """(student, teacher, whether negated, hints) of a product or a difference of two."""
-        read, negative = Softmaxes(self.names, site), False
-        if isinstance(node.op, ast.Sub):
-            return self._two_products(node, site)
-        if not isinstance(node.op, ast.Mult):
-            return None
-        sides = []
-        for side in (node.left, node.right):
-            while isinstance(side, ast.UnaryOp) and isinstance(side.op, ast.USub):
-                side, negative = side.operand, not negative
-            sides.append(side)
-        first, second = (read.read(x) for x in sides)
-        if first is not None and second is not None:
-            if first.log == second.log or first.same(second):
-                return None  # no loss, or an entropy
-            student, teacher = (first, second) if first.log else (second, first)
-            return student, teacher, not negative, [f"a cross-entropy by hand: {ENTROPY}"]
-        one = first or second
-        pair = self._difference(read, sides[first is not None])
-        if one is None or one.log or pair is None:
-            return None
-        if one.same(pair[1]):
-            pair, negative = pair[::-1], not negative
-        if not one.same(pair[0]) or one.same(pair[1]):
-            return None
-        return pair[1], one, negative, ["by hand"]
-
-    def _two_products(
-        self, node: ast.BinOp, site: ast.AST
-    ) -> tuple[Softmax, Softmax, bool, list[str]] | None:
-        """p * log p - p * log q, or the other way about."""
-        read, parts, notes = (
-            Softmaxes(self.names, site),
-            list[tuple[Softmax, Softmax]](),
-            list[str](),
-        )
-        products = []
-        for side in (node.left, node.right):
-            while not isinstance(side, ast.BinOp):
-                inner = self._filled(side)
-                value = inner or self.names.follow(side, site)
-                if value is None:
-                    return None
-                note = "columns where the logits are infinite count 0 there"
-                notes += [note] if inner and note not in notes else []
-                side = value
-            first, second = read.read(side.left), read.read(side.right)
-            if not isinstance(side.op, ast.Mult) or first is None or second is None:
-                return None
-            if first.log == second.log:
-                return None
-            parts.append((second, first) if first.log else (first, second))
-            products.append(side)
-        (p, log_a), (other, log_b) = parts
-        if not p.same(other) or log_a.same(log_b) or not (p.same(log_a) or p.same(log_b)):
-            return None
-        self.used.update(products)
-        hints = ["by hand", *notes]
-        return (log_b, p, False, hints) if p.same(log_a) else (log_a, p, True, hints)
-
-    def _filled(self, node: ast.expr) -> ast.expr | None:
-        """x of x.masked_fill(isinf(...), 0)."""
-        if not isinstance(node, ast.Call) or "isinf(" not in ast.unparse(self._mask_of(node)):
-            return None
-        if self.names.function(node.func) == "masked_fill":
-            return node.args[0] if node.args else None
-        named = isinstance(node.func, ast.Attribute) and node.func.attr == "masked_fill"
-        return node.func.value if named else None  # type: ignore[attr-defined]
-
-    def _mask_of(self, node: ast.Call) -> ast.expr:
-        at = int(self.names.function(node.func) == "masked_fill")
-        given = node.args[at] if len(node.args) > at else node
-        return self.names.follow(given, node) or given
 
     def _around(
         self, node: ast.expr, first: Softmax, second: Softmax, again: Any
@@ -270,26 +197,6 @@ class Source:
             return around, made
         alone = Walk(self.names, first.dim, inside=True).up(node)
         return alone, again(Softmaxes(self.names, node))
-
-    def _difference(self, read: Softmaxes, node: ast.expr) -> tuple[Softmax, Softmax] | None:
-        """(log a, log b) of log a - log b or log(a / b)."""
-        if written(node):
-            node = self.names.follow(node, read.site) or node
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
-            logs = read.read(node.left), read.read(node.right)
-            if logs[0] and logs[1] and logs[0].log and logs[1].log:
-                return logs[0], logs[1]
-        if isinstance(node, ast.Call):
-            inner = None
-            if self.names.function(node.func) == "log":
-                inner = node.args[0] if node.args else None
-            elif isinstance(node.func, ast.Attribute) and node.func.attr == "log":
-                inner = node.func.value
-            if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Div):
-                parts = read.read(inner.left), read.read(inner.right)
-                if parts[0] and parts[1] and not (parts[0].log or parts[1].log):
-                    return parts[0], parts[1]
-        return None
 
     # ---- what is written
 
@@ -303,11 +210,11 @@ class Source:
     ) -> Found:
         node, form, negative = around.node, around.form, around.negative
         notes = [*dict.fromkeys((*student.notes, *teacher.notes))]
-        faults += [x for x in notes if x.startswith(TWICE)]
-        hints += [x for x in (*notes, *around.notes) if not x.startswith(TWICE)]
+        faults += [x for x in notes if x.startswith(rules.TWICE.seen)]
+        hints += [x for x in (*notes, *around.notes) if not x.startswith(rules.TWICE.seen)]
         dim, second = student.dim, teacher.dim
         if dim != second:
-            faults.append(f"two axes (dim={dim} and dim={second})")
+            faults.append(f"{rules.AXES.seen} (dim={dim} and dim={second})")
         elif dim is None:
             what = "no dim: torch takes 1 of 2-D and 4-D logits, 0 of 1-D and 3-D"
             faults.append(f"{what}; the line is for 2-D, of others move the classes last")
@@ -316,7 +223,8 @@ class Source:
         function = "kl_div"
         if _says_teacher(student.logits) and not _says_teacher(teacher.logits):
             function, student, teacher = "reverse_kl_div", teacher, student
-            hints.append("KL(student || teacher), since the first argument is the teacher's")
+            why = "" if self._means_reverse(node) else f", since {rules.SWAPPED.seen}"
+            hints.append(f"KL(student || teacher){why}")
             if any(ENTROPY in x for x in hints):
                 hints = [x for x in hints if ENTROPY not in x]
                 faults.append("a cross-entropy without the student's own entropy, no divergence")
@@ -366,7 +274,7 @@ class Source:
         if (sign or after) and isinstance(self.names.parents.get(node), split):
             call = f"({call})"
         if (by := self._batch(node)) and form != "rows" and (after or form != "sum"):
-            hints.append(f"divided twice: {by} divides what the loss's own mean has divided")
+            hints.append(f"{rules.DIVIDED.seen}: {by} divides what the loss's own mean has divided")
         if faults:
             zero = any("always 0" in x for x in faults)
             meant = [] if zero else [f"as far as it can be read: {call}"[:300]]
@@ -380,7 +288,18 @@ class Source:
         last, end = node.end_lineno or node.lineno, node.end_col_offset or node.col_offset
         span = (node.lineno, node.col_offset, last, end)
         note = "; ".join(notes)
-        return Found(self.file, node.lineno, ast.unparse(node), replacement, note, None, span)
+        code, faults = ast.unparse(node), rules.faults(note)
+        return Found(self.file, node.lineno, code, replacement, note, None, span, faults)
+
+    def _means_reverse(self, node: ast.AST) -> bool:
+        """Whether the names and docstrings around say that the direction is meant."""
+        words = [ast.get_docstring(self.tree) or ""]
+        for x in self.names.above(node):
+            if isinstance(x, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                words += [x.name, (ast.get_docstring(x) or "")[:300]]
+            elif isinstance(x, ast.Assign):
+                words += [ast.unparse(y) for y in x.targets]
+        return any(rules.MEANT.search(x) for x in words)
 
     def _squared(self, node: ast.AST) -> str:
         """The T * T or T ** 2 that a loss is multiplied by."""

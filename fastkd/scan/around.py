@@ -6,6 +6,7 @@ import ast
 from typing import NamedTuple
 
 from fastkd.scan.names import Names, arguments, start, written
+from fastkd.scan.products import INFINITE
 from fastkd.scan.softmax import atom, constant
 
 FLAT = {"view", "reshape", "flatten"}
@@ -57,11 +58,10 @@ class Walk:
         if call is None or given is None:
             return None
         if name == "masked_fill":
-            mask, value = given.get("mask"), given.get("value")
-            infinite = mask is not None and "isinf(" in ast.unparse(self._value(mask))
+            by, value = given.get("mask"), given.get("value")
+            infinite = by is not None and "isinf(" in ast.unparse(self._value(by))
             if at.form == "columns" and infinite and constant(value) == 0:
-                note = "columns where the logits are infinite count 0 there"
-                return at._replace(node=call, notes=(*at.notes, note))
+                return at._replace(node=call, notes=(*at.notes, INFINITE))
             return None
         if name in FLAT:
             shape = [constant(x) for x in given.values()]
