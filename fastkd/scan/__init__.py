@@ -17,6 +17,7 @@ from fastkd.scan import rules
 from fastkd.scan.around import Around, Walk
 from fastkd.scan.files import Unreadable, files, parse
 from fastkd.scan.found import Found
+from fastkd.scan.hard import beside
 from fastkd.scan.names import Names, arguments
 from fastkd.scan.products import ENTROPY, Products
 from fastkd.scan.softmax import Softmax, Softmaxes, Unread, atom, constant, pure
@@ -129,6 +130,9 @@ class Source:
             which = "input" if first is None else "target"
             text = ast.unparse(sides[first is not None])[:80]
             what = f"its {which} ({text}) could not be followed to a softmax of logits"
+            mixed = ast.unparse(self.names.follow(options["input"], node) or options["input"])
+            if "logsumexp(" in mixed or "logaddexp(" in mixed:
+                what = "a mixture of both sides, as of fastkd.js_div(student, teacher, beta=...)"
             return self._found(node, None, [f"{what}: give fastkd.kl_div the logits themselves"])
         reduction, faults = _reduction(options)
         log_target = constant(options.get("log_target"), False)
@@ -213,6 +217,7 @@ class Source:
         faults += [x for x in notes if x.startswith(rules.TWICE.seen)]
         hints += [x for x in (*notes, *around.notes) if not x.startswith(rules.TWICE.seen)]
         dim, second = student.dim, teacher.dim
+        joined = beside(self.names, around, student, teacher)
         if dim != second:
             faults.append(f"{rules.AXES.seen} (dim={dim} and dim={second})")
         elif dim is None:
@@ -279,7 +284,8 @@ class Source:
             zero = any("always 0" in x for x in faults)
             meant = [] if zero else [f"as far as it can be read: {call}"[:300]]
             return self._found(node, None, [*faults, *meant, *hints])
-        return self._found(node, call, hints)
+        both = "" if any(ENTROPY in x for x in hints) or function != "kl_div" else joined
+        return self._found(node, call, [*hints, both] if both else hints)
 
     def _found(self, node: ast.expr, replacement: str | None, notes: list[str]) -> Found:
         square = self._squared(node)

@@ -53,7 +53,7 @@ class Walk:
             mask = self._mask(parent.slice, at.flat, chosen=True)
             return at._replace(node=parent, form="kept", mask=mask) if mask else None
         if isinstance(parent, ast.Assign) and not self.inside:
-            return self._named(at, parent)
+            return self.named(at, parent)
         call, name, given = self._call(node, parent)
         if call is None or given is None:
             return None
@@ -125,7 +125,7 @@ class Walk:
                 return at._replace(node=parent, form="kept mean")
         return None
 
-    def _named(self, at: Around, parent: ast.Assign) -> Around | None:
+    def named(self, at: Around, parent: ast.Assign) -> Around | None:
         """The one use of a name that is set to the loss."""
         target = parent.targets[0]
         if len(parent.targets) > 1 or not isinstance(target, ast.Name):

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from scan_code import check, function, look, refused
+import torch
+from scan_code import HEAD, check, function, look, refused, value
+
+from fastkd.scan.hard import HEAD as HARD
 
 LABELS = """def loss(s, t, T):
     labels = s.detach().argmax(-1)
@@ -84,3 +87,52 @@ def test_faults_are_named_as_the_doctor_names_them(tmp_path: Path) -> None:
         ("F.kl_div(F.log_softmax(s, -1), F.softmax(s, -1))", "shared"),
     ):
         assert look(function(line), tmp_path).faults == (fault,)
+
+
+SUMS = [  # (loss, what the line holds); a: the weight, y: labels
+    ("a * F.cross_entropy(s, y) + (1 - a) * T * T * {kl}", "alpha=a"),
+    ("(1 - a) * F.cross_entropy(s, y) + a * T ** 2 * {kl}", "alpha=1 - a"),
+    ("{kl} * (T * T) * 0.7 + 0.3 * F.cross_entropy(s, y, label_smoothing=0.1)", "label_smoothing"),
+    ("a * F.cross_entropy(s, y) + (1 - a) * {kl}", "t_squared=False"),
+    ("a * nn.CrossEntropyLoss(label_smoothing=.2)(s, y) + (1 - a) * T * T * {kl}", "smoothing=0.2"),
+    ("a * F.cross_entropy(s, y, ignore_index=5) + (1 - a) * T * T * {kept}", "ignore_index=5"),
+]
+SIDES = "F.log_softmax(s / T, {d}), F.softmax(t / T, {d})"
+
+
+@pytest.mark.parametrize("line,word", SUMS)
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_the_hard_term_beside_it(line: str, word: str, dim: int, tmp_path: Path) -> None:
+    """The line in the note is run in the place of the whole sum."""
+    sides = SIDES.format(d=dim)
+    kl = f"F.kl_div({sides}, reduction='batchmean')"
+    kept = f"F.kl_div({sides}, reduction='none').sum({dim})[y != 5].mean()"
+    head = "def loss(s, t, T, a=0.25):\n    y = t.argmax(1)\n"
+    text = line.format(kl=kl, kept=kept)
+    named = f"    ce = {text.split(' + ')[0]}\n    return ce + {text.split(' + ', 1)[1]}\n"
+    for source in (f"{head}    return {text}\n", head + named):
+        note = check(source, tmp_path).note
+        assert HARD in note and word in note, note
+        call = note.split(HARD)[1].split(" where ")[0].split("; ")[0]
+        s, t = (torch.randn(4, 7, dtype=torch.float64) for _ in range(2))
+        ours = value(f"{HEAD}{head}    return {call}\n", s, t, 2.5)
+        torch.testing.assert_close(ours, value(HEAD + source, s, t, 2.5), rtol=1e-6, atol=1e-9)
+
+
+def test_sums_that_are_no_distillation_loss(tmp_path: Path) -> None:
+    kl = f"F.kl_div({SIDES.format(d=-1)}, reduction='batchmean')"
+    for line in (
+        f"a * F.cross_entropy(s, y) + 0.5 * T * T * {kl}",
+        f"F.cross_entropy(s, y) + T * T * {kl}",
+        f"a * F.cross_entropy(t, y) + (1 - a) * T * T * {kl}",
+        f"a * F.cross_entropy(s, y, reduction='sum') + (1 - a) * T * T * {kl}",
+        f"a * F.cross_entropy(s, y, w) + (1 - a) * T * T * {kl}",
+    ):
+        source = f"def loss(s, t, T, a=0.5, y=None, w=None):\n    return {line}\n"
+        assert HARD not in look(source, tmp_path).note
+
+
+def test_a_mixture_is_a_jensen_shannon_divergence(tmp_path: Path) -> None:
+    lines = "def loss(s, t, T):\n    ls, lt = F.log_softmax(s, -1), F.log_softmax(t, -1)\n"
+    lines += "    m = torch.logsumexp(torch.stack([ls, lt]), 0)\n"
+    refused(f"{lines}    return F.kl_div(m, lt, log_target=True)\n", tmp_path, "fastkd.js_div")
