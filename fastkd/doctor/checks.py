@@ -201,8 +201,9 @@ class Checks:
             self.mark("temperature", site, text, "multiply by T * T once")
         elif powers == 0 and hard > 0 and t >= 1.5 and soft <= 1.0 + 1e-3 and not one.reverse:
             if not _is_one(sums[2]):
+                without = f"without T^2 = {t * t:g}" if not common else "T^2 is on both of them"
                 text = f"T = {t:g}: the soft term's factor is {soft:.4g} beside a hard one of "
-                self.mark("temperature", one.site, text + f"{hard:.4g}, without T^2 = {t * t:g}")
+                self.mark("temperature", one.site, text + f"{hard:.4g}, {without}")
 
     # ---- accumulation
 

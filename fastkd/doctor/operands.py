@@ -267,7 +267,7 @@ def fastkd_after(
         logits = student.hidden if isinstance(student, fastkd.LinearLogits) else student
         places.labels(watch, second, logits, labels, ignored)
     elif isinstance(labels, Tensor):
-        places.ignored(watch, one, labels, ignored)
+        places.all_ignored(watch, one, labels, ignored)
     new.terms, new.mask = tag.terms, tag.mask
 
 
@@ -347,6 +347,3 @@ def half_gradient(watch: Watch, x: Tensor) -> None:
             watch.half.setdefault(site, []).append(float(lost))
 
     x.register_hook(hook)
-
-
-remember = stored.remember

@@ -26,7 +26,7 @@ PAD = re.compile(r"^_?pad(_?(token_?)?(id|idx|index))?$", re.IGNORECASE)
 
 def labels(watch: Watch, one: Term, logits: Tensor, target: Tensor, ignored: int) -> None:
     """Whether labels are those of the next token, and whether any row is left."""
-    one_ignored(watch, one, target, ignored)
+    all_ignored(watch, one, target, ignored)
     tag = one.student.tag
     if tag.rows is None or tag.run is None:
         return
@@ -67,11 +67,7 @@ def labels(watch: Watch, one: Term, logits: Tensor, target: Tensor, ignored: int
         _forbid(tag.run, inner, f"rows labelled {ignored}")
 
 
-def ignored(watch: Watch, one: Term, target: Tensor, value: int) -> None:
-    one_ignored(watch, one, target, value)
-
-
-def one_ignored(watch: Watch, one: Term, target: Tensor, value: int) -> None:
+def all_ignored(watch: Watch, one: Term, target: Tensor, value: int) -> None:
     if target.numel() and not bool((target != value).any()):
         text = f"all {target.numel()} labels are {value}: no row is trained"
         watch.mark("mask", one.site, text, "labels of the tokens that are to be learnt")

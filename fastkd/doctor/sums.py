@@ -89,7 +89,7 @@ def _scale(watch: Watch, tag: Tag, new: Tag, by: float, sign: float) -> None:
             if found:
                 event = (site, found)
             elif exact:
-                event = (site._replace(line=site.line + 0), sign * exact)
+                event = (site, sign * exact)
                 if event in part.powers:  # twice by T in one line that could not be read
                     event = (site, 2.0 * sign * exact)
         parts.append(part.scaled(by, event))
