@@ -20,12 +20,13 @@ class Around(NamedTuple):
     form: str = "columns"  # rows, row means, sum, mean, row mean, kept sum, kept mean
     negative: bool = False
     mask: str = ""  # the options that leave rows out
+    of: ast.expr | None = None  # the mask's expression
     notes: tuple[str, ...] = ()
     flat: bool = False
 
     @property
     def masked(self) -> bool:
-        return bool(self.mask) and self.form in ("kept sum", "kept mean")
+        return self.form in ("kept sum", "kept mean")
 
 
 class Walk:
@@ -33,13 +34,15 @@ class Walk:
 
     def __init__(self, names: Names, dim: object, inside: bool = False) -> None:
         self.names, self.dim, self.inside = names, dim, inside
+        self.of: ast.expr | None = None  # what the last mask was read from
 
     def up(self, node: ast.expr) -> Around:
         at = Around(node)
         last = at  # the last that can be written
         while (after := self._step(at)) is not None:
             named, at = isinstance(after.node, ast.Name), after
-            if not named and (not at.mask or at.masked):
+            meant = at.of is None or (at.masked and self.names.same(at.of, at.node))
+            if not named and meant:
                 last = at
         return last
 
@@ -51,7 +54,7 @@ class Walk:
             return self._operator(at, parent)
         if isinstance(parent, ast.Subscript) and parent.value is node and at.form == "rows":
             mask = self._mask(parent.slice, at.flat, chosen=True)
-            return at._replace(node=parent, form="kept", mask=mask) if mask else None
+            return at._replace(node=parent, form="kept", mask=mask, of=self.of) if mask else None
         if isinstance(parent, ast.Assign) and not self.inside:
             return self.named(at, parent)
         call, name, given = self._call(node, parent)
@@ -109,7 +112,9 @@ class Walk:
         if isinstance(parent.op, ast.Mult) and at.form == "rows":
             other = parent.right if parent.left is at.node else parent.left
             mask = self._mask(other, at.flat)
-            return at._replace(node=parent, form="weighted", mask=mask) if mask else None
+            return (
+                at._replace(node=parent, form="weighted", mask=mask, of=self.of) if mask else None
+            )
         if isinstance(parent.op, ast.Div) and at.form == "kept sum" and parent.left is at.node:
             total, least = self._value(parent.right), None
             if isinstance(total, ast.Call) and isinstance(total.func, ast.Attribute):
@@ -168,6 +173,7 @@ class Walk:
             if after is None:
                 break
             value = after
+        self.of = value
         compared = isinstance(value, ast.Compare) and len(value.ops) == 1
         if isinstance(value, ast.Compare) and compared and isinstance(value.ops[0], ast.NotEq):
             labels, index = value.left, value.comparators[0]

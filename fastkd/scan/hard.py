@@ -56,7 +56,11 @@ def _joined(
         value = names.follow(x, other)
         parts += [x] if value is None or isinstance(value, ast.Constant) else _factors(value)
     calls = [x for x in parts if isinstance(x, ast.Call)]
-    if len(calls) != 1 or (hard := _hard(names, calls[0], student)) is None:
+    if (
+        len(calls) != 1
+        or not names.same(calls[0], other)
+        or (hard := _hard(names, calls[0], student)) is None
+    ):
         return ""
     weight = [ast.unparse(x) for x in parts if x is not calls[0]]
     t = student.temperature

@@ -289,6 +289,10 @@ class Names:
             return None  # a later round meets another value
         return last
 
+    def same(self, value: ast.expr, site: ast.AST) -> bool:
+        """Whether an expression can be written at a later place and means the same there."""
+        return self._stays(Binding(start(value), value, value), site)
+
     def _stays(self, binding: Binding, site: ast.AST) -> bool:
         """Whether all names of a binding's value are the same at the site."""
         assert binding.value is not None

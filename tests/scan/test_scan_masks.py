@@ -58,6 +58,10 @@ def test_masks_that_are_no_rows(tmp_path: Path) -> None:
         source = f"{LABELS}    index = [0, 1]\n    mask = labels != -100\n    return {KL}{tail}\n"
         found = check(source, tmp_path, (2, 3))
         assert "labels" not in (found.replacement or ""), found
+    for flat in ("", ".view(-1)"):
+        later = f"{LABELS}    mask = labels != -100\n    rows = {KL}{flat} * mask{flat}\n"
+        later += f"    labels = labels * 0\n    return rows.sum() / mask{flat}.sum()\n"
+        assert "labels" not in str(check(later, tmp_path, (2,)).replacement)
     used = f"{LABELS}    rows = {KL}\n    mask = labels != -100\n"
     found = check(f"{used}    return rows[mask].mean() + rows.mean()\n", tmp_path, (2,))
     assert "labels" not in (found.replacement or ""), found
