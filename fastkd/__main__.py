@@ -238,6 +238,7 @@ def _print(facts: dict[str, Any], as_json: bool) -> None:
 
 def _scan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     from fastkd.scan import scan
+    from fastkd.scan.rules import FAULTS
 
     try:
         found: list[Any] = list(scan(*arguments.paths))
@@ -257,6 +258,8 @@ def _scan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
             print(f"  + {loss.replacement}")
         if loss.note:
             print(f"    ({loss.note})")
+        for fault in loss.faults:
+            print(f"    {fault}: {FAULTS[fault][0]}")
     losses = sum(bool(loss.code) for loss in found)
     unread = "" if losses == len(found) else f", {len(found) - losses} not read"
     print(f"{losses} found{unread}, nothing changed")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fastkd.scan.rules import FAULTS
+
 from .diagnosis import diagnose
-from .findings import FAULTS, Finding, Findings, report
+from .findings import Finding, Findings, report
 from .script import Examined, examine
 
 __all__ = ["FAULTS", "Examined", "Finding", "Findings", "diagnose", "examine", "report"]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fastkd.scan import rules
+
 from . import stored
 from .findings import Finding, Findings, finding
 from .flow import Part, Site, Term
@@ -131,7 +133,7 @@ class Checks:
         return one.kind == "hand" and one.student.tag.pair is not None
 
     def _swapped(self, one: Term) -> None:
-        what = "the first operand is the teacher's (not trained), the second the student's"
+        what = f"{rules.SWAPPED.seen} (not trained), the second the student's"
         fix = ""
         if one.kind == "fastkd":
             fix = f"{one.name}(student_logits, teacher_logits, ...)"
@@ -177,16 +179,19 @@ class Checks:
             for backward in step:
                 hard = [x for x in backward.parts if x.term.kind == "hard"]
                 weight = sum(_size(x) for x in hard)
+                common = min((sum(n for _, n in x.powers) for x in hard), default=0.0)
                 for part in backward.parts:
                     one, t = part.term, part.term.temperature
                     if one.kind not in SOFT or abs(t - 1.0) < 0.05 or part.detached:
                         continue
-                    self._factor(part, weight, len(step), backward)
+                    self._factor(part, weight, len(step), common)
 
-    def _factor(self, part: Part, hard: float, count: int, backward: Backward) -> None:
+    def _factor(self, part: Part, hard: float, count: int, common: float) -> None:
+        """`common`: powers of T before the sum of both terms."""
         one, t = part.term, part.term.temperature
-        powers = one.power + sum(x for _, x in part.powers)
-        soft, shares = _size(part), (1.0, 1.0 / max(count, 1))
+        powers = one.power + sum(x for _, x in part.powers) - common
+        soft, hard = _size(part) / t**common, hard / t**common
+        shares = (1.0, 1.0 / max(count, 1))
         sums = {n: [hard / c + soft / (c * t**n) for c in shares] for n in (2, 4)}
         site = part.powers[-1][0] if part.powers else one.site
         doubled = powers >= 4 or (powers == 0 and hard and _is_one(sums[4]) and t >= 1.5)
@@ -196,8 +201,9 @@ class Checks:
             self.mark("temperature", site, text, "multiply by T * T once")
         elif powers == 0 and hard > 0 and t >= 1.5 and soft <= 1.0 + 1e-3 and not one.reverse:
             if not _is_one(sums[2]):
+                without = f"without T^2 = {t * t:g}" if not common else "T^2 is on both of them"
                 text = f"T = {t:g}: the soft term's factor is {soft:.4g} beside a hard one of "
-                self.mark("temperature", one.site, text + f"{hard:.4g}, without T^2 = {t * t:g}")
+                self.mark("temperature", one.site, text + f"{hard:.4g}, {without}")
 
     # ---- accumulation
 
@@ -208,8 +214,9 @@ class Checks:
         for step in self.watch.backwards[:-1]:
             groups: dict[Any, list[tuple[float, Term]]] = defaultdict(list)
             for backward in step:
+                chosen = {x.term.rows for x in backward.parts if x.term.sampled}
                 for part in backward.parts:
-                    if part.term.kind != "pair" and part.term.rows:
+                    if part.term.kind != "pair" and part.term.rows not in (0, *chosen):
                         trained = backward.mask & self.trained
                         key = (backward.place, part.term.place, part.term.kind, trained)
                         groups[key].append((abs(part.factor), part.term))

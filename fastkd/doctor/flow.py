@@ -94,6 +94,7 @@ class Term:
     temperature: float = 1.0
     rows: float = 1.0  # how many count
     power: int = 0  # of T, that the loss itself carries
+    sampled: bool = False  # rows are a random choice, as of a masked language model
     reverse: bool = False  # the program says that the direction is meant
     grad: bool = True
     grad_mode: bool = True

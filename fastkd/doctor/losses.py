@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import operands, places, sums
+from . import operands, places, stored, sums
 from .flow import (
     TRANSPARENT,
     Origin,
@@ -143,6 +143,9 @@ def _embedding(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new:
     if ids.dim() == 2 and ids.shape[1] > 1 and ids.shape[0] * ids.shape[1] > 3:
         new.run = Run(ids.detach().clone())
         new.rows = torch.arange(ids.numel(), device=ids.device).view(*ids.shape, 1)
+        pad = named.get("padding_idx", args[2] if len(args) > 2 else None)
+        if pad is not None and watch.program.owns(watch.program.place().file):
+            places.padded(new.run, pad)
 
 
 def _noise(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag) -> None:
@@ -174,10 +177,7 @@ def _softmax(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: T
     if tag.axis is not None and at != tag.axis and x.dim() > 1:
         faults.add(f"axis {dim} {x.dim() + tag.axis if dim >= 0 else tag.axis} {tuple(x.shape)}")
     kind = "logprob" if "log" in name else "prob"
-    temperature = tag.temperature
-    if tag.kind == "logprob" and temperature != 1.0:
-        temperature = tag.temperature
-    copy = replace(tag, kind=kind, temperature=temperature, faults=frozenset(faults), pair=None)
+    copy = replace(tag, kind=kind, faults=frozenset(faults), pair=None)
     copy.axis = at
     take(new, copy)
 
@@ -279,7 +279,7 @@ def left(
                 watch.recent[key] = x  # the program may have dropped it when its loss is computed
                 places.given_mask(tag.run, mask)
     if not watch.stack and found and given and not fed:
-        operands.remember(watch, module, given, found)
+        stored.remember(watch, module, given, found)
     if len(watch.stack) < 2:
         for x in found:
             operands.half_gradient(watch, x)

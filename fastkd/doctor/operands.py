@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 import fastkd
+from fastkd.scan import rules
 
 from . import places, stored
 from .flow import Part, Side, Tag, Term, number
+from .places import IGNORED
 
 if TYPE_CHECKING:
     from .watch import Watch
 
-IGNORED = -100
 TINY = 2.0**-25  # what rounds to 0 in float16
 SMALLEST = 2.0**-14  # of float16 at full precision
 
@@ -109,7 +110,7 @@ def _look(watch: Watch, one: Term, student: Any, teacher: Any) -> None:
     for tag, who in ((a, "the first operand"), (b, "the second operand")):
         for fault in tag.faults:
             if fault == "twice":
-                watch.mark("probabilities", site, f"{who} went through a softmax twice", "logits")
+                watch.mark("probabilities", site, f"{who}: {rules.TWICE.seen}", "logits")
             elif fault.startswith("axis"):
                 _, dim, axis, shape = fault.split(" ", 3)
                 text = f"{who}: a softmax over dim {dim} of shape {shape}, classes are dim {axis}"
@@ -121,8 +122,7 @@ def _look(watch: Watch, one: Term, student: Any, teacher: Any) -> None:
                 watch.mark("probabilities", site, text, "logits")
     if a.source is not None and a.source is b.source and a.temperature == b.temperature:
         if a.kind != "" or one.kind == "fastkd":
-            text = "both operands come from the same logits: the loss is 0"
-            watch.mark("shared", site, text)
+            watch.mark("shared", site, rules.SAME.seen)
     places.shared(watch, one)
     places.aligned(watch, one)
     stored.order(watch, one, teacher)
@@ -183,20 +183,19 @@ def _kl_values(watch: Watch, a: Tensor, b: Tensor, log_target: bool) -> None:
     second = tags[1].kind if tags[1] is not None else ""
     fix = "F.kl_div(F.log_softmax(student / T, -1), F.softmax(teacher / T, -1), ...)"
     if first == "prob" or (first == "" and is_probabilities(a, None)):
-        text = "the first operand of F.kl_div holds probabilities, it takes log-probabilities"
-        watch.mark("probabilities", site, text, fix)
+        watch.mark("probabilities", site, rules.INPUT.seen, fix)
     elif first == "" and a.numel() and float(a.max()) > 1e-3:
         text = f"the first operand of F.kl_div has values up to {float(a.max()):.3g}: logits"
         watch.mark("probabilities", site, text, fix)
     least = float(b.min()) if b.numel() else 0.0
     if not log_target and (second == "logprob" or least < -1e-6):
-        text = f"the target of F.kl_div has values down to {least:.3g}, it takes probabilities"
+        text = f"{rules.TARGET.seen}: False, and values down to {least:.3g}"
         watch.mark("probabilities", site, text, fix + " or log_target=True")
     elif log_target and b.numel() and (second == "prob" or is_probabilities(b, None)):
-        text = "log_target=True, but the target holds probabilities: rows sum to 1"
+        text = f"{rules.TARGET.seen}: True, and rows that sum to 1"
         watch.mark("probabilities", site, text, "F.log_softmax(teacher / T, -1)")
     elif log_target and second == "" and b.numel() and float(b.max()) > 1e-3:
-        text = f"log_target=True, but the target has values up to {float(b.max()):.3g}: logits"
+        text = f"{rules.TARGET.seen}: True, and logits up to {float(b.max()):.3g}"
         watch.mark("probabilities", site, text, "F.log_softmax(teacher / T, -1)")
 
 
@@ -268,7 +267,7 @@ def fastkd_after(
         logits = student.hidden if isinstance(student, fastkd.LinearLogits) else student
         places.labels(watch, second, logits, labels, ignored)
     elif isinstance(labels, Tensor):
-        places.ignored(watch, one, labels, ignored)
+        places.all_ignored(watch, one, labels, ignored)
     new.terms, new.mask = tag.terms, tag.mask
 
 
@@ -348,6 +347,3 @@ def half_gradient(watch: Watch, x: Tensor) -> None:
             watch.half.setdefault(site, []).append(float(lost))
 
     x.register_hook(hook)
-
-
-remember = stored.remember

@@ -18,13 +18,15 @@ TRAINED = re.compile(
 )
 PROMPT = re.compile(r"^prompts?_?masks?$")
 PROMPT_LENGTH = re.compile(r"^(prompt_?len(gth)?s?|n_prompt|len_prompt|p_?lens?)$", re.IGNORECASE)
+LABELS = re.compile(r"^(label|target|gold|tgt)s?(_ids)?$")
+IGNORED = -100
 LENGTHS = re.compile(r"^(lengths?|lens|seq_?len(gth)?s|n_tokens)$")
 PAD = re.compile(r"^_?pad(_?(token_?)?(id|idx|index))?$", re.IGNORECASE)
 
 
 def labels(watch: Watch, one: Term, logits: Tensor, target: Tensor, ignored: int) -> None:
     """Whether labels are those of the next token, and whether any row is left."""
-    one_ignored(watch, one, target, ignored)
+    all_ignored(watch, one, target, ignored)
     tag = one.student.tag
     if tag.rows is None or tag.run is None:
         return
@@ -53,6 +55,9 @@ def labels(watch: Watch, one: Term, logits: Tensor, target: Tensor, ignored: int
         watch.mark("shift", one.site, text, "logits[:, :-1] with labels[:, 1:], once")
     shape = ids.shape
     causal = rates.get(1, 0.0) >= 0.9  # of a masked language model the rest may be learnt
+    share = float(kept.float().mean())
+    runs = float((kept[1:] & kept[:-1]).float().mean())
+    one.sampled = not causal and share < 0.5 and runs < 0.6 * share
     if causal and 0 < int((~kept).sum()) < kept.numel():
         out = torch.zeros(shape.numel(), dtype=torch.bool, device=ids.device)
         out[rows[~kept]] = True
@@ -62,11 +67,7 @@ def labels(watch: Watch, one: Term, logits: Tensor, target: Tensor, ignored: int
         _forbid(tag.run, inner, f"rows labelled {ignored}")
 
 
-def ignored(watch: Watch, one: Term, target: Tensor, value: int) -> None:
-    one_ignored(watch, one, target, value)
-
-
-def one_ignored(watch: Watch, one: Term, target: Tensor, value: int) -> None:
+def all_ignored(watch: Watch, one: Term, target: Tensor, value: int) -> None:
     if target.numel() and not bool((target != value).any()):
         text = f"all {target.numel()} labels are {value}: no row is trained"
         watch.mark("mask", one.site, text, "labels of the tokens that are to be learnt")
@@ -143,7 +144,7 @@ def shared(watch: Watch, one: Term) -> None:
 
 def follow(watch: Watch, one: Term) -> None:
     """Watches at which places of the student's logits the loss has a gradient."""
-    run = one.student.tag.run
+    run = one.student.tag.run or _mixed(watch, one)
     if run is None:
         return
     gather(watch, run)
@@ -163,6 +164,15 @@ def follow(watch: Watch, one: Term) -> None:
                 _judge(watch, run, run.site)
 
     latest.register_hook(hook)
+
+
+def _mixed(watch: Watch, one: Term) -> Run | None:
+    """The pass behind an operand without rows of its own: a mixture of both models."""
+    if one.teacher is None or one.kind == "pair" or len(one.student.shape) < 2:
+        return None
+    tags = [watch.book.get(x) for x in watch.recent.values() if x.requires_grad]
+    runs = [x.run for x in tags if x is not None and x.mask & one.student.tag.mask]
+    return runs[-1] if runs else None
 
 
 def _judge(watch: Watch, run: Run, site: Any) -> None:
@@ -193,6 +203,10 @@ def gather(watch: Watch, run: Run) -> None:
                 _forbid(run, _twice(~mask), f"0 in {name}")
             elif PROMPT.match(name) and (mask := _zeros_and_ones(value)) is not None:
                 _forbid(run, _twice(mask), f"1 in {name}")
+            elif LABELS.match(name) and not value.is_floating_point():
+                kept = value != IGNORED
+                if bool(kept.any()) and float((value == ids)[kept].float().mean()) > 0.9:
+                    _forbid(run, _twice(~kept), f"{IGNORED} in {name}")
         elif LENGTHS.match(name) and isinstance(value, Tensor) and value.shape == shape[:1]:
             if not value.is_floating_point() and 0 < int(value.min()) <= int(value.max()):
                 if int(value.max()) <= shape[1]:
@@ -244,6 +258,11 @@ def _names(watch: Watch) -> list[tuple[str, Any]]:
                     held = vars(value) if len(vars(value)) < 60 else {}
                     found += [(k, v) for k, v in list(held.items()) if isinstance(v, (int, Tensor))]
     return found
+
+
+def padded(run: Run, pad: int) -> None:
+    """The padding_idx of the table that ids were looked up in."""
+    _forbid(run, _padding(run.ids, pad), f"padding (padding_idx={pad})")
 
 
 def given_mask(run: Run, mask: Any) -> None:

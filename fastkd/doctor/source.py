@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import linecache
 import os
-import re
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -17,17 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastkd.scan.rules import MEANT, SAID
+
 from .flow import Site
 
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
 INNER = (os.path.dirname(torch.__file__) + os.sep, str(Path(__file__).parent) + os.sep)
 LIBRARY = (sysconfig.get_paths()["stdlib"] + os.sep, sysconfig.get_paths()["platstdlib"] + os.sep)
-MEANT = re.compile(
-    r"reverse|(^|[^a-z])r_?kl|rev_?kl|jsd|(^|[^a-z])js(_|$|[^a-z])|jensen|mode.?seek|symmetric|skew"
-    r"|minillm|gkd|jeffreys|kl_?qp|kl_?st|student.{0,6}\|\|",
-    re.IGNORECASE,
-)
-SAID = re.compile(r"reverse.?kl|\brkl\b|mode.?seek|KL\((q|student) ?\|", re.IGNORECASE)
 
 
 class Program:
@@ -151,9 +146,17 @@ def power(frame: FrameType, temperature: float) -> float:
     if isinstance(found, ast.AugAssign):
         sign = {ast.Mult: 1.0, ast.Div: -1.0}.get(type(found.op), 0.0)
         return sign * _power(value, frame, temperature)
-    inner = [x for x in ast.walk(value) if isinstance(x, ast.BinOp)]
+    inner = [x for x in _outside(value) if isinstance(x, ast.BinOp)]
     powers = [_power(x, frame, temperature) for x in inner if not _divisor(x, inner)]
     return max(powers, default=0.0)
+
+
+def _outside(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and what is in it, without the indices: their numbers multiply nothing."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(node, ast.Subscript) and child is node.slice):
+            yield from _outside(child)
 
 
 def _divisor(node: ast.expr, others: list[ast.BinOp]) -> bool:

@@ -78,8 +78,9 @@ def quotient(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: T
 def _scale(watch: Watch, tag: Tag, new: Tag, by: float, sign: float) -> None:
     frame = next(watch.program.frames(), None)
     parts = []
+    soft = next((x.term.temperature for x in tag.terms if x.term.teacher is not None), 1.0)
     for part in tag.terms:
-        t, event = part.term.temperature, None
+        t, event = part.term.temperature if part.term.teacher is not None else soft, None
         if frame is not None and abs(t - 1.0) > 1e-6:
             value = by if sign > 0 or not by else 1.0 / by
             exact = next((n for n in (1, 2, 4) if abs(value - t**n) <= 1e-5 * abs(value)), 0)
@@ -88,7 +89,7 @@ def _scale(watch: Watch, tag: Tag, new: Tag, by: float, sign: float) -> None:
             if found:
                 event = (site, found)
             elif exact:
-                event = (site._replace(line=site.line + 0), sign * exact)
+                event = (site, sign * exact)
                 if event in part.powers:  # twice by T in one line that could not be read
                     event = (site, 2.0 * sign * exact)
         parts.append(part.scaled(by, event))

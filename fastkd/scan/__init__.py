@@ -11,11 +11,16 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from fastkd.scan import rules
+from fastkd.scan.around import Around, Walk
 from fastkd.scan.files import Unreadable, files, parse
 from fastkd.scan.found import Found
-from fastkd.scan.names import Names, arguments, written
-from fastkd.scan.softmax import TWICE, Softmax, Softmaxes, Unread, atom, constant, pure
+from fastkd.scan.hard import beside
+from fastkd.scan.names import Names, arguments
+from fastkd.scan.products import ENTROPY, Products
+from fastkd.scan.softmax import Softmax, Softmaxes, Unread, atom, constant, pure
 
 TEACHERS = {"teacher", "teachers", "tea", "t", "ref", "target", "targets"}  # words of a name
 BATCHES = re.compile(r"(size\(0\)|shape\[0\]|\blen\(|batch|\bbs\b|^[BN]$)", re.IGNORECASE)
@@ -29,7 +34,6 @@ FUNCTIONS = {
     ),
 }
 CONSTRUCTORS = {"KLDivLoss": "kl_div", "CrossEntropyLoss": "cross_entropy"}
-ENTROPY = "larger by the teacher's entropy, the gradient is the same"
 
 
 def scan(*paths: Path) -> Iterator[Found]:
@@ -76,15 +80,16 @@ class Source:
 
     def __init__(self, file: str, tree: ast.Module) -> None:
         self.file, self.tree, self.names = file, tree, Names(tree)
+        self.products = Products(self.names)
         self.used = set[ast.AST]()  # constructors whose calls were found
 
     def losses(self) -> Iterator[Found]:
         kinds = (ast.Call, ast.BinOp)
         nodes = [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
-        losses: list[Found | None] = []
-        for node in nodes:
-            one = self._call(node) if isinstance(node, ast.Call) else self._product(node)
-            losses.append(one)
+        found: list[tuple[ast.AST, Found | None]] = [
+            (x, self._call(x) if isinstance(x, ast.Call) else self._product(x)) for x in nodes
+        ]
+        losses = [one for node, one in found if node not in self.products.used]
         note = "its call was not found: give fastkd.kl_div the logits themselves there"
         for node in nodes:
             if isinstance(node, ast.Call) and self.names.function(node.func) == "KLDivLoss":
@@ -125,23 +130,26 @@ class Source:
             which = "input" if first is None else "target"
             text = ast.unparse(sides[first is not None])[:80]
             what = f"its {which} ({text}) could not be followed to a softmax of logits"
+            mixed = ast.unparse(self.names.follow(options["input"], node) or options["input"])
+            if "logsumexp(" in mixed or "logaddexp(" in mixed:
+                what = "a mixture of both sides, as of fastkd.js_div(student, teacher, beta=...)"
             return self._found(node, None, [f"{what}: give fastkd.kl_div the logits themselves"])
         reduction, faults = _reduction(options)
         log_target = constant(options.get("log_target"), False)
         if hidden:
             faults.append("its options are hidden in * or **")
         if not first.log:
-            faults.append("its input is a softmax, not its logarithm: this line has a fault")
+            faults.append(f"{rules.INPUT.seen}: this line has a fault")
         if isinstance(log_target, Unread):
             faults.append(f"its log_target could not be read ({log_target})")
         elif second.log != bool(log_target):
-            faults.append("log_target does not fit the target: this line has a fault")
+            faults.append(f"{rules.TARGET.seen}: this line has a fault")
         if first.same(second) and pure(first.logits):
-            faults.append("the same logits on both sides: the loss is always 0")
+            faults.append(rules.SAME.seen)
         if reduction != "none":
-            return self._written(node, first, second, reduction, False, faults, [])
-        top, form, negative = self._reduced(node, first.dim)
-        return self._written(top, first, second, form, negative, faults, [])
+            return self._written(Around(node, reduction), first, second, faults, [])
+        around, two = self._around(node, first, second, lambda x: tuple(map(x.read, sides)))
+        return self._written(around, two[0], two[1], faults, [])
 
     def _soft(
         self, node: ast.Call, read: Softmaxes, options: dict[str, ast.expr], hidden: bool
@@ -169,125 +177,62 @@ class Source:
         elif target.dim != 1:
             faults.append(f"F.cross_entropy takes dim 1 for the classes, its target {target.dim}")
         form = {"mean": "row mean", "none": "rows"}.get(reduction, reduction)
-        return self._written(node, student, target, form, False, faults, hints)
+        return self._written(Around(node, form), student, target, faults, hints)
 
     def _product(self, node: ast.BinOp) -> Found | None:
         """p * log q, the core of a soft cross-entropy by hand, or p * (log p - log q)."""
-        if not isinstance(node.op, ast.Mult):
+        made = self.products.pair(node, node)
+        if made is None:
             return None
-        read, negative = Softmaxes(self.names, node), False
-        sides = []
-        for side in (node.left, node.right):
-            while isinstance(side, ast.UnaryOp) and isinstance(side.op, ast.USub):
-                side, negative = side.operand, not negative
-            sides.append(side)
-        first, second = (read.read(x) for x in sides)
-        hints = ["by hand"]
-        if first is not None and second is not None:
-            if first.log == second.log or first.same(second):
-                return None  # no loss, or an entropy
-            student, teacher = (first, second) if first.log else (second, first)
-            negative = not negative
-            hints = [f"a cross-entropy by hand: {ENTROPY}"]
-        else:
-            one = first or second
-            pair = self._difference(read, sides[first is not None])
-            if one is None or one.log or pair is None:
-                return None
-            if one.same(pair[1]):
-                pair, negative = pair[::-1], not negative
-            if not one.same(pair[0]):
-                return None
-            teacher, student = one, pair[1]
-            if teacher.same(student):
-                return None
-        top, form, sign = self._reduced(node, student.dim)
-        return self._written(top, student, teacher, form, negative != sign, [], hints)
+        first, second, negative, hints = made
+        around, again = self._around(
+            node, first, second, lambda x: self.products.pair(node, x.site)
+        )
+        around = around._replace(negative=around.negative != negative)
+        return self._written(around, again[0], again[1], [], hints)
 
-    def _difference(self, read: Softmaxes, node: ast.expr) -> tuple[Softmax, Softmax] | None:
-        """(log a, log b) of log a - log b or log(a / b)."""
-        if written(node):
-            node = self.names.follow(node, read.site) or node
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
-            logs = read.read(node.left), read.read(node.right)
-            if logs[0] and logs[1] and logs[0].log and logs[1].log:
-                return logs[0], logs[1]
-        if isinstance(node, ast.Call):
-            inner = None
-            if self.names.function(node.func) == "log":
-                inner = node.args[0] if node.args else None
-            elif isinstance(node.func, ast.Attribute) and node.func.attr == "log":
-                inner = node.func.value
-            if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Div):
-                parts = read.read(inner.left), read.read(inner.right)
-                if parts[0] and parts[1] and not (parts[0].log or parts[1].log):
-                    return parts[0], parts[1]
-        return None
-
-    def _reduced(self, node: ast.expr, dim: object) -> tuple[ast.expr, str, bool]:
-        """(expression, form, whether negated) of the sums and means around numbers per column."""
-        form, negative = "columns", False
-        while True:
-            parent = self.names.parents.get(node)
-            if isinstance(parent, ast.UnaryOp) and isinstance(parent.op, ast.USub):
-                node, negative = parent, not negative
-                continue
-            call, name, given = parent, None, None
-            if isinstance(parent, ast.Attribute):  # x.sum(...)
-                call, name = self.names.parents.get(parent), parent.attr
-                if isinstance(call, ast.Call) and call.func is parent:
-                    given = arguments(call, "dim", "keepdim")
-            elif isinstance(parent, ast.Call) and parent.args[:1] == [node]:  # torch.sum(x, ...)
-                name = self.names.function(parent.func)
-                given = arguments(parent, "input", "dim", "keepdim")
-                given = given and {k: v for k, v in given.items() if k != "input"}
-            if name not in ("sum", "mean") or given is None or not isinstance(call, ast.Call):
-                return node, form, negative
-            axis = given.get("dim", given.get("axis"))
-            if axis is None and not given:
-                whole = {"columns": {"sum": "sum", "mean": "mean"}}
-                whole["rows"] = {"sum": "sum", "mean": "row mean"}
-                if form in whole:
-                    node, form = call, whole[form][name]
-                    continue
-            elif form == "columns" and len(given) == 1 and constant(axis) in (dim, [dim], (dim,)):
-                node, form = call, {"sum": "rows", "mean": "row means"}[name]
-                continue
-            return node, form, negative
+    def _around(
+        self, node: ast.expr, first: Softmax, second: Softmax, again: Any
+    ) -> tuple[Around, Any]:
+        """What is around a loss per column, and its sides as they are written there."""
+        around = Walk(self.names, first.dim).up(node)
+        made = again(Softmaxes(self.names, around.node))
+        if made is not None and all(x is not None for x in made[:2]):
+            return around, made
+        alone = Walk(self.names, first.dim, inside=True).up(node)
+        return alone, again(Softmaxes(self.names, node))
 
     # ---- what is written
 
     def _written(
         self,
-        node: ast.expr,
+        around: Around,
         student: Softmax,
         teacher: Softmax,
-        form: str,
-        negative: bool,
         faults: list[str],
         hints: list[str],
     ) -> Found:
+        node, form, negative = around.node, around.form, around.negative
         notes = [*dict.fromkeys((*student.notes, *teacher.notes))]
-        faults += [x for x in notes if x.startswith(TWICE)]
-        hints += [x for x in notes if not x.startswith(TWICE)]
+        faults += [x for x in notes if x.startswith(rules.TWICE.seen)]
+        hints += [x for x in (*notes, *around.notes) if not x.startswith(rules.TWICE.seen)]
         dim, second = student.dim, teacher.dim
+        joined = beside(self.names, around, student, teacher)
         if dim != second:
-            faults.append(f"two axes (dim={dim} and dim={second})")
+            faults.append(f"{rules.AXES.seen} (dim={dim} and dim={second})")
         elif dim is None:
             what = "no dim: torch takes 1 of 2-D and 4-D logits, 0 of 1-D and 3-D"
             faults.append(f"{what}; the line is for 2-D, of others move the classes last")
         elif isinstance(dim, str):
             faults.append(f"its dim could not be read ({dim}): move the classes last")
-        elif dim == 1:
-            hints.append(
-                "dim=1 is the last of 2-D logits: there without .movedim(1, -1).contiguous()"
-            )
-        elif dim != -1:
-            hints.append(f"fastkd's classes are the last axis: dim={dim} is moved there")
         function = "kl_div"
         if _says_teacher(student.logits) and not _says_teacher(teacher.logits):
             function, student, teacher = "reverse_kl_div", teacher, student
-            hints.append("KL(student || teacher), since the first argument is the teacher's")
+            why = "" if self._means_reverse(node) else f", since {rules.SWAPPED.seen}"
+            hints.append(f"KL(student || teacher){why}")
+            if any(ENTROPY in x for x in hints):
+                hints = [x for x in hints if ENTROPY not in x]
+                faults.append("a cross-entropy without the student's own entropy, no divergence")
         sides = [student.logits, teacher.logits]
         options = ""
         if student.divisors == teacher.divisors:
@@ -303,7 +248,7 @@ class Source:
         names = [x.logits.removesuffix(".contiguous()") for x in (student, teacher)]
         plain = next((x for x in names if "(" not in x), "")
         if isinstance(dim, int) and dim != -1:
-            sides = [f"{atom(x)}.movedim({dim}, -1).contiguous()" for x in sides]
+            options += f", class_dim={dim}"
         after = ""
         if form == "batchmean" and isinstance(dim, int) and dim != -1 and dim < 1:
             form, after = "sum", f" / {plain}.size(0)"
@@ -317,6 +262,9 @@ class Source:
                 "a loss per column, fastkd's is per row: in place of its sum over the classes"
             )
             form = "rows"
+        elif form in ("kept sum", "kept mean"):
+            options += around.mask
+            form = "sum" if form == "kept sum" else "row mean"
         elif form not in ("sum", "batchmean", "rows", "row mean"):
             form = "?"
             hints.append("with that reduction; 'mean' of F.kl_div is 'sum' / logits.numel()")
@@ -331,12 +279,13 @@ class Source:
         if (sign or after) and isinstance(self.names.parents.get(node), split):
             call = f"({call})"
         if (by := self._batch(node)) and form != "rows" and (after or form != "sum"):
-            hints.append(f"divided twice: {by} divides what the loss's own mean has divided")
+            hints.append(f"{rules.DIVIDED.seen}: {by} divides what the loss's own mean has divided")
         if faults:
             zero = any("always 0" in x for x in faults)
             meant = [] if zero else [f"as far as it can be read: {call}"[:300]]
             return self._found(node, None, [*faults, *meant, *hints])
-        return self._found(node, call, hints)
+        both = "" if any(ENTROPY in x for x in hints) or function != "kl_div" else joined
+        return self._found(node, call, [*hints, both] if both else hints)
 
     def _found(self, node: ast.expr, replacement: str | None, notes: list[str]) -> Found:
         square = self._squared(node)
@@ -345,7 +294,18 @@ class Source:
         last, end = node.end_lineno or node.lineno, node.end_col_offset or node.col_offset
         span = (node.lineno, node.col_offset, last, end)
         note = "; ".join(notes)
-        return Found(self.file, node.lineno, ast.unparse(node), replacement, note, None, span)
+        code, faults = ast.unparse(node), rules.faults(note)
+        return Found(self.file, node.lineno, code, replacement, note, None, span, faults)
+
+    def _means_reverse(self, node: ast.AST) -> bool:
+        """Whether the names and docstrings around say that the direction is meant."""
+        words = [ast.get_docstring(self.tree) or ""]
+        for x in self.names.above(node):
+            if isinstance(x, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                words += [x.name, (ast.get_docstring(x) or "")[:300]]
+            elif isinstance(x, ast.Assign):
+                words += [ast.unparse(y) for y in x.targets]
+        return any(rules.MEANT.search(x) for x in words)
 
     def _squared(self, node: ast.AST) -> str:
         """The T * T or T ** 2 that a loss is multiplied by."""

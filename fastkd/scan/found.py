@@ -18,3 +18,4 @@ class Found(NamedTuple):
     note: str
     cell: int | None = None
     span: tuple[int, int, int, int] | None = None  # first line, byte, last line, byte of the code
+    faults: tuple[str, ...] = ()  # names of fastkd.scan.rules.FAULTS, as the doctor has them

@@ -14,7 +14,10 @@ FUNCTIONAL = "torch.nn.functional"
 # names under which torch offers the same functions and modules
 KNOWN = {
     **{f"{FUNCTIONAL}.{x}": x for x in ("kl_div", "cross_entropy", "log_softmax", "softmax")},
-    **{f"torch.{x}": x for x in ("log_softmax", "softmax", "log", "exp", "div", "sum", "mean")},
+    **{
+        f"torch.{x}": x
+        for x in ("log_softmax", "softmax", "log", "exp", "div", "sum", "mean", "masked_fill")
+    },
     **{f"torch.special.{x}": x for x in ("log_softmax", "softmax")},
     "torch.true_divide": "div",
     "torch.divide": "div",
@@ -245,7 +248,7 @@ class Names:
         for scope in self.scopes(node):
             if (scope, name) in self.bound:
                 bindings = self.bound[scope, name]
-                found = self._reaching(node, bindings) if direct else None
+                found = self.reaching(node, bindings) if direct else None
                 if found is not None:
                     value = found.value
                     return value if value is not None and self._stays(found, site) else None
@@ -271,7 +274,7 @@ class Names:
             return None
         return first if not isinstance(first, ast.Call) or self.module(first) else None
 
-    def _reaching(self, node: ast.expr, bindings: list[Binding]) -> Binding | None:
+    def reaching(self, node: ast.expr, bindings: list[Binding]) -> Binding | None:
         before = [x for x in bindings if x.end <= start(node)]
         if not before:
             return None
@@ -285,6 +288,10 @@ class Names:
         if any(around & self._loops(x.node) for x in bindings):
             return None  # a later round meets another value
         return last
+
+    def same(self, value: ast.expr, site: ast.AST) -> bool:
+        """Whether an expression can be written at a later place and means the same there."""
+        return self._stays(Binding(start(value), value, value), site)
 
     def _stays(self, binding: Binding, site: ast.AST) -> bool:
         """Whether all names of a binding's value are the same at the site."""

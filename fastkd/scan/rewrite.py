@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from fastkd.scan.files import python_of
 from fastkd.scan.found import Found
+from fastkd.scan.hard import HEAD
 
 
 class Rewritten(NamedTuple):
@@ -30,7 +31,8 @@ class Rewritten(NamedTuple):
 
 def is_safe(found: Found) -> bool:
     """Whether a replacement has the value of its code whatever the shapes: no note to mind."""
-    notes = [x for x in found.note.split("; ") if x and not x.startswith("the factor ")]
+    free = ("the factor ", HEAD)  # of what is beside the replacement
+    notes = [x for x in found.note.split("; ") if x and not x.startswith(free)]
     return bool(found.replacement and found.span and not notes)
 
 

@@ -6,12 +6,12 @@ import ast
 from typing import NamedTuple
 
 from fastkd.scan.names import Names, arguments, start, written
+from fastkd.scan.rules import TWICE
 
 # what moves another axis to the last place, whose columns then lie apart
 MOVES = {"transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "T", "mT"}
 PASSED = {"detach", "float", "double", "to", "clone", "contiguous"}  # the same numbers
 SIGNATURES = {"softmax": ("input", "dim"), "log_softmax": ("input", "dim")}
-TWICE = "a softmax of a softmax"
 
 
 class Softmax(NamedTuple):
@@ -195,7 +195,7 @@ class Softmaxes:
         inner = self.read(node, depth - 1)
         if inner is not None:
             of = "its logarithm, which changes nothing" if inner.log else "itself"
-            notes = (*notes, f"{TWICE} (of {of}): give the logits {inner.logits}")
+            notes = (*notes, f"{TWICE.seen} (of {of}): give the logits {inner.logits}")
         return ast.unparse(node), (), notes
 
     def divided(self, node: ast.expr) -> tuple[ast.expr, str] | None:

@@ -37,6 +37,24 @@ for epoch in range(2):
         opt.step()
 """,
     ),
+    "T squared on both": (
+        "temperature",
+        "F.kl_div",
+        IMAGES
+        + """
+T, alpha = 5.0, 0.1
+opt = torch.optim.Adam(student.parameters())
+def criterion(s, t):
+    soft = F.kl_div(F.log_softmax(s / T, 1), F.softmax(t / T, 1), reduction="batchmean")
+    return (alpha * F.cross_entropy(s, Y) + (1 - alpha) * soft) * T ** 2
+for i in range(3):
+    with torch.no_grad():
+        t = teacher(X)
+    opt.zero_grad()
+    criterion(student(X), t).backward()
+    opt.step()
+""",
+    ),
     "T squared doubled": (
         "temperature",
         "T * T",

@@ -91,6 +91,26 @@ for step in range(3):
     opt.zero_grad()
 """,
     ),
+    "padding under a mixture": (
+        "mask",
+        "F.kl_div",
+        TEXT
+        + """
+for model in (teacher, student):
+    model.embed.padding_idx = 0
+for n, row in zip((9, 6, 4, 3), ids):
+    row[n:] = 0
+for step in range(3):
+    with torch.no_grad():
+        p = teacher(ids).log_softmax(-1)
+    q = student(ids).log_softmax(-1)
+    m = torch.logsumexp(torch.stack([p, q]) - 0.6931, 0)
+    loss = F.kl_div(m, p, log_target=True) + F.kl_div(m, q, log_target=True)
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+""",
+    ),
     "prompt trained on": (
         "mask",
         "fastkd.kl_div",

@@ -7,7 +7,7 @@ from faulty_images import IMAGES
 RIGHT = {
     "hinton": IMAGES
     + """
-T, alpha = 4.0, 0.1
+T, alpha = 2.0, 0.1
 opt = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
 sched = torch.optim.lr_scheduler.StepLR(opt, step_size=1)
 for epoch in range(2):
@@ -18,7 +18,7 @@ for epoch in range(2):
             t = teacher(x)
         s = student(x)
         soft = F.kl_div(F.log_softmax(s / T, dim=1), F.softmax(t / T, dim=1), reduction="batchmean")
-        loss = alpha * F.cross_entropy(s, y) + (1 - alpha) * soft * T * T
+        loss = alpha * F.cross_entropy(s, Y[i:i + 16]) + (1 - alpha) * soft * T * T
         opt.zero_grad()
         loss.backward()
         opt.step()

@@ -25,7 +25,7 @@ from fastkd.scan import scan
         ("F.kl_div(q, p, log_target=kind)", "log_target could not be read (kind)"),
         ("F.kl_div(q, p, log_target=True)", "log_target does not fit"),
         ("F.kl_div(q, p.log())", "log_target does not fit"),
-        ("F.kl_div(p, q.exp())", "not its logarithm"),
+        ("F.kl_div(p, q.exp())", "holds probabilities"),
         ("F.kl_div(q, q.exp())", "same logits on both sides"),
         ("F.kl_div(F.log_softmax(s, -1), F.softmax(s.detach(), -1))", "same logits"),
         ("F.kl_div(F.log_softmax(F.softmax(s, -1), -1), p)", "softmax of a softmax"),

@@ -1,0 +1,142 @@
+"""Per-token masks, labels to ignore, class axes and smoothing: run beside the original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from scan_code import HEAD, check, function, look, refused, value
+
+from fastkd.scan.hard import HEAD as HARD
+
+LABELS = """def loss(s, t, T):
+    labels = s.detach().argmax(-1)
+    labels.view(-1)[::3] = -100
+"""
+KL = "F.kl_div(F.log_softmax(s / T, -1), F.softmax(t / T, -1), reduction='none').sum(-1)"
+BODIES = {
+    f"mask = labels != -100\n    return {KL}[mask].mean()": ", labels=labels",
+    f"return {KL}[labels.ne(-100)].sum()": None,
+    f"mask = (labels != -100).float()\n    return ({KL} * mask).sum() / mask.sum()": "s=labels",
+    f"mask = (labels != -100).int()\n    rows = {KL}\n    rows = rows * mask\n"
+    "    return rows.sum() / mask.sum().clamp(min=1)": "labels=labels",
+    f"m = labels != -100\n    return torch.sum(m * {KL}) * 3": 'labels, reduction="sum"',
+    f"mask = (labels == -100).float()\n    return ({KL} * mask).sum() / mask.sum()": "weight=mask",
+    f"pad = -100\n    keep = labels != pad\n    return {KL}[keep].mean()": "index=pad",
+    "p = F.softmax(t / T, dim=-1, dtype=torch.float64)\n    infinite = torch.isinf(s)\n"
+    "    q = F.log_softmax(s / T, dim=-1, dtype=torch.float64)\n"
+    "    prod = torch.masked_fill(p * q, infinite, 0)\n    x = torch.sum(prod, dim=-1).view(-1)\n"
+    "    mask = (labels != -100).int()\n"
+    "    return -torch.sum(x * mask.view(-1), dim=0) / torch.sum(mask.view(-1), dim=0)": (
+        "temperature=T, labels=labels"
+    ),
+    "p, lp = F.softmax(t, -1), F.log_softmax(t, -1)\n    lq = F.log_softmax(s, -1)\n"
+    "    mask = labels != -100\n    return (p * lp - p * lq).sum(-1)[mask].mean()": "labels=labels",
+    "p, lp = F.softmax(s, -1), F.log_softmax(s, -1)\n    teacher = t\n"
+    "    lq = F.log_softmax(teacher, -1)\n    mask = labels != -100\n"
+    "    return ((p * lp - p * lq).sum(-1) * mask).sum() / mask.sum()": (
+        "fastkd.reverse_kl_div(s, teacher, labels=labels)"
+    ),
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_masks(body: str, tmp_path: Path) -> None:
+    source = f"{LABELS}    {body}\n"
+    wanted = BODIES[body]
+    if wanted is None:
+        assert "labels" not in str(check(source, tmp_path, (2, 3)).replacement)
+        return
+    found = check(source, tmp_path, (2, 3))
+    assert wanted in (found.replacement or ""), found
+
+
+def test_masks_that_are_no_rows(tmp_path: Path) -> None:
+    """An index, a factor or the mean over all places stay as they are."""
+    for tail in ("[index].mean()", " * mask.sum()", "[0].mean()"):
+        source = f"{LABELS}    index = [0, 1]\n    mask = labels != -100\n    return {KL}{tail}\n"
+        found = check(source, tmp_path, (2, 3))
+        assert "labels" not in (found.replacement or ""), found
+    for flat in ("", ".view(-1)"):
+        later = f"{LABELS}    mask = labels != -100\n    rows = {KL}{flat} * mask{flat}\n"
+        later += f"    labels = labels * 0\n    return rows.sum() / mask{flat}.sum()\n"
+        assert "labels" not in str(check(later, tmp_path, (2,)).replacement)
+    used = f"{LABELS}    rows = {KL}\n    mask = labels != -100\n"
+    found = check(f"{used}    return rows[mask].mean() + rows.mean()\n", tmp_path, (2,))
+    assert "labels" not in (found.replacement or ""), found
+
+
+def test_a_cross_entropy_of_the_student_is_no_divergence(tmp_path: Path) -> None:
+    line = "-(F.softmax(s, -1) * F.log_softmax(teacher, -1)).sum(-1).mean()"
+    refused(function(line).replace("loss(s, t,", "loss(s, teacher,"), tmp_path, "own entropy")
+
+
+def test_class_axes_lie_where_they_are(tmp_path: Path) -> None:
+    for x in ("{}.transpose(1, 2)", "{}.permute(0, 2, 1)", "{}[:, :, ::2]"):
+        s, t = x.format("s"), x.format("t")
+        line = f"F.kl_div(F.log_softmax({s} / T, 1), F.softmax({t} / T, 1), reduction='batchmean')"
+        assert "class_dim=1" in (check(function(line), tmp_path, (3,)).replacement or "")
+
+
+def test_faults_are_named_as_the_doctor_names_them(tmp_path: Path) -> None:
+    swapped = "F.kl_div(F.log_softmax(teacher, -1), F.softmax(s, -1), reduction='sum')"
+    source = function(swapped).replace("loss(s, t,", "loss(s, teacher,")
+    assert look(source, tmp_path).faults == ("swapped",)
+    assert look(source.replace("loss(", "reverse_kl("), tmp_path).faults == ()
+    for line, fault in (
+        ("F.kl_div(F.softmax(s, -1), F.softmax(t, -1))", "probabilities"),
+        ("F.kl_div(F.log_softmax(s.softmax(-1), -1), F.softmax(t, -1))", "probabilities"),
+        ("F.kl_div(F.log_softmax(s, -1), F.softmax(t, 0))", "axis"),
+        ("F.kl_div(F.log_softmax(s, -1), F.softmax(s, -1))", "shared"),
+    ):
+        assert look(function(line), tmp_path).faults == (fault,)
+
+
+SUMS = [  # (loss, what the line holds); a: the weight, y: labels
+    ("a * F.cross_entropy(s, y) + (1 - a) * T * T * {kl}", "alpha=a"),
+    ("(1 - a) * F.cross_entropy(s, y) + a * T ** 2 * {kl}", "alpha=1 - a"),
+    ("{kl} * (T * T) * 0.7 + 0.3 * F.cross_entropy(s, y, label_smoothing=0.1)", "label_smoothing"),
+    ("a * F.cross_entropy(s, y) + (1 - a) * {kl}", "t_squared=False"),
+    ("a * nn.CrossEntropyLoss(label_smoothing=.2)(s, y) + (1 - a) * T * T * {kl}", "smoothing=0.2"),
+    ("a * F.cross_entropy(s, y, ignore_index=5) + (1 - a) * T * T * {kept}", "ignore_index=5"),
+]
+SIDES = "F.log_softmax(s / T, {d}), F.softmax(t / T, {d})"
+
+
+@pytest.mark.parametrize("line,word", SUMS)
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_the_hard_term_beside_it(line: str, word: str, dim: int, tmp_path: Path) -> None:
+    """The line in the note is run in the place of the whole sum."""
+    sides = SIDES.format(d=dim)
+    kl = f"F.kl_div({sides}, reduction='batchmean')"
+    kept = f"F.kl_div({sides}, reduction='none').sum({dim})[y != 5].mean()"
+    head = "def loss(s, t, T, a=0.25):\n    y = t.argmax(1)\n"
+    text = line.format(kl=kl, kept=kept)
+    named = f"    ce = {text.split(' + ')[0]}\n    return ce + {text.split(' + ', 1)[1]}\n"
+    for source in (f"{head}    return {text}\n", head + named):
+        note = check(source, tmp_path).note
+        assert HARD in note and word in note, note
+        call = note.split(HARD)[1].split(" where ")[0].split("; ")[0]
+        s, t = (torch.randn(4, 7, dtype=torch.float64) for _ in range(2))
+        ours = value(f"{HEAD}{head}    return {call}\n", s, t, 2.5)
+        torch.testing.assert_close(ours, value(HEAD + source, s, t, 2.5), rtol=1e-6, atol=1e-9)
+
+
+def test_sums_that_are_no_distillation_loss(tmp_path: Path) -> None:
+    kl = f"F.kl_div({SIDES.format(d=-1)}, reduction='batchmean')"
+    for line in (
+        f"a * F.cross_entropy(s, y) + 0.5 * T * T * {kl}",
+        f"F.cross_entropy(s, y) + T * T * {kl}",
+        f"a * F.cross_entropy(t, y) + (1 - a) * T * T * {kl}",
+        f"a * F.cross_entropy(s, y, reduction='sum') + (1 - a) * T * T * {kl}",
+        f"a * F.cross_entropy(s, y, w) + (1 - a) * T * T * {kl}",
+    ):
+        source = f"def loss(s, t, T, a=0.5, y=None, w=None):\n    return {line}\n"
+        assert HARD not in look(source, tmp_path).note
+
+
+def test_a_mixture_is_a_jensen_shannon_divergence(tmp_path: Path) -> None:
+    lines = "def loss(s, t, T):\n    ls, lt = F.log_softmax(s, -1), F.log_softmax(t, -1)\n"
+    lines += "    m = torch.logsumexp(torch.stack([ls, lt]), 0)\n"
+    refused(f"{lines}    return F.kl_div(m, lt, log_target=True)\n", tmp_path, "fastkd.js_div")
