@@ -47,6 +47,25 @@ struct Rated {
   Where apart;  // whether the rate is 0 at p = 0, and not at p = q
 };
 
+// p - q, and the smaller less the larger of the two: of the numbers themselves, or given with more
+// digits than these have.
+struct Subtract {
+  template <class V>
+  FASTKD_INLINE V operator()(V p, V q) const {
+    return p - q;
+  }
+  template <class V>
+  FASTKD_INLINE V least(V less, V more) const {
+    return less - more;
+  }
+};
+template <class V>
+struct Given {
+  V gap;
+  FASTKD_INLINE V operator()(V, V) const { return gap; }
+  FASTKD_INLINE V least(V, V) const { return smaller(gap, -gap); }
+};
+
 // What is added to a rate at p near q, and to one far from it; of the second, `far` itself is the
 // centred rate's.
 template <class T>
@@ -108,11 +127,11 @@ FASTKD_INLINE auto small(V share) {
 // m is half the sum, so that the larger over m is at most 2 and its logarithm needs no exponent.
 struct EvenJS {
   static constexpr Expectation expectation = Expectation::none;
-  template <class V, class T>
-  static FASTKD_INLINE Rated<V> at(V p, V q, T) {
+  template <class V, class G, class T>
+  static FASTKD_INLINE Rated<V> at(V p, V q, G gap_of, T) {
     const T half = T(0.5);
     const V less = smaller(p, q), more = larger(p, q), over_sum = over(p + q);
-    const V share = less * over_sum, gap = (less - more) * over_sum;
+    const V share = less * over_sum, gap = gap_of.least(less, more) * over_sum;
     const auto apart = share < V{} + kLog1pBelow<T>;
     // of more / m, or of half of it, which is 1 where less is 0
     const V of_more = log1p(-(apart ? share : gap)), of_less = log(share + share, gap);
@@ -127,11 +146,11 @@ struct EvenJS {
 // Any other: log(p / m) enters the value alone, whose digits do not depend on how it is taken.
 struct UnevenJS {
   static constexpr Expectation expectation = Expectation::none;
-  template <class V, class T>
-  static FASTKD_INLINE Rated<V> at(V p, V q, T beta) {
+  template <class V, class G, class T>
+  static FASTKD_INLINE Rated<V> at(V p, V q, G gap_of, T beta) {
     const T rest = T(1) - beta;
     const V weight = beta * p, over_m = over(fma(splat(rest), q, weight));
-    const V gap = (p - q) * over_m, share = p * over_m;
+    const V gap = gap_of(p, q) * over_m, share = p * over_m;
     const auto apart = small(share);
     const V above = -beta * (apart ? share : gap);
     // of q / m, or of rest * q / m
@@ -149,9 +168,9 @@ struct JS {
     const double rest = static_cast<double>(T(1) - beta);
     return static_cast<T>(-rest * log(rest));
   }
-  template <class V, class T>
-  static FASTKD_INLINE Rated<V> at(V p, V q, T beta) {
-    return is_even(beta) ? EvenJS::at(p, q, beta) : UnevenJS::at(p, q, beta);
+  template <class V, class G, class T>
+  static FASTKD_INLINE Rated<V> at(V p, V q, G gap_of, T beta) {
+    return is_even(beta) ? EvenJS::at(p, q, gap_of, beta) : UnevenJS::at(p, q, gap_of, beta);
   }
   template <class T>
   static FASTKD_INLINE bool is_even(T beta) {
@@ -165,10 +184,11 @@ struct SkewKL {
   static FASTKD_INLINE T far(T alpha) {
     return T(1) - alpha;
   }
-  template <class V, class T>
-  static FASTKD_INLINE Rated<V> at(V p, V q, T alpha) {
+  template <class V, class G, class T>
+  static FASTKD_INLINE Rated<V> at(V p, V q, G gap_of, T alpha) {
     const T rest = T(1) - alpha;
-    const V over_m = over_mixture(p, q, alpha), gap = rest * ((p - q) * over_m), share = p * over_m;
+    const V over_m = over_mixture(p, q, alpha), share = p * over_m;
+    const V gap = rest * (gap_of(p, q) * over_m);
     // rest - rest * p / m
     const auto apart = small(share);
     return {p * log(share, gap), -rest * (apart ? share : gap), apart};
@@ -182,12 +202,12 @@ struct SkewReverseKL {
     return static_cast<T>(-__builtin_log(static_cast<double>(alpha)) -
                           (1.0 - static_cast<double>(alpha)));
   }
-  template <class V, class T>
-  static FASTKD_INLINE Rated<V> at(V p, V q, T alpha) {
+  template <class V, class G, class T>
+  static FASTKD_INLINE Rated<V> at(V p, V q, G gap_of, T alpha) {
     const T rest = T(1) - alpha;
-    const V over_m = over_mixture(q, p, alpha), gap = (q - p) * over_m, share = p * over_m;
+    const V over_m = over_mixture(q, p, alpha), gap = gap_of(p, q) * over_m, share = p * over_m;
     const auto apart = small(share);
-    const V above = rest * (apart ? -share : gap);
+    const V above = -rest * (apart ? share : gap);
     const V log_q = log(apart ? T(1) + above : q * over_m, above);  // of q / m, or of alpha q / m
     const V value = q * (log_q - zero_unless<V>(apart, log(splat(alpha))));
     return {value, log_q - (apart ? above : alpha * above), apart};
@@ -200,10 +220,10 @@ struct TV {
   static FASTKD_INLINE T far(T) {
     return 0;
   }
-  template <class V, class T>
-  static FASTKD_INLINE Rated<V> at(V p, V q, T) {
-    const V gap = q - p, half = V{} + T(0.5);
-    return {half * larger(gap, -gap), gap > V{} ? half : gap < V{} ? -half : V{}, V{} < V{}};
+  template <class V, class G, class T>
+  static FASTKD_INLINE Rated<V> at(V p, V q, G gap_of, T) {
+    const V gap = gap_of(p, q), half = V{} + T(0.5);
+    return {half * larger(gap, -gap), gap < V{} ? half : gap > V{} ? -half : V{}, V{} < V{}};
   }
 };
 
@@ -215,8 +235,8 @@ struct Acceptance {
   static FASTKD_INLINE T far(T) {
     return 0;
   }
-  template <class V, class T>
-  static FASTKD_INLINE Rated<V> at(V p, V q, T) {
+  template <class V, class G, class T>
+  static FASTKD_INLINE Rated<V> at(V p, V q, G, T) {
     return {smaller(p, q), zero_unless<V>(q < p, V{} + T(1)), V{} < V{}};
   }
 };

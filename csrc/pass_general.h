@@ -132,7 +132,7 @@ FASTKD_INLINE Sloped<V> pair_at(const Column<V>& at, T param, Origin<T> centre) 
   if constexpr (D::expectation != Expectation::none) {
     return D::at(at.logp, at.logq, at.p, at.q);
   } else {
-    const Rated<V> point = D::at(at.p, at.q, param);
+    const Rated<V> point = D::at(at.p, at.q, Subtract{}, param);
     return {point.value, at.q * centre(point)};
   }
 }

@@ -104,8 +104,10 @@ struct Partial {
 };
 
 // A block as the sum loop left it: the bases of its exponentials, and the student's sum.
+// lift: what was taken off its score differences. less_one: exponentials are kept less 1.
 struct Block {
-  double s_base, t_base, s_sum;
+  double s_base, t_base, s_sum, lift = 0.0;
+  bool less_one = false;
 };
 
 // The scratch of one row. `kept` holds four vectors per group of columns: two of the student's

@@ -173,6 +173,15 @@ FASTKD_INLINE F fma(F a, F b, F c) {
 }
 FASTKD_INLINE double fma(double a, double b, double c) { return a * b + c; }
 
+// (2^x - 1) / x by a minimax polynomial of degree 5 on [-1/2, 1/2] (of 2^x, relative error 1.9e-9).
+FASTKD_INLINE F exp2_slope(F x) {
+  F p = fma(splat(1.534581199865e-4f), x, splat(1.3399931219160e-3f));
+  p = fma(p, x, splat(9.618488957133e-3f));
+  p = fma(p, x, splat(5.550328776966e-2f));
+  p = fma(p, x, splat(2.4022646890634e-1f));
+  return fma(p, x, splat(6.9314720573727e-1f));
+}
+
 // 2^x: at most kExp2Ulp ulp for -126 <= x < 128, exactly 1 at 0, exactly 0 below -127 (where Flush
 // is in force) and for -inf, inf from 128 on, NaN for NaN.
 #if defined(__AVX512F__)
@@ -189,22 +198,19 @@ FASTKD_INLINE F exp2(F x) {
   return _mm512_scalef_ps(p, x);
 }
 #else
-// Minimax polynomial of degree 6 on [-1/2, 1/2] (relative error 1.9e-9); adding 1.5 * 2^23 rounds
-// x to an integer and leaves that integer in the low bits, with 127 more ready to be an exponent.
+// Adding 1.5 * 2^23 rounds x to an integer and leaves that integer in the low bits, with 127 more
+// ready to be an exponent.
 FASTKD_INLINE F exp2(F x) {
   const F magic = splat(12582912.0f + 127.0f);
   x = smaller(splat(128.0f), larger(splat(-127.0f), x));
   const F shifted = x + magic;
   const F f = x - (shifted - magic);
-  F p = fma(splat(1.534581199865e-4f), f, splat(1.3399931219160e-3f));
-  p = fma(p, f, splat(9.618488957133e-3f));
-  p = fma(p, f, splat(5.550328776966e-2f));
-  p = fma(p, f, splat(2.4022646890634e-1f));
-  p = fma(p, f, splat(6.9314720573727e-1f));
-  p = fma(p, f, splat(1.0f));
-  return p * bits<F>(bits<U>(shifted) << 23);
+  return fma(exp2_slope(f), f, splat(1.0f)) * bits<F>(bits<U>(shifted) << 23);
 }
 #endif
+
+// 2^x - 1 on [-1/2, 1/2], with the digits that the 1 would take.
+FASTKD_INLINE F exp2m1(F x) { return exp2_slope(x) * x; }
 
 // log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)): f * P(f) with minimax P of degree 9 and P(0) = 1
 // (relative error 4.1e-9). kLog1pBelow is 1 - sqrt(1/2).
@@ -271,6 +277,7 @@ FASTKD_INLINE double inverse(double x) { return 1.0 / x; }
 // The C library's functions in float64; flushed where the result would be subnormal, so that a
 // ratio of two probabilities stays finite.
 FASTKD_INLINE double exp2(double x) { return x < -1022.0 ? 0.0 : __builtin_exp2(x); }
+FASTKD_INLINE double exp2m1(double x) { return __builtin_expm1(x * kLn2); }
 FASTKD_INLINE double log(double x) { return __builtin_log(x == 0.0 ? __DBL_MIN__ : x); }
 FASTKD_INLINE double log1p(double f) { return __builtin_log1p(f); }
 FASTKD_INLINE double log(double x, double above) {

@@ -284,6 +284,35 @@ def test_ours_that_raises_fails_the_run_and_another_does_not(
     )
 
 
+def test_a_gradient_rounded_before_its_factor_fails_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a driver would that multiplies what forward has rounded already."""
+    kl_div = fastkd.kl_div
+
+    class Late(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, student: Tensor) -> Tensor:
+            return student.view_as(student)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return (grad * 3).to(grad.dtype) / 3 if grad.dtype.itemsize == 2 else grad
+
+    def late(student: Any, *operands: Any, **options: Any) -> Any:
+        moved = Late.apply(student) if isinstance(student, Tensor) else student
+        return kl_div(moved, *operands, **options)
+
+    arguments = ["--cases", "kl_div", "--dtype", "bfloat16", "--providers", "fastkd"]
+    arguments += ["--factors", "0.3,65536"]
+    assert run(*arguments) == 0
+    told = capsys.readouterr().out
+    assert "same bits" in told and "20 of 20 steps within 1.1" in told
+    monkeypatch.setattr(fastkd, "kl_div", late)
+    assert run(*arguments) == 1
+    assert "4 of 20 steps within 1.1" in capsys.readouterr().out
+
+
 def test_quick_runs_as_a_program(tmp_path: Path) -> None:
     file = tmp_path / "accuracy.json"
     command = [sys.executable, "-m", "bench.accuracy", "--quick", "--vocab", "10"]
