@@ -228,7 +228,6 @@ GIVEN: tuple[tuple[str, str, Callable[[Path], Names]], ...] = (
     ("fastkd/distill/README.md", "features.hint", nothing),
     ("fastkd/integrations/README.md", "DistilBertConfig", nothing),
     ("fastkd/parallel/README.md", "own_rows", sharded),
-    ("fastkd/integrations/README.md", "compute_loss_func", transformers),
     ("fastkd/integrations/README.md", "def collate", transformers),
     ("fastkd/integrations/README.md", "patch(GKDTrainer)", transformers),
     ("fastkd/distill/losses/README.md", "sentence_embedding", nothing),
