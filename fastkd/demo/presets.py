@@ -63,7 +63,7 @@ PRESETS = {
         vocab=32_768,
         context=128,
         teacher=Net(128, 3, 2, steps=600, batch=4, lr=3e-3),
-        student=Net(64, 2, 2, steps=120, batch=8, lr=5e-3),
+        student=Net(64, 2, 2, steps=100, batch=8, lr=5e-3),
         eager_share=0.25,
         k=64,
         characters=20 * 10**6,
