@@ -1,8 +1,8 @@
 """Compiles the kernels for systems that are not at hand: `python tests/kernels/cross.py`.
 
 Zig's C++ compiler (pip install ziglang) brings the headers of macOS and Windows. All is compiled
-with setup.py's flags, and nothing is run. module.cpp takes this Python's headers, which do for macOS;
-for Windows it is left out, whose Python has other ones.
+with setup.py's flags, and nothing is run. module.cpp takes this Python's headers, which macOS
+accepts. Windows needs its own headers, so that module.cpp is left out there.
 """
 
 from __future__ import annotations
