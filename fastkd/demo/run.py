@@ -83,13 +83,13 @@ def run(
         raise FileNotFoundError(f"path: got {str(path)!r}, which is not there")
     _settle(folder, sizes, path, seed, fresh)
     clock = Clock(folder / SECONDS, progress)
-    with clock.stage("text", "files are read, a BPE is trained, a tenth is held out; seconds"):
+    with clock.stage("text", "it is read, a BPE is trained, a tenth held out; a few seconds"):
         text = corpus.load(path, folder, sizes.vocab, sizes.characters, sizes.context + 1)
     if progress and text.vocab < sizes.vocab:
         print(f"a vocabulary of {text.vocab}: the text has no {sizes.vocab}", file=sys.stderr)
     stages = Stages(sizes, text, folder, seed, where, progress)
     with quiet():
-        with clock.stage("estimate", "one step of every model is timed; seconds"):
+        with clock.stage("estimate", "one step of every model is timed; a few seconds"):
             seconds = _kept(folder / "estimates.json", lambda: estimate.seconds(stages))
         clock.expect(seconds, seeds)
         models = _models(stages, clock)
