@@ -51,7 +51,7 @@ def use() -> None:
         values.append(float(names["loss"]))  # type: ignore[arg-type]
         info = names["fastkd"].info()  # type: ignore[attr-defined]
     assert abs(values[0] - values[1]) <= 1e-5 * abs(values[0]), values
-    assert info["backend"] == "cpu", info
+    assert info["cpu"], info  # else the reference ran
     print(f"{sys.version.split()[0]}, torch {info['torch']}: {values[1]:.6f} both ways, {info}")
 
 
