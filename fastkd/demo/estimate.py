@@ -28,10 +28,12 @@ def seconds(stages: Stages) -> dict[str, float]:
         if name != CACHED
     }
     hidden = Language(teacher, linear=True).eval()
+    generator = torch.Generator(stages.device)
 
     def capture() -> None:
         with torch.no_grad():
-            fastkd.topk_from_logits(hidden(tokens), preset.k, method="sample")
+            outputs = hidden(tokens)
+            fastkd.topk_from_logits(outputs, preset.k, method="sample", generator=generator)
 
     def one(name: str) -> float:
         steps[name]()
