@@ -35,7 +35,8 @@ def use() -> None:
     found = importlib.util.find_spec("fastkd")
     assert found and found.origin and ROOT not in Path(found.origin).parents, found
     if importlib.util.find_spec("torch") is None:
-        (binary,) = Path(found.origin).parent.glob("_C*")
+        beside = Path(found.origin).parent.glob("_C*")
+        (binary,) = (file for file in beside if file.suffix in (".so", ".pyd"))
         spec = importlib.util.spec_from_file_location("fastkd._C", binary)
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
