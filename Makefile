@@ -7,7 +7,7 @@
 # make ptx    the Triton kernels' PTX, executed without a GPU
 # make gpu    on a machine with a GPU and its own torch and triton: build, test, measure
 #
-# An interrupted demo goes on where it was; `rm -r demo` begins anew.
+# An interrupted demo goes on where it was; `rm -r demo` begins anew. demo/demo.html shows the result.
 # demo and test make their own environment in .venv; PYTHON and TORCH choose what goes into it.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -20,6 +20,8 @@ SEED ?= 1
 # of the demonstration: a text file or a folder of them (none: Python's own sources), and its sizes
 TEXT ?=
 PRESET ?= small
+# over how many seeds its gain is measured
+SEEDS ?= 1
 
 # Here, the C++ kernels must build, and a test of them must not be skipped; a user's build goes on
 # without them.
@@ -31,8 +33,16 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: demo check test pytest lint sdist docs wheels cross kernels sanitize aarch64 served ptx gpu clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/ready
-	$(RUN) -m fastkd demo $(TEXT) --preset $(PRESET) --out demo
+# It needs less than the tests do: where these have no environment yet, it makes a smaller one.
+demo: $(if $(wildcard $(VENV)/ready),$(VENV)/ready,$(VENV)/demo)
+	$(RUN) -m fastkd demo $(TEXT) --preset $(PRESET) --seeds $(SEEDS) --out demo
+
+$(VENV)/demo: pyproject.toml setup.py $(wildcard csrc/*)
+	@echo "first: $(TORCH), transformers and the compiled kernels go to $(VENV), a minute or two"
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet "$(TORCH)"
+	$(RUN) -m pip install --quiet --editable ".[demo]"
+	touch $@
 
 # Every formula, option, dtype and edge of the core on the CPU's kernels and on the reference; not
 # Triton's interpreter, other processes, compiled steps or whole trainings (tests/README.md).

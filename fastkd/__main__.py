@@ -22,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--preset", default="small", help="tiny, small (default) or gpu")
     command.add_argument("--out", type=Path, default=Path("demo"), help="(default demo)")
     command.add_argument("--seed", type=int, default=0, help="(default 0)")
+    text = "from --seed on, over which the gain is measured (default 1)"
+    command.add_argument("--seeds", type=int, default=1, help=text)
     command.add_argument("--device", help="(default: a GPU if there is one)")
     command.add_argument("--fresh", action="store_true", help="forget what --out holds")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -102,6 +104,7 @@ def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int
             preset=arguments.preset,
             out=arguments.out,
             seed=arguments.seed,
+            seeds=arguments.seeds,
             fresh=arguments.fresh,
             device=arguments.device,
         )

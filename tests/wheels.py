@@ -35,7 +35,8 @@ def use() -> None:
     found = importlib.util.find_spec("fastkd")
     assert found and found.origin and ROOT not in Path(found.origin).parents, found
     if importlib.util.find_spec("torch") is None:
-        (binary,) = Path(found.origin).parent.glob("_C*")
+        beside = Path(found.origin).parent.glob("_C*")
+        (binary,) = (file for file in beside if file.suffix in (".so", ".pyd"))
         spec = importlib.util.spec_from_file_location("fastkd._C", binary)
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
@@ -51,7 +52,7 @@ def use() -> None:
         values.append(float(names["loss"]))  # type: ignore[arg-type]
         info = names["fastkd"].info()  # type: ignore[attr-defined]
     assert abs(values[0] - values[1]) <= 1e-5 * abs(values[0]), values
-    assert info["backend"] == "cpu", info
+    assert info["cpu"], info  # else the reference ran
     print(f"{sys.version.split()[0]}, torch {info['torch']}: {values[1]:.6f} both ways, {info}")
 
 

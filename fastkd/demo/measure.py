@@ -29,7 +29,7 @@ def measured(stages: Stages, student: Any, teacher: Any) -> Figures:
     loss, backward, clipping and AdamW.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler prints two lines a use
-    tokens, labels = _batch(stages)
+    tokens, labels = batch(stages)
     steps = {name: Step(stages, name, student, teacher, tokens, labels) for name in VARIANTS}
     losses = _losses(stages, student, teacher, tokens)
     figures: Figures = {name: {} for name in VARIANTS}
@@ -51,7 +51,7 @@ def measured(stages: Stages, student: Any, teacher: Any) -> Figures:
         order = list(runs)
         for _ in range(rounds):
             for key in order:
-                seconds[key].append(_seconds(runs[key], stages.device))
+                seconds[key].append(seconds_of(runs[key], stages.device))
             order = [*order[1:], order[0]]
             bar.update(len(VARIANTS))
     for (name, what), found in seconds.items():
@@ -69,7 +69,7 @@ class Step:
         self.student = Language(copy.deepcopy(student), self.variant.linear).train()
         self.teacher = Language(teacher, self.variant.linear).eval()
         self.weights = list(self.student.parameters())
-        self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4)
+        self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4, fused=True)
         self.reader = stages.reader(teacher) if self.variant.teacher == "cached" else None
 
     def __call__(self) -> None:
@@ -109,14 +109,15 @@ def _autocast(stages: Stages) -> Any:
     return torch.autocast(stages.device.type, stages.amp, enabled=stages.amp is not None)
 
 
-def _batch(stages: Stages) -> tuple[Tensor, Tensor]:
-    samples = stages.batches(EAGER)
-    rows = [samples[i] for i in range(stages.preset.student.batch)]
+def batch(stages: Stages, name: str = EAGER) -> tuple[Tensor, Tensor]:
+    """The first one of a training."""
+    samples = stages.batches(name, 1)
+    rows = [samples[i] for i in range(len(samples))]
     tokens, labels = (torch.stack(column) for column in zip(*rows, strict=True))
     return tokens.to(stages.device), labels.to(stages.device)
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     _wait(device)
     begun = time.perf_counter()
     run()

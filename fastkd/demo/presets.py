@@ -62,9 +62,9 @@ PRESETS = {
     "small": Preset(
         vocab=32_768,
         context=128,
-        teacher=Net(192, 3, 3, steps=800, batch=4, lr=2e-3),
-        student=Net(64, 2, 2, steps=150, batch=8, lr=5e-3),
-        eager_share=0.2,
+        teacher=Net(128, 3, 2, steps=600, batch=4, lr=3e-3),
+        student=Net(64, 2, 2, steps=100, batch=8, lr=5e-3),
+        eager_share=0.25,
         k=64,
         characters=20 * 10**6,
         held_out=16_384,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastkd.distill.serialization import needed
 from .stages import CACHED, DENSE, EAGER, HARD, LINEAR, TEACHER, VARIANTS, Stages
 
 THRESHOLDS = {  # what the default size is to reach
-    "gain": ("held-out nats below hard labels, linear", 0.15),
+    "gain": ("held-out nats below hard labels, linear (mean over the seeds)", 0.15),
     "loss": ("the dense loss beside the eager one", 8.0),
     "step": ("the whole step beside the eager one", 1.3),
     "peak": ("eager's peak memory beside LinearLogits'", 3.0),
@@ -39,7 +40,7 @@ def result(
         rows.append(row)
     by = {row["name"]: row for row in rows}
     reached = {
-        "gain": by[HARD]["nats"] - by[LINEAR]["nats"],
+        "gain": statistics.fmean(facts["gains"].values()),
         "loss": by[EAGER]["loss_s"] / by[DENSE]["loss_s"],
         "step": by[EAGER]["step_s"] / by[DENSE]["step_s"],
         "peak": by[EAGER]["peak_bytes"] / by[LINEAR]["peak_bytes"],
@@ -80,34 +81,22 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def table(found: dict[str, Any], markdown: bool = False) -> str:
-    """Side by side; times and memory are of a student's step."""
-    head = ["model", "steps", "nats/token", "perplexity", "agreement", "loss", "step", "peak"]
-    lines = [head]
-    by = {row["name"]: row for row in found["rows"]}
+def cells(found: dict[str, Any]) -> list[list[str]]:
+    """Models side by side, the head first; times and memory are of a student's step."""
+    lines = [["model", "steps", "nats/token", "perplexity", "agreement", "loss", "step", "peak"]]
+    eager = next(row for row in found["rows"] if row["name"] == EAGER)
+    shown = (("loss_s", 1e3, "ms"), ("step_s", 1e3, "ms"), ("peak_bytes", 2.0**-20, "MiB"))
     for row in found["rows"]:
-        eager = by[EAGER]
-        lines.append(
-            [
-                row["name"],
-                str(row["steps"]),
-                f"{row['nats']:.3f}",
-                f"{row['perplexity']:.1f}",
-                "" if row["name"] == TEACHER else f"{100 * row['agreement']:.1f} %",
-                *(
-                    _beside(row.get(key), eager[key], factor, unit)
-                    for key, factor, unit in (
-                        ("loss_s", 1e3, "ms"),
-                        ("step_s", 1e3, "ms"),
-                        ("peak_bytes", 2.0**-20, "MiB"),
-                    )
-                ),
-            ]
-        )
-    if markdown:
-        lines.insert(1, ["---"] * len(head))
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        agreement = "" if row["name"] == TEACHER else f"{100 * row['agreement']:.1f} %"
+        figures = [_beside(row.get(key), eager[key], factor, unit) for key, factor, unit in shown]
+        judged = [f"{row['nats']:.3f}", f"{row['perplexity']:.1f}", agreement]
+        lines.append([row["name"], str(row["steps"]), *judged, *figures])
+    return lines
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = cells(found)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
@@ -145,6 +134,7 @@ def notes(found: dict[str, Any]) -> str:
         f"{cache['bytes'] / cache['tokens']:.0f} bytes a token, made once in "
         f"{cache['seconds']:.0f} s; its step runs without the teacher"
     )
+    lines.append(gain(found["gains"]))
     if found["default"]:
         for each in found["thresholds"].values():
             reached, least = each["reached"], each["threshold"]
@@ -153,12 +143,24 @@ def notes(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gain(gains: dict[str, float]) -> str:
+    """What the teacher is worth, and how much of that is luck."""
+    values = list(gains.values())
+    said = f"gain of {LINEAR} over {HARD}: {statistics.fmean(values):.3f} nats a token"
+    if len(values) == 1:
+        return f"{said}, one seed (--seeds 3 shows the spread)"
+    return (
+        f"{said}, mean of seeds {', '.join(gains)}: from {min(values):.3f} to {max(values):.3f}, "
+        f"standard deviation {statistics.stdev(values):.3f}"
+    )
+
+
 def text(found: dict[str, Any], folder: Path) -> str:
     """All that is printed at the end."""
     parts = [f"--- {name}\n{piece}" for name, piece in found["samples"].items()]
     files = (
-        f"in {folder}: result.json, demo.png, student/ (AutoModelForCausalLM.from_pretrained and "
-        "AutoTokenizer read it)"
+        f"in {folder}: demo.html (this as a page, with the plots), result.json, demo.png, student/ "
+        "(AutoModelForCausalLM.from_pretrained and AutoTokenizer read it)"
     )
     return "\n\n".join(["\n".join(parts), table(found), notes(found), files])
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,18 @@ import torch
 
 from fastkd.distill.serialization import needed
 
-from . import corpus, held_out, measure, report
+from . import corpus, estimate, held_out, measure, page, report
 from .model import USER, export, parameters
 from .presets import DEFAULT, PRESETS, Preset
-from .stages import CACHED, DENSE, EAGER, HARD, LINEAR, TEACHER, Stages
+from .stages import CACHED, DENSE, EAGER, HARD, LINEAR, TEACHER, VARIANTS, Stages
 
 RESULT, SETTINGS, SECONDS = "result.json", "demo.json", "seconds.json"
-PLOT, STUDENT = "demo.png", "student"
-VERSION = 1  # of what is kept in the folder
+PLOT, PAGE, STUDENT = "demo.png", "demo.html", "student"
+VERSION = 2  # of what is kept in the folder
 KEPT = (
-    *(SETTINGS, RESULT, SECONDS, PLOT, STUDENT, "tokenizer.json", "tokens.safetensors"),
+    *(SETTINGS, RESULT, SECONDS, PLOT, PAGE, STUDENT, "tokenizer.json", "tokens.safetensors"),
     *("checkpoints", "cache", "cache.json", "measured.json", "scores.json", "samples.json"),
+    *("seeds", "estimates.json"),
     *(
         f"{name}.{end}"
         for name in ("teacher", "hard-labels", "eager", "dense", "linear", "cached")
@@ -41,6 +42,7 @@ def run(
     preset: str | Preset = DEFAULT,
     out: str | os.PathLike[str] = "demo",
     seed: int = 0,
+    seeds: int = 1,
     fresh: bool = False,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -53,20 +55,25 @@ def run(
     Args:
         path: a text file or a folder of them; None for Python's own standard library.
         preset: a name among `PRESETS`, or sizes.
-        out: folder of all results: result.json, demo.png, student/ (for transformers), and what
-            a resumed run needs.
+        out: folder of all results: demo.html, demo.png, result.json, student/ (for transformers),
+            and what a resumed run needs.
         seed: of weights, batches and draws.
+        seeds: of so many the gain is measured, from `seed` on. The teacher is the same for all.
         fresh: forget what `out` holds.
         device: None for a GPU if there is one.
         progress: print stages and show bars, on stderr.
 
     Returns:
-        The result as in result.json: "rows" of teacher and students, "thresholds", "samples", ...
+        The result as in result.json: "rows" of teacher and students, "gains" by seed, "thresholds",
+        "samples", ...
 
     Raises:
         ImportError: transformers, tokenizers, safetensors, numpy or matplotlib is missing.
-        FileNotFoundError, ValueError: no text there, one too small, an `out` of other settings.
+        FileNotFoundError, ValueError: no text there, one too small, an `out` of other settings,
+            seeds below 1.
     """
+    if seeds < 1:
+        raise ValueError(f"seeds: got {seeds}, expected 1 or more")
     sizes = PRESETS[preset] if isinstance(preset, str) else preset
     for module in ("transformers", "tokenizers", "safetensors", "numpy", "matplotlib"):
         needed(module, USER, corpus.EXTRA)
@@ -76,22 +83,27 @@ def run(
         raise FileNotFoundError(f"path: got {str(path)!r}, which is not there")
     _settle(folder, sizes, path, seed, fresh)
     clock = Clock(folder / SECONDS, progress)
-    with clock.stage("text: reading, BPE, tokens"):
+    with clock.stage("text", "it is read, a BPE is trained, a tenth held out; a few seconds"):
         text = corpus.load(path, folder, sizes.vocab, sizes.characters, sizes.context + 1)
     if progress and text.vocab < sizes.vocab:
         print(f"a vocabulary of {text.vocab}: the text has no {sizes.vocab}", file=sys.stderr)
     stages = Stages(sizes, text, folder, seed, where, progress)
     with quiet():
+        with clock.stage("estimate", "one step of every model is timed; a few seconds"):
+            seconds = _kept(folder / "estimates.json", lambda: estimate.seconds(stages))
+        clock.expect(seconds, seeds)
         models = _models(stages, clock)
-        with clock.stage("held-out text"):
+        with clock.stage("held-out text", "every model reads it"):
             scores = _kept(folder / "scores.json", lambda: held_out.evaluate(stages, models))
-        with clock.stage("time and memory of a step, in turns"):
+        with clock.stage("measurements", "time and memory of a student's step, in turns"):
             figures = _kept(
                 folder / "measured.json",
                 lambda: measure.measured(stages, stages.model(LINEAR), models[TEACHER]),
             )
-        with clock.stage("samples"):
-            samples = _kept(folder / "samples.json", lambda: held_out.samples(stages, models))
+        samples = _kept(folder / "samples.json", lambda: held_out.samples(stages, models))
+        gains = {seed: scores[HARD]["nats"] - scores[LINEAR]["nats"]}
+        for other in range(seed + 1, seed + seeds):
+            gains[other] = _gain(stages, other, models[TEACHER], clock)
         if not (folder / STUDENT).exists():
             export(models[LINEAR], text.tokenizer, folder / STUDENT)
     cache = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
@@ -106,49 +118,104 @@ def run(
         "seconds": clock.total,
         "stages": clock.seconds,
         "samples": samples,
+        "gains": gains,
     }
-    found = report.result(stages, figures, scores, facts)
+    found = json.loads(json.dumps(report.result(stages, figures, scores, facts)))
     _write(folder / RESULT, found)
     report.plot(found, folder / PLOT)
-    return json.loads(json.dumps(found))
+    page.write(found, folder / PLOT, folder / PAGE)
+    return dict(found)
 
 
 def _models(stages: Stages, clock: Clock) -> dict[str, Any]:
-    with clock.stage("teacher, on hard labels"):
+    net = stages.preset.teacher
+    with clock.stage(TEACHER, f"{net.steps} steps on the text itself"):
         teacher = stages.trained(TEACHER).requires_grad_(False)
+    clock.say(_reached(stages, TEACHER))
     models = {TEACHER: teacher}
     for name in (HARD, LINEAR, DENSE, CACHED, EAGER):
         share = stages.preset.eager_share if name == EAGER else 1.0
         if name == CACHED:
-            with clock.stage("the teacher's outputs to disk"):
+            about = "the teacher's outputs on the student's batches go to disk"
+            with clock.stage("capture", about):
                 stages.reader(teacher)
-        with clock.stage(f"student, {name}"):
+        steps = stages.steps(name, share)
+        with clock.stage(f"student, {name}", f"{steps} steps: {VARIANTS[name].about}"):
             models[name] = stages.trained(name, teacher, share)
+        clock.say(_reached(stages, name))
     return models
 
 
+def _gain(stages: Stages, seed: int, teacher: Any, clock: Clock) -> float:
+    """Held-out nats between two students of another seed: hard labels, and the same teacher."""
+    folder = stages.folder / "seeds" / str(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    other = Stages(
+        stages.preset, stages.corpus, folder, seed, stages.device, progress=stages.progress
+    )
+    with clock.stage(f"seed {seed}", f"{HARD} and {LINEAR} from other weights and batches"):
+        models = {name: other.trained(name, teacher) for name in (HARD, LINEAR)}
+        models[TEACHER] = teacher
+        scores = _kept(folder / "scores.json", lambda: held_out.evaluate(other, models))
+    gain = float(scores[HARD]["nats"] - scores[LINEAR]["nats"])
+    clock.say(f"gain {gain:.3f} nats a token")
+    return gain
+
+
+def _reached(stages: Stages, name: str) -> str:
+    at, nats = stages.curve(name)[-1]
+    return f"after {at} steps {nats:.3f} nats a token on a part of the held-out text"
+
+
 class Clock:
-    """Says which stage begins, and remembers over interruptions how long each took."""
+    """Says which stage begins and what it will take; remembers over interruptions what it took."""
 
     def __init__(self, path: Path, progress: bool) -> None:
         self.path, self.progress = path, progress
-        known = path.exists()
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if known else {}
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        self.seconds: dict[str, float] = kept.get("seconds", {})
+        self.finished: list[str] = kept.get("finished", [])
+        self.expected: dict[str, float] = {}
 
     @property
     def total(self) -> float:
         return sum(self.seconds.values())
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def expect(self, expected: Mapping[str, float], seeds: int = 1) -> None:
+        """Seconds of each stage that is to come, and in all."""
+        self.expected = dict(expected)
+        whole = estimate.whole(expected, seeds)
+        self.say(f"by these steps {estimate.words(whole)} in all, on this machine as busy as it is")
+
+    def left(self, name: str) -> float | None:
+        """Seconds that a stage still takes, as the finished ones were faster or slower."""
+        if (expected := self.expected.get(name.split(" ")[0], self.expected.get(name))) is None:
+            return None
+        known = [key for key in self.finished if key in self.expected]
+        said = sum(self.expected[key] for key in known)
+        speed = sum(self.seconds[key] for key in known) / said if said else 1.0
+        return max(0.0, expected * speed - self.seconds.get(name, 0.0))
+
+    def say(self, text: str) -> None:
         if self.progress:
-            print(f"[{self.total:4.0f} s] {name}", file=sys.stderr, flush=True)
+            print(f"         {text}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def stage(self, name: str, about: str) -> Iterator[None]:
+        if self.progress:
+            left = self.left(name)
+            said = about if left is None else f"{about}; {estimate.words(left)}"
+            if name in self.finished:
+                said = "there from before"
+            print(f"[{self.total:4.0f} s] {name}: {said}", file=sys.stderr, flush=True)
         begun = time.monotonic()
         try:
             yield
+            if name not in self.finished:
+                self.finished.append(name)
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begun
-            _write(self.path, self.seconds)
+            _write(self.path, {"seconds": self.seconds, "finished": self.finished})
 
 
 def _settle(folder: Path, sizes: Preset, path: Path | None, seed: int, fresh: bool) -> None:

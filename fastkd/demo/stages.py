@@ -119,13 +119,15 @@ class Stages:
         if file.exists():
             distill.load(model, file)
             return model
-        net = self._net(name)
         variant = VARIANTS[HARD if name == TEACHER else name]
-        steps = max(1, round(net.steps * share))
-        self._train(name, model, net, variant, steps, teacher)
+        self._train(name, model, self._net(name), variant, self.steps(name, share), teacher)
         distill.save(model, file)
         shutil.rmtree(self._checkpoints(name), ignore_errors=True)
         return model
+
+    def steps(self, name: str, share: float = 1.0) -> int:
+        """Of a training that takes `share` of them."""
+        return max(1, round(self._net(name).steps * share))
 
     def _checkpoints(self, name: str) -> Path:
         return self.folder / "checkpoints" / _file(name)
@@ -156,7 +158,9 @@ class Stages:
             loader,
             variant.loss,
             teacher=source,
-            optimizer=torch.optim.AdamW(model.parameters(), lr=net.lr, betas=(0.9, 0.95)),
+            optimizer=torch.optim.AdamW(
+                model.parameters(), lr=net.lr, betas=(0.9, 0.95), fused=True
+            ),
             schedule=distill.lr_schedule(net.steps, warmup=max(1, net.steps // 20), floor=0.05),
             clip_norm=1.0,
             amp=self.amp,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,10 +77,42 @@ def test_table(whole: tuple[Path, dict[str, Any]]) -> None:
     assert found["text"]["files"] == 12 and found["text"]["vocab"] == 300
     assert set(found["thresholds"]) == {"gain", "loss", "step", "peak"}
     assert json.loads((out / "result.json").read_text()) == found
-    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    plot = (out / "demo.png").read_bytes()
+    assert plot.startswith(b"\x89PNG")
+    page = (out / "demo.html").read_text()
+    assert base64.b64encode(plot).decode() in page and page.count("<tr>") == 7
+    assert not re.findall(r'(?:src|href)="(?!data:)|https?:', page)
     assert all(found["samples"].values())
     said = demo.report.text(found, out)
     assert all(f"\n{name} " in said for name in rows)
+
+
+def test_seeds_and_what_is_said(
+    text: Path,
+    whole: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A further seed trains two students more, and every stage says what and how long."""
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    (out / "seconds.json").unlink()  # as if no stage had been finished
+    found = started(text, out, seeds=2, progress=True)
+    assert list(found["gains"]) == ["0", "1"] and found["gains"]["0"] != found["gains"]["1"]
+    assert found["gains"]["0"] == whole[1]["gains"]["0"]
+    reached = found["thresholds"]["gain"]["reached"]
+    assert reached == pytest.approx(sum(found["gains"].values()) / 2)
+    assert "mean of seeds 0, 1: from " in demo.report.notes(found)
+    said = [line for line in capsys.readouterr().err.splitlines() if re.match(r"\[ *\d+ s\]", line)]
+    names = ("text", "estimate", "teacher", "student, linear", "capture", "held-out text", "seed 1")
+    assert all(any(f"] {name}: " in line for line in said) for name in names)
+    assert all(re.search(r"; about \d+ (s|min)", line) for line in said[2:])
+    monkeypatch.setattr(distill, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert started(text, out, seeds=2, progress=True)["gains"] == found["gains"]
+    assert capsys.readouterr().err.count("there from before") == len(said)
+    with pytest.raises(ValueError, match="seeds: got 0, expected 1 or more"):
+        started(text, out, seeds=0)
 
 
 def test_three_ways_to_one_loss(whole: tuple[Path, dict[str, Any]]) -> None:

@@ -258,7 +258,6 @@ GIVEN: tuple[tuple[str, str, Callable[[Path], Names]], ...] = (
     ("fastkd/distill/README.md", "timm.create_model", convolutions),
     ("fastkd/integrations/README.md", "DistilBertConfig", nothing),
     ("fastkd/parallel/README.md", "own_rows", sharded),
-    ("fastkd/integrations/README.md", "compute_loss_func", transformers),
     ("fastkd/integrations/README.md", "def collate", transformers),
     ("fastkd/integrations/README.md", "patch(GKDTrainer)", transformers),
     ("fastkd/distill/losses/README.md", "sentence_embedding", nothing),
@@ -312,7 +311,7 @@ def test_an_example_runs(
         monkeypatch.setattr(GKDTrainer, "generalized_jsd_loss", own)
     ready = {"torch": torch, "F": F, "nn": nn, "fastkd": fastkd, "distill": distill}
     ready |= {"DataLoader": DataLoader, "TensorDataset": TensorDataset, "copy": copy}
-    exec(compile(block.replace("151_643", "290"), page, "exec"), ready | names(tmp_path))
+    exec(compile(block, page, "exec"), ready | names(tmp_path))
 
 
 DOCTESTS = [
