@@ -337,9 +337,8 @@ def pair_loop(
             )
             values += tl.sum(value, 1)
             slopes += tl.sum(slope, 1)
-    zero = m_s * 0.0
-    by = DIVERGENCE(zero, zero, zero, zero, zero, param, zero, zero, "factors")
-    return tl.sum(values, 0) * by[0], tl.sum(slopes, 0) * by[1]
+    value, slope = tl.sum(values, 0), tl.sum(slopes, 0)
+    return DIVERGENCE(value, slope, m_t, m_s, m_s, param, 0.0, 0.0, "finish")
 
 
 @triton.jit
@@ -368,8 +367,8 @@ def grad_tile(
 def grad_loop(
     grad, student, teacher, start, stop, m_s, d_s, m_t, d_t, slopes, sum_t1,
     column, exponent, param, soft, unit, hard, target, eps_over_v,
-    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, HARD_T1: tl.constexpr, REVERSE: tl.constexpr, UNALIGNED: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, HARD_T1: tl.constexpr, REVERSE: tl.constexpr,
+    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """soft * (slope - q * slopes) + unit * q_1 - hard * (`target` at `column`, else eps / V).
 

@@ -7,8 +7,8 @@ column with p = 0 (underflow included) carries no weight of the teacher, and the
 weight of 0 times anything is 0 here, also times infinity and, where both logs are -inf, NaN.
 
 WHAT: a loop over columns wants less, and gets it in fewer operations.
-    "sums"      value and slope, each but for a factor, which is multiplied once, by the sum
-    "factors"   those factors
+    "sums"      two numbers, whose sums over the columns tell those of value and slope
+    "finish"    value and slope of two such sums, which stand in the place of the logarithms
     "gradient"  soft * slope - q * shift, with shift = soft times the row's sum of slopes. As most
                 slopes are q times something, one product with q does. NaN of the teacher may be
                 lost here, but not in shift.
@@ -96,28 +96,12 @@ def _ratio(logp, logq, a):
 
 
 @triton.jit
-def _mixture(logp, logq, a):
-    """(p, q, m / q, log2 m / p, log2 m / q) with m as in `_ratio`, by two exponentials.
-
-    q is at least 2^-60 p here. What that adds is lost in p's terms, and p is the product of q and
-    their ratio, which does not underflow where p matters.
-    """
-    logq = _most(logq, logp - FAR)
-    # not NaN where both are 0; where one is NaN, so is q
-    apart = tl.maximum(logp - logq, -200.0)
-    ratio, q = tl.exp2(apart), tl.exp2(logq)
-    m = tl.fma(ratio, a, 1.0 - a)
-    log_m_q = log2(m)
-    return q * ratio, q, m, log_m_q - apart, log_m_q
-
-
-@triton.jit
 def kl(logp, logq, p, q, gap, param, soft, shift, WHAT: tl.constexpr):
     """p (log p - log q); slope -p, centred q - p, which sums to 0 over a row."""
     if WHAT == "gradient":
         return soft * gap
-    elif WHAT == "factors":
-        return LN2, 1.0
+    elif WHAT == "finish":
+        return logp * LN2, logq
     else:
         return _weighted(p, logp - logq), gap
 
@@ -127,8 +111,8 @@ def reverse_kl(logp, logq, p, q, gap, param, soft, shift, WHAT: tl.constexpr):
     """q (log q - log p); slope value + q, centred: the value."""
     if WHAT == "gradient":
         return _weighted(q, tl.fma(logq - logp, soft * LN2, -shift))
-    elif WHAT == "factors":
-        return LN2, LN2
+    elif WHAT == "finish":
+        return logp * LN2, logq * LN2
     else:
         value = _weighted(q, logq - logp)
         return value, value
@@ -143,12 +127,20 @@ def js(logp, logq, p, q, gap, beta, soft, shift, WHAT: tl.constexpr):
     if WHAT == "gradient":
         _, m = _ratio(logp, logq, beta)
         return q * tl.fma(log2(m), soft * ((beta - 1.0) * LN2), -shift)
-    elif WHAT == "factors":
-        return (beta - 1.0) * LN2, (beta - 1.0) * LN2
+    elif WHAT == "finish":
+        value = beta * logp + (1.0 - 2.0 * beta) * logq
+        return -LN2 * value, ((beta - 1.0) * LN2) * logq
     else:
-        p, q, _, log_m_p, log_m_q = _mixture(logp, logq, beta)
-        slope = q * log_m_q
-        return tl.fma(p * log_m_p, beta / (1.0 - beta), slope), slope
+        # by the smaller over the larger, whose logarithms keep their digits however far apart
+        larger = _most(logp, logq)
+        # not NaN where both are 0; where one is NaN, so is the larger
+        apart = tl.maximum(_least(logp, logq) - larger, -200.0)
+        of_p = logp > logq
+        weight = tl.where(of_p, beta, 1.0 - beta)
+        ratio, most = tl.exp2(apart), tl.exp2(larger)
+        log_m = log2(tl.fma(1.0 - weight, ratio, weight))
+        more, less = most * log_m, (most * ratio) * (log_m - apart)
+        return more + less, tl.where(of_p, less, more)
 
 
 @triton.jit
@@ -158,11 +150,16 @@ def skew_kl(logp, logq, p, q, gap, alpha, soft, shift, WHAT: tl.constexpr):
         ratio, m = _ratio(logp, logq, alpha)
         by = soft * ((1.0 - alpha) * (1.0 - alpha))
         return q * tl.fma((1.0 - ratio) * reciprocal(m), by, -shift)
-    elif WHAT == "factors":
-        return -LN2, (1.0 - alpha) * (1.0 - alpha)
+    elif WHAT == "finish":
+        return -LN2 * logp, ((1.0 - alpha) * (1.0 - alpha)) * logq
     else:
-        p, q, m, log_m_p, _ = _mixture(logp, logq, alpha)
-        return p * log_m_p, (q - p) * reciprocal(m)
+        # By q / p. p is at least 2^-60 q here: what that adds is lost beside q, and q is their
+        # product, which does not underflow where it matters.
+        logp = _most(logp, logq - FAR)
+        # not NaN where both are 0; where one is NaN, so is p
+        ratio, p = tl.exp2(tl.maximum(logq - logp, -200.0)), tl.exp2(logp)
+        m = tl.fma(ratio, 1.0 - alpha, alpha)
+        return p * log2(m), (p * ratio - p) * (ratio * reciprocal(m))
 
 
 @triton.jit
@@ -172,8 +169,8 @@ def skew_reverse_kl(logp, logq, p, q, gap, alpha, soft, shift, WHAT: tl.constexp
         _, m = _ratio(logp, logq, 1.0 - alpha)
         by = tl.fma(reciprocal(m), -soft * alpha, soft * alpha - shift)
         return q * tl.fma(log2(m), -soft * LN2, by)
-    elif WHAT == "factors":
-        return -LN2, -LN2
+    elif WHAT == "finish":
+        return -LN2 * logp, -LN2 * logq
     else:
         # NaN of the teacher stays, and is not made where both are 0
         apart = _least(logp - _most(logq, LOWEST), 2.0 * FAR)
@@ -193,8 +190,8 @@ def tv(logp, logq, p, q, gap, param, soft, shift, WHAT: tl.constexpr):
     """|p - q| / 2; slope sign(q - p) q / 2, 0 at ties."""
     if WHAT == "gradient":
         return q * tl.fma(_sign(gap), 0.5 * soft, -shift)
-    elif WHAT == "factors":
-        return 0.5, 0.5
+    elif WHAT == "finish":
+        return 0.5 * logp, 0.5 * logq
     else:
         sign = _sign(gap)
         return sign * gap, sign * q
@@ -206,8 +203,8 @@ def acceptance(logp, logq, p, q, gap, param, soft, shift, WHAT: tl.constexpr):
     slope = tl.where(gap < 0, q, tl.where(gap >= 0, 0.0, gap))
     if WHAT == "gradient":
         return soft * slope - q * shift
-    elif WHAT == "factors":
-        return 1.0, 1.0
+    elif WHAT == "finish":
+        return logp, logq
     else:
         return _least(p, q), slope
 
@@ -216,8 +213,7 @@ def acceptance(logp, logq, p, q, gap, param, soft, shift, WHAT: tl.constexpr):
 def value_and_slope(logp, logq, p, q, gap, param, DIVERGENCE: tl.constexpr):
     """What a divergence is at points of its own, where nobody sums."""
     value, slope = DIVERGENCE(logp, logq, p, q, gap, param, 0.0, 0.0, "sums")
-    of_value, of_slope = DIVERGENCE(logp, logq, p, q, gap, param, 0.0, 0.0, "factors")
-    return value * of_value, slope * of_slope
+    return DIVERGENCE(value, slope, p, q, gap, param, 0.0, 0.0, "finish")
 
 
 @triton.jit
