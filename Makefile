@@ -5,6 +5,7 @@
 # make kernels, sanitize, aarch64: the C++ kernels alone, see below
 # make served beside real servers that run teachers, where they are installed
 # make ptx    the Triton kernels' PTX, executed without a GPU
+# make hub    the losses in the layout of Hugging Face's kernels
 # make gpu    on a machine with a GPU and its own torch and triton: build, test, measure
 #
 # An interrupted demo goes on where it was; `rm -r demo` begins anew.
@@ -25,7 +26,7 @@ PRESET ?= small
 # without them.
 export FASTKD_REQUIRE_CPU ?= 1
 
-.PHONY: demo check test pytest lint sdist docs wheels cross kernels sanitize aarch64 served ptx gpu clean
+.PHONY: demo check test pytest lint sdist docs wheels cross kernels sanitize aarch64 served ptx hub gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -92,6 +93,10 @@ served: $(VENV)/ready
 # writes tests/ptx/record.json, which says when it passed.
 ptx: $(VENV)/ready
 	$(RUN) tests/ptx/record.py
+
+# The losses as a kernel in Hugging Face's format, in build/hub: pure Python, for any GPU.
+hub: $(VENV)/ready
+	$(RUN) tests/hub_kernel.py build/hub
 
 # The package as a user gets it: sdist, the wheel built from it, and that wheel in an environment of
 # its own, where the checkout cannot be found.
