@@ -34,8 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SECTOR, WARP, ROWS = 32, 32, 2
 SPECIAL = ("ex2", "lg2", "rcp")
 PASSES = ("fused", "split", "cooperative", "topk", "apart", "multiply")
-VOCABS = {"aligned": 128256, "odd": 128257}
-BITS = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+VOCABS = {"aligned": 128256, "odd": 50257}
+UNCOUNTED = ("acceptance",)  # as tv, but for the value
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 COUNTED = "Counted by executing PTX, not measured on a GPU."
 NUMBERS = ("instructions", "special", "read", "write", "bytes", "floor", "loops", "least")
 SHOWN = ("kernel", "divergence", "labels", "dtype", "rows", *NUMBERS, "share", "by special")
@@ -79,7 +80,7 @@ def counted(run: Any, columns: int, dtype: str, expectation: bool) -> dict[str, 
     special = sum(n for op, n in run.counts.items() if op.split(".")[0] in SPECIAL) * per
     instructions = sum(run.counts.values()) * per
     # reads of both sides in every loop, and the gradient
-    fewest = BITS[dtype] * ((4 if expectation else 6) + 1)
+    fewest = BYTES[dtype] * ((4 if expectation else 6) + 1)
     bytes_ = sum(moved.values()) * SECTOR / columns
     found = {
         "columns": columns,
@@ -93,7 +94,7 @@ def counted(run: Any, columns: int, dtype: str, expectation: bool) -> dict[str, 
         **dict(least=None, share=None, by_special=None),
     }
     if run.kernel.removesuffix("_kernel") in WHOLE:
-        a_column = STREAMS * BITS[dtype] / H200.copy * H200.processors * H200.clock
+        a_column = STREAMS * BYTES[dtype] / H200.copy * H200.processors * H200.clock
         found["least"] = round(bytes_ / fewest, 3)
         found["share"] = round(min(1.0, a_column * H200.lanes / instructions), 2)
         found["by_special"] = round(min(1.0, a_column * H200.special / special), 2)
@@ -158,8 +159,8 @@ def table(
 ) -> Iterable[Row]:
     from fastkd.divergence import divergences
 
-    for dtype in dtypes:
-        for kind in kinds:
+    for kind in kinds:
+        for dtype in dtypes:
             for labels in (False, True):
                 for name in names:
                     vocab = VOCABS[kind]
@@ -223,7 +224,8 @@ def main() -> int:
     parser.add_argument("--table", metavar="FOLDER", type=Path)
     given = parser.parse_args()
     if given.table:
-        given.divergences, given.dtypes = ",".join(divergences), "bfloat16,float32"
+        given.divergences = ",".join(name for name in divergences if name not in UNCOUNTED)
+        given.dtypes = "bfloat16,float32"
         given.passes, given.json = "fused", given.table / "ptx.json"
     print(line(SHOWN))
     rows = []
@@ -232,12 +234,12 @@ def main() -> int:
     for row in table(names, dtypes, kinds, passes, given.arch):
         rows.append(row)
         print(line(cells(row)), flush=True)
-    if given.json:
-        about = {"about": COUNTED, "arch": given.arch}
-        document = {**about, "rows": [row._asdict() for row in rows]}
-        Path(given.json).write_text(json.dumps(document, indent=1) + "\n")
-    if given.table:
-        (given.table / "ptx.md").write_text(markdown(rows, given.arch))
+        if given.json:  # after each row: what is known is kept if the run is not
+            about = {"about": COUNTED, "arch": given.arch}
+            document = {**about, "rows": [row._asdict() for row in rows]}
+            Path(given.json).write_text(json.dumps(document, indent=1) + "\n")
+        if given.table:
+            (given.table / "ptx.md").write_text(markdown(rows, given.arch))
     return 0
 
 

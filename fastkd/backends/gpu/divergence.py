@@ -200,13 +200,12 @@ def tv(logp, logq, p, q, gap, param, soft, shift, WHAT: tl.constexpr):
 @triton.jit
 def acceptance(logp, logq, p, q, gap, param, soft, shift, WHAT: tl.constexpr):
     """min(p, q); slope q where q < p, 0 elsewhere and at ties."""
-    slope = tl.where(gap < 0, q, tl.where(gap >= 0, 0.0, gap))
     if WHAT == "gradient":
-        return soft * slope - q * shift
+        return q * tl.where(gap < 0, soft - shift, tl.where(gap >= 0, -shift, gap))
     elif WHAT == "finish":
         return logp, logq
     else:
-        return _least(p, q), slope
+        return _least(p, q), tl.where(gap < 0, q, tl.where(gap >= 0, 0.0, gap))
 
 
 @triton.jit
