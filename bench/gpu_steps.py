@@ -16,9 +16,9 @@ ROOT = Path(__file__).parent.parent
 PROCESSES = 8  # of the tests: their time is the compiler's, on the host
 OWN = "fastkd,fastkd-inplace"
 EVERYONE = f"eager,compile,compile-max,liger,{OWN},fastkd-outputs"
-# Threads of a program and blocks of a cluster decide how many rows are in flight, and so what of
-# them the second tile loop finds in the cache. As in fastkd/backends/gpu/tune.py.
-TILES = ("8192:256:1", "16384:512:1", "32768:1024:1", "8192:256:2", "8192:256:4")
+# Threads of a program decide how many rows are in flight, and so what of them the second tile loop
+# finds in the cache. As in fastkd/backends/gpu/tune.py.
+TILES = ("4096:128", "8192:256", "16384:512", "32768:1024")
 WITHOUT_A_GPU = "sm_90"  # what --dry-run writes where there is no GPU to ask
 WIDE = "8192x128256"  # where it is decided
 # name -> (cases, shapes, dtypes, providers, seconds each, limit)
@@ -178,7 +178,7 @@ def steps(results: Path, shapes: str, arch: str, linear: str = "gpu") -> list[St
         tests("tests-all", 120, "tests", "-k", "gpu"),
         Step("aot", [*aot, "--json", str(results / "gpu-aot.json")], limit(60), must=True),
     ]
-    programs, tiles = _variants(results, arch, limit(25))
+    programs, tiles = _variants(results, limit(25))
     return [*first, whole, measured[0], check, *programs, *measured[1:], *last, *tiles]
 
 
@@ -189,24 +189,14 @@ def _passes() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
-def _variants(results: Path, arch: str, limit: float | None) -> tuple[list[Step], list[Step]]:
-    """Wide rows by more programs; by other tiles and, where Triton and the GPU can, by clusters."""
-    try:
-        from fastkd.backends.gpu.tune import clusters
-    except ImportError as error:
-        why = f"the gpu backend does not import: {error}"
-        return [], [Step("tiles", ["-m", "bench"], skip=why)]
-    # name, environment, why not
-    variants = [
-        (f"programs-{number}", {"FASTKD_GPU_COOPERATIVE": number}, "") for number in PROGRAMS
-    ]
+def _variants(results: Path, limit: float | None) -> tuple[list[Step], list[Step]]:
+    """Wide rows by more programs; by other tiles."""
+    variants = [(f"programs-{n}", {"FASTKD_GPU_COOPERATIVE": n}) for n in PROGRAMS]
     for text in TILES:
-        refused = clusters(arch) if text.rpartition(":")[2] != "1" else None
         env = {"FASTKD_GPU_TILE": text, "FASTKD_GPU_COOPERATIVE": "0"}
-        variants.append((f"tile-{text.replace(':', '-')}", env, refused or ""))
+        variants.append((f"tile-{text.replace(':', '-')}", env))
     grid = ("kl_div js_div", TILE_SHAPES, "bfloat16", "fastkd-inplace", 0.2)
     steps = [
-        Step(name, _bench(results, name, *grid), limit, env=env, out="md", skip=skip)
-        for name, env, skip in variants
+        Step(name, _bench(results, name, *grid), limit, env=env, out="md") for name, env in variants
     ]
     return steps[: len(PROGRAMS)], steps[len(PROGRAMS) :]

@@ -142,7 +142,7 @@ def figures(program: str, divergence: str, rows: int = ROWS, vocab: int = VOCAB)
     from fastkd.backends.gpu.tune import OF_PROCESSOR, registers, tile
     from fastkd.divergence import divergences
 
-    size, expectation = tile(vocab, ITEMSIZE, "sm_90"), divergences[divergence].expectation
+    size, expectation = tile(vocab, ITEMSIZE), divergences[divergence].expectation
     columns = size.lanes * size.group
     most = registers("sm_90", size.threads, True) or 0
     splits, resident = 1, OF_PROCESSOR // (64 * size.threads)  # ptxas's own choice

@@ -95,22 +95,6 @@ def test_what_decides_comes_first(tmp_path: Path) -> None:
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_gpu*.py")} <= own
 
 
-def test_clusters_are_measured_where_they_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def tiles() -> dict[str, str]:
-        found = {s.env.get("FASTKD_GPU_TILE"): s.skip for s in steps(tmp_path, "fit", "sm_90")}
-        return {tile: skip for tile, skip in found.items() if tile}
-
-    monkeypatch.setattr("fastkd.backends.gpu.tune.clusters", lambda arch: None)
-    assert {tile.rpartition(":")[2] for tile, skip in tiles().items() if not skip} == {
-        *("1", "2", "4")
-    }
-    monkeypatch.setattr("fastkd.backends.gpu.tune.clusters", lambda arch: f"{arch} has none")
-    assert {skip for tile, skip in tiles().items() if not tile.endswith(":1")} == {"sm_90 has none"}
-    assert not any(skip for tile, skip in tiles().items() if tile.endswith(":1"))
-
-
 def test_numbers_of_programs_are_measured_beside_one(tmp_path: Path) -> None:
     found = [s.env for s in steps(tmp_path, "fit", "sm_90") if s.name.startswith("programs-")]
     assert {env["FASTKD_GPU_COOPERATIVE"] for env in found} == {"4", "8", "16"}

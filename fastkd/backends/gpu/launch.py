@@ -51,7 +51,7 @@ _OF_SUM = {name: pairs.of_sum(name) for name in divergences}
 
 
 class GpuInfo(NamedTuple):
-    arch: str  # as in `tune.TABLE`
+    arch: str  # "sm_90", "gfx942", ...; "default" for the interpreter
     warp: int  # threads of a warp
 
 
@@ -71,8 +71,7 @@ def launch(
 ) -> None:
     """Runs a kernel on a device; the only place that does.
 
-    args: by name, and options of Triton: `num_ctas` where a program is a cluster of blocks
-        (`tile_of`), `maxnreg` (`_registers`).
+    args: by name, and Triton's option `maxnreg` (`_registers`).
 
     Raises:
         RuntimeError: Triton could not compile or start it. Nothing falls back in silence.
@@ -124,15 +123,10 @@ def acc_of(student: Tensor, teacher: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
-def tile_of(
-    vocab: int, *operands: Tensor | None, cluster: bool = True
-) -> tuple[Tile, dict[str, int]]:
+def tile_of(vocab: int, *operands: Tensor | None) -> tuple[Tile, dict[str, int]]:
     """The tile of rows, and what of it a launch's arguments take."""
-    there = [x for x in operands if x is not None]
-    itemsize = max(x.element_size() for x in there)
-    size = tile(vocab, itemsize, gpu_info(there[0].device).arch, cluster)
-    lanes = {"LANES": size.lanes, "GROUP": size.group}
-    return size, lanes if size.ctas == 1 else {**lanes, "num_ctas": size.ctas}
+    size = tile(vocab, max(x.element_size() for x in operands if x is not None))
+    return size, {"LANES": size.lanes, "GROUP": size.group}
 
 
 def _steps(x: Tensor, group: int) -> tuple[int, int, int]:
@@ -301,8 +295,8 @@ class FusedPasses(Backend):
         }
         row_bytes = spec.vocab * (student.element_size() + teacher.element_size())
         columns = size.lanes * size.group
-        # a cluster is another way to the same end; the pattern of UNWRITTEN is that of a float32
-        none, arch = size.ctas > 1 or acc == torch.float64, gpu_info(student.device).arch
+        # the pattern of UNWRITTEN is that of a float32
+        none, arch = acc == torch.float64, gpu_info(student.device).arch
         light = align_offset is None and (not spec.at_one or args["EXPECTATION"] != "none")
         most = registers(arch, size.threads, light)
         holds = None if none else cooperative.capacity(student.device, arch)
@@ -330,8 +324,7 @@ class FusedPasses(Backend):
         if n == 0:
             return loss
         rows = rows if spec.hard != 0.0 else rows._replace(label=None)
-        # its barrier holds back one block only, and blocks write into each other's columns
-        size, lanes = tile_of(spec.vocab, student, grad, cluster=False)
+        size, lanes = tile_of(spec.vocab, student, grad)
         indices = indices.to(torch.int32)
         past = torch.where(indices < 0, LAST, indices).sort(-1).values
         args = {
