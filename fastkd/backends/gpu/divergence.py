@@ -110,7 +110,9 @@ def kl(logp, logq, p, q, gap, param, soft, shift, WHAT: tl.constexpr):
 def reverse_kl(logp, logq, p, q, gap, param, soft, shift, WHAT: tl.constexpr):
     """q (log q - log p); slope value + q, centred: the value."""
     if WHAT == "gradient":
-        return _weighted(q, tl.fma(logq - logp, soft * LN2, -shift))
+        by = tl.fma(logq - logp, soft * LN2, -shift)
+        # a row of NaN has NaN where q is 0, too
+        return tl.where(q == 0, shift * 0.0, q * by)
     elif WHAT == "finish":
         return logp * LN2, logq * LN2
     else:
@@ -129,7 +131,7 @@ def js(logp, logq, p, q, gap, beta, soft, shift, WHAT: tl.constexpr):
         return q * tl.fma(log2(m), soft * ((beta - 1.0) * LN2), -shift)
     elif WHAT == "finish":
         value = beta * logp + (1.0 - 2.0 * beta) * logq
-        return -LN2 * value, ((beta - 1.0) * LN2) * logq
+        return value * -LN2, logq * ((beta - 1.0) * LN2)
     else:
         # by the smaller over the larger, whose logarithms keep their digits however far apart
         larger = _most(logp, logq)
@@ -151,7 +153,7 @@ def skew_kl(logp, logq, p, q, gap, alpha, soft, shift, WHAT: tl.constexpr):
         by = soft * ((1.0 - alpha) * (1.0 - alpha))
         return q * tl.fma((1.0 - ratio) * reciprocal(m), by, -shift)
     elif WHAT == "finish":
-        return -LN2 * logp, ((1.0 - alpha) * (1.0 - alpha)) * logq
+        return logp * -LN2, ((1.0 - alpha) * (1.0 - alpha)) * logq
     else:
         # By q / p. p is at least 2^-60 q here: what that adds is lost beside q, and q is their
         # product, which does not underflow where it matters.
@@ -170,7 +172,7 @@ def skew_reverse_kl(logp, logq, p, q, gap, alpha, soft, shift, WHAT: tl.constexp
         by = tl.fma(reciprocal(m), -soft * alpha, soft * alpha - shift)
         return q * tl.fma(log2(m), -soft * LN2, by)
     elif WHAT == "finish":
-        return -LN2 * logp, -LN2 * logq
+        return logp * -LN2, logq * -LN2
     else:
         # NaN of the teacher stays, and is not made where both are 0
         apart = _least(logp - _most(logq, LOWEST), 2.0 * FAR)
