@@ -5,6 +5,7 @@
 # make kernels, sanitize, aarch64: the C++ kernels alone, see below
 # make served beside real servers that run teachers, where they are installed
 # make ptx    the Triton kernels' PTX, executed without a GPU
+# make hub    the losses in the layout of Hugging Face's kernels
 # make gpu    on a machine with a GPU and its own torch and triton: build, test, measure
 #
 # An interrupted demo goes on where it was; `rm -r demo` begins anew. demo/demo.html shows the result.
@@ -30,7 +31,7 @@ export FASTKD_REQUIRE_CPU ?= 1
 # The tests start many processes; without byte code each would compile what it imports.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo check test pytest lint sdist docs wheels cross kernels sanitize aarch64 served ptx gpu clean
+.PHONY: demo check test pytest lint sdist docs wheels cross kernels sanitize aarch64 served ptx hub gpu clean
 .DELETE_ON_ERROR:
 
 # It needs less than the tests do: where these have no environment yet, it makes a smaller one.
@@ -109,6 +110,10 @@ served: $(VENV)/ready
 ptx: $(VENV)/ready
 	$(RUN) tests/ptx/record.py
 
+# The losses as a kernel in Hugging Face's format, in build/hub: pure Python, for any GPU.
+hub: $(VENV)/ready
+	$(RUN) tests/hub_kernel.py build/hub
+
 # The package as a user gets it: sdist, the wheel built from it, and that wheel in an environment of
 # its own, where the checkout cannot be found.
 sdist: $(VENV)/ready
@@ -128,12 +133,15 @@ $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	touch $@
 
 # Nothing is downloaded: what the machine has is used, and the folder is built in place. As it stands
-# it fits ten minutes; GPU_SHAPES="" measures the whole grid, GPU_SHAPES=64x128256,... it on those.
+# it fits 13 minutes, and goes on when called again; GPU_MINUTES=9 fits nine. GPU_SHAPES="" measures
+# the whole grid, GPU_SHAPES=64x128256,... it on those.
+GPU_MINUTES ?= 13
 GPU_SHAPES ?= fit
 # LINEAR_SHAPES=gpu,gpu-sweep draws the linear losses against rows and vocabulary
 LINEAR_SHAPES ?= gpu
 gpu:
-	$(PYTHON) -m bench.gpu --results $(RESULTS) --shapes "$(GPU_SHAPES)" --linear $(LINEAR_SHAPES)
+	$(PYTHON) -m bench.gpu --results $(RESULTS) --minutes $(GPU_MINUTES) \
+	  --shapes "$(GPU_SHAPES)" --linear $(LINEAR_SHAPES)
 
 # Faults, one at a time, in a copy of the tree: does the suite notice? See tests/mutants/README.md.
 # AREA= one of csrc, python, triton, parallel

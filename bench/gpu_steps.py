@@ -7,28 +7,36 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PROCESSES = 8  # of the tests: their time is the compiler's, on the host
 OWN = "fastkd,fastkd-inplace"
 EVERYONE = f"eager,compile,compile-max,liger,{OWN},fastkd-outputs"
-# Threads of a program and blocks of a cluster decide how many rows are in flight, and so what of
-# them the second tile loop finds in the cache. As in fastkd/backends/gpu/tune.py.
-TILES = ("8192:256:1", "16384:512:1", "32768:1024:1", "8192:256:2", "8192:256:4")
+# Threads of a program decide how many rows are in flight, and so what of them the second tile loop
+# finds in the cache. As in fastkd/backends/gpu/tune.py.
+TILES = ("4096:128", "8192:256", "16384:512", "32768:1024")
 WITHOUT_A_GPU = "sm_90"  # what --dry-run writes where there is no GPU to ask
-FIT = {  # what fits: name -> (cases, shapes, dtypes, providers, seconds each, limit)
-    "peers": ("kl_div js_div", "64x128256,8192x128256", "bfloat16", EVERYONE, 1.0, 150),
+WIDE = "8192x128256"  # where it is decided
+# name -> (cases, shapes, dtypes, providers, seconds each, limit)
+DECIDES = ("kl_div js_div", WIDE, "bfloat16", f"eager,compile,liger,{OWN}", 0.5, 100)
+ALONE = ("kl_div js_div", WIDE, "bfloat16", OWN, 0.5, 40)  # cooperative programs off
+LINEAR = f"{WIDE}:4096x4096"
+FIT = {  # the rest, by worth
     "cases": ("", "8192x32000,8192x128256", "bfloat16", f"eager,{OWN}", 0.4, 80),
-    "wide": ("kl_div", "512x50257,8192x151936,8192x256000", "bfloat16", f"eager,{OWN}", 0.4, 40),
+    "peers": ("kl_div js_div", "64x128256,8192x128256", "bfloat16", EVERYONE, 0.6, 120),
     "fp32": ("kl_div", "64x32000,4096x128256", "float32", f"eager,compile,{OWN}", 0.4, 40),
+    "wide": ("kl_div", "512x50257,8192x151936,8192x256000", "bfloat16", f"eager,{OWN}", 0.4, 40),
 }
 # Programs that cooperate on a row (fastkd/backends/gpu/cooperative.py): about as many as it would
 # take itself. The tiles are those of one program.
 PROGRAMS = ("4", "8", "16")
 TILE_SHAPES = "8192x32000,8192x128256,8192x256000"
 FITTING = "fit"
+WHEELS = "build/wheels"  # of peers, put there before: nothing is downloaded
 
 
 @dataclass
@@ -109,7 +117,7 @@ def steps(results: Path, shapes: str, arch: str, linear: str = "gpu") -> list[St
 
     Args:
         results: folder of all files.
-        shapes: "fit" for what fits ten minutes; ROWSxVOCAB,..., or "" for all shapes, for the
+        shapes: "fit" for what fits 13 minutes; ROWSxVOCAB,..., or "" for all shapes, for the
             whole grid of cases, dtypes and providers on them.
         arch: the GPU as `bench.aot` names it.
         linear: shapes of the linear losses.
@@ -124,48 +132,54 @@ def steps(results: Path, shapes: str, arch: str, linear: str = "gpu") -> list[St
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv"]
     unnamed = "" if shutil.which("nvidia-smi") else "nvidia-smi is not on this machine"
     build = ["setup.py", "build_ext", "--inplace"]
+
+    def tests(name: str, seconds: float, *words: str) -> Step:
+        """Tests that begin within so many seconds; the others are skipped."""
+        env = {"FASTKD_TEST_SECONDS": f"{seconds:g}"} if limited else {}
+        return Step(name, [*pytest, *words], limit(seconds + 30), must=True, env=env)
+
+    def measure(name: str, fit: Sequence[Any], **options: Any) -> Step:
+        command = _bench(results, name, *fit[:5])
+        return Step(name, command, limit(fit[5]), out="md", **options)
+
+    wheels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / WHEELS).glob("*.whl"))
     first = [
+        Step(
+            *("wheels", ["-m", "pip", "install", "--no-index", "--no-deps", *wheels], 30),
+            skip="" if wheels else f"no wheel of a peer (liger-kernel) lies in {WHEELS}",
+        ),
         Step("build", build, 120, env={"FASTKD_REQUIRE_CPU": "1"}),
         Step("driver", query, 20, skip=unnamed),
         Step("info", ["-m", "fastkd", "info", "--json"], 60, must=True),
-        Step(
-            *("tests-passes", [*pytest, *_passes(), "-k", "gpu or topk or tune"], limit(150)),
-            must=True,
-        ),
+        tests("tests-passes", 60, *_passes(), "-k", "gpu or topk or tune"),
+        measure("bench-decides", DECIDES, must=True),
+        measure("alone", ALONE, env={"FASTKD_GPU_COOPERATIVE": "0"}),
     ]
     grid = FIT
     if not limited:
         grid = {"grid": ("", shapes or "gpu", "bfloat16,float32", EVERYONE, 2.0, 0)}
-    measured = [
-        Step(
-            f"bench-{name}",
-            _bench(results, f"bench-{name}", *fit[:5]),
-            limit(fit[5]),
-            must=True,
-            out="md",
-        )
-        for name, fit in grid.items()
-    ]
+    measured = [measure(f"bench-{name}", fit, must=True) for name, fit in grid.items()]
     tool = sanitizer()
     small = ["-m", "bench", "kl_div", "js_div", "distillation_loss", "kl_div_top64", "--toy"]
     memcheck = [tool or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     aot = ["-m", "bench.aot", "--quick", "--targets", arch]
-    rest = [*pytest, "tests", "-k", "gpu", *(f"--ignore={path}" for path in _passes())]
-    product = ["-m", "bench", "linear", "--device", "cuda", "--shapes", linear, "--seconds", "1"]
+    shown = LINEAR if limited and linear == "gpu" else linear
+    product = ["-m", "bench", "linear", "--device", "cuda", "--shapes", shown, "--seconds", "1"]
+    whole = Step("linear", [*product, *_files(results, "linear")], limit(60), out="md")
+    check = Step(
+        "memcheck",
+        [*memcheck, sys.executable, *small, "--device", "cuda", "--providers", OWN],
+        60,
+        must=True,
+        env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        skip="" if tool else "compute-sanitizer is not on this machine",
+    )
     last = [
-        Step(
-            "memcheck",
-            [*memcheck, sys.executable, *small, "--device", "cuda", "--providers", OWN],
-            60,
-            must=True,
-            env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            skip="" if tool else "compute-sanitizer is not on this machine",
-        ),
+        tests("tests-all", 120, "tests", "-k", "gpu"),
         Step("aot", [*aot, "--json", str(results / "gpu-aot.json")], limit(60), must=True),
-        Step("tests-all", rest, limit(150), must=True),
-        Step("linear", [*product, *_files(results, "linear")], limit(60), out="md"),
     ]
-    return [*first, *measured, *_variants(results, arch, limit(25)), *last]
+    programs, tiles = _variants(results, limit(25))
+    return [*first, whole, measured[0], check, *programs, *measured[1:], *last, *tiles]
 
 
 def _passes() -> list[str]:
@@ -175,22 +189,14 @@ def _passes() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
-def _variants(results: Path, arch: str, limit: float | None) -> list[Step]:
-    """Wide rows by more programs, by other tiles and, where Triton and the GPU can, by clusters."""
-    try:
-        from fastkd.backends.gpu.tune import clusters
-    except ImportError as error:
-        return [Step("tiles", ["-m", "bench"], skip=f"the gpu backend does not import: {error}")]
-    # name, environment, why not
-    variants = [
-        (f"programs-{number}", {"FASTKD_GPU_COOPERATIVE": number}, "") for number in PROGRAMS
-    ]
+def _variants(results: Path, limit: float | None) -> tuple[list[Step], list[Step]]:
+    """Wide rows by more programs; by other tiles."""
+    variants = [(f"programs-{n}", {"FASTKD_GPU_COOPERATIVE": n}) for n in PROGRAMS]
     for text in TILES:
-        refused = clusters(arch) if text.rpartition(":")[2] != "1" else None
         env = {"FASTKD_GPU_TILE": text, "FASTKD_GPU_COOPERATIVE": "0"}
-        variants.append((f"tile-{text.replace(':', '-')}", env, refused or ""))
+        variants.append((f"tile-{text.replace(':', '-')}", env))
     grid = ("kl_div js_div", TILE_SHAPES, "bfloat16", "fastkd-inplace", 0.2)
-    return [
-        Step(name, _bench(results, name, *grid), limit, env=env, out="md", skip=skip)
-        for name, env, skip in variants
+    steps = [
+        Step(name, _bench(results, name, *grid), limit, env=env, out="md") for name, env in variants
     ]
+    return steps[: len(PROGRAMS)], steps[len(PROGRAMS) :]

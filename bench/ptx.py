@@ -1,6 +1,6 @@
 """What the kernels' PTX does on a row, counted: instructions, sectors, bytes. No GPU is needed.
 
-`python -m bench.ptx` executes each kernel on two rows, as `tests/ptx` does, and prints per column
+`python -m bench.ptx` executes kernels on two rows, as `tests/ptx` does, and prints per column
 
     instructions   PTX instructions of a thread; ptxas may fuse some and add others
     special        of them exponentials, logarithms and reciprocals
@@ -8,8 +8,15 @@
                    bytes, 4 for 4 bytes of neighbouring lanes, up to 32 where lanes lie apart
     bytes          moved between the processor and the L2 cache, as sectors
     floor          the bytes of the sectors that are touched at all: what memory must deliver once
+    loops          the bytes that the first loop over a row reads, the second, ...: without a cache,
+                   memory delivers all of them
+    least          bytes over the fewest that these loops can move
+    share          of the H200's memory floor, what the issue of instructions leaves at most
+    by special     and the special-function units: see `bench.aot.budget`
 
-Counted by executing PTX, not measured on a GPU.
+`--table` counts the loss with its gradient, every divergence, bf16 and fp32, rows on and off a
+16-byte boundary, with labels and T = 2 and without, and writes ptx.md and ptx.json there. Counted
+by executing PTX, not measured on a GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +34,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SECTOR, WARP, ROWS = 32, 32, 2
 SPECIAL = ("ex2", "lg2", "rcp")
 PASSES = ("fused", "split", "cooperative", "topk", "apart", "multiply")
-VOCABS = {"aligned": 50304, "odd": 50257}
-SHOWN = ("kernel", "divergence", "labels", "dtype", "rows", *(
-    "instructions", "special", "read", "write", "bytes", "floor"))  # fmt: skip
-SIZES = (14, 15, 6, 8, 7, 12, 7, 6, 6, 6, 6)
+VOCABS = {"aligned": 128256, "odd": 50257}
+UNCOUNTED = ("acceptance",)  # as tv, but for the value
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+COUNTED = "Counted by executing PTX, not measured on a GPU."
+NUMBERS = ("instructions", "special", "read", "write", "bytes", "floor", "loops", "least")
+SHOWN = ("kernel", "divergence", "labels", "dtype", "rows", *NUMBERS, "share", "by special")
+SIZES = (14, 15, 6, 8, 7, 12, 7, 6, 6, 6, 6, 12, 6, 6, 10)
 
 
 class Row(NamedTuple):
@@ -45,25 +56,49 @@ class Row(NamedTuple):
     write: float
     bytes: float
     floor: float
+    loops: list[float]
+    least: float | None  # None: a kernel that is not a loss with its gradient
+    share: float | None
+    by_special: float | None
 
 
-def counted(run: Any, columns: int) -> dict[str, float]:
+def counted(run: Any, columns: int, dtype: str, expectation: bool) -> dict[str, Any]:
     """The figures of one launch on so many columns."""
+    from bench.aot.budget import H200, STREAMS
+    from bench.aot.cases import WHOLE
+
     memory, per = run.memory, WARP / columns
     moved, floor, requests = {"read": 0, "write": 0}, 0, {"read": 0, "write": 0}
+    loops: list[float] = []
     for (name, kind), sectors in memory.sectors.items():
         moved[kind] += sectors
         requests[kind] += memory.requests[name, kind]
-        floor += memory.distinct(name, kind)
-    special = sum(n for op, n in run.counts.items() if op.split(".")[0] in SPECIAL)
-    return {
+        times = memory.loops(name, kind)
+        floor += times[0]
+        if kind == "read":
+            loops = [a + b for a, b in zip_longest(loops, times, fillvalue=0)]
+    special = sum(n for op, n in run.counts.items() if op.split(".")[0] in SPECIAL) * per
+    instructions = sum(run.counts.values()) * per
+    # reads of both sides in every loop, and the gradient
+    fewest = BYTES[dtype] * ((4 if expectation else 6) + 1)
+    bytes_ = sum(moved.values()) * SECTOR / columns
+    found = {
         "columns": columns,
-        "instructions": round(sum(run.counts.values()) * per, 1),
-        "special": round(special * per, 2),
+        "instructions": round(instructions, 1),
+        "special": round(special, 2),
         **{kind: round(moved[kind] / max(requests[kind], 1), 1) for kind in moved},
-        "bytes": round(sum(moved.values()) * SECTOR / columns, 1),
+        "bytes": round(bytes_, 1),
         "floor": round(floor * SECTOR / columns, 1),
+        # single numbers of a row are read more often, and are less than a hundredth
+        "loops": [x for of in loops if (x := round(of * SECTOR / columns, 1)) >= 0.1],
+        **dict(least=None, share=None, by_special=None),
     }
+    if run.kernel.removesuffix("_kernel") in WHOLE:
+        a_column = STREAMS * BYTES[dtype] / H200.copy * H200.processors * H200.clock
+        found["least"] = round(bytes_ / fewest, 3)
+        found["share"] = round(min(1.0, a_column * H200.lanes / instructions), 2)
+        found["by_special"] = round(min(1.0, a_column * H200.special / special), 2)
+    return found
 
 
 def launches(
@@ -120,21 +155,52 @@ def launches(
 
 
 def table(
-    divergences: list[str], dtypes: list[str], kinds: list[str], passes: list[str], arch: str
+    names: list[str], dtypes: list[str], kinds: list[str], passes: list[str], arch: str
 ) -> Iterable[Row]:
-    for dtype in dtypes:
-        for kind in kinds:
+    from fastkd.divergence import divergences
+
+    for kind in kinds:
+        for dtype in dtypes:
             for labels in (False, True):
-                for name in divergences:
+                for name in names:
                     vocab = VOCABS[kind]
                     for run in launches(name, labels, dtype, vocab, arch, passes):
                         kernel = run.kernel.removesuffix("_kernel")
-                        figures = counted(run, ROWS * vocab)
-                        yield Row(kernel, name, labels, dtype, kind, **figures)  # type: ignore[arg-type]
+                        expectation = divergences[name].expectation is not None
+                        figures = counted(run, ROWS * vocab, dtype, expectation)
+                        yield Row(kernel, name, labels, dtype, kind, **figures)
 
 
-def line(values: Iterable[Any]) -> str:
-    return " ".join(f"{value!s:<{size}}" for value, size in zip(values, SIZES, strict=True))
+def cells(row: Row) -> list[str]:
+    def text(value: Any) -> str:
+        parts = value if isinstance(value, list) else [value]
+        return ", ".join("-" if part is None else str(part) for part in parts)
+
+    return [text(getattr(row, name.replace(" ", "_"))) for name in SHOWN]
+
+
+def line(values: Iterable[str]) -> str:
+    return " ".join(f"{value:<{size}}" for value, size in zip(values, SIZES, strict=True))
+
+
+def markdown(rows: list[Row], arch: str) -> str:
+    """The table as a document; what the columns are stands in this file's docstring."""
+    from bench.aot.budget import H200
+
+    widths = sorted({row.columns // ROWS for row in rows})
+    about = (
+        f"{COUNTED} {arch}, rows of {' and '.join(map(str, widths))} columns, forward with "
+        f"gradient, labels: hard labels and T = 2. The H200 by its data sheet: {H200.processors} "
+        f"processors of {H200.lanes // WARP} instructions of a warp and {H200.special} special "
+        f"functions a clock, {H200.clock / 1e9:g} GHz, {H200.copy / 1e12:g} TB/s. Written by "
+        "`python -m bench.ptx --table`, whose help says what the columns are."
+    )
+    lines = [
+        " | ".join(SHOWN),
+        " | ".join("---" for _ in SHOWN),
+        *map(" | ".join, map(cells, rows)),
+    ]
+    return about + "\n\n" + "".join(f"| {text} |\n" for text in lines)
 
 
 def main() -> int:
@@ -142,27 +208,38 @@ def main() -> int:
         print("bench.ptx: TRITON_INTERPRET=1 is set, under which nothing compiles; unset it")
         return 2
     sys.path.insert(0, str(ROOT / "tests"))
-    parser = argparse.ArgumentParser(prog="python -m bench.ptx", description=__doc__)
+    from fastkd.divergence import divergences
+
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ptx",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--divergences", default="kl,js")
     parser.add_argument("--dtypes", default="bfloat16")
     parser.add_argument("--rows", default="aligned,odd", help="how rows lie: aligned, odd")
     parser.add_argument("--passes", default=",".join(PASSES), help="of " + ", ".join(PASSES))
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--table", metavar="FOLDER", type=Path)
     given = parser.parse_args()
+    if given.table:
+        given.divergences = ",".join(name for name in divergences if name not in UNCOUNTED)
+        given.dtypes = "bfloat16,float32"
+        given.passes, given.json = "fused", given.table / "ptx.json"
     print(line(SHOWN))
     rows = []
-    for row in table(
-        given.divergences.split(","),
-        given.dtypes.split(","),
-        given.rows.split(","),
-        given.passes.split(","),
-        given.arch,
-    ):
+    lists = (given.divergences, given.dtypes, given.rows, given.passes)
+    names, dtypes, kinds, passes = (words.split(",") for words in lists)
+    for row in table(names, dtypes, kinds, passes, given.arch):
         rows.append(row)
-        print(line(getattr(row, name) for name in SHOWN), flush=True)
-    if given.json:
-        Path(given.json).write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+        print(line(cells(row)), flush=True)
+        if given.json:  # after each row: what is known is kept if the run is not
+            about = {"about": COUNTED, "arch": given.arch}
+            document = {**about, "rows": [row._asdict() for row in rows]}
+            Path(given.json).write_text(json.dumps(document, indent=1) + "\n")
+        if given.table:
+            (given.table / "ptx.md").write_text(markdown(rows, given.arch))
     return 0
 
 

@@ -47,7 +47,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> dict[str, Any] | None:
-    if importlib.util.find_spec("fastkd._C") is None:
+    if importlib.util.find_spec(f"{__package__}._C") is None:
         return None
     from fastkd.backends import cpu
 

@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import os
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -47,6 +48,16 @@ INTERPRETED_CASES = 2
 # The reference is torch under autograd, held to torch under autograd: it runs one case of so many,
 # and of a test of few cases this many.
 REFERENCE_SHARE, REFERENCE_CASES = 8, 4
+
+
+# a test that has not begun by then is skipped: `make gpu` has so many seconds for them
+ENDS = time.monotonic() + float(os.environ.get("FASTKD_TEST_SECONDS", "inf"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.monotonic() > ENDS:
+        pytest.skip("the seconds of FASTKD_TEST_SECONDS are over")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -60,7 +60,7 @@ def build(launch: Launch, arch: str) -> Built:
             attrs[(i,)] = [["tt.divisibility", 16]]
     target = gpu_target(arch)
     warps = max(1, launch.threads // target.warp_size)
-    options = {name: args[name] for name in args.keys() & {"num_ctas", "maxnreg"}}
+    options = {name: args[name] for name in args.keys() & {"maxnreg"}}
     source = ASTSource(launch.kernel, signature, constants, attrs)
     out = triton.compile(source, target=target, options={"num_warps": warps, **options, **PINNED})
     return Built(out.asm, out.metadata.shared, warps, target.warp_size, values)

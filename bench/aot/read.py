@@ -27,7 +27,6 @@ class TileLoop:
 class Report(Case):
     registers: int = 0
     threads: int = 0
-    ctas: int = 1
     spills: int = 0  # local-memory instructions (CUDA), spilled registers (HIP)
     shared: int = 0
     bytes: int = 0  # the narrowest access to a row inside a loop
@@ -59,18 +58,16 @@ def compile_one(case: Case) -> Report:
     launch = recorded(case)
     assert launch is not None, f"{case.divergence} does without {case.kernel}"
     args, built = launch.args, build(launch, case.target)
-    ctas = args.get("num_ctas", 1)
     report = Report(
         **asdict(case),
         shared=built.shared,
         threads=launch.threads,
-        ctas=ctas,
         pointers=sum(isinstance(value, torch.Tensor) for value in built.values.values()),
         rows="LANES" in args or "BLOCK" in args,
     )
     columns = args["LANES"] * args["GROUP"] if "LANES" in args else args.get("BLOCK", 1)
     read = read_cuda if case.target.startswith("sm_") else read_hip
-    read(report, built.asm, columns / (built.warps * ctas * built.warp))
+    read(report, built.asm, columns / (built.warps * built.warp))
     return report
 
 

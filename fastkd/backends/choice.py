@@ -62,7 +62,7 @@ def forced() -> str | None:
 def _load(name: str) -> Backend | None:
     """The backend, or None (said once) where it cannot run on this machine."""
     try:
-        backend: Backend = importlib.import_module(f"fastkd.backends.{name}").BACKEND
+        backend: Backend = importlib.import_module(f"{__package__}.{name}").BACKEND
         return backend
     except ImportError as error:
         warnings.warn(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -76,29 +78,21 @@ def test_what_fits_meets_every_case_and_axis(tmp_path: Path) -> None:
     assert any(step.command[2] == "--device" for step in fit)
 
 
-def test_all_files_of_the_passes_are_run_first(tmp_path: Path) -> None:
-    names = {step.name: step for step in steps(tmp_path, "fit", "sm_90")}
-    first, rest = names["tests-passes"].command, names["tests-all"].command
-    own = {word for word in first if word.startswith("tests/")}
+def test_what_decides_comes_first(tmp_path: Path) -> None:
+    """And fits ten minutes, if that is all that there is at a time."""
+    todo = steps(tmp_path, "fit", "sm_90")
+    names = [step.name for step in todo]
+    decisive = ["wheels", "build", "driver", "info", "tests-passes"]
+    decisive += ["bench-decides", "alone", "linear"]
+    assert names[: len(decisive)] == decisive
+    assert sum(step.limit or 0 for step in todo[: len(decisive)]) < 600
+    named = {step.name: step for step in todo}
+    assert "8192x128256:4096x4096" in named["linear"].line
+    assert {"compile", "liger"} <= set(options_of(named["bench-decides"])["providers"].split(","))
+    assert named["alone"].env == {"FASTKD_GPU_COOPERATIVE": "0"}
+    assert named["tests-passes"].env == {"FASTKD_TEST_SECONDS": "60"}
+    own = set(named["tests-passes"].command)
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_gpu*.py")} <= own
-    ignored = {word.partition("=")[2] for word in rest if word.startswith("--ignore=")}
-    assert own == ignored and "tests" in rest
-
-
-def test_clusters_are_measured_where_they_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def tiles() -> dict[str, str]:
-        found = {s.env.get("FASTKD_GPU_TILE"): s.skip for s in steps(tmp_path, "fit", "sm_90")}
-        return {tile: skip for tile, skip in found.items() if tile}
-
-    monkeypatch.setattr("fastkd.backends.gpu.tune.clusters", lambda arch: None)
-    assert {tile.rpartition(":")[2] for tile, skip in tiles().items() if not skip} == {
-        *("1", "2", "4")
-    }
-    monkeypatch.setattr("fastkd.backends.gpu.tune.clusters", lambda arch: f"{arch} has none")
-    assert {skip for tile, skip in tiles().items() if not tile.endswith(":1")} == {"sm_90 has none"}
-    assert not any(skip for tile, skip in tiles().items() if tile.endswith(":1"))
 
 
 def test_numbers_of_programs_are_measured_beside_one(tmp_path: Path) -> None:
@@ -158,6 +152,66 @@ def test_no_step_begins_after_the_runs_time(tmp_path: Path) -> None:
     assert "spent before it" in outcomes(tmp_path)["late"]["note"]
 
 
+LIST = "import sys, pathlib; pathlib.Path(sys.argv[1]).open('a').write('x')"
+
+
+def test_a_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a step, from outside; what had ended is not repeated, failed or not."""
+    program = f"""
+import sys, pathlib, time
+from bench import gpu
+from bench.gpu_steps import Step
+one = {LIST!r}
+wait = "import time; time.sleep(600)" if sys.argv[1] == "wait" else one
+gpu.steps = lambda *a: [
+    Step("bad", ["-c", one + "; sys.exit(3)", {str(tmp_path / "bad")!r}]),
+    Step("slow", ["-c", "import sys; exec(sys.stdin.read() or open(sys.argv[2]).read())",
+        {str(tmp_path / "slow")!r}, {str(tmp_path / "code")!r}]),
+    Step("last", ["-c", one, {str(tmp_path / "last")!r}], must=True),
+]
+pathlib.Path({str(tmp_path / "code")!r}).write_text(wait)
+sys.exit(gpu.main(["--results", {str(tmp_path)!r}, *sys.argv[2:]]))
+"""
+
+    def start(*words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT)
+
+    def runs() -> dict[str, int]:
+        names = ("bad", "slow", "last")
+        return {n: len(p.read_text()) if (p := tmp_path / n).exists() else 0 for n in names}
+
+    first = start("wait")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "gpu.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.terminate()
+    assert first.wait(30) == 143 and runs() == {"bad": 1, "slow": 0, "last": 0}
+    assert list(outcomes(tmp_path)) == ["bad"]
+    assert start("go").wait(60) == 0 and runs() == {"bad": 1, "slow": 1, "last": 1}
+    assert [o["status"] for o in outcomes(tmp_path).values()] == ["failed", "ok", "ok"]
+    assert start("go", "--only", "last").wait(60) == 0 and runs()["last"] == 2
+    assert list(outcomes(tmp_path)) == ["bad", "slow", "last"]
+    assert start("go", "--again").wait(60) == 0 and runs() == {"bad": 2, "slow": 2, "last": 3}
+
+
+def test_what_other_sources_have_ended_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    todo = [script("one", "")]
+    assert gpu._run(todo, tmp_path, 60) == 0 and set(gpu.ended(tmp_path, todo)) == {"one"}
+    assert gpu.ended(tmp_path, [script("one", "pass")]) == {}
+    monkeypatch.setattr(gpu, "sources", lambda: "others")
+    assert gpu.ended(tmp_path, todo) == {}
+    (tmp_path / "gpu.json").write_text('{"steps": [')
+    assert gpu.ended(tmp_path, todo) == {}
+
+
+def test_a_step_that_the_run_has_cut_short_is_repeated(tmp_path: Path) -> None:
+    todo = [script("long", "import time; time.sleep(600)", limit=100)]
+    gpu._run(todo, tmp_path, 2)
+    assert outcomes(tmp_path)["long"]["status"] == "interrupted" and not gpu.ended(tmp_path, todo)
+
+
 def test_a_file_cut_off_is_left_out_and_said(tmp_path: Path) -> None:
     (tmp_path / "gpu-slow.json").write_text('{"machine": ')
     whole = document([Outcome("slow", "", "out of time", note="stopped after 5 s")], tmp_path)
@@ -169,6 +223,7 @@ def test_make_gpu_is_this() -> None:
     recipe = (ROOT / "Makefile").read_text().partition("\ngpu:\n")[2].partition("\n\n")[0]
     assert recipe.split() == [
         *("$(PYTHON)", "-m", "bench.gpu", "--results", "$(RESULTS)"),
+        *("--minutes", "$(GPU_MINUTES)", "\\"),
         *("--shapes", '"$(GPU_SHAPES)"', "--linear", "$(LINEAR_SHAPES)"),
     ]
 

@@ -169,10 +169,11 @@ class Global(Space):
         self.stops = np.array([region.stop for region in ordered], np.int64)
         for region in ordered:
             self.bytes[region.start : region.stop] = _bytes(region.storage)
-        # (region, "read" or "write") -> sectors, requests, sectors touched at least once
+        # (region, "read" or "write") -> sectors, requests; requests of each sector
         self.sectors: Counter[tuple[str, str]] = Counter()
         self.requests: Counter[tuple[str, str]] = Counter()
-        self.touched = {k: np.zeros(self.bytes.size // SECTOR + 1, bool) for k in ("read", "write")}
+        sectors = self.bytes.size // SECTOR + 1
+        self.touched = {kind: np.zeros(sectors, np.int32) for kind in ("read", "write")}
 
     def address(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -205,9 +206,9 @@ class Global(Space):
         An aligned access of at most 16 bytes lies within one sector.
         """
         sector = offset // SECTOR
-        self.touched[kind][sector] = True
         stride = self.bytes.size // SECTOR + 1
-        pairs = np.unique(warp * stride + sector) // stride  # the warp of each sector
+        pairs, of = np.divmod(np.unique(warp * stride + sector), stride)  # the warp of each sector
+        np.add.at(self.touched[kind], of, 1)
         warps, first = np.unique(warp, return_index=True)
         region = np.searchsorted(self.starts, offset[first], "right") - 1
         share = np.bincount(np.searchsorted(warps, pairs), minlength=warps.size)
@@ -216,7 +217,8 @@ class Global(Space):
             self.requests[self.names[r], kind] += int(here.sum())
             self.sectors[self.names[r], kind] += int(share[here].sum())
 
-    def distinct(self, name: str, kind: str) -> int:
-        """Sectors of a region that were touched at all."""
+    def loops(self, name: str, kind: str) -> list[int]:
+        """Sectors of a region that were touched at least once, twice, ...: those of each loop."""
         region = next(region for region in self.regions.values() if region.name == name)
-        return int(self.touched[kind][region.start // SECTOR : -(-region.stop // SECTOR)].sum())
+        times = self.touched[kind][region.start // SECTOR : -(-region.stop // SECTOR)]
+        return [int((times > i).sum()) for i in range(times.max(initial=0))]

@@ -341,3 +341,39 @@ def test_unfused(
     bound = float(true_grad.abs().max()) * (2**-7 if dtype == torch.bfloat16 else 1e-5)
     torch.testing.assert_close(grad.double(), true_grad, rtol=0, atol=bound)
     assert kernels(ptx) >= {"stats", "loss", "grad"}
+
+
+# ---- the order in which `bench.l2` simulates the cache
+
+
+@pytest.mark.interpreted(1)
+@pytest.mark.parametrize("divergence", [fastkd.divergences.kl, fastkd.divergences.js])
+def test_the_order_of_tiles_is_what_the_cache_is_simulated_with(
+    divergence: Divergence, narrow: None, ptx: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one row, as one program takes it: tiles of 512 columns, the last of which is partial."""
+    from bench.l2 import GRAD, STUDENT, TEACHER, order
+    from ptx.memory import Global
+
+    def runs(tiles: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Without what repeats: several loads of a tile, or a loop that begins where one ends."""
+        return [x for i, x in enumerate(tiles) if x not in tiles[max(0, i - 2) : i]]
+
+    seen: list[tuple[int, int]] = []
+    size = 64 * 16
+    operands = {"student": STUDENT, "teacher": TEACHER, "grad": GRAD}
+
+    def count(memory: Global, offset: Any, warp: Any, kind: str) -> None:
+        for name, start, stop in zip(memory.names, memory.starts, memory.stops, strict=True):
+            if name in operands and start <= offset[0] < stop:
+                seen.append((operands[name], int((offset.min() - start) // size)))
+
+    monkeypatch.setattr(Global, "count", count)
+    student, teacher = (random(torch.bfloat16, 1, 4 * size // 2 + 64) for _ in range(2))
+    fastkd.distillation_loss(student.requires_grad_(), teacher, alpha=0, divergence=divergence)
+    expected = [
+        (one.operand, one.tile)
+        for step in order(0, 4, 5, divergence.expectation is not None)
+        for one in step
+    ]
+    assert runs(seen) == runs(expected)

@@ -315,7 +315,7 @@ def cooperative_kernel(
             grad, student, teacher, begin, end, m_s, d_s, m_t, d_t, slopes, sum_t1, column,
             exponent, param, soft * inverse * by * of, unit * by, hard * by,
             one_minus_eps + eps_over_v, eps_over_v,
-            DIVERGENCE, EXPECTATION == "teacher", label is not None or Z_LOSS, HARD_T1,
+            DIVERGENCE, label is not None or Z_LOSS, HARD_T1,
             EXPECTATION != "none", UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
         zero_columns(grad, end, last, LANES, GROUP, UNALIGNED)

@@ -282,8 +282,11 @@ def quotient(a, b):
 
 
 @triton.jit
-def pair(s, t, m_s, log_s, m_t, log_t, exponent, param, DIVERGENCE: tl.constexpr):
-    """Value and centred slope of a tile, and q, given (max, log2 of the sum) of each side.
+def pair(
+    s, t, m_s, log_s, m_t, log_t, exponent, param, soft, shift,
+    DIVERGENCE: tl.constexpr, WHAT: tl.constexpr,
+):  # fmt: skip
+    """What a tile is to a divergence, and q, given (max, log2 of the sum) of each side.
 
     Identical sides must cancel to exactly 0, even if the compiler contracts a product and a sum:
     ptxas 12.9 does so with packed pairs (sm_100), whatever its options. Hence the explicit tl.fma,
@@ -292,8 +295,7 @@ def pair(s, t, m_s, log_s, m_t, log_t, exponent, param, DIVERGENCE: tl.constexpr
     logp = tl.fma(t - m_t, exponent, -log_t)
     logq = tl.fma(s - m_s, exponent, -log_s)
     p, q = tl.exp2(logp), tl.exp2(logq)
-    value, slope = DIVERGENCE(logp, logq, p, q, q - p, param)
-    return value, slope, q
+    return DIVERGENCE(logp, logq, p, q, q - p, param, soft, shift, WHAT), q
 
 
 @triton.jit
@@ -311,14 +313,18 @@ def pair_loop(
         # columns past the end are -inf on both sides, which is worth 0 to every divergence
         s = load(student, full, stop, True, POLICY, ACC, LANES, GROUP, start, UNALIGNED)
         t = load(teacher, full, stop, True, POLICY, ACC, LANES, GROUP, start, UNALIGNED)
-        value, slope, _ = pair(s, t, m_s, log_s, m_t, log_t, exponent, param, DIVERGENCE)
+        (value, slope), _ = pair(
+            s, t, m_s, log_s, m_t, log_t, exponent, param, 0.0, 0.0, DIVERGENCE, "sums"
+        )
         values += tl.sum(value, 1)
         slopes += tl.sum(slope, 1)
     for back in range(0, full - first, LANES * GROUP):
         at = full - LANES * GROUP - back
         s = load(student, at, stop, False, POLICY, ACC, LANES, GROUP, start, UNALIGNED)
         t = load(teacher, at, stop, False, POLICY, ACC, LANES, GROUP, start, UNALIGNED)
-        value, slope, _ = pair(s, t, m_s, log_s, m_t, log_t, exponent, param, DIVERGENCE)
+        (value, slope), _ = pair(
+            s, t, m_s, log_s, m_t, log_t, exponent, param, 0.0, 0.0, DIVERGENCE, "sums"
+        )
         values += tl.sum(value, 1)
         slopes += tl.sum(slope, 1)
     if UNALIGNED == OFFSET:
@@ -326,33 +332,33 @@ def pair_loop(
             at = first - LANES * GROUP
             s = load(student, at, stop, True, POLICY, ACC, LANES, GROUP, start, True)
             t = load(teacher, at, stop, True, POLICY, ACC, LANES, GROUP, start, True)
-            value, slope, _ = pair(
-                s, t, m_s, log_s, m_t, log_t, exponent, param, DIVERGENCE,
-            )  # fmt: skip
+            (value, slope), _ = pair(
+                s, t, m_s, log_s, m_t, log_t, exponent, param, 0.0, 0.0, DIVERGENCE, "sums"
+            )
             values += tl.sum(value, 1)
             slopes += tl.sum(slope, 1)
-    return tl.sum(values, 0), tl.sum(slopes, 0)
+    value, slope = tl.sum(values, 0), tl.sum(slopes, 0)
+    return DIVERGENCE(value, slope, m_t, m_s, m_s, param, 0.0, 0.0, "finish")
 
 
 @triton.jit
 def grad_tile(
     grad, student, teacher, at, start, stop, m_s, log_s, m_t, log_t,
-    slopes, column, exponent, param, soft, unit, target, eps_over_v,
-    DIVERGENCE: tl.constexpr, CENTRED: tl.constexpr, HARD: tl.constexpr, HARD_T1: tl.constexpr,
+    column, exponent, param, soft, shift, unit, target, eps_over_v,
+    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, HARD_T1: tl.constexpr,
     MASKED: tl.constexpr, UNALIGNED: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     s = load(student, at, stop, MASKED, "evict_first", ACC, LANES, GROUP, start, UNALIGNED)
     t = load(teacher, at, stop, MASKED, "evict_first", ACC, LANES, GROUP, start, UNALIGNED)
-    _, out, q = pair(s, t, m_s, log_s, m_t, log_t, exponent, param, DIVERGENCE)
-    if not CENTRED:
-        out = out - q * slopes
-    out = out * soft
+    out, q = pair(
+        s, t, m_s, log_s, m_t, log_t, exponent, param, soft, shift, DIVERGENCE, "gradient"
+    )
     if HARD:
         if HARD_T1:
             q = tl.exp2((s - m_s) * LOG2E)
         here = columns(at, LANES, GROUP)
-        out += unit * q - tl.where(here == column, target, eps_over_v)
+        out = tl.fma(q, unit, out) - tl.where(here == column, target, eps_over_v)
     out = out.to(grad.dtype.element_ty)
     store(grad, out, at, start, stop, MASKED, UNALIGNED, LANES, GROUP)
 
@@ -361,17 +367,16 @@ def grad_tile(
 def grad_loop(
     grad, student, teacher, start, stop, m_s, d_s, m_t, d_t, slopes, sum_t1,
     column, exponent, param, soft, unit, hard, target, eps_over_v,
-    DIVERGENCE: tl.constexpr, CENTRED: tl.constexpr, HARD: tl.constexpr, HARD_T1: tl.constexpr,
-    REVERSE: tl.constexpr, UNALIGNED: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    DIVERGENCE: tl.constexpr, HARD: tl.constexpr, HARD_T1: tl.constexpr, REVERSE: tl.constexpr,
+    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """soft * (slope - q * slopes) + unit * q_1 - hard * (`target` at `column`, else eps / V).
 
-    CENTRED: the slopes sum to 0. HARD_T1: T is not 1, so that q_1, q at T = 1, needs an exponential
+    HARD_T1: T is not 1, so that q_1, q at T = 1, needs an exponential
     of its own. A tile is written after it is read: `grad` may be the student's memory.
     """
     log_s, log_t = tl.log2(d_s), tl.log2(d_t)
-    target, eps_over_v = hard * target, hard * eps_over_v
+    target, eps_over_v, shift = hard * target, hard * eps_over_v, soft * slopes
     if HARD_T1:
         unit = unit / sum_t1
     # `safe_sums` makes q 0 for an impossible student, but such a row has no cross-entropy
@@ -381,20 +386,20 @@ def grad_loop(
         at = full - LANES * GROUP - step if REVERSE else first + step
         grad_tile(
             grad, student, teacher, at, start, stop, m_s, log_s, m_t, log_t,
-            slopes, column, exponent, param, soft, unit, target, eps_over_v,
-            DIVERGENCE, CENTRED, HARD, HARD_T1, False, UNALIGNED, ACC, LANES, GROUP,
+            column, exponent, param, soft, shift, unit, target, eps_over_v,
+            DIVERGENCE, HARD, HARD_T1, False, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
     if stop % (LANES * GROUP) != 0:  # computed again: cheaper than a register kept through the loop
         grad_tile(
             grad, student, teacher, full, start, stop, m_s, log_s, m_t, log_t,
-            slopes, column, exponent, param, soft, unit, target, eps_over_v,
-            DIVERGENCE, CENTRED, HARD, HARD_T1, True, UNALIGNED, ACC, LANES, GROUP,
+            column, exponent, param, soft, shift, unit, target, eps_over_v,
+            DIVERGENCE, HARD, HARD_T1, True, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
     if UNALIGNED == OFFSET:
         if head:
             grad_tile(
                 grad, student, teacher, first - LANES * GROUP, start, stop,
-                m_s, log_s, m_t, log_t, slopes, column,
-                exponent, param, soft, unit, target, eps_over_v,
-                DIVERGENCE, CENTRED, HARD, HARD_T1, True, True, ACC, LANES, GROUP,
+                m_s, log_s, m_t, log_t, column,
+                exponent, param, soft, shift, unit, target, eps_over_v,
+                DIVERGENCE, HARD, HARD_T1, True, True, ACC, LANES, GROUP,
             )  # fmt: skip

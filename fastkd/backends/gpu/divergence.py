@@ -6,6 +6,13 @@ where p = q. Logarithms come to base 2 because the hardware's exponential and lo
 column with p = 0 (underflow included) carries no weight of the teacher, and the same for q: a
 weight of 0 times anything is 0 here, also times infinity and, where both logs are -inf, NaN.
 
+WHAT: a loop over columns wants less, and gets it in fewer operations.
+    "sums"      two numbers, whose sums over the columns tell those of value and slope
+    "finish"    value and slope of two such sums, which stand in the place of the logarithms
+    "gradient"  soft * slope - q * shift, with shift = soft times the row's sum of slopes. As most
+                slopes are q times something, one product with q does. NaN of the teacher may be
+                lost here, but not in shift.
+
 A row's loss is the sum of its values. A divergence whose loss is a function of the sum has that
 function here too, as NAME_of_sum.
 """
@@ -39,7 +46,7 @@ def _special(instruction, other, x, semantic, builder):
 
 @tl.core.builtin
 def log2(x, _semantic=None, _builder=None):
-    """log2 x, for x in (0, 1] that is no subnormal number."""
+    """log2 x, for x above 0 that is no subnormal number."""
     other = lambda x, by: tl.log2(x, **by)  # noqa: E731
     return _special("lg2.approx.ftz.f32", other, x, _semantic, _builder)
 
@@ -77,76 +84,137 @@ def _most(x, y):
     return tl.maximum(x, y, propagate_nan=NAN_STAYS)
 
 
-@triton.jit
-def _mixture(logp, logq, a):
-    """(log2 q - log2 p, smaller / larger, m / larger) with m = a * p + (1 - a) * q.
-
-    By way of the smaller over the larger, which cannot overflow. At p = q the sum
-    weight + (1 - weight) rounds to exactly 1.
-    """
-    delta = _most(logq, LOWEST) - _most(logp, LOWEST)
-    weight = tl.where(delta > 0, 1.0 - a, a)
-    less = tl.exp2(-tl.abs(delta))
-    return delta, less, tl.fma(1.0 - weight, less, weight)
+# log2 of a ratio beyond which the smaller number is lost in the sum of both, in float64, too
+FAR = tl.constexpr(60.0)
 
 
 @triton.jit
-def kl(logp, logq, p, q, gap, param):
-    """p (log p - log q); slope -p, centred q - p."""
-    return _weighted(p, (logp - logq) * LN2), gap
+def _ratio(logp, logq, a):
+    """(p / q, m / q) with m = a * p + (1 - a) * q, exactly 1 where p = q; p / q at most 2^120."""
+    ratio = tl.exp2(tl.minimum(logp - logq, 2.0 * FAR))
+    return ratio, tl.fma(ratio, a, 1.0 - a)
 
 
 @triton.jit
-def reverse_kl(logp, logq, p, q, gap, param):
+def kl(logp, logq, p, q, gap, param, soft, shift, WHAT: tl.constexpr):
+    """p (log p - log q); slope -p, centred q - p, which sums to 0 over a row."""
+    if WHAT == "gradient":
+        return soft * gap
+    elif WHAT == "finish":
+        return logp * LN2, logq
+    else:
+        return _weighted(p, logp - logq), gap
+
+
+@triton.jit
+def reverse_kl(logp, logq, p, q, gap, param, soft, shift, WHAT: tl.constexpr):
     """q (log q - log p); slope value + q, centred: the value."""
-    value = _weighted(q, (logq - logp) * LN2)
-    return value, value
+    if WHAT == "gradient":
+        by = tl.fma(logq - logp, soft * LN2, -shift)
+        # a row of NaN has NaN where q is 0, too
+        return tl.where(q == 0, shift * 0.0, q * by)
+    elif WHAT == "finish":
+        return logp * LN2, logq * LN2
+    else:
+        value = _weighted(q, logq - logp)
+        return value, value
 
 
 @triton.jit
-def js(logp, logq, p, q, gap, beta):
+def js(logp, logq, p, q, gap, beta, soft, shift, WHAT: tl.constexpr):
     """beta p log(p / m) + (1 - beta) q log(q / m); the second term is the slope.
 
-    An error in delta or m shifts both logarithms alike, and cancels to first order.
+    An error in m shifts both logarithms alike, and cancels to first order.
     """
-    delta, _, m = _mixture(logp, logq, beta)
-    larger = log2(m)
-    slope = ((1.0 - beta) * LN2) * (q * (_least(delta, 0.0) - larger))
-    return slope - (beta * LN2) * (p * (_most(delta, 0.0) + larger)), slope
+    if WHAT == "gradient":
+        _, m = _ratio(logp, logq, beta)
+        return q * tl.fma(log2(m), soft * ((beta - 1.0) * LN2), -shift)
+    elif WHAT == "finish":
+        value = beta * logp + (1.0 - 2.0 * beta) * logq
+        return value * -LN2, logq * ((beta - 1.0) * LN2)
+    else:
+        # by the smaller over the larger, whose logarithms keep their digits however far apart
+        larger = _most(logp, logq)
+        # not NaN where both are 0; where one is NaN, so is the larger
+        apart = tl.maximum(_least(logp, logq) - larger, -200.0)
+        of_p = logp > logq
+        weight = tl.where(of_p, beta, 1.0 - beta)
+        ratio, most = tl.exp2(apart), tl.exp2(larger)
+        log_m = log2(tl.fma(1.0 - weight, ratio, weight))
+        more, less = most * log_m, (most * ratio) * (log_m - apart)
+        return more + less, tl.where(of_p, less, more)
 
 
 @triton.jit
-def skew_kl(logp, logq, p, q, gap, alpha):
+def skew_kl(logp, logq, p, q, gap, alpha, soft, shift, WHAT: tl.constexpr):
     """p log(p / m); slope -(1 - alpha) q p / m, centred (1 - alpha)^2 q (q - p) / m."""
-    delta, less, m = _mixture(logp, logq, alpha)
-    apart = tl.where(delta > 0, 1.0 - less, less - 1.0)
-    slope = ((1.0 - alpha) * (1.0 - alpha)) * (q * (apart * reciprocal(m)))
-    # a loop for the gradient alone leaves the logarithm out
-    log_m_p = (_most(delta, 0.0) + log2(m)) * LN2
-    return -(p * log_m_p), slope
+    if WHAT == "gradient":
+        ratio, m = _ratio(logp, logq, alpha)
+        by = soft * ((1.0 - alpha) * (1.0 - alpha))
+        return q * tl.fma((1.0 - ratio) * reciprocal(m), by, -shift)
+    elif WHAT == "finish":
+        return logp * -LN2, ((1.0 - alpha) * (1.0 - alpha)) * logq
+    else:
+        # By q / p. p is at least 2^-60 q here: what that adds is lost beside q, and q is their
+        # product, which does not underflow where it matters.
+        logp = _most(logp, logq - FAR)
+        # not NaN where both are 0; where one is NaN, so is p
+        ratio, p = tl.exp2(tl.maximum(logq - logp, -200.0)), tl.exp2(logp)
+        m = tl.fma(ratio, 1.0 - alpha, alpha)
+        return p * log2(m), (p * ratio - p) * (ratio * reciprocal(m))
 
 
 @triton.jit
-def skew_reverse_kl(logp, logq, p, q, gap, alpha):
+def skew_reverse_kl(logp, logq, p, q, gap, alpha, soft, shift, WHAT: tl.constexpr):
     """q log(q / m) with alpha on q; centred slope: value + alpha q (1 - q / m)."""
-    delta, _, m = _mixture(logp, logq, 1.0 - alpha)
-    log_q_m = _least(delta, 0.0) - log2(m)
-    value = q * log_q_m * LN2
-    return value, value + alpha * (q * (1.0 - tl.exp2(log_q_m)))
+    if WHAT == "gradient":
+        _, m = _ratio(logp, logq, 1.0 - alpha)
+        by = tl.fma(reciprocal(m), -soft * alpha, soft * alpha - shift)
+        return q * tl.fma(log2(m), -soft * LN2, by)
+    elif WHAT == "finish":
+        return logp * -LN2, logq * -LN2
+    else:
+        # NaN of the teacher stays, and is not made where both are 0
+        apart = _least(logp - _most(logq, LOWEST), 2.0 * FAR)
+        m = tl.fma(tl.exp2(apart), 1.0 - alpha, alpha)
+        value = q * log2(m)
+        return value, tl.fma(q * (1.0 - reciprocal(m)), -alpha / LN2, value)
 
 
 @triton.jit
-def tv(logp, logq, p, q, gap, param):
+def _sign(gap):
+    """-1, 0 or 1, and NaN of NaN; a fraction where p and q are below 2^-100, which is nothing."""
+    return _most(_least(gap * 2.0**127, 1.0), -1.0)
+
+
+@triton.jit
+def tv(logp, logq, p, q, gap, param, soft, shift, WHAT: tl.constexpr):
     """|p - q| / 2; slope sign(q - p) q / 2, 0 at ties."""
-    # the tie is `gap`, not 0: NaN compares like one and must stay NaN
-    sign = tl.where(gap > 0, 0.5, tl.where(gap < 0, -0.5, gap))
-    return 0.5 * tl.abs(gap), sign * q
+    if WHAT == "gradient":
+        return q * tl.fma(_sign(gap), 0.5 * soft, -shift)
+    elif WHAT == "finish":
+        return 0.5 * logp, 0.5 * logq
+    else:
+        sign = _sign(gap)
+        return sign * gap, sign * q
 
 
 @triton.jit
-def acceptance(logp, logq, p, q, gap, param):
+def acceptance(logp, logq, p, q, gap, param, soft, shift, WHAT: tl.constexpr):
     """min(p, q); slope q where q < p, 0 elsewhere and at ties."""
-    return _least(p, q), tl.where(gap < 0, q, tl.where(gap >= 0, 0.0, gap))
+    if WHAT == "gradient":
+        return q * tl.where(gap < 0, soft - shift, tl.where(gap >= 0, -shift, gap))
+    elif WHAT == "finish":
+        return logp, logq
+    else:
+        return _least(p, q), tl.where(gap < 0, q, tl.where(gap >= 0, 0.0, gap))
+
+
+@triton.jit
+def value_and_slope(logp, logq, p, q, gap, param, DIVERGENCE: tl.constexpr):
+    """What a divergence is at points of its own, where nobody sums."""
+    value, slope = DIVERGENCE(logp, logq, p, q, gap, param, 0.0, 0.0, "sums")
+    return DIVERGENCE(value, slope, p, q, gap, param, 0.0, 0.0, "finish")
 
 
 @triton.jit

@@ -50,7 +50,7 @@ _OF_SUM = {name: pairs.of_sum(name) for name in divergences}
 
 
 class GpuInfo(NamedTuple):
-    arch: str  # as in `tune.TABLE`
+    arch: str  # "sm_90", "gfx942", ...; "default" for the interpreter
     warp: int  # threads of a warp
 
 
@@ -70,8 +70,7 @@ def launch(
 ) -> None:
     """Runs a kernel on a device; the only place that does.
 
-    args: by name, and options of Triton: `num_ctas` where a program is a cluster of blocks
-        (`tile_of`), `maxnreg` (`_registers`).
+    args: by name, and Triton's option `maxnreg` (`_registers`).
 
     Raises:
         RuntimeError: Triton could not compile or start it. Nothing falls back in silence.
@@ -123,15 +122,10 @@ def acc_of(student: Tensor, teacher: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
-def tile_of(
-    vocab: int, *operands: Tensor | None, cluster: bool = True
-) -> tuple[Tile, dict[str, int]]:
+def tile_of(vocab: int, *operands: Tensor | None) -> tuple[Tile, dict[str, int]]:
     """The tile of rows, and what of it a launch's arguments take."""
-    there = [x for x in operands if x is not None]
-    itemsize = max(x.element_size() for x in there)
-    size = tile(vocab, itemsize, gpu_info(there[0].device).arch, cluster)
-    lanes = {"LANES": size.lanes, "GROUP": size.group}
-    return size, lanes if size.ctas == 1 else {**lanes, "num_ctas": size.ctas}
+    size = tile(vocab, max(x.element_size() for x in operands if x is not None))
+    return size, {"LANES": size.lanes, "GROUP": size.group}
 
 
 def lay(
@@ -139,9 +133,9 @@ def lay(
 ) -> tuple[Tile, dict[str, Any], int | None]:
     """(tile, what of it a launch takes, alignment offset) of rows.
 
-    loops: of the usual loops over a row; no offset and no cluster otherwise.
+    loops: of the usual loops over a row; no offset otherwise.
     """
-    size, lanes = tile_of(vocab, *operands, cluster=loops)
+    size, lanes = tile_of(vocab, *operands)
     align_offset, how = None, 0
     if batch_invariant():
         whole = all(alignment.on_boundary(x) for x in operands)
@@ -280,8 +274,8 @@ class FusedPasses(Backend):
         row_bytes = spec.vocab * (student.element_size() + teacher.element_size())
         columns = size.lanes * size.group
         device, threads = student.device, size.threads
-        # a cluster is another way to the same end; the pattern of UNWRITTEN is that of a float32
-        none, arch = size.ctas > 1 or acc == torch.float64, gpu_info(device).arch
+        # the pattern of UNWRITTEN is that of a float32
+        none, arch = acc == torch.float64, gpu_info(device).arch
         light = align_offset is None and (not spec.at_one or args["EXPECTATION"] != "none")
         most = registers(arch, threads, light)
         holds = None if none else cooperative.capacity(device, arch)
@@ -323,7 +317,6 @@ class FusedPasses(Backend):
         if n == 0:
             return loss
         rows = rows if spec.hard != 0.0 else rows._replace(label=None)
-        # its barrier holds back one block only, and blocks write into each other's columns
         place = student if grad is None else grad
         size, lanes, _ = lay(spec.vocab, student, place, loops=False)
         indices = indices.to(torch.int32)

@@ -211,7 +211,7 @@ def fused_kernel(
             grad, student, teacher, start, stop, m_s, d_s, m_t, d_t, slopes, sum_t1, column,
             exponent, param, soft * inverse * by * of, unit * by, hard * by,
             one_minus_eps + eps_over_v, eps_over_v,
-            DIVERGENCE, EXPECTATION == "teacher", label is not None or Z_LOSS, HARD_T1,
+            DIVERGENCE, label is not None or Z_LOSS, HARD_T1,
             EXPECTATION != "none", UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
         zero_columns(grad, stop, start + width, LANES, GROUP, UNALIGNED)
@@ -326,7 +326,7 @@ def grad_kernel(
         column, scalar(exponent, ACC), scalar(param, ACC),
         scalar(soft, ACC) * inverse * by * of, unit * by, scalar(hard, ACC) * by,
         scalar(one_minus_eps, ACC) + eps_over_v, eps_over_v,
-        DIVERGENCE, False, label is not None or Z_LOSS, HARD_T1, False, UNALIGNED,
+        DIVERGENCE, label is not None or Z_LOSS, HARD_T1, False, UNALIGNED,
         ACC, LANES, GROUP,
     )  # fmt: skip
     zero_columns(grad, stop, start + width, LANES, GROUP, UNALIGNED)

@@ -366,7 +366,7 @@ def split_grad_kernel(
         scalar(soft, ACC) * inverse * by * tl.load(constants + 6),
         tl.load(constants + 7) * by, scalar(hard, ACC) * by,
         scalar(one_minus_eps, ACC) + eps_over_v, eps_over_v,
-        DIVERGENCE, EXPECTATION == "teacher", label is not None or Z_LOSS, HARD_T1,
+        DIVERGENCE, label is not None or Z_LOSS, HARD_T1,
         EXPECTATION != "none", UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip
     zero_columns(grad, end, last, LANES, GROUP, UNALIGNED)

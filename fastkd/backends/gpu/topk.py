@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fastkd.backends.gpu.device_fns import LOG2E, initial_sums, merge_lanes, online_update
+from fastkd.backends.gpu.divergence import value_and_slope
 from fastkd.backends.gpu.outputs import NOTHING, store_hard, topk_outputs, zero_outputs
 from fastkd.backends.gpu.rows import at_one, grad_factor, label_column, zero_columns
 from fastkd.backends.gpu.tiles import columns, load, row_at, scalar, store
@@ -91,7 +92,7 @@ def points(
     logp = logp * LOG2E
     logq = tl.fma(logit - top, exponent, -log_total)
     p, q = tl.exp2(logp), tl.exp2(logq)
-    value, slope = DIVERGENCE(logp, logq, p, q, q - p, param)
+    value, slope = value_and_slope(logp, logq, p, q, q - p, param, DIVERGENCE)
     if NO_TAIL:
         slope = slope + centre * q
     return value, slope, q
@@ -198,7 +199,9 @@ def tail_pair(
     """Value and slope of the tail, one outcome for all columns off the support."""
     tail_logq = (m_rest - m_soft) * exponent + (tl.log2(d_rest) - log_total)
     tail_p, tail_q = tl.exp2(tail_logp), d_rest * share
-    value, slope = DIVERGENCE(tail_logp, tail_logq, tail_p, tail_q, tail_q - tail_p, param)
+    value, slope = value_and_slope(
+        tail_logp, tail_logq, tail_p, tail_q, tail_q - tail_p, param, DIVERGENCE
+    )
     dead = (d_rest == 0) & (tail_logp == NOTHING)
     return tl.where(dead, 0.0, value), tl.where(dead, 0.0, slope)
 
