@@ -229,7 +229,8 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
         TypeError, ValueError: before the first step: a head that cannot be read, another
             vocabulary without vocab_size, other labels, a model of no family, another problem_type
             than the student's, a refused option, several GPUs in one process, weights that are
-            sharded with linear=True; on the first batch: labels that are shifted already, or of pictures.
+            sharded with linear=True; on the first batch: labels that are shifted already, or of
+            pictures.
 
     >>> import torch, tempfile
     >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
