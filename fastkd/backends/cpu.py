@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.backends import buffer_pool
+from fastkd.backends import buffer_pool, cpu_elements
 from fastkd.backends.base import (
     Backend,
     LossSpec,
@@ -24,6 +24,7 @@ from fastkd.backends.base import (
     acc_dtype,
     rows_of,
 )
+from fastkd.bernoulli import Bernoulli, Flat
 from fastkd.divergence import divergences
 
 try:
@@ -103,10 +104,6 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else _read(x)
 
 
-def _written_to(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def _spec(spec: LossSpec) -> tuple[int, float, float, float, float, float, int, int, float]:
     index = _INDEX.get(spec.divergence)
     if index is None:
@@ -184,7 +181,7 @@ def log(x: Tensor) -> Tensor:
 class CPU(Backend):
     """The C++ kernels; values are where they can be read at once."""
 
-    on_host = has_steps = True
+    on_host = has_steps = has_elements = True
     guesses = "host"
 
     def fused(
@@ -194,7 +191,7 @@ class CPU(Backend):
         out = student.new_empty(n, dtype=_wide(student, teacher))
         if n != 0:
             arguments = _fused(n, student, teacher, spec, rows, grad, out)
-            _C.fused(*(*arguments, _written_to(rows.outputs)))
+            _C.fused(*(*arguments, 0 if rows.outputs is None else rows.outputs.data_ptr()))
         return out
 
     def fused_total(
@@ -227,7 +224,11 @@ class CPU(Backend):
         _C.topk(
             *(out.dtype is torch.float64, n, _threads(n * spec.vocab), _operand(student), points),
             *(divergences[spec.divergence].centre(spec.param), _spec(spec)),
-            *(*_options(rows, grad), out.data_ptr(), _written_to(rows.outputs)),
+            *(
+                *_options(rows, grad),
+                out.data_ptr(),
+                0 if rows.outputs is None else rows.outputs.data_ptr(),
+            ),
         )
         return out
 
@@ -337,6 +338,19 @@ class CPU(Backend):
             del held
 
         return Stepwise(out, redo, (one(start) for start in range(0, n, together)), waiting)
+
+    def bernoulli(self, what: Bernoulli, x: Flat, factor: float, *others: Any) -> float:
+        threads = _threads(x.student.numel())
+        return _C.bernoulli(*cpu_elements.written(threads, what, x, factor, *others))
+
+    def transposed(self, x: Tensor) -> Tensor:
+        out = x.new_empty(x.shape[0], x.shape[2], x.shape[1])
+        how = x.element_size(), _threads(x.numel())
+        _C.transpose(*x.shape, *how, _read(x), out.data_ptr())
+        return out
+
+    def count_elements(self, x: Flat) -> float:
+        return _C.count_elements(*cpu_elements.counted(_threads(x.student.numel()), x))
 
     def count(
         self, labels: Tensor, ignore_index: int, vocab: int

@@ -257,9 +257,7 @@ def test_other_problems_refused(tmp_path: Path) -> None:
     alone = models.build(CASES["one-logit"], 1, problem_type="single_label_classification")
     refused(tmp_path, alone, None, "and num_labels 1, expected for a yes or no 'multi_label")
     data = [row | {"labels": torch.tensor(1)} for row in models.rows(CASES["number"])]
-    with pytest.raises(
-        ValueError, match=r"labels: got int64 \[4, 1\].*'multi_label_class"
-    ):
+    with pytest.raises(ValueError, match=r"labels: got int64 \[4, 1\].*'multi_label_class"):
         trained(tmp_path, "number", *pair("number"), loss={}, train_dataset=data)
 
 
