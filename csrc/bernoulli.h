@@ -2,8 +2,8 @@
 // label. A logit is a value and its slopes, and needs no other: there is no row, no sum before the
 // last, and elements go in blocks whose operands are converted to the accumulation type.
 //
-// p = sigmoid(a) is the teacher's probability, q = sigmoid(b) the student's. fastkd/bernoulli.py has
-// the formulas in torch, and says why the KL negates both logits where their sum is positive.
+// p = sigmoid(a) is the teacher's probability, q = sigmoid(b) the student's. fastkd/bernoulli.py
+// has the formulas in torch, and says why the KL negates both logits where their sum is positive.
 #pragma once
 
 #include "dtype.h"
@@ -75,10 +75,14 @@ FASTKD_INLINE PairOf<V> js_of(V a, V b, T beta) {
 
 enum class Pair { none, kl, reverse_kl, js };
 
+// Elements of a block: all of its buffers stay in the first level of the cache.
+constexpr int64_t kElements = 512;
+
 // Blocks of an operand, as T.
 template <class T>
 struct ElementBlock {
-  T s[kBlock], t[kBlock], y[kBlock], w[kBlock], pos[kBlock], by_s[kBlock], by_t[kBlock];
+  T s[kElements], t[kElements], y[kElements], w[kElements], pos[kElements], by_s[kElements],
+      by_t[kElements];
 };
 
 template <class T>
@@ -109,7 +113,8 @@ __attribute__((noinline)) void factors(const Factor& f, int64_t at, int64_t n, T
 }
 
 template <class T>
-__attribute__((noinline)) const T* read(const char* data, DType dtype, int64_t at, int64_t n, T* buffer) {
+__attribute__((noinline)) const T* read(const char* data, DType dtype, int64_t at, int64_t n,
+                                        T* buffer) {
   if (dtype == kind_of<T> && n % kGroup<T> == 0) return reinterpret_cast<const T*>(data) + at;
   widen_any(data, dtype, at, n, buffer);
   for (int64_t i = n; i < padded<T>(n); ++i) buffer[i] = T(0);
@@ -146,8 +151,9 @@ double element_block(const BernoulliArgs& a, int64_t at, int64_t n, ElementBlock
     V value{}, by_s{}, by_t{};
     if constexpr (D != Pair::none) {
       const V u = loadu<V>(t + i) * inverse_t, v = x * inverse_t;
-      const PairOf<V> of = D == Pair::js ? js_of<V, T>(u, v, beta)
-                           : D == Pair::kl ? kl_of<V>(u, v) : kl_of<V>(v, u);
+      const PairOf<V> of = D == Pair::js   ? js_of<V, T>(u, v, beta)
+                           : D == Pair::kl ? kl_of<V>(u, v)
+                                           : kl_of<V>(v, u);
       value = of.value * soft;
       by_s = (D == Pair::reverse_kl ? of.by_teacher : of.by_student) * of_soft;
       by_t = (D == Pair::reverse_kl ? of.by_student : of.by_teacher) * of_soft;
@@ -180,14 +186,20 @@ double bernoulli(const BernoulliArgs& a, int64_t begin, int64_t end) {
   const bool hard = a.hard != 0.0;
   auto run = element_block<T, Pair::none, true>;
   if (a.soft != 0.0) switch (a.divergence) {
-      case 1: run = hard ? element_block<T, Pair::kl, true> : element_block<T, Pair::kl, false>; break;
-      case 2:
-        run = hard ? element_block<T, Pair::reverse_kl, true> : element_block<T, Pair::reverse_kl, false>;
+      case 1:
+        run = hard ? element_block<T, Pair::kl, true> : element_block<T, Pair::kl, false>;
         break;
-      default: run = hard ? element_block<T, Pair::js, true> : element_block<T, Pair::js, false>; break;
+      case 2:
+        run = hard ? element_block<T, Pair::reverse_kl, true>
+                   : element_block<T, Pair::reverse_kl, false>;
+        break;
+      default:
+        run = hard ? element_block<T, Pair::js, true> : element_block<T, Pair::js, false>;
+        break;
     }
   double sum = 0.0;
-  for (int64_t at = begin; at < end; at += kBlock) sum += run(a, at, least(kBlock, end - at), memory);
+  for (int64_t at = begin; at < end; at += kElements)
+    sum += run(a, at, least(kElements, end - at), memory);
   return sum;
 }
 
@@ -244,8 +256,8 @@ template <class T>
 double counted(const BernoulliArgs& a, int64_t begin, int64_t end) {
   ElementBlock<T> memory;
   double sum = 0.0;
-  for (int64_t at = begin; at < end; at += kBlock) {
-    const int64_t n = least(kBlock, end - at);
+  for (int64_t at = begin; at < end; at += kElements) {
+    const int64_t n = least(kElements, end - at);
     if (!labels<T>(a, at, n, memory.y)) return -double{kInf};
     factors(a.weight, at, n, memory.w);
     double lane[8] = {};

@@ -117,7 +117,8 @@ struct Rates {
 static_assert(sizeof(ExpectationSums) == 56 && sizeof(RowSums) + sizeof(Rates) == 64,
               "64 bytes at most for a row; fastkd/backends/cpu.py has the sizes too");
 
-// A factor of elements: element i has number (i / repeat) % count of data, of the accumulation type.
+// A factor of elements: element i has number (i / repeat) % count of data, of the accumulation
+// type.
 struct Factor {
   const void* data = nullptr;
   int64_t repeat = 1;
@@ -193,7 +194,7 @@ struct Kernels {
   const Pass* stats;                                // [2]
   ThreadedPass topk[4];                             // by dtype, as fused
   int64_t (*step_bytes)(int64_t vocab, bool kept);  // memory of a row between the steps
-  ElementPass bernoulli[2];  // by accumulation type
+  ElementPass bernoulli[2];                         // by accumulation type
   ElementPass counted[2];  // sums the weights of the labels that count, -inf for a bad one; as
                            // the next, in the baseline's table only
   bool (*read_labels[2])(const BernoulliArgs&, int64_t at, int64_t n, void* to);
