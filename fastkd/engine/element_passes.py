@@ -170,7 +170,7 @@ class _Fused(torch.autograd.Function):
             total = work.backend.bernoulli(run.what, x, 1.0, None, None, None, None)
         else:
             total, ctx.found = work.gradients(x, needs, expected * work.by, None, given[1])
-        return torch.tensor(total * work.by, dtype=run.acc)
+        return torch.tensor(total * work.by, dtype=run.acc, device=x.student.device)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
