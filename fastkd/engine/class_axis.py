@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastkd.arguments.messages import describe, shown, sizes
 from fastkd.arguments.numbers import integer
-from fastkd.arguments.tensors import INT_DTYPES
+from fastkd.arguments.tensors import DTYPES, INT_DTYPES
 from fastkd.backends.choice import in_functorch, pick, valueless
 
 LAST = -1
@@ -86,7 +86,8 @@ def _copy(x: Tensor, dim: int, to: int = -1) -> Tensor:
     """x with a dimension moved, to the last place or from it, laid out."""
     dim, to = dim % x.dim(), to % x.dim()
     shape = x.movedim(dim, to).shape
-    if not x.is_contiguous() or x.is_neg() or not x.numel():
+    plain = x.is_contiguous() and not x.is_neg() and x.numel()
+    if not plain or x.dtype not in DTYPES:  # for the loss's own checks to refuse
         # contiguous() leaves an empty one
         return x.movedim(dim, to).clone(memory_format=torch.contiguous_format)
     first = min(dim, to)
