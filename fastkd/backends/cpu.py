@@ -40,15 +40,12 @@ if name := os.environ.get("FASTKD_ISA"):
     except ValueError as error:
         raise RuntimeError(f"FASTKD_ISA: {error} (here: {', '.join(_C.isas())})") from None
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_DTYPES, _read = cpu_elements.DTYPES, cpu_elements.read
 _INDEX = {name: index for index, name in enumerate(_C.divergences())}
 _EXPECTATION = {name: divergences[name].expectation for name in divergences}
 _NONE = (0, 0, 1, 0, 0)
 # what a new one is made like: torch.empty, which reads a size and a dtype, takes twice as long
 _NUMBER = {x: torch.empty((), dtype=x, device="cpu") for x in (torch.float32, torch.float64)}
-# The address to read from: `data_ptr` gives one to write to, for which a copy-on-write tensor takes
-# a copy first. An older torch knows no other.
-_read = getattr(Tensor, "const_data_ptr", Tensor.data_ptr)
 # Elements below which a second thread costs more than it saves: waking one takes microseconds.
 _GRAIN = 16384
 
@@ -344,9 +341,9 @@ class CPU(Backend):
         return _C.bernoulli(*cpu_elements.written(threads, what, x, factor, *others))
 
     def transposed(self, x: Tensor) -> Tensor:
-        out = x.new_empty(x.shape[0], x.shape[2], x.shape[1])
-        how = x.element_size(), _threads(x.numel())
-        _C.transpose(*x.shape, *how, _read(x), out.data_ptr())
+        a, b, c = x.shape
+        out, threads = x.new_empty(a, c, b), _threads(x.numel())
+        _C.transpose(a, b, c, x.element_size(), threads, _read(x), out.data_ptr())
         return out
 
     def count_elements(self, x: Flat) -> float:

@@ -13,20 +13,21 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 LABELS = DTYPES | {torch.int64: 4, torch.int32: 5, torch.int16: 6, torch.int8: 7, torch.uint8: 8}
 NO_LABELS = 9
 PAIRS = {"kl": 1, "reverse_kl": 2, "js": 3}
-# The address to read from: see cpu.py.
-_read = getattr(Tensor, "const_data_ptr", Tensor.data_ptr)
+# The address to read from: `data_ptr` gives one to write to, for which a copy-on-write tensor takes
+# a copy first. An older torch knows no other.
+read = getattr(Tensor, "const_data_ptr", Tensor.data_ptr)
 
 
 def _sides(x: Flat) -> tuple[int, int, int, int, int, int]:
     y = x.labels
-    of_labels = (0, NO_LABELS) if y is None else (_read(y), LABELS[y.dtype])
+    of_labels = (0, NO_LABELS) if y is None else (read(y), LABELS[y.dtype])
     teacher = x.student if x.teacher is None else x.teacher
-    own = _read(x.student), DTYPES[x.student.dtype]
-    return *own, _read(teacher), DTYPES[teacher.dtype], *of_labels
+    own = read(x.student), DTYPES[x.student.dtype]
+    return *own, read(teacher), DTYPES[teacher.dtype], *of_labels
 
 
 def _factor(x: ElementFactor | None) -> tuple[int, int, int]:
-    return (0, 1, 1) if x is None else (_read(x.data), x.repeat, x.data.numel())
+    return (0, 1, 1) if x is None else (read(x.data), x.repeat, x.data.numel())
 
 
 def counted(threads: int, x: Flat) -> tuple[Any, ...]:
@@ -43,6 +44,6 @@ def written(
     upstream, *memory = others
     return (
         *(*counted(threads, x), _factor(x.pos_weight), (*spec, what.soft, what.hard, factor)),
-        0 if upstream is None else _read(upstream),
+        0 if upstream is None else read(upstream),
         *(0 if y is None else y.data_ptr() for y in memory),
     )
