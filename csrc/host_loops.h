@@ -94,4 +94,14 @@ void transpose_columns(const E* from, E* to, int64_t b, int64_t c, int64_t begin
   }
 }
 
+// The same, of elements of so many bytes.
+inline void transpose_columns(int64_t bytes, const char* from, char* to, int64_t b, int64_t c,
+                              int64_t begin, int64_t end) {
+  const auto as = [&](auto x) {
+    using E = decltype(x);
+    transpose_columns(reinterpret_cast<const E*>(from), reinterpret_cast<E*>(to), b, c, begin, end);
+  };
+  bytes == 2 ? as(uint16_t{}) : bytes == 4 ? as(uint32_t{}) : as(uint64_t{});
+}
+
 }  // namespace fastkd

@@ -336,16 +336,7 @@ void transpose(int64_t a, int64_t b, int64_t c, int64_t bytes, int threads, Addr
       const int64_t at = i / tiles * b * c * bytes;
       const char* x = fastkd::at<const char>(from) + at;
       char* y = fastkd::at<char>(to) + at;
-      if (bytes == 2) {
-        transpose_columns(reinterpret_cast<const uint16_t*>(x), reinterpret_cast<uint16_t*>(y), b,
-                          c, begin, end);
-      } else if (bytes == 4) {
-        transpose_columns(reinterpret_cast<const uint32_t*>(x), reinterpret_cast<uint32_t*>(y), b,
-                          c, begin, end);
-      } else {
-        transpose_columns(reinterpret_cast<const uint64_t*>(x), reinterpret_cast<uint64_t*>(y), b,
-                          c, begin, end);
-      }
+      transpose_columns(bytes, x, y, b, c, begin, end);
     }
   });
 }

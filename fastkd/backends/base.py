@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.bernoulli import Bernoulli, Flat
 from fastkd.operands import Operand, Teacher
 
 #: what a pass may tell of a row beside its loss, in this order; `fastkd.engine.outputs` says what
@@ -155,24 +154,13 @@ class Backend:
     #: spoils all rows); None for the first ones
     teacher_columns: Tensor | None = None
 
+    #: passes over losses of one logit each, if there are; what they take: `cpu_elements.py`
+    bernoulli: Any = None
+    count_elements: Any = None
+
     def transposed(self, x: Tensor) -> Tensor:
         """A copy [A, C, B] of a contiguous tensor [A, B, C]."""
         return x.transpose(1, 2).contiguous()
-
-    #: there is `bernoulli` and `count_elements`
-    has_elements = False
-
-    def bernoulli(self, what: Bernoulli, x: Flat, factor: float, *others: Any) -> float:
-        """Sum of weight * loss of each logit; writes what is given of `others`.
-
-        others: [n] each or None: upstream in acc, one more factor of each value and gradient;
-        memory for the gradients of student and teacher, times factor; memory for the values.
-        """
-        raise NotImplementedError
-
-    def count_elements(self, x: Flat) -> float:
-        """Sum of the weights of the logits that count; -inf for a label not in 0 to 1."""
-        raise NotImplementedError
 
     def fused(
         self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None

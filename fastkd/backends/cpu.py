@@ -178,7 +178,7 @@ def log(x: Tensor) -> Tensor:
 class CPU(Backend):
     """The C++ kernels; values are where they can be read at once."""
 
-    on_host = has_steps = has_elements = True
+    on_host = has_steps = True
     guesses = "host"
 
     def fused(
@@ -336,9 +336,8 @@ class CPU(Backend):
 
         return Stepwise(out, redo, (one(start) for start in range(0, n, together)), waiting)
 
-    def bernoulli(self, what: Bernoulli, x: Flat, factor: float, *others: Any) -> float:
-        threads = _threads(x.student.numel())
-        return _C.bernoulli(*cpu_elements.written(threads, what, x, factor, *others))
+    def bernoulli(self, what: Bernoulli, x: Flat, *others: Any) -> float:
+        return _C.bernoulli(*cpu_elements.written(_threads(x.student.numel()), what, x, *others))
 
     def transposed(self, x: Tensor) -> Tensor:
         a, b, c = x.shape

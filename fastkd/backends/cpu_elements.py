@@ -1,4 +1,8 @@
-"""Arguments of the C++ passes over losses of one logit each; see `Backend.bernoulli`."""
+"""Arguments of the C++ passes over losses of one logit each.
+
+`bernoulli` gives the sum of weight * loss and writes what it is given memory for; `count_elements`
+gives the sum of the weights of the logits that count, -inf for a label that is not in 0 to 1.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +43,11 @@ def counted(threads: int, x: Flat) -> tuple[Any, ...]:
 def written(
     threads: int, what: Bernoulli, x: Flat, factor: float, *others: Tensor | None
 ) -> tuple[Any, ...]:
-    """Of the pass itself."""
+    """Of the pass itself.
+
+    others: [n] each or None: upstream in acc, one more factor of each value and gradient; memory
+    for the gradients of student and teacher, times factor; memory for the values.
+    """
     spec = PAIRS[what.divergence.name], what.divergence.param or 0.0, what.temperature
     upstream, *memory = others
     return (

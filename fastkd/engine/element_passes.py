@@ -102,7 +102,7 @@ def flat(run: Run, x: Elements, order: Order) -> Flat:
 def _count(backend: Backend, x: Flat) -> float:
     """The sum of the weights of the logits that count; -inf for a label that is none."""
     if x.labels is not None:
-        return backend.count_elements(x)
+        return float(backend.count_elements(x))
     n = x.student.numel()
     if x.weight is None:
         return float(n)

@@ -57,7 +57,7 @@ def loss(
     plain = learnt or valueless(student) or not student.numel()
     reads = labels is not None and reads_values(labels)
     backend = None if plain else pick(student.device)
-    if backend is not None and backend.has_elements and (reads or labels is None):
+    if backend is not None and backend.bernoulli is not None and (reads or labels is None):
         run = run._replace(read=True)
         return fused(backend, run, operands, _plain, lambda: _check_values(labels, ignored))
     if reads:
