@@ -78,4 +78,30 @@ T weighted_sum_of(const T* loss, const T* scale, double factor, int64_t n) {
   return static_cast<T>(sum * factor);
 }
 
+constexpr int64_t kTile = 32;
+
+// Columns [begin, end) of a matrix [b, c] as rows of one [c, b], no more than kTile of them. By a
+// tile of their own: rows whose distance is a power of 2 throw each other out of a cache.
+template <class E>
+void transpose_columns(const E* from, E* to, int64_t b, int64_t c, int64_t begin, int64_t end) {
+  E tile[kTile * kTile];
+  for (int64_t i = 0; i < b; i += kTile) {
+    const int64_t m = i + kTile < b ? kTile : b - i, n = end - begin;
+    for (int64_t k = 0; k < m; ++k)
+      for (int64_t j = 0; j < n; ++j) tile[j * kTile + k] = from[(i + k) * c + begin + j];
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t k = 0; k < m; ++k) to[(begin + j) * b + i + k] = tile[j * kTile + k];
+  }
+}
+
+// The same, of elements of so many bytes.
+inline void transpose_columns(int64_t bytes, const char* from, char* to, int64_t b, int64_t c,
+                              int64_t begin, int64_t end) {
+  const auto as = [&](auto x) {
+    using E = decltype(x);
+    transpose_columns(reinterpret_cast<const E*>(from), reinterpret_cast<E*>(to), b, c, begin, end);
+  };
+  bytes == 2 ? as(uint16_t{}) : bytes == 4 ? as(uint32_t{}) : as(uint64_t{});
+}
+
 }  // namespace fastkd

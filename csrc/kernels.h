@@ -117,6 +117,45 @@ struct Rates {
 static_assert(sizeof(ExpectationSums) == 56 && sizeof(RowSums) + sizeof(Rates) == 64,
               "64 bytes at most for a row; fastkd/backends/cpu.py has the sizes too");
 
+// A factor of elements: element i has number (i / repeat) % count of data, of the accumulation
+// type.
+struct Factor {
+  const void* data = nullptr;
+  int64_t repeat = 1;
+  int64_t count = 1;
+};
+
+enum class LabelKind : int { f32 = 0, bf16, f16, f64, i64, i32, i16, i8, u8, none };
+
+// Arguments of the losses of one logit each (see bernoulli.h): elements without gaps, in one order.
+struct BernoulliArgs {
+  const char* student = nullptr;
+  const char* teacher = nullptr;
+  DType student_dtype = DType::f32;
+  DType teacher_dtype = DType::f32;
+  const void* labels = nullptr;
+  LabelKind label_kind = LabelKind::none;
+  // [at, at + n) in the accumulation type, NaN where one is left out; whether all others are right
+  bool (*read_labels)(const BernoulliArgs&, int64_t at, int64_t n, void* to) = nullptr;
+  const int64_t* ignored = nullptr;
+  int64_t ignored_count = 0;
+  Factor weight;
+  Factor pos_weight;
+  int divergence = 1;  // 1 kl, 2 reverse_kl, 3 js
+  double param = 0.0;
+  double temperature = 1.0;
+  double soft = 1.0;
+  double hard = 0.0;
+  double factor = 1.0;             // of the gradients
+  const void* upstream = nullptr;  // one more of each value and gradient
+  char* grad_s = nullptr;
+  char* grad_t = nullptr;
+  void* values = nullptr;
+};
+
+// Of the elements [begin, end): the sum of the values times their weights.
+using ElementPass = double (*)(const BernoulliArgs&, int64_t begin, int64_t end);
+
 // The threads of one call. `run` does task(argument, i) for each i < tasks, in any order.
 struct ThreadPool {
   int threads = 1;
@@ -155,6 +194,10 @@ struct Kernels {
   const Pass* stats;                                // [2]
   ThreadedPass topk[4];                             // by dtype, as fused
   int64_t (*step_bytes)(int64_t vocab, bool kept);  // memory of a row between the steps
+  ElementPass bernoulli[2];                         // by accumulation type
+  ElementPass counted[2];  // sums the weights of the labels that count, -inf for a bad one; as
+                           // the next, in the baseline's table only
+  bool (*read_labels[2])(const BernoulliArgs&, int64_t at, int64_t n, void* to);
   void (*multiply)(char* data, DType dtype, int64_t n, double by);
   void (*exp2)(const float*, float*, int64_t);
   void (*log)(const float*, float*, int64_t);

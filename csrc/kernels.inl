@@ -1,4 +1,5 @@
 // Fills the table for the instruction set that the including file is compiled for.
+#include "bernoulli.h"
 #include "topk.h"
 #include "vocab_parallel.h"
 
@@ -72,6 +73,9 @@ const Kernels kTable = {
     kStats,
     {topk<DType::f32>, topk<DType::bf16>, topk<DType::f16>, FASTKD_WIDE(topk<DType::f64>)},
     step_bytes,
+    {bernoulli<float>, FASTKD_WIDE(bernoulli<double>)},
+    {FASTKD_WIDE(counted<float>), FASTKD_WIDE(counted<double>)},
+    {FASTKD_WIDE(labels<float>), FASTKD_WIDE(labels<double>)},
     multiply,
     exp2_array,
     log_array};

@@ -251,6 +251,96 @@ void fused_total(int wide, int64_t rows, int threads, const OperandTuple& studen
   weighted_sum(wide, losses, scale, factor, rows, out);
 }
 
+// ---- losses of one logit each
+
+Factor factor_of(const py::tuple& tuple) {
+  Items next(tuple, 3);
+  Factor f;
+  f.data = at<const void>(next.address());
+  f.repeat = next.integer();
+  f.count = next.integer();
+  return f;
+}
+
+// sides: (student, dtype, teacher, dtype, labels, kind). spec: (divergence, param, temperature,
+// soft, hard, factor). grads: of student and teacher, in their dtypes.
+BernoulliArgs bernoulli_args(int wide, const py::tuple& sides, const std::vector<int64_t>& ignored,
+                             const py::tuple& weight) {
+  BernoulliArgs a;
+  a.read_labels = table(true).read_labels[wide];
+  Items next(sides, 6);
+  a.student = at<const char>(next.address());
+  a.student_dtype = static_cast<DType>(next.integer());
+  a.teacher = at<const char>(next.address());
+  a.teacher_dtype = static_cast<DType>(next.integer());
+  a.labels = at<const void>(next.address());
+  a.label_kind = static_cast<LabelKind>(next.integer());
+  a.ignored = ignored.data();
+  a.ignored_count = static_cast<int64_t>(ignored.size());
+  a.weight = factor_of(weight);
+  return a;
+}
+
+// A chunk's sum is its own, so that the bits do not depend on the number of threads.
+std::vector<double> over_chunks(ElementPass pass, const BernoulliArgs& a, int64_t n, int threads) {
+  std::vector<double> sums(static_cast<size_t>((n + kChunk - 1) / kChunk));
+  py::gil_scoped_release release;
+  over_rows(static_cast<int64_t>(sums.size()), 1, threads,
+            [&](int64_t begin, int64_t end, const ThreadPool&) {
+              for (int64_t i = begin; i < end; ++i)
+                sums[static_cast<size_t>(i)] =
+                    pass(a, i * kChunk, (i + 1) * kChunk < n ? (i + 1) * kChunk : n);
+            });
+  return sums;
+}
+
+double bernoulli(int wide, int64_t n, int threads, const py::tuple& sides,
+                 const std::vector<int64_t>& ignored, const py::tuple& weight,
+                 const py::tuple& pos_weight, const py::tuple& spec, Address upstream,
+                 Address grad_s, Address grad_t, Address values) {
+  BernoulliArgs a = bernoulli_args(wide, sides, ignored, weight);
+  a.pos_weight = factor_of(pos_weight);
+  Items next(spec, 6);
+  a.divergence = static_cast<int>(next.integer());
+  a.param = next.real();
+  a.temperature = next.real();
+  a.soft = next.real();
+  a.hard = next.real();
+  a.factor = next.real();
+  a.upstream = at<const void>(upstream);
+  a.grad_s = at<char>(grad_s);
+  a.grad_t = at<char>(grad_t);
+  a.values = at<void>(values);
+  double sum = 0.0;
+  for (double x : over_chunks(table(wide).bernoulli[wide], a, n, threads)) sum += x;
+  return sum;
+}
+
+// -inf where a label is not from 0 to 1.
+double count_elements(int wide, int64_t n, int threads, const py::tuple& sides,
+                      const std::vector<int64_t>& ignored, const py::tuple& weight) {
+  const BernoulliArgs a = bernoulli_args(wide, sides, ignored, weight);
+  double sum = 0.0;
+  for (double x : over_chunks(table(true).counted[wide], a, n, threads)) sum += x;
+  return sum;
+}
+
+// [a, b, c] -> [a, c, b], of elements of so many bytes.
+void transpose(int64_t a, int64_t b, int64_t c, int64_t bytes, int threads, Address from,
+               Address to) {
+  const int64_t tiles = (c + kTile - 1) / kTile;
+  py::gil_scoped_release release;
+  over_rows(a * tiles, 1, threads, [&](int64_t first, int64_t last, const ThreadPool&) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t begin = i % tiles * kTile, end = begin + kTile < c ? begin + kTile : c;
+      const int64_t at = i / tiles * b * c * bytes;
+      const char* x = fastkd::at<const char>(from) + at;
+      char* y = fastkd::at<char>(to) + at;
+      transpose_columns(bytes, x, y, b, c, begin, end);
+    }
+  });
+}
+
 // Rows [outer, inner, width] of a gradient *= the number at `by`.
 void multiply(const OperandTuple& grad, int64_t rows, int64_t width, int threads, int wide,
               Address by) {
@@ -298,6 +388,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("count_labels", &count_labels);
   m.def("row_scale", &row_scale);
   m.def("weighted_sum", &weighted_sum);
+  m.def("transpose", &transpose);
+  m.def("bernoulli", &bernoulli);
+  m.def("count_elements", &count_elements);
   m.def("multiply", &multiply);
   m.def("exp2", [](Address x, Address y, int64_t n) {
     running->exp2(at<const float>(x), at<float>(y), n);

@@ -2,6 +2,8 @@
 # array, or 0 for an argument that is not given. wide: 1 where sums and per-row arrays are float64,
 # else 0 (float32).
 
+from collections.abc import Sequence
+
 _Rows = tuple[int, int, int, int, int]  # address, dtype, inner size, outer stride, inner stride
 _Spec = tuple[int, float, float, float, float, float, int, int, float]
 
@@ -151,3 +153,30 @@ def count_labels(
 def row_scale(wide: int, n: int, keep: int, weight: int, mean: bool, scale: int, /) -> None: ...
 def weighted_sum(wide: int, loss: int, scale: int, factor: float, n: int, out: int, /) -> None: ...
 def multiply(grad: _Rows, rows: int, width: int, threads: int, wide: int, by: int, /) -> None: ...
+def bernoulli(
+    wide: int,
+    n: int,
+    threads: int,
+    sides: tuple[int, int, int, int, int, int],
+    ignored: Sequence[int],
+    weight: tuple[int, int, int],
+    pos_weight: tuple[int, int, int],
+    spec: tuple[int, float, float, float, float, float],
+    upstream: int,
+    grad_s: int,
+    grad_t: int,
+    values: int,
+    /,
+) -> float: ...
+def count_elements(
+    wide: int,
+    n: int,
+    threads: int,
+    sides: tuple[int, int, int, int, int, int],
+    ignored: Sequence[int],
+    weight: tuple[int, int, int],
+    /,
+) -> float: ...
+def transpose(
+    a: int, b: int, c: int, bytes: int, threads: int, source: int, to: int, /
+) -> None: ...

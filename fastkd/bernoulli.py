@@ -143,6 +143,33 @@ class Bernoulli(NamedTuple):
         return torch.zeros_like(s) if isinstance(value, float) else value, slope_s, slope_t
 
 
+class ElementFactor(NamedTuple):
+    """A factor of logits one by one: that of number i is data[(i // repeat) % len(data)]."""
+
+    data: Tensor
+    repeat: int
+
+
+class Flat(NamedTuple):
+    """Operands of a loss of one logit each, [n] without gaps, in one order.
+
+    Args:
+        student, teacher: of any float dtypes; no teacher where there is no soft term.
+        labels: floats or integers; None for none.
+        ignored: labels of what is left out; NaN is, too.
+        weight, pos_weight: factors in acc.
+        acc: float32 or float64.
+    """
+
+    student: Tensor
+    teacher: Tensor | None
+    labels: Tensor | None
+    ignored: tuple[int, ...]
+    weight: ElementFactor | None
+    pos_weight: ElementFactor | None
+    acc: torch.dtype
+
+
 def describe_logits(name: str, x: object) -> str:
     """What a message says of an operand that is none."""
     return f"{name}: got {describe(x)}, expected a tensor of logits, one for each yes or no"

@@ -13,9 +13,9 @@ loss of a logit is a divergence of two Bernoulli distributions. The options that
                       that is 0; "sum"; "none": [...] with 0 where a logit is left out
     normalizer        number or 0-d tensor in place of the denominator of "mean"
 
-The loss takes one pass over the operands, its gradient another; nothing of their size is kept. They
-run in torch's operations, on the CPU over blocks that stay in the cache. Under torch.compile and
-torch.func they are plain torch.
+On the CPU loss and gradient are one pass in C++. Elsewhere, and with `use_backend("reference")`,
+the loss takes one pass over the operands in torch's operations and its gradient another; nothing of
+their size is kept. Under torch.compile and torch.func they are plain torch.
 """
 
 from __future__ import annotations

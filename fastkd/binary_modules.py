@@ -18,38 +18,46 @@ def named(d: Divergence) -> str:
     return f"{d.name}({d.parameter}={d.param:g})" if d.parameter else d.name
 
 
-class _Binary(torch.nn.Module):
-    """A loss of one logit each; see `fastkd.binary`."""
+class LossModule(torch.nn.Module):
+    """What all losses have: temperature, ignore_index, reduction, a formula in their `repr`."""
+
+    where = ""  # what the formula's names are, where that is not in it
 
     def __init__(
-        self,
-        temperature: float,
-        ignore_index: int | Sequence[int],
-        reduction: Literal["mean", "sum", "none"],
+        self, temperature: float, ignore_index: int | Sequence[int], reduction: Any
     ) -> None:
         super().__init__()
         self.temperature = validate.temperature(temperature)
         many = class_axis.several(ignore_index)
         self.ignore_index = many[0] if len(many) == 1 else many
-        self.reduction: Literal["mean", "sum", "none"] = elementwise.reduction_of(reduction)
+        self.reduction = reduction
 
     def formula(self) -> str:
         """The formula with the parameters in force."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        options = f"T={self.temperature:g}, reduction={self.reduction!r}"
-        if self.ignore_index != -100:
-            options += f", ignore_index={self.ignore_index}"
-        return f"{self.formula()}, p = sigmoid(teacher / T), {options}"
+        says = f"{self.formula()}{self.where}, T={self.temperature:g}, reduction={self.reduction!r}"
+        return says if self.ignore_index == -100 else f"{says}, ignore_index={self.ignore_index}"
 
-    def _elements(self, weight: Tensor | None, normalizer: Any) -> binary.MixedElements:
+    def _elements(self, weight: Tensor | None, normalizer: Any) -> Any:
         return {
             "ignore_index": self.ignore_index,
             "weight": weight,
             "reduction": self.reduction,
             "normalizer": normalizer,
         }
+
+
+class _Binary(LossModule):
+    """A loss of one logit each; see `fastkd.binary`."""
+
+    where = ", p = sigmoid(teacher / T)"
+
+    def __init__(
+        self, temperature: float, ignore_index: int | Sequence[int], reduction: Any
+    ) -> None:
+        super().__init__(temperature, ignore_index, elementwise.reduction_of(reduction))
 
 
 class BinaryDivergence(_Binary):

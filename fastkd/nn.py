@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypedDict
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkd import losses
 from fastkd.binary_modules import BinaryDistillationLoss as BinaryDistillationLoss
 from fastkd.binary_modules import BinaryDivergence as BinaryDivergence
-from fastkd.binary_modules import named
+from fastkd.binary_modules import LossModule, named
 from fastkd.divergence import Divergence, divergences
 from fastkd.engine import class_axis, dispatch, validate
 from fastkd.losses import MixedOptions, Reduction
@@ -34,7 +33,7 @@ class Options(TypedDict, total=False):
     return_outputs: bool
 
 
-class _Loss(torch.nn.Module):
+class _Loss(LossModule):
     def __init__(
         self,
         temperature: float = 1.0,
@@ -45,45 +44,31 @@ class _Loss(torch.nn.Module):
         inplace: bool = False,
         return_outputs: bool = False,
     ) -> None:
-        super().__init__()
         validate.reduction(reduction)
-        self.temperature = validate.temperature(temperature)
-        many = class_axis.several(ignore_index)
-        self.ignore_index = many[0] if len(many) == 1 else many
+        super().__init__(temperature, ignore_index, reduction)
         self.class_dim = class_axis.dimension(class_dim)
-        self.reduction: Reduction = reduction
         self.vocab_size = None if vocab_size is None else validate.columns(vocab_size, least=1)
         self.inplace, self.return_outputs = inplace, return_outputs
 
     def _rows(self, weight: Tensor | None, normalizer: float | Tensor | None) -> MixedOptions:
+        elements: MixedOptions = self._elements(weight, normalizer)
         return {
-            "ignore_index": self.ignore_index,
-            "weight": weight,
-            "reduction": self.reduction,
-            "normalizer": normalizer,
+            **elements,
             "vocab_size": self.vocab_size,
             "class_dim": self.class_dim,
             "inplace": self.inplace,
             "return_outputs": self.return_outputs,
         }
 
-    def formula(self) -> str:
-        """The formula with the parameters in force."""
-        raise NotImplementedError
-
     def extra_repr(self) -> str:
-        options = f"T={self.temperature:g}, reduction={self.reduction!r}"
-        if self.ignore_index != -100:
-            options += f", ignore_index={self.ignore_index}"
+        options = super().extra_repr()
         if self.vocab_size is not None:
             options += f", vocab_size={self.vocab_size}"
         if self.class_dim != -1:
             options += f", class_dim={self.class_dim}"
         if self.inplace:
             options += ", inplace=True"
-        if self.return_outputs:
-            options += ", return_outputs=True"
-        return f"{self.formula()}, {options}"
+        return options + (", return_outputs=True" if self.return_outputs else "")
 
 
 class _Divergence(_Loss):

@@ -95,6 +95,15 @@ def told() -> dict[str, Tensor]:
     return row | picture()
 
 
+def several(labels: int = CLASSES) -> dict[str, Tensor]:
+    """Some of the classes at once."""
+    return tokens() | {"labels": (torch.rand(labels) < 0.5).float()}
+
+
+def measured(row: dict[str, Tensor], *size: int) -> dict[str, Tensor]:
+    return row | {"labels": torch.randn(size)}
+
+
 def chosen() -> dict[str, Tensor]:
     options = [tokens() for _ in range(2)]
     row = {name: torch.stack([x[name] for x in options]) for name in options[0]}
@@ -128,6 +137,28 @@ CASES = {
     ),
     "llama-classifier": Case(
         "LlamaForSequenceClassification", lambda: hf.LlamaConfig(**LLAMA), lambda: one(tokens())
+    ),
+    "several": Case(
+        "BertForSequenceClassification",
+        lambda: hf.BertConfig(**BERT, problem_type="multi_label_classification"),
+        several,
+    ),
+    "one-logit": Case(
+        "DistilBertForSequenceClassification",
+        lambda: hf.DistilBertConfig(
+            **DISTIL, num_labels=1, problem_type="multi_label_classification"
+        ),
+        lambda: several(1),
+    ),
+    "number": Case(
+        "ViTForImageClassification",
+        lambda: hf.ViTConfig(**VIT | {"num_labels": 1}),
+        lambda: measured(picture()),
+    ),
+    "numbers": Case(
+        "BertForSequenceClassification",
+        lambda: hf.BertConfig(**BERT, problem_type="regression"),
+        lambda: measured(tokens(), CLASSES),
     ),
     "choice": Case("BertForMultipleChoice", lambda: hf.BertConfig(**BERT), chosen),
     "tokens": Case("BertForTokenClassification", lambda: hf.BertConfig(**BERT), tagged),
@@ -206,6 +237,13 @@ def stacked(data: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in data]) for name in data[0]}
 
 
+# of problem types; all others have a cross-entropy
+LOSSES: dict[Any, Any] = {
+    "regression": F.mse_loss,
+    "multi_label_classification": F.binary_cross_entropy_with_logits,
+}
+
+
 def eager(
     case: Case, student: Any, teacher: Any, batch: dict[str, Tensor], total: Any, t: float, a: float
 ) -> Tensor:
@@ -216,12 +254,22 @@ def eager(
     logits, labels = output.logits, batch["labels"]
     if case.shift:
         logits, said, labels = logits[:, :-1], said[:, :-1], labels[:, 1:]
+    by = LOSSES.get(getattr(student.config, "problem_type", None), F.cross_entropy)
+    if by is not F.cross_entropy:
+        labels = labels.view(said.shape)
     keep = labels != -100
     s, p, labels = logits[keep], said[keep], labels[keep]
-    hard = F.cross_entropy(s, labels, reduction="sum")
-    soft = F.kl_div((s / t).log_softmax(-1), (p / t).softmax(-1), reduction="sum")
-    loss = (a * hard + (1 - a) * t * t * soft) / total
-    own = F.cross_entropy(s, labels)
+    hard = by(s, labels, reduction="sum")
+    if by is F.cross_entropy:
+        soft = t * t * F.kl_div((s / t).log_softmax(-1), (p / t).softmax(-1), reduction="sum")
+    elif by is F.mse_loss:
+        soft = F.mse_loss(s, p, reduction="sum")
+    else:
+        yes, no = (p / t).sigmoid(), (-p / t).sigmoid()
+        soft = F.kl_div(F.logsigmoid(s / t), yes, reduction="sum")
+        soft = t * t * (soft + F.kl_div(F.logsigmoid(-s / t), no, reduction="sum"))
+    loss = (a * hard + (1 - a) * soft) / total
+    own = by(s, labels)
     return loss + (output.loss - own)  # what the model adds to its own: the balance of experts
 
 

@@ -102,12 +102,22 @@ def _uld_64(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
     return ((q[:, :RANKS] - p[:, :RANKS]).abs().sum(-1) + rest).mean()
 
 
+def _binary_kl(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    p = (t / T).sigmoid()
+    cross, own = (F.binary_cross_entropy_with_logits(x / T, p) for x in (s, t))
+    return cross - own
+
+
 CASES = {
     case.name: case
     for case in (
         Case(
             *("kl", "fastkd.kl_div"),
             *(lambda s, t, y: fastkd.kl_div(s, t, temperature=T), lambda s, t, y: _kl(s, t)),
+        ),
+        Case(
+            *("binary_kl", "of each logit, fastkd.binary_kl_div"),
+            *(lambda s, t, y: fastkd.binary_kl_div(s, t, temperature=T), _binary_kl),
         ),
         Case("logit_mse", "centred logits, Ba and Caruana", distill.logit_mse, _mse),
         Case("dkd", "decoupled", lambda s, t, y: distill.dkd(s, t, y, temperature=T), _dkd),

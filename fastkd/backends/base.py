@@ -154,6 +154,14 @@ class Backend:
     #: spoils all rows); None for the first ones
     teacher_columns: Tensor | None = None
 
+    #: passes over losses of one logit each, if there are; what they take: `cpu_elements.py`
+    bernoulli: Any = None
+    count_elements: Any = None
+
+    def transposed(self, x: Tensor) -> Tensor:
+        """A copy [A, C, B] of a contiguous tensor [A, B, C]."""
+        return x.transpose(1, 2).contiguous()
+
     def fused(
         self, student: Tensor, teacher: Tensor, spec: LossSpec, rows: Rows, grad: Tensor | None
     ) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.backends import buffer_pool
+from fastkd.backends import buffer_pool, cpu_elements
 from fastkd.backends.base import (
     Backend,
     LossSpec,
@@ -24,6 +24,7 @@ from fastkd.backends.base import (
     acc_dtype,
     rows_of,
 )
+from fastkd.bernoulli import Bernoulli, Flat
 from fastkd.divergence import divergences
 
 try:
@@ -39,15 +40,12 @@ if name := os.environ.get("FASTKD_ISA"):
     except ValueError as error:
         raise RuntimeError(f"FASTKD_ISA: {error} (here: {', '.join(_C.isas())})") from None
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_DTYPES, _read = cpu_elements.DTYPES, cpu_elements.read
 _INDEX = {name: index for index, name in enumerate(_C.divergences())}
 _EXPECTATION = {name: divergences[name].expectation for name in divergences}
 _NONE = (0, 0, 1, 0, 0)
 # what a new one is made like: torch.empty, which reads a size and a dtype, takes twice as long
 _NUMBER = {x: torch.empty((), dtype=x, device="cpu") for x in (torch.float32, torch.float64)}
-# The address to read from: `data_ptr` gives one to write to, for which a copy-on-write tensor takes
-# a copy first. An older torch knows no other.
-_read = getattr(Tensor, "const_data_ptr", Tensor.data_ptr)
 # Elements below which a second thread costs more than it saves: waking one takes microseconds.
 _GRAIN = 16384
 
@@ -101,10 +99,6 @@ def _rows_at(address: int, x: Tensor) -> tuple[int, int, int, int, int]:
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else _read(x)
-
-
-def _written_to(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _spec(spec: LossSpec) -> tuple[int, float, float, float, float, float, int, int, float]:
@@ -194,7 +188,7 @@ class CPU(Backend):
         out = student.new_empty(n, dtype=_wide(student, teacher))
         if n != 0:
             arguments = _fused(n, student, teacher, spec, rows, grad, out)
-            _C.fused(*(*arguments, _written_to(rows.outputs)))
+            _C.fused(*(*arguments, 0 if rows.outputs is None else rows.outputs.data_ptr()))
         return out
 
     def fused_total(
@@ -227,7 +221,11 @@ class CPU(Backend):
         _C.topk(
             *(out.dtype is torch.float64, n, _threads(n * spec.vocab), _operand(student), points),
             *(divergences[spec.divergence].centre(spec.param), _spec(spec)),
-            *(*_options(rows, grad), out.data_ptr(), _written_to(rows.outputs)),
+            *(
+                *_options(rows, grad),
+                out.data_ptr(),
+                0 if rows.outputs is None else rows.outputs.data_ptr(),
+            ),
         )
         return out
 
@@ -337,6 +335,18 @@ class CPU(Backend):
             del held
 
         return Stepwise(out, redo, (one(start) for start in range(0, n, together)), waiting)
+
+    def bernoulli(self, what: Bernoulli, x: Flat, *others: Any) -> float:
+        return _C.bernoulli(*cpu_elements.written(_threads(x.student.numel()), what, x, *others))
+
+    def transposed(self, x: Tensor) -> Tensor:
+        a, b, c = x.shape
+        out, threads = x.new_empty(a, c, b), _threads(x.numel())
+        _C.transpose(a, b, c, x.element_size(), threads, _read(x), out.data_ptr())
+        return out
+
+    def count_elements(self, x: Flat) -> float:
+        return _C.count_elements(*cpu_elements.counted(_threads(x.student.numel()), x))
 
     def count(
         self, labels: Tensor, ignore_index: int, vocab: int

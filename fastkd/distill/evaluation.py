@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastkd
+from fastkd.arguments.messages import shown
+from fastkd.arguments.numbers import integer
 
 from .batch import IGNORED, Outputs, batches, device_of, forward, moved, restored_modes
 from .serialization import array, needed, save
@@ -35,15 +37,16 @@ class Evaluation(NamedTuple):
     rows: int
 
 
-def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
+def evaluate(model: nn.Module, loader: Iterable[Any], *, class_dim: int = -1) -> Evaluation:
     """Accuracy and mean cross-entropy of `model` in eval mode; rows labelled -100 do not count.
 
     Args:
         model: module, inputs -> logits [..., V]; its mode is restored.
         loader: gives (inputs, labels [...] int).
+        class_dim: the dimension of the classes: 1 for maps [N, C, H, W] with labels [N, H, W].
 
     Raises:
-        ValueError: no batch, a batch without labels, or no row that counts.
+        ValueError: no batch, a batch without labels, no row that counts, a label that is no class.
     """
 
     def count(labels: Tensor | None, logits: Tensor) -> list[Tensor]:
@@ -51,10 +54,17 @@ def evaluate(model: nn.Module, loader: Iterable[Any]) -> Evaluation:
             raise ValueError("loader: got inputs alone, expected (inputs, labels)")
         labels = class_numbers("own", logits, labels)
         flat = logits.flatten(0, -2).float()
-        nats = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        try:
+            nats = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        except IndexError as error:  # on the CPU; it does not say what it is about
+            kept = labels[labels != IGNORED]
+            raise ValueError(
+                f"labels: got class numbers from {int(kept.min())} to {int(kept.max())}, expected "
+                f"0 to {logits.size(-1) - 1}, the model's logits {list(logits.shape)}, or {IGNORED}"
+            ) from error
         return [(logits.argmax(-1) == labels).sum(), nats]
 
-    rows, right, nats = _totals([model], loader, count)
+    rows, right, nats = _totals([model], loader, count, class_dim)
     return Evaluation(right / rows, nats / rows, int(rows))
 
 
@@ -64,6 +74,7 @@ def agreement(
     loader: Iterable[Any],
     *,
     vocab_size: int | None = None,
+    class_dim: int = -1,
 ) -> float:
     """Share of rows, in [0, 1], where both models (in eval mode) predict the same class.
 
@@ -71,6 +82,7 @@ def agreement(
         model_a, model_b: modules on one device, inputs -> logits [..., V]; modes are restored.
         loader: gives inputs, or (inputs, labels [...]) whose rows labelled -100 do not count.
         vocab_size: use the first n columns of both only.
+        class_dim: as in `evaluate`.
 
     Raises:
         ValueError: no batch, or no row that counts.
@@ -81,12 +93,12 @@ def agreement(
         same = a.argmax(-1) == b.argmax(-1)
         return [(same if labels is None else same & (labels != IGNORED)).sum()]
 
-    rows, same = _totals([model_a, model_b], loader, count)
+    rows, same = _totals([model_a, model_b], loader, count, class_dim)
     return same / rows
 
 
 def _totals(
-    models: list[nn.Module], loader: Iterable[Any], count: Callable[..., Any]
+    models: list[nn.Module], loader: Iterable[Any], count: Callable[..., Any], class_dim: int
 ) -> list[float]:
     """[rows that count, *count(labels, *logits)], each summed over the loader; one host sync."""
     parts = []
@@ -96,9 +108,7 @@ def _totals(
             batch = moved(item, device)
             labels = batch.labels
             outputs = [forward(model.eval(), batch.inputs) for model in models]
-            logits = [Outputs(raw, role="model").logits for raw in outputs]
-            for x in logits:
-                classes_last("", x, labels, batch.inputs)
+            logits = [_logits(raw, "model", labels, batch.inputs, class_dim) for raw in outputs]
             shape = logits[0].shape[:-1]
             rows = torch.tensor(shape.numel()) if labels is None else (labels != IGNORED).sum()
             parts.append(torch.stack([rows.to(logits[0].device), *count(labels, *logits)]))
@@ -106,6 +116,21 @@ def _totals(
     if totals[0] == 0:
         raise ValueError(f"loader: got only rows labelled {IGNORED}, expected others too")
     return totals
+
+
+def _logits(raw: Any, role: str, labels: Any, inputs: Any, class_dim: int) -> Tensor:
+    """A model's logits with their classes last."""
+    logits: Tensor = Outputs(raw, role=role).logits
+    if class_dim == -1:
+        classes_last("", logits, labels, inputs)
+        return logits
+    at = integer(class_dim)
+    if at is None or not -logits.dim() <= at < logits.dim():
+        raise ValueError(
+            f"class_dim: got {shown(class_dim)}, expected a dimension of the logits "
+            f"{list(logits.shape)}"
+        )
+    return logits.movedim(at, -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +195,7 @@ def report(
     *,
     teacher: nn.Module | None = None,
     vocab_size: int | None = None,
+    class_dim: int = -1,
 ) -> Report:
     """Judge a classifier, and beside its teacher where one is given.
 
@@ -179,6 +205,7 @@ def report(
             per model, in one order. Logits of all rows are kept on the host.
         teacher: module of the same V.
         vocab_size: use the first n columns only, so that V may differ by padding.
+        class_dim: as in `evaluate`.
 
     Raises:
         ValueError: no batch, a batch without labels, no row that counts, another V.
@@ -186,7 +213,8 @@ def report(
     Papers: Guo et al. 2017, arXiv 1706.04599 (calibration error).
     """
     models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
-    collected = {name: _collect(model, loader, name, vocab_size) for name, model in models.items()}
+    how = vocab_size, class_dim
+    collected = {name: _collect(model, loader, name, *how) for name, model in models.items()}
     logits, labels, _ = collected["student"]
     figures, curves = {}, {}
     for name, model in models.items():
@@ -237,7 +265,7 @@ def _bins(probabilities: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Ten
 
 
 def _collect(
-    model: nn.Module, loader: Iterable[Any], role: str, vocab_size: int | None
+    model: nn.Module, loader: Iterable[Any], role: str, vocab_size: int | None, class_dim: int
 ) -> tuple[Tensor, Tensor, Any]:
     """Logits float64 [N, V] and labels [N] of the rows that count, and the first batch's inputs."""
     device = device_of(model)
@@ -248,12 +276,12 @@ def _collect(
                 raise ValueError("loader: got inputs alone, expected (inputs, labels)")
             batch = moved(item, device)
             first = batch.inputs if first is None else first
-            output = Outputs(forward(model.eval(), batch.inputs), role=role).logits
+            raw = forward(model.eval(), batch.inputs)
+            output = _logits(raw, role, batch.labels, batch.inputs, class_dim)
             output = in_use(role, output, vocab_size)
             if output.size(-1) < 2:
                 got = f"a single logit {list(output.shape)}"
                 raise ValueError(f"{role}: got {got}, expected logits [..., V] with V >= 2")
-            classes_last("", output, batch.labels, batch.inputs)
             truth = class_numbers("own", output, batch.labels)
             keep = truth != IGNORED
             logits.append(output[keep].double().cpu())

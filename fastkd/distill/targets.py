@@ -33,6 +33,14 @@ def labels_of(name: str, batch: Batch) -> Any:
     return batch.labels
 
 
+def label_of_each(name: str, batch: Batch, logits: Tensor) -> Any:
+    """The batch's labels for logits [..., C]; of one logit they may be [...]."""
+    labels = labels_of(name, batch)
+    if isinstance(labels, Tensor) and [*labels.shape, 1] == list(logits.shape):
+        return labels.unsqueeze(-1)
+    return labels
+
+
 def teacher_logits(name: str, teacher: Outputs) -> Any:
     """The teacher's logits; ValueError that names the term where there is no teacher."""
     if (found := teacher.logits) is None:

@@ -78,8 +78,8 @@ class Term:
         if not callable(self.weight) and not number:
             got = f"{type(self.weight).__name__} {list(getattr(self.weight, 'shape', []))}"
             raise TypeError(
-                f"weight: got {got}, expected a number or step -> number; class weights go into a "
-                "Term with F.cross_entropy(s.logits, b.labels, weight=...)"
+                f"weight: got {got}, expected a number or step -> number; class weights are "
+                "distill.hard(class_weight=...)"
             )
         if self.mean not in MEANS:
             raise ValueError(f"mean: got {shown(self.mean)}, expected one of {MEANS}")
@@ -94,6 +94,7 @@ def hard(
     weight: Weight = 1.0,
     *,
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
     vocab_size: int | None = None,
     class_dim: int = -1,
     name: str = "hard",
@@ -105,6 +106,8 @@ def hard(
     Args:
         weight: factor, or step -> factor.
         label_smoothing: in [0, 1].
+        class_weight: [V] floats, a factor of each class; the mean of a batch is over their sum, as
+            in `F.cross_entropy(weight=)`.
         vocab_size: use the first n columns only (a padded vocabulary).
         class_dim: the dimension of the classes: 1 for maps [N, C, H, W] with labels [N, H, W].
         name: of the term.
@@ -119,10 +122,13 @@ def hard(
         labels, logits = labels_of(name, batch), student.logits
         look(logits, batch)
         of_classes = isinstance(labels, Tensor) and labels.is_floating_point()
-        if is_dtensor(logits) or (of_classes and labels.shape == logits.shape):
+        own = class_weight is not None or (of_classes and labels.shape == logits.shape)
+        if is_dtensor(logits) or own:
+            by = class_weight
             with _naming(name):
                 return fastkd.distillation_loss(
                     logits, logits.detach(), labels, alpha=1.0,
+                    class_weight=by.to(logits.device) if isinstance(by, Tensor) else by,
                     label_smoothing=label_smoothing, vocab_size=vocab_size, class_dim=class_dim,
                 )  # fmt: skip
         if isinstance(logits, Tensor):

@@ -5,16 +5,17 @@ Both are settled before a loss begins: what runs has its classes last and one ig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastkd.arguments.messages import describe, shown, sizes
 from fastkd.arguments.numbers import integer
-from fastkd.arguments.tensors import INT_DTYPES
+from fastkd.arguments.tensors import DTYPES, INT_DTYPES
+from fastkd.backends.choice import in_functorch, pick, valueless
 
 LAST = -1
 
@@ -74,15 +75,25 @@ def moved(x: Tensor, class_dim: int) -> Tensor:
     rows = x.movedim(class_dim, -1)
     if rows.stride(-1) == 1 or rows.size(-1) <= 1:
         return rows
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _copy(rows)
-    if forward_ad._current_level >= 0 or not (x.requires_grad and torch.is_grad_enabled()):
-        return _copy(rows)
+    if valueless(x):
+        return rows.clone(memory_format=torch.contiguous_format)
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return _copy(x, class_dim)
     return _Copied.apply(x, class_dim)
 
 
-def _copy(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty one
+def _copy(x: Tensor, dim: int, to: int = -1) -> Tensor:
+    """x with a dimension moved, to the last place or from it, laid out."""
+    dim, to = dim % x.dim(), to % x.dim()
+    shape = x.movedim(dim, to).shape
+    plain = x.is_contiguous() and not x.is_neg() and x.numel()
+    if not plain or x.dtype not in DTYPES:  # for the loss's own checks to refuse
+        # contiguous() leaves an empty one
+        return x.movedim(dim, to).clone(memory_format=torch.contiguous_format)
+    first = min(dim, to)
+    rows = x.size(first) if dim < to else math.prod(x.shape[first:-1])
+    whole = x.detach().view(math.prod(x.shape[:first]), rows, -1)
+    return pick(x.device).transposed(whole).view(shape)
 
 
 class _Copied(torch.autograd.Function):
@@ -93,13 +104,16 @@ class _Copied(torch.autograd.Function):
         ctx.class_dim, ctx.strides = class_dim, x.stride()
         # a permutation of memory without gaps; else any layout is as good
         ctx.dense = torch.ops.aten.is_non_overlapping_and_dense(x)
-        return _copy(x.movedim(class_dim, -1))
+        ctx.contiguous = x.is_contiguous()
+        return _copy(x, class_dim)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         grad = upstream.movedim(-1, ctx.class_dim)
-        if torch.is_grad_enabled() or not ctx.dense:
+        if torch.is_grad_enabled() or not ctx.dense or in_functorch(upstream):
             return grad.contiguous(), None
+        if ctx.contiguous:
+            return _copy(upstream, -1, ctx.class_dim), None
         own = torch.empty_strided(grad.shape, ctx.strides, dtype=grad.dtype, device=grad.device)
         return own.copy_(grad), None
 

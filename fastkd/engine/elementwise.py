@@ -1,47 +1,31 @@
 """A loss of one logit each: checks, what is left out, the reduction and the gradient.
 
-Forward reads the operands once and keeps nothing of their size; backward reads them once more and
-writes the gradient with its final factor, rounded once. On the CPU a block at a time runs through
-the formula's operations, while it is in the cache.
+A backend with kernels for it has one pass (`element_passes.py`). Else forward reads the operands
+once and keeps nothing of their size; backward reads them once more and writes the gradient with its
+final factor, rounded once, in torch's operations; on the CPU over blocks that stay in the cache.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastkd.arguments.messages import describe, shown, sizes
 from fastkd.arguments.tensors import DTYPES, INT_DTYPES, layout
 from fastkd.backends.base import on_host
+from fastkd.backends.choice import in_functorch, pick, valueless
 from fastkd.bernoulli import Bernoulli, describe_logits
-from fastkd.engine import class_axis, reduction, validate
+from fastkd.engine import class_axis, validate
+from fastkd.engine.autograd import save, saved
+from fastkd.engine.element_passes import Elements, Order, Run, fused, graph, order_of
+from fastkd.engine.reduction import reads_values
 
 REDUCTIONS = ("mean", "sum", "none")
 BLOCK = 2**15  # elements; some ten tensors of them stay in the second level of the cache
-
-
-class Elements(NamedTuple):
-    """The operands: as they were given, or as blocks of rows [r, C]."""
-
-    student: Tensor
-    teacher: Tensor | None
-    labels: Tensor | None
-    weight: Tensor | None
-    pos_weight: Tensor | None
-
-
-class _Run(NamedTuple):
-    what: Bernoulli
-    ignored: tuple[int, ...]
-    reduction: str
-    normalizer: float | Tensor | None
-    acc: torch.dtype
-    read: bool  # whether labels have been looked at: else those out of range become NaN
 
 
 def loss(
@@ -60,27 +44,26 @@ def loss(
     ignored = class_axis.several(ignore_index)
     _check(student, teacher, reduction)
     normalizer = validate.normalizer(normalizer, reduction, student)
-    read = labels is not None and _check_labels(labels, student, ignored)
+    _check_labels(labels, student)
     for name, x in (("weight", weight), ("pos_weight", pos_weight)):
         if x is not None:
             _check_factor(name, x, student)
     wide = torch.float64 in (student.dtype, teacher.dtype)
     acc = torch.float64 if wide else torch.float32
-    run = _Run(what, ignored, reduction, normalizer, acc, read)
+    operands = Elements(student, teacher, labels, weight, pos_weight)
+    run = Run(what, ignored, reduction, normalizer, acc)
     others = labels, weight, pos_weight, normalizer
-    learnt = any(isinstance(x, Tensor) and x.requires_grad for x in others)
-    if learnt or _traced() or not student.numel():
-        return _plain(run, Elements(student, teacher, labels, weight, pos_weight))
-    return _Elementwise.apply(run, student, teacher, labels, weight, pos_weight)
-
-
-def _traced() -> bool:
-    """Whether torch has to see its own operations."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    learnt = any(isinstance(y, Tensor) and y.requires_grad for y in others)
+    plain = learnt or valueless(student) or not student.numel()
+    reads = labels is not None and reads_values(labels)
+    backend = None if plain else pick(student.device)
+    if backend is not None and backend.bernoulli is not None and (reads or labels is None):
+        run = run._replace(read=True)
+        return fused(backend, run, operands, _plain, lambda: _check_values(labels, ignored))
+    if reads:
+        _check_values(labels, ignored)
+        run = run._replace(read=True)
+    return _plain(run, operands) if plain else _Elementwise.apply(run, *operands)
 
 
 # ---- checks
@@ -113,8 +96,9 @@ def reduction_of(reduction: Any) -> Any:
     return reduction
 
 
-def _check_labels(labels: Any, student: Tensor, ignored: tuple[int, ...]) -> bool:
-    """Whether the labels were read and are all right."""
+def _check_labels(labels: Any, student: Tensor) -> None:
+    if labels is None:
+        return
     expected = f"a tensor {sizes(student.shape)} of floats from 0 to 1, bool or integers 0 and 1"
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: got {describe(labels)}, expected {expected}")
@@ -127,15 +111,15 @@ def _check_labels(labels: Any, student: Tensor, ignored: tuple[int, ...]) -> boo
         raise ValueError(f"labels: got shape {sizes(labels.shape)}, expected {expected}{hint}")
     if labels.device != student.device:
         raise ValueError(f"labels: got a tensor on {labels.device}, expected {student.device}")
-    if not reduction.reads_values(labels) or torch._C._are_functorch_transforms_active():
-        return False
+
+
+def _check_values(labels: Any, ignored: tuple[int, ...]) -> None:
     bad = _kept(labels, ignored) & ~((labels >= 0) & (labels <= 1))
     if bool(bad.any()):
         value = float(labels.reshape(-1)[int(bad.reshape(-1).int().argmax())])
         raise ValueError(
             f"labels: got {value:g}, expected 0 to 1, NaN or ignore_index={shown(ignored)}"
         )
-    return True
 
 
 def _check_factor(name: str, x: Any, student: Tensor) -> None:
@@ -167,7 +151,7 @@ def _kept(labels: Tensor, ignored: tuple[int, ...]) -> Tensor:
 # ---- one block
 
 
-def _block(run: _Run, x: Elements, slopes: bool) -> tuple[Tensor, Tensor, Any, Any]:
+def _block(run: Run, x: Elements, slopes: bool) -> tuple[Tensor, Tensor, Any, Any]:
     """Of some logits: loss times weight, weights (or their sum); else slopes of the former."""
     s, t, y, weight, pos_weight = (
         None if part is None else part.to(run.acc) if part.is_floating_point() else part
@@ -198,7 +182,7 @@ def _inverse(by: Tensor) -> Tensor:
     return torch.where(by == 0, 0.0, 1.0 / torch.where(by == 0, 1.0, by))
 
 
-def _denominator(run: _Run, counted: Tensor) -> Tensor:
+def _denominator(run: Run, counted: Tensor) -> Tensor:
     if run.reduction != "mean":
         return torch.ones_like(counted)
     if run.normalizer is None:
@@ -206,7 +190,7 @@ def _denominator(run: _Run, counted: Tensor) -> Tensor:
     return torch.as_tensor(run.normalizer, dtype=counted.dtype, device=counted.device)
 
 
-def _plain(run: _Run, x: Elements) -> Tensor:
+def _plain(run: Run, x: Elements) -> Tensor:
     """The definition, which torch differentiates as often as it is asked to."""
     value, factor, *_ = _block(run, x, slopes=False)
     if run.reduction == "none":
@@ -217,36 +201,7 @@ def _plain(run: _Run, x: Elements) -> Tensor:
 # ---- all of them
 
 
-class _Order(NamedTuple):
-    """How logits lie as [R, C], with their memory from first to last where it is dense."""
-
-    dims: list[int]
-    shape: list[int]  # of all dimensions, in this order
-    columns: int
-
-    def rows(self, x: Tensor | None) -> Tensor | None:
-        """[R, C] of an operand; less of a factor that is the same for all rows."""
-        if x is None or (x.dim() < 2 <= len(self.dims) and self.dims == sorted(self.dims)):
-            return x
-        like = [self.shape[self.dims.index(dim)] for dim in range(len(self.dims))]
-        return x.expand(like).permute(self.dims).reshape(-1, self.columns)
-
-    def back(self, rows: Tensor) -> Tensor:
-        """[R, C] as the logits were, strides and all."""
-        inverse = sorted(range(len(self.dims)), key=self.dims.__getitem__)
-        return rows.view(self.shape).permute(inverse)
-
-
-def _order(x: Tensor) -> _Order:
-    dims = list(range(x.dim()))
-    if torch.ops.aten.is_non_overlapping_and_dense(x):
-        strides = x.stride()
-        dims.sort(key=lambda dim: (-strides[dim], dim))
-    columns = x.size(dims[-1]) if len(dims) > 1 else 1
-    return _Order(dims, [x.size(dim) for dim in dims], columns)
-
-
-def _blocks(run: _Run, x: Elements, order: _Order) -> Iterator[tuple[slice, Elements]]:
+def _blocks(run: Run, x: Elements, order: Order) -> Iterator[tuple[slice, Elements]]:
     """Blocks of rows; all of them at once where the device has no cache to keep them in."""
     x = x if run.what.soft else x._replace(teacher=None)
     parts = [order.rows(part) for part in x]
@@ -260,12 +215,10 @@ def _blocks(run: _Run, x: Elements, order: _Order) -> Iterator[tuple[slice, Elem
 
 class _Elementwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: _Run, *given: Any) -> Tensor:
-        ctx.inference = [x if x is not None and x.is_inference() else None for x in given]
-        pairs = zip(given, ctx.inference, strict=True)
-        ctx.save_for_backward(*(x if y is None else None for x, y in pairs))
+    def forward(ctx: Any, run: Run, *given: Any) -> Tensor:
+        save(ctx, *given)
         student = given[0]
-        ctx.run, order = run, _order(student)
+        ctx.run, order = run, order_of(student)
         blocks = _blocks(run, Elements(*given), order)
         if run.reduction == "none":
             values = [_block(run, block, slopes=False)[0] for _, block in blocks]
@@ -281,19 +234,10 @@ class _Elementwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         run, needs = ctx.run, ctx.needs_input_grad[1:3]
-        pairs = zip(ctx.saved_tensors, ctx.inference, strict=True)
-        x = Elements(*(one if other is None else other for one, other in pairs))
-        if torch.is_grad_enabled():  # a gradient of the gradient: torch's own graph
-            found = torch.autograd.grad(
-                _plain(run, x),
-                [one for one, need in zip(x, needs, strict=False) if need and one is not None],
-                upstream,
-                create_graph=True,
-                allow_unused=True,
-            )
-            some = iter(found)
-            return (None, *(next(some) if need else None for need in needs), None, None, None)
-        order, each = _order(x.student), run.reduction == "none"
+        x = Elements(*saved(ctx))
+        if torch.is_grad_enabled() or in_functorch(upstream):  # a gradient of the gradient, say
+            return None, *graph(run, x, needs, upstream, _plain), None, None, None
+        order, each = order_of(x.student), run.reduction == "none"
         by: Any = order.rows(upstream) if each else (upstream * ctx.by).to(run.acc)
         parts: list[list[Tensor]] = [[], []]
         for at, block in _blocks(run, x, order):

@@ -76,12 +76,6 @@ FAMILIES = (
         columns=lambda model: None,
     ),
 )
-# problem types of transformers that no divergence between softmaxes is for, and what is
-PROBLEMS = {
-    "regression": "torch.nn.functional.mse_loss(student_logits, teacher_logits)",
-    "multi_label_classification": "fastkd.binary_distillation_loss(student_logits, "
-    "teacher_logits, labels)",
-}
 
 
 def family_of(model: Any, name: str = "model") -> Family:
@@ -94,7 +88,6 @@ def family_of(model: Any, name: str = "model") -> Family:
         ending = base_class.__name__
         for family in FAMILIES:
             if family.decoder in (None, decodes) and ending.endswith(family.classes):
-                check_problem(base, family, name)
                 return family
         if "For" in ending and _is_model(base_class):
             break  # of a family that is in no row
@@ -112,26 +105,9 @@ def _is_model(base_class: type) -> bool:
     return base_class.__module__.startswith("transformers.models.")
 
 
-def problem_of(model: Any, labels: Tensor | None = None) -> str | None:
-    """The problem type of a classifier, as transformers finds it, but from labels only if given."""
-    config = model.config
-    if config.problem_type is not None or config.num_labels == 1:
-        return config.problem_type or "regression"
-    floating = labels is not None and labels.is_floating_point()
-    return "multi_label_classification" if floating else None
-
-
-def check_problem(model: Any, family: Family, name: str, labels: Tensor | None = None) -> None:
-    """Raise for regression and several labels at once: their outputs are no softmax."""
-    if family.form != "[B]" or family.columns is not _labels:
-        return
-    problem = problem_of(model, labels)
-    if problem in PROBLEMS:
-        raise ValueError(
-            f"{name}: got {_name(model)} with problem_type {problem!r} (num_labels "
-            f"{model.config.num_labels}), expected one label of several: the loss compares two "
-            f"softmaxes; use {PROBLEMS[problem]} in a Trainer's compute_loss"
-        )
+def is_classifier(family: Family) -> bool:
+    """Whether its models' config says what their logits are (problem_type)."""
+    return family.form == "[B]" and family.columns is _labels
 
 
 def check_pair(student: Any, teacher: Any, columns: int | None) -> None:

@@ -7,11 +7,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkd.integrations.families import IGNORED, Family, check_problem
+from fastkd.integrations.families import IGNORED, Family
+from fastkd.integrations.problems import Problem, labels_of_each
 
 
-def rows_of(labels: Tensor | None, shifted: Tensor | None, student: Any, family: Family) -> Tensor:
-    """Labels of the student's logits [..., V], one for each row of them.
+def rows_of(
+    labels: Tensor | None, shifted: Tensor | None, student: Any, family: Family, problem: Problem
+) -> Tensor:
+    """Labels of the student's logits [..., V], one for each row of them, or for each logit.
 
     Those of a causal model are the next position's, -100 where there is none; all others stand
     where they are.
@@ -24,15 +27,23 @@ def rows_of(labels: Tensor | None, shifted: Tensor | None, student: Any, family:
     labels = shifted_labels(labels, shifted, family)
     if family.form == "[B]" and labels.shape == (student.size(0), 1):
         labels = labels.squeeze(-1)  # as the models themselves take them
-    if student.shape[:-1] == labels.shape:
+    if problem.each:
+        return labels_of_each(problem, labels, student)
+    of_classes = labels.is_floating_point() and family.form == "[B]"  # probabilities of them
+    if labels.shape == (student.shape if of_classes else student.shape[:-1]):
         return labels
     more = student.size(-2) - labels.size(-1) if student.dim() == 3 and labels.dim() else 0
-    hint = f" ({more} virtual tokens of prompt tuning are before the batch's own?"
-    hint += " Adapters that add none, as LoRA, are taken)"
+    hint = ""
+    if more > 0 and family.form == "[B, L]":
+        hint = f" ({more} virtual tokens of prompt tuning are before the batch's own?"
+        hint += " Adapters that add none, as LoRA, are taken)"
     each = "one label for each position" if family.form == "[B, L]" else "one label for each row"
+    if family.form == "[B]" and labels.shape == student.shape:
+        hint = "; several labels of a row are floats, or of a config with problem_type "
+        hint += "'multi_label_classification'"
     raise ValueError(
         f"labels: got {list(labels.shape)} for logits {list(student.shape)}, expected "
-        f"{family.form}, {each}" + (hint if more > 0 and family.form == "[B, L]" else "")
+        f"{family.form}, {each}" + hint
     )
 
 
@@ -45,7 +56,6 @@ def shifted_labels(labels: Tensor, shifted: Tensor | None, family: Family) -> Te
 
 def check_first(labels: Tensor, inputs: dict[str, Any], student: Any, family: Family) -> None:
     """Raise for the labels of a first batch that its family's loss does not mean."""
-    check_problem(student, family, "student", labels)
     if not family.shift:
         return
     _check_unshifted(labels, inputs.get("input_ids"))

@@ -32,11 +32,20 @@ from fastkd.integrations.families import (
     check_decoder,
     encoder_of_both,
     family_of,
+    is_classifier,
     is_noisy,
     named,
 )
 from fastkd.integrations.labels import check_first, rows_of, shifted_labels
 from fastkd.integrations.live import Live, live
+from fastkd.integrations.problems import (
+    PROBLEMS,
+    Problem,
+    check_teacher,
+    fitting,
+    problem_by_labels,
+    problems_of,
+)
 
 SCHEDULED = ("temperature", "alpha")  # options that may be functions of the step
 # of the student's arguments, those that say how it answers: the teacher does not get them
@@ -68,7 +77,9 @@ class DistillationLoss:
             None: the former for language models, the latter for classifiers.
         pack: leave ignored tokens out of the head's products, see `LinearLogits`.
         **options: of `fastkd.distillation_loss`: temperature, alpha, divergence, t_squared,
-            label_smoothing, z_loss, vocab_size. With `DistillationTrainer` temperature and alpha
+            label_smoothing, z_loss, vocab_size. Of a classifier with several labels: those of
+            `fastkd.binary_distillation_loss` (pos_weight, too), with regression: alpha and kind of
+            `fastkd.distill.regression_loss`. With `DistillationTrainer` temperature and alpha
             may be functions of the step (global_step), as lambda step: max(1.0, 4.0 - step / 100).
             return_outputs=True, with `DistillationTrainer` only: sums of `fastkd.LossOutputs` over
             the kept tokens wait for its log.
@@ -85,12 +96,10 @@ class DistillationLoss:
                 raise TypeError(
                     f"{name}: got {shown(options[name])}, expected no such option: it is set here"
                 )
-        nothing = torch.zeros(1, 2)
         options = dict(options)
         self._schedules = {k: options[k] for k in SCHEDULED if callable(options.get(k))}
         options |= {k: at(0) for k, at in self._schedules.items()}
-        trial = {k: v for k, v in options.items() if k != "vocab_size"}
-        fastkd.distillation_loss(nothing, nothing + 1, torch.zeros(1, dtype=torch.long), **trial)
+        self.problem = fitting(PROBLEMS.values(), options, None)
         self.teacher, self.linear, self.pack, self.options = teacher, linear, pack, options
         self.family: Family = CAUSAL  # the student's, once it is known
         self.step: Callable[[], int] | None = None  # the Trainer's, for a schedule
@@ -102,6 +111,7 @@ class DistillationLoss:
         self._seen = _Seen()
         self._told: dict[str, Tensor] = {}  # sums over tokens, and their count, since the last log
         self._checked = False
+        self._undecided = False  # what the student's logits are: the first labels say so
         self._common_encoder: Any = None
         self._teachers_own: set[str] = set()  # arguments of its forward, none of the student's
         self.live = None if teacher is None else live(teacher)
@@ -117,6 +127,16 @@ class DistillationLoss:
                 f"linear: got True for {type(unwrapped(student)).__name__}, {family.name}, "
                 "expected linear=False or none: its logits are few, and are built"
             )
+
+        columns = family.columns(unwrapped(student)) if is_classifier(family) else None
+        self.settle(problems_of(student, family), columns)
+
+    def settle(self, problems: list[Problem], columns: int | None = None) -> None:
+        """Check options and teacher against what the student's logits are, or may be."""
+        self.problem = fitting(problems, self.options, columns)
+        self._undecided = len(problems) > 1
+        if type(self.live) is Live and not self._undecided:
+            check_teacher(self.problem, self.live.model)
 
     def prepare(self, student: Any) -> None:
         """Read and compare the heads of student and teacher; the errors before the first step."""
@@ -268,10 +288,13 @@ class DistillationLoss:
                 "student: got a forward in which the head that was read was not called; was it "
                 "replaced since (resize_token_embeddings)? Make the loss function after that"
             )
+        if self._undecided and labels is not None:
+            problem = problem_by_labels(self._student, labels)
+            self.settle([problem], student.size(-1))
         if not self._checked and labels is not None and shifted is None:
             check_first(labels, inputs, unwrapped(self._student), family)
             self._checked = True
-        labels = rows_of(labels, shifted, student, family)
+        labels = rows_of(labels, shifted, student, family, self.problem)
         states = getattr(outputs, "encoder_last_hidden_state", None)
         if states is not None and self._common_encoder is not None:
             inputs = self._encoded(inputs, states)
@@ -288,9 +311,7 @@ class DistillationLoss:
                 s, y = in_rows(student, lambda x: x[rows]), labels[rows]  # noqa: B023
                 if num_items_in_batch is None:  # of all parts
                     num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
-            loss: Any = fastkd.distillation_loss(
-                s, teacher, y, normalizer=num_items_in_batch, **options
-            )
+            loss: Any = self.problem.loss(s, teacher, y, num_items_in_batch, options)
             if options.get("return_outputs"):
                 loss, told = loss
                 if torch.is_grad_enabled():  # not of an evaluation

@@ -213,9 +213,10 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             `fastkd.teachers.Served`, which is asked for batches ahead of their step, ...; None
             where batches hold `teacher`, see `DistillationLoss`.
         loss: options of `fastkd.distillation_loss`, as {"temperature": 2.0, "alpha": 0.1}:
-            temperature, alpha, divergence, t_squared, label_smoothing, z_loss, vocab_size.
-            Temperature and alpha may be functions of the step:
-            {"alpha": lambda step: min(1.0, step / 1000)}.
+            temperature, alpha, divergence, t_squared, label_smoothing, z_loss, vocab_size; of a
+            classifier with several labels {"temperature": 2.0, "pos_weight": tensor}, with
+            regression {"alpha": 0.5, "kind": "l2"}: see `problems`. Temperature and alpha may be
+            functions of the step: {"alpha": lambda step: min(1.0, step / 1000)}.
             With return_outputs=True each log of the training loss holds the means of
             `fastkd.LossOutputs` over the tokens since the last one, from the same pass:
             log_history gets "soft", "hard", "student_entropy", "teacher_entropy" and so on.
@@ -227,9 +228,10 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     Raises:
         TypeError, ValueError: before the first step: a head that cannot be read, another
-            vocabulary without vocab_size, other labels, a model of no family, regression, several
-            labels at once, a refused option, several GPUs in one process, weights that are sharded
-            with linear=True; on the first batch: labels that are shifted already, or of pictures.
+            vocabulary without vocab_size, other labels, a model of no family, another problem_type
+            than the student's, a refused option, several GPUs in one process, weights that are
+            sharded with linear=True; on the first batch: labels that are shifted already, or of
+            pictures.
 
     >>> import torch, tempfile
     >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments

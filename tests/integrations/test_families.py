@@ -21,9 +21,16 @@ STEPS = {"max_steps": 10, "gradient_accumulation_steps": 2, "per_device_train_ba
 PLAIN = {"optim": "sgd", "learning_rate": 0.05, "train_sampling_strategy": "sequential"}
 
 
+def name_of(student: Any) -> str | None:
+    """The problem type, which has no temperature where it is regression."""
+    one = student.config.problem_type is None and student.config.num_labels == 1
+    return "regression" if one else student.config.problem_type
+
+
 def trainer_of(folder: Path, case: Case, student: Any, teacher: Any, **options: Any) -> Any:
     args = arguments(folder, **PLAIN | options.pop("args", STEPS))
-    options = {"loss": LOSS, "train_dataset": models.rows(case)} | options
+    loss = {"alpha": ALPHA} if name_of(student) == "regression" else LOSS
+    options = {"loss": loss, "train_dataset": models.rows(case)} | options
     return ours.DistillationTrainer(student, args, teacher=teacher, **options)
 
 

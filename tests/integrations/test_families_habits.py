@@ -14,6 +14,7 @@ from causal_models import arguments, curve, hf
 from family_models import CASES
 from torch import Tensor
 
+import fastkd
 from fastkd.integrations import transformers as ours
 
 LOSS = {"temperature": 2.0, "alpha": 0.3}
@@ -239,16 +240,62 @@ def refused(folder: Path, student: Any, teacher: Any, words: str, **options: Any
         ours.compute_loss_func(student, teacher, **options)
 
 
-def test_problems_that_are_no_choice_of_one_label(tmp_path: Path) -> None:
-    student, teacher = pair("bert", problem_type="multi_label_classification")
-    words = r"student: got BertForSeq.*'multi_label_classification'.*binary_distillation_loss"
-    refused(tmp_path, student, teacher, words)
-    student, _ = pair("vit", num_labels=1)
-    refused(tmp_path, student, None, r"student: got ViT.*'regression'.*num_labels 1.*mse_loss")
-    student, teacher = pair("bert")
-    data = [row | {"labels": torch.rand(3)} for row in models.rows(CASES["bert"])]
-    with pytest.raises(ValueError, match=r"'multi_label_classification'.*binary_distillation"):
-        trained(tmp_path, "bert", student, teacher, train_dataset=data)
+def test_other_problems_refused(tmp_path: Path) -> None:
+    student, teacher = pair("several")
+    words = "problem_type 'multi_label_classification', whose options are alpha, divergence"
+    for name, value in {"label_smoothing": 0.1, "kind": "l1"}.items():
+        with pytest.raises(TypeError, match=f"{name}: got it in the loss.*{words}"):
+            ours.compute_loss_func(student, teacher, **{name: value})
+    with pytest.raises(ValueError, match="divergence: got 'tv'"):
+        ours.compute_loss_func(student, teacher, divergence="tv")
+    with pytest.raises(ValueError, match=r"pos_weight: got shape \[2\]"):
+        ours.compute_loss_func(student, teacher, pos_weight=torch.ones(2))
+    other = models.build(CASES["bert"], 2, problem_type="single_label_classification")
+    refused(tmp_path, student, other, "teacher: got Bert.*'single_label_classification', expected")
+    with pytest.raises(TypeError, match=r"temperature: got it in.*'regression'.*are alpha, kind"):
+        ours.compute_loss_func(*pair("numbers"), temperature=2.0)
+    alone = models.build(CASES["one-logit"], 1, problem_type="single_label_classification")
+    refused(tmp_path, alone, None, "and num_labels 1, expected for a yes or no 'multi_label")
+    data = [row | {"labels": torch.tensor(1)} for row in models.rows(CASES["number"])]
+    with pytest.raises(ValueError, match=r"labels: got int64 \[4, 1\].*'multi_label_class"):
+        trained(tmp_path, "number", *pair("number"), loss={}, train_dataset=data)
+
+
+def test_labels_say_what_the_logits_are(tmp_path: Path) -> None:
+    """Where the config does not; -100 is left out, and a plain Trainer has the same loss."""
+    student, teacher = pair("several")
+    data = models.rows(CASES["several"])
+    data[0]["labels"][1] = -100
+    student.config.problem_type = teacher.config.problem_type = None
+    ask = {"pos_weight": torch.tensor([1.0, 2.0, 3.0]), "temperature": 3.0, "divergence": "js"}
+    losses = []
+    batch = models.stacked(data[:4])
+    y = batch.pop("labels")
+    with torch.no_grad():
+        s, t = (m.eval()(**batch).logits for m in (student, teacher))
+        want = fastkd.binary_distillation_loss(s, t, y, **ask)  # type: ignore[arg-type]
+    for kind in (ours.DistillationTrainer, hf.Trainer):
+        own = copy.deepcopy(student)
+        options = {"teacher": teacher, "loss": ask}
+        if kind is hf.Trainer:
+            options = {"compute_loss_func": ours.compute_loss_func(own, teacher, **ask)}
+        trainer = kind(own, arguments(tmp_path, **ARGS), train_dataset=data, **options)
+        trainer.train()
+        losses.append(curve(trainer))
+        assert own.config.problem_type == "multi_label_classification"  # for pipelines
+    assert losses[0] == losses[1]
+    assert losses[0][0] == pytest.approx(float(want), rel=1e-4)
+
+
+def test_probabilities_of_one_label(tmp_path: Path) -> None:
+    """Mixup: where the config says that one label counts, floats are probabilities."""
+    student, teacher = pair("vit", problem_type="single_label_classification")
+    data = models.rows(CASES["vit"])
+    whole = curve(trained(tmp_path, "vit", copy.deepcopy(student), teacher, train_dataset=data))
+    for row in data:
+        row["labels"] = torch.nn.functional.one_hot(row["labels"], models.CLASSES).float()
+    found = curve(trained(tmp_path, "vit", student, teacher, train_dataset=data))
+    assert found == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize(

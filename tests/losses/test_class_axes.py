@@ -96,6 +96,18 @@ def test_any_dimension(backend: Backend, class_dim: int) -> None:
     assert torch.equal(nn.JSDiv(beta=0.3, class_dim=class_dim)(s, t), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_tiles_of_large_maps(dtype: torch.dtype) -> None:
+    for shape in ((2, 33, 5, 13), (1, 70, 1, 2), (3, 2, 65)):
+        s, t = torch.randn(2, *shape).to(dtype).unbind()
+        moved = differentiate(fastkd.kl_div, s, t, class_dim=1, wrt="both")
+        apart = differentiate(fastkd.kl_div, last(s), last(t), wrt="both")
+        assert torch.equal(moved.value, apart.value)
+        for mine, its in ((moved.student, apart.student), (moved.teacher, apart.teacher)):
+            assert mine is not None and its is not None and mine.is_contiguous()
+            assert torch.equal(last(mine), its)
+
+
 def test_a_channels_last_map_is_read_where_it_lies_and_written_there() -> None:
     s, t, y = maps(Backend("cpu", torch.device("cpu")), form="channels-last")
     model = s.clone(memory_format=torch.preserve_format).requires_grad_() * 1

@@ -19,7 +19,7 @@ from torch import Tensor
 import fastkd
 
 from ..batch import IGNORED, Batch, Outputs
-from ..targets import labels_of, teacher_logits
+from ..targets import label_of_each, teacher_logits
 from ..terms import Term, Weight
 
 
@@ -35,7 +35,8 @@ def binary_hard(
         pos_weight: floats that broadcast to the logits, such as [C]: the weight of a yes.
         name: of the term.
 
-    Labels are in the logits' shape, floats from 0 to 1 or integers 0 and 1; -100 is left out.
+    Labels are in the logits' shape, [B] for one logit [B, 1], floats from 0 to 1 or integers 0 and
+    1; -100 is left out.
 
     Raises:
         TypeError, ValueError: in training: no labels, or labels of another shape or value.
@@ -44,7 +45,7 @@ def binary_hard(
     def function(student: Outputs, _: Outputs, batch: Batch) -> Tensor:
         logits = student.logits
         return fastkd.binary_distillation_loss(
-            logits, logits, labels_of(name, batch),
+            logits, logits, label_of_each(name, batch, logits),
             alpha=1.0, pos_weight=pos_weight, ignore_index=IGNORED,
         )  # fmt: skip
 

@@ -29,7 +29,7 @@ from fastkd.arguments.messages import describe, shown, sizes
 from fastkd.arguments.numbers import real
 
 from ..batch import Batch, Outputs
-from ..targets import kept_rows, labels_of, teacher_logits
+from ..targets import kept_rows, label_of_each, teacher_logits
 from ..terms import Term, Weight
 from .chunked import DTYPES
 
@@ -168,7 +168,7 @@ def regression(
         kept = kept_rows(name, batch, "all", mask)
         given = options if kept is None else {**options, "mask": kept}
         needs = options.get("alpha", 1.0) != 0
-        targets = labels_of(name, batch) if needs else None
+        targets = label_of_each(name, batch, student.logits) if needs else None
         return function(student.logits, target, targets, **given)
 
     return Term(name, call, weight, mean="samples")
@@ -201,6 +201,8 @@ def _rows(
             raise TypeError(f"{name}: got {describe(x)}, expected a tensor of floats [..., D]")
         if x.shape != student.shape or not x.dim() or not x.size(-1):
             hint = "; of one number a row, [..., 1]" if name == "student" else ""
+            if x.numel() == student.numel() > 0:
+                hint = f"; {name}.view({sizes(student.shape)}) if the order is the same"
             like = "[..., D] with D >= 1" if name == "student" else sizes(student.shape)
             raise ValueError(f"{name}: got shape {sizes(x.shape)}, expected {like}{hint}")
         if x.device != student.device:

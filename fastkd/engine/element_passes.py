@@ -1,0 +1,209 @@
+"""A loss of one logit each in one pass: the gradient in forward, where its factor is known.
+
+As `autograd.py`: what backward will make of the loss is expected to be what it was at the last step
+of the same lines; where that was wrong, the gradient is computed again. A loss for each logit has
+its gradient in backward, whose upstream has as many numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd.backends.base import Backend
+from fastkd.backends.choice import in_functorch
+from fastkd.bernoulli import Bernoulli, ElementFactor, Flat
+from fastkd.engine.autograd import OnHost, save, saved
+
+
+class Elements(NamedTuple):
+    """The operands: as they were given, or as blocks of rows [r, C]."""
+
+    student: Tensor
+    teacher: Tensor | None
+    labels: Tensor | None
+    weight: Tensor | None
+    pos_weight: Tensor | None
+
+
+class Run(NamedTuple):
+    """What is asked of them."""
+
+    what: Bernoulli
+    ignored: tuple[int, ...]
+    reduction: str
+    normalizer: float | Tensor | None
+    acc: torch.dtype
+    read: bool = False  # whether labels have been looked at: else those out of range become NaN
+
+
+class Order(NamedTuple):
+    """How logits lie as [R, C], with their memory from first to last where it is dense."""
+
+    dims: list[int]
+    shape: list[int]  # of all dimensions, in this order
+    columns: int
+
+    def rows(self, x: Tensor | None) -> Tensor | None:
+        """[R, C] of an operand; less of a factor that is the same for all rows."""
+        if x is None or (x.dim() < 2 <= len(self.dims) and self.dims == sorted(self.dims)):
+            return x
+        like = [self.shape[self.dims.index(dim)] for dim in range(len(self.dims))]
+        return x.expand(like).permute(self.dims).reshape(-1, self.columns)
+
+    def flat(self, x: Tensor) -> Tensor:
+        """[R * C] without gaps; a copy where its own memory lies otherwise."""
+        x = x.detach().resolve_neg()
+        # reshape alone may be a view with a stride
+        return x.permute(self.dims).reshape(-1).contiguous() if self.dims else x.reshape(1)
+
+    def factor(self, x: Tensor | None, acc: torch.dtype) -> ElementFactor | None:
+        """What broadcasts to the logits; of it, only what differs is laid out."""
+        if x is None:
+            return None
+        x = x.detach().resolve_neg().to(acc)
+        own = x[(None,) * (len(self.dims) - x.dim())].permute(self.dims)
+        used = [at for at, size in enumerate(own.shape) if size > 1]
+        first, last = (used[0], used[-1] + 1) if used else (0, 0)
+        if list(own.shape[first:last]) != self.shape[first:last]:
+            return ElementFactor(own.expand(self.shape).reshape(-1).contiguous(), 1)
+        repeat = math.prod(self.shape[last:]) if used else math.prod(self.shape)
+        return ElementFactor(own.reshape(-1).contiguous(), repeat)
+
+    def back(self, rows: Tensor) -> Tensor:
+        """[R, C] as the logits were, strides and all."""
+        inverse = sorted(range(len(self.dims)), key=self.dims.__getitem__)
+        return rows.view(self.shape).permute(inverse)
+
+
+def order_of(x: Tensor) -> Order:
+    dims = list(range(x.dim()))
+    if torch.ops.aten.is_non_overlapping_and_dense(x):
+        strides = x.stride()
+        dims.sort(key=lambda dim: (-strides[dim], dim))
+    columns = x.size(dims[-1]) if len(dims) > 1 else 1
+    return Order(dims, [x.size(dim) for dim in dims], columns)
+
+
+def flat(run: Run, x: Elements, order: Order) -> Flat:
+    """The operands as a backend's pass takes them."""
+    labels = None if x.labels is None else order.flat(x.labels)
+    ignored = run.ignored
+    if labels is not None and labels.dtype == torch.bool:
+        labels, ignored = labels.view(torch.uint8), ()
+    teacher = None if x.teacher is None or not run.what.soft else order.flat(x.teacher)
+    weight, pos_weight = (order.factor(y, run.acc) for y in (x.weight, x.pos_weight))
+    return Flat(order.flat(x.student), teacher, labels, ignored, weight, pos_weight, run.acc)
+
+
+def _count(backend: Backend, x: Flat) -> float:
+    """The sum of the weights of the logits that count; -inf for a label that is none."""
+    if x.labels is not None:
+        return float(backend.count_elements(x))
+    n = x.student.numel()
+    if x.weight is None:
+        return float(n)
+    return float(x.weight.data.sum(dtype=torch.float64)) * (n / x.weight.data.numel())
+
+
+def fused(backend: Backend, run: Run, x: Elements, plain: Any, check: Any) -> Tensor:
+    """The loss of all logits, reduced.
+
+    Args:
+        plain: the definition, (run, x) -> loss.
+        check: looks at the labels, and raises for one that is none.
+    """
+    order = order_of(x.student)
+    operands = flat(run, x, order)
+    by = _count(backend, operands)
+    if by == -math.inf:
+        check()
+    if run.reduction != "mean":
+        by = 1.0
+    elif run.normalizer is not None:
+        by = float(run.normalizer)
+    work = _Work(backend, run, order, plain, 1.0 / by if by else 0.0)
+    found: Tensor = _Fused.apply(work, operands, *x)
+    return found
+
+
+class _Work(NamedTuple):
+    backend: Backend
+    run: Run
+    order: Order
+    plain: Any
+    by: float
+
+    def gradients(
+        self, x: Flat, needs: Any, factor: float, each: Tensor | None, like: Tensor
+    ) -> tuple[float, tuple[Tensor | None, ...]]:
+        """The sum of the losses, and the gradients [n] that are needed; like: the teacher."""
+        memory = x.student, x.teacher
+        grads = [
+            self.backend.empty_gradient(y) if need and y is not None else None
+            for y, need in zip(memory, needs, strict=True)
+        ]
+        total = self.backend.bernoulli(self.run.what, x, factor, each, *grads, None)
+        if needs[1] and x.teacher is None:  # no soft term
+            grads[1] = torch.zeros_like(x.student, dtype=like.dtype)
+        return total, tuple(grads)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, work: _Work, x: Flat, *given: Any) -> Tensor:
+        save(ctx, *given)
+        ctx.work, ctx.found, ctx.guess, run = work, None, None, work.run
+        if run.reduction == "none":
+            values = torch.empty_like(x.student, dtype=run.acc)
+            work.backend.bernoulli(run.what, x, 1.0, None, None, None, values)
+            return work.order.back(values)
+        needs = ctx.needs_input_grad[2:4]
+        if any(needs):
+            kind = "elements", run.what.divergence.name, x.student.dtype, needs
+            ctx.guess = OnHost(kind, False)
+        expected = None if ctx.guess is None else ctx.guess.expected
+        if expected is None:
+            total = work.backend.bernoulli(run.what, x, 1.0, None, None, None, None)
+        else:
+            total, ctx.found = work.gradients(x, needs, expected * work.by, None, given[1])
+        return torch.tensor(total * work.by, dtype=run.acc, device=x.student.device)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        work, needs, given = ctx.work, ctx.needs_input_grad[2:4], saved(ctx)
+        found, ctx.found = ctx.found, None  # given away once
+        if torch.is_grad_enabled() or in_functorch(upstream):  # a gradient of the gradient, say
+            grads = graph(work.run, Elements(*given), needs, upstream, work.plain)
+            return (None, None, *grads, None, None, None)
+        factor, each = work.by, None
+        if ctx.guess is None:
+            each = work.order.flat(upstream.to(work.run.acc))
+        else:
+            factor = float(upstream)
+            found = found if ctx.guess.settle(factor) else None
+            factor *= work.by
+        if found is None:
+            x = flat(work.run, Elements(*given), work.order)
+            _, found = work.gradients(x, needs, factor, each, given[1])
+        back = (None if part is None else work.order.back(part) for part in found)
+        return (None, None, *back, None, None, None)
+
+
+def graph(
+    run: Run, x: Elements, needs: Any, upstream: Tensor, plain: Any
+) -> tuple[Tensor | None, ...]:
+    """The gradients of student and teacher in torch's own operations."""
+    with torch.enable_grad():
+        found = torch.autograd.grad(
+            plain(run, x),
+            [one for one, need in zip(x, needs, strict=False) if need and one is not None],
+            upstream,
+            create_graph=True,
+            allow_unused=True,
+        )
+    some = iter(found)
+    return tuple(next(some) if need else None for need in needs)
