@@ -230,12 +230,13 @@ __attribute__((noinline)) void fused_sum_loop(const Args& a, int64_t r, double c
     if (!sums.within() && shift(m)) sums = sums_now();
     Block block{partial.s.base, partial.t.base, static_cast<double>(sums.s)};
     double cross = static_cast<double>(sums.cross);
+    T* const kept = Keep ? scratch.kept + 2 * at : nullptr;
     if constexpr (E == Expectation::student)
-      cross = lifted<K, Keep>(x, y, m, partial, Keep ? scratch.kept + 2 * at : nullptr, cross, block);
+      cross = lifted<K, Keep>(x, y, m, partial, kept, cross, block);
     if constexpr (E == Expectation::none && Keep) {
-      T* const kept = scratch.kept + 2 * at;
+      const Scale<T> of_s = partial.s.scale<T>(), of_t = partial.t.scale<T>();
       if (sums.about(n)) {
-        block.less_one = keep_less_one<K>(x, y, m, partial.s.scale<T>(), partial.t.scale<T>(), kept);
+        block.less_one = keep_less_one<K>(x, y, m, of_s, of_t, kept);
         if (!block.less_one) sums_now();
       }
     }
