@@ -175,7 +175,7 @@ def test_budgets() -> None:
 
 def test_the_share_of_the_floor() -> None:
     """Twice the instructions that an H200 has time for leave half of the floor."""
-    report = _report(loops=[TileLoop(0, 82.7, True)])
+    report = _report(loops=[TileLoop(0, 83.6, True)])
     assert share(report) == pytest.approx(0.5, abs=0.01)
     assert share(_report(target="sm_86")) is None
 
