@@ -16,33 +16,73 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.backends import formulas
-from fastkd.backends.base import (
-    ALIGN,
-    Backend,
-    Rows,
-    TopKRows,
-    adds_wide,
-    autocast_off,
-    batch_invariant,
-    chunk_rows,
-    default_rows,
-    rows_of,
-)
-from fastkd.engine.parameter_sum import Sum, buffer
+from fastkd.backends import base, formulas
+from fastkd.backends.base import ALIGN, Backend, Rows, TopKRows, rows_of
 from fastkd.engine.records import Call
 from fastkd.operands import Head
 
 Tensors = Sequence["Tensor | None"]
 Needs = Sequence[bool]
 
+BLOCK = 2**18  # elements of a product that is added by hand: it stays in a core's own cache
 FIXED_ROWS = 512  # of a product whose number of rows must not show in a row's bits
 
 
 def _fixed_rows(backend: Backend, requested: int | None) -> int | None:
     """Rows of every product where a row's bits depend on nothing else; None elsewhere."""
-    rows = requested or default_rows or FIXED_ROWS
-    return rows if batch_invariant() and not backend.on_host else None
+    rows = requested or base.default_rows or FIXED_ROWS
+    return rows if base.batch_invariant() and not backend.on_host else None
+
+
+def _buffer(
+    backend: Backend, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Memory that the backend may have used before."""
+    return backend.empty_gradient(torch.empty((), dtype=dtype, device=device).expand(shape))
+
+
+class Sum:
+    """A parameter's gradient, the sum of a product per chunk, in float32 or wider.
+
+    once: there is one chunk only, whose product torch accumulates in float32 by itself.
+    """
+
+    def __init__(self, like: Tensor, dtype: torch.dtype, vocab: int, once: bool, backend: Backend):
+        # float16 has no room for what waits for the gradient of the loss
+        exact = dtype.itemsize >= 4 or (once and dtype == like.dtype != torch.float16)
+        self.dtype = dtype if exact else torch.float32
+        self.like, self.vocab, self.backend = like, vocab, backend
+        self.total: Tensor | None = None
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """total[:vocab] += a @ b, in one row for a bias."""
+        beta = 0 if self.total is None else 1
+        if self.total is None:
+            self.total = _buffer(self.backend, self.like.shape, self.dtype, self.like.device)
+            self.total[self.vocab :].zero_()
+        into = self.total[: self.vocab]
+        into = into if into.dim() == 2 else into.unsqueeze(0)
+        if a.dtype == self.dtype:
+            torch.addmm(into, a, b, beta=beta, out=into)
+        elif base.adds_wide(a.device):
+            torch.ops.aten.addmm.dtype_out(into, a, b, self.dtype, beta=beta, alpha=1, out=into)
+        else:
+            step = max(1, BLOCK // max(into.size(1), 1))
+            for start in range(0, into.size(0), step):
+                at = slice(start, start + step)
+                product = torch.mm(a[at], b)
+                into[at].add_(product) if beta else into[at].copy_(product)
+
+    def finish(self, by: Tensor | None) -> Tensor:
+        """The gradient in the parameter's dtype, times `by`."""
+        like = self.like
+        if self.total is None:
+            return torch.zeros_like(like, memory_format=torch.contiguous_format)
+        if by is not None:
+            self.backend.multiply(self.total, by)
+        if self.dtype == like.dtype:
+            return self.total
+        return _buffer(self.backend, like.shape, like.dtype, like.device).copy_(self.total)
 
 
 class Linear:
@@ -95,7 +135,7 @@ class Linear:
         shape, device = (step, -(-self.vocab // ALIGN) * ALIGN), self.device
         dtype, once = self.dtype, step >= n
         self.rows = 0 if _fixed_rows(self.backend, None) is None else step
-        self.buffers = [buffer(self.backend, shape, dtype, device) for _ in range(self.count)]
+        self.buffers = [_buffer(self.backend, shape, dtype, device) for _ in range(self.count)]
         for memory in self.buffers:
             # torch 2.13's bfloat16 product on a CPU with AMX reads on behind a row's end, times 0
             memory[:, self.vocab :].zero_()
@@ -105,8 +145,8 @@ class Linear:
                 self.grads[at] = Sum(x, dtype, self.vocab, once, self.backend)
         if self.needs[0]:
             # with a factor that is still to come, in no 16 bits
-            wide = torch.float32 if self.late and adds_wide(device) else self.hidden.dtype
-            self.grad = buffer(self.backend, self.hidden.shape, wide, device)
+            wide = torch.float32 if self.late and base.adds_wide(device) else self.hidden.dtype
+            self.grad = _buffer(self.backend, self.hidden.shape, wide, device)
             if self.index is not None or n == 0:
                 self.grad.zero_()
 
@@ -156,7 +196,7 @@ class Linear:
             every = self._whole(dz)
             alone = self.index is None and every is dz
             direct = alone and self.grad.dtype == dz.dtype
-            if self.grad.dtype == torch.float32 != dz.dtype and adds_wide(self.device):
+            if self.grad.dtype == torch.float32 != dz.dtype and base.adds_wide(self.device):
                 shape = every.size(0), self.grad.size(1)
                 into = self.grad[at] if alone else self.grad.new_empty(shape)
                 product = torch.ops.aten.addmm.dtype_out
@@ -241,9 +281,6 @@ class Dense:
         if self.index is not None:
             self.grad.index_copy_(0, self.index[at], dz)
 
-    def rest(self) -> None:
-        pass
-
     def finish(self, by: Tensor | None) -> list[Tensor | None]:
         if not self.any:
             return [None]
@@ -270,7 +307,7 @@ class Work(NamedTuple):
     def gradients(self, by: Tensor | None) -> list[Tensor | None]:
         """Those of all tensors in a row, times `by`; None where they have their factor."""
         by = self.rest if by is None else by
-        with autocast_off(self.loss.device)():
+        with base.autocast_off(self.loss.device)():
             return [grad for side in self.sides for grad in side.finish(by)]
 
 
@@ -315,7 +352,7 @@ def work(
     outputs = found = call.outputs
     if index is not None and outputs is not None:
         found = outputs.new_empty(n, outputs.size(1))
-    with autocast_off(first.device)():
+    with base.autocast_off(first.device)():
         loss = _run(call._replace(rows=rows, topk=topk, outputs=found), sides, n, wait)
     if outputs is not None and found is not None and index is not None:
         outputs.zero_().index_copy_(0, index, found)
@@ -340,7 +377,9 @@ def _run(call: Call, sides: list[Side], n: int, wait: bool) -> Tensor:
     both = student.any and of_teacher
     row_bytes = sum(side.row_bytes(both and side is teacher) for side in sides)
     requested = call.products and call.products.chunk
-    step = _fixed_rows(backend, requested) or chunk_rows(n, row_bytes, student.device, requested)
+    step = _fixed_rows(backend, requested) or base.chunk_rows(
+        n, row_bytes, student.device, requested
+    )
     for side in sides:
         side.start(n, step, wait)
     dtypes = [side.dtype for side in sides] + ([] if topk is None else [topk.logprobs.dtype])
@@ -371,5 +410,6 @@ def _run(call: Call, sides: list[Side], n: int, wait: bool) -> Tensor:
         if to_t is not None and teacher is not None:
             teacher.add(at, to_t)
     for side in sides:
-        side.rest()
+        if isinstance(side, Linear):
+            side.rest()
     return loss

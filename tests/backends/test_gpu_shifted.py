@@ -41,13 +41,13 @@ def skews(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     Rows of any width are shifted, within a tile too.
     """
     seen: list[int | None] = []
-    real = alignment._align_offset
+    real = alignment.align_offset
 
     def note(group: int, *operands: Tensor) -> int | None:
         seen.append(real(group, *operands))
         return seen[-1]
 
-    monkeypatch.setattr(alignment, "_align_offset", note)
+    monkeypatch.setattr(alignment, "align_offset", note)
     monkeypatch.setattr(alignment, "UNALIGNED_TILES", 0)
     monkeypatch.setattr(launch, "tile", lambda vocab, size, *_: Tile(8 * size, 16 // size, 32))
     return seen
@@ -232,9 +232,9 @@ def test_operands_share_their_starts_or_nothing(
         ]
         for i in (0, 1)
     )
-    assert alignment._align_offset(4, *first) == skew
-    assert alignment._align_offset(4, *second) == later
-    assert alignment._align_offset(4, second[0], *first[1:]) is None
+    assert alignment.align_offset(4, *first) == skew
+    assert alignment.align_offset(4, *second) == later
+    assert alignment.align_offset(4, second[0], *first[1:]) is None
 
 
 def test_narrow_rows_are_not_shifted() -> None:
@@ -251,8 +251,8 @@ def test_narrow_rows_are_not_shifted() -> None:
 
 def test_other_dtypes_do_not_share() -> None:
     student, teacher = torch.zeros(1, 9, 33, device=DEVICE), torch.zeros(1, 9, 33, device=DEVICE)
-    assert alignment._align_offset(4, student, teacher.bfloat16(), student) is None
-    assert alignment._align_offset(4, student, teacher, student) == 0
+    assert alignment.align_offset(4, student, teacher.bfloat16(), student) is None
+    assert alignment.align_offset(4, student, teacher, student) == 0
 
 
 def test_memory_that_begins_off_a_boundary_is_not_named_before_it() -> None:
@@ -262,5 +262,5 @@ def test_memory_that_begins_off_a_boundary_is_not_named_before_it() -> None:
     first = (-whole.data_ptr() % 16) // 4 + 1  # one element after a boundary
     memory = torch.frombuffer(buffer, dtype=torch.float32, offset=4 * first)
     assert memory.data_ptr() % 16 == 4 and memory.storage_offset() == 0
-    assert alignment._align_offset(4, memory[:99].view(1, 3, 33)) is None
-    assert alignment._align_offset(4, memory[4:103].view(1, 3, 33)) == 1
+    assert alignment.align_offset(4, memory[:99].view(1, 3, 33)) is None
+    assert alignment.align_offset(4, memory[4:103].view(1, 3, 33)) == 1

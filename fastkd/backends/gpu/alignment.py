@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastkd.backends.gpu.tune import BYTES_PER_LOAD, Tile
+from fastkd.backends.gpu.tune import BYTES_PER_LOAD
 
 # Rows of fewer tiles keep their columns in the same lanes wherever they start, and so their bits:
 # most of their time is not in a loop that wider loads would shorten
@@ -26,35 +26,24 @@ def _steps(x: Tensor, group: int) -> tuple[int, int, int]:
     return b, outer % group, inner % group
 
 
-def wide_align_offset(vocab: int, size: Tile, *operands: Tensor) -> int | None:
-    """`_align_offset` of rows that are wide enough for it to pay."""
-    wide = vocab >= UNALIGNED_TILES * size.lanes * size.group
-    return _align_offset(size.group, *operands) if wide else None
-
-
-def _align_offset(group: int, *operands: Tensor) -> int | None:
-    """Columns from a 16-byte boundary to the first row, for `tiles.row_at`.
+def align_offset(group: int, *operands: Tensor) -> int | None:
+    """Columns from a 16-byte boundary to the first row, for `tiles.row_at`; group: of columns.
 
     None where all rows start on one, or where operands differ in how theirs do: a program reads
     its row of all operands in the same groups of columns. Where a row starts then decides which
     columns share a lane, and its sums may round otherwise than those of an aligned copy.
     """
     first, size = operands[0], operands[0].element_size()
-    align_offset, steps = first.data_ptr() % BYTES_PER_LOAD // size, _steps(first, group)
-    if align_offset == 0 and steps[1:] == (0, 0):
+    offset, steps = first.data_ptr() % BYTES_PER_LOAD // size, _steps(first, group)
+    if offset == 0 and steps[1:] == (0, 0):
         return None
     for x in operands:
         alike = x.element_size() == size and _steps(x, group) == steps
         # before its storage begins there is no tensor to name
         if (
             not alike
-            or x.data_ptr() % BYTES_PER_LOAD != align_offset * size
-            or x.storage_offset() < align_offset
+            or x.data_ptr() % BYTES_PER_LOAD != offset * size
+            or x.storage_offset() < offset
         ):
             return None
-    return align_offset
-
-
-def aligned(x: Tensor, align_offset: int | None) -> Tensor:
-    """The memory of x from the boundary below it, which makes an aligned pointer of it."""
-    return x if not align_offset else x.as_strided((1,), (1,), x.storage_offset() - align_offset)
+    return offset

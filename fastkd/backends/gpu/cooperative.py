@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from fastkd.backends.base import on_host
-from fastkd.backends.gpu import proof, split_rows
+from fastkd.backends.gpu import split_rows
 from fastkd.backends.gpu.device_fns import grad_loop, pair_loop, safe_sums, sum_loop
 from fastkd.backends.gpu.outputs import store_hard, store_side, zero_outputs
 from fastkd.backends.gpu.rows import (
@@ -81,12 +81,10 @@ def _capacity(device: torch.device) -> Capacity | None:
 
 
 def capacity(device: torch.device, arch: str) -> Capacity | None:
-    """What a device of this architecture can hold; None where cooperation fails or does not pay.
+    """What a device of this architecture can hold; None where cooperation does not pay.
 
     gfx942 and its like have one cache for each part of the chip, and programs would reach across.
     """
-    if proof.refused(device):
-        return None
     if on_host(device) or device.index is None:
         return HOST
     return _capacity(device) if arch.startswith("sm_") else None

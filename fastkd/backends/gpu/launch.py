@@ -140,10 +140,15 @@ def lay(
     if batch_invariant():
         whole = all(alignment.on_boundary(x) for x in operands)
         how = (ALIGNED if whole else BY_COLUMN).value
-    elif loops:
-        align_offset = alignment.wide_align_offset(vocab, size, *operands)
+    elif loops and vocab >= alignment.UNALIGNED_TILES * size.lanes * size.group:
+        align_offset = alignment.align_offset(size.group, *operands)
         how = 0 if align_offset is None else OFFSET.value
     return size, {**lanes, "UNALIGNED": how}, align_offset
+
+
+def aligned(x: Tensor, align_offset: int | None) -> Tensor:
+    """The memory of x from the boundary below it, which makes an aligned pointer of it."""
+    return x if not align_offset else x.as_strided((1,), (1,), x.storage_offset() - align_offset)
 
 
 def scale_args(spec: LossSpec) -> dict[str, float]:
@@ -256,11 +261,11 @@ class FusedPasses(Backend):
         size, lanes, align_offset = lay(spec.vocab, student, teacher, place)
         args = {
             **dict(
-                student=alignment.aligned(student, align_offset),
-                teacher=alignment.aligned(teacher, align_offset),
+                student=aligned(student, align_offset),
+                teacher=aligned(teacher, align_offset),
             ),
             **dict(
-                grad=None if grad is None else alignment.aligned(grad, align_offset),
+                grad=None if grad is None else aligned(grad, align_offset),
                 align_offset=align_offset,
                 loss=loss,
                 outputs=rows.outputs,

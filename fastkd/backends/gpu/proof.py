@@ -79,9 +79,10 @@ def proven(device: torch.device, fused: Callable[..., Tensor]) -> bool:
     Args:
         fused: the pass of that name, which also takes whether programs cooperate.
     """
-    known = _verdicts.get(device)
-    if known is not None:
-        return not known
+    if refused(device):
+        return False
+    if device in _verdicts:
+        return True
     if HOST is not None and device.index is None:
         return HOST
     if torch.compiler.is_compiling() or _capturing(device):

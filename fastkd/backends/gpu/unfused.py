@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastkd.backends.base import LossSpec, Rows, Stats
-from fastkd.backends.gpu import alignment, launch
+from fastkd.backends.gpu import launch
 from fastkd.backends.gpu import rows as kernels
 
 
@@ -22,7 +22,7 @@ class GPU(launch.FusedPasses):
         size, lanes, align_offset = launch.lay(vocab, x)
         args = {
             **dict(
-                x=alignment.aligned(x, align_offset),
+                x=launch.aligned(x, align_offset),
                 stats=out,
                 keep=launch.contiguous(keep),
                 vocab=vocab,
@@ -47,8 +47,8 @@ class GPU(launch.FusedPasses):
         size, lanes, align_offset = launch.lay(spec.vocab, student, teacher)
         args = {
             **dict(
-                student=alignment.aligned(student, align_offset),
-                teacher=alignment.aligned(teacher, align_offset),
+                student=launch.aligned(student, align_offset),
+                teacher=launch.aligned(teacher, align_offset),
                 align_offset=align_offset,
             ),
             **launch.stats_args(stats),
@@ -83,10 +83,10 @@ class GPU(launch.FusedPasses):
         size, lanes, align_offset = launch.lay(spec.vocab, student, teacher, grad)
         args = {
             **dict(
-                student=alignment.aligned(student, align_offset),
-                teacher=alignment.aligned(teacher, align_offset),
+                student=launch.aligned(student, align_offset),
+                teacher=launch.aligned(teacher, align_offset),
             ),
-            **dict(grad=alignment.aligned(grad, align_offset), align_offset=align_offset),
+            **dict(grad=launch.aligned(grad, align_offset), align_offset=align_offset),
             **launch.stats_args(stats),
             **dict(stats_hard=launch.contiguous(stats.hard), pairs=pairs.contiguous()),
             **launch.common_args(
