@@ -55,17 +55,16 @@ def test_score_differences_keep_the_students_digits(temperature: float) -> None:
     assert away(D.reverse_kl, temperature, logits(), sure(7)) < 1e-6  # 7e-5, 1.5e-4 before
 
 
-@pytest.mark.parametrize(
-    "divergence", [D.js, D.js(beta=0.1), D.skew_kl, D.skew_reverse_kl], ids=str
-)
-def test_rates_keep_their_digits_where_p_is_near_q(divergence: Divergence) -> None:
+@pytest.mark.parametrize("name", ["js", "uneven js", "skew_kl", "skew_reverse_kl"])
+def test_rates_keep_their_digits_where_p_is_near_q(name: str) -> None:
+    divergence = D.js(beta=0.1) if name == "uneven js" else D[name]
     assert away(divergence, 100.0, logits(), logits()) < 5e-7  # 1e-6 before
 
 
-@pytest.mark.parametrize("divergence", [D.js, D.skew_kl, D.skew_reverse_kl, D.tv], ids=str)
-def test_flat_blocks_of_a_sure_teacher_keep_theirs(divergence: Divergence) -> None:
+@pytest.mark.parametrize("name", ["js", "skew_kl", "skew_reverse_kl", "tv"])
+def test_flat_blocks_of_a_sure_teacher_keep_theirs(name: str) -> None:
     """Exponentials of both sides are about 1 there, and the teacher's probabilities 0."""
-    assert away(divergence, 100.0, logits(), sure(3)) < 1e-6
+    assert away(D[name], 100.0, logits(), sure(3)) < 1e-6
 
 
 def test_a_block_with_impossible_columns_and_one_outside_the_range() -> None:
