@@ -50,7 +50,7 @@ def test_every_kernel_of_the_package_is_launched_by_a_pass() -> None:
 
 # arguments of the kernels that have more than 20; constants are counted too
 ARGUMENTS = {
-    **{"fused": 41, "cooperative": 48, "topk": 44, "grad": 40, "loss": 22},
+    **{"fused": 41, "cooperative": 48, "topk": 44, "grad": 41, "loss": 22},
     **{"split_sums": 24, "split_pairs": 25, "split_finish": 40, "split_grad": 37},
 }
 

@@ -347,13 +347,16 @@ def grad_tile(
     column, exponent, param, soft, shift, unit, target, eps_over_v,
     DIVERGENCE: tl.constexpr, HARD: tl.constexpr, HARD_T1: tl.constexpr,
     MASKED: tl.constexpr, UNALIGNED: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, CENTRED: tl.constexpr,
 ):  # fmt: skip
+    """CENTRED: the slopes are those of kl, which leaves out their sum: 0, but for a part of p."""
     s = load(student, at, stop, MASKED, "evict_first", ACC, LANES, GROUP, start, UNALIGNED)
     t = load(teacher, at, stop, MASKED, "evict_first", ACC, LANES, GROUP, start, UNALIGNED)
     out, q = pair(
         s, t, m_s, log_s, m_t, log_t, exponent, param, soft, shift, DIVERGENCE, "gradient"
     )
+    if CENTRED:
+        out = tl.fma(-shift, q, out)
     if HARD:
         if HARD_T1:
             q = tl.exp2((s - m_s) * LOG2E)
@@ -369,6 +372,7 @@ def grad_loop(
     column, exponent, param, soft, unit, hard, target, eps_over_v,
     DIVERGENCE: tl.constexpr, HARD: tl.constexpr, HARD_T1: tl.constexpr, REVERSE: tl.constexpr,
     UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    CENTRED: tl.constexpr = False,
 ):  # fmt: skip
     """soft * (slope - q * slopes) + unit * q_1 - hard * (`target` at `column`, else eps / V).
 
@@ -387,13 +391,13 @@ def grad_loop(
         grad_tile(
             grad, student, teacher, at, start, stop, m_s, log_s, m_t, log_t,
             column, exponent, param, soft, shift, unit, target, eps_over_v,
-            DIVERGENCE, HARD, HARD_T1, False, UNALIGNED, ACC, LANES, GROUP,
+            DIVERGENCE, HARD, HARD_T1, False, UNALIGNED, ACC, LANES, GROUP, CENTRED,
         )  # fmt: skip
     if stop % (LANES * GROUP) != 0:  # computed again: cheaper than a register kept through the loop
         grad_tile(
             grad, student, teacher, full, start, stop, m_s, log_s, m_t, log_t,
             column, exponent, param, soft, shift, unit, target, eps_over_v,
-            DIVERGENCE, HARD, HARD_T1, True, UNALIGNED, ACC, LANES, GROUP,
+            DIVERGENCE, HARD, HARD_T1, True, UNALIGNED, ACC, LANES, GROUP, CENTRED,
         )  # fmt: skip
     if UNALIGNED == OFFSET:
         if head:
@@ -401,5 +405,5 @@ def grad_loop(
                 grad, student, teacher, first - LANES * GROUP, start, stop,
                 m_s, log_s, m_t, log_t, column,
                 exponent, param, soft, shift, unit, target, eps_over_v,
-                DIVERGENCE, HARD, HARD_T1, True, True, ACC, LANES, GROUP,
+                DIVERGENCE, HARD, HARD_T1, True, True, ACC, LANES, GROUP, CENTRED,
             )  # fmt: skip

@@ -290,10 +290,13 @@ def grad_kernel(
     hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, z: tl.float64,
     factor: tl.float64,
     DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, HARD_T1: tl.constexpr,
-    Z_LOSS: tl.constexpr,
+    Z_LOSS: tl.constexpr, CENTRED: tl.constexpr,
     UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """grad = scale factor (soft (slope_v - q_v sum slope) / T + hard (q - target)). One row."""
+    """grad = scale factor (soft (slope_v - q_v sum slope) / T + hard (q - target)). One row.
+
+    CENTRED: see `grad_tile`.
+    """
     if skip is not None:
         if tl.load(skip) != 0:
             return
@@ -327,7 +330,7 @@ def grad_kernel(
         scalar(soft, ACC) * inverse * by * of, unit * by, scalar(hard, ACC) * by,
         scalar(one_minus_eps, ACC) + eps_over_v, eps_over_v,
         DIVERGENCE, label is not None or Z_LOSS, HARD_T1, False, UNALIGNED,
-        ACC, LANES, GROUP,
+        ACC, LANES, GROUP, CENTRED,
     )  # fmt: skip
     zero_columns(grad, stop, start + width, LANES, GROUP, UNALIGNED)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastkd.backends.base import LossSpec, Rows, Stats
 from fastkd.backends.gpu import launch
 from fastkd.backends.gpu import rows as kernels
+from fastkd.divergence import divergences
 
 
 class GPU(launch.FusedPasses):
@@ -92,6 +93,7 @@ class GPU(launch.FusedPasses):
             **launch.common_args(
                 spec, rows, launch.acc_of(student, teacher), grad, s=student, t=teacher, g=grad
             ),
+            "CENTRED": divergences[spec.divergence].expectation == "teacher",
             **lanes,
         }
         launch.launch(kernels.grad_kernel, n, args, size.threads, student.device)
