@@ -201,7 +201,7 @@ def _rows(
             raise TypeError(f"{name}: got {describe(x)}, expected a tensor of floats [..., D]")
         if x.shape != student.shape or not x.dim() or not x.size(-1):
             hint = "; of one number a row, [..., 1]" if name == "student" else ""
-            if x.numel() == student.numel() > 0:
+            if name != "student" and x.numel() == student.numel() > 0:
                 hint = f"; {name}.view({sizes(student.shape)}) if the order is the same"
             like = "[..., D] with D >= 1" if name == "student" else sizes(student.shape)
             raise ValueError(f"{name}: got shape {sizes(x.shape)}, expected {like}{hint}")
