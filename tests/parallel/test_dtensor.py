@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ def _tensor() -> Any:
     return tensor
 
 
+@functools.cache  # a mesh makes groups, which costs connections
 def mesh_of(*shape: int) -> Any:
     names = ("dp", "tp")[-len(shape) :]
     return dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)
