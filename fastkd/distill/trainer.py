@@ -136,11 +136,9 @@ def train(
     )
     objective, soft, optimizer = parts.objective, parts.teacher, parts.optimizer
     where, ranks, plain = parts.device, parts.ranks, objective.plain is not None
-    checkpoint = _checkpoints(checkpoint)
-    position = checkpoint.start(parts) if checkpoint else Position()
-    run_warnings, every = RunWarnings(student, soft, objective), CHECK_EVERY.get(where.type, 50)
-    logs, metrics = log if ranks.first else None, objective.metrics
-    record = Record(objective.names, position.step, every, logs, metrics)
+    checkpoint, position = _begun(checkpoint, parts)
+    run_warnings = RunWarnings(student, soft, objective)
+    record = _record(parts, position.step, log)
     with ExitStack() as stack:
         hooks = _enter(stack, parts, followers, record)
         if progress and stepper.speaks and ranks.first:
@@ -162,7 +160,6 @@ def train(
                         last = at + 1 == len(group)
                         found = _micro_batch(batch, parts, stepper, hooks, run_warnings, last=last)
                         values = list(map(torch.add, values, found)) if at else found
-
                 first, position.used = position.used, position.used + len(group)
                 seen = sum(batch.samples for batch in group) * ranks.size
                 values = ranks.means(values)
@@ -242,8 +239,20 @@ def _enter(stack: ExitStack, parts: Parts, followers: Sequence[Teacher], record:
     return hooks
 
 
-def _checkpoints(checkpoint: Checkpoints | str | os.PathLike[str] | None) -> Checkpoints | None:
-    return Checkpoints(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else checkpoint
+def _begun(
+    checkpoint: Checkpoints | str | os.PathLike[str] | None, parts: Parts
+) -> tuple[Checkpoints | None, Position]:
+    """The checkpoints of a run, and where it begins."""
+    if isinstance(checkpoint, (str, os.PathLike)):
+        checkpoint = Checkpoints(checkpoint)
+    return checkpoint, checkpoint.start(parts) if checkpoint else Position()
+
+
+def _record(parts: Parts, step: int, log: Log | Sequence[Log] | None) -> Record:
+    """What the steps have to tell, from `step` on."""
+    objective, every = parts.objective, CHECK_EVERY.get(parts.device.type, 50)
+    logs = log if parts.ranks.first else None
+    return Record(objective.names, step, every, logs, objective.metrics)
 
 
 def _placed(
