@@ -14,7 +14,7 @@ from fastkd.arguments.messages import describe, shown, sizes
 from fastkd.arguments.numbers import WAITS, integer, real
 from fastkd.arguments.tensors import INDEX_DTYPES
 from fastkd.backends import reference
-from fastkd.backends.base import Backend, chunks, without_autocast
+from fastkd.backends.base import Backend, autocast_off, chunks
 from fastkd.backends.choice import pick
 from fastkd.engine import validate
 from fastkd.engine.reduction import reads_values
@@ -205,7 +205,7 @@ def _blocks(logits: Operand, vocab: int) -> Iterator[Tensor]:
         blocks = flat.split(step)
     for x in blocks:
         if isinstance(logits, LinearLogits):
-            with without_autocast(logits.device):
+            with autocast_off(logits.device)():
                 yield build(x, logits.weight, logits.bias, logits.head, vocab)
         else:
             yield x[:, :vocab]

@@ -394,12 +394,7 @@ def adds_wide(device: torch.device) -> bool:
     return nvidia and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Products inside run in their operands' dtype."""
-    return torch.autocast(device.type, enabled=False)
-
-
 @cache
 def autocast_off(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes a `without_autocast` of a device: for those who need one at every call."""
+    """Makes a context in which products run in their operands' dtype."""
     return partial(torch.autocast, device.type, enabled=False)

@@ -19,7 +19,7 @@ from fastkd.backends.base import (
     Stats,
     TopKRows,
     acc_dtype,
-    without_autocast,
+    autocast_off,
 )
 from fastkd.backends.formulas import (
     entry,
@@ -58,7 +58,7 @@ def logits(
             hidden, weight, bias = own
             assert hidden is not None and weight is not None
             width = vocab if columns is None or not built else weight.size(0)
-            with without_autocast(hidden.device):
+            with autocast_off(hidden.device)():
                 built.append(build(hidden, weight, bias, head, width, keep))
         elif own:
             assert own[0] is not None
