@@ -13,7 +13,9 @@ import torch
 from common import NAMED, TABLE, run_python
 
 import fastkd
+from fastkd import losses, nn
 from fastkd.__main__ import main
+from fastkd.engine import dispatch, validate
 from fastkd.losses import RowOptions
 
 # keyword-only parameters and their defaults, before **rows
@@ -78,7 +80,17 @@ def test_signature(name: str) -> None:
 
 
 def test_row_options() -> None:
-    assert set(RowOptions.__annotations__) == ROW_OPTIONS
+    """The places where an option of every loss is named; `group` has no place in a module."""
+    assert set(RowOptions.__annotations__) == ROW_OPTIONS, "fastkd/losses.py"
+    assert set(dispatch.loss.__kwdefaults__) == ROW_OPTIONS, "fastkd/engine/dispatch.py"
+    assert set(validate.OPTIONS) == ROW_OPTIONS, "fastkd/engine/validate.py"
+    of_a_module = ROW_OPTIONS - {"labels", "weight", "normalizer", "group"}
+    assert set(nn.Options.__annotations__) - {"temperature"} == of_a_module, "fastkd/nn.py"
+    for module in (nn.KLDiv(), nn.DistillationLoss()):
+        assert of_a_module <= set(module._rows(None, None)), "_rows of fastkd/nn.py"
+        assert all(hasattr(module, name) for name in of_a_module), "fastkd/nn.py"
+    for name in ROW_OPTIONS:
+        assert re.search(f"^    {name} +", losses.__doc__ or "", re.MULTILINE), name
 
 
 @pytest.mark.parametrize("name", KEYWORDS)
