@@ -59,6 +59,10 @@ each_twin = pytest.mark.parametrize(
 Twin = type[torch.nn.Module]
 
 
+def test_every_divergence_has_a_module() -> None:
+    assert set(TWINS) == {*fastkd.divergences, "distillation"}
+
+
 @each_twin
 def test_twin_is_the_function(
     backend: Backend, twin: Twin, function: Any, options: dict[str, Any], says: str

@@ -93,6 +93,12 @@ def test_row_options() -> None:
         assert re.search(f"^    {name} +", losses.__doc__ or "", re.MULTILINE), name
 
 
+def test_the_first_page_has_a_row_for_every_loss_and_option() -> None:
+    page = (Path(fastkd.__file__).parents[1] / "README.md").read_text()
+    rows = " ".join(re.findall(r"^\|.*", page, re.MULTILINE))
+    assert {*KEYWORDS, *ROW_OPTIONS} <= {*re.findall(r"`(\w+)", rows)}
+
+
 @pytest.mark.parametrize("name", KEYWORDS)
 def test_docstring(name: str) -> None:
     text = inspect.getdoc(getattr(fastkd, name)) or ""
