@@ -360,5 +360,5 @@ def distillation_loss(
     numbers = temperature, None, soft, float(alpha), float(label_smoothing), validate.z_loss(z_loss)
     sides = "distillation_loss", student, teacher, divergence, *numbers
     if label_kinds.special(labels, class_weight):
-        return label_kinds.loss(loss, sides, class_weight, labels, {**rows})
+        return label_kinds.loss(sides, class_weight, labels, {**rows})
     return loss(*sides, labels=labels, **rows)

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -95,6 +96,17 @@ def label_of(divergence: Divergence) -> str:
 TABLE = [fastkd.divergences[name] for name in fastkd.divergences]
 # every entry with its default, and a second parameter on the other side of 1/2
 DIVERGENCES = TABLE + [entry(**{entry.parameter: 0.8}) for entry in TABLE if entry.parameter]
+# the public function of each entry, by the entry's name: "kl" has kl_div
+NAMED = {
+    name: getattr(fastkd, public)
+    for name in fastkd.divergences
+    for public in fastkd.__all__
+    if re.fullmatch(f"{name}_(div|distance|loss)", public)
+}
+# those whose loss and gradient are exactly 0 where both sides are equal
+EXACT = ("kl", "reverse_kl", "tv", "acceptance")
+# those whose slope jumps where p = q
+KINKED = ("tv", "acceptance")
 
 each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=label_of)
 each_name = pytest.mark.parametrize("divergence", TABLE, ids=lambda entry: entry.name)

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastkd
-from bench.accuracy.points import KINKED
-from bench.families.loss_cases import Case
+from bench.families.loss_cases import KINKED, Case
 from bench.families.loss_providers import eager
 from bench.harness.family import spelled
 from bench.harness.table import table

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.accuracy.oracle import Exact, Sides, Truth, exact, rounded, sides, truth, ulp
-from bench.families.loss_cases import Case
+from bench.families.loss_cases import KINKED, Case
 from bench.families.loss_providers import PROVIDERS, Provider, eager
 from bench.harness.gate import Unavailable, first_line
 
@@ -37,7 +37,6 @@ SHARE = {torch.bfloat16: 0.999}
 # Last places of log p and log q within which a kink is undecided: as many as the tests allow a
 # float32 for its exponential, logarithm and sum.
 KINK = 16
-KINKED = {"tv", "acceptance"}
 # What ours is held against, and may not be worse than.
 TORCH = ("eager", "compile")
 

@@ -7,6 +7,7 @@ run of plain torch, which has no such choice.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -197,14 +198,13 @@ def logits_bytes(shape: Shape, dtype: torch.dtype) -> int:
 
 # The public function of a divergence's own.
 FUNCTIONS = {
-    "kl": "kl_div",
-    "reverse_kl": "reverse_kl_div",
-    "js": "js_div",
-    "skew_kl": "skew_kl_div",
-    "skew_reverse_kl": "skew_reverse_kl_div",
-    "tv": "tv_distance",
-    "acceptance": "acceptance_loss",
+    name: public
+    for name in fastkd.divergences
+    for public in fastkd.__all__
+    if re.fullmatch(f"{name}_(div|distance|loss)", public)
 }
+# Divergences whose gradient jumps where p = q.
+KINKED = ("tv", "acceptance")
 
 
 def bare(entry: Divergence) -> Case:

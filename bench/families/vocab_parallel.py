@@ -27,6 +27,7 @@ from torch import Tensor
 
 import fastkd
 from bench.families.communication import CALL, LIMIT, Count, run_ranks
+from bench.families.loss_cases import KINKED
 from bench.harness import table
 from bench.harness.cli import positive
 from bench.harness.family import DTYPES, Family, Input, Shape, spelled
@@ -36,7 +37,6 @@ from bench.harness.timing import Neighbours, Say, TimingPlan, Turn, summarise, t
 
 T = 2.0
 CLOSE = 1e-4  # logarithms of probabilities of which nobody knows which is larger
-KINKED = ("tv", "acceptance")
 VARIANTS = ("whole", "floor", "parallel")
 
 

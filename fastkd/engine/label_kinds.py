@@ -14,7 +14,6 @@ which is the forward KL at T = 1 of a teacher whose logits are log y', and its e
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,16 +22,14 @@ from torch import Tensor
 
 from fastkd.arguments.messages import describe, sizes
 from fastkd.divergence import divergences
-from fastkd.engine import class_axis, reduction, validate
+from fastkd.engine import class_axis, dispatch, reduction, validate
 
 # what a row of probabilities may miss of 1: rows in bfloat16, each rounded by up to 2^-9 of itself
 LEAST_SUM, MOST_SUM = 0.98, 1.02
 
-
-DEFAULTS: dict[str, Any] = {
-    "ignore_index": -100, "weight": None, "reduction": "mean", "normalizer": None,
-    "vocab_size": None, "class_dim": -1, "inplace": False, "group": None, "return_outputs": False,
-}  # fmt: skip
+of_rows: Any = dispatch.loss  # a pair where outputs are requested
+# of the options that all losses share
+DEFAULTS = {name: value for name, value in of_rows.__kwdefaults__.items() if name != "labels"}
 
 
 def special(labels: Any, class_weight: Any) -> bool:
@@ -41,7 +38,6 @@ def special(labels: Any, class_weight: Any) -> bool:
 
 
 def loss(
-    of_rows: Callable[..., Any],
     sides: tuple[Any, ...],
     class_weight: Tensor | None,
     labels: Any,
@@ -50,8 +46,7 @@ def loss(
     """The two terms of `sides`, a loss's positional arguments, added.
 
     Args:
-        of_rows: `dispatch.loss`.
-        sides: its arguments before the options.
+        sides: the arguments of `dispatch.loss` before the options.
         class_weight: [V] floats, or None.
         labels: as `distillation_loss` takes them.
         options: of the rows, but labels.
@@ -81,7 +76,7 @@ def loss(
     if hard == 0.0:
         return value
     value, told = value if options["return_outputs"] else (value, None)
-    parts = _Hard(of_rows, name, student, teacher, class_weight, labels, smoothing, vocab)
+    parts = _Hard(name, student, teacher, class_weight, labels, smoothing, vocab)
     of_hard, of_rows_told = (_of_target if probabilities or smoothing else _of_classes)(
         parts, options
     )
@@ -94,7 +89,6 @@ def loss(
 class _Hard(NamedTuple):
     """What the hard term is made of."""
 
-    of_rows: Callable[..., Any]
     name: str
     student: Any
     teacher: Any
@@ -166,7 +160,7 @@ def _of_classes(hard: _Hard, options: dict[str, Any]) -> tuple[Tensor, Any]:
     weight = by if options["weight"] is None else by * options["weight"]
     spec = divergences.kl, 1.0, None, 0.0, 1.0, 0.0, 0.0
     options = options | {"weight": weight, "labels": hard.labels}
-    found = hard.of_rows(hard.name, hard.student, hard.teacher, *spec, **options)
+    found = of_rows(hard.name, hard.student, hard.teacher, *spec, **options)
     if not options["return_outputs"]:
         return found, None
     return found[0], (found[1].hard * by, found[1].label_logprob)
@@ -198,7 +192,7 @@ def _of_target(hard: _Hard, options: dict[str, Any]) -> tuple[Tensor, Any]:
     rows["labels"] = torch.where(counts, 0, -1)
     teacher = target.log()
     spec = divergences.kl, 1.0, None, 1.0, 0.0, 0.0, 0.0
-    value, told = hard.of_rows(hard.name, student, teacher, *spec, **rows)
+    value, told = of_rows(hard.name, student, teacher, *spec, **rows)
     value = value + _reduced(_of_kept(weight, keep) * told.teacher_entropy, options)
     return value, (mass.detach() * (told.soft + told.teacher_entropy), None)
 

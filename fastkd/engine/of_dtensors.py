@@ -20,12 +20,14 @@ def loss(
     weight: Tensor | None,
     reduction: str,
     normalizer: Any,
-    vocab_size: int | None,
     inplace: bool,
     group: object,
-    return_outputs: bool,
+    **others: Any,
 ) -> Tensor:
-    """The loss of this rank's part, by `again`, summed to that of all rows."""
+    """The loss of this rank's part, by `again`, summed to that of all rows.
+
+    others: the options that are the same for each part.
+    """
     name, student, teacher, *numbers = sides
     validate.reduction(reduction)
     if dtensor.is_dtensor(normalizer):
@@ -41,8 +43,8 @@ def loss(
         weight=part.weight,
         reduction=own,
         normalizer=by,
-        vocab_size=vocab_size,
         inplace=inplace,
         group=part.group,
+        **others,
     )
     return part.full(value, own)

@@ -13,7 +13,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is imported: no import before
 
-from common import TABLE
+from common import EXACT, TABLE
 from oracle import FLOORS, assert_as_good_as_torch, differentiate, oracle, plain
 from told import assert_told
 
@@ -268,7 +268,7 @@ def test_the_bits_are_the_same_from_run_to_run(divergence: Divergence, parts: in
 
 
 @pytest.mark.interpreted(3)
-@pytest.mark.parametrize("name", ["kl", "reverse_kl", "tv", "acceptance"])
+@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_identical_logits_give_exactly_nothing(name: str, dtype: torch.dtype, parts: int) -> None:
     student, _, _ = make(2, 333, dtype)

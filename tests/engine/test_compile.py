@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import Backend, each_form, each_name, in_form, logits
+from common import NAMED, Backend, each_form, each_name, in_form, logits
 from linear_parts import parts_in_a_row
 from pairwise import pairwise
 from torch import Tensor
@@ -82,22 +82,10 @@ def test_compiled_with_every_option(form: str, kernels: Backend, reduction: str)
     _close(_run(_compiled(loss), student, teacher), _run(loss, student, teacher))
 
 
-NAMED = {
-    "kl_div": fastkd.kl_div,
-    "reverse_kl_div": fastkd.reverse_kl_div,
-    "js_div": fastkd.js_div,
-    "skew_kl_div": fastkd.skew_kl_div,
-    "skew_reverse_kl_div": fastkd.skew_reverse_kl_div,
-    "tv_distance": fastkd.tv_distance,
-    "acceptance_loss": fastkd.acceptance_loss,
-}
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_compiled_functions(name: str) -> None:
+@pytest.mark.parametrize("named", NAMED.values(), ids=lambda named: named.__name__)
+def test_compiled_functions(named: Callable[..., Tensor]) -> None:
     student, teacher = torch.randn(4, 9), torch.randn(4, 9)
-    compiled = _compiled(NAMED[name])
-    _close(_run(compiled, student, teacher), _run(NAMED[name], student, teacher))
+    _close(_run(_compiled(named), student, teacher), _run(named, student, teacher))
 
 
 def test_no_graph_break() -> None:

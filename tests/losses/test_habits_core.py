@@ -11,21 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common import NAMED
 from torch import Tensor
 
 import fastkd
 from fastkd import nn
 
-LOSSES = [
-    fastkd.kl_div,
-    fastkd.reverse_kl_div,
-    fastkd.js_div,
-    fastkd.skew_kl_div,
-    fastkd.skew_reverse_kl_div,
-    fastkd.tv_distance,
-    fastkd.acceptance_loss,
-]
-each_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+each_loss = pytest.mark.parametrize("loss", NAMED.values(), ids=lambda loss: loss.__name__)
 LABELS = torch.tensor([0, 1, 2])
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from common import (
     INF,
+    NAMED,
     TABLE,
     Backend,
     Shape,
@@ -110,22 +111,9 @@ def test_maximum_moves_between_blocks(
     assert_as_good_as_torch(student + ramp, teacher + ramp, divergence=divergence, reduction="none")
 
 
-NAMED = {
-    "kl": fastkd.kl_div,
-    "reverse_kl": fastkd.reverse_kl_div,
-    "js": fastkd.js_div,
-    "skew_kl": fastkd.skew_kl_div,
-    "skew_reverse_kl": fastkd.skew_reverse_kl_div,
-    "tv": fastkd.tv_distance,
-    "acceptance": fastkd.acceptance_loss,
-}
-
-
 GIVEN = [
     *((name, {}) for name in NAMED),
-    ("js", {"beta": 0.3}),
-    ("skew_kl", {"alpha": 0.3}),
-    ("skew_reverse_kl", {"alpha": 0.3}),
+    *((entry.name, {entry.parameter: 0.3}) for entry in TABLE if entry.parameter),
 ]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import DTYPES, INF, Backend
+from common import DTYPES, INF, KINKED, Backend
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 from oracle import assert_as_good_as_torch, differentiate
@@ -93,7 +93,7 @@ def _undecided(
     at: tuple[Tensor, Tensor], of: Divergence, temperature: float = 1.0, vocab: int | None = None
 ) -> bool:
     """A slope of tv or acceptance jumps where p = q: near it there is no gradient to agree on."""
-    if of.name not in ("tv", "acceptance"):
+    if of.name not in KINKED:
         return False
     q, p = ((x[..., :vocab].double() / temperature).softmax(-1) for x in at)
     gap = (p - q).abs() / torch.maximum(p, q)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import NAMED
 
 import fastkd
 from fastkd import distill
@@ -75,13 +76,7 @@ def test_a_quotation_says_size_and_first_values() -> None:
 
 S, T = torch.randn(3, 5), torch.randn(3, 5)
 LABELS = torch.tensor([0, 1, 2])
-LOSSES = {
-    name: getattr(fastkd, name)
-    for name in (
-        *("kl_div", "reverse_kl_div", "js_div", "skew_kl_div", "skew_reverse_kl_div"),
-        *("tv_distance", "acceptance_loss", "distillation_loss"),
-    )
-}
+LOSSES = {loss.__name__: loss for loss in (*NAMED.values(), fastkd.distillation_loss)}
 ROWS = (
     *("labels", "ignore_index", "weight", "reduction", "normalizer", "vocab_size", "temperature"),
     *("student", "teacher"),

@@ -10,32 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from common import run_python
+from common import NAMED, TABLE, run_python
 
 import fastkd
+from fastkd import losses, nn
 from fastkd.__main__ import main
+from fastkd.engine import dispatch, validate
 from fastkd.losses import RowOptions
 
-LOSSES = [
-    "kl_div",
-    "reverse_kl_div",
-    "js_div",
-    "skew_kl_div",
-    "skew_reverse_kl_div",
-    "tv_distance",
-    "acceptance_loss",
-    "distillation_loss",
-]
-PUBLIC = {*LOSSES, "__version__", "checked", "divergences", "info", "nn", "use_backend"}
 # keyword-only parameters and their defaults, before **rows
 KEYWORDS: dict[str, dict[str, Any]] = {
-    "kl_div": {"temperature": 1.0},
-    "reverse_kl_div": {"temperature": 1.0},
-    "js_div": {"beta": 0.5, "temperature": 1.0},
-    "skew_kl_div": {"alpha": 0.1, "temperature": 1.0},
-    "skew_reverse_kl_div": {"alpha": 0.1, "temperature": 1.0},
-    "tv_distance": {"temperature": 1.0},
-    "acceptance_loss": {"temperature": 1.0},
+    **{
+        NAMED[entry.name].__name__: {
+            **({entry.parameter: entry.default} if entry.parameter else {}),
+            "temperature": 1.0,
+        }
+        for entry in TABLE
+        if entry.name in NAMED
+    },
     "distillation_loss": {
         "temperature": 2.0,
         "alpha": 0.5,
@@ -46,6 +38,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
         "class_weight": None,
     },
 }
+PUBLIC = {*KEYWORDS, "__version__", "checked", "divergences", "info", "nn", "use_backend"}
 ROW_OPTIONS = {
     "labels",
     "ignore_index",
@@ -71,7 +64,7 @@ def test_version() -> None:
     assert fastkd.info()["fastkd"] == fastkd.__version__
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", KEYWORDS)
 def test_signature(name: str) -> None:
     parameters = inspect.signature(getattr(fastkd, name)).parameters
     positional = [
@@ -87,10 +80,26 @@ def test_signature(name: str) -> None:
 
 
 def test_row_options() -> None:
-    assert set(RowOptions.__annotations__) == ROW_OPTIONS
+    """The places where an option of every loss is named; `group` has no place in a module."""
+    assert set(RowOptions.__annotations__) == ROW_OPTIONS, "fastkd/losses.py"
+    assert set(dispatch.loss.__kwdefaults__) == ROW_OPTIONS, "fastkd/engine/dispatch.py"
+    assert set(validate.OPTIONS) == ROW_OPTIONS, "fastkd/engine/validate.py"
+    of_a_module = ROW_OPTIONS - {"labels", "weight", "normalizer", "group"}
+    assert set(nn.Options.__annotations__) - {"temperature"} == of_a_module, "fastkd/nn.py"
+    for module in (nn.KLDiv(), nn.DistillationLoss()):
+        assert of_a_module <= set(module._rows(None, None)), "_rows of fastkd/nn.py"
+        assert all(hasattr(module, name) for name in of_a_module), "fastkd/nn.py"
+    for name in ROW_OPTIONS:
+        assert re.search(f"^    {name} +", losses.__doc__ or "", re.MULTILINE), name
 
 
-@pytest.mark.parametrize("name", LOSSES)
+def test_the_first_page_has_a_row_for_every_loss_and_option() -> None:
+    page = (Path(fastkd.__file__).parents[1] / "README.md").read_text()
+    rows = " ".join(re.findall(r"^\|.*", page, re.MULTILINE))
+    assert {*KEYWORDS, *ROW_OPTIONS} <= {*re.findall(r"`(\w+)", rows)}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
 def test_docstring(name: str) -> None:
     text = inspect.getdoc(getattr(fastkd, name)) or ""
     for part in ("Args:", "Returns:", "Raises:", "student", "teacher", "temperature", "T^2"):
@@ -100,11 +109,9 @@ def test_docstring(name: str) -> None:
 
 
 def test_docstring_names_the_source_of_the_table() -> None:
-    for entry in (fastkd.divergences[name] for name in fastkd.divergences):
-        names = [f"{entry.name}_{end}" for end in ("div", "distance", "loss")]
-        public = next(getattr(fastkd, name) for name in names if hasattr(fastkd, name))
-        arxiv = re.search(r"arXiv \S+", entry.source)
-        assert arxiv is not None and arxiv.group() in (public.__doc__ or "")
+    for name, public in NAMED.items():
+        arxiv = re.search(r"arXiv \S+", fastkd.divergences[name].source)
+        assert arxiv is not None and arxiv.group() in (public.__doc__ or ""), name
 
 
 @pytest.mark.parametrize("name", ["checked", "info", "use_backend"])

@@ -107,8 +107,6 @@ CALLS = {
     "load": lambda: distill.load(net(), folder / "net.safetensors"),
     "capture": lambda: cache.capture(net(), data, folder / "cache", vocab_size=3, k=2),
     "reader": lambda: cache.Reader(folder / "cache").verify(progress=True),
-    "merge": lambda: cache.merge(folder / "cache"),
-    "cached": lambda: cache.Reader(folder / "cache").identity(),
     "evaluate": lambda: distill.evaluate(net(), data),
     "report": lambda: distill.report(net(), data),
     "pseudo_labels": pseudo,
@@ -117,7 +115,7 @@ CALLS = {
     "onnx": lambda: distill.export(net(), x, folder / "onnx", formats=("onnx",)),
     "lightning": imported("lightning"),
     "transformers": imported("transformers"),
-    "trl": imported("trl"),
+    "trl": patched,
     "demo": demo,
     "recipes": recipes,
     "plot": plotted,
@@ -143,16 +141,11 @@ GET = re.compile(
     r"^ImportError: (?P<user>\S.*) needs (?P<module>[\w.]+)( \(No module named '[\w.]+'\))?: pip "
     r"install '\.\[(?P<extra>\w+)\]' in fastkd's checkout, or pip install (?P<package>[\w-]+)"
 )
-EXTRAS = [
-    "sklearn",
-    "scipy",
-    "safetensors",
-    "matplotlib",
-    "transformers",
-    "accelerate",
-    "lightning",
+# what the extras bring
+MODULES = [
+    *("sklearn", "scipy", "safetensors", "matplotlib", "transformers", "accelerate", "lightning"),
+    *("pytorch_lightning", "trl", "tokenizers", "optuna", "onnx", "onnxscript", "tqdm", "pyarrow"),
 ]
-EXTRAS += ["pytorch_lightning", "tokenizers", "optuna", "onnx", "onnxscript", "tqdm", "pyarrow"]
 # without all of these: the extra and the package that are named; None where it runs
 NEEDED: dict[str, tuple[str, str] | None] = {
     **dict.fromkeys(("import", "loss", "train", "train again", "evaluate"), None),
@@ -165,6 +158,7 @@ NEEDED: dict[str, tuple[str, str] | None] = {
     "onnx": ("onnx", "onnx"),
     "lightning": ("lightning", "lightning"),
     "transformers": ("hf", "transformers"),
+    "trl": ("trl", "trl"),
     "demo": ("demo", "transformers"),
 }
 NO_BAR = ["no bar is shown: progress=True needs tqdm.auto: pip install '.[train]' in fastkd's"]
@@ -182,7 +176,7 @@ def _without(absent: list[str], tmp_path: Path, *names: str) -> dict[str, Any]:
 
 
 def test_a_plain_install_runs_or_says_what_to_install(tmp_path: Path) -> None:
-    told = _without(["numpy", *EXTRAS], tmp_path, *(name for name in NEEDED if name != "import"))
+    told = _without(["numpy", *MODULES], tmp_path, *(name for name in NEEDED if name != "import"))
     for name, needs in NEEDED.items():
         did = told[name]["did"]
         if needs is None:

@@ -20,6 +20,14 @@ def test_the_first_page_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 250
 
 
+def test_the_first_page_has_every_extra() -> None:
+    made = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2]
+    table = (ROOT / "README.md").read_text().partition("| extra | for |\n")[2].partition("\n\n")[0]
+    named = " ".join(row.split("|")[1] for row in table.splitlines())
+    extras = re.findall(r"^(\w+) = ", made.partition("\n[")[0], re.MULTILINE)
+    assert sorted(extras) == sorted(re.findall(r"`(\w+)`", named))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=str)
 def test_links_lead_somewhere(page: Path) -> None:
     text = (ROOT / page).read_text()

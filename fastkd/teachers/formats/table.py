@@ -141,8 +141,8 @@ def read(
         ImportError: a format that needs pyarrow, pyyaml or numpy, which are not there.
     """
     entry = _entry(format)
-    given = {"tokenizer": tokenizer, "ids": ids, "start": start, "align": align, "config": config}
-    for name, got in given.items():
+    given = Options(tokenizer, ids, start, align, config)
+    for name, got in given._asdict().items():
         if got is not None and name not in entry.options:
             raise TypeError(f"{name}: got {describe(got)}, expected none: {format} takes none")
     if vocab_size is not None and (integer(vocab_size) or 0) < 1:
@@ -158,7 +158,7 @@ def read(
     if dtype not in ROUNDING:
         raise ValueError(f"dtype: got {shown(dtype)}, expected one of {listed(ROUNDING)}")
     rules = Rules(kind, declared, vocab_size, temperature, tail, dtype, entry.ordered)
-    return Reading(format, entry.read(source, Options(**given)), rules, tokens)
+    return Reading(format, entry.read(source, given), rules, tokens)
 
 
 def write(format: str, records: Iterable[Record], path: str | os.PathLike[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,16 @@ from format_samples import ANSWERS, FILES, IDS, SAID, V1, V2, V, b64, same, sgla
 
 import fastkd
 from fastkd.teachers import formats
+
+
+def test_every_format_has_a_sample_and_a_row_in_the_readme() -> None:
+    by_hand = {"vllm-ids", "distillkit", "distillkit-legacy"}  # in tests of their own
+    samples = {sample[1] for sample in ANSWERS} | {sample[0] for sample in FILES}
+    assert samples | by_hand == set(formats.formats), "format_samples.py"
+    page = Path(formats.__file__).with_name("README.md").read_text()
+    rows = dict(re.findall(r"^\| `([\w.-]+)`( w)? \|", page, re.MULTILINE))
+    written = {name: " w" if entry.write else "" for name, entry in formats.formats.items()}
+    assert rows == written, "README.md of the formats"
 
 
 @pytest.mark.parametrize("name, format, answer, options, own", ANSWERS, ids=[x[0] for x in ANSWERS])
