@@ -31,7 +31,7 @@ export FASTKD_REQUIRE_CPU ?= 1
 # The tests start many processes; without byte code each would compile what it imports.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo check test pytest lint sdist docs wheels cross kernels sanitize aarch64 served ptx hub gpu clean
+.PHONY: demo record-demo check test pytest lint sdist docs wheels cross kernels sanitize aarch64 served ptx hub gpu clean
 .DELETE_ON_ERROR:
 
 # It needs less than the tests do: where these have no environment yet, it makes a smaller one.
@@ -44,6 +44,11 @@ $(VENV)/demo: pyproject.toml setup.py $(wildcard csrc/*)
 	$(RUN) -m pip install --quiet "$(TORCH)"
 	$(RUN) -m pip install --quiet --editable ".[demo]"
 	touch $@
+
+# The default size over three seeds, for bench/results and the README of fastkd/demo.
+record-demo: $(VENV)/ready
+	$(RUN) -m fastkd demo --seeds 3 --out build/demo --fresh
+	$(RUN) -m bench.demo build/demo
 
 # Every formula, option, dtype and edge of the core on the CPU's kernels and on the reference; not
 # Triton's interpreter, other processes, compiled steps or whole trainings (tests/README.md).

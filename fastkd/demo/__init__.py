@@ -2,7 +2,7 @@
 
     python -m fastkd demo [PATH] [--preset small] [--out demo]
 
-A BPE of 32 768, a teacher that learns from the text, and one student five times from the same
+A BPE of 16 384, a teacher that learns from the text, and one student five times from the same
 weights over the same batches: from the text alone, from the teacher by plain torch, by the fused
 loss of logits, by the loss that takes the heads over, and from the teacher's outputs on disk.
 """

@@ -11,7 +11,7 @@ import fastkd
 from .corpus import in_order
 from .measure import Step, batch, seconds_of
 from .model import Language
-from .stages import CACHED, DENSE, EAGER, HARD, LINEAR, TEACHER, VARIANTS, Stages
+from .stages import CACHED, DENSE, EAGER, HARD, LINEAR, LOOKS, TEACHER, VARIANTS, Stages
 
 SEED = "seed"  # a further one: two students and the held-out text
 
@@ -48,17 +48,21 @@ def seconds(stages: Stages) -> dict[str, float]:
     # a pass over held-out text: the losses and best columns of the teacher and of five students
     look = count / preset.student.batch * (read + len(VARIANTS) * step[HARD] / 2)
     net = preset.student.steps
+    # looks during a training: a step without its backward is about half of it
+    looks = LOOKS * len(stages.look) / 2
+    looked = looks / preset.student.batch * step[HARD]
+    of_teacher = seconds_of(own, stages.device)
     found = {
-        TEACHER: preset.teacher.steps * seconds_of(own, stages.device),
+        TEACHER: (preset.teacher.steps + looks / preset.teacher.batch) * of_teacher,
         "capture": net * read,
         "held-out": look,
         "measurements": (preset.repeats + 3) * sum(step.values())
         + preset.repeats * (step[EAGER] + step[DENSE]),
-        SEED: net * (step[HARD] + step[LINEAR]) + look / 2,
+        SEED: net * (step[HARD] + step[LINEAR]) + 2 * looked + look / 2,
     }
     for name in VARIANTS:
         share = preset.eager_share if name == EAGER else 1.0
-        found[f"student, {name}"] = stages.steps(name, share) * step[name]
+        found[f"student, {name}"] = stages.steps(name, share) * step[name] + share * looked
     return found
 
 

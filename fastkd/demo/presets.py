@@ -60,9 +60,9 @@ PRESETS = {
         repeats=3,
     ),
     "small": Preset(
-        vocab=32_768,
+        vocab=16_384,
         context=128,
-        teacher=Net(128, 3, 2, steps=600, batch=4, lr=3e-3),
+        teacher=Net(128, 3, 2, steps=500, batch=4, lr=3e-3),
         student=Net(64, 2, 2, steps=100, batch=8, lr=5e-3),
         eager_share=0.25,
         k=64,

@@ -26,7 +26,7 @@ from .presets import Net, Preset
 TEACHER = "teacher"
 HARD, EAGER, DENSE, LINEAR, CACHED = "hard labels", "eager", "dense", "linear", "cached"
 CHECKPOINTS = 10  # of a training, at most so many are written
-LOOKS = 10  # at held-out text, during a training
+LOOKS = 5  # at held-out text, during a training
 
 
 def hard_loss(student: Any, _: Any, labels: Any) -> Tensor:
@@ -93,7 +93,7 @@ class Stages:
         self.preset, self.corpus, self.folder = preset, corpus, folder
         self.seed, self.device, self.progress = seed, device, progress
         self.amp = getattr(torch, preset.amp) if preset.amp else None
-        self.look = in_order(corpus.held_out, preset.context, min(preset.held_out, 4096))
+        self.look = in_order(corpus.held_out, preset.context, min(preset.held_out, 2048))
 
     def _net(self, name: str) -> Net:
         return self.preset.teacher if name == TEACHER else self.preset.student

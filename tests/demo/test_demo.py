@@ -19,6 +19,7 @@ pytest.importorskip("matplotlib")
 
 from safetensors.torch import load_file
 
+from bench import demo as record
 from fastkd import __main__ as command
 from fastkd import demo, distill
 from fastkd.demo import corpus, stages
@@ -85,6 +86,28 @@ def test_table(whole: tuple[Path, dict[str, Any]]) -> None:
     assert all(found["samples"].values())
     said = demo.report.text(found, out)
     assert all(f"\n{name} " in said for name in rows)
+
+
+def test_a_run_of_the_default_size_is_recorded(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"kept\n\n{record.HEADING}\nan older table\n")
+    with pytest.raises(ValueError, match="a run of other sizes"):
+        record.record(whole[0], tmp_path, page)
+    found = {**whole[1], "default": True, "gains": {"0": 0.2, "1": 0.3}}
+    found["stages"] = {**found["stages"], "seed 1": 61.4}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps(found))
+    shutil.copy(whole[0] / "demo.png", folder)
+    record.record(folder, tmp_path, page)
+    written = page.read_text()
+    assert written.startswith("kept\n\n## ") and "older" not in written
+    assert written.count("\n| ") == 8 and "each further seed 61 s" in written
+    assert "mean of seeds 0, 1: from 0.200 to 0.300" in written
+    assert json.loads((tmp_path / "demo.json").read_text()) == found
+    assert (tmp_path / "demo.png").read_bytes() == (folder / "demo.png").read_bytes()
 
 
 def test_seeds_and_what_is_said(
