@@ -21,7 +21,7 @@ from fastkd.backends.choice import in_functorch, pick, valueless
 from fastkd.bernoulli import Bernoulli, describe_logits
 from fastkd.engine import class_axis, validate
 from fastkd.engine.autograd import save, saved
-from fastkd.engine.element_passes import Elements, Order, Run, fused, graph, order_of
+from fastkd.engine.element_passes import Elements, Order, Run, fused, graph, inverse, order_of
 from fastkd.engine.reduction import reads_values
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -57,12 +57,15 @@ def loss(
     plain = learnt or valueless(student) or not student.numel()
     reads = labels is not None and reads_values(labels)
     backend = None if plain else pick(student.device)
-    if backend is not None and backend.bernoulli is not None and (reads or labels is None):
+    passes = backend if backend is not None and backend.bernoulli is not None else None
+    if passes is not None and passes.on_host and (reads or labels is None):
         run = run._replace(read=True)
-        return fused(backend, run, operands, _plain, lambda: _check_values(labels, ignored))
+        return fused(passes, run, operands, _plain, lambda: _check_values(labels, ignored))
     if reads:
         _check_values(labels, ignored)
         run = run._replace(read=True)
+    if passes is not None and not passes.on_host:
+        return fused(passes, run, operands, _plain, None)
     return _plain(run, operands) if plain else _Elementwise.apply(run, *operands)
 
 
@@ -178,10 +181,6 @@ def _block(run: Run, x: Elements, slopes: bool) -> tuple[Tensor, Tensor, Any, An
     return found[0], counted, found[1], found[2]
 
 
-def _inverse(by: Tensor) -> Tensor:
-    return torch.where(by == 0, 0.0, 1.0 / torch.where(by == 0, 1.0, by))
-
-
 def _denominator(run: Run, counted: Tensor) -> Tensor:
     if run.reduction != "mean":
         return torch.ones_like(counted)
@@ -195,7 +194,7 @@ def _plain(run: Run, x: Elements) -> Tensor:
     value, factor, *_ = _block(run, x, slopes=False)
     if run.reduction == "none":
         return value
-    return value.sum() * _inverse(_denominator(run, factor.sum()))
+    return value.sum() * inverse(_denominator(run, factor.sum()))
 
 
 # ---- all of them
@@ -228,7 +227,7 @@ class _Elementwise(torch.autograd.Function):
             value, factor, *_ = _block(run, block, slopes=False)
             total = total + value.sum(dtype=torch.float64)
             counted = counted + factor.sum(dtype=torch.float64)
-        ctx.by = _inverse(_denominator(run, counted))
+        ctx.by = inverse(_denominator(run, counted))
         return (total * ctx.by).to(run.acc)
 
     @staticmethod
