@@ -144,7 +144,8 @@ def fused(backend: Backend, run: Run, x: Elements, plain: Any, check: Any) -> Te
     operands = flat(run, x, order)
     work = _Work(backend, run, order, plain, _share(backend, run, operands, check))
     found: Tensor = _Fused.apply(work, operands, *x)
-    return found
+    # outside of the function, whose views refuse `loss[mask] = 0`
+    return order.back(found) if run.reduction == "none" else found
 
 
 class _Work(NamedTuple):
@@ -193,7 +194,7 @@ class _Fused(torch.autograd.Function):
         if run.reduction == "none":
             values = torch.empty_like(x.student, dtype=run.acc)
             work.backend.bernoulli(run.what, x, 1.0, None, None, None, values)
-            return work.order.back(values)
+            return values
         needs = ctx.needs_input_grad[2:4]
         if any(needs):
             ctx.guess = work.guess(x, needs)
@@ -209,11 +210,12 @@ class _Fused(torch.autograd.Function):
         work, needs, given = ctx.work, ctx.needs_input_grad[2:4], saved(ctx)
         found, ctx.found = ctx.found, None  # given away once
         if torch.is_grad_enabled() or in_functorch(upstream):  # a gradient of the gradient, say
-            grads = graph(work.run, Elements(*given), needs, upstream, work.plain)
+            each = upstream if ctx.guess is not None else work.order.back(upstream)
+            grads = graph(work.run, Elements(*given), needs, each, work.plain)
             return (None, None, *grads, None, None, None)
         factor, each, right = 1.0, None, None
         if ctx.guess is None:
-            each = work.order.flat(upstream.to(work.run.acc))
+            each = upstream.resolve_neg().to(work.run.acc).contiguous()
         elif isinstance(ctx.guess, OnHost):
             factor = float(upstream)
             found = found if ctx.guess.settle(factor) else None

@@ -66,7 +66,10 @@ def loss(
         run = run._replace(read=True)
     if passes is not None and not passes.on_host:
         return fused(passes, run, operands, _plain, None)
-    return _plain(run, operands) if plain else _Elementwise.apply(run, *operands)
+    if plain:
+        return _plain(run, operands)
+    found: Tensor = _Elementwise.apply(run, *operands)
+    return order_of(student).back(found) if reduction == "none" else found
 
 
 # ---- checks
@@ -221,7 +224,7 @@ class _Elementwise(torch.autograd.Function):
         blocks = _blocks(run, Elements(*given), order)
         if run.reduction == "none":
             values = [_block(run, block, slopes=False)[0] for _, block in blocks]
-            return order.back(torch.cat(values))
+            return torch.cat(values)
         total, counted = torch.zeros(2, dtype=torch.float64, device=student.device)
         for _, block in blocks:
             value, factor, *_ = _block(run, block, slopes=False)
@@ -235,9 +238,10 @@ class _Elementwise(torch.autograd.Function):
         run, needs = ctx.run, ctx.needs_input_grad[1:3]
         x = Elements(*saved(ctx))
         if torch.is_grad_enabled() or in_functorch(upstream):  # a gradient of the gradient, say
-            return None, *graph(run, x, needs, upstream, _plain), None, None, None
+            of_logits = order_of(x.student).back(upstream) if upstream.dim() else upstream
+            return None, *graph(run, x, needs, of_logits, _plain), None, None, None
         order, each = order_of(x.student), run.reduction == "none"
-        by: Any = order.rows(upstream) if each else (upstream * ctx.by).to(run.acc)
+        by: Any = upstream if each else (upstream * ctx.by).to(run.acc)
         parts: list[list[Tensor]] = [[], []]
         for at, block in _blocks(run, x, order):
             factor = by[at] if each else by
