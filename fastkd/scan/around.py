@@ -18,8 +18,8 @@ class Around(NamedTuple):
     """The expression around numbers per column, and what it makes of them."""
 
     node: ast.expr
-    # rows, row means, sum, mean, row mean; with rows left out: masked (columns), kept rows, kept sum,
-    # kept mean; of rows times a mask: weighted, of rows that were chosen: kept
+    # rows, row means, sum, mean, row mean; with rows left out: masked (columns), kept rows, kept
+    # sum, kept mean; of rows times a mask: weighted, of rows that were chosen: kept
     form: str = "columns"
     negative: bool = False
     mask: str = ""  # the options that leave rows out
