@@ -13,9 +13,10 @@ loss of a logit is a divergence of two Bernoulli distributions. The options that
                       that is 0; "sum"; "none": [...] with 0 where a logit is left out
     normalizer        number or 0-d tensor in place of the denominator of "mean"
 
-On the CPU loss and gradient are one pass in C++. Elsewhere, and with `use_backend("reference")`,
-the loss takes one pass over the operands in torch's operations and its gradient another; nothing of
-their size is kept. Under torch.compile and torch.func they are plain torch.
+Loss and gradient are one pass, in C++ on the CPU and in Triton on a GPU, where no number is read
+and labels out of range become NaN. With `use_backend("reference")` the loss takes one pass over the
+operands in torch's operations and its gradient another; nothing of their size is kept. Under
+torch.compile and torch.func they are plain torch.
 """
 
 from __future__ import annotations

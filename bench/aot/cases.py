@@ -77,6 +77,7 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
 
     from fastkd.backends.base import LossSpec, Rows, Stats, TopKRows
     from fastkd.backends.gpu import BACKEND, cooperative, launch
+    from fastkd.bernoulli import Bernoulli, Flat
     from fastkd.divergence import divergences
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(case.dtype)
@@ -96,6 +97,9 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
     )
     named = tensor(rows, NAMED), tensor(rows, NAMED, dtype=torch.int64), tensor(rows)
     rest = spec, Rows(keep, label, scale)
+    flat = tensor(rows * case.vocab, dtype=dtype)
+    logits = Flat(flat, flat, flat, (-100,), None, None, acc)
+    binary = Bernoulli(divergences.kl, 2.0, 0.5, hard)
     passes: dict[str, Callable[[], Any]] = {
         "fused": lambda: BACKEND.fused(x, x, *rest, x),
         "cooperative": lambda: cooperating(lambda: BACKEND.fused(x, x, *rest, x)),
@@ -105,6 +109,8 @@ def launches(case: Case, rows: int, entry: str | None = None) -> list[tuple[str,
         "stats": lambda: BACKEND.stats(x, 2.0, case.vocab, keep),
         "total": lambda: BACKEND.total(scale, scale, 1.0),
         "multiply": lambda: BACKEND.multiply(x, tensor()),
+        "bernoulli": lambda: BACKEND.bernoulli(binary, logits, tensor(), None, flat, flat, None),
+        "count_elements": lambda: BACKEND.count_elements(logits),
     }
 
     def cooperating(run: Callable[[], Any]) -> None:

@@ -154,7 +154,8 @@ class Backend:
     #: spoils all rows); None for the first ones
     teacher_columns: Tensor | None = None
 
-    #: passes over losses of one logit each, if there are; what they take: `cpu_elements.py`
+    #: passes over losses of one logit each, if there are; what they take: `cpu_elements.py`, and
+    #: `gpu/bernoulli.py` where the sum, the count and the factor are 0-d tensors
     bernoulli: Any = None
     count_elements: Any = None
 

@@ -204,7 +204,7 @@ class OnHost(_Taken):
 
     def __init__(self, kind: Hashable, inplace: bool) -> None:
         """In place, the operands are gone after a wrong guess: only what has repeated is one."""
-        super().__init__(place := _taken(kind))
+        super().__init__(place := taken(kind))
         self.expected: float | None = place.expected() if place.misses < MOST_MISSES else None
         if inplace and not (place.repeated and place.last and math.isfinite(place.last)):
             self.expected = None
@@ -257,7 +257,7 @@ def _line() -> int:
     return hash(tuple(lines))
 
 
-def _taken(kind: Hashable) -> _Place:
+def taken(kind: Hashable) -> _Place:
     key = kind, _line()
     places = _places.of.get(key)
     if places is None:
@@ -374,7 +374,7 @@ def _guess(call: Call, tensors: Tensors) -> OnHost | OnDevice | None:
     if how == "host":
         return OnHost(kind, call.inplace)
     wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
-    return OnDevice(_taken(kind), student.device, torch.float64 if wide else torch.float32)
+    return OnDevice(taken(kind), student.device, torch.float64 if wide else torch.float32)
 
 
 def _total(call: Call, tensors: Tensors) -> Tensor:

@@ -2,7 +2,8 @@
 
 As `autograd.py`: what backward will make of the loss is expected to be what it was at the last step
 of the same lines; where that was wrong, the gradient is computed again. A loss for each logit has
-its gradient in backward, whose upstream has as many numbers.
+its gradient in backward, whose upstream has as many numbers. On a GPU no number is read: sum,
+denominator and factors are 0-d tensors there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastkd.backends.base import Backend
 from fastkd.backends.choice import in_functorch
 from fastkd.bernoulli import Bernoulli, ElementFactor, Flat
-from fastkd.engine.autograd import OnHost, save, saved
+from fastkd.engine.autograd import OnDevice, OnHost, save, saved, taken
 
 
 class Elements(NamedTuple):
@@ -99,14 +100,37 @@ def flat(run: Run, x: Elements, order: Order) -> Flat:
     return Flat(order.flat(x.student), teacher, labels, ignored, weight, pos_weight, run.acc)
 
 
-def _count(backend: Backend, x: Flat) -> float:
-    """The sum of the weights of the logits that count; -inf for a label that is none."""
+def inverse(by: Tensor) -> Tensor:
+    """1 / by, and 0 of 0."""
+    return torch.where(by == 0, 0.0, 1.0 / torch.where(by == 0, 1.0, by))
+
+
+def _count(backend: Backend, x: Flat) -> Any:
+    """The sum of the weights of the logits that count; on the host -inf for a bad label."""
     if x.labels is not None:
-        return float(backend.count_elements(x))
+        return backend.count_elements(x)
     n = x.student.numel()
     if x.weight is None:
         return float(n)
-    return float(x.weight.data.sum(dtype=torch.float64)) * (n / x.weight.data.numel())
+    total = x.weight.data.sum(dtype=torch.float64) * (n / x.weight.data.numel())
+    return float(total) if backend.on_host else total
+
+
+def _share(backend: Backend, run: Run, x: Flat, check: Any) -> Any:
+    """What the reduction multiplies by: 1, or one over the denominator."""
+    mean, by = run.reduction == "mean", run.normalizer
+    counts = mean and by is None
+    if counts or backend.on_host:  # there counting looks at the labels, too
+        counted = _count(backend, x)
+        if backend.on_host and counted == -math.inf:
+            check()
+        by = counted if counts else by
+    if not mean or by is None:
+        return 1.0
+    if isinstance(by, Tensor) and not backend.on_host:
+        return inverse(by.to(x.student.device)).to(run.acc)
+    by = float(by)
+    return 1.0 / by if by else 0.0
 
 
 def fused(backend: Backend, run: Run, x: Elements, plain: Any, check: Any) -> Tensor:
@@ -118,16 +142,10 @@ def fused(backend: Backend, run: Run, x: Elements, plain: Any, check: Any) -> Te
     """
     order = order_of(x.student)
     operands = flat(run, x, order)
-    by = _count(backend, operands)
-    if by == -math.inf:
-        check()
-    if run.reduction != "mean":
-        by = 1.0
-    elif run.normalizer is not None:
-        by = float(run.normalizer)
-    work = _Work(backend, run, order, plain, 1.0 / by if by else 0.0)
+    work = _Work(backend, run, order, plain, _share(backend, run, operands, check))
     found: Tensor = _Fused.apply(work, operands, *x)
-    return found
+    # outside of the function, whose views refuse `loss[mask] = 0`
+    return order.back(found) if run.reduction == "none" else found
 
 
 class _Work(NamedTuple):
@@ -135,21 +153,37 @@ class _Work(NamedTuple):
     run: Run
     order: Order
     plain: Any
-    by: float
+    by: Any  # of the reduction: a number, or a 0-d tensor on a device
 
     def gradients(
-        self, x: Flat, needs: Any, factor: float, each: Tensor | None, like: Tensor
-    ) -> tuple[float, tuple[Tensor | None, ...]]:
-        """The sum of the losses, and the gradients [n] that are needed; like: the teacher."""
-        memory = x.student, x.teacher
+        self, x: Flat, needs: Any, factor: Any, each: Tensor | None, like: Tensor, *again: Any
+    ) -> tuple[Any, tuple[Tensor | None, ...]]:
+        """The sum of the losses, and the gradients [n] that are needed.
+
+        Args:
+            like: the teacher.
+            again: (earlier gradients, a 0-d bool on the device: whether they are right already).
+        """
+        memory, earlier = (x.student, x.teacher), again[0] if again else (None, None)
         grads = [
-            self.backend.empty_gradient(y) if need and y is not None else None
-            for y, need in zip(memory, needs, strict=True)
+            (self.backend.empty_gradient(y) if mine is None else mine)
+            if need and y is not None
+            else None
+            for y, need, mine in zip(memory, needs, earlier, strict=True)
         ]
-        total = self.backend.bernoulli(self.run.what, x, factor, each, *grads, None)
+        run = self.backend.bernoulli
+        total = run(self.run.what, x, factor, each, *grads, None, *again[1:])
         if needs[1] and x.teacher is None:  # no soft term
             grads[1] = torch.zeros_like(x.student, dtype=like.dtype)
         return total, tuple(grads)
+
+    def guess(self, x: Flat, needs: Any) -> OnHost | OnDevice:
+        """What is expected of the factor."""
+        kind = "elements", self.run.what.divergence.name, x.student.dtype, needs
+        if self.backend.on_host:
+            return OnHost(kind, False)
+        device = x.student.device
+        return OnDevice(taken((*kind, device, self.run.acc)), device, self.run.acc)
 
 
 class _Fused(torch.autograd.Function):
@@ -160,35 +194,38 @@ class _Fused(torch.autograd.Function):
         if run.reduction == "none":
             values = torch.empty_like(x.student, dtype=run.acc)
             work.backend.bernoulli(run.what, x, 1.0, None, None, None, values)
-            return work.order.back(values)
+            return values
         needs = ctx.needs_input_grad[2:4]
         if any(needs):
-            kind = "elements", run.what.divergence.name, x.student.dtype, needs
-            ctx.guess = OnHost(kind, False)
+            ctx.guess = work.guess(x, needs)
         expected = None if ctx.guess is None else ctx.guess.expected
         if expected is None:
             total = work.backend.bernoulli(run.what, x, 1.0, None, None, None, None)
         else:
             total, ctx.found = work.gradients(x, needs, expected * work.by, None, given[1])
-        return torch.tensor(total * work.by, dtype=run.acc, device=x.student.device)
+        return torch.as_tensor(total * work.by, dtype=run.acc, device=x.student.device)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         work, needs, given = ctx.work, ctx.needs_input_grad[2:4], saved(ctx)
         found, ctx.found = ctx.found, None  # given away once
         if torch.is_grad_enabled() or in_functorch(upstream):  # a gradient of the gradient, say
-            grads = graph(work.run, Elements(*given), needs, upstream, work.plain)
+            each = upstream if ctx.guess is not None else work.order.back(upstream)
+            grads = graph(work.run, Elements(*given), needs, each, work.plain)
             return (None, None, *grads, None, None, None)
-        factor, each = work.by, None
+        factor, each, right = 1.0, None, None
         if ctx.guess is None:
-            each = work.order.flat(upstream.to(work.run.acc))
-        else:
+            each = upstream.resolve_neg().to(work.run.acc).contiguous()
+        elif isinstance(ctx.guess, OnHost):
             factor = float(upstream)
             found = found if ctx.guess.settle(factor) else None
             factor *= work.by
-        if found is None:
+        else:
+            right, factor = ctx.guess.settle(upstream), upstream * work.by
+        if found is None or right is not None:
             x = flat(work.run, Elements(*given), work.order)
-            _, found = work.gradients(x, needs, factor, each, given[1])
+            again = () if found is None else (found, right)
+            _, found = work.gradients(x, needs, factor, each, given[1], *again)
         back = (None if part is None else work.order.back(part) for part in found)
         return (None, None, *back, None, None, None)
 

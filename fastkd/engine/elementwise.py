@@ -21,7 +21,7 @@ from fastkd.backends.choice import in_functorch, pick, valueless
 from fastkd.bernoulli import Bernoulli, describe_logits
 from fastkd.engine import class_axis, validate
 from fastkd.engine.autograd import save, saved
-from fastkd.engine.element_passes import Elements, Order, Run, fused, graph, order_of
+from fastkd.engine.element_passes import Elements, Order, Run, fused, graph, inverse, order_of
 from fastkd.engine.reduction import reads_values
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -57,13 +57,19 @@ def loss(
     plain = learnt or valueless(student) or not student.numel()
     reads = labels is not None and reads_values(labels)
     backend = None if plain else pick(student.device)
-    if backend is not None and backend.bernoulli is not None and (reads or labels is None):
+    passes = backend if backend is not None and backend.bernoulli is not None else None
+    if passes is not None and passes.on_host and (reads or labels is None):
         run = run._replace(read=True)
-        return fused(backend, run, operands, _plain, lambda: _check_values(labels, ignored))
+        return fused(passes, run, operands, _plain, lambda: _check_values(labels, ignored))
     if reads:
         _check_values(labels, ignored)
         run = run._replace(read=True)
-    return _plain(run, operands) if plain else _Elementwise.apply(run, *operands)
+    if passes is not None and not passes.on_host:
+        return fused(passes, run, operands, _plain, None)
+    if plain:
+        return _plain(run, operands)
+    found: Tensor = _Elementwise.apply(run, *operands)
+    return order_of(student).back(found) if reduction == "none" else found
 
 
 # ---- checks
@@ -178,10 +184,6 @@ def _block(run: Run, x: Elements, slopes: bool) -> tuple[Tensor, Tensor, Any, An
     return found[0], counted, found[1], found[2]
 
 
-def _inverse(by: Tensor) -> Tensor:
-    return torch.where(by == 0, 0.0, 1.0 / torch.where(by == 0, 1.0, by))
-
-
 def _denominator(run: Run, counted: Tensor) -> Tensor:
     if run.reduction != "mean":
         return torch.ones_like(counted)
@@ -195,7 +197,7 @@ def _plain(run: Run, x: Elements) -> Tensor:
     value, factor, *_ = _block(run, x, slopes=False)
     if run.reduction == "none":
         return value
-    return value.sum() * _inverse(_denominator(run, factor.sum()))
+    return value.sum() * inverse(_denominator(run, factor.sum()))
 
 
 # ---- all of them
@@ -222,13 +224,13 @@ class _Elementwise(torch.autograd.Function):
         blocks = _blocks(run, Elements(*given), order)
         if run.reduction == "none":
             values = [_block(run, block, slopes=False)[0] for _, block in blocks]
-            return order.back(torch.cat(values))
+            return torch.cat(values)
         total, counted = torch.zeros(2, dtype=torch.float64, device=student.device)
         for _, block in blocks:
             value, factor, *_ = _block(run, block, slopes=False)
             total = total + value.sum(dtype=torch.float64)
             counted = counted + factor.sum(dtype=torch.float64)
-        ctx.by = _inverse(_denominator(run, counted))
+        ctx.by = inverse(_denominator(run, counted))
         return (total * ctx.by).to(run.acc)
 
     @staticmethod
@@ -236,9 +238,10 @@ class _Elementwise(torch.autograd.Function):
         run, needs = ctx.run, ctx.needs_input_grad[1:3]
         x = Elements(*saved(ctx))
         if torch.is_grad_enabled() or in_functorch(upstream):  # a gradient of the gradient, say
-            return None, *graph(run, x, needs, upstream, _plain), None, None, None
+            of_logits = order_of(x.student).back(upstream) if upstream.dim() else upstream
+            return None, *graph(run, x, needs, of_logits, _plain), None, None, None
         order, each = order_of(x.student), run.reduction == "none"
-        by: Any = order.rows(upstream) if each else (upstream * ctx.by).to(run.acc)
+        by: Any = upstream if each else (upstream * ctx.by).to(run.acc)
         parts: list[list[Tensor]] = [[], []]
         for at, block in _blocks(run, x, order):
             factor = by[at] if each else by

@@ -73,24 +73,25 @@ def _linear_gradients(
 
 class _PerRow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, lead: torch.Size, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Tensor:
         # keep and label are the call's: saved so that whoever changes the labels hears of it
         save(ctx, *tensors, call.rows.keep, call.rows.label)
         ctx.call = call.told()
-        return row_values(call, tensors).view(lead)
+        return row_values(call, tensors)  # no view: those refuse `loss[mask] = 0`
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, _, _ = saved(ctx)
-        call, needs = ctx.call, ctx.needs_input_grad[2:]
+        call, needs = ctx.call, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled() or in_functorch(upstream):
-            return (None, None, *graph(call, tensors, needs, upstream.reshape(-1)))
-        return (None, None, *row_gradients(call, tensors, needs, upstream))
+            return (None, *graph(call, tensors, needs, upstream.reshape(-1)))
+        return (None, *row_gradients(call, tensors, needs, upstream))
 
 
 def per_row(call: Call, lead: torch.Size, *tensors: Tensor | None) -> Tensor:
     """Loss of each row, in the leading shape; the gradients wait for backward."""
     if wants_gradient(tensors):
         # a registered operator costs some 10 us a call more than this, as much as a small loss
-        return _PerRow.apply(call, lead, *tensors)
+        values: Tensor = _PerRow.apply(call, *tensors)
+        return values.view(lead)
     return row_values(call, tensors).view(lead)

@@ -181,25 +181,34 @@ class Source:
 
     def _product(self, node: ast.BinOp) -> Found | None:
         """p * log q, the core of a soft cross-entropy by hand, or p * (log p - log q)."""
-        made = self.products.pair(node, node)
+        made, product, by = self.products.pair(node, node), node, None
         if made is None:
-            return None
+            for product, by in self.products.without_mask(node):
+                made = self.products.pair(product, node)
+                if made and Walk(self.names, made[0].dim).begun(node, by) is not None:
+                    break
+            else:
+                return None
         first, second, negative, hints = made
         around, again = self._around(
-            node, first, second, lambda x: self.products.pair(node, x.site)
+            node, first, second, lambda x: self.products.pair(product, x.site), by
         )
         around = around._replace(negative=around.negative != negative)
         return self._written(around, again[0], again[1], [], hints)
 
     def _around(
-        self, node: ast.expr, first: Softmax, second: Softmax, again: Any
-    ) -> tuple[Around, Any]:
-        """What is around a loss per column, and its sides as they are written there."""
-        around = Walk(self.names, first.dim).up(node)
+        self, node: ast.expr, first: Softmax, second: Softmax, again: Any,
+        by: ast.expr | None = None,
+    ) -> tuple[Around, Any]:  # fmt: skip
+        """What is around a loss per column, and its sides as they are written there.
+
+        by: a mask that is a factor within it.
+        """
+        around = Walk(self.names, first.dim).up(node, by)
         made = again(Softmaxes(self.names, around.node))
         if made is not None and all(x is not None for x in made[:2]):
             return around, made
-        alone = Walk(self.names, first.dim, inside=True).up(node)
+        alone = Walk(self.names, first.dim, inside=True).up(node, by)
         return alone, again(Softmaxes(self.names, node))
 
     # ---- what is written
@@ -265,6 +274,8 @@ class Source:
         elif form in ("kept sum", "kept mean"):
             options += around.mask
             form = "sum" if form == "kept sum" else "row mean"
+        elif form == "kept rows":
+            options, form = options + around.mask, "rows"
         elif form not in ("sum", "batchmean", "rows", "row mean"):
             form = "?"
             hints.append("with that reduction; 'mean' of F.kl_div is 'sum' / logits.numel()")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 
 from fastkd.scan.names import Names, written
 from fastkd.scan.softmax import Softmax, Softmaxes
@@ -45,6 +46,15 @@ class Products:
         if not one.same(pair[0]) or one.same(pair[1]):
             return None
         return pair[1], one, negative, ["by hand"]
+
+    def without_mask(self, node: ast.BinOp) -> Iterator[tuple[ast.BinOp, ast.expr]]:
+        """(p * x, mask), for each factor that may be the mask of (mask * p) * x."""
+        for side, other in ((node.left, node.right), (node.right, node.left)):
+            value = self.names.follow(side, node) if written(side) else side
+            if not (isinstance(value, ast.BinOp) and isinstance(value.op, ast.Mult)):
+                continue
+            for by, p in ((value.left, value.right), (value.right, value.left)):
+                yield ast.copy_location(ast.BinOp(p, node.op, other), node), by
 
     def _two_products(self, node: ast.BinOp, site: ast.AST) -> Pair | None:
         """p * log p - p * log q, or the other way about."""

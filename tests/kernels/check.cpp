@@ -16,6 +16,7 @@
 #define FASTKD_ISA baseline
 #include "arithmetic.h"
 #include "divergence.h"
+#include "elements.h"
 #include "fixed.h"
 #include "large.h"
 
@@ -88,6 +89,7 @@ int fixed() {
     check::functions(isa, report);
     check::halves(isa, report);
     cases += check::distant_rows(isa, report);
+    cases += check::elements(isa, report);
   }
   cases += check::fixed_cases(report);
   cases += check::long_rows(1, report);

@@ -26,11 +26,11 @@ LOSSES = {
 }
 
 
-@pytest.fixture(params=["cpu", "reference"], autouse=True)
+@pytest.fixture(params=["cpu", "gpu", "reference"], autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernels, and torch's operations."""
-    if request.param == "cpu":
-        require("cpu")
+    if request.param != "reference":
+        require(request.param)
     with fastkd.use_backend(request.param):
         yield request.param
 

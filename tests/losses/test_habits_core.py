@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import NAMED
+from common import NAMED, require
 from torch import Tensor
 
 import fastkd
@@ -198,3 +198,23 @@ def test_other_widths_name_a_way_that_every_caller_has() -> None:
     s, _ = pair()
     with pytest.raises(ValueError, match=r"\[\.\.\., :n\].*vocab_size=n where the function takes"):
         fastkd.kl_div(s, torch.randn(3, 7))
+
+
+@pytest.mark.parametrize("loss", [fastkd.kl_div, fastkd.binary_kl_div])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_mask_is_written_into_a_loss_per_row(loss: Any, backend: str) -> None:
+    """As many loops do, which must not hear of a view that a function has made."""
+    require(backend)
+    s, t = torch.randn(2, 2, 3, 5).unbind()
+    s.requires_grad_()
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    grads = []
+    with fastkd.use_backend(backend):
+        for write in (True, False):
+            found = loss(s, t, reduction="none")
+            if write:
+                found[~mask] = 0.0
+            else:
+                found = found * (mask if found.dim() == 2 else mask[..., None])
+            grads += torch.autograd.grad(found.sum(), s)
+    assert torch.equal(*grads) and not grads[0][~mask].any()

@@ -377,7 +377,7 @@ def test_a_loop_with_a_gradient_scaler_is_that_of_torch() -> None:
 
 def test_without_synchronisation_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device's form, on tensors whose values nobody may read."""
-    guess = upstreams.OnDevice(upstreams._taken("kind"), torch.device("meta"), torch.float32)
+    guess = upstreams.OnDevice(upstreams.taken("kind"), torch.device("meta"), torch.float32)
     assert guess.expected.is_meta
     assert guess.settle(torch.ones((), device="meta")).is_meta
 

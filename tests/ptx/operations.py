@@ -73,6 +73,9 @@ def reader(m: Blocks, operand: Any, kind: str) -> Callable[[], Any]:
     if kind == "f32x2":
         pair = m.value(operand, TYPES["b64"])
         return lambda: pair.view(np.float32).reshape(-1, 2)
+    if kind.removesuffix("x2") in HALVES:
+        two = np.atleast_1d(m.value(operand, TYPES["b32"]))
+        return lambda: to_float(two.view(np.uint16).reshape(-1, 2), kind[:-2])
     fixed = m.value(operand, TYPES[kind])
     return lambda: fixed
 
@@ -266,14 +269,18 @@ JOIN: dict[str, Function] = {"and": np.logical_and, "or": np.logical_or, "xor": 
 
 
 def compare(m: Blocks, s: Statement) -> Step:
-    """setp.CMP[.and|.or|.xor].TYPE p[|q], a, b[, c]. A u in front of floats' CMP: NaN counts."""
+    """setp.CMP[.and|.or|.xor].TYPE p[|q], a, b[, c]. A u in front of floats' CMP: NaN counts.
+
+    q is the contrary, or of a pair the upper number's.
+    """
     kind, how = s.parts[-1], s.parts[1]
+    pair = kind.endswith("x2")
     a, b = (reader(m, x, kind) for x in s.operands[1:3])
     join = next((JOIN[x] for x in s.parts if x in JOIN), None)
     other = m.value(s.operands[3], TYPES["pred"]) if join else None
     to = s.operands[0] if isinstance(s.operands[0], Vector) else (s.operands[0],)
     out = [writer(m, x, "pred") for x in to]
-    floats = kind in HALVES or TYPES[kind].kind == "f"
+    floats = pair or kind in HALVES or TYPES[kind].kind == "f"
 
     def step(mask: Any) -> None:
         x, y = a(), b()
@@ -285,7 +292,7 @@ def compare(m: Blocks, s: Statement) -> Step:
             found = COMPARE[how[:2]](x, y)
             found = found | nan if unordered else found & ~nan
         for i, write in enumerate(out):
-            value = ~found if i else found
+            value = found[:, i] if pair else ~found if i else found
             write(value if join is None else join(value, other), mask)
 
     return step

@@ -269,6 +269,39 @@ def test_linear(name: str, form: str, narrow: None) -> None:
     assert_as_good_as_torch(student, teacher, form=form, divergence=fastkd.divergences[name])
 
 
+@pytest.mark.interpreted(2)
+@pytest.mark.parametrize(
+    ("name", "dtype", "start"),
+    [("kl", "bf16", 0), ("reverse_kl", "fp32", 1), ("js", "bf16", 3), ("kl", "fp64", 0)],
+)
+def test_logits_one_by_one(name: str, dtype: str, start: int, ptx: Any) -> None:
+    """Two tiles: of the second a few logits, or all of them off a boundary and with factors."""
+    n, own = 2048 + (40 if start else 3), DTYPES[dtype]
+    s, t = (random(own, n + start)[start:].view(-1, 8 if start else 1) for _ in range(2))
+    y = torch.rand(n + start, dtype=torch.float64 if dtype == "fp64" else torch.float32)
+    y[::5], y[7] = -100.0, torch.nan
+    options: dict[str, Any] = dict(divergence=name, temperature=3.0)
+    if start:
+        options |= dict(weight=torch.rand(s.size(0), 1), pos_weight=torch.rand(8))
+    results = []
+    for backend in ("gpu", "reference"):
+        of = [x.detach().double() if backend == "reference" else x.detach() for x in (s, t)]
+        leaves = [x.requires_grad_() for x in of]
+        with fastkd.use_backend(backend):
+            for _ in range(2):  # a wrong guess of the factor, and a right one
+                loss = fastkd.binary_distillation_loss(*leaves, y[start:].view_as(s), **options)
+                grads = torch.autograd.grad(1.7 * loss, leaves)
+                results.append((loss.detach(), *grads))
+    for first, again, true in zip(*results[:3], strict=True):
+        assert torch.equal(first, again)
+        at = {torch.bfloat16: 2.0**-8, torch.float32: 2e-6, torch.float64: 1e-13}[first.dtype]
+        bound = float(true.abs().max()) * 2e-6
+        torch.testing.assert_close(first.double(), true.double(), rtol=at, atol=bound)
+    assert kernels(ptx) == {"bernoulli", "count_elements", "total"}
+    runs = [sum(run.counts.values()) for run in ptx.runs if run.kernel == "bernoulli_kernel"]
+    assert len(runs) == 4 and runs[3] < runs[1] / 20
+
+
 # ---- several programs to a row
 
 

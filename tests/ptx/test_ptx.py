@@ -244,6 +244,28 @@ def test_conversions_round_once() -> None:
         assert (np.abs(cut) <= np.abs(x.numpy())).all() and (cut != back).any()
 
 
+def test_pairs_are_compared_each_by_itself() -> None:
+    """Twice a bfloat16 in a register: p is of the lower number, q of the upper one."""
+    x = torch.tensor([1.0, 3.0, 3.0, 1.0, torch.nan, 1.0], dtype=torch.bfloat16)
+    y = torch.full((6,), 2.0, dtype=torch.bfloat16)
+    out = torch.zeros(3, dtype=torch.int32)
+    body = """
+  setp.lt.u32 %p3, %r2, 3;
+  add.s64 %rd4, %rd1, %rd3;
+  mov.b32 %r3, 1073758208;
+  @%p3 ld.global.b32 %r4, [%rd4];
+  setp.lt.bf16x2 %p1|%p2, %r4, %r3;
+  selp.b32 %r5, 1, 0, %p1;
+  selp.b32 %r6, 2, 0, %p2;
+  add.s32 %r7, %r5, %r6;
+  add.s64 %rd5, %rd2, %rd3;
+  @%p3 st.global.b32 [%rd5], %r7;
+"""
+    assert y.view(torch.int32)[0] == 1073758208
+    run(body, x, out)
+    assert out.tolist() == [1, 2, 2]
+
+
 def test_fma_rounds_once() -> None:
     a, b, c = (torch.randn(20_000) for _ in range(3))
     c = -(a * b) * (1 + c * 2.0**-20)  # nearly cancels

@@ -40,6 +40,45 @@ BODIES = {
     ),
 }
 
+BY = "F.softmax(t, -1) * (F.log_softmax(t, -1) - F.log_softmax(s, -1))"
+COLUMNS = "F.kl_div(F.log_softmax(s / T, -1), F.softmax(t / T, -1), reduction='none')"
+BODIES |= {  # masks of columns, multiplied before the sum over the classes
+    f"mask = labels != -100\n    return ({BY} * mask.unsqueeze(-1)).sum(-1)": "labels=labels, red",
+    f"mask = (labels != -100).float()\n    x = ({BY}) * mask[..., None]\n"
+    "    return x.sum() / mask.sum()": "labels=labels",
+    f"mask = (labels != -100).unsqueeze(-1)\n    return ({COLUMNS} * mask).sum() / mask.sum()": (
+        "labels=labels"
+    ),
+    f"mask = (labels > -100).float()\n    rows = (mask[..., None] * ({BY})).sum(dim=-1)\n"
+    "    return rows.sum() / mask.sum()": "weight=mask.float()",
+    f"padding_mask = labels == -100\n    kl = {COLUMNS}\n"
+    "    kl = kl.masked_fill(padding_mask.unsqueeze(-1), 0.0)\n    return kl.sum(-1).mean()": (
+        'labels=labels, reduction="none"'
+    ),
+}
+BODIES |= {  # among the factors
+    "mask = (labels > -100).float()\n    p, lq = F.softmax(t, -1), F.log_softmax(s, -1)\n"
+    "    kl = (mask.unsqueeze(-1) * p * (F.log_softmax(t, -1) - lq)).sum(-1)\n"
+    "    return kl.sum() / mask.sum()": "weight=mask.float()",
+    "p = F.softmax(t / T, -1) * (labels != -100).unsqueeze(-1)\n"
+    "    return -(p * F.log_softmax(s / T, -1)).sum() / (labels != -100).sum()": "labels=labels",
+}
+BODIES |= {  # masks in place
+    f"loss = {KL}\n    loss[labels == -100] = 0\n    return loss.sum() / (labels != -100).sum()": (
+        "T, labels=labels)"
+    ),
+    f"mask = labels > -100\n    loss = {KL}\n    loss[~mask] = 0.0\n    return loss.sum()": (
+        'weight=mask.float(), reduction="sum"'
+    ),
+    f"mask = labels > -100\n    loss = {COLUMNS}\n    loss[~mask] = 0.0\n"
+    "    return loss.sum() / mask.sum()": "weight=mask.float()",
+    f"padding_mask = labels < 0\n    loss = {KL}\n    loss.masked_fill_(padding_mask, 0)\n"
+    "    return loss.sum()": 'weight=(padding_mask == 0).float(), reduction="sum"',
+    f"padding_mask = labels == -100\n    loss = {COLUMNS}\n"
+    "    loss.masked_fill_(padding_mask[..., None], 0)\n    return loss.sum(-1)": "labels=labels",
+    f"loss = {KL}.masked_fill_(labels.eq(-100), 0)\n    return loss.sum()": None,
+}
+
 
 @pytest.mark.parametrize("body", BODIES)
 def test_masks(body: str, tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from torch import Tensor
 from fastkd.backends.base import LossSpec, Rows, Stats
 from fastkd.backends.gpu import launch
 from fastkd.backends.gpu import rows as kernels
+from fastkd.backends.gpu.bernoulli import ElementPasses
 from fastkd.divergence import divergences
 
 
-class GPU(launch.FusedPasses):
+class GPU(ElementPasses, launch.FusedPasses):
     """The Triton kernels."""
 
     def stats(self, x: Tensor, temperature: float, vocab: int, keep: Tensor | None) -> Tensor:
