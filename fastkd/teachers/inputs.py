@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from fastkd.arguments.messages import shown
 from fastkd.distill.batch import IGNORED, Batch, as_batch, rows_at, tensors
 from fastkd.distill.self_teachers import BaseTeacher
-from fastkd.distill.teachers import EMATeacher, Teacher
+from fastkd.distill.teachers import EMATeacher
 
 from .pairs import without
 
@@ -37,6 +38,16 @@ def teacher_inputs(item: Any) -> Batch:
     return made
 
 
+def asked(item: Any, labels: str | None) -> Batch:
+    """A loader's batch, each label in the row that predicts it, as `distill.train` has it."""
+    batch = teacher_inputs(item)
+    check_labels(batch, labels)
+    if labels == "input_ids" and batch.labels is not None and batch.labels.dim() > 1:
+        shifted = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+        return replace(batch, labels=shifted)  # a loader may give its own one again
+    return batch
+
+
 def check_teacher(teacher: Any) -> None:
     """Refuse what cannot be asked before anything is made of it."""
     made_of = isinstance(teacher, (BaseTeacher, EMATeacher)) and not hasattr(teacher, "model")
@@ -46,13 +57,6 @@ def check_teacher(teacher: Any) -> None:
             f"teacher: got {got}, expected a module, a function of the inputs or a distill.Teacher "
             "(of several: EnsembleTeacher, RoutedTeacher)"
         )
-
-
-def modules(teacher: Any) -> list[nn.Module]:
-    """The modules that a teacher runs."""
-    if isinstance(teacher, Teacher):
-        return [*teacher.models]
-    return [teacher] if isinstance(teacher, nn.Module) else []
 
 
 def check_labels(batch: Batch, labels: str | None) -> None:
@@ -73,7 +77,7 @@ def check_labels(batch: Batch, labels: str | None) -> None:
         )
 
 
-def trimmed(output: Any, batch: Batch, labels: str | None) -> tuple[Any, Tensor | None]:
+def trimmed(output: Any, batch: Batch) -> tuple[Any, Tensor | None]:
     """A teacher's output with nothing in the rows that do not count, and rows of each sample.
 
     Padding in front of a sample, by its attention_mask, is left out: its row 0 is that of its
@@ -88,10 +92,7 @@ def trimmed(output: Any, batch: Batch, labels: str | None) -> tuple[Any, Tensor 
         return output, None
     kept = torch.ones(lead, dtype=torch.bool) if mask is None else mask
     if own is not None:
-        counts = (own != IGNORED).cpu()
-        if labels == "input_ids":
-            counts = torch.cat([counts[:, 1:], torch.zeros_like(counts[:, :1])], 1)
-        kept = kept & counts
+        kept = kept & (own != IGNORED).cpu()
     place = torch.arange(lead[1])
     if mask is not None and not bool(mask[:, 0].all()):
         at = place + mask.int().argmax(1, keepdim=True)

@@ -1,9 +1,11 @@
 """`make served`: real servers beside the model that they run; writes served.json.
 
-Each server that is installed (vLLM here, or in the environment whose Python FASTKD_VLLM names) is
-started on loopback with a tiny random Llama and a tokenizer of bytes. What `Served` says of random
-texts is compared with transformers' own logits, API by API. Nothing is downloaded. A server that is
-not there leaves its last record alone; another one is a function that gives its command.
+Each server that is installed is started on loopback with a tiny random Llama and a tokenizer of
+bytes: vLLM and llama-cpp-python here or in the environments whose Pythons FASTKD_VLLM and
+FASTKD_LLAMA name, llama.cpp's own `llama-server` on the path or where FASTKD_LLAMA_SERVER says (the
+gguf package writes their file). What `Served` says of random texts is compared with transformers'
+own logits, API by API; what cannot be right has to be refused. Nothing is downloaded. A server that
+is not there leaves its last record alone; another one is a function that gives its command.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import datetime
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,16 +28,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf_model
 import tokenizers
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import fastkd
-from fastkd.teachers import Served
+from fastkd.teachers import Served, formats
 
 RECORD = Path(__file__).with_name("served.json")
-NAME, K, VOCAB = "tiny", 20, 320
+NAME, K, VOCAB, LENGTH = "tiny", 20, 320, 128
 NATS = 2e-3  # of a log-probability in float32, and of a mean loss
 STARTS = 900.0  # seconds
 
@@ -61,6 +65,22 @@ def made(folder: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def texts() -> tuple[Any, Any]:
+    """ids and bool mask [6, 24]."""
+    torch.manual_seed(1)
+    ids = torch.randint(VOCAB - 20, (6, 24))
+    return ids, torch.arange(24) < torch.tensor([24, 5, 17, 3, 24, 11])[:, None]
+
+
+def gguf_of(folder: Path, model: Any, tokenizer: Any) -> Path:
+    """The model for llama.cpp; what would end a text is the best next token of many rows."""
+    ids, mask = texts()
+    with torch.no_grad():
+        best = model(input_ids=ids, attention_mask=mask.long()).logits[mask].argmax(-1)
+    gguf_model.write(folder / "tiny.gguf", model, tokenizer, end=int(best.mode().values))
+    return folder / "tiny.gguf"
+
+
 class Reversed:
     """A tokenizer of the same width, and other ids."""
 
@@ -70,9 +90,7 @@ class Reversed:
 
 def compared(url: str, api: str, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Errors of what a server says against the model here, in nats; raises where they are large."""
-    torch.manual_seed(1)
-    ids = torch.randint(VOCAB - 20, (6, 24))
-    mask = torch.arange(24) < torch.tensor([24, 5, 17, 3, 24, 11])[:, None]
+    ids, mask = texts()
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask.long()).logits
     expected = logits.double().log_softmax(-1)
@@ -99,16 +117,53 @@ def compared(url: str, api: str, model: Any, tokenizer: Any) -> dict[str, Any]:
         apart = (logprobs[mask][:, 0] - expected[mask].gather(-1, own[mask][:, None])[:, 0]).abs()
         found["own_error"] = float(apart.max())
         found["loss_error"] = max(found["loss_error"], found["own_error"])
-        try:
-            with Served(url, api=api, tokenizer=Reversed()) as other:
-                other(ids[:1])
-            found["another tokenizer"] = "taken"
-        except ValueError as error:
-            found["another tokenizer"] = "refused" if "tokenizer: got" in str(error) else "failed"
+    if api != "openai":
+        with Served(url, api=api, tokenizer=Reversed()) as other:
+            found["another tokenizer"] = refusal(other, ids[:1], "tokenizer: got")
+    with Served(url, api=api, k=2, retries=0) as other:
+        wanted = "max_model_len" if "vllm" in api else "context"
+        found["a long text"] = refusal(other, torch.zeros(1, LENGTH + 1).long(), wanted)
     worst = max(found["logprob_error"], found["missed"], found["loss_error"])
     if not worst <= NATS:
         raise ValueError(f"{api}: got {json.dumps(found)}, expected errors up to {NATS}")
     return found
+
+
+def refusal(teacher: Served, ids: Any, why: str) -> str:
+    """What a question that has no answer meets; ValueError where it is no refusal that says why."""
+    try:
+        teacher(ids)
+    except ValueError as error:
+        if why in str(error):
+            return str(error).replace(f"{teacher.url}: ", "")[:160]
+        raise
+    raise ValueError(f"got an answer, expected a refusal: {why}")
+
+
+def of_texts(url: str, api: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """llama-cpp-python takes text and answers text: both are refused; and its rows are one off."""
+    text = "Hello world"
+    ids = torch.tensor([tokenizer.encode(text)])
+    with Served(url, api=api, k=K, retries=0) as teacher:
+        found = {"ids": refusal(teacher, ids, "validation error")}
+    body = {"prompt": text, "echo": True, "logprobs": 5, "max_tokens": 1}
+    asked = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode())
+    asked.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(asked, timeout=60) as said:
+        answer = json.load(said)
+    try:
+        [*formats.read("vllm-echo", answer)]
+        raise ValueError("got rows of text, expected a refusal")
+    except ValueError as error:
+        found["text"] = str(error)[:160]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits[0].double().log_softmax(-1)
+    own = torch.tensor(answer["choices"][0]["logprobs"]["token_logprobs"][1:], dtype=torch.float64)
+    rows = {name: expected[at:].gather(-1, ids[0, 1:, None])[: len(own), 0] for name, at in PLACES}
+    return found | {name: float((own - x[: len(own)]).abs().max()) for name, x in rows.items()}
+
+
+PLACES = ("error by the row in front", 0), ("error by the token's row", 1)
 
 
 def free_port() -> int:
@@ -161,12 +216,36 @@ def vllm(folder: Path, port: int) -> tuple[list[str], dict[str, str], list[str]]
     command = [program, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--served-model-name", NAME, "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "128", "--max-logprobs", str(K)]
+    command += ["--max-model-len", str(LENGTH), "--max-logprobs", str(K)]
     env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     return command, env, version
 
 
-SERVERS = {"vllm": (vllm, ("vllm", "openai"))}
+def llama_server(folder: Path, port: int) -> tuple[list[str], dict[str, str], list[str]] | None:
+    program = os.environ.get("FASTKD_LLAMA_SERVER") or shutil.which("llama-server")
+    if program is None:
+        return None
+    command = [program, "--model", str(folder / "tiny.gguf"), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--alias", NAME, "--parallel", "4"]
+    command += ["--threads", "2", "--cache-type-k", "f32", "--cache-type-v", "f32"]
+    return [*command, "--ctx-size", str(4 * LENGTH)], {}, [program, "--version"]
+
+
+def llama_cpp_python(folder: Path, port: int) -> tuple[list[str], dict[str, str], list[str]] | None:
+    program = os.environ.get("FASTKD_LLAMA") or sys.executable
+    version = [program, "-c", "import llama_cpp.server as x, llama_cpp as y; print(y.__version__)"]
+    if subprocess.run(version, capture_output=True, check=False).returncode:
+        return None
+    command = [program, "-m", "llama_cpp.server", "--model", str(folder / "tiny.gguf")]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--model_alias", NAME]
+    return [*command, "--n_ctx", str(LENGTH), "--logits_all", "true"], {}, version
+
+
+SERVERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "vllm": (vllm, {"vllm": compared, "openai": compared}),
+    "llama-server": (llama_server, {"llama.cpp": compared}),
+    "llama-cpp-python": (llama_cpp_python, {"openai": of_texts}),
+}
 
 
 def commit() -> str:
@@ -189,6 +268,8 @@ def main() -> int:
             if (found := find(Path(place), port)) is None:
                 print(f"{name}: not installed")
                 continue
+            if name.startswith("llama"):
+                gguf_of(Path(place), model, tokenizer)
             command, env, version = found
             told = subprocess.run(version, capture_output=True, text=True, check=False)
             words = (told.stdout + told.stderr).strip().splitlines() or ["?"]
@@ -202,9 +283,9 @@ def main() -> int:
             }
             try:
                 with running(command, port, Path(place) / "log", env) as url:
-                    for api in apis:
+                    for api, tried in apis.items():
                         try:
-                            outcome: Any = compared(url, api, model, tokenizer)
+                            outcome: Any = tried(url, api, model, tokenizer)
                         except (ValueError, OSError) as error:
                             outcome, failed = {"failed": str(error)[:400]}, True
                             print((Path(place) / "log").read_text(errors="replace")[-3000:])

@@ -182,6 +182,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         if fault == "late":
             time.sleep(0.5)
+        if fault == "wrong":  # as llama-cpp-python refuses ids
+            told = "13 validation errors:\n  {'type': 'string_type', 'loc': ('body', 'prompt')}"
+            self._send(500, {"error": {"message": told, "type": "internal_server_error"}})
+            return
         if fault.isdigit():
             said = {"error": {"message": "the queue is full", "code": int(fault)}}
             self._send(int(fault), said, {"Retry-After": "0.05"} if fault == "429" else {})

@@ -118,6 +118,7 @@ def test_retry_after_is_seconds_or_a_date() -> None:
         ("400", ValueError, r"got status 400 \(the queue is full\), expected 200"),
         ("401", PermissionError, "got status 401"),
         ("404", ValueError, "got status 404 .*: is it a server of the kind that api= says"),
+        ("wrong", ValueError, "got status 500 .13 validation errors.*of the kind that api= says"),
         ("nan", ValueError, "got nan in row 0, expected finite numbers"),
         ("fewer", ValueError, r"got \d columns in row \d with 0\.\d+ of the mass, expected k=8"),
         ("beyond", ValueError, "got the id 50000, expected ids below vocab_size=99"),
@@ -235,5 +236,9 @@ def test_the_record_of_real_servers() -> None:
     assert record
     for server in record.values():
         assert server["passed"] and server["versions"] and server["date"]
-        for errors in server["apis"].values():
-            assert errors["rows"] > 50 and errors["logprob_error"] < 2e-3
+        for api, found in server["apis"].items():
+            if "text" in found:  # llama-cpp-python: refused, and its rows are one off
+                right, own = (found[f"error by the {x}"] for x in ("row in front", "token's row"))
+                assert api == "openai" and "expected an id" in found["text"] and right > 0.1 > own
+            else:
+                assert found["rows"] > 50 and found["logprob_error"] < 2e-3

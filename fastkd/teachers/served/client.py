@@ -20,6 +20,7 @@ LONGEST_REFUSAL = 600.0  # seconds of a Retry-After that are waited for
 PIECE = 2**16  # bytes read between two looks at the clock
 TRANSIENT = (408, 425, 429)  # statuses below 500 that another attempt may cure
 MISSING = (404, 405, 501)
+WRONG = "validation error"  # said with 500 by servers that mean 422 (llama-cpp-python)
 
 
 class _Answer(NamedTuple):
@@ -120,13 +121,15 @@ class Client:
             return _Answer(error=ConnectionError(f"{request}: {got}, expected an answer"))
         if optional and status in MISSING:
             return _Answer()
-        if status >= 500 or status in TRANSIENT:
+        wrong = status == 500 and WRONG in _said(data)
+        if (status >= 500 or status in TRANSIENT) and not wrong:
             got = f"got status {status} ({_said(data)})"
             refused = ConnectionError(f"{request}: {got}, expected 200")
             return _Answer(error=refused, wait=_retry_after(headers.get("Retry-After")))
         if status != 200:
             kind = PermissionError if status in (401, 403) else ValueError
-            hint = ": is it a server of the kind that api= says?" if status in MISSING else ""
+            kinds = ": is it a server of the kind that api= says?"
+            hint = kinds if wrong or status in MISSING else ""
             raise kind(f"{request}: got status {status} ({_said(data)}), expected 200{hint}")
         try:
             return _Answer(json.loads(data))

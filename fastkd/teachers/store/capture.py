@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import fastkd
-from fastkd.distill.batch import IGNORED, Batch, Outputs, device_of, forward, in_eval, moved
+from fastkd.distill.batch import Batch, device_of, in_eval, moved
 from fastkd.distill.heads import Head, head_of, linear_logits, uncached, vocabulary
 from fastkd.distill.logging import progress_bar
 from fastkd.distill.sample_order import check_order, watched
+from fastkd.distill.teacher_ensembles import as_teacher
 from fastkd.distill.teacher_routes import samples as samples_of
 from fastkd.distill.teachers import Teacher, expected
 from fastkd.teachers import inputs
@@ -82,36 +82,37 @@ def capture(
     if labels not in ("shifted", "input_ids", None):
         raise ValueError(f"labels: got {labels!r:.60}, expected 'shifted', 'input_ids' or None")
     inputs.check_teacher(teacher)
+    source = as_teacher(teacher)
     head = _head(teacher, options) if hidden else None
     check_order(loader, order)
     numbers: Iterable[list[int] | None] = repeat(None)
     shared, data = world_size is not None or samples is not None, loader
     if shared:
         options["total"] = total = inputs.shareable(loader)
-        ranks = {"rank": rank, "world_size": world_size or rank + 1, "samples": samples}
-        loader, numbers = inputs.only(loader, share(path, total, **ranks))  # type: ignore[arg-type]
+        mine = share(path, total, rank=rank, world_size=world_size or rank + 1, samples=samples)
+        loader, numbers = inputs.only(loader, mine)
     with (
         Writer(path, rank=rank, **options) as writer,
         progress_bar(progress, desc="capture", unit="sample") as bar,
-        in_eval(nn.ModuleList(inputs.modules(teacher))),
+        in_eval(nn.ModuleList(source.models)),
     ):
-        ask = _Ask(teacher, writer, labels, generator, head)
+        ask = _Ask(source, writer, generator, head)
         if order == "dataset":
             check_views(getattr(data, "dataset", None), path, begin=not listed(Path(path)))
         start = 0 if shared else writer.done
         if shared and order is not None and (there := listed(Path(path))):
             known = range(there[0].first, there[0].last + 1)[:SAMPLES]
-            ask.again(path, data.collate_fn([data.dataset[i] for i in known]), known)  # type: ignore[attr-defined]
+            first = data.collate_fn([data.dataset[i] for i in known])  # type: ignore[attr-defined]
+            ask.again(path, inputs.asked(first, labels), known)
 
         def missing() -> Iterator[tuple[Batch, list[int]]]:
             """What is not stored yet, and its numbers."""
             seen = 0
             for item, named in zip(watched(loader, order), numbers, strict=False):
-                batch = inputs.teacher_inputs(item)
-                inputs.check_labels(batch, labels)
+                batch = inputs.asked(item, labels)
                 old = min(max(start - seen, 0), batch.samples)
                 if old and not seen and order is not None:
-                    ask.again(path, item, range(old))
+                    ask.again(path, batch, range(old))
                 if old < batch.samples:
                     rest = samples_of(batch, range(old, batch.samples)) if old else batch
                     yield rest, named or [*range(seen + old, seen + batch.samples)]
@@ -121,7 +122,8 @@ def capture(
                 wanted = f"the {start} stored, and more"
                 raise ValueError(f"loader: got {seen} samples, expected {wanted}")
 
-        for batch, own in ask.ahead(missing()):
+        told = expected(missing(), lambda x: source.expect(x[0]), source.ahead_by or 0)
+        for batch, own in told:
             output, lengths = ask(batch)
             writer.add_batch(output, lengths=lengths, samples=own)
             bar.update(batch.samples)
@@ -157,42 +159,22 @@ def _head(teacher: Any, options: dict[str, Any]) -> Head | None:
 class _Ask:
     """A teacher's outputs as they are stored."""
 
-    def __init__(
-        self, teacher: Any, writer: Writer, labels: str | None, generator: Any, head: Head | None
-    ) -> None:
-        self._teacher, self._writer, self._labels, self._head = teacher, writer, labels, head
-        spec = writer.spec
+    def __init__(self, source: Teacher, writer: Writer, generator: Any, head: Head | None) -> None:
+        self._source, self._writer, self._head, spec = source, writer, head, writer.spec
         self._made = {"method": spec.method, "generator": generator, "vocab_size": spec.vocab_size}
         self._made |= {"temperature": spec.temperature, "tail": spec.tail}
-        self._is_source, modules = isinstance(teacher, Teacher), inputs.modules(teacher)
-        self._device = device_of(modules[0]) if modules else None
-        self._off = {} if head is None else uncached(teacher)
-
-    def ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same; a teacher that is asked over a network is told of some before their turn."""
-        if not self._is_source or (most := self._teacher.ahead_by) is None:
-            return batches
-        return expected(batches, lambda x: self._teacher.expect(self._shifted(x[0])), most)
-
-    def _shifted(self, batch: Batch) -> Batch:
-        """As `distill.train` has it: each label in the row that predicts it."""
-        own = batch.labels
-        if own is not None and self._labels == "input_ids":
-            own = nn.functional.pad(own[:, 1:], (0, 1), value=IGNORED)
-        return replace(batch, labels=own)
+        self._device = device_of(source.models[0]) if source.models else None
 
     def __call__(self, batch: Batch, **other: Any) -> tuple[Any, Tensor | None]:
         """Outputs of a batch, and how many rows each sample has."""
         spec, own, hidden = self._writer.spec, batch.labels, self._writer.spec.method == "hidden"
         batch = batch if self._device is None else moved(batch, self._device)
-        if self._is_source:
-            logits = self._teacher(self._shifted(batch)).logits
-        elif self._head is None:
-            logits = Outputs(forward(self._teacher, batch.inputs), role="teacher").logits
+        if self._head is None:
+            logits = self._source(batch).logits
         else:
-            ids = batch.inputs
+            ids, model = batch.inputs, self._source.models[0]
             named = ids if isinstance(ids, Mapping) else {"input_ids": ids}
-            logits = linear_logits(self._teacher, {**named, **self._off}, self._head)[0]
+            logits = linear_logits(model, {**named, **uncached(model)}, self._head)[0]
         kinds: Any = fastkd.LinearLogits if hidden else Tensor
         kinds = (Tensor, fastkd.LinearLogits, fastkd.TopK) if spec.k else kinds
         if not isinstance(logits, kinds):
@@ -209,16 +191,15 @@ class _Ask:
             logits = logits[..., : spec.vocab_size]
         elif spec.k and not isinstance(logits, fastkd.TopK):
             logits = fastkd.topk_from_logits(logits, spec.k, **(self._made | other))
-        return inputs.trimmed(logits, batch, self._labels)
+        return inputs.trimmed(logits, batch)
 
-    def again(self, path: Any, item: Any, numbers: Sequence[int]) -> None:
+    def again(self, path: Any, batch: Batch, numbers: Sequence[int]) -> None:
         """Ask for some samples that are stored, and compare."""
         numbers, spec = numbers[:SAMPLES], self._writer.spec
         draws = spec.k if spec.k and spec.method == "sample" else 0
         if draws > spec.vocab_size:
             return  # more draws than there are columns to compare them with
-        batch = samples_of(inputs.teacher_inputs(item), range(len(numbers)))
-        output, lengths = self(batch, method="top")
+        output, lengths = self(samples_of(batch, range(len(numbers))), method="top")
         reader = Reader(path)
         old = reader.__getitems__(numbers)
         if lengths is not None and (got := [x.size(0) for x in old]) != lengths.tolist():

@@ -113,12 +113,11 @@ def decode(code: Tensor, level: Tensor | None, encoding: str) -> Tensor:
     return level.unsqueeze(-1) - gap
 
 
-def encode_tail(tail_logprob: Tensor, encoding: str) -> Tensor:
+def encode_tail(tail: Tensor, encoding: str) -> Tensor:
     """log(1 - sum p) [R] as float16; below its range it is its lowest, and -inf stays."""
     if encoding == "plain":
-        return tail_logprob.float()
-    kept = torch.where(tail_logprob.isinf(), tail_logprob, tail_logprob.clamp_min(-65504.0))
-    return kept.half()
+        return tail.float()
+    return torch.where(tail.isinf(), tail, tail.clamp_min(-65504.0)).half()
 
 
 def encode_numbers(given: Tensor, encoding: str, name: str) -> dict[str, Tensor]:
@@ -151,5 +150,4 @@ def hidden_step(encoding: str, dtype: str) -> tuple[float, float]:
 def logit_bound(spec: Any, hidden: Tensor) -> Tensor:
     """The largest error [...] of a logit of rows hidden [..., H] in a store of this spec."""
     step, floor = hidden_step(spec.encoding, spec.head["dtype"])
-    most = hidden.detach().double().abs().amax(-1)
-    return spec.head["row_norm"] * (step * most + floor)
+    return spec.head["row_norm"] * (step * hidden.detach().double().abs().amax(-1) + floor)

@@ -5,13 +5,12 @@
     state.json, dataset_info.json          all of them, for `datasets.load_from_disk`
     .lock-RRRRR                            empty; locked while a writer of rank R lives
 
-Columns: sample int64, its number, from FIRST to LAST; rows int32, how many of the teacher's it has;
-and of these, one after the other, the columns of `CacheSpec.columns`. What they mean is in the
-schema's metadata, "fastkd". No file is ever changed.
+README.md names the columns, `CacheSpec.columns` their kinds. No file is ever changed.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -33,11 +32,7 @@ from .codec import ENCODINGS, ERRORS, HIDDEN, LOGITS, MOST_DRAWS, hidden_step
 
 VERSION, STATE, INFO, SHARDS = 4, "state.json", "dataset_info.json", "teacher-*.arrow"
 TAILS = ("bucket", "renormalize", "restrict", "drop")
-
-
-def needed(module: str) -> Any:
-    """A module of the extra `store`, by name."""
-    return serialization.needed(module, "a teacher cache", "store")
+needed = functools.partial(serialization.needed, user="a teacher cache", extra="store")
 
 
 @dataclass(frozen=True)
@@ -236,14 +231,19 @@ def state(names: list[str]) -> dict[str, bytes]:
     return {INFO: b"{}\n", STATE: (json.dumps(document, indent=0) + "\n").encode()}
 
 
+def stale(folder: Path, names: list[str]) -> dict[Path, bytes]:
+    """Those of `state`'s files that are not there or hold something else."""
+    files = {folder / name: data for name, data in state(names).items()}
+    return {x: data for x, data in files.items() if not x.exists() or x.read_bytes() != data}
+
+
 def merged(folder: Path) -> list[str]:
     """The shards that `state.json` names, none where there is no such file; CacheError: altered."""
     if not (folder / STATE).exists():
         return []
     names = re.findall(r"teacher-[-\w]+\.arrow", (folder / STATE).read_text(errors="replace"))
-    for name, data in state(names).items():
-        if not (folder / name).exists() or (folder / name).read_bytes() != data:
-            raise CacheError(f"{folder / name}: altered after it was written; merge again")
+    for file in stale(folder, names):
+        raise CacheError(f"{file}: altered after it was written; merge again")
     return names
 
 
@@ -254,12 +254,9 @@ def merge(path: str | os.PathLike[str]) -> bool:
     """
     folder, changed = Path(path), False
     while names := [shard.file.name for shard in listed(folder)]:
-        try:
-            if merged(folder) == names:
-                return changed
-        except CacheError:
-            pass  # written anew
-        for name, data in state(names).items():
-            write_whole(folder / name, data)
+        if not (files := stale(folder, names)):
+            return changed
+        for file, data in files.items():
+            write_whole(file, data)
         changed = True
     raise FileNotFoundError(f"{folder}: no teacher cache there: no {SHARDS}")

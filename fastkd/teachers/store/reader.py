@@ -63,7 +63,7 @@ class Reader(Dataset[Any]):
             if wanted is not None and wanted != (got := getattr(spec, key)):
                 raise CacheError(f"{self.path}: made for {key}={got!r}, expected {wanted!r}")
         self.head = head_in(self.path, spec.vocab_size, spec.head) if spec.head else None
-        self._first = torch.tensor([shard.first for shard in self.shards])
+        self._spans = torch.tensor([(shard.first, shard.last) for shard in self.shards])
         self._open: OrderedDict[int, Any] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,20 +107,17 @@ class Reader(Dataset[Any]):
         if not len(numbers):
             return []
         pa, asked = fmt.needed("pyarrow"), torch.as_tensor(list(numbers))
-        of = torch.searchsorted(self._first, asked, right=True) - 1
-        parts, places = [], []
+        of = torch.searchsorted(self._spans[:, 0].contiguous(), asked, right=True) - 1
+        for number in asked[(of < 0) | (asked > self._spans[of, 1])].tolist():
+            there = f"{len(self)} samples with numbers up to {self.shards[-1].last}"
+            raise IndexError(f"{self.path}: sample {number} is not in the cache of {there}")
+        places, parts = asked - self._spans[of, 0], []
         for at in of.unique().tolist():
-            mine, shard = (of == at).nonzero().flatten(), self.shards[at]
-            place = asked[mine] - shard.first
-            if at < 0 or int(asked[mine].max()) > shard.last:
-                number = int(asked[mine].min() if at < 0 else asked[mine].max())
-                there = f"{len(self)} samples with numbers up to {self.shards[-1].last}"
-                raise IndexError(f"{self.path}: sample {number} is not in the cache of {there}")
-            parts.append(self._batch(at).take(pa.array(place.numpy())))
-            places.append(mine)
+            parts.append(self._batch(at).take(pa.array(places[of == at].numpy())))
         table = pa.Table.from_batches(parts)
         if len(parts) > 1:
-            table = table.combine_chunks().take(pa.array(torch.cat(places).argsort().numpy()))
+            back = pa.array(of.argsort(stable=True).argsort().numpy())
+            table = table.combine_chunks().take(back)
         return self.decode(table)
 
     def batch(self, numbers: Sequence[int]) -> Any:

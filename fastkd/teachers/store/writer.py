@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .codec import LOGITS, encode, encode_numbers, encode_tail, pack
 from .format import CacheSpec, Shard
 
 
-class Writer:
+class Writer(AbstractContextManager["Writer"]):
     """Writes a teacher's outputs to a folder, a shard at a time; a context manager.
 
     A kill loses at most the samples since the last shard; one opened there again goes on behind it.
@@ -212,8 +213,7 @@ class Writer:
         self._alive()
         if not self._counts:
             return
-        names = self._pieces[0]
-        stored = {name: torch.cat([piece[name] for piece in self._pieces]) for name in names}
+        stored = {name: torch.cat([x[name] for x in self._pieces]) for name in self._pieces[0]}
         data = fmt.shard_bytes(self.spec, stored, self._first, self._counts)
         last, digest = self._first + len(self._counts) - 1, hashlib.sha256(data).hexdigest()
         file = self._folder / fmt.shard_name(self._rank, self._first, last, digest)
@@ -228,9 +228,6 @@ class Writer:
     def _alive(self) -> None:
         if not self._open or os.getpid() != self._process:
             raise ValueError(f"{self._folder}: the writer is closed, or of another process")
-
-    def __enter__(self) -> Writer:
-        return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if not self._open:
