@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import logging
 import os
 import sys
 import time
@@ -26,6 +27,10 @@ import fastkd
 
 # till all tests are collected; see pytest_collection_finish
 gc.disable()
+
+# pytest's plugin, which is off, would hang a handler on 45 loggers twice in each phase of a test.
+# Without any, logging adds one of its own that writes to the stream of the test that was first.
+logging.getLogger().addHandler(logging.NullHandler())
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     from interpreter import hurry
@@ -102,6 +107,7 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # libraries count what is left at the end, and say so
 
@@ -126,7 +132,10 @@ def _backend_of(item: pytest.Item) -> str:
 def seed(request: pytest.FixtureRequest) -> int:
     """One seed per test, made of its id: the same in any order and any selection."""
     number = zlib.crc32(request.node.nodeid.partition("::")[2].encode())
-    torch.manual_seed(number)
+    if torch.cuda.is_available():
+        torch.manual_seed(number)
+    else:  # that one formats and keeps its stack for each kind of device that is not there
+        torch.default_generator.manual_seed(number)
     return number
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import ranks
 import torch
-from common import require, run_python
+from common import require
 from pairwise import pairwise
 from torch import Tensor
 
@@ -95,7 +96,7 @@ def test_several_python_threads_at_once() -> None:
 
 POOL = """
 import json, os, sys, torch
-torch.set_num_threads(int(sys.argv[1]))
+torch.set_num_threads(int(os.environ["THREADS"]))
 import fastkd
 x = torch.randn(512, 4000, requires_grad=True)
 tasks = lambda: len(os.listdir("/proc/self/task"))
@@ -105,7 +106,7 @@ after = tasks()
 (torch.randn(2000, 2000) + 1).exp().sum()
 pools = {line.split()[-1] for line in open("/proc/self/maps")
          if "libgomp" in line or "libomp" in line or "libiomp" in line}
-print(json.dumps([before, after, tasks(), sorted(pools)]))
+print(json.dumps([before, after, tasks(), sorted(pools)]), flush=True)
 """
 
 
@@ -117,7 +118,7 @@ def test_threads_are_torch_s_own() -> None:
     library = os.path.join(os.path.dirname(torch.__file__), "lib")
     plain = os.path.exists(os.path.join(library, "libgomp.so.1"))
     for threads in (1, 3):
-        ran = run_python("-c", POOL, str(threads))
+        ran = ranks.python(POOL, THREADS=str(threads))
         assert ran.returncode == 0, ran.stderr
         before, after, later, pools = json.loads(ran.stdout)
         # torch's autograd may start one thread of its own beside
@@ -139,21 +140,17 @@ class Scores(Dataset):
         loss.backward()
         return torch.stack((loss.detach(), x.grad.square().sum()))
 
-if __name__ == "__main__":
-    torch.set_num_threads(2)
-    here = torch.stack([Scores()[i] for i in range(8)])
-    for context, n in (("fork", 2), ("spawn", 1)):
-        loader = DataLoader(Scores(), 1, num_workers=n, multiprocessing_context=context, timeout=60)
-        there = torch.cat(list(loader))
-        assert torch.allclose(there, here, rtol=1e-5, atol=0), (there, here)
-    print("same")
+torch.set_num_threads(2)
+here = torch.stack([Scores()[i] for i in range(8)])
+loader = DataLoader(Scores(), 1, num_workers=2, multiprocessing_context="fork", timeout=60)
+there = torch.cat(list(loader))
+assert torch.allclose(there, here, rtol=1e-5, atol=0), (there, here)
+print("same", flush=True)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork here")
-def test_a_dataloader_s_workers_compute_losses(tmp_path: object) -> None:
-    script = os.path.join(str(tmp_path), "workers.py")
-    with open(script, "w") as file:
-        file.write(WORKERS)
-    ran = run_python(script)
+def test_a_dataloader_s_workers_compute_losses() -> None:
+    """Forks of a process that has computed; a spawned one is a process like any other."""
+    ran = ranks.python(WORKERS)
     assert ran.returncode == 0 and ran.stdout.split() == ["same"], ran.stderr

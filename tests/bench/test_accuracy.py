@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -313,15 +312,12 @@ def test_a_gradient_rounded_before_its_factor_fails_the_run(
     assert "4 of 20 steps within 1.1" in capsys.readouterr().out
 
 
-def test_quick_runs_as_a_program(tmp_path: Path) -> None:
+def test_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "accuracy.json"
-    command = [sys.executable, "-m", "bench.accuracy", "--quick", "--vocab", "10"]
-    command += ["--json", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode in (0, 1), done.stdout + done.stderr
-    found = document(file)
-    assert done.returncode == int(not found["holds"]) and found["failures"] == []
-    assert found["verdict"] in done.stdout and len(done.stdout.splitlines()) < 100
+    ended = main(["--quick", "--vocab", "10", "--json", str(file)])
+    found, said = document(file), capsys.readouterr()
+    assert ended == int(not found["holds"]) and found["failures"] == []
+    assert found["verdict"] in said.out and len(said.out.splitlines()) < 100
     assert {(r["case"], r["distribution"]) for r in found["results"]} == {
         (case, distribution) for case in CASES for distribution in DISTRIBUTIONS
     }
@@ -329,4 +325,4 @@ def test_quick_runs_as_a_program(tmp_path: Path) -> None:
     assert all(set(r["errors"]) == {"eager", "fastkd"} for r in found["results"])
     assert found["settings"]["floor_ulp"] == FLOOR == 0.5
     assert found["settings"]["share"] == {"bfloat16": 0.999}
-    assert "wide V 10 bfloat16" in done.stderr  # progress, away from the tables
+    assert "wide V 10 bfloat16" in said.err  # progress, away from the tables

@@ -97,7 +97,7 @@ def test_a_gradient_is_rounded_once_with_its_factor(
     if not bool(truth.to(dtype).isfinite().all()):
         pytest.skip("beyond float16")
     once = away(truth.to(dtype), truth)
-    for _ in range(3):
+    for _ in range(2):
         (grad,) = torch.autograd.grad(loss(s, t) * factor, leaf)
         if operand == "linear":  # its logits' gradient is of 16 bits, too, and the sum of products
             assert away(grad, truth) <= 2.5 * once + 1e-7
@@ -128,24 +128,23 @@ def test_bits_do_not_depend_on_what_happened_before(
         return own.grad
 
     factors = [3.7, 3.7, 3.7, 0.11, 8.0] if not inplace else [3.7, 3.7, 3.7, 3.7]
-    fresh = []
-    for factor in factors:
+    fresh = {}
+    for factor in set(factors):
         upstreams._places.of.clear()
-        fresh.append(step(factor))
-    upstreams._places.of.clear()
+        fresh[factor] = step(factor)
     if inplace and kernels.name == "gpu":  # where a wrong guess is not seen on the host
-        step(3.7)
-        fresh[0] = step(3.7)
-        fresh = [fresh[0]] * len(factors)
-    for factor, want in zip(factors, fresh, strict=True):
-        torch.testing.assert_close(step(factor), want, rtol=0, atol=0)
+        fresh[3.7] = step(3.7)
+    else:
+        upstreams._places.of.clear()
+    for factor in factors:
+        torch.testing.assert_close(step(factor), fresh[factor], rtol=0, atol=0)
 
 
 @each_operand
 @pytest.mark.interpreted(3)
 def test_a_second_backward_gives_the_first_one_s_gradient(kernels: Backend, operand: str) -> None:
     s, t, leaf = inputs(kernels, torch.bfloat16, operand)
-    for _ in range(3):
+    for _ in range(2):
         value = loss_of(fastkd.divergences.kl)(s, t) * 0.7
         first = torch.autograd.grad(value, leaf, retain_graph=True)[0].clone()
         second = torch.autograd.grad(value, leaf, retain_graph=True)[0]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import NAMED, TABLE, run_python
+from common import NAMED, TABLE, imported_anew, run_python
 
 import fastkd
 from fastkd import losses, nn
@@ -119,14 +119,24 @@ def test_other_docstrings(name: str) -> None:
     assert len(inspect.getdoc(getattr(fastkd, name)) or "") > 60
 
 
-def test_importing_is_light() -> None:
+HEAVY = ["triton", "fastkd._C", "fastkd.backends.gpu", "sklearn", "matplotlib"]
+SCRIPT = f"""
+import runpy, sys
+import fastkd
+print([m for m in {HEAVY} if m in sys.modules])
+sys.argv = ["fastkd", "info", "--json"]
+runpy.run_module("fastkd", run_name="__main__")
+"""
+
+
+def test_importing_is_light_and_info_on_the_command_line() -> None:
     """Neither Triton nor the extension is loaded before a loss asks for it."""
-    ran = run_python(
-        "-c",
-        "import fastkd, sys; print([m for m in ('triton', 'fastkd._C', 'fastkd.backends.gpu', "
-        "'sklearn', 'matplotlib') if m in sys.modules])",
-    )
-    assert ran.stdout.strip() == "[]", ran.stderr
+    ran = run_python("-c", SCRIPT, FASTKD_BACKEND="reference")
+    assert ran.returncode == 0, ran.stderr
+    heavy, _, said = ran.stdout.partition("\n")
+    assert heavy == "[]"
+    facts = json.loads(said)
+    assert facts["fastkd"] == fastkd.__version__ and facts["backend"] == "reference"
 
 
 def test_info() -> None:
@@ -147,13 +157,6 @@ def test_info_knows_the_backend_chosen_by_hand() -> None:
     assert fastkd.info()["backend"] == "auto"
 
 
-def test_info_on_the_command_line() -> None:
-    ran = run_python("-m", "fastkd", "info", "--json", FASTKD_BACKEND="reference")
-    assert ran.returncode == 0, ran.stderr
-    facts = json.loads(ran.stdout)
-    assert facts["fastkd"] == fastkd.__version__ and facts["backend"] == "reference"
-
-
 def test_info_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     said = capsys.readouterr().out
@@ -167,13 +170,9 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 2 and "nonsense" in capsys.readouterr().err
 
 
-def test_backend_from_the_environment() -> None:
-    code = (
-        "import torch, fastkd; from fastkd.backends.choice import pick_name;"
-        "print(pick_name(torch.device('cpu')))"
-    )
-    # "reference" is what `test_info_on_the_command_line` asks for, and gets
-    assert run_python("-c", code, FASTKD_BACKEND="").stdout.strip() == "cpu"
+def test_an_empty_backend_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTKD_BACKEND", "")
+    assert imported_anew("fastkd.backends.choice").pick_name(torch.device("cpu")) == "cpu"
 
 
 def test_typed() -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from common import run_python
 
 import fastkd
 from fastkd.__main__ import main
@@ -150,9 +149,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "code.py").write_text(
         HEAD + "x = F.kl_div(F.log_softmax(a, -1), F.softmax(b, -1))\n"
     )
-    shown = run_python("-m", "fastkd", "scan", str(tmp_path))
-    assert shown.returncode == 0, shown.stderr
-    assert "code.py:5" in shown.stdout and "fastkd.kl_div(a, b" in shown.stdout
+    assert main(["scan", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "code.py:5" in shown and "fastkd.kl_div(a, b" in shown
     assert main(["scan", str(tmp_path), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document[0]["line"] == 5 and document[0]["replacement"].startswith("fastkd.kl_div")
