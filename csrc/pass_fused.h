@@ -17,7 +17,8 @@
 // another thread may take a chunk, and the bits stay the same.
 #pragma once
 
-#include "row_state.h"
+#include "digits.h"
+#include "rates.h"
 
 namespace fastkd {
 namespace FASTKD_ISA {
@@ -122,78 +123,6 @@ inline double sum_of_scores(const typename Kind<K>::Element* x, int64_t n,
   return static_cast<double>(total(sum.a + sum.b)) + rest;
 }
 
-// The score differences of a block anew; returns the sum of e_s times these.
-template <DType K, bool Keep>
-__attribute__((noinline)) double lifted_cross(const typename Kind<K>::Element* x,
-                                              const typename Kind<K>::Element* y, int64_t n,
-                                              Scale<typename Kind<K>::Acc> of_s,
-                                              Scale<typename Kind<K>::Acc> of_t,
-                                              typename Kind<K>::Acc* kept) {
-  using T = typename Kind<K>::Acc;
-  using V = Vec<T>;
-  constexpr int64_t lanes = Simd<T>::lanes;
-  V cross{};
-  const auto half = [&](V xs, V xt, T* to) FASTKD_LAMBDA {
-    const V ys = of_s(xs), es = exp2(ys);
-    const V other = zero_unless<V>(es != V{}, ys - of_t(xt));
-    cross = fma(es, other, cross);
-    if constexpr (Keep) storeu(to + 2 * lanes, other);
-  };
-  for (int64_t i = 0; i < n; i += kGroup<T>) {
-    const Two<V> xs = Kind<K>::load(x + i), xt = Kind<K>::load(y + i);
-    half(xs.a, xt.a, kept + 2 * i);
-    half(xs.b, xt.b, kept + 2 * i + lanes);
-  }
-  return static_cast<double>(total(cross));
-}
-
-// Keeps a block's exponentials less 1, whose digits the 1 would take: at a high temperature that is
-// all that tells p from q. False where a score is outside of [-1/2, 1/2] and its exponential not 0.
-template <DType K>
-__attribute__((noinline)) bool keep_less_one(const typename Kind<K>::Element* x,
-                                             const typename Kind<K>::Element* y, int64_t n,
-                                             Scale<typename Kind<K>::Acc> of_s,
-                                             Scale<typename Kind<K>::Acc> of_t,
-                                             typename Kind<K>::Acc* kept) {
-  using T = typename Kind<K>::Acc;
-  using V = Vec<T>;
-  constexpr int64_t lanes = Simd<T>::lanes;
-  const V bound = splat(T(0.5)), nothing = splat(T(sizeof(T) == 4 ? -127 : -1022));
-  V most{};
-  const auto keep = [&](V score, T* to) FASTKD_LAMBDA {
-    const V size = larger(score, -score);
-    most = larger(most, score < nothing ? V{} : size);
-    storeu(to, size > bound ? V{} - T(1) : exp2m1(score));
-  };
-  for (int64_t i = 0; i < n; i += kGroup<T>) {
-    const Two<V> xs = Kind<K>::load(x + i), xt = Kind<K>::load(y + i);
-    keep(of_s(xs.a), kept + 2 * i);
-    keep(of_s(xs.b), kept + 2 * i + lanes);
-    keep(of_t(xt.a), kept + 2 * i + 2 * lanes);
-    keep(of_t(xt.b), kept + 2 * i + 3 * lanes);
-  }
-  return largest(most) <= T(0.5);
-}
-
-// Where a block's sides are far apart (a teacher that is sure of another column), the student's
-// scores lose their digits in the differences. So the block's mean difference is taken off the
-// teacher's base first. Returns the sum of e_s (y_s - y_t), which is `cross`.
-constexpr double kFar = 16.0;
-template <DType K, bool Keep>
-inline double lifted(const typename Kind<K>::Element* x, const typename Kind<K>::Element* y,
-                     int64_t n, const Partial& at, typename Kind<K>::Acc* kept, double cross,
-                     Block& block) {
-  using T = typename Kind<K>::Acc;
-  const double mean = cross / block.s_sum;
-  if (!(__builtin_fabs(mean) > kFar && __builtin_fabs(mean) < kMostShift)) return cross;
-  const Scale<T> of_s = at.s.scale<T>();
-  Scale<T> of_t = at.t.scale<T>();
-  const double before = static_cast<double>(of_t.base);
-  of_t.base = static_cast<T>(before + mean / at.t.c);
-  block.lift = (static_cast<double>(of_t.base) - before) * at.t.c;
-  return lifted_cross<K, Keep>(x, y, n, of_s, of_t, kept) + block.lift * block.s_sum;
-}
-
 template <DType K, Expectation E, bool Hard, bool Keep, bool Out>
 __attribute__((noinline)) void fused_sum_loop(const Args& a, int64_t r, double c, int64_t chunk,
                                               const Scratch<typename Kind<K>::Acc>& scratch,
@@ -255,119 +184,6 @@ __attribute__((noinline)) void fused_sum_loop(const Args& a, int64_t r, double c
     }
   }
   out = partial;
-}
-
-// ---- values and rates, made of the exponentials
-
-// The origin of a row's rates, and its distance from the zero of the centred rates.
-template <class T>
-struct Top {
-  Origin<T> origin;
-  T rate = 0;
-};
-
-// Value and rate at a column of which the scratch keeps exponentials s and t, or these less 1.
-template <class T, bool LessOne>
-struct Sided {
-  using V = Vec<T>;
-  V to_q, to_p, less;
-  explicit Sided(const ToProbability& to)
-      : to_q(splat(static_cast<T>(to.q))),
-        to_p(splat(static_cast<T>(to.p))),
-        less(splat(static_cast<T>(to.p - to.q))) {}
-
-  FASTKD_INLINE V q(V s) const { return LessOne ? fma(s, to_q, to_q) : s * to_q; }
-  template <class D>
-  FASTKD_INLINE Rated<V> at(V s, V t, T param) const {
-    if constexpr (!LessOne) return D::at(t * to_p, s * to_q, Subtract{}, param);
-    const V gap = (t * to_p - s * to_q) + less;
-    return D::at(fma(t, to_p, to_p), q(s), Given<V>{gap}, param);
-  }
-};
-
-// The rate at the student's most probable column, as an origin that makes it 0. Where one column
-// has most of the mass, its block has; where none has, it does not matter which is taken.
-template <class T, class D>
-__attribute__((noinline)) Top<T> top_rate(const Args& a, const Scratch<T>& scratch,
-                                          const Partial& row) {
-  // its rates are 0 or 1: where the overlap is small, every other origin would round it away
-  if constexpr (std::is_same<D, Acceptance>::value) return {};
-  using V = Vec<T>;
-  int64_t heaviest = 0;
-  double most = -1.0;
-  for (int64_t at = 0; at < a.vocab; at += kBlock) {
-    const double teacher_mass =
-        scratch.blocks[at / kBlock].s_sum * ToProbability(scratch, at, row).q;
-    if (teacher_mass > most) most = teacher_mass, heaviest = at;
-  }
-  const ToProbability to(scratch, heaviest, row);
-  const bool less_one = scratch.blocks[heaviest / kBlock].less_one;
-  const T param = static_cast<T>(a.param);
-  const Origin<T> centre = centred<D>(param);
-  // p and q are alike and no column has most of the mass: no rate is further from 0
-  if (less_one && to.p < 2 * to.q && to.q < 2 * to.p) return {centre};
-  const T* kept = scratch.kept + 2 * heaviest;
-  T top = -2, other = 0;
-  for (int64_t i = 0; i < padded<T>(least(kBlock, a.vocab - heaviest)); i += kGroup<T>) {
-    for (int64_t j = 2 * i; j < 2 * i + kGroup<T>; ++j)
-      if (kept[j] > top) top = kept[j], other = kept[j + kGroup<T>];
-  }
-  const Rated<V> point =
-      less_one ? Sided<T, true>(to).template at<D>(splat(top), splat(other), param)
-               : Sided<T, false>(to).template at<D>(splat(top), splat(other), param);
-  T own[Simd<T>::lanes], centred_one[Simd<T>::lanes], where[Simd<T>::lanes];
-  storeu(own, point.rate);
-  storeu(centred_one, centre(point));
-  storeu(where, point.apart ? V{} + T(1) : V{});
-  const T rate = centred_one[0];
-  return {{-rate, where[0] != T(0) ? -own[0] : centre.apart - rate}, rate};
-}
-
-// Adds the values of a block to out.value, and q times the rates to out.slope. The rates, relative
-// to `origin`, stay in the scratch, beside the student's exponentials.
-template <class T, class D, bool LessOne>
-FASTKD_INLINE void rate_block(T* kept, int64_t n, const Sided<T, LessOne>& to, T param,
-                              Origin<T> origin, Partial& out) {
-  using V = Vec<T>;
-  constexpr int64_t lanes = Simd<T>::lanes;
-  Two<V> values{}, slopes{};
-  const auto half = [&](T* at, V& value, V& slope) FASTKD_LAMBDA {
-    const V s = loadu<V>(at);
-    const Rated<V> point = to.template at<D>(s, loadu<V>(at + 2 * lanes), param);
-    const V rate = origin(point);
-    value += point.value;
-    slope = fma(to.q(s), rate, slope);
-    if constexpr (LessOne) storeu(at, s + T(1));
-    storeu(at + 2 * lanes, rate);
-  };
-  for (int64_t i = 0; i < n; i += kGroup<T>) {
-    prefetch_ahead(kept + 2 * i, 2 * kGroup<T>);
-    half(kept + 2 * i, values.a, slopes.a);
-    half(kept + 2 * i + lanes, values.b, slopes.b);
-  }
-  out.value += static_cast<double>(total(values.a + values.b));
-  out.slope += static_cast<double>(total(slopes.a + slopes.b));
-}
-
-template <class T, class D>
-__attribute__((noinline)) void rate_loop(const Args& a, int64_t chunk, const Scratch<T>& scratch,
-                                         const Partial& row, Origin<T> origin, Partial& out) {
-  if constexpr (std::is_same<D, JS>::value) {  // a loop of either kind, with its own registers
-    return JS::is_even(static_cast<T>(a.param))
-               ? rate_loop<T, EvenJS>(a, chunk, scratch, row, origin, out)
-               : rate_loop<T, UnevenJS>(a, chunk, scratch, row, origin, out);
-  }
-  const T param = static_cast<T>(a.param);
-  const int64_t end = least(a.vocab, (chunk + 1) * kChunk);
-  for (int64_t at = chunk * kChunk; at < end; at += kBlock) {
-    const int64_t n = padded<T>(least(kBlock, end - at));
-    const ToProbability to(scratch, at, row);
-    T* const kept = scratch.kept + 2 * at;
-    if (scratch.blocks[at / kBlock].less_one)
-      rate_block<T, D>(kept, n, Sided<T, true>(to), param, origin, out);
-    else
-      rate_block<T, D>(kept, n, Sided<T, false>(to), param, origin, out);
-  }
 }
 
 // ---- the gradient
