@@ -62,13 +62,13 @@ PRESETS = {
     "small": Preset(
         vocab=16_384,
         context=128,
-        teacher=Net(128, 3, 2, steps=500, batch=4, lr=3e-3),
+        teacher=Net(128, 3, 2, steps=700, batch=4, lr=3e-3),
         student=Net(64, 2, 2, steps=100, batch=8, lr=5e-3),
-        eager_share=0.25,
+        eager_share=0.2,
         k=64,
         characters=20 * 10**6,
         held_out=16_384,
-        repeats=7,
+        repeats=5,
     ),
     # a GPU in earnest: head and logits as large as those of the models people train
     "gpu": Preset(
