@@ -14,7 +14,7 @@ from served_model import NAME, Server, local
 from torch import Tensor
 
 import fastkd
-from fastkd.teachers import Served
+from fastkd.teachers import Served, formats
 from fastkd.teachers.served import client
 
 K = 8
@@ -58,6 +58,28 @@ def test_the_loss_is_that_of_the_model_itself(api: str, server: Server) -> None:
         torch.testing.assert_close(
             whole.tail_logprob[kept], expected.tail_logprob[kept], atol=1e-4, rtol=0
         )
+
+
+def test_llama_cpp_writes_a_whole_character(server: Server) -> None:
+    """Of half a character the real one tells nothing, as the one here: the recorded answers."""
+    ids = torch.randint(3, VOCAB, (2, 7))
+    best = local(server, ids).argmax(-1)
+    assert bool((best % 2).any())  # rows whose best token would be half a character
+    with Served(server.url, api="llama.cpp", k=3) as teacher:
+        assert torch.equal(teacher(ids).indices[..., 0].long(), best)
+    rows = [
+        {"id": 139, "token": "", "bytes": [207], "logprob": -4.198049068450928},
+        {"id": 92, "token": "}", "bytes": [125], "logprob": -4.3924760818481445},
+        {"id": 292, "token": "", "bytes": [], "logprob": -3.4028234663852886e38},  # log 0
+    ]
+    own = {"id": 64, "token": "a", "bytes": [97], "logprob": -4.878931522369385}
+    said = {"content": "a", "stop_type": "limit", "completion_probabilities": [own]}
+    own["top_logprobs"] = rows
+    (record,) = formats.read("llama.cpp", said)
+    assert record.topk.indices.tolist() == [[139, 92, 64]]
+    silent = {"content": "", "tokens": [], "stop_type": "limit", "timings": {}}
+    with pytest.raises(ValueError, match="half a character.*completion_probabilities"):
+        [*formats.read("llama.cpp", silent)]
 
 
 def test_temperature_is_trls_alone(server: Server) -> None:

@@ -103,6 +103,11 @@ def _trl(question: Question, asking: Asking) -> list[dict[str, Any]]:
     ]
 
 
+# What llama.cpp writes is of no use, but of a token that is half a character it tells nothing: it
+# writes this one. The log-probabilities are those of its logits as they were.
+WRITTEN = [["a", 1e6]]
+
+
 def _llama_cpp(question: Question, asking: Asking) -> list[dict[str, Any]]:
     # it tells of what it writes alone: one token behind each beginning, whose cache it still has
     return [
@@ -111,6 +116,7 @@ def _llama_cpp(question: Question, asking: Asking) -> list[dict[str, Any]]:
             "n_predict": 1,
             "n_probs": asking.k,
             "temperature": 0.0,
+            "logit_bias": WRITTEN,
             "cache_prompt": True,
             "post_sampling_probs": False,
         }
