@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -144,7 +145,7 @@ def _no_weights(logits: Any, teacher: Any) -> None:
     shape, expected = tuple(teacher.shape), tuple(getattr(logits, "shape", ()))
     dims = len(shape) - (len(shape) == len(expected) and shape[-1:] == (1,))
     if shape != expected and dims < len(expected) and shape[:dims] == expected[:dims]:
-        equal = teacher.numel() == logits.numel()
+        equal = math.prod(shape) == math.prod(expected)
         same = f" (.view({list(expected)}) of the same rows)" if equal else ""
         raise ValueError(
             f"teacher: got {list(shape)} in the batch for the student's logits {list(expected)}, "

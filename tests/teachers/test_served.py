@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import served_model
 import torch
 from causal_models import VOCAB
 from served_model import NAME, Server, local
@@ -78,8 +80,51 @@ def test_llama_cpp_writes_a_whole_character(server: Server) -> None:
     (record,) = formats.read("llama.cpp", said)
     assert record.topk.indices.tolist() == [[139, 92, 64]]
     silent = {"content": "", "tokens": [], "stop_type": "limit", "timings": {}}
-    with pytest.raises(ValueError, match="half a character.*completion_probabilities"):
+    with pytest.raises(ValueError, match=r"half a character.*completion_probabilities"):
         [*formats.read("llama.cpp", silent)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("/etc/answers.json", "answer: got '/etc/answers.json', expected an object"),
+        ([], "answer: got .*expected an object"),
+        (None, "answer: got None, expected an object"),
+        ({"error": {"message": "still loading"}}, "answer: got the error .*still loading"),
+        ({"choices": [{"prompt_logprobs": [None, {"3": {"logprob": "x"}}]}]}, "got 'x' in 'logp"),
+        ({"choices": [{"prompt_logprobs": [None, {"9" * 20: {"logprob": -1.0}}]}]}, "got the tok"),
+    ],
+)
+def test_answers_that_are_none(answer: Any, text: str, server: Server, monkeypatch: Any) -> None:
+    monkeypatch.setitem(served_model.ANSWERS, "/v1/completions", lambda *_: answer)
+    with Served(server.url, k=2) as teacher:
+        with pytest.raises(ValueError, match=text):
+            teacher(torch.tensor([[5]]))
+        assert len(server.requests) == 1
+
+
+def test_texts_that_are_none(server: Server) -> None:
+    ids = torch.randint(3, VOCAB, (2, 6))
+    with Served(server.url, k=2, vocab_size=VOCAB) as teacher:
+        for wrong, labels, text in [
+            (
+                ids.masked_fill(ids == ids[0, 3], -100),
+                None,
+                r"input_ids: got -100, .*attention_mas",
+            ),
+            (ids + VOCAB, None, r"input_ids: got the id \d+ in a text, expected .*vocab_size=99"),
+            (ids, torch.full_like(ids, -1), r"labels: got -1, expected ids from 0; or -100"),
+            (ids, ids.float(), r"labels: got torch.float32, expected the ids behind"),
+        ]:
+            with pytest.raises((ValueError, TypeError), match=text):
+                teacher.score(wrong, labels)
+        with pytest.raises(TypeError, match="teacher: got a Served to copy or pickle"):
+            copy.deepcopy(teacher)
+        assert not server.requests
+        mask = torch.ones(2, 6)  # as some collators make it
+        assert teacher(input_ids=ids, attention_mask=mask).shape == (2, 6, 2)
+    with pytest.raises(RuntimeError, match=r"teacher: got a question .* after close\(\)"):
+        teacher(ids)
 
 
 def test_temperature_is_trls_alone(server: Server) -> None:

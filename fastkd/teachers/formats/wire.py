@@ -58,7 +58,10 @@ def value(entry: Any, where: str, name: str = "logprob") -> float:
     if isinstance(entry, Mapping) and name not in entry:
         raise ValueError(f"{where}: got the fields {listed(entry)}, expected {name!r}")
     found = entry[name] if isinstance(entry, Mapping) else getattr(entry, name, None)
-    return -torch.inf if found is None else float(found)
+    try:
+        return -torch.inf if found is None else float(found)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: got {shown(found)} in {name!r}, expected a number") from None
 
 
 def id_of(key: Any, where: str, *, digits: bool) -> int:
@@ -67,7 +70,7 @@ def id_of(key: Any, where: str, *, digits: bool) -> int:
         return key
     if isinstance(key, str):
         number = key.removeprefix(TOKEN_ID)
-        if (digits or number != key) and number.isascii() and number.isdigit():
+        if (digits or number != key) and number.isascii() and number.isdigit() and len(number) < 19:
             return int(number)
     raise ValueError(
         f"{where}: got the token {shown(key)}, expected an id or 'token_id:N' (vLLM: "

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fastkd
+from fastkd.arguments.messages import shown
 
 from .. import formats
 
@@ -151,6 +152,11 @@ def read(
         ValueError: other tokens, ids that the vocabulary has not, a row without columns, fewer
             columns than were asked for, NaN, or what `formats.read` refuses.
     """
+    for answer in answers:  # a reader of files would take text for a path
+        if not isinstance(answer, dict):
+            raise ValueError(f"answer: got {shown(answer)}, expected an object with its rows")
+        if isinstance(error := answer.get("error"), (dict, str)):  # with status 200
+            raise ValueError(f"answer: got the error {shown(error)}, expected rows")
     options: dict[str, Any] = {"temperature": asking.temperature, "tail": asking.tail}
     if api.whole:
         said = _whole(api, answers[0], question, options)
