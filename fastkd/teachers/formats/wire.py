@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from fastkd.arguments.messages import describe, listed, shown
 
-from .records import Rows, as_ids, ragged
+from .records import Rows, as_ids, parsed, ragged
 
 TOKEN_ID = "token_id:"
 
@@ -30,9 +29,9 @@ def answers(source: Any) -> Iterator[tuple[str, Any]]:
             with open(path, encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield f"{path}, line {number}", json.loads(line)
+                        yield f"{path}, line {number}", parsed(line, f"{path}, line {number}")
             return
-        source, name = json.loads(path.read_text(encoding="utf-8")), str(path)
+        source, name = parsed(path.read_text(encoding="utf-8"), str(path)), str(path)
     else:
         name = "answer"
     many = isinstance(source, (list, tuple))
