@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import shutil
@@ -274,6 +275,9 @@ def main() -> int:
                 print(f"{name}: not installed")
                 continue
             if name.startswith("llama"):
+                if importlib.util.find_spec("gguf") is None:
+                    print(f"{name}: not asked: no gguf to write its file (pip install gguf)")
+                    continue
                 gguf_of(Path(place), model, tokenizer)
             command, env, version = found
             told = subprocess.run(version, capture_output=True, text=True, check=False)
