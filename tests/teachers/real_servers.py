@@ -122,7 +122,7 @@ def compared(url: str, api: str, model: Any, tokenizer: Any) -> dict[str, Any]:
         with Served(url, api=api, tokenizer=Reversed()) as other:
             found["another tokenizer"] = refusal(other, ids[:1], "tokenizer: got")
     with Served(url, api=api, k=2, retries=0) as other:
-        wanted = "max_model_len" if "vllm" in api else "context"
+        wanted = "context" if api == "llama.cpp" else "max_model_len"
         ids = torch.zeros(1, 5 * LENGTH).long()
         labels = torch.full_like(ids, -100)
         labels[0, -2] = 0
@@ -139,7 +139,7 @@ def refusal(teacher: Served, ids: Any, why: str, labels: Any = None) -> str:
         teacher.score(ids, labels)
     except ValueError as error:
         if why in str(error):
-            return str(error).replace(f"{teacher.url}: ", "")[:160]
+            return str(error).replace(f"{teacher.url}: ", "").replace(teacher.url, "it")[:160]
         raise
     raise ValueError(f"got an answer, expected a refusal: {why}")
 
