@@ -107,7 +107,8 @@ PYTHONS ?= $(PYTHON)
 wheels: $(VENV)/ready
 	$(RUN) tests/wheels.py $(PYTHONS)
 
-# vLLM (FASTKD_VLLM=its Python) beside transformers; writes tests/teachers/served.json.
+# vLLM, llama-server and llama-cpp-python (FASTKD_VLLM, FASTKD_LLAMA: their Pythons) beside
+# transformers; writes tests/teachers/served.json.
 served: $(VENV)/ready
 	$(RUN) tests/teachers/real_servers.py
 

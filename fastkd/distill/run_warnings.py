@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -69,7 +70,7 @@ class RunWarnings:
     def watch(self, student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Outputs, Batch]:
         """The teacher's outputs and the batch for the terms.
 
-        ValueError for weights in a teacher's place.
+        ValueError for weights, or rows of another shape, in a teacher's place.
         """
         # without a role: a student without logits, of several heads, is the terms' business
         logits = Outputs(student.raw).logits
@@ -144,10 +145,11 @@ def _no_weights(logits: Any, teacher: Any) -> None:
     shape, expected = tuple(teacher.shape), tuple(getattr(logits, "shape", ()))
     dims = len(shape) - (len(shape) == len(expected) and shape[-1:] == (1,))
     if shape != expected and dims < len(expected) and shape[:dims] == expected[:dims]:
+        equal = math.prod(shape) == math.prod(expected)
+        same = f" (.view({list(expected)}) of the same rows)" if equal else ""
         raise ValueError(
-            f"loader: got {list(shape)} as the teacher's outputs for logits {list(expected)} of "
-            "the "
-            "student, expected logits; weights of samples go into a dict, {'inputs': ..., "
+            f"teacher: got {list(shape)} in the batch for the student's logits {list(expected)}, "
+            f"expected that shape{same}; weights of samples go into a dict, {{'inputs': ..., "
             "'labels': ..., 'weights': ...}, and a Term reads them from batch.extra['weights']"
         )
 

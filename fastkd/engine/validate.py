@@ -173,6 +173,8 @@ def _sides(student: Operand, teacher: Teacher, least: int) -> None:
         if x.dim() == 0 or x.size(-1) < least:
             raise ValueError(f"{name}: got shape {sizes(x.shape)}, expected [..., V] with V >= 1")
         if x.stride(-1) != 1 and x.size(-1) > 1:
+            if isinstance(student, (Tensor, LinearLogits)) and hasattr(teacher, "shape"):
+                _same_rows(student, teacher)  # of a tensor without columns, say that
             raise ValueError(
                 f"{name}: got stride {x.stride(-1)} in the vocabulary (last) dimension of shape "
                 f"{sizes(x.shape)}, expected 1; call .contiguous() first"
@@ -181,6 +183,10 @@ def _sides(student: Operand, teacher: Teacher, least: int) -> None:
         raise ValueError(
             f"teacher: got a tensor on {teacher.device}, expected the student's {student.device}"
         )
+    _same_rows(student, teacher)
+
+
+def _same_rows(student: Operand, teacher: Teacher) -> None:
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             f"teacher: got shape {sizes(teacher.shape)}, expected the leading dimensions of the "

@@ -53,7 +53,7 @@ import torch
 from torch import Tensor, nn
 
 import fastkd
-from fastkd.distill.batch import Outputs, forward, mapped, tensors
+from fastkd.distill.batch import Outputs, forward, mapped, tensors, to
 from fastkd.distill.serialization import absent
 from fastkd.integrations.hooks import answering, shared
 
@@ -156,7 +156,7 @@ class Distillation(_callbacks.Callback):  # type: ignore[misc]
             else Outputs(student, role="student").logits
         )
         teacher_logits = (
-            self._teacher_output(inputs) if teacher is None else teacher.to(student_logits.device)
+            self._teacher_output(inputs) if teacher is None else to(teacher, student_logits.device)
         )
         return fastkd.distillation_loss(student_logits, teacher_logits, labels, **options)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastkd import distill
 from fastkd.arguments.messages import shown
-from fastkd.distill.batch import rows_at
+from fastkd.distill.batch import rows_at, to
 from fastkd.distill.heads import (
     Head,
     head_of,
@@ -276,7 +276,7 @@ class LiveAsked(Live):
     def parts(
         self, inputs: Any, labels: Tensor, extra: Any, autocast: Any, device: torch.device
     ) -> Iterator[Part]:
-        yield None, self.source(distill.Batch(inputs, labels)).logits.to(device)
+        yield None, to(self.source(distill.Batch(inputs, labels)).logits, device)
 
 
 KINDS: dict[type, Callable[[Any], Live]] = {

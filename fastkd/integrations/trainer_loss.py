@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd.arguments.messages import shown
-from fastkd.distill.batch import in_rows
+from fastkd.distill.batch import in_rows, to
 from fastkd.distill.heads import Head, encoded, head_of, output_embeddings
 from fastkd.distill.hooks import Hook
 from fastkd.integrations.collate import Collate
@@ -301,7 +301,7 @@ class DistillationLoss:
         options = self._now()
         self._check_source(stored)
         if self.live is None:
-            parts: Any = [(None, stored.to(student.device, non_blocking=True))]
+            parts: Any = [(None, to(stored, student.device))]
         else:
             parts = self.live.parts(inputs, labels, extra, autocast, student.device)
         losses = []

@@ -113,6 +113,15 @@ def test_weights_in_the_teachers_place_are_refused() -> None:
             assert len(str(got.value)) <= 500
 
 
+def test_rows_of_a_stored_teacher_beside_a_single_logit() -> None:
+    batch = {"inputs": X, "labels": torch.rand(8), "teacher": torch.rand(8)}
+    with pytest.raises(ValueError) as got:
+        said(linear(0, 4, 1), distill.binary_soft(), batch)
+    text = str(got.value)
+    assert text.startswith("teacher: got [8] in the batch for the student's logits [8, 1], expect")
+    assert ".view([8, 1])" in text and len(text) <= 500
+
+
 def test_a_single_logit_is_named() -> None:
     for steps in (1, 2):
         (text,) = said(linear(0, 4, 1), distill.soft(), teacher=linear(1, 4, 1), steps=steps)

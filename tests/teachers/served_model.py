@@ -102,11 +102,15 @@ def trl(score: Scorer, body: dict[str, Any]) -> dict[str, Any]:
 
 def llama_cpp(score: Scorer, body: dict[str, Any]) -> dict[str, Any]:
     assert body["n_predict"] == 1 and not body["post_sampling_probs"]
-    named = [
-        {"id": i, "token": f"<{i}>", "bytes": [], "logprob": x}
-        for i, x in best(score(body["prompt"])[-1], body["n_probs"])
-    ]
-    return {"content": "x", "completion_probabilities": [{**named[0], "top_logprobs": named}]}
+    row = score(body["prompt"])[-1]
+    written = 64 if body.get("logit_bias") else int(row.argmax())
+    if written % 2:  # half a character, of which nothing is told
+        return {"content": "", "tokens": []}
+    named, own = (
+        [{"id": i, "token": f"<{i}>", "bytes": [], "logprob": x} for i, x in pairs]
+        for pairs in (best(row, body["n_probs"]), [(written, float(row[written]))])
+    )
+    return {"content": "x", "completion_probabilities": [{**own[0], "top_logprobs": named}]}
 
 
 ANSWERS = {

@@ -233,6 +233,10 @@ def test_paired_refuses_another_dataset(stored: tuple[list[fastkd.TopK], store.R
     paired = store.Paired([(torch.arange(2), torch.arange(2))] * 5, reader)
     with pytest.raises(ValueError, match="is it of this sample"):
         store.collate([paired[0]])
+    for wrong in ("a", 3.0, None, True):
+        with pytest.raises(TypeError, match=r"sample: got .*, expected its number"):
+            reader[wrong]
+    assert len(reader.__getitems__([torch.tensor(1), 1])) == 2
     with pytest.raises(IndexError, match="sample 5 is not in the cache of 5"):
         reader[5]
 

@@ -125,3 +125,30 @@ def test_a_served_teacher_within_another(how: str, server: Server, tmp_path: Pat
     assert found == pytest.approx(curve_of(copy.deepcopy(model)), rel=1e-3)
     assert all(seen.seen[:3]) and seen.seen[3] == 0
     assert {len(x["prompt"]) for x in server.requests} <= set(range(2, 11))
+
+
+def test_a_batchs_teacher_of_another_shape_or_kind(tmp_path: Path) -> None:
+    """Whatever operand stands in the batch: its argument, what came, what was expected."""
+    data, width = ragged(), torch.randn(VOCAB, 5)
+    shape = r"teacher: got shape \[4, {}\], expected the leading dimensions of the student's \[4, 8"
+    cases: list[tuple[Any, str]] = [
+        (lambda x: fastkd.topk_from_logits(x, 3)[:, 1:], shape.format("7, 3")),
+        (lambda x: fastkd.LinearLogits(x[:, 1:, :5], width), shape.format("7, 99")),
+        (lambda x: x[..., 0], shape.format("8")),
+        (lambda x: [1, 2], r"teacher: got list \[1, 2\], expected a tensor of logits"),
+        (lambda x: fastkd.LinearLogits(x[..., :5], width), ""),
+    ]
+    for made, text in cases:
+
+        def collated(rows: list[dict[str, Any]], made: Any = made) -> dict[str, Any]:
+            batch = together(rows)
+            return {**batch, "teacher": made(torch.randn(*batch["input_ids"].shape, VOCAB))}
+
+        args = arguments(tmp_path, max_steps=1)
+        options = {"train_dataset": data, "loss": LOSS, "data_collator": collated}
+        trainer = DistillationTrainer(llama(1), args, **options)
+        if not text:
+            assert run(trainer).state.global_step == 1
+            continue
+        with pytest.raises((ValueError, TypeError), match=text):
+            trainer.train()

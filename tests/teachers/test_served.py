@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import served_model
 import torch
 from causal_models import VOCAB
 from served_model import NAME, Server, local
 from torch import Tensor
 
 import fastkd
-from fastkd.teachers import Served
+from fastkd.teachers import Served, formats
 from fastkd.teachers.served import client
 
 K = 8
@@ -58,6 +60,71 @@ def test_the_loss_is_that_of_the_model_itself(api: str, server: Server) -> None:
         torch.testing.assert_close(
             whole.tail_logprob[kept], expected.tail_logprob[kept], atol=1e-4, rtol=0
         )
+
+
+def test_llama_cpp_writes_a_whole_character(server: Server) -> None:
+    """Of half a character the real one tells nothing, as the one here: the recorded answers."""
+    ids = torch.randint(3, VOCAB, (2, 7))
+    best = local(server, ids).argmax(-1)
+    assert bool((best % 2).any())  # rows whose best token would be half a character
+    with Served(server.url, api="llama.cpp", k=3) as teacher:
+        assert torch.equal(teacher(ids).indices[..., 0].long(), best)
+    rows = [
+        {"id": 139, "token": "", "bytes": [207], "logprob": -4.198049068450928},
+        {"id": 92, "token": "}", "bytes": [125], "logprob": -4.3924760818481445},
+        {"id": 292, "token": "", "bytes": [], "logprob": -3.4028234663852886e38},  # log 0
+    ]
+    own = {"id": 64, "token": "a", "bytes": [97], "logprob": -4.878931522369385}
+    said = {"content": "a", "stop_type": "limit", "completion_probabilities": [own]}
+    own["top_logprobs"] = rows
+    (record,) = formats.read("llama.cpp", said)
+    assert record.topk.indices.tolist() == [[139, 92, 64]]
+    silent = {"content": "", "tokens": [], "stop_type": "limit", "timings": {}}
+    with pytest.raises(ValueError, match=r"half a character.*completion_probabilities"):
+        [*formats.read("llama.cpp", silent)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ("/etc/answers.json", "answer: got '/etc/answers.json', expected an object"),
+        ([], "answer: got .*expected an object"),
+        (None, "answer: got None, expected an object"),
+        ({"error": {"message": "still loading"}}, "answer: got the error .*still loading"),
+        ({"choices": [{"prompt_logprobs": [None, {"3": {"logprob": "x"}}]}]}, "got 'x' in 'logp"),
+        ({"choices": [{"prompt_logprobs": [None, {"9" * 20: {"logprob": -1.0}}]}]}, "got the tok"),
+    ],
+)
+def test_answers_that_are_none(answer: Any, text: str, server: Server, monkeypatch: Any) -> None:
+    monkeypatch.setitem(served_model.ANSWERS, "/v1/completions", lambda *_: answer)
+    with Served(server.url, k=2) as teacher:
+        with pytest.raises(ValueError, match=text):
+            teacher(torch.tensor([[5]]))
+        assert len(server.requests) == 1
+
+
+def test_texts_that_are_none(server: Server) -> None:
+    ids = torch.randint(3, VOCAB, (2, 6))
+    with Served(server.url, k=2, vocab_size=VOCAB) as teacher:
+        for wrong, labels, text in [
+            (
+                ids.masked_fill(ids == ids[0, 3], -100),
+                None,
+                r"input_ids: got -100, .*attention_mas",
+            ),
+            (ids + VOCAB, None, r"input_ids: got the id \d+ in a text, expected .*vocab_size=99"),
+            (ids, torch.full_like(ids, -1), r"labels: got -1, expected ids from 0; or -100"),
+            (ids, ids.float(), r"labels: got torch.float32, expected the ids behind"),
+        ]:
+            with pytest.raises((ValueError, TypeError), match=text):
+                teacher.score(wrong, labels)
+        with pytest.raises(TypeError, match="teacher: got a Served to copy or pickle"):
+            copy.deepcopy(teacher)
+        assert not server.requests
+        mask = torch.ones(2, 6)  # as some collators make it
+        assert teacher(input_ids=ids, attention_mask=mask).shape == (2, 6, 2)
+    with pytest.raises(RuntimeError, match=r"teacher: got a question .* after close\(\)"):
+        teacher(ids)
 
 
 def test_temperature_is_trls_alone(server: Server) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import tables
 from .records import Options, Record, Rows, ragged
@@ -24,7 +25,7 @@ def read_v1(source: Any, _: Options) -> Iterator[Rows]:
         ]
         ids, values = ragged(entries)
         tokens = tables.optional_ids(row, "input_ids", where)
-        yield Rows(tokens, ids, values, torch.arange(-len(ids), 0), at)
+        yield _last(tokens, ids, values, at)
 
 
 def read_v2(source: Any, _: Options) -> Iterator[Rows]:
@@ -32,7 +33,16 @@ def read_v2(source: Any, _: Options) -> Iterator[Rows]:
     for where, row in tables.rows(source):
         ids, values = tables.pair(row, "target_token_ids", "logprobs", where)
         tokens = tables.optional_ids(row, "input_ids", where)
-        yield Rows(tokens, ids, values, torch.arange(-len(ids), 0), f"{where}.logprobs")
+        yield _last(tokens, ids, values, f"{where}.logprobs")
+
+
+def _last(tokens: Tensor | None, ids: Tensor, values: Tensor, where: str) -> Rows:
+    """Rows of the last of all tokens; an empty one for the first, which nobody predicts, goes."""
+    size = 0 if tokens is None else len(tokens)
+    if 0 < len(ids) == size and bool(((ids[0] == -1) | (values[0] == -torch.inf)).all()):
+        ids, values = ids[1:], values[1:]
+    places = torch.arange(-len(ids), 0)
+    return Rows(tokens, ids, values, places + size if len(ids) <= size else places, where)
 
 
 def write_v2(records: Iterable[Record], path: str | os.PathLike[str]) -> None:

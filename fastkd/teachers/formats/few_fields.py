@@ -61,10 +61,11 @@ def read_easydistill(source: Any, _: Options) -> Iterator[Rows]:
     else:
         found = tables.rows(source)  # type: ignore[assignment]
     for where, line in found:
-        if not isinstance(line, list) or not all(isinstance(x, Mapping) for x in line):
+        if not isinstance(line, list) or not all(isinstance(x or {}, Mapping) for x in line):
             raise ValueError(f"{where}: got {describe(line)}, expected a list of {{id: prob}}")
         rows = [
-            [(id_of(i, where, digits=True), value(p, where)) for i, p in x.items()] for x in line
+            [(id_of(i, where, digits=True), value(p, where)) for i, p in (x or {}).items()]
+            for x in line
         ]
         yield generated_rows(rows, None, where)
 

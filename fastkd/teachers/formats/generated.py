@@ -18,8 +18,9 @@ def read_llama_cpp(source: Any, _: Options) -> Iterator[Rows]:
     which it is.
     """
     for where, answer in answers(source):
-        name = "probs" if "completion_probabilities" not in answer else "completion_probabilities"
-        said, at = field(answer, name, where, "n_probs=k"), f"{where}.{name}"
+        name = "probs" if "probs" in answer else "completion_probabilities"
+        asked = "n_probs=k (nothing is told where half a character was written)"
+        said, at = field(answer, name, where, asked), f"{where}.{name}"
         rows, tokens, kinds = [], [], set()
         for entry in said:
             if "id" not in entry:

@@ -128,3 +128,11 @@ def ragged(rows: list[list[tuple[int, float]] | None]) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[i for i, _ in row] for row in square], dtype=torch.int64)
     values = torch.tensor([[x for _, x in row] for row in square], dtype=torch.float64)
     return ids.view(-1, k), values.view(-1, k)
+
+
+def parsed(text: str, where: str) -> Any:
+    """JSON of a file or a line; ValueError names it."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: got no JSON ({error!s:.80}), expected it") from None

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastkd.arguments.messages import describe, listed
 from fastkd.distill.serialization import needed
 
-from .records import Record
+from .records import Record, parsed
 
 PICKLED = {".array_record", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy"}
 BATCH = 64  # rows decoded, or written, at a time
@@ -57,7 +57,9 @@ def _file(path: Path) -> Iterator[Any]:
         )
     if path.suffix == ".jsonl":
         with open(path, encoding="utf-8") as lines:
-            yield from (json.loads(line) for line in lines if line.strip())
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield parsed(line, f"{path}, line {number}")
         return
     if path.suffix == ".parquet":
         parquet = needed("pyarrow.parquet", str(path), "formats")
@@ -86,7 +88,8 @@ def column(row: Any, name: str, where: str) -> Any:
         raise ValueError(f"{where}: got {describe(row)}, expected columns, {name!r} among them")
     found = row.get(name)
     if found is None or (hasattr(found, "as_py") and not found.is_valid):
-        raise ValueError(f"{where}: got the columns {listed(row)}, expected {name!r}")
+        null = " (null)" if name in row else ""
+        raise ValueError(f"{where}: got the columns {listed(row)}, expected {name!r}{null}")
     return found
 
 
@@ -142,12 +145,22 @@ def _square(scalar: Any) -> Tensor | None:
 
 def pair(row: Any, of_ids: str, of_values: str, where: str) -> tuple[Tensor, Tensor]:
     """Two columns [rows, K] of one shape: ids, -1 where short, and values, -inf where short."""
-    left = grid(column(row, of_ids, where), -1, f"{where}.{of_ids}")
-    right = grid(column(row, of_values, where), -torch.inf, f"{where}.{of_values}")
+    left = grid(ids := column(row, of_ids, where), -1, f"{where}.{of_ids}")
+    values = column(row, of_values, where)
+    right = grid(values, -torch.inf, f"{where}.{of_values}")
     if left.shape != right.shape:
         got = f"{list(left.shape)} ids and {list(right.shape)} of {of_values!r}"
         raise ValueError(f"{where}.{of_ids}: got {got}, expected as many")
+    if bool(((left == -1) | (right == -torch.inf)).any()):  # rows may have other lengths
+        for number, (one, other) in enumerate(zip(plain(ids), plain(values), strict=True)):
+            if (sizes := (len(_or(one)), len(_or(other))))[0] != sizes[1]:
+                got = f"{sizes[0]} ids and {sizes[1]} of {of_values!r} in row {number}"
+                raise ValueError(f"{where}.{of_ids}: got {got}, expected as many")
     return left, right.double()
+
+
+def _or(row: Any) -> Any:
+    return () if row is None else row
 
 
 def tokens_of(record: Record, name: str) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from fastkd.arguments.messages import describe, listed, shown
 
-from .records import Rows, as_ids, ragged
+from .records import Rows, as_ids, parsed, ragged
 
 TOKEN_ID = "token_id:"
 
@@ -30,9 +29,9 @@ def answers(source: Any) -> Iterator[tuple[str, Any]]:
             with open(path, encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield f"{path}, line {number}", json.loads(line)
+                        yield f"{path}, line {number}", parsed(line, f"{path}, line {number}")
             return
-        source, name = json.loads(path.read_text(encoding="utf-8")), str(path)
+        source, name = parsed(path.read_text(encoding="utf-8"), str(path)), str(path)
     else:
         name = "answer"
     many = isinstance(source, (list, tuple))
@@ -58,7 +57,10 @@ def value(entry: Any, where: str, name: str = "logprob") -> float:
     if isinstance(entry, Mapping) and name not in entry:
         raise ValueError(f"{where}: got the fields {listed(entry)}, expected {name!r}")
     found = entry[name] if isinstance(entry, Mapping) else getattr(entry, name, None)
-    return -torch.inf if found is None else float(found)
+    try:
+        return -torch.inf if found is None else float(found)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: got {shown(found)} in {name!r}, expected a number") from None
 
 
 def id_of(key: Any, where: str, *, digits: bool) -> int:
@@ -67,7 +69,7 @@ def id_of(key: Any, where: str, *, digits: bool) -> int:
         return key
     if isinstance(key, str):
         number = key.removeprefix(TOKEN_ID)
-        if (digits or number != key) and number.isascii() and number.isdigit():
+        if (digits or number != key) and number.isascii() and number.isdigit() and len(number) < 19:
             return int(number)
     raise ValueError(
         f"{where}: got the token {shown(key)}, expected an id or 'token_id:N' (vLLM: "

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 import fastkd
+from fastkd.arguments.messages import shown
 
 from .. import formats
 
@@ -103,6 +104,11 @@ def _trl(question: Question, asking: Asking) -> list[dict[str, Any]]:
     ]
 
 
+# What llama.cpp writes is of no use, but of a token that is half a character it tells nothing: it
+# writes this one. The log-probabilities are those of its logits as they were.
+WRITTEN = [["a", 1e6]]
+
+
 def _llama_cpp(question: Question, asking: Asking) -> list[dict[str, Any]]:
     # it tells of what it writes alone: one token behind each beginning, whose cache it still has
     return [
@@ -111,6 +117,7 @@ def _llama_cpp(question: Question, asking: Asking) -> list[dict[str, Any]]:
             "n_predict": 1,
             "n_probs": asking.k,
             "temperature": 0.0,
+            "logit_bias": WRITTEN,
             "cache_prompt": True,
             "post_sampling_probs": False,
         }
@@ -145,6 +152,11 @@ def read(
         ValueError: other tokens, ids that the vocabulary has not, a row without columns, fewer
             columns than were asked for, NaN, or what `formats.read` refuses.
     """
+    for answer in answers:  # a reader of files would take text for a path
+        if not isinstance(answer, dict):
+            raise ValueError(f"answer: got {shown(answer)}, expected an object with its rows")
+        if isinstance(error := answer.get("error"), (dict, str)):  # with status 200
+            raise ValueError(f"answer: got the error {shown(error)}, expected rows")
     options: dict[str, Any] = {"temperature": asking.temperature, "tail": asking.tail}
     if api.whole:
         said = _whole(api, answers[0], question, options)

@@ -99,6 +99,10 @@ class Client:
                     except OSError:
                         pass  # it is down already
 
+    @property
+    def closed(self) -> bool:
+        return self._closed.is_set()
+
     def release(self) -> None:
         """Close the connections, of which no thread has use any more."""
         for connection in self._open:

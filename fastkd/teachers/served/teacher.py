@@ -198,6 +198,12 @@ class Served(Teacher):
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._client.release()
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "teacher: got a Served to copy or pickle, expected the one that was made: it has "
+            "threads and connections"
+        )
+
     def __enter__(self) -> Served:
         return self
 
@@ -220,6 +226,15 @@ class Served(Teacher):
             raise RuntimeError(
                 "teacher: got a Served in another process (a DataLoader's worker?), expected the "
                 "one that made it: its threads live there"
+            )
+        if self._client.closed:
+            raise RuntimeError(
+                f"teacher: got a question for {self.url} after close(), expected none"
+            )
+        if self.vocab_size is not None and (most := max(question.tokens)) >= self.vocab_size:
+            got = f"the id {most} in a text"
+            raise ValueError(
+                f"input_ids: got {got}, expected ids below vocab_size={self.vocab_size}"
             )
         name = key(self._question(question))
         with self._lock:

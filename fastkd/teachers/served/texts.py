@@ -22,6 +22,8 @@ def questions(
     if labels is not None and labels.shape != ids.shape:
         got = f"{list(labels.shape)} for input_ids {list(ids.shape)}"
         raise ValueError(f"labels: got {got}, expected one for each")
+    if labels is not None and labels.is_floating_point():
+        raise TypeError(f"labels: got {labels.dtype}, expected the ids behind each position, -100")
     wanted = [None] * len(ids) if labels is None else [*labels.cpu()]
     return ids, [_question(*x) for x in zip(ids.tolist(), mask.cpu(), wanted, strict=True)]
 
@@ -40,7 +42,8 @@ def _ids(inputs: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
         got = f"{list(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else shown(ids)
         raise TypeError(f"input_ids: got {got}, expected int [B, L]: a server reads tokens")
-    more = [name for name, x in named.items() if any(y.is_floating_point() for y in tensors(x))]
+    others = {name: x for name, x in named.items() if name != "attention_mask"}
+    more = [name for name, x in others.items() if any(y.is_floating_point() for y in tensors(x))]
     if more:
         raise TypeError(f"inputs: got {listed(more)} beside input_ids, expected tokens alone")
     places = named.get("position_ids")
@@ -76,4 +79,8 @@ def _question(ids: list[int], mask: Tensor, labels: Tensor | None) -> tuple[int,
     else:  # nobody knows: what is said of it does not depend on it
         then = ids[last + 1] if last + 1 < len(ids) else ids[last]
     tokens = (*ids[first : last + 1], then)
+    if min(tokens) < 0:
+        got, name = min(tokens), "input_ids" if min(tokens[:-1]) < 0 else "labels"
+        hint = "attention_mask says which tokens are padding" if name == "input_ids" else "or -100"
+        raise ValueError(f"{name}: got {got}, expected ids from 0; {hint}")
     return first, Question(tokens, tuple(row - first for row in rows))

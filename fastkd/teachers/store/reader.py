@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import fastkd
+from fastkd.arguments.messages import shown
+from fastkd.arguments.numbers import integer
 from fastkd.distill.logging import progress_bar
 from fastkd.teachers.files import CacheError, fault
 from fastkd.teachers.heads import StoredLogits, head_in
@@ -106,7 +108,10 @@ class Reader(Dataset[Any]):
         """The samples of these numbers, decoded together; IndexError: one is not there."""
         if not len(numbers):
             return []
-        pa, asked = fmt.needed("pyarrow"), torch.as_tensor(list(numbers))
+        given = [x.item() if isinstance(x, Tensor) else x for x in numbers]
+        if wrong := [x for x in given if integer(x) is None]:
+            raise TypeError(f"sample: got {shown(wrong[0])}, expected its number, an integer")
+        pa, asked = fmt.needed("pyarrow"), torch.as_tensor([int(x) for x in given])
         of = torch.searchsorted(self._spans[:, 0].contiguous(), asked, right=True) - 1
         for number in asked[(of < 0) | (asked > self._spans[of, 1])].tolist():
             there = f"{len(self)} samples with numbers up to {self.shards[-1].last}"

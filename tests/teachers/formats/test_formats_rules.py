@@ -271,7 +271,7 @@ def test_formats_are_named() -> None:
         ("trl", {}, "expected logprobs_b64, or lists"),
         ("tgi", {"generated_text": "a"}, "expected details=true in 'details'"),
         ("tgi", {"details": {"tokens": []}}, "expected top_n_tokens=k in 'top_tokens'"),
-        ("llama.cpp", {"content": "a"}, "expected n_probs=k in 'probs'"),
+        ("llama.cpp", {"content": "a"}, r"expected n_probs=k .* in 'completion_probabilities'"),
         ("easydistill", [[1]], "expected a list of {id: prob}"),
         ("verl", ["x"], "got str 'x', expected columns, 'teacher_ids' among them"),
         ("verl", [{"teacher_ids": [[0], [0]], "teacher_logprobs": [[0.0], [0.0]]}], "K > 1"),
@@ -365,3 +365,27 @@ def test_a_report_is_read_by_people_and_programs() -> None:
     text = str(reading.report)
     assert text.startswith("vllm: 1 sequences, 3 rows (1 without a teacher), at most 2 columns")
     assert "1 ids beyond the vocabulary" in text
+
+
+def test_rows_of_the_last_tokens_beside_all_ids() -> None:
+    """axolotl's: they count from the start there; an empty row for the first token goes."""
+    row = {"input_ids": [5, 1, 3], "target_token_ids": [[1, 2], [3, 4]]}
+    row["logprobs"] = [[-0.1, -3.0], [-0.2, -2.5]]
+    first = {name: x if name == "input_ids" else [[], *x] for name, x in row.items()}
+    for one in (row, first):
+        (record,) = formats.read("axolotl-v2", [one])
+        assert record.teaches.tolist() == [1, 2] and record.aligned().shape == (2, 2)
+    odd = {**row, "logprobs": [[-0.1], [-0.2, -2.5]]}
+    with pytest.raises(ValueError, match=r"got 2 ids and 1 of 'logprobs' in row 0, expected as m"):
+        next(formats.read("axolotl-v2", [odd]))
+    with pytest.raises(ValueError, match=r"expected 'target_token_ids' \(null\)"):
+        next(formats.read("axolotl-v2", [{**row, "target_token_ids": None}]))
+
+
+def test_what_is_no_json_is_named(tmp_path: Path) -> None:
+    for name, text, where in (("a.json", "{", "a.json: "), ("b.jsonl", "\n{oops\n", "line 2: ")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{where}got no JSON"):
+            next(formats.read("vllm", tmp_path / name))
+    (record,) = formats.read("easydistill", [[{"1": 0.5}, None, {}]])
+    assert record.topk.indices.tolist() == [[1], [-1], [-1]]
