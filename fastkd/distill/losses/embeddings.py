@@ -23,6 +23,7 @@ from typing_extensions import Unpack
 
 import fastkd
 from fastkd.arguments.messages import describe, shown, sizes
+from fastkd.arguments.tensors import check_dense
 
 from ..batch import Batch, Outputs
 from ..distributed import gathered_rows
@@ -214,6 +215,7 @@ def _sides(name: str, x: Embeddings) -> tuple[Tensor, Tensor]:
     for part in pair:
         if not isinstance(part, Tensor) or part.dtype not in DTYPES:
             raise TypeError(f"{name}: got {describe(part)}, expected float embeddings [N, D]")
+        check_dense(name, part)
     if a.dim() != 2 or b.dim() != 2 or a.size(1) != b.size(1):
         raise ValueError(f"{name}: got {_shapes(x)}, expected embeddings [N, D], pooled; one D")
     return a, b

@@ -27,6 +27,7 @@ from typing_extensions import Unpack
 from fastkd import rows as row_options
 from fastkd.arguments.messages import describe, shown, sizes
 from fastkd.arguments.numbers import real
+from fastkd.arguments.tensors import check_dense
 
 from ..batch import Batch, Outputs
 from ..targets import kept_rows, label_of_each, teacher_logits
@@ -199,6 +200,7 @@ def _rows(
             continue
         if not isinstance(x, Tensor) or x.dtype not in DTYPES:
             raise TypeError(f"{name}: got {describe(x)}, expected a tensor of floats [..., D]")
+        check_dense(name, x)
         if x.shape != student.shape or not x.dim() or not x.size(-1):
             hint = "; of one number a row, [..., 1]" if name == "student" else ""
             if name != "student" and x.numel() == student.numel() > 0:
