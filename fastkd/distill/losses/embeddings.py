@@ -27,7 +27,7 @@ from fastkd.arguments.tensors import check_dense
 
 from ..batch import Batch, Outputs
 from ..distributed import gathered_rows
-from ..targets import teacher_logits
+from ..targets import teacher_logits, try_options
 from ..terms import Term, Weight
 from .chunked import DTYPES, positive
 from .feature_shapes import full_precision, unit
@@ -177,6 +177,7 @@ def embedding(
         ValueError: in training: a model without that output.
     """
     name = str(name or getattr(function, "__name__", "embedding"))
+    try_options(function, options, 2, 4)
 
     def call(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         own = _output("student", student, output)

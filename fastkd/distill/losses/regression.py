@@ -30,7 +30,7 @@ from fastkd.arguments.numbers import real
 from fastkd.arguments.tensors import check_dense
 
 from ..batch import Batch, Outputs
-from ..targets import kept_rows, label_of_each, teacher_logits
+from ..targets import kept_rows, label_of_each, teacher_logits, try_options
 from ..terms import Term, Weight
 from .chunked import DTYPES
 
@@ -163,6 +163,7 @@ def regression(
         **options: of the function.
     """
     name = str(name or getattr(function, "__name__", "regression"))
+    try_options(function, options, 2, 4)
 
     def call(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         target = teacher_logits(name, teacher)
