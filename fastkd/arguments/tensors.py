@@ -18,6 +18,12 @@ def layout(x: Tensor) -> str:
     return "a nested tensor" if x.is_nested else f"{type(x).__name__} ({x.layout})"
 
 
+def check_dense(name: str, x: Tensor) -> None:
+    """TypeError for a sparse or nested tensor."""
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"{name}: got {layout(x)}, expected a dense tensor")
+
+
 def answers_itself(x: Tensor) -> bool:
     """Whether it is of a subclass that does torch's operations its own way, over other tensors.
 

@@ -9,12 +9,15 @@ so it is refused here.
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+import fastkd
 from fastkd.arguments.messages import describe, shown
 from fastkd.arguments.numbers import integer
 
@@ -202,6 +205,22 @@ def bare_function(function: Callable[..., Any]) -> Any:
     while isinstance(function, functools.partial):
         function = function.func
     return function
+
+
+def try_options(function: Callable[..., Any], options: Mapping[str, Any], *shape: int) -> None:
+    """Runs a loss of this package once on small numbers: a wrong option is refused when it is given.
+
+    Options that are tensors or groups belong to a batch, a function of the step is taken for 1.
+    """
+    if not is_own_loss(function):
+        return
+    given = {k: 1.0 if callable(v) else v for k, v in options.items() if k != "group"}
+    given = {k: v for k, v in given.items() if not isinstance(v, Tensor)}
+    names = inspect.signature(bare_function(function)).parameters
+    sides = [torch.zeros(shape, device="cpu"), torch.ones(shape, device="cpu")]
+    targets = sides[:1] if "targets" in names else []
+    with fastkd.use_backend("reference"), torch.no_grad():
+        function(*sides, *targets, **given)
 
 
 def is_own_loss(function: Callable[..., Any]) -> bool:

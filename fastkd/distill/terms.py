@@ -30,6 +30,7 @@ from .targets import (
     labels_of,
     only,
     teacher_logits,
+    try_options,
     without,
 )
 
@@ -183,6 +184,8 @@ def soft(
     """
     if rows not in ("all", "labelled"):
         raise ValueError(f"rows: got {shown(rows)}, expected 'all' or 'labelled'")
+    constant = dict(temperature=temperature, divergence=divergence, alpha=0.0)
+    try_options(fastkd.distillation_loss, constant, 2, 3)
 
     look = Classes(name, class_dim)
 

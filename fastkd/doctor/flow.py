@@ -69,6 +69,7 @@ class Tag:
     pair: tuple[Tag, Tag] | None = None  # of a ratio
     mapped: bool = False  # the columns were chosen or reordered
     columns: int = 0  # before a truncation
+    squashed: bool = False  # by a sigmoid
     scale: float = 0.0  # of a GradScaler
 
 

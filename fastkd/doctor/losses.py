@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -184,7 +185,7 @@ def _softmax(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: T
 
 def _sigmoid(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag) -> None:
     tag = watch.book.of(args[0])
-    new.origins, new.rows, new.run = tag.origins, tag.rows, tag.run
+    new.origins, new.rows, new.run, new.squashed = tag.origins, tag.rows, tag.run, True
 
 
 def _log(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag) -> None:
@@ -252,12 +253,33 @@ def wrapped(watch: Watch, loss: Any) -> Any:
     return watched
 
 
+def wrapped_binary(watch: Watch, loss: Any) -> Any:
+    """The losses of one logit each."""
+
+    def watched(what: Any, student: Any, teacher: Any, **options: Any) -> Any:
+        if watch.busy:
+            return loss(what, student, teacher, **options)
+        watch.busy += 1
+        try:
+            out = loss(what, student, teacher, **options)
+        finally:
+            watch.busy -= 1
+        with watch._quiet(), torch.no_grad():
+            operands.binary_after(watch, what, student, teacher, options, out)
+        return out
+
+    return watched
+
+
 def left(
     watch: Watch, module: nn.Module, origin: Origin, fed: int, args: Any, kwargs: Any, out: Any
 ) -> None:
     """A module has returned: its outputs know it, and know the ids that it read."""
     given = [x for x in tensors((args, kwargs))]
     mask = kwargs.get("attention_mask")
+    if mask is None and len(args) > 1:
+        named = zip(inspect.signature(module.forward).parameters, args, strict=False)
+        mask = dict(named).get("attention_mask")
     found = list(tensors(dict(out) if hasattr(out, "keys") else out))
     for x in found:
         if not x.is_floating_point():

@@ -174,7 +174,9 @@ def loss(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag) 
         _hard_values(watch, name, a)
     else:
         factor = 1.0 if reduction == "mean" else 1.0 / max(a.shape[0] if a.dim() else 1, 1)
-        term(watch, new, "pair", f"F.{name}", a, b, factor, 1.0)
+        one = term(watch, new, "pair", f"F.{name}", a, b, factor, 1.0)
+        if name == "binary_cross_entropy_with_logits":
+            _no_sigmoid(watch, one, a, f"F.{name}(logits, labels)")
 
 
 def _kl_values(watch: Watch, a: Tensor, b: Tensor, log_target: bool) -> None:
@@ -269,6 +271,51 @@ def fastkd_after(
     elif isinstance(labels, Tensor):
         places.all_ignored(watch, one, labels, ignored)
     new.terms, new.mask = tag.terms, tag.mask
+
+
+def binary_after(
+    watch: Watch, what: Any, student: Tensor, teacher: Tensor, options: Any, out: Tensor
+) -> None:
+    """A call of a loss of one logit each: a soft term, a hard one, or both."""
+    labels = options.get("labels")
+    kept = student.numel()
+    if isinstance(labels, Tensor):
+        ignored = options.get("ignore_index", IGNORED)
+        left_out = torch.isin(labels, torch.tensor(ignored, device=labels.device)) | labels.isnan()
+        kept -= int(left_out.sum())
+    mean = options.get("reduction", "mean") == "mean"
+    factor = 1.0 / (number(options.get("normalizer")) or max(kept, 1)) if mean else 1.0
+    divergence, T = what.divergence.name, what.temperature
+    own = what.hard == 0.0 and what.soft == 1.0
+    name = f"fastkd.binary_{divergence}_div" if own else "fastkd.binary_distillation_loss"
+    new, tag = watch.book.of(out), Tag()
+    tag.mask = side(watch, student).tag.mask | side(watch, teacher).tag.mask
+    if what.soft:
+        one = term(
+            watch, tag, "fastkd", name, student, teacher, factor, kept, temperature=T
+        )  # fmt: skip
+        one.reverse = one.reverse or divergence != "kl"
+        squared = abs(what.soft - (1.0 - what.hard) * T * T) <= 1e-6 * max(what.soft, 1.0)
+        if not own and T != 1.0:
+            one.power = 2 if squared else -9  # left out on purpose: t_squared=False
+        tag.terms = (Part(one, factor * what.soft),)
+        for x in (student, teacher):
+            _no_sigmoid(watch, one, x, f"{name}(student_logits, teacher_logits)")
+    if what.hard:
+        second = term(watch, Tag(), "hard", name, student, None, factor, kept)
+        tag.terms = (*(tag.terms if what.soft else ()), Part(second, factor * what.hard))
+    new.terms, new.mask = tag.terms, tag.mask
+
+
+def _no_sigmoid(watch: Watch, one: Term, x: Tensor, fix: str) -> None:
+    """Logits that went through a sigmoid or a softmax before."""
+    tag = watch.book.get(x)
+    if tag is None or not x.numel():
+        return
+    within = 0.0 <= float(x.min()) and float(x.max()) <= 1.0
+    if tag.kind in ("prob", "logprob") or (tag.squashed and within):
+        text = f"{one.name} takes logits, an operand holds probabilities"
+        watch.mark("probabilities", one.site, text, fix)
 
 
 def _logits(watch: Watch, one: Term, x: Tensor, vocab_size: int | None) -> None:

@@ -283,6 +283,8 @@ class Watch(TorchFunctionMode):
             patched = losses.wrapped(self, core.dispatch.loss)
             self._patch(stack, core.losses, "loss", patched)
             self._patch(stack, core.dispatch, "loss", patched)
+            binary: Any = fastkd.binary
+            self._patch(stack, binary, "loss", losses.wrapped_binary(self, binary.loss))
             hook = register_optimizer_step_post_hook(lambda o, *_: self._stepped(o))
             stack.callback(hook.remove)
             self._patch(stack, torch, "compile", _uncompiled)

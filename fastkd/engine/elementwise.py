@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastkd.arguments.messages import describe, shown, sizes
-from fastkd.arguments.tensors import DTYPES, INT_DTYPES, layout
+from fastkd.arguments.tensors import DTYPES, INT_DTYPES, check_dense, layout
 from fastkd.backends.base import on_host
 from fastkd.backends.choice import in_functorch, pick, valueless
 from fastkd.bernoulli import Bernoulli, describe_logits
@@ -108,12 +108,15 @@ def _check_labels(labels: Any, student: Tensor) -> None:
     expected = f"a tensor {sizes(student.shape)} of floats from 0 to 1, bool or integers 0 and 1"
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: got {describe(labels)}, expected {expected}")
-    if not (labels.is_floating_point() or labels.dtype in INT_DTYPES or labels.dtype == torch.bool):
+    check_dense("labels", labels)
+    if labels.dtype not in (*DTYPES, *INT_DTYPES, torch.bool):
         raise TypeError(f"labels: got {describe(labels)}, expected {expected}")
     if labels.shape != student.shape:
         hint = ""
         if labels.numel() == student.numel():
             hint = f"; labels.view({sizes(student.shape)}) if the order is the same"
+        elif labels.shape == student.shape[:-1]:
+            hint = "; of one class among several it is fastkd.distillation_loss"
         raise ValueError(f"labels: got shape {sizes(labels.shape)}, expected {expected}{hint}")
     if labels.device != student.device:
         raise ValueError(f"labels: got a tensor on {labels.device}, expected {student.device}")
@@ -132,6 +135,7 @@ def _check_factor(name: str, x: Any, student: Tensor) -> None:
     shape = sizes(student.shape)
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"{name}: got {describe(x)}, expected floats that broadcast to {shape}")
+    check_dense(name, x)
     try:
         fits = torch.broadcast_shapes(x.shape, student.shape) == student.shape
     except RuntimeError:

@@ -133,10 +133,13 @@ def check_teacher(problem: Problem, teacher: Any) -> None:
 def fitting(problems: Collection[Problem], options: Mapping[str, Any], columns: Any) -> Problem:
     """The first problem that has all these options; TypeError, ValueError where none takes them."""
     problem = next((x for x in problems if options.keys() <= {*x.options}), next(iter(problems)))
+    hint = ""
+    if problem is NUMBERS and columns in (None, 1):
+        hint = "; of one yes or no it is 'multi_label_classification' in both configs"
     for name in options.keys() - {*problem.options}:
         raise TypeError(
             f"{name}: got it in the loss of a student with problem_type {problem.name!r}, whose "
-            f"options are {', '.join(problem.options)}"
+            f"options are {', '.join(problem.options)}{hint}"
         )
     sides = torch.zeros(1, columns or 2), torch.ones(1, columns or 2)
     labels = sides[0] if problem.each else torch.zeros(1, dtype=torch.long)

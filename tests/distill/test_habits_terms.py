@@ -396,3 +396,23 @@ def test_masks_that_cannot_be_used_are_named() -> None:
     term = distill.feature("hidden", "hidden", features.hint, mask="attention_mask")
     with pytest.raises(ValueError, match=r"mask: got \[6, 4\] for features \[6, 8, 5\]"):
         step(Tokens(), given, term, teacher=Tokens())
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: distill.soft(divergence="nope"), "divergence: got 'nope'"),
+        (lambda: distill.soft(temperature=0), "temperature: got 0"),
+        (lambda: distill.binary_soft(divergence="tv"), "divergence: got 'tv'"),
+        (lambda: distill.regression(kind="huber"), "kind: got 'huber'"),
+        (lambda: distill.regression(alhpa=0.2), "unexpected options .'alhpa'"),
+        (lambda: distill.ranking(normalize="max"), "normalize: got 'max'"),
+        (lambda: distill.embedding(kind="x"), "kind: got 'x'"),
+    ],
+)
+def test_an_option_is_refused_where_it_is_given(make: Any, says: str) -> None:
+    """Before the first step, which may be hours of preparation later."""
+    with pytest.raises((TypeError, ValueError), match=says):
+        make()
+    distill.soft(temperature=lambda step: 4.0)
+    distill.regression(lambda s, t, y, own: s.sum(), own=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from faulty_images import IMAGES
+from faulty_logits import BINARY
 
 RIGHT = {
     "hinton": IMAGES
@@ -288,4 +289,5 @@ for _ in range(3):
     (F.cross_entropy(s, marks) + pixels + maps).backward()
     opt.step()
 """,
+    "one logit each": BINARY.replace("{operands}", "s, t"),
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import faulty_images
+import faulty_logits
 import faulty_text
 import pytest
 import right_images
@@ -21,7 +22,7 @@ from fastkd.distill import diagnose
 from fastkd.doctor import FAULTS as KNOWN
 from fastkd.doctor import examine
 
-FAULTS = {**faulty_images.FAULTS, **faulty_text.FAULTS}
+FAULTS = {**faulty_images.FAULTS, **faulty_logits.FAULTS, **faulty_text.FAULTS}
 RIGHT = {**right_images.RIGHT, **right_text.RIGHT}
 
 

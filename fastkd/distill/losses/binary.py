@@ -19,7 +19,7 @@ from torch import Tensor
 import fastkd
 
 from ..batch import IGNORED, Batch, Outputs
-from ..targets import label_of_each, teacher_logits
+from ..targets import label_of_each, teacher_logits, try_options
 from ..terms import Term, Weight
 
 
@@ -67,6 +67,8 @@ def binary_soft(
         divergence: "kl", "reverse_kl" or "js", or their entries of `fastkd.divergences`.
         name: of the term.
     """
+    options = dict(temperature=temperature, divergence=divergence)
+    try_options(fastkd.binary_distillation_loss, {**options, "alpha": 0.0}, 2, 1)
 
     def function(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         T = temperature(batch.step) if callable(temperature) else temperature

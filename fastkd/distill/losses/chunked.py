@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 
 from fastkd import rows as row_options
 from fastkd.arguments.messages import shown
+from fastkd.arguments.tensors import check_dense
 from fastkd.rows import IGNORED, RowOptions
 
 # ([n, V] student, [n, V] teacher, [n] label) -> [n] loss; float32, float64 where an operand is
@@ -126,6 +127,7 @@ def logits(name: str, x: Tensor) -> None:
         raise TypeError(
             f"{name}: got {x.dtype}, expected logits in float32, bfloat16, float16 or float64"
         )
+    check_dense(name, x)
     if x.dim() == 0 or x.size(-1) == 0:
         raise ValueError(f"{name}: got shape {list(x.shape)}, expected [..., V] with V >= 1")
 

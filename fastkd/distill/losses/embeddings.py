@@ -23,10 +23,11 @@ from typing_extensions import Unpack
 
 import fastkd
 from fastkd.arguments.messages import describe, shown, sizes
+from fastkd.arguments.tensors import check_dense
 
 from ..batch import Batch, Outputs
 from ..distributed import gathered_rows
-from ..targets import teacher_logits
+from ..targets import teacher_logits, try_options
 from ..terms import Term, Weight
 from .chunked import DTYPES, positive
 from .feature_shapes import full_precision, unit
@@ -176,6 +177,7 @@ def embedding(
         ValueError: in training: a model without that output.
     """
     name = str(name or getattr(function, "__name__", "embedding"))
+    try_options(function, options, 2, 4)
 
     def call(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         own = _output("student", student, output)
@@ -214,6 +216,7 @@ def _sides(name: str, x: Embeddings) -> tuple[Tensor, Tensor]:
     for part in pair:
         if not isinstance(part, Tensor) or part.dtype not in DTYPES:
             raise TypeError(f"{name}: got {describe(part)}, expected float embeddings [N, D]")
+        check_dense(name, part)
     if a.dim() != 2 or b.dim() != 2 or a.size(1) != b.size(1):
         raise ValueError(f"{name}: got {_shapes(x)}, expected embeddings [N, D], pooled; one D")
     return a, b

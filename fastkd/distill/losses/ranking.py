@@ -33,7 +33,7 @@ from fastkd.arguments.numbers import integer
 from fastkd.arguments.tensors import INT_DTYPES
 
 from ..batch import Batch, Outputs
-from ..targets import entry_of, teacher_logits
+from ..targets import entry_of, teacher_logits, try_options
 from ..terms import Term, Weight
 from .chunked import logits as check_scores
 from .chunked import wide
@@ -181,6 +181,7 @@ def ranking(
     name = str(name or getattr(function, "__name__", "ranking"))
     if mask is not None and lengths is not None:
         raise ValueError(f"mask: got {shown(mask)} beside lengths, expected one of them")
+    try_options(function, options, 2, 3)
 
     def call(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         found = dict(options)

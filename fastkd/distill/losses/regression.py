@@ -27,9 +27,10 @@ from typing_extensions import Unpack
 from fastkd import rows as row_options
 from fastkd.arguments.messages import describe, shown, sizes
 from fastkd.arguments.numbers import real
+from fastkd.arguments.tensors import check_dense
 
 from ..batch import Batch, Outputs
-from ..targets import kept_rows, label_of_each, teacher_logits
+from ..targets import kept_rows, label_of_each, teacher_logits, try_options
 from ..terms import Term, Weight
 from .chunked import DTYPES
 
@@ -162,6 +163,7 @@ def regression(
         **options: of the function.
     """
     name = str(name or getattr(function, "__name__", "regression"))
+    try_options(function, options, 2, 4)
 
     def call(student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         target = teacher_logits(name, teacher)
@@ -199,6 +201,7 @@ def _rows(
             continue
         if not isinstance(x, Tensor) or x.dtype not in DTYPES:
             raise TypeError(f"{name}: got {describe(x)}, expected a tensor of floats [..., D]")
+        check_dense(name, x)
         if x.shape != student.shape or not x.dim() or not x.size(-1):
             hint = "; of one number a row, [..., 1]" if name == "student" else ""
             if name != "student" and x.numel() == student.numel() > 0:
