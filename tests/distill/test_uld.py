@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from common import INF, INPUTS, Backend
 from oracle import FLOORS, assert_gradients, assert_values, oracle, row_factor
+from pairwise import pairwise
 from sorted_losses import classes, plain, run, uld
 from torch import Tensor
 
@@ -47,6 +48,7 @@ def in_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(chunked, "HOST_ELEMENTS", 30)
 
 
+@pairwise
 @pytest.mark.parametrize("name", [name for name in INPUTS if name != "ties"])
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("top", [None, 1, 4, 12, 99])

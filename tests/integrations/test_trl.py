@@ -14,6 +14,7 @@ import pytest
 import torch
 from common import INF
 from oracle import assert_gradients, assert_values
+from pairwise import pairwise
 from torch import Tensor
 
 import fastkd
@@ -56,6 +57,7 @@ def assert_equal(theirs: Any, s: Tensor, t: Tensor, *args: Any, **options: Any) 
     assert_gradients(mine[1], its[1], exact[1])
 
 
+@pairwise
 @each_dtype
 @each_beta
 @pytest.mark.parametrize("reduction", fused.REDUCTIONS)

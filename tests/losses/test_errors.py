@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -188,11 +189,11 @@ def _same(x: Tensor, y: Tensor) -> bool:
     )
 
 
-@pytest.mark.parametrize("loss", NAMED.values(), ids=NAMED.keys())
 @pytest.mark.parametrize("bad", ROWS.values(), ids=ROWS.keys())
-def test_refused_by_every_loss(loss: Callable[..., Tensor], bad: Bad) -> None:
+def test_refused_by_every_loss(bad: Bad) -> None:
     arguments = {"student": _s(), "teacher": _s(), **bad.arguments}
-    _refused(lambda: loss(**arguments), bad.error, bad.says)
+    for loss in NAMED.values():
+        _refused(partial(loss, **arguments), bad.error, bad.says)
 
 
 @pytest.mark.parametrize("bad", {**ROWS, **DISTILLATION}.values(), ids={**ROWS, **DISTILLATION})

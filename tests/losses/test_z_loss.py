@@ -96,11 +96,12 @@ def test_beside_a_mapped_teacher(
         _assert_added(student, mapped, labels, **options)
 
 
+@pairwise
 @pytest.mark.parametrize("columns", [300, 5000])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("form", ["dense", "linear", "topk", "restrict"])
-@pytest.mark.interpreted(8)
+@pytest.mark.interpreted(4)
 def test_outputs_are_as_without(
     kernels: Backend, form: str, alpha: float, temperature: float, columns: int
 ) -> None:

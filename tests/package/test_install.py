@@ -44,12 +44,15 @@ def _sdist(source: Path) -> Path:
     return found
 
 
-def test_sdist_has_all_that_the_sources_include(source: Path) -> None:
+def test_sdist_has_the_package_and_all_that_the_sources_include(source: Path) -> None:
+    want = sdist.files(source)
+    assert {"fastkd/py.typed", "fastkd/_C.pyi", "fastkd/backends/gpu/rows.py", "LICENSE"} <= want
     new = source / "csrc" / "later.hpp"  # a suffix that nobody has thought of
     new.write_text("#pragma once\n")
     isa = source / "csrc" / "isa_baseline.cpp"
     isa.write_text(isa.read_text() + '#include "later.hpp"\n')
     have = sdist.packed(_sdist(source))
+    assert want <= have
     included = {
         f"csrc/{name}"
         for file in (source / "csrc").iterdir()
@@ -57,12 +60,6 @@ def test_sdist_has_all_that_the_sources_include(source: Path) -> None:
     }
     assert {"csrc/vocab_parallel.h", "csrc/kernels.inl", "csrc/later.hpp"} <= included <= have
     assert {f"csrc/{name}" for name in sdist.files(source / "csrc")} <= have
-
-
-def test_sdist_has_the_package(source: Path) -> None:
-    want = sdist.files(source)
-    assert {"fastkd/py.typed", "fastkd/_C.pyi", "fastkd/backends/gpu/rows.py", "LICENSE"} <= want
-    assert want <= sdist.packed(_sdist(source))
 
 
 @pytest.mark.parametrize(

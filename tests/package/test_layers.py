@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,18 @@ HIDDEN = {
 DEVICE_QUESTIONS = {"is_cuda", "is_cpu", "is_xpu", "is_meta", "is_mps"}
 
 
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgotten() -> Iterator[None]:
+    """A million nodes, which garbage collections would go through."""
+    yield
+    _tree.cache_clear()
+
+
 def _module(path: Path) -> str:
     return path.relative_to(ROOT).with_suffix("").parts[0]
 
@@ -50,7 +63,7 @@ def _module(path: Path) -> str:
 def _imported(path: Path) -> Iterator[str]:
     """Modules of the package that a file imports, "" for the package itself."""
     package = ("fastkd", *path.relative_to(ROOT).parent.parts)
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -70,23 +83,23 @@ def _rank(module: str) -> int:
     return next(at for at, layer in enumerate(LAYERS) if module in layer)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports(path: Path) -> None:
-    module, imported = _module(path), set(_imported(path)) - {""}
-    if module in FACE:
-        assert "_C" not in imported
-        return
-    if module in USERS:
-        allowed = {"backends"} if path.name == "memory.py" else set()  # empties the buffer pool
-        assert not imported & HIDDEN - allowed
-    else:
-        assert "_C" not in imported or path.name == "cpu.py"
-    above = {name for name in imported - {"_C"} if _rank(name) > _rank(module)}
-    assert not above, f"{module} stands beneath {above}"
+def test_imports() -> None:
+    for path in FILES:
+        module, imported = _module(path), set(_imported(path)) - {""}
+        if module in FACE:
+            assert "_C" not in imported, path
+            continue
+        if module in USERS:
+            allowed = {"backends"} if path.name == "memory.py" else set()  # empties the buffer pool
+            assert not imported & HIDDEN - allowed, path
+        else:
+            assert "_C" not in imported or path.name == "cpu.py", path
+        above = {name for name in imported - {"_C"} if _rank(name) > _rank(module)}
+        assert not above, f"{path}: {module} stands beneath {above}"
 
 
 def _attributes(path: Path) -> Iterator[ast.Attribute]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Attribute):
             yield node
 
@@ -100,43 +113,44 @@ def _is_device_type(node: ast.Attribute) -> bool:
 CORE = [path for path in FILES if _module(path) not in USERS]
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nobody_but_the_backend_asks_for_a_device(path: Path) -> None:
-    asked = [node for node in _attributes(path) if node.attr in DEVICE_QUESTIONS]
-    types = [node for node in _attributes(path) if _is_device_type(node)]
-    assert not asked
-    if path.stem == "validate":
-        assert len(types) <= 1  # may a number come from the host
-    elif path.stem not in ("base", "choice"):
-        assert not types
+def test_nobody_but_the_backend_asks_for_a_device() -> None:
+    for path in CORE:
+        types = [node for node in _attributes(path) if _is_device_type(node)]
+        assert not [node for node in _attributes(path) if node.attr in DEVICE_QUESTIONS], path
+        if path.stem == "validate":
+            assert len(types) <= 1  # may a number come from the host
+        elif path.stem not in ("base", "choice"):
+            assert not types, path
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nobody_waits_for_a_device(path: Path) -> None:
+def test_nobody_waits_for_a_device() -> None:
     """.item(), .tolist() and torch.equal make the host wait for the GPU."""
     waits = {"item", "tolist", "synchronize"}
-    found = [
-        f"{node.attr} in line {node.lineno}" for node in _attributes(path) if node.attr in waits
-    ]
-    if path.stem == "layout":  # once for each group and layout, remembered off the host
-        assert len(found) == 1
-        found = []
-    equal = [
-        f"torch.equal in line {node.lineno}"
-        for node in _attributes(path)
-        if node.attr == "equal" and isinstance(node.value, ast.Name) and node.value.id == "torch"
-    ]
-    if path.stem == "proof":  # once for each device
-        assert len(equal) == 1
-        equal = []
-    assert not found + equal
+    for path in CORE:
+        found = [node.lineno for node in _attributes(path) if node.attr in waits]
+        if path.stem == "layout":  # once for each group and layout, remembered off the host
+            assert len(found) == 1
+            found = []
+        equal = [
+            node.lineno
+            for node in _attributes(path)
+            if node.attr == "equal"
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "torch"
+        ]
+        if path.stem == "proof":  # once for each device
+            assert len(equal) == 1
+            equal = []
+        assert not found + equal, path
 
 
 def test_nothing_is_pickled() -> None:
     for path in FILES:
-        tree = ast.parse(path.read_text())
         names = {
-            alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names
+            alias.name
+            for n in ast.walk(_tree(path))
+            if isinstance(n, ast.Import)
+            for alias in n.names
         }
         assert not names & {"pickle", "shelve", "marshal", "dill"}, path
         calls = {(n.value.id, n.attr) for n in _attributes(path) if isinstance(n.value, ast.Name)}

@@ -80,7 +80,7 @@ def demo():
 def recipes():
     from fastkd.recipes import runner
     runner.run(["distil-hinton"] if "distil-hinton" in runner.known() else list(runner.known())[:1],
-               seeds=1, size=0.01, jobs=1)
+               seeds=1, size=0.003, jobs=1)
 
 
 def pseudo():
