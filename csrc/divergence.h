@@ -85,18 +85,17 @@ FASTKD_INLINE V weighted(V w, V x) {
   return w * zero_unless<V>(w != V{}, x);
 }
 
-// 1 / x, finite where x is 0.
+// x, but normal where it is 0.
 template <class V>
-FASTKD_INLINE V over(V x) {
+FASTKD_INLINE V normal(V x) {
   using T = std::conditional_t<std::is_same<V, double>::value, double, float>;
-  constexpr T least = std::is_same<T, float>::value ? T(__FLT_MIN__) : T(__DBL_MIN__);
-  return inverse(larger(splat(least), x));
+  return larger(splat(std::is_same<T, float>::value ? T(__FLT_MIN__) : T(__DBL_MIN__)), x);
 }
 
-// 1 over the mixture a * p + (1 - a) * q; finite where both are 0.
+// The mixture a * p + (1 - a) * q.
 template <class V, class T>
-FASTKD_INLINE V over_mixture(V p, V q, T a) {
-  return over(fma(splat(a), p, splat(T(1) - a) * q));
+FASTKD_INLINE V mixture(V p, V q, T a) {
+  return normal(fma(splat(a), p, splat(T(1) - a) * q));
 }
 
 struct KL {
@@ -116,11 +115,11 @@ struct ReverseKL {
   }
 };
 
-// With m the mixture, x / m - 1 is a multiple of (p - q) / m, which keeps its digits near p = q;
-// and where p / m is small, q / m by way of it is exact at p = 0, in every column alike.
+// With m the mixture, x - m is a multiple of p - q, which keeps its digits near p = q; and where p
+// is far below m, what p adds to m keeps them, and is 0 at p = 0.
 template <class V>
-FASTKD_INLINE auto small(V share) {
-  return share < V{} + 0.5f;
+FASTKD_INLINE auto below_half(V p, V m) {
+  return p + p < m;
 }
 
 // beta = 1/2, by the smaller and the larger of p and q: exchanging the sides gives the same bits.
@@ -129,16 +128,17 @@ struct EvenJS {
   static constexpr Expectation expectation = Expectation::none;
   template <class V, class G, class T>
   static FASTKD_INLINE Rated<V> at(V p, V q, G gap_of, T) {
-    const T half = T(0.5);
-    const V less = smaller(p, q), more = larger(p, q), over_sum = over(p + q);
-    const V share = less * over_sum, gap = gap_of.least(less, more) * over_sum;
-    const auto apart = share < V{} + kLog1pBelow<T>;
-    // of more / m, or of half of it, which is 1 where less is 0
-    const V of_more = log1p(-(apart ? share : gap)), of_less = log(share + share, gap);
-    const V whole = of_more + zero_unless<V>(apart, V{} + static_cast<T>(kLn2));
+    const V less = smaller(p, q), more = larger(p, q), gap = gap_of.least(less, more);
+    const V sum = normal(p + q);
+    // at this share of the sum, 1 - sqrt(1/2), both arguments of atanh are equally large
+    const auto apart = less <= splat(T(0.29289321881345248)) * sum;
+    // of m / more, or of twice that, which is 1 where less is 0
+    const V of_more = atanh(ratio(apart ? less : gap, (sum + more) + zero_unless<V>(!apart, more)));
+    const V of_less = half_log(less + less, sum, gap);
+    const V whole = zero_unless<V>(apart, V{} + static_cast<T>(kLn2 / 2)) - of_more;
     const auto above = q >= p;
     using Where = typename Rated<V>::Where;
-    return {half * fma(less, of_less, more * whole), half * (above ? of_more : of_less),
+    return {fma(less, of_less, more * whole), above ? -of_more : of_less,
             static_cast<Where>(apart & above)};
   }
 };
@@ -149,14 +149,13 @@ struct UnevenJS {
   template <class V, class G, class T>
   static FASTKD_INLINE Rated<V> at(V p, V q, G gap_of, T beta) {
     const T rest = T(1) - beta;
-    const V weight = beta * p, over_m = over(fma(splat(rest), q, weight));
-    const V gap = gap_of(p, q) * over_m, share = p * over_m;
-    const auto apart = small(share);
-    const V above = -beta * (apart ? share : gap);
+    const V weight = beta * p, m = normal(fma(splat(rest), q, weight)), gap = gap_of(p, q);
+    const auto apart = below_half(p, m);
     // of q / m, or of rest * q / m
-    const V rate = rest * log(apart ? T(1) + above : q * over_m, above);
+    const V half = half_log(apart ? rest * q : q, m, -beta * (apart ? p : gap));
+    const V rate = (rest + rest) * half;
     const V value_q = q * (rate - zero_unless<V>(apart, rest * log(splat(rest))));
-    return {fma(weight, log(share, rest * gap), value_q), rate, apart};
+    return {fma(weight + weight, half_log(p, m, rest * gap), value_q), rate, apart};
   }
 };
 
@@ -187,11 +186,10 @@ struct SkewKL {
   template <class V, class G, class T>
   static FASTKD_INLINE Rated<V> at(V p, V q, G gap_of, T alpha) {
     const T rest = T(1) - alpha;
-    const V over_m = over_mixture(p, q, alpha), share = p * over_m;
-    const V gap = rest * (gap_of(p, q) * over_m);
+    const V m = mixture(p, q, alpha), gap = rest * gap_of(p, q);
     // rest - rest * p / m
-    const auto apart = small(share);
-    return {p * log(share, gap), -rest * (apart ? share : gap), apart};
+    const auto apart = below_half(p, m);
+    return {(p + p) * half_log(p, m, gap), -rest * ratio(apart ? p : gap, m), apart};
   }
 };
 
@@ -205,12 +203,12 @@ struct SkewReverseKL {
   template <class V, class G, class T>
   static FASTKD_INLINE Rated<V> at(V p, V q, G gap_of, T alpha) {
     const T rest = T(1) - alpha;
-    const V over_m = over_mixture(q, p, alpha), gap = gap_of(p, q) * over_m, share = p * over_m;
-    const auto apart = small(share);
-    const V above = -rest * (apart ? share : gap);
-    const V log_q = log(apart ? T(1) + above : q * over_m, above);  // of q / m, or of alpha q / m
-    const V value = q * (log_q - zero_unless<V>(apart, log(splat(alpha))));
-    return {value, log_q - (apart ? above : alpha * above), apart};
+    const V m = mixture(q, p, alpha);
+    const auto apart = below_half(p, m);
+    const V above = -rest * (apart ? p : gap_of(p, q));
+    const V half = half_log(apart ? alpha * q : q, m, above);  // of q / m, or of alpha q / m
+    const V log_q = half + half, value = q * (log_q - zero_unless<V>(apart, log(splat(alpha))));
+    return {value, log_q - ratio(apart ? above : alpha * above, m), apart};
   }
 };
 

@@ -55,11 +55,15 @@ __attribute__((noinline)) Top<T> top_rate(const Args& a, const Scratch<T>& scrat
   // p and q are alike and no column has most of the mass: no rate is further from 0
   if (less_one && to.p < 2 * to.q && to.q < 2 * to.p) return {centre};
   const T* kept = scratch.kept + 2 * heaviest;
-  T top = -2, other = 0;
-  for (int64_t i = 0; i < padded<T>(least(kBlock, a.vocab - heaviest)); i += kGroup<T>) {
-    for (int64_t j = 2 * i; j < 2 * i + kGroup<T>; ++j)
-      if (kept[j] > top) top = kept[j], other = kept[j + kGroup<T>];
-  }
+  const int64_t end = 2 * padded<T>(least(kBlock, a.vocab - heaviest));
+  V tops = splat(T(-2));
+  for (int64_t i = 0; i < end; i += 2 * kGroup<T>)
+    tops = larger(larger(loadu<V>(kept + i), loadu<V>(kept + i + Simd<T>::lanes)), tops);
+  const T top = largest(tops);
+  int64_t at = 0;  // the first of these
+  while (kept[at] != top)
+    if (++at % kGroup<T> == 0) at += kGroup<T>;  // over the teacher's
+  const T other = kept[at + kGroup<T>];
   const Rated<V> point = less_one
                              ? Sided<T, true>(to).template at<D>(splat(top), splat(other), param)
                              : Sided<T, false>(to).template at<D>(splat(top), splat(other), param);
