@@ -208,7 +208,7 @@ def bare_function(function: Callable[..., Any]) -> Any:
 
 
 def try_options(function: Callable[..., Any], options: Mapping[str, Any], *shape: int) -> None:
-    """Runs a loss of this package once on small numbers: a wrong option is refused when it is given.
+    """Runs a loss of this package once on small numbers: a wrong option is refused at once.
 
     Options that are tensors or groups belong to a batch, a function of the step is taken for 1.
     """

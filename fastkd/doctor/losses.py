@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -278,8 +279,9 @@ def left(
     given = [x for x in tensors((args, kwargs))]
     mask = kwargs.get("attention_mask")
     if mask is None and len(args) > 1:
-        named = zip(inspect.signature(module.forward).parameters, args, strict=False)
-        mask = dict(named).get("attention_mask")
+        with suppress(ValueError, TypeError):  # a forward that is not Python's
+            named = zip(inspect.signature(module.forward).parameters, args, strict=False)
+            mask = dict(named).get("attention_mask")
     found = list(tensors(dict(out) if hasattr(out, "keys") else out))
     for x in found:
         if not x.is_floating_point():

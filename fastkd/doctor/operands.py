@@ -279,7 +279,7 @@ def binary_after(
     """A call of a loss of one logit each: a soft term, a hard one, or both."""
     labels = options.get("labels")
     kept = student.numel()
-    if isinstance(labels, Tensor):
+    if isinstance(labels, Tensor) and labels.dtype != torch.bool:
         ignored = options.get("ignore_index", IGNORED)
         left_out = torch.isin(labels, torch.tensor(ignored, device=labels.device)) | labels.isnan()
         kept -= int(left_out.sum())

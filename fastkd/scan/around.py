@@ -222,8 +222,11 @@ class Walk:
         has the classes' axis, of size 1 (None: it may).
         """
         seen, text, value, risen = not flat, node, node, False
+        named: tuple[ast.expr, bool] | None = None  # a name of an inverted mask
         for _ in range(12):
             if isinstance(value, ast.UnaryOp) and isinstance(value.op, ast.Invert):
+                if written(text):
+                    named = text, filled
                 filled, text, value = not filled, value.operand, value.operand
                 continue
             if (inner := self._risen(value)) is not None:
@@ -259,6 +262,8 @@ class Walk:
             )
         if chosen and not compared:
             return ""  # an index
+        if named is not None and not (written(text) and "mask" in ast.unparse(text)):
+            text, filled = named
         if not seen or not (written(text) and "mask" in ast.unparse(text)):
             return ""  # a factor, perhaps
         if filled:

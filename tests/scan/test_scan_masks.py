@@ -63,6 +63,11 @@ BODIES |= {  # among the factors
     "p = F.softmax(t / T, -1) * (labels != -100).unsqueeze(-1)\n"
     "    return -(p * F.log_softmax(s / T, -1)).sum() / (labels != -100).sum()": "labels=labels",
 }
+BODIES |= {  # an inverted mask has a name of its own
+    f"pad = labels < 0\n    mask = ~pad\n    return ({KL} * mask).sum() / mask.sum()": (
+        "weight=mask.float()"
+    ),
+}
 BODIES |= {  # masks in place
     f"loss = {KL}\n    loss[labels == -100] = 0\n    return loss.sum() / (labels != -100).sum()": (
         "T, labels=labels)"
