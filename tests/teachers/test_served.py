@@ -122,7 +122,12 @@ def test_texts_that_are_none(server: Server) -> None:
             copy.deepcopy(teacher)
         assert not server.requests
         mask = torch.ones(2, 6)  # as some collators make it
-        assert teacher(input_ids=ids, attention_mask=mask).shape == (2, 6, 2)
+        mask[:, 4:] = 0
+        for padding in (-100, VOCAB, 0):  # one text, whatever it is padded with
+            ids[:, 4:] = padding
+            assert teacher(input_ids=ids, attention_mask=mask).shape == (2, 6, 2)
+        told = [x["prompt"] for x in server.requests]
+        assert sorted(map(tuple, told[:2])) == sorted(map(tuple, told[2:4]))
     with pytest.raises(RuntimeError, match=r"teacher: got a question .* after close\(\)"):
         teacher(ids)
 

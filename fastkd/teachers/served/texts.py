@@ -74,10 +74,9 @@ def _question(ids: list[int], mask: Tensor, labels: Tensor | None) -> tuple[int,
     if not rows:
         return None
     first, last = int(mask.int().argmax()), rows[-1]
-    if labels is not None:
-        then = int(labels[last])
-    else:  # nobody knows: what is said of it does not depend on it
-        then = ids[last + 1] if last + 1 < len(ids) else ids[last]
+    # without labels nobody knows the last: what is said of it does not depend on it, and what
+    # stands there is padding, by which a text would have other names in other batches
+    then = ids[last] if labels is None else int(labels[last])
     tokens = (*ids[first : last + 1], then)
     if min(tokens) < 0:
         got, name = min(tokens), "input_ids" if min(tokens[:-1]) < 0 else "labels"
