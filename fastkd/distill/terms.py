@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fastkd
 from fastkd.arguments.messages import shown
+from fastkd.arguments.numbers import real
 from fastkd.rows import classes_last
 
 from .batch import IGNORED, Batch, Outputs, mapped, tensors
@@ -114,10 +115,13 @@ def hard(
         name: of the term.
 
     Raises:
+        ValueError: label_smoothing outside [0, 1].
         TypeError, ValueError: in training: no labels, labels that are neither class numbers nor
             probabilities of the classes, classes that are not along class_dim.
     """
-    look = Classes(name, class_dim)
+    look, smoothing = Classes(name, class_dim), real(label_smoothing)
+    if smoothing is None or not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: got {shown(label_smoothing)}, expected 0 to 1")
 
     def function(student: Outputs, _: Outputs, batch: Batch) -> Tensor:
         labels, logits = labels_of(name, batch), student.logits

@@ -408,6 +408,9 @@ def test_masks_that_cannot_be_used_are_named() -> None:
         (lambda: distill.regression(alhpa=0.2), "unexpected options .'alhpa'"),
         (lambda: distill.ranking(normalize="max"), "normalize: got 'max'"),
         (lambda: distill.embedding(kind="x"), "kind: got 'x'"),
+        (lambda: distill.hard(label_smoothing=3), "label_smoothing: got 3, expected 0 to 1"),
+        (lambda: distill.binary_hard(pos_weight=2.0), r"pos_weight: .* torch.tensor\(2.0\)"),
+        (lambda: distill.response(distill.dkd, temperature=0), "temperature: got 0"),
     ],
 )
 def test_an_option_is_refused_where_it_is_given(make: Any, says: str) -> None:

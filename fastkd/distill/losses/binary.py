@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 import fastkd
+from fastkd.arguments.messages import shown
 
 from ..batch import IGNORED, Batch, Outputs
 from ..targets import label_of_each, teacher_logits, try_options
@@ -39,8 +40,12 @@ def binary_hard(
     1; -100 is left out.
 
     Raises:
+        TypeError: pos_weight is no tensor.
         TypeError, ValueError: in training: no labels, or labels of another shape or value.
     """
+    if pos_weight is not None and not isinstance(pos_weight, Tensor):
+        expected = f"a tensor such as torch.tensor({shown(pos_weight)})"
+        raise TypeError(f"pos_weight: got {shown(pos_weight)}, expected {expected}")
 
     def function(student: Outputs, _: Outputs, batch: Batch) -> Tensor:
         logits = student.logits

@@ -281,6 +281,8 @@ def response(
     known = {*parameters, *(Rows.__annotations__ if "rows" in parameters else ())}
     if unknown := options.keys() - known:
         raise TypeError(f"{name}: got unexpected options {sorted(unknown)}")
+    if is_own_loss(function) and not callable(options.get("temperature", len)):
+        positive("temperature", options["temperature"])
 
     own_dim = getattr(parameters.get("class_dim"), "default", -1)  # 1 of the losses of maps
     look = Classes(name, options.get("class_dim", own_dim))
