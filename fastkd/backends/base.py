@@ -154,8 +154,7 @@ class Backend:
     #: spoils all rows); None for the first ones
     teacher_columns: Tensor | None = None
 
-    #: passes over losses of one logit each, if there are; what they take: `cpu_elements.py`, and
-    #: `gpu/bernoulli.py` where the sum, the count and the factor are 0-d tensors
+    #: passes over single logits, if there are: `cpu_elements.py`, or on a device `gpu/bernoulli.py`
     bernoulli: Any = None
     count_elements: Any = None
 
