@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fastkd
+from fastkd import distill
 from fastkd.__main__ import main
 from fastkd.distill import diagnose
 from fastkd.doctor import FAULTS as KNOWN
@@ -150,6 +152,23 @@ def test_diagnose_one_batch() -> None:
         diagnose(student, teacher, batch, 1.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="loss: got a float from it, expected a tensor"):
         diagnose(student, teacher, batch, lambda s, t, b: 1.0)  # type: ignore[arg-type, return-value]
+
+
+def test_diagnose_terms_as_the_trainer_takes_them() -> None:
+    student, teacher = _net(0), _net(1)
+    batch = {"inputs": torch.randn(8, 4), "labels": torch.randint(0, 5, (8,))}
+    hint = distill.feature("0", "0", distill.features.hint)
+    terms = [distill.hard(0.1), distill.soft(0.9, temperature=4.0), hint]
+    assert diagnose(student, teacher, batch, terms) == [] and teacher.training
+    assert diagnose(student, teacher, tuple(batch.values()), terms[0]) == []
+    cut = distill.Term("cut", lambda s, t, b: F.mse_loss(s.logits.detach(), t.logits))
+    with pytest.warns(UserWarning, match="term 'cut'"):
+        found = diagnose(student, teacher, batch, [terms[0], cut])
+    assert {x.name for x in found} == {"gradient"}
+    swapped = distill.Term("swapped", lambda s, t, b: fastkd.kl_div(t.logits, s.logits))
+    assert {x.name for x in diagnose(student, teacher, batch, swapped)} == {"swapped"}
+    with pytest.raises(TypeError, match="loss: got function in it"):
+        diagnose(student, teacher, batch, [terms[0], _kl])
 
 
 def test_diagnose_a_loss_without_gradient() -> None:
