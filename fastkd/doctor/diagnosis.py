@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,15 @@ from .findings import Findings
 from .source import Program
 from .watch import Watch
 
+if TYPE_CHECKING:
+    from fastkd.distill.terms import Term
+
 
 def diagnose(
-    student: nn.Module, teacher: nn.Module | None, batch: Any, loss: Callable[..., Tensor] | Any
+    student: nn.Module,
+    teacher: nn.Module | None,
+    batch: Any,
+    loss: Callable[..., Tensor] | Term | Sequence[Term],
 ) -> Findings:
     """What is wrong with a loss on one batch: the checks of `python -m fastkd doctor`.
 
@@ -36,7 +42,7 @@ def diagnose(
     Raises:
         TypeError: loss is neither callable nor terms, or returns no tensor.
     """
-    from fastkd.distill.terms import Term  # fastkd.distill exports this function
+    from fastkd.distill.terms import Term  # here: fastkd.distill imports this module
 
     terms = isinstance(loss, (Term, list, tuple))
     if not callable(loss) and not terms:

@@ -168,7 +168,7 @@ def test_diagnose_terms_as_the_trainer_takes_them() -> None:
     swapped = distill.Term("swapped", lambda s, t, b: fastkd.kl_div(t.logits, s.logits))
     assert {x.name for x in diagnose(student, teacher, batch, swapped)} == {"swapped"}
     with pytest.raises(TypeError, match="loss: got function in it"):
-        diagnose(student, teacher, batch, [terms[0], _kl])
+        diagnose(student, teacher, batch, [terms[0], _kl])  # type: ignore[list-item]
 
 
 def test_diagnose_a_loss_without_gradient() -> None:
