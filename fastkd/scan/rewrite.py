@@ -14,6 +14,8 @@ from fastkd.scan.files import python_of
 from fastkd.scan.found import Found
 from fastkd.scan.hard import HEAD
 
+FIRST = re.compile(r"#!|#.*coding[:=]|%%")  # lines that count at the top of a file or cell alone
+
 
 class Rewritten(NamedTuple):
     """A file's text with its replacements, and how many they are."""
@@ -93,6 +95,7 @@ def _imported(text: str) -> str:
             break
         at = node.end_lineno or node.lineno
     lines = re.split(r"(?<=\n)", text)
+    at = at or next(i for i, line in enumerate([*lines, ""]) if not FIRST.match(line))
     end = "\r\n" if lines[0].endswith("\r\n") else "\n"
     return "".join([*lines[:at], f"import fastkd{end}", *lines[at:]])
 

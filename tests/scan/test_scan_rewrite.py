@@ -73,3 +73,15 @@ def test_write_a_notebook(tmp_path: Path) -> None:
     assert main(["scan", "--write", str(file)]) == 0
     cells[1]["source"] = WRITTEN.splitlines(keepends=True)
     assert file.read_text() == json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+@pytest.mark.parametrize("first", ["%%time\n", "#!/usr/bin/env python\n# -*- coding: utf-8 -*-\n"])
+def test_the_import_stands_behind_lines_that_must_be_first(tmp_path: Path, first: str) -> None:
+    loss = "x = F.kl_div(F.log_softmax(s, -1), F.softmax(t, -1), reduction='batchmean')\n"
+    cell = {"cell_type": "code", "metadata": {}, "outputs": [], "source": ""}
+    head, cell["source"] = "import torch.nn.functional as F\n", first + loss
+    file = tmp_path / "kd.ipynb"
+    file.write_text(json.dumps({"cells": [{**cell, "source": head}, cell]}))
+    assert main(["scan", "--write", str(file)]) == 0
+    wanted = first + 'import fastkd\nx = fastkd.kl_div(s, t, reduction="batchmean")\n'
+    assert json.loads(file.read_text())["cells"][1]["source"] == wanted
