@@ -278,6 +278,10 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
                 '{"divergence": "kl", "temperature": 2.0}; terms are of fastkd.distill.train'
             )
         options = dict(loss or {})
+        for name in ("teacher", "linear", "pack"):
+            if name in options:
+                got = shown(options[name])
+                raise TypeError(f"{name}: got {got} in loss, expected it beside loss: {name}=")
         function = DistillationLoss(teacher, linear=linear, pack=pack, **options)
         super().__init__(*args, **{**kwargs, "compute_loss_func": function})
         self.distillation = function

@@ -198,6 +198,7 @@ def test_a_model_made_by_model_init(tmp_path: Path) -> None:
         ({"betta": 0.1}, TypeError, "betta"),
         ({"normalizer": 3}, TypeError, "normalizer: got 3, expected no such option"),
         ({"reduction": "sum"}, TypeError, "reduction: got 'sum'"),
+        ({"linear": False}, TypeError, "linear: got False in loss, expected it beside loss"),
     ],
 )
 def test_options_that_are_refused(loss: Any, error: Any, words: str, tmp_path: Path) -> None:
