@@ -98,7 +98,12 @@ def test_what_a_user_meets_first(server: Server, tmp_path: Path) -> None:
         ids = torch.tensor([[3, 4, 5]])
         with pytest.raises(TypeError, match=r"input_ids: got \[1, 3\] of torch.bool"):
             teacher.score(ids != 4)
-        batch = [(ids, torch.tensor([[4, 5, -100]]))]
+        labels = torch.tensor([[4, 5, -100]])
+        with pytest.raises(TypeError, match=r"dict of input_ids, labels.*'inputs': them"):
+            distill.train(
+                student, [{"input_ids": ids, "labels": labels}], distill.hard(), teacher=teacher
+            )
+        batch = [(ids, labels)]
         with pytest.raises(ValueError, match="rows='labelled'"):
             distill.train(student, batch, distill.soft(temperature=1.0), teacher=teacher)
 
