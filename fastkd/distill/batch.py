@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastkd
+from fastkd.arguments.messages import listed
 
 IGNORED = -100  # torch's own label for a row that does not count
 
@@ -366,11 +367,15 @@ def as_batch(item: Any) -> Batch:
     has_teacher = len(parts) == 1 and teacher is not None
     if not (labelled or has_teacher) or not isinstance(parts[0], (Tensor, Mapping)):
         many = item if isinstance(item, (tuple, list)) else ()
-        got = ", ".join(type(part).__name__ for part in many)
+        got, more = ", ".join(type(part).__name__ for part in many), ""
+        if isinstance(item, Mapping):
+            got = f"{type(item).__name__} of {listed(item)}"
+            if "input_ids" in item:
+                more = "; of transformers' arguments {'inputs': them, 'labels': label i of row i}"
         raise TypeError(
             f"loader: got a batch ({got or type(item).__name__}), expected (inputs, labels), "
             "inputs, (inputs, labels, teacher), (inputs, TopK), a dict with inputs among its keys, "
-            "or a Batch"
+            f"or a Batch{more}"
         )
     return Batch(parts[0], parts[1] if len(parts) == 2 else None, teacher)
 

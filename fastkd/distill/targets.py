@@ -214,13 +214,18 @@ def try_options(function: Callable[..., Any], options: Mapping[str, Any], *shape
     """
     if not is_own_loss(function):
         return
-    given = {k: 1.0 if callable(v) else v for k, v in options.items() if k != "group"}
+    given = {k: 1.0 if _scheduled(v) else v for k, v in options.items() if k != "group"}
     given = {k: v for k, v in given.items() if not isinstance(v, Tensor)}
     names = inspect.signature(bare_function(function)).parameters
     sides = [torch.zeros(shape, device="cpu"), torch.ones(shape, device="cpu")]
     targets = sides[:1] if "targets" in names else []
     with fastkd.use_backend("reference"), torch.no_grad():
         function(*sides, *targets, **given)
+
+
+def _scheduled(option: Any) -> bool:
+    """Whether it is a function of the step; an entry of `fastkd.divergences` is callable too."""
+    return callable(option) and not isinstance(option, type(fastkd.divergences.kl))
 
 
 def is_own_loss(function: Callable[..., Any]) -> bool:

@@ -117,7 +117,7 @@ def _check_values(
         raise ValueError(
             f"teacher.logprobs: got no column with a probability above 0 in row {row} (each is -1 "
             "or at -inf), expected one at least; leave rows out that the teacher did not see, by "
-            "labels at ignore_index"
+            "labels at ignore_index (of the terms of fastkd.distill: rows='labelled')"
         )
     if teacher.tail in ("bucket", "drop"):  # the others divide by the mass, whatever it is
         mass = logprobs.exp().sum(-1)

@@ -243,7 +243,7 @@ def test_loss_must_be_a_scalar_of_the_student(loader: Loader, loss: Any) -> None
 
 def test_batches_of_another_kind_are_refused() -> None:
     x, y = torch.randn(2, 5), torch.zeros(2, dtype=torch.long)
-    for batch, kinds in (((x, y, y), "Tensor, Tensor, Tensor"), ({"x": x}, "dict")):
+    for batch, kinds in (((x, y, y), "Tensor, Tensor, Tensor"), ({"x": x}, "dict of x")):
         with pytest.raises(TypeError, match=rf"loader: got a batch \({kinds}\)"):
             quiet(mlp(), [batch], hard)
 

@@ -418,4 +418,6 @@ def test_an_option_is_refused_where_it_is_given(make: Any, says: str) -> None:
     with pytest.raises((TypeError, ValueError), match=says):
         make()
     distill.soft(temperature=lambda step: 4.0)
+    distill.soft(divergence=fastkd.divergences.js(beta=0.3))  # callable, and no schedule
+    distill.binary_soft(divergence=fastkd.divergences.reverse_kl)
     distill.regression(lambda s, t, y, own: s.sum(), own=3)

@@ -178,3 +178,18 @@ def test_augmented_samples_on_purpose(tmp_path: Path) -> None:
     assert len(captured(DataLoader(Augmented(), 4), tmp_path, order=None)) == N
     with pytest.raises(ValueError, match="order: got 'sorted', expected 'dataset', 'loader' or"):
         captured(DataLoader(DATA, 4), tmp_path, order="sorted")
+
+
+def test_rows_that_another_library_read(tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    reader = captured(DataLoader(DATA, batch_size=5), tmp_path / "cache", k=2)
+    reader.to_parquet(tmp_path / "new" / "folder")
+    table = pq.read_table(tmp_path / "new" / "folder")
+    for rows in (table, table.to_batches()[0]):
+        for one, two in zip(reader.decode(rows), reader, strict=True):
+            assert torch.equal(one.logprobs, two.logprobs)
+            assert torch.equal(one.indices, two.indices)
+    with pytest.raises(TypeError, match=r"table: got .*with_format\('arrow'\)"):
+        reader.decode(table.to_pydict())
+    with pytest.raises(ValueError, match=r"got the columns sample.*expected level too"):
+        reader.decode(table.drop_columns(["level"]))

@@ -95,6 +95,17 @@ def test_what_a_user_meets_first(server: Server, tmp_path: Path) -> None:
     with Served(server.url, k=8, tail="renormalize") as teacher:
         trainer = DistillationTrainer(student, args, train_dataset=data, teacher=teacher, loss=loss)
         assert run(trainer).state.global_step == 1
+        ids = torch.tensor([[3, 4, 5]])
+        with pytest.raises(TypeError, match=r"input_ids: got \[1, 3\] of torch.bool"):
+            teacher.score(ids != 4)
+        labels = torch.tensor([[4, 5, -100]])
+        with pytest.raises(TypeError, match=r"dict of input_ids, labels.*'inputs': them"):
+            distill.train(
+                student, [{"input_ids": ids, "labels": labels}], distill.hard(), teacher=teacher
+            )
+        batch = [(ids, labels)]
+        with pytest.raises(ValueError, match="rows='labelled'"):
+            distill.train(student, batch, distill.soft(temperature=1.0), teacher=teacher)
 
 
 @pytest.mark.parametrize("how", ["routed", "prompted", "plain"])

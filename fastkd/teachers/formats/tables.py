@@ -23,7 +23,16 @@ BATCH = 64  # rows decoded, or written, at a time
 
 
 def rows(source: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where, {column: value}) of a file, a folder's files in order, or dicts as they come."""
+    """(where, {column: value}) of a file, a folder's files in order, dicts, or a table.
+
+    A table is a Table, RecordBatch or Dataset of pyarrow, or a DataFrame of pandas.
+    """
+    if hasattr(source, "iterrows"):
+        source = needed("pyarrow", "a DataFrame", "formats").Table.from_pandas(source)
+    if hasattr(source, "to_batches"):
+        source = (row for batch in source.to_batches() for row in _rows(batch))
+    elif hasattr(source, "num_rows") and hasattr(source, "schema"):
+        source = _rows(source)
     if not isinstance(source, (str, os.PathLike)):
         for number, row in enumerate([source] if isinstance(source, Mapping) else source):
             yield f"row {number}", row
@@ -165,7 +174,10 @@ def _or(row: Any) -> Any:
 
 def tokens_of(record: Record, name: str) -> list[int]:
     if record.tokens is None:
-        raise ValueError(f"records: got one without tokens, expected them: {name} holds the ids")
+        raise ValueError(
+            f"records: got one without tokens, expected them: {name} holds the ids (tokens=, or "
+            "--tokens FILE with input_ids)"
+        )
     return record.tokens.tolist()
 
 

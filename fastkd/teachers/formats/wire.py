@@ -24,6 +24,9 @@ def answers(source: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         if path.suffix not in (".json", ".jsonl"):
+            if str(source).lstrip()[:1] in ("{", "["):
+                got = f"the text {shown(source)}"
+                raise ValueError(f"source: got {got}, expected json.loads of it, or a file's name")
             raise ValueError(f"{path}: got a {path.suffix!r} file, expected .json or .jsonl")
         if path.suffix == ".jsonl":
             with open(path, encoding="utf-8") as lines:

@@ -39,7 +39,7 @@ def _ids(inputs: Any) -> tuple[Tensor, Tensor]:
     """input_ids [B, L], and bool [B, L], where a text is."""
     named = inputs if isinstance(inputs, Mapping) else {"input_ids": inputs}
     ids = named.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != 2:
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not _whole(ids):
         got = f"{list(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else shown(ids)
         raise TypeError(f"input_ids: got {got}, expected int [B, L]: a server reads tokens")
     others = {name: x for name, x in named.items() if name != "attention_mask"}
@@ -65,6 +65,10 @@ def _ids(inputs: Any) -> tuple[Tensor, Tensor]:
             "one in each, padded"
         )
     return ids, mask
+
+
+def _whole(ids: Tensor) -> bool:
+    return not ids.is_floating_point() and ids.dtype != torch.bool
 
 
 def _question(ids: list[int], mask: Tensor, labels: Tensor | None) -> tuple[int, Question] | None:

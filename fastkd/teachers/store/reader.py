@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import fastkd
-from fastkd.arguments.messages import shown
+from fastkd.arguments.messages import listed, shown
 from fastkd.arguments.numbers import integer
 from fastkd.distill.logging import progress_bar
 from fastkd.teachers.files import CacheError, fault
@@ -130,8 +130,16 @@ class Reader(Dataset[Any]):
         return teachers(self.__getitems__(numbers))
 
     def decode(self, table: Any) -> list[Any]:
-        """The samples of a pyarrow Table of this cache's rows, read or streamed by any library."""
-        np, spec, rows = fmt.needed("numpy"), self.spec, table["rows"].to_pylist()
+        """The samples of a pyarrow Table (or RecordBatch) of this cache's rows, whoever read it."""
+        np, pa, spec = fmt.needed("numpy"), fmt.needed("pyarrow"), self.spec
+        table = pa.Table.from_batches([table]) if isinstance(table, pa.RecordBatch) else table
+        if not isinstance(table, pa.Table):
+            wanted = "a pyarrow Table: dataset.with_format('arrow')[:8] of a datasets.Dataset"
+            raise TypeError(f"table: got {shown(table)}, expected {wanted}")
+        if missing := {"sample", "rows", *spec.columns} - {*table.column_names}:
+            got, wanted = listed(table.column_names), listed(sorted(missing))
+            raise ValueError(f"table: got the columns {got}, expected {wanted} too")
+        rows = table["rows"].to_pylist()
         stored: dict[str, Any] = {"level": None, "tail_logprob": None, "row_scale": None}
         for name, (kind, width) in spec.columns.items():
             column = table[name].combine_chunks()
@@ -216,6 +224,7 @@ class Reader(Dataset[Any]):
     def to_parquet(self, folder: str | os.PathLike[str]) -> None:
         """Write each shard as a Parquet file, float16 as float32 (for Spark), and the head."""
         pa, write = fmt.needed("pyarrow"), fmt.needed("pyarrow.parquet").write_table
+        Path(folder).mkdir(parents=True, exist_ok=True)
         half, single = pa.list_(pa.float16()), pa.list_(pa.float32())
         for shard in self.shards:
             stream = fmt.opened(shard.file)[1]

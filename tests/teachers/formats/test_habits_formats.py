@@ -55,3 +55,17 @@ def test_somebody_elses_parquet(tmp_path: Path) -> None:
         assert record.labels().tolist() == [7, 1]
     print(reading.report)
     assert reading.report.rows == 2 and reading.report.sequences == 1
+
+
+def test_a_table_that_was_read_already() -> None:
+    pa, data = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.dataset")
+    pytest.importorskip("pandas")
+    row = {"input_ids": [5, 3, 7], "teacher_topk_ids": [[-1, -1], [3, 2], [7, -1]]}
+    row["teacher_topk_logprobs"] = [[-torch.inf] * 2, [-0.5, -1.5], [-0.1, -torch.inf]]
+    table = pa.Table.from_pylist([row, row])
+    for source in (table, table.to_batches()[0], data.dataset(table), table.to_pandas()):
+        found = [x.topk.indices.tolist() for x in formats.read("trl-rows", source, vocab_size=V)]
+        assert found == [[[3, 2], [7, -1]]] * 2
+    with pytest.raises(ValueError, match=r"expected json\.loads of it") as error:
+        [*formats.read("vllm", '{"choices": []}' * 999, vocab_size=V)]
+    assert len(str(error.value)) < 500
