@@ -15,6 +15,7 @@ import json
 import os
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,8 @@ from fastkd.arguments.numbers import integer
 from fastkd.distill.rng_state import random_state, set_random_state
 
 FILE = "views.json"
-LOOKS = 32  # views that are compared, from the first to the last
+SAMPLES = "samples.json"  # of a dataset without random views
+LOOKS, FEW = 32, 8  # views, and samples, that are compared, from the first to the last
 NEAR = 1e-3  # of a view's norm: what another machine's rounding may change
 HOST = torch.device("cpu")
 
@@ -145,21 +147,20 @@ class Views(Dataset[Any]):
                 )
 
     def _facts(self, numbers: Sequence[int] | None = None) -> dict[str, Any]:
-        if numbers is None:
-            size = len(self)
-            numbers = sorted({i * (size - 1) // max(LOOKS - 1, 1) for i in range(min(LOOKS, size))})
         return {
             "seed": self.seed,
             "variants": self.variants,
             "samples": len(self._dataset),
-            "looks": [[number, _look(self[number])] for number in numbers],
+            "looks": _looks(self, _spread(len(self), LOOKS) if numbers is None else numbers),
         }
 
 
 def check_views(dataset: Any, path: Any, *, begin: bool = False) -> None:
-    """ValueError: a dataset's samples are not the views that the outputs in a folder are of.
+    """Compare a dataset's samples with those that the outputs in a folder are of.
 
-    With `begin` there are no outputs yet, and the seed is written where they will be.
+    With `begin` there are no outputs yet, and what identifies the samples is written where they
+    will be: the seed of `Views`, or a few numbers of a few samples. ValueError: other views. Other
+    samples are warned of: a student may see other inputs than its teacher on purpose.
     """
     there = path is not None and Path(path, FILE).exists()
     if isinstance(dataset, Views) and begin and not there:
@@ -171,6 +172,29 @@ def check_views(dataset: Any, path: Any, *, begin: bool = False) -> None:
             f"dataset: got {type(dataset).__name__} for outputs of random views, expected "
             f"store.Views.stored({str(path)[:150]!r}, dataset, transform), as the teacher saw them"
         )
+    elif path is not None and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        _check_samples(dataset, Path(path, SAMPLES), begin)
+
+
+def _check_samples(dataset: Any, file: Path, begin: bool) -> None:
+    if begin:
+        looks = _looks(dataset, _spread(len(dataset), FEW))
+        part = file.with_name(f".{file.name}-{os.getpid()}.tmp")
+        part.write_text(json.dumps({"looks": looks}))
+        part.replace(file)
+    elif file.exists():
+        said = json.loads(file.read_text())["looks"]
+        mine = _looks(dataset, [number for number, _ in said if number < len(dataset)])
+        for (number, one), (_, two) in zip(said, mine, strict=False):
+            few, many = sorted((one, two), key=len)  # one may have labels, or a mask, more
+            if not all(any(_near([x], [y]) for y in many) for x in few):
+                warnings.warn(
+                    f"dataset: got another sample {number} than the one captured in "
+                    f"{str(file.parent)[:150]}: in another order, or under another transform, a "
+                    "sample has another's teacher; only inputs that differ on purpose are right",
+                    stacklevel=4,
+                )
+                return
 
 
 @contextmanager
@@ -187,6 +211,17 @@ def _seeded(name: str) -> Iterator[None]:
         yield
     finally:
         set_random_state(state, None, HOST)
+
+
+def _spread(size: int, most: int) -> list[int]:
+    """Numbers from the first to the last."""
+    return sorted({i * (size - 1) // max(most - 1, 1) for i in range(min(most, size))})
+
+
+def _looks(dataset: Any, numbers: Sequence[int]) -> list[list[Any]]:
+    """[number, look] of each; nobody's generators are drawn from."""
+    with _seeded("look"):
+        return [[number, _look(dataset[number])] for number in numbers]
 
 
 def _look(sample: Any) -> list[list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,23 @@ def test_bad_arguments(options: Any, error: type[Exception], says: str) -> None:
         views()[18]
     with pytest.raises(ValueError, match="variant: got 3"):
         views().numbers(3)
+
+
+def test_a_dataset_in_another_order_is_told(tmp_path: Path) -> None:
+    """Labels may be missing on either side; nobody's random numbers are drawn."""
+    images = TensorDataset(DATA.tensors[0])
+    captured(tmp_path, images)
+    reader = store.Reader(tmp_path, vocab_size=3)
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for same in (images, DATA, [{"x": x, "y": y} for x, y in DATA]):
+            assert len(store.Paired(same, reader)) == N
+    first = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(first, torch.rand(1))
+    changed = TensorDataset(DATA.tensors[0] + 0.1)
+    for other in (Subset(DATA, [1, 0, *range(2, N)]), changed):
+        with pytest.warns(UserWarning, match="dataset: got another sample 0 than") as told:
+            store.Paired(other, reader)
+        assert told[0].filename == __file__
