@@ -1,7 +1,7 @@
 """Record a finished demonstration: `python -m bench.demo demo`.
 
 The folder's result and plot go to bench/results, its table and notes to the end of the README of
-fastkd/demo. `make demo-record` runs the demonstration over three seeds first.
+fastkd/demo. `make record-demo` runs the demonstration over three seeds first.
 """
 
 from __future__ import annotations
