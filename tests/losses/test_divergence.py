@@ -102,12 +102,16 @@ def test_gradient_is_slope_minus_q_times_sum_of_slopes(divergence: Divergence) -
         torch.testing.assert_close(identity, grad, rtol=1e-12, atol=1e-15)
 
 
+WITH_DUAL = ("kl", "reverse_kl", "js", "skew_kl", "skew_reverse_kl", "tv", "acceptance")
+
+
 @each_divergence
 def test_dual_is_the_same_with_the_sides_exchanged(divergence: Divergence) -> None:
     logp, logq = _sides()
     dual = divergence.exchanged()
-    if dual is None:
-        pytest.skip("the table has no dual of it")
+    if dual is None:  # may be so of a new one
+        assert divergence.name not in WITH_DUAL
+        return
     torch.testing.assert_close(
         _sum(dual, logq, logp), _sum(divergence, logp, logq), rtol=1e-12, atol=1e-15
     )
