@@ -112,10 +112,11 @@ wheels: $(VENV)/ready
 served: $(VENV)/ready
 	$(RUN) tests/teachers/real_servers.py
 
-# The Triton kernels as PTX, executed here: every case on sm_80, sm_90 and sm_100, up to an hour;
-# writes tests/ptx/record.json, which says when it passed.
+# The Triton kernels as PTX, executed here: every case on one of sm_80, sm_90 and sm_100, every pair
+# of values on each, up to an hour; writes tests/ptx/record.json, which says when it passed. A call
+# goes on where the last one ended; PTX_MINUTES=20 ends after so many.
 ptx: $(VENV)/ready
-	$(RUN) tests/ptx/record.py
+	$(RUN) tests/ptx/record.py $(addprefix --minutes ,$(PTX_MINUTES))
 
 # The losses as a kernel in Hugging Face's format, in build/hub: pure Python, for any GPU.
 hub: $(VENV)/ready

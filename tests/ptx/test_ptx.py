@@ -1,7 +1,9 @@
-"""The executor of PTX finds the faults that it is there for; and a sample of `ptx_cases.py`."""
+"""The executor of PTX finds the faults that it is there for; and a sample of the cases."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from ptx import operations
+from ptx import operations, record
+from ptx.conftest import shares
 from ptx.machine import execute
 from ptx.memory import Fault, Global
 from ptx.parser import parse
@@ -274,13 +277,53 @@ def test_fma_rounds_once() -> None:
     assert np.array_equal(found, exact.astype(np.float32))
 
 
+# ---- what `make ptx` runs
+
+AXES = [[f"{axis}{i}" for i in range(n)] for axis, n in (("d", 7), ("t", 3), ("l", 5))]
+
+
+def test_each_case_on_one_architecture_and_each_pair_on_all() -> None:
+    rows = [list(row) for row in itertools.product(*AXES)]
+    parts = shares(rows)
+    assert set().union(*parts) == set(range(len(rows)))
+    every = {pair for row in rows for pair in itertools.combinations(row, 2)}
+    for part in parts:
+        assert {pair for i in part for pair in itertools.combinations(rows[i], 2)} == every
+    assert sum(map(len, parts)) < 1.2 * len(rows)
+    two = [list(row) for row in itertools.product(*AXES[:2])]
+    for part in shares(two):
+        assert {value for i in part for value in two[i]} == {*AXES[0], *AXES[1]}
+    assert shares(rows[:4]) == [set(range(4))] * 3
+
+
+def test_the_record_is_written_once_all_have_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "RECORD", tmp_path / "record.json")
+    for arch in record.ARCHITECTURES:
+        with pytest.raises(SystemExit, match=f"{arch} has not run"):
+            record.write(tmp_path, {})
+        (tmp_path / arch).mkdir()
+        (tmp_path / arch / "wanted.json").write_text('{"of": 3, "wanted": ["a", "b"]}')
+        (tmp_path / arch / "passed").write_text("a\nb\n" if arch == "sm_90" else "a\nc\n")
+    with pytest.raises(SystemExit, match="2 are left"):
+        record.write(tmp_path, {})
+    for arch in record.ARCHITECTURES:
+        (tmp_path / arch / "passed").write_text("b\na\n")
+    record.write(tmp_path, {"sources": "s"})
+    found = json.loads(record.RECORD.read_text())
+    assert found["cases"] == 3 and found["sources"] == "s"
+    assert found["ran"] == {"sm_80": 2, "sm_90": 2, "sm_100": 2}
+
+
 # ---- the kernels
 
 
 def test_a_sample_of_the_kernels() -> None:
-    """`ptx_cases.py` in a process without the interpreter: each case for one of the GPUs."""
+    """`*_cases.py` in a process without the interpreter: each case for one of the GPUs."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-n", "0", "--tb=short", "tests/ptx/ptx_cases.py"]
+    cases = sorted(str(path) for path in Path(__file__).parent.glob("*_cases.py"))
+    command = [sys.executable, "-m", "pytest", "-n", "0", "--tb=short", *cases]
     command += ["-p", "no:hypothesispytest"]  # loads all of it for its summary
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INT", "PYTEST_"))}
     env["FASTKD_TEST_PTX"] = "sm_80,sm_90,sm_100"
