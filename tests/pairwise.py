@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import zlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
@@ -71,27 +71,29 @@ def selected(rows: list[tuple[Value, ...]], salt: str) -> list[tuple[Value, ...]
     return [rows[i] for i in cover([[value.id for value in row] for row in rows], salt)]
 
 
-def cover(
-    rows: Sequence[Sequence[str]], salt: str = "", size: int = 2, last: Collection[int] = ()
-) -> list[int]:
+def cover(rows: Sequence[Sequence[str]], salt: str = "", last: Collection[int] = ()) -> list[int]:
     """Which of the rows to take, in order: they hold every pair of values that the rows hold.
 
-    salt: another one gives another selection. size: values together, 2 of a pair. last: rows to
-    take only where no other one brings as much.
+    salt: another one gives another selection. last: rows to take only where no other one brings
+    as much.
     """
-    groups = [set(itertools.combinations(enumerate(row), min(size, len(row)))) for row in rows]
+    pairs = [set(_pairs(row)) for row in rows]
     order = sorted(
         range(len(rows)),
         key=lambda i: (i in last, zlib.crc32("-".join((salt, *rows[i])).encode())),
     )
-    missing: set[Any] = set().union(*groups)
+    missing: set[Any] = set().union(*pairs)
     taken = []
-    for news in range(max(map(len, groups), default=0), 0, -1):  # those first that bring the most
+    for news in range(max(map(len, pairs), default=0), 0, -1):  # those first that bring the most
         for i in order:
-            if len(groups[i] & missing) >= news:
+            if len(pairs[i] & missing) >= news:
                 taken.append(i)
-                missing -= groups[i]
+                missing -= pairs[i]
     return sorted(taken)
+
+
+def _pairs(row: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    return itertools.combinations(enumerate(row), min(2, len(row)))
 
 
 def _names(mark: Any) -> list[str]:

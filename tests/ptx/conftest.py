@@ -18,17 +18,12 @@ FEW = 8  # a test of so many cases runs all of them everywhere
 
 
 def shares(rows: list[list[str]]) -> list[set[int]]:
-    """The rows that each architecture runs; every row is run by one of them at least.
-
-    Each holds every pair of values of the axes that any row holds, or, where there are but two
-    axes, every value.
-    """
+    """The rows that each architecture runs: every pair of values. One at least runs each row."""
     if len(rows) <= FEW:
         return [set(range(len(rows))) for _ in ARCHITECTURES]
     parts: list[set[int]] = []
     for arch in ARCHITECTURES:
-        before = set().union(*parts)
-        parts.append(set(cover(rows, arch, min(2, len(rows[0]) - 1), before)))
+        parts.append(set(cover(rows, arch, set().union(*parts))))
     for i in set(range(len(rows))).difference(*parts):
         min(parts, key=len).add(i)
     return parts

@@ -74,22 +74,24 @@ def main() -> None:
 
 def write(folder: Path, record: dict[str, object]) -> None:
     """record.json, once all cases have passed on all architectures."""
-    ran, left = {}, 0
+    ran, left, of = {}, 0, 0
     for arch in ARCHITECTURES:
         if not (folder / arch / "wanted.json").exists():
-            raise SystemExit(f"{arch} has not run yet: no record")
+            print(f"{arch}: has not run yet")
+            left += 1
+            continue
         found = json.loads((folder / arch / "wanted.json").read_text())
         passed = set((folder / arch / "passed").read_text().splitlines())
-        ran[arch] = len(passed.intersection(found["wanted"]))
+        ran[arch], of = len(passed.intersection(found["wanted"])), found["of"]
         left += len(found["wanted"]) - ran[arch]
         print(f"{arch}: {ran[arch]} of {len(found['wanted'])} cases have passed")
     if left:
-        raise SystemExit(f"{left} are left: no record yet, call again")
+        raise SystemExit("not all have passed: no record yet, the next call goes on")
     commit = ["git", "rev-parse", "--short", "HEAD"]
     record = {
         "passed": datetime.date.today().isoformat(),
         "commit": subprocess.run(commit, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-        "cases": found["of"],  # each on one architecture at least
+        "cases": of,  # each on one architecture at least
         "ran": ran,
         **record,
     }

@@ -290,9 +290,6 @@ def test_each_case_on_one_architecture_and_each_pair_on_all() -> None:
     for part in parts:
         assert {pair for i in part for pair in itertools.combinations(rows[i], 2)} == every
     assert sum(map(len, parts)) < 1.2 * len(rows)
-    two = [list(row) for row in itertools.product(*AXES[:2])]
-    for part in shares(two):
-        assert {value for i in part for value in two[i]} == {*AXES[0], *AXES[1]}
     assert shares(rows[:4]) == [set(range(4))] * 3
 
 
@@ -301,12 +298,12 @@ def test_the_record_is_written_once_all_have_passed(
 ) -> None:
     monkeypatch.setattr(record, "RECORD", tmp_path / "record.json")
     for arch in record.ARCHITECTURES:
-        with pytest.raises(SystemExit, match=f"{arch} has not run"):
+        with pytest.raises(SystemExit, match="no record yet"):
             record.write(tmp_path, {})
         (tmp_path / arch).mkdir()
         (tmp_path / arch / "wanted.json").write_text('{"of": 3, "wanted": ["a", "b"]}')
         (tmp_path / arch / "passed").write_text("a\nb\n" if arch == "sm_90" else "a\nc\n")
-    with pytest.raises(SystemExit, match="2 are left"):
+    with pytest.raises(SystemExit, match="no record yet"):
         record.write(tmp_path, {})
     for arch in record.ARCHITECTURES:
         (tmp_path / arch / "passed").write_text("b\na\n")
