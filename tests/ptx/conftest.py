@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         tests[item.nodeid.partition("[")[0]].append(item)
     number, wanted = ARCHITECTURES.index(os.environ["FASTKD_TEST_PTX"]), set()
     for cases in tests.values():
-        rows = [[_name(value) for value in case.callspec.params.values()] for case in cases]
+        rows = [[_name(value) for value in _parameters(case)] for case in cases]
         wanted |= {cases[i].nodeid for i in shares(rows)[number]}
     if getattr(config, "workerinput", {}).get("workerid", "gw0") == "gw0":
         found = {"of": len(items), "wanted": sorted(wanted)}
@@ -70,6 +70,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     wanted -= set((_folder() / "before").read_text().splitlines())
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in wanted])
     items[:] = [item for item in items if item.nodeid in wanted]
+
+
+def _parameters(item: Any) -> list[Any]:
+    return list(item.callspec.params.values()) if hasattr(item, "callspec") else []
 
 
 def _name(value: Any) -> str:
