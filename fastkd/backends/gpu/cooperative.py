@@ -27,8 +27,8 @@ import triton.language as tl
 
 from fastkd.backends.base import on_host
 from fastkd.backends.gpu import split_rows
-from fastkd.backends.gpu.device_fns import grad_loop, pair_loop, safe_sums, sum_loop
 from fastkd.backends.gpu.outputs import store_hard, store_side, zero_outputs
+from fastkd.backends.gpu.pairs import grad_loop, pair_loop
 from fastkd.backends.gpu.rows import (
     at_one,
     cross_entropy,
@@ -47,6 +47,7 @@ from fastkd.backends.gpu.split_rows import (
     partials_of,
     split_bounds,
 )
+from fastkd.backends.gpu.sums import safe_sums, sum_loop
 from fastkd.backends.gpu.tiles import row_at, row_span, scalar
 
 # The most programs of a row. The fewest rows that a device must have room for, even with several

@@ -6,15 +6,9 @@ Nothing here waits for another program. Few rows leave part of a device idle: se
 import triton
 import triton.language as tl
 
-from fastkd.backends.gpu.device_fns import (
-    grad_loop,
-    pair_loop,
-    quotient,
-    safe_sums,
-    stats_loop,
-    sum_loop,
-)
 from fastkd.backends.gpu.outputs import store_hard, store_side, zero_outputs
+from fastkd.backends.gpu.pairs import grad_loop, pair_loop
+from fastkd.backends.gpu.sums import quotient, safe_sums, stats_loop, sum_loop
 from fastkd.backends.gpu.tiles import OFFSET, before, columns, row_at, row_span, scalar, store
 
 # The number of rows in a dimension changes from batch to batch: not worth a compilation.

@@ -20,17 +20,8 @@ import triton
 import triton.language as tl
 
 from fastkd.backends.base import on_host
-from fastkd.backends.gpu.device_fns import (
-    LOWEST32,
-    LOWEST64,
-    grad_loop,
-    merge_sides,
-    pair_loop,
-    safe_sums,
-    sum_loop,
-    weighted_merge,
-)
 from fastkd.backends.gpu.outputs import store_hard, store_side, zero_outputs
+from fastkd.backends.gpu.pairs import grad_loop, pair_loop
 from fastkd.backends.gpu.rows import (
     at_one,
     cross_entropy,
@@ -38,6 +29,14 @@ from fastkd.backends.gpu.rows import (
     grad_factor,
     label_column,
     zero_columns,
+)
+from fastkd.backends.gpu.sums import (
+    LOWEST32,
+    LOWEST64,
+    merge_sides,
+    safe_sums,
+    sum_loop,
+    weighted_merge,
 )
 from fastkd.backends.gpu.tiles import OFFSET, row_at, row_span, scalar
 

@@ -9,10 +9,10 @@ exponential times one factor of the row; the support is written last.
 import triton
 import triton.language as tl
 
-from fastkd.backends.gpu.device_fns import LOG2E, initial_sums, merge_lanes, online_update
 from fastkd.backends.gpu.divergence import value_and_slope
 from fastkd.backends.gpu.outputs import NOTHING, store_hard, topk_outputs, zero_outputs
 from fastkd.backends.gpu.rows import at_one, grad_factor, label_column, zero_columns
+from fastkd.backends.gpu.sums import LOG2E, initial_sums, merge_lanes, online_update
 from fastkd.backends.gpu.tiles import columns, load, row_at, scalar, store
 
 
