@@ -99,16 +99,19 @@ def grad_tile(
 @triton.jit
 def grad_loop(
     grad, student, teacher, start, stop, m_s, d_s, m_t, d_t, slopes, sum_t1,
-    column, exponent, param, soft, unit, hard, target, eps_over_v,
+    column, exponent, param, soft, of, unit, hard, one_minus_eps, eps_over_v, by,
     DIVERGENCE: tl.constexpr, HARD: tl.constexpr, HARD_T1: tl.constexpr, REVERSE: tl.constexpr,
     UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
     CENTRED: tl.constexpr = False,
 ):  # fmt: skip
-    """soft * (slope - q * slopes) + unit * q_1 - hard * (`target` at `column`, else eps / V).
+    """by * (soft * of * (slope - q * slopes) + unit * q_1 - hard * (eps / V)).
 
-    HARD_T1: T is not 1, so that q_1, q at T = 1, needs an exponential
-    of its own. A tile is written after it is read: `grad` may be the student's memory.
+    The column of the label has 1 - eps more. soft: with 1 / T in it. of: the derivative that
+    `OF_SUM` gives. HARD_T1: T is not 1, so that q_1, q at T = 1, needs an exponential of its own.
+    A tile is written after it is read: `grad` may be the student's memory.
     """
+    soft, unit, hard = soft * by * of, unit * by, hard * by
+    target = one_minus_eps + eps_over_v
     log_s, log_t = tl.log2(d_s), tl.log2(d_t)
     target, eps_over_v, shift = hard * target, hard * eps_over_v, soft * slopes
     if HARD_T1:
