@@ -6,7 +6,7 @@ under FASTKD_TEST_PTX.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,8 +25,8 @@ from fastkd.backends.gpu.tune import Tile
 from fastkd.backends.reference import BACKEND as reference
 from fastkd.divergence import Divergence
 from ptx.launcher import Driver
+from ptx.layouts import ROWS, Layout, each_layout, random, two_layouts
 
-Layout = Callable[[torch.dtype], Tensor]
 each = pytest.mark.parametrize("divergence", TABLE, ids=lambda entry: entry.name)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 pytestmark = pytest.mark.filterwarnings("error:.*computes each wide row")
@@ -49,47 +49,6 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def kernels(ptx: Driver) -> set[str]:
     return {run.kernel.removesuffix("_kernel") for run in ptx.runs}
-
-
-def random(dtype: torch.dtype, *shape: int) -> Tensor:
-    return (3 * torch.randn(shape)).to(dtype)
-
-
-# ---- where rows lie: (name, operand of a dtype); each row has more than a tile, and a tail
-
-ROWS = 2
-
-
-def aligned(dtype: torch.dtype) -> Tensor:
-    return random(dtype, ROWS, 1024 // dtype.itemsize + 64)
-
-
-def odd(dtype: torch.dtype) -> Tensor:
-    """Too narrow for the alignment offset: columns one by one."""
-    return random(dtype, ROWS, 331)
-
-
-def offset_rows(dtype: torch.dtype) -> Tensor:
-    """Rows that start anywhere, of which the last ends with its tensor."""
-    return random(dtype, ROWS, 2048 // dtype.itemsize + 37)
-
-
-def inside(dtype: torch.dtype) -> Tensor:
-    """Rows off a boundary in a wider tensor that begins before them."""
-    wide = random(dtype, ROWS, 2048 // dtype.itemsize + 41)
-    return wide[:, 3:-1]
-
-
-def strided(dtype: torch.dtype) -> Tensor:
-    return random(dtype, 400, ROWS).t().contiguous().t().t()[:, :384]
-
-
-LAYOUTS = {f.__name__: f for f in (aligned, odd, offset_rows, inside, strided)}
-each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-# where the rest is at stake: one of each path to memory
-two_layouts = pytest.mark.parametrize(
-    "layout", [aligned, offset_rows], ids=["aligned", "offset_rows"]
-)
 
 
 @pytest.mark.interpreted(4)

@@ -27,13 +27,13 @@ import triton.language as tl
 
 from fastkd.backends.base import on_host
 from fastkd.backends.gpu import split_rows
-from fastkd.backends.gpu.device_fns import grad_loop, pair_loop, safe_sums, sum_loop
-from fastkd.backends.gpu.outputs import store_hard, store_side, zero_outputs
+from fastkd.backends.gpu.outputs import leave_out
+from fastkd.backends.gpu.pairs import grad_loop, pair_loop
 from fastkd.backends.gpu.rows import (
     at_one,
-    cross_entropy,
     expectation,
     grad_factor,
+    hard_loss,
     label_column,
     zero_columns,
 )
@@ -42,11 +42,12 @@ from fastkd.backends.gpu.split_rows import (
     label_logit,
     load_partials,
     merge_partials,
-    merge_weighted,
     pack_partials,
     partials_of,
     split_bounds,
+    store_merged,
 )
+from fastkd.backends.gpu.sums import safe_sums, sum_loop
 from fastkd.backends.gpu.tiles import row_at, row_span, scalar
 
 # The most programs of a row. The fewest rows that a device must have room for, even with several
@@ -254,24 +255,19 @@ def cooperative_kernel(
     if keep is not None:
         if tl.load(keep + row) == 0:
             if split == 0:
-                tl.store(loss + row, scalar(0.0, ACC))
-                if outputs is not None:
-                    zero_outputs(outputs, row)
+                leave_out(loss, outputs, row, ACC)
             if grad is not None:
                 zero_columns(grad, begin, last, LANES, GROUP, UNALIGNED)
             return
     student = row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP, UNALIGNED)
     teacher = row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP, UNALIGNED)
-    partial, sums = (
-        partials_of(partial, row, splits, COUNT),
-        partials_of(sums, row, splits, SUMS),
-    )
+    partial = partials_of(partial, row, splits, COUNT)
+    sums = partials_of(sums, row, splits, SUMS)
     exponent, inverse, param = scalar(exponent, ACC), scalar(inverse, ACC), scalar(param, ACC)
     soft, hard = scalar(soft, ACC), scalar(hard, ACC)
     one_minus_eps, eps_over_v = scalar(one_minus_eps, ACC), scalar(eps_over_v, ACC)
 
-    column = -1
-    at_label = scalar(0.0, ACC)
+    column, at_label = -1, scalar(0.0, ACC)
     if label is not None:  # now, before any split of an in-place gradient is written
         at_label = label_logit(student, label, row, split, start, vocab, ACC)
         column, here = label_column(label, row, start, vocab)
@@ -290,29 +286,23 @@ def cooperative_kernel(
     value, of = OF_SUM(value, (raw_s == 0) & (raw_t == 0))
     result = soft * value
     if outputs is not None:
-        weighted_s, weighted_t = merge_weighted(partial, splits, exponent, SPLITS, ACC)
-        if split == 0:
-            tl.store(outputs + row.to(tl.int64) * 7, value)
-            store_side(outputs, row, 0, m_s, raw_s, weighted_s, inverse)
-            store_side(outputs, row, 1, m_t, raw_t, weighted_t, inverse)
+        store_merged(
+            outputs, partial, row, splits, value, m_s, raw_s, m_t, raw_t, exponent, inverse,
+            SPLITS, ACC, split,
+        )  # fmt: skip
     if label is not None:
         at_label = tl.sum(load_partials(partial, splits, 7, 0.0, SPLITS), 0)
-        of_label = cross_entropy(
-            m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps, eps_over_v,
-            SMOOTH, ACC,
+        result += hard * hard_loss(
+            outputs, row, m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps,
+            eps_over_v, SMOOTH, ACC, split,
         )  # fmt: skip
-        if outputs is not None:
-            if split == 0:
-                store_hard(outputs, row, of_label, m_s, sum_t1, at_label, here)
-        result += hard * of_label
     z_value, unit = at_one(m_s, sum_t1, hard, scalar(z, ACC), Z_LOSS)
     tl.store(loss + row, result + z_value, mask=split == 0)
     if grad is not None:
         by = grad_factor(factor, scale, row, ACC)
         grad_loop(
             grad, student, teacher, begin, end, m_s, d_s, m_t, d_t, slopes, sum_t1, column,
-            exponent, param, soft * inverse * by * of, unit * by, hard * by,
-            one_minus_eps + eps_over_v, eps_over_v,
+            exponent, param, soft * inverse, of, unit, hard, one_minus_eps, eps_over_v, by,
             DIVERGENCE, label is not None or Z_LOSS, HARD_T1,
             EXPECTATION != "none", UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip

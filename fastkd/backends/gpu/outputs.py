@@ -3,17 +3,19 @@
 import triton
 import triton.language as tl
 
-from fastkd.backends.gpu.tiles import load
+from fastkd.backends.gpu.tiles import load, scalar
 
 NOTHING = tl.constexpr(-float("inf"))  # the logarithm of 0
 
 
 @triton.jit
-def zero_outputs(outputs, row):
-    """Outputs of a row that is left out; their order is that of `base.OUTPUTS`."""
-    n = tl.arange(0, 8)
-    zero = tl.zeros([8], outputs.dtype.element_ty)
-    tl.store(outputs + row.to(tl.int64) * 7 + n, zero, mask=n < 7)
+def leave_out(loss, outputs, row, ACC: tl.constexpr):
+    """0 for the loss and for the outputs of a row that is left out."""
+    tl.store(loss + row, scalar(0.0, ACC))
+    if outputs is not None:
+        n = tl.arange(0, 8)
+        zero = tl.zeros([8], outputs.dtype.element_ty)
+        tl.store(outputs + row.to(tl.int64) * 7 + n, zero, mask=n < 7)
 
 
 @triton.jit
@@ -24,6 +26,14 @@ def store_side(outputs, row, SIDE: tl.constexpr, top, total, weighted, inverse):
     entropy = log_sum - weighted / total * inverse
     tl.store(outputs + 2, tl.where(total == 0, 0.0, entropy))
     tl.store(outputs + 4, tl.where(total == 0, log_sum, top * inverse + log_sum))
+
+
+@triton.jit
+def store_soft(outputs, row, value, m_s, sum_s, weighted_s, m_t, sum_t, weighted_t, inverse):
+    """The divergence of a row, and what is told of both sides."""
+    tl.store(outputs + row.to(tl.int64) * 7, value)
+    store_side(outputs, row, 0, m_s, sum_s, weighted_s, inverse)
+    store_side(outputs, row, 1, m_t, sum_t, weighted_t, inverse)
 
 
 @triton.jit

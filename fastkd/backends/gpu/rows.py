@@ -6,15 +6,9 @@ Nothing here waits for another program. Few rows leave part of a device idle: se
 import triton
 import triton.language as tl
 
-from fastkd.backends.gpu.device_fns import (
-    grad_loop,
-    pair_loop,
-    quotient,
-    safe_sums,
-    stats_loop,
-    sum_loop,
-)
-from fastkd.backends.gpu.outputs import store_hard, store_side, zero_outputs
+from fastkd.backends.gpu.outputs import leave_out, store_hard, store_soft
+from fastkd.backends.gpu.pairs import grad_loop, pair_loop
+from fastkd.backends.gpu.sums import quotient, safe_sums, stats_loop, sum_loop
 from fastkd.backends.gpu.tiles import OFFSET, before, columns, row_at, row_span, scalar, store
 
 # The number of rows in a dimension changes from batch to batch: not worth a compilation.
@@ -93,6 +87,22 @@ def cross_entropy(
 
 
 @triton.jit
+def hard_loss(
+    outputs, row, m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps,
+    eps_over_v, SMOOTH: tl.constexpr, ACC: tl.constexpr, split=0,
+):  # fmt: skip
+    """`cross_entropy`, which the outputs are told too, by the first split alone."""
+    loss = cross_entropy(
+        m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps, eps_over_v,
+        SMOOTH, ACC,
+    )  # fmt: skip
+    if outputs is not None:
+        if split == 0:
+            store_hard(outputs, row, loss, m_s, sum_t1, at_label, here)
+    return loss
+
+
+@triton.jit
 def row_value(
     student, teacher, start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
     DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, UNALIGNED: tl.constexpr,
@@ -160,9 +170,7 @@ def fused_kernel(
         grad = row_at(grad, row, per_g, outer_g, inner_g, align_offset, GROUP, UNALIGNED)
     if keep is not None:
         if tl.load(keep + row) == 0:
-            tl.store(loss + row, scalar(0.0, ACC))
-            if outputs is not None:
-                zero_outputs(outputs, row)
+            leave_out(loss, outputs, row, ACC)
             if grad is not None:
                 zero_columns(grad, start, start + width, LANES, GROUP, UNALIGNED)
             return
@@ -188,20 +196,15 @@ def fused_kernel(
     )  # fmt: skip
     value, of = OF_SUM(value, (raw_s == 0) & (raw_t == 0))
     if outputs is not None:
-        tl.store(outputs + row.to(tl.int64) * 7, value)
-        store_side(outputs, row, 0, m_s, raw_s, weighted_s, inverse)
-        store_side(outputs, row, 1, m_t, raw_t, weighted_t, inverse)
+        store_soft(outputs, row, value, m_s, raw_s, weighted_s, m_t, raw_t, weighted_t, inverse)
     value = soft * value
     if not HARD_T1:
         sum_t1 = raw_s
     if label is not None:
-        of_label = cross_entropy(
-            m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps, eps_over_v,
-            SMOOTH, ACC,
+        value += hard * hard_loss(
+            outputs, row, m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps,
+            eps_over_v, SMOOTH, ACC,
         )  # fmt: skip
-        if outputs is not None:
-            store_hard(outputs, row, of_label, m_s, sum_t1, at_label, here)
-        value += hard * of_label
     z_value, unit = at_one(m_s, sum_t1, hard, scalar(z, ACC), Z_LOSS)
     tl.store(loss + row, value + z_value)
 
@@ -209,8 +212,7 @@ def fused_kernel(
         by = grad_factor(factor, scale, row, ACC)
         grad_loop(
             grad, student, teacher, start, stop, m_s, d_s, m_t, d_t, slopes, sum_t1, column,
-            exponent, param, soft * inverse * by * of, unit * by, hard * by,
-            one_minus_eps + eps_over_v, eps_over_v,
+            exponent, param, soft * inverse, of, unit, hard, one_minus_eps, eps_over_v, by,
             DIVERGENCE, label is not None or Z_LOSS, HARD_T1,
             EXPECTATION != "none", UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
@@ -325,10 +327,9 @@ def grad_kernel(
         grad,
         row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP, UNALIGNED),
         row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP, UNALIGNED),
-        start, stop, m_s, d_s, m_t, d_t, tl.load(pairs + 1).to(ACC), sum_t1,
-        column, scalar(exponent, ACC), scalar(param, ACC),
-        scalar(soft, ACC) * inverse * by * of, unit * by, scalar(hard, ACC) * by,
-        scalar(one_minus_eps, ACC) + eps_over_v, eps_over_v,
+        start, stop, m_s, d_s, m_t, d_t, tl.load(pairs + 1).to(ACC), sum_t1, column,
+        scalar(exponent, ACC), scalar(param, ACC), scalar(soft, ACC) * inverse, of, unit,
+        scalar(hard, ACC), scalar(one_minus_eps, ACC), eps_over_v, by,
         DIVERGENCE, label is not None or Z_LOSS, HARD_T1, False, UNALIGNED,
         ACC, LANES, GROUP, CENTRED,
     )  # fmt: skip

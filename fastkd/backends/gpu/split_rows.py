@@ -20,24 +20,23 @@ import triton
 import triton.language as tl
 
 from fastkd.backends.base import on_host
-from fastkd.backends.gpu.device_fns import (
+from fastkd.backends.gpu.outputs import leave_out, store_soft
+from fastkd.backends.gpu.pairs import grad_loop, pair_loop
+from fastkd.backends.gpu.rows import (
+    at_one,
+    expectation_or_pairs,
+    grad_factor,
+    hard_loss,
+    label_column,
+    zero_columns,
+)
+from fastkd.backends.gpu.sums import (
     LOWEST32,
     LOWEST64,
-    grad_loop,
     merge_sides,
-    pair_loop,
     safe_sums,
     sum_loop,
     weighted_merge,
-)
-from fastkd.backends.gpu.outputs import store_hard, store_side, zero_outputs
-from fastkd.backends.gpu.rows import (
-    at_one,
-    cross_entropy,
-    expectation_or_pairs,
-    grad_factor,
-    label_column,
-    zero_columns,
 )
 from fastkd.backends.gpu.tiles import OFFSET, row_at, row_span, scalar
 
@@ -129,8 +128,11 @@ def pack_partials(
 
 
 @triton.jit
-def merge_weighted(partial, splits, exponent, SPLITS: tl.constexpr, ACC: tl.constexpr):
-    """Both sides' sums of e (x - max) of the whole row."""
+def store_merged(
+    outputs, partial, row, splits, value, top_s, sum_s, top_t, sum_t, exponent, inverse,
+    SPLITS: tl.constexpr, ACC: tl.constexpr, split=0,
+):  # fmt: skip
+    """`store_soft` of the whole row, by its first split alone."""
     lowest: tl.constexpr = LOWEST64 if ACC == tl.float64 else LOWEST32
     m_s = load_partials(partial, splits, 0, lowest, SPLITS)
     d_s = load_partials(partial, splits, 1, 0.0, SPLITS)
@@ -139,7 +141,9 @@ def merge_weighted(partial, splits, exponent, SPLITS: tl.constexpr, ACC: tl.cons
     weighted_s = load_partials(partial, splits, 8, 0.0, SPLITS)
     weighted_t = load_partials(partial, splits, 9, 0.0, SPLITS)
     of_s = weighted_merge(weighted_s, d_s, m_s, exponent)
-    return of_s, weighted_merge(weighted_t, d_t, m_t, exponent)
+    of_t = weighted_merge(weighted_t, d_t, m_t, exponent)
+    if split == 0:
+        store_soft(outputs, row, value, top_s, sum_s, of_s, top_t, sum_t, of_t, inverse)
 
 
 @triton.jit
@@ -269,9 +273,7 @@ def split_finish_kernel(
     start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
     if keep is not None:
         if tl.load(keep + row) == 0:
-            tl.store(loss + row, scalar(0.0, ACC))
-            if outputs is not None:
-                zero_outputs(outputs, row)
+            leave_out(loss, outputs, row, ACC)
             return
     exponent, inverse = scalar(exponent, ACC), scalar(inverse, ACC)
     one_minus_eps, eps_over_v = scalar(one_minus_eps, ACC), scalar(eps_over_v, ACC)
@@ -295,22 +297,20 @@ def split_finish_kernel(
         slopes = value
     value, of = OF_SUM(value, (raw_s == 0) & (raw_t == 0))
     if outputs is not None:
-        weighted_s, weighted_t = merge_weighted(partial, splits, exponent, SPLITS, ACC)
-        tl.store(outputs + row.to(tl.int64) * 7, value)
-        store_side(outputs, row, 0, m_s, raw_s, weighted_s, inverse)
-        store_side(outputs, row, 1, m_t, raw_t, weighted_t, inverse)
+        store_merged(
+            outputs, partial, row, splits, value, m_s, raw_s, m_t, raw_t, exponent, inverse,
+            SPLITS, ACC,
+        )  # fmt: skip
     value = scalar(soft, ACC) * value
     if not HARD_T1:
         sum_t1 = raw_s
     if label is not None:
         _, here = label_column(label, row, start, vocab)
         at_label = tl.sum(load_partials(partial, splits, 7, 0.0, SPLITS), 0)
-        of_label = cross_entropy(
-            m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps, eps_over_v,
-            SMOOTH, ACC,
+        of_label = hard_loss(
+            outputs, row, m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps,
+            eps_over_v, SMOOTH, ACC,
         )  # fmt: skip
-        if outputs is not None:
-            store_hard(outputs, row, of_label, m_s, sum_t1, at_label, here)
         value += scalar(hard, ACC) * of_label
     z_value, unit = at_one(m_s, sum_t1, scalar(hard, ACC), scalar(z, ACC), Z_LOSS)
     tl.store(loss + row, value + z_value)
@@ -361,11 +361,10 @@ def split_grad_kernel(
         row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP, UNALIGNED),
         row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP, UNALIGNED),
         begin, end, tl.load(constants), tl.load(constants + 1), tl.load(constants + 2),
-        tl.load(constants + 3), tl.load(constants + 4), tl.load(constants + 5),
-        column, scalar(exponent, ACC), scalar(param, ACC),
-        scalar(soft, ACC) * inverse * by * tl.load(constants + 6),
-        tl.load(constants + 7) * by, scalar(hard, ACC) * by,
-        scalar(one_minus_eps, ACC) + eps_over_v, eps_over_v,
+        tl.load(constants + 3), tl.load(constants + 4), tl.load(constants + 5), column,
+        scalar(exponent, ACC), scalar(param, ACC), scalar(soft, ACC) * inverse,
+        tl.load(constants + 6), tl.load(constants + 7), scalar(hard, ACC),
+        scalar(one_minus_eps, ACC), eps_over_v, by,
         DIVERGENCE, label is not None or Z_LOSS, HARD_T1,
         EXPECTATION != "none", UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip

@@ -9,11 +9,17 @@ exponential times one factor of the row; the support is written last.
 import triton
 import triton.language as tl
 
-from fastkd.backends.gpu.device_fns import LOG2E, initial_sums, merge_lanes, online_update
 from fastkd.backends.gpu.divergence import value_and_slope
-from fastkd.backends.gpu.outputs import NOTHING, store_hard, topk_outputs, zero_outputs
+from fastkd.backends.gpu.outputs import NOTHING, leave_out, store_hard, topk_outputs
 from fastkd.backends.gpu.rows import at_one, grad_factor, label_column, zero_columns
+from fastkd.backends.gpu.sums import LOG2E, initial_sums, merge_lanes, online_update
 from fastkd.backends.gpu.tiles import columns, load, row_at, scalar, store
+from fastkd.backends.gpu.topk_support import (
+    scatter_support,
+    support_gradient,
+    support_sums,
+    support_values,
+)
 
 
 @triton.jit
@@ -74,31 +80,6 @@ def rest_loop(
 
 
 @triton.jit
-def support_logits(x, indices, start, count, ACC: tl.constexpr, POINTS: tl.constexpr):
-    """(position, index, whether it is a column, logit) of POINTS columns of the support."""
-    position = start + tl.arange(0, POINTS)
-    index = tl.load(indices + position, mask=position < count, other=-1)
-    there = index >= 0
-    logit = tl.load(x + index, mask=there, other=-float("inf")).to(ACC)
-    return position, index, there, logit
-
-
-@triton.jit
-def points(
-    logit, top, log_total, exponent, logp, param, centre,
-    DIVERGENCE: tl.constexpr, NO_TAIL: tl.constexpr,
-):  # fmt: skip
-    """Value, slope and q at columns of the support; without a tail the slope is not centred."""
-    logp = logp * LOG2E
-    logq = tl.fma(logit - top, exponent, -log_total)
-    p, q = tl.exp2(logp), tl.exp2(logq)
-    value, slope = value_and_slope(logp, logq, p, q, q - p, param, DIVERGENCE)
-    if NO_TAIL:
-        slope = slope + centre * q
-    return value, slope, q
-
-
-@triton.jit
 def topk_grad_tile(
     grad, x, start, vocab, top, top_t1, by, exponent, column, hard, target, other,
     HARD: tl.constexpr, HARD_T1: tl.constexpr, RESTRICT: tl.constexpr,
@@ -136,60 +117,6 @@ def topk_grad_loop(
             exponent, column, hard, target, other,
             HARD, HARD_T1, RESTRICT, True, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
-
-
-@triton.jit
-def support_sums(
-    student, indices, count, m_rest, d_rest, exponent,
-    HARD: tl.constexpr, RESTRICT: tl.constexpr, ACC: tl.constexpr, POINTS: tl.constexpr,
-):  # fmt: skip
-    """(max of the softmax, max of the row, log2 of the softmax's sum, share, the support's sums).
-
-    The softmax is over the row, or over the support alone (RESTRICT). share: what a unit of d_rest,
-    the sum off the support, has of the softmax. The last result is the support's sum at T = 1.
-    """
-    tops, sums = tl.full([POINTS], NOTHING, ACC), tl.zeros([POINTS], ACC)
-    for start in range(0, count, POINTS):
-        _, _, _, logit = support_logits(student, indices, start, count, ACC, POINTS)
-        tops = tl.maximum(tops, logit)
-    m_support = tl.max(tops, 0)
-    m_row = tl.maximum(m_support, m_rest)
-    m_soft = m_support if RESTRICT else m_row
-    m_soft = tl.where(m_soft == NOTHING, 0.0, m_soft)
-    sums_t1 = sums
-    for start in range(0, count, POINTS):
-        _, _, _, logit = support_logits(student, indices, start, count, ACC, POINTS)
-        sums += tl.exp2((logit - m_soft) * exponent)
-        if HARD:
-            sums_t1 += tl.exp2((logit - m_row) * LOG2E)
-    total = tl.sum(sums, 0)
-    share = scalar(0.0, ACC)
-    if not RESTRICT:
-        share = tl.exp2((m_rest - m_soft) * exponent)
-        total += d_rest * share
-    return m_soft, m_row, tl.log2(total), share / total, tl.sum(sums_t1, 0)
-
-
-@triton.jit
-def support_values(
-    student, indices, logprobs, count, m_soft, log_total, exponent, param, centre,
-    DIVERGENCE: tl.constexpr, NO_TAIL: tl.constexpr, ACC: tl.constexpr, POINTS: tl.constexpr,
-):  # fmt: skip
-    """Sums of values and slopes over the support, and how many log-probabilities are NaN."""
-    values, slopes = tl.zeros([POINTS], ACC), tl.zeros([POINTS], ACC)
-    invalid = tl.zeros([POINTS], ACC)
-    for start in range(0, count, POINTS):
-        position, _, _, logit = support_logits(student, indices, start, count, ACC, POINTS)
-        logp = tl.load(logprobs + position, mask=position < count, other=NOTHING)
-        value, slope, _ = points(
-            logit, m_soft, log_total, exponent, logp, param, centre, DIVERGENCE, NO_TAIL
-        )
-        # an invalid index may stand in padding, and a weight of 0 must not hide it
-        invalid += tl.where(logp != logp, 1.0, 0.0)
-        dead = (position >= count) | ((logp == NOTHING) & (logit == NOTHING))
-        values += tl.where(dead, 0.0, value)
-        slopes += tl.where(dead, 0.0, slope)
-    return tl.sum(values, 0), tl.sum(slopes, 0), tl.sum(invalid, 0)
 
 
 @triton.jit
@@ -234,37 +161,15 @@ def topk_value(
 
 
 @triton.jit
-def support_gradient(
-    support_grad, student, indices, logprobs, count, m_soft, m_row, log_total, slope_sum,
-    exponent, param, centre, soft, hard, column, target, other,
-    DIVERGENCE: tl.constexpr, NO_TAIL: tl.constexpr, HARD: tl.constexpr,
-    ACC: tl.constexpr, POINTS: tl.constexpr,
-):  # fmt: skip
-    """Writes the gradient on the support to support_grad, while the logits are still there."""
-    for start in range(0, count, POINTS):
-        position, index, there, logit = support_logits(student, indices, start, count, ACC, POINTS)
-        logp = tl.load(logprobs + position, mask=position < count, other=NOTHING)
-        _, slope, q = points(
-            logit, m_soft, log_total, exponent, logp, param, centre, DIVERGENCE, NO_TAIL
-        )
-        slope = tl.where((logp == NOTHING) & (logit == NOTHING), 0.0, slope)
-        out = soft * (slope - q * slope_sum)
-        if HARD:
-            out += hard * tl.exp2((logit - m_row) * LOG2E)
-            out -= tl.where(index == column, target, other)
-        tl.store(support_grad + position, out, mask=there)
-
-
-@triton.jit
 def topk_gradient(
-    grad, support_grad, student, indices, logprobs, vocab, count, m_rest, m_soft, m_row, log_total,
-    share, value, slope_sum, of_rest, sum_t1, exponent, param, centre, soft, unit, hard, column,
-    target, eps_over_v,
+    grad, support_grad, student, indices, logprobs, vocab, width, count, m_rest, m_soft, m_row,
+    log_total, share, value, slope_sum, of_rest, sum_t1, exponent, param, centre, soft, unit, hard,
+    column, target, eps_over_v,
     DIVERGENCE: tl.constexpr, NO_TAIL: tl.constexpr, HARD: tl.constexpr, HARD_T1: tl.constexpr,
     RESTRICT: tl.constexpr, POINTS: tl.constexpr, UNALIGNED: tl.constexpr,
     ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient: that of the support to support_grad, that of all other columns to grad."""
+    """The gradient of a row; the support's waits in support_grad until the rest is written."""
     target, other = hard * target, hard * eps_over_v
     unit = tl.where(sum_t1 == 0, float("nan"), unit / sum_t1)
     support_gradient(
@@ -279,29 +184,39 @@ def topk_gradient(
         grad, student, vocab, m_rest, m_row, by_rest, exponent, column, unit, target, other,
         HARD, HARD_T1, RESTRICT, UNALIGNED, ACC, LANES, GROUP,
     )  # fmt: skip
+    zero_columns(grad, vocab, width, LANES, GROUP, UNALIGNED)
+    # other threads have written the columns of the support, too
+    tl.debug_barrier()
+    scatter_support(grad, support_grad, indices, count, POINTS)
 
 
 @triton.jit
-def scatter_support(grad, support_grad, indices, count, POINTS: tl.constexpr):
-    """Copies support_grad to the columns of the support."""
-    for start in range(0, count, POINTS):
-        position = start + tl.arange(0, POINTS)
-        index = tl.load(indices + position, mask=position < count, other=-1)
-        out = tl.load(support_grad + position, mask=index >= 0, other=0.0)
-        tl.store(grad + index, out.to(grad.dtype.element_ty), mask=index >= 0)
-
-
-@triton.jit
-def topk_cross_entropy(
-    sum_t1, m_row, at_label, here, near, sum_shifted, vocab, classes, one_minus_eps, eps_over_v,
-    SMOOTH: tl.constexpr, ACC: tl.constexpr,
+def sum_at_one(
+    d_rest, t1_rest, t1_support, m_rest, m_row,
+    HARD: tl.constexpr, HARD_T1: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """As `rows.cross_entropy`, where sum_shifted is the sum of x - near."""
+    """The sum of a whole row at T = 1, relative to its maximum; 1 where nothing asks for it."""
+    total = scalar(1.0, ACC)
+    if HARD:
+        if not HARD_T1:
+            t1_rest = d_rest
+        total = t1_support + t1_rest * tl.exp2((m_rest - m_row) * LOG2E)
+    return total
+
+
+@triton.jit
+def topk_hard_loss(
+    outputs, row, sum_t1, m_row, at_label, here, near, sum_shifted, vocab, classes, one_minus_eps,
+    eps_over_v, SMOOTH: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """As `rows.hard_loss`, where sum_shifted is the sum of x - near."""
     rest = tl.where(here, eps_over_v * scalar(classes - vocab, ACC), 1.0 - eps_over_v * vocab)
     value = tl.log(sum_t1) + tl.where(here, one_minus_eps * (m_row - at_label), 0.0)
     value += tl.where(rest == 0, 0.0, rest * m_row)
     if SMOOTH:
         value -= eps_over_v * (sum_shifted + vocab * (near - m_row))
+    if outputs is not None:
+        store_hard(outputs, row, value, m_row, sum_t1, at_label, here)
     return value
 
 
@@ -337,9 +252,7 @@ def topk_kernel(
         grad = row_at(grad, row, per_g, outer_g, inner_g, None, GROUP, UNALIGNED)
     if keep is not None:
         if tl.load(keep + row) == 0:
-            tl.store(loss + row, scalar(0.0, ACC))
-            if outputs is not None:
-                zero_outputs(outputs, row)
+            leave_out(loss, outputs, row, ACC)
             if grad is not None:
                 zero_columns(grad, 0, width, LANES, GROUP, UNALIGNED)
             return
@@ -372,32 +285,21 @@ def topk_kernel(
             log_total, exponent, scalar(inverse, ACC),
             RESTRICT, POINTS, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
-    sum_t1 = scalar(1.0, ACC)
-    if HARD:
-        if not HARD_T1:
-            t1_rest = d_rest
-        sum_t1 = t1_support + t1_rest * tl.exp2((m_rest - m_row) * LOG2E)
+    sum_t1 = sum_at_one(d_rest, t1_rest, t1_support, m_rest, m_row, HARD, HARD_T1, ACC)
     if label is not None:
-        of_label = topk_cross_entropy(
-            sum_t1, m_row, at_label, here, near, sum_shifted, vocab, classes, one_minus_eps,
-            eps_over_v, SMOOTH, ACC,
+        value += hard * topk_hard_loss(
+            outputs, row, sum_t1, m_row, at_label, here, near, sum_shifted, vocab, classes,
+            one_minus_eps, eps_over_v, SMOOTH, ACC,
         )  # fmt: skip
-        if outputs is not None:
-            store_hard(outputs, row, of_label, m_row, sum_t1, at_label, here)
-        value += hard * of_label
     z_value, unit = at_one(m_row, sum_t1, hard, scalar(z, ACC), Z_LOSS)
     tl.store(loss + row, value + z_value)
 
     if grad is not None:
         by = grad_factor(factor, scale, row, ACC)
         topk_gradient(
-            grad, support_grad + base, student, indices, logprobs, vocab, count, m_rest, m_soft,
-            m_row, log_total, share, value, slope_sum, of_rest, sum_t1, exponent, param, centre,
-            soft * scalar(inverse, ACC) * by * of, unit * by, hard * by, column,
+            grad, support_grad + base, student, indices, logprobs, vocab, width, count, m_rest,
+            m_soft, m_row, log_total, share, value, slope_sum, of_rest, sum_t1, exponent, param,
+            centre, soft * scalar(inverse, ACC) * by * of, unit * by, hard * by, column,
             one_minus_eps + eps_over_v, eps_over_v,
             DIVERGENCE, NO_TAIL, HARD, HARD_T1, RESTRICT, POINTS, UNALIGNED, ACC, LANES, GROUP,
         )  # fmt: skip
-        zero_columns(grad, vocab, width, LANES, GROUP, UNALIGNED)
-        # other threads have written the columns of the support, too
-        tl.debug_barrier()
-        scatter_support(grad, support_grad + base, indices, count, POINTS)
