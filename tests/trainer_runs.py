@@ -36,6 +36,14 @@ def quiet(student: nn.Module, loader: Any, loss: Any, **options: Any) -> list[di
     return distill.train(student, loader, loss, progress=False, **options)
 
 
+def step(
+    student: nn.Module, given: Any, loss: Any, *, lr: float = 0.0, **options: Any
+) -> distill.Step:
+    """One step on one batch; without a learning rate the student stays as it is."""
+    sgd = torch.optim.SGD(student.parameters(), lr)
+    return quiet(student, [given], loss, **{"teacher": None, "optimizer": sgd, **options})[0]
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
