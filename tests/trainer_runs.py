@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastkd import distill
 
 V = 7
+Loader = list[tuple[Tensor, Tensor]]
 
 
 class Tokens(nn.Module):

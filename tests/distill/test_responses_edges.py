@@ -24,15 +24,6 @@ from response_losses import (
 
 import fastkd
 from fastkd import distill
-from fastkd.distill.losses import chunked
-
-
-@pytest.fixture(params=[False, True], ids=["whole", "in-chunks"])
-def in_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """A batch at once, as small ones are, or two rows at a time."""
-    if request.param:
-        monkeypatch.setattr(chunked, "HOST_ELEMENTS", 20)
-    return bool(request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
