@@ -247,13 +247,6 @@ def as_text(result: dict[str, Any]) -> str:
     )
 
 
-def as_markdown(result: dict[str, Any]) -> str:
-    """The table for a page."""
-    head, *rest = table(result)
-    lines = [head, ("---",) * len(head), *rest]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def missed(result: dict[str, Any]) -> list[str]:
     """The claims that do not hold, a line each."""
     return [
