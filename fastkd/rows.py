@@ -128,7 +128,7 @@ def factors(
         factor = factor / max(batch, 1)
     elif reduction == "mean":
         if normalizer is not None and not isinstance(normalizer, Tensor):
-            normalizer = torch.as_tensor(float(normalizer))
+            normalizer = torch.as_tensor(float(normalizer), dtype=factor.dtype)
         by = factor.sum() if normalizer is None else normalizer.to(factor)
         factor = factor * torch.where(by == 0, 0.0, 1.0 / torch.where(by == 0, 1.0, by))
     return factor if bad is None else torch.where(bad, math.nan, factor)
