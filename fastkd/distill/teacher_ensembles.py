@@ -238,5 +238,4 @@ class EnsembleTeacher(Teacher):
         return Outputs(mean, features, tuple(outputs))
 
 
-for kind in (list, tuple):
-    MADE_OF[kind] = EnsembleTeacher
+MADE_OF[list] = MADE_OF[tuple] = EnsembleTeacher
