@@ -16,7 +16,6 @@ Simulated, not measured on a GPU.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from collections import Counter, OrderedDict
@@ -198,9 +197,11 @@ def main() -> int:
             found.append(figures(program, divergence, given.rows))
             print(*found[-1], flush=True)
     if given.table:
+        from fastkd.distill.serialization import in_lines
+
         (given.table / "l2.md").write_text(markdown(found))
         document = {"about": SIMULATED, "rows": [one._asdict() for one in found]}
-        (given.table / "l2.json").write_text(json.dumps(document, indent=1) + "\n")
+        (given.table / "l2.json").write_text(in_lines(document) + "\n")
     return 0
 
 

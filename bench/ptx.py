@@ -22,7 +22,6 @@ by executing PTX, not measured on a GPU.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -208,6 +207,7 @@ def main() -> int:
         print("bench.ptx: TRITON_INTERPRET=1 is set, under which nothing compiles; unset it")
         return 2
     sys.path.insert(0, str(ROOT / "tests"))
+    from fastkd.distill.serialization import in_lines
     from fastkd.divergence import divergences
 
     parser = argparse.ArgumentParser(
@@ -237,7 +237,7 @@ def main() -> int:
         if given.json:  # after each row: what is known is kept if the run is not
             about = {"about": COUNTED, "arch": given.arch}
             document = {**about, "rows": [row._asdict() for row in rows]}
-            Path(given.json).write_text(json.dumps(document, indent=1) + "\n")
+            Path(given.json).write_text(in_lines(document) + "\n")
         if given.table:
             (given.table / "ptx.md").write_text(markdown(rows, given.arch))
     return 0

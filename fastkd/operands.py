@@ -7,8 +7,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd.arguments.messages import describe, shown, sizes
-from fastkd.arguments.numbers import WAITS, real
+from fastkd.arguments.messages import shown, sizes
+from fastkd.arguments.numbers import temperature_of
 from fastkd.arguments.tensors import check_head, check_topk, head_numbers, product_dtype
 
 
@@ -225,20 +225,12 @@ class TopK:
         check_topk(logprobs, indices, tail_logprob)
         if not isinstance(tail, str) or tail not in TAILS:
             raise ValueError(f"tail: got {shown(tail)}, expected one of {', '.join(TAILS)}")
-        number = real(temperature)
-        if number is None:
-            raise TypeError(
-                f"temperature: got {describe(temperature)}, expected a positive number{WAITS}"
-            )
-        if not 1e-18 <= number <= 1e18:
-            raise ValueError(
-                f"temperature: got {shown(temperature)}, expected a positive finite number"
-            )
+        self.temperature = float(temperature_of(temperature))
         if not torch.is_grad_enabled():
             logprobs = logprobs.detach()
             tail_logprob = None if tail_logprob is None else tail_logprob.detach()
         self.logprobs, self.indices, self.tail_logprob = logprobs, indices, tail_logprob
-        self.temperature, self.tail = float(number), tail
+        self.tail = tail
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor | None]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastkd.arguments.messages import shown
+from fastkd.arguments.numbers import coefficient
 from fastkd.engine import class_axis
 from fastkd.engine import reduction as engine
 
@@ -70,14 +71,6 @@ def check(options: RowOptions, leading: list[int]) -> None:
             raise ValueError(f"normalizer: got shape {list(normalizer.shape)}, expected 0-d")
     else:
         coefficient("normalizer", normalizer)
-
-
-def coefficient(name: str, value: float) -> None:
-    """A factor of a part of a loss: TypeError, ValueError for what is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name}: got {shown(value)}, expected a finite number >= 0")
 
 
 def classes_last(student: Tensor, teacher: Tensor, class_dim: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +127,8 @@ def factors(
     if reduction == "batchmean":
         factor = factor / max(batch, 1)
     elif reduction == "mean":
-        by = factor.sum() if normalizer is None else torch.as_tensor(normalizer)
-        by = by.to(factor)
+        if normalizer is not None and not isinstance(normalizer, Tensor):
+            normalizer = torch.as_tensor(float(normalizer), dtype=factor.dtype)
+        by = factor.sum() if normalizer is None else normalizer.to(factor)
         factor = factor * torch.where(by == 0, 0.0, 1.0 / torch.where(by == 0, 1.0, by))
     return factor if bad is None else torch.where(bad, math.nan, factor)

@@ -230,6 +230,8 @@ FORMS = {
 FORM_CHUNK = 2  # rows, so that a test's few rows are several chunks
 
 each_form = pytest.mark.parametrize("form", FORMS)
+REDUCTIONS = ["mean", "batchmean", "sum", "none"]
+each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 # What a linear form adds does not depend on the rest, so it runs few of a test's cases. Infinities
 # do not go through a product at all.
@@ -270,6 +272,12 @@ def _linear(x: Tensor) -> fastkd.LinearLogits:
 
 
 each_input = pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS.keys())
+
+
+def some_labels(backend: Backend, n: int, v: int, ignored: float = 0.0) -> Tensor:
+    """Labels [n], of which about a share of `ignored` is -100."""
+    labels = torch.randint(v, (n,), device=backend.device)
+    return labels.masked_fill(torch.rand(n, device=backend.device) < ignored, -100)
 
 
 def logits(

@@ -163,6 +163,13 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=bool(PTX))
 def ptx(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Under FASTKD_TEST_PTX every launch is executed as PTX; the architecture by the test's id."""

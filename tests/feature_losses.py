@@ -41,5 +41,24 @@ def vectors(x: Tensor) -> list[Tensor]:
     return list(x.movedim(1, -1).reshape(-1, x.size(1)) if x.dim() == 4 else x.flatten(0, -2))
 
 
+def assert_low_precision_only_at_the_ends(
+    loss: Loss, s: Tensor, t: Tensor, floors: float, absolute: float = 1e-12
+) -> None:
+    """Beside the same numbers in float64, only float32's rounding; also where autocast is on."""
+    dtype = s.dtype
+    s, t = (x.requires_grad_() for x in (s, t))
+    exact_s, exact_t = (x.detach().double().requires_grad_() for x in (s, t))
+    exact = loss(exact_s, exact_t)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(s, t)
+    assert value.dtype == torch.float32
+    assert float(value.detach()) == pytest.approx(float(exact.detach()), rel=1e-5, abs=absolute)
+    value.backward()
+    exact.backward()
+    assert s.grad is not None and exact_s.grad is not None and s.grad.dtype == dtype
+    error = (s.grad.double() - exact_s.grad).abs().max()
+    assert error <= floors * exact_s.grad.abs().max() + torch.finfo(dtype).smallest_normal
+
+
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)

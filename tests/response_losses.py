@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from oracle import FLOORS, assert_gradients, assert_values, oracle, row_factor
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd import distill
 
@@ -128,6 +129,21 @@ def run(loss: Callable[..., Tensor], *operands: Any, **options: Any) -> tuple[Te
     value = loss(s, *others, **options)
     (grad,) = torch.autograd.grad(value, s, torch.ones_like(value))
     return value.detach(), grad
+
+
+class Made(TorchDispatchMode):
+    """The sizes of the tensors that are made meanwhile, in memory of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kw: Any = None) -> Any:
+        out = f(*args, **(kw or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in given:
+            self.sizes.append(out.numel())
+        return out
 
 
 def reduced(loss: Loss, s: Tensor, t: Tensor, y: Tensor, **options: Any) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastkd import distill
 
 V = 7
+Loader = list[tuple[Tensor, Tensor]]
 
 
 class Tokens(nn.Module):
@@ -34,6 +35,14 @@ def mlp(width: int = 8, *, dropout: float = 0.0) -> nn.Sequential:
 
 def quiet(student: nn.Module, loader: Any, loss: Any, **options: Any) -> list[distill.Step]:
     return distill.train(student, loader, loss, progress=False, **options)
+
+
+def step(
+    student: nn.Module, given: Any, loss: Any, *, lr: float = 0.0, **options: Any
+) -> distill.Step:
+    """One step on one batch; without a learning rate the student stays as it is."""
+    sgd = torch.optim.SGD(student.parameters(), lr)
+    return quiet(student, [given], loss, **{"teacher": None, "optimizer": sgd, **options})[0]
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

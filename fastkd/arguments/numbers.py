@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import operator
+import sys
 from typing import Any
 
 from torch import Tensor
+
+from fastkd.arguments.messages import describe, shown
 
 WAITS = "; of a tensor, .item() is the number, for which its device is waited for once"
 
@@ -22,6 +25,26 @@ def real(x: Any) -> float | None:
         return float(x)
     except Exception:  # of an array of more than one
         return None
+
+
+def within(name: str, x: Any, low: float, high: float, expected: str) -> float:
+    """A real number from low to high; a TypeError or ValueError names what was expected."""
+    number = real(x)
+    if number is None:
+        raise TypeError(f"{name}: got {describe(x)}, expected {expected}{WAITS}")
+    if not low <= number <= high:
+        raise ValueError(f"{name}: got {shown(x)}, expected {expected}")
+    return number
+
+
+def temperature_of(x: Any, name: str = "temperature") -> float:
+    """A temperature T, whose T^2 and 1 / T are float32 numbers."""
+    return within(name, x, 1e-18, 1e18, "a positive finite number (from 1e-18 to 1e18)")
+
+
+def coefficient(name: str, x: Any) -> float:
+    """A factor of a part of a loss."""
+    return float(within(name, x, 0.0, sys.float_info.max, "a finite number of 0 or more"))
 
 
 def integer(x: Any) -> int | None:

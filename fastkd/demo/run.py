@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastkd.distill.serialization import needed
+from fastkd.distill.serialization import in_lines, needed
 
 from . import corpus, estimate, held_out, measure, page, report
 from .model import USER, export, parameters
@@ -249,7 +249,7 @@ def _kept(file: Path, make: Callable[[], Any]) -> Any:
 
 def _write(file: Path, value: Any) -> None:
     part = file.with_name(f".{file.name}.tmp")
-    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    part.write_text(in_lines(value), encoding="utf-8")
     os.replace(part, file)
 
 

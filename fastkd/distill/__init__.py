@@ -1,9 +1,8 @@
 """The workflow around the losses: train, evaluate, compare and export a student."""
 
-from fastkd.doctor import diagnose
-
 from .batch import Batch, Outputs
 from .checkpoint import Checkpoints
+from .diagnosis import diagnose
 from .evaluation import Evaluation, Report, agreement, calibration_error, evaluate, latency, report
 from .hooks import Hooks, projector
 from .logging import CSVLogger, Step

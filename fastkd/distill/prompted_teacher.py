@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from fastkd.arguments.messages import shown
 
 from .batch import IGNORED, Batch, Outputs, rows_at
-from .teacher_ensembles import as_teacher
-from .teachers import Teacher
+from .teachers import Teacher, as_teacher
 
 
 class PromptedTeacher(Teacher):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .batch import Batch, Outputs, unwrap
-from .teachers import ModelTeacher
+from .teachers import OF_STUDENT, ModelTeacher
 
 
 @contextmanager
@@ -75,3 +75,6 @@ class BaseTeacher(ModelTeacher):
 
     def identity(self) -> Any:
         return ["BaseTeacher", type(self.model).__name__]
+
+
+OF_STUDENT["base"] = BaseTeacher

@@ -165,6 +165,16 @@ def read(path: str | os.PathLike[str], user: str) -> tuple[dict[str, Tensor], An
     return state, json.loads(header.get("fastkd", "null"))
 
 
+def in_lines(value: Any, depth: int = 2) -> str:
+    """JSON with a line for each entry of a document, and for each entry of those."""
+    if not depth or not value or not isinstance(value, (list, dict)):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(in_lines(x, depth - 1) for x in value) + "\n]"
+    entries = (f"{json.dumps(str(name))}: {in_lines(x, depth - 1)}" for name, x in value.items())
+    return "{\n" + ",\n".join(entries) + "\n}"
+
+
 def needed(module: str, user: str, extra: str = "train") -> Any:
     """An optional module, or an ImportError that names what needs it and how to get it."""
     try:

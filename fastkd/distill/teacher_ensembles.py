@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-
-from fastkd.arguments.messages import shown
 
 from .batch import (
     Batch,
@@ -25,15 +22,7 @@ from .distributed import Ranks
 from .hooks import Hooks
 from .objective import Objective
 from .optimizers import check_optimizer
-from .self_teachers import BaseTeacher
-from .teachers import (
-    BatchTeacher,
-    CachedTeacher,
-    CallableTeacher,
-    EMATeacher,
-    ModelTeacher,
-    Teacher,
-)
+from .teachers import MADE_OF, Teacher, as_teacher
 
 
 class PeerTeacher(Teacher):
@@ -249,33 +238,4 @@ class EnsembleTeacher(Teacher):
         return Outputs(mean, features, tuple(outputs))
 
 
-OWN = {"base": BaseTeacher, "ema": EMATeacher}  # teachers that are made of the student
-
-
-def as_teacher(teacher: Any) -> Teacher:
-    """A `Teacher` of what a user may give: a module, several, a function, a cache, or None."""
-    if isinstance(teacher, Teacher):
-        return teacher
-    if isinstance(teacher, str):
-        if teacher not in OWN:
-            raise ValueError(f"teacher: got {shown(teacher)}, expected one of {list(OWN)}")
-        return OWN[teacher]()
-    if isinstance(teacher, Mapping):
-        from .teacher_routes import RoutedTeacher  # which is made of an ensemble
-
-        return RoutedTeacher(teacher)
-    if teacher is None:
-        return BatchTeacher()
-    if isinstance(teacher, nn.Module):
-        return ModelTeacher(teacher)
-    if isinstance(teacher, Dataset):
-        return CachedTeacher(teacher)
-    if isinstance(teacher, (list, tuple)):
-        return EnsembleTeacher(teacher)
-    if callable(teacher):
-        return CallableTeacher(teacher)
-    got = type(teacher).__name__
-    raise TypeError(
-        f"teacher: got {got}, expected a module, a list or a dict of them, 'base', 'ema', a "
-        "function, a cache's Reader or a Teacher"
-    )
+MADE_OF[list] = MADE_OF[tuple] = EnsembleTeacher

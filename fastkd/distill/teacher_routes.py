@@ -16,7 +16,7 @@ from fastkd.arguments.messages import shown
 from .batch import Batch, Outputs, in_rows, mapped, tensors
 from .distributed import is_dtensor
 from .teacher_ensembles import EnsembleTeacher, PeerTeacher
-from .teachers import Teacher
+from .teachers import MADE_OF, Teacher
 
 
 class RoutedTeacher(EnsembleTeacher):
@@ -163,3 +163,6 @@ def stacked_rows(parts: Sequence[Any], order: Tensor) -> Any:
 
 def _at(order: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: x[order.to(x.device)]
+
+
+MADE_OF[Mapping] = RoutedTeacher

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from fastkd.arguments.messages import shown
 
@@ -302,6 +303,35 @@ class BatchTeacher(Teacher):
 
     def identity(self) -> Any:
         return None
+
+
+# what a user may give, and what makes a `Teacher` of it; modules of further teachers add theirs
+MADE_OF: dict[type, Callable[[Any], Teacher]] = {
+    type(None): lambda nothing: BatchTeacher(),
+    nn.Module: ModelTeacher,
+    Dataset: CachedTeacher,
+}
+OF_STUDENT: dict[str, Callable[[], Teacher]] = {"ema": EMATeacher}  # by name
+
+
+def as_teacher(teacher: Any) -> Teacher:
+    """A `Teacher` of what a user may give: a module, several, a function, a cache, or None."""
+    if isinstance(teacher, Teacher):
+        return teacher
+    if isinstance(teacher, str):
+        if teacher not in OF_STUDENT:
+            raise ValueError(f"teacher: got {shown(teacher)}, expected one of {sorted(OF_STUDENT)}")
+        return OF_STUDENT[teacher]()
+    for kind, make in MADE_OF.items():
+        if isinstance(teacher, kind):
+            return make(teacher)
+    if callable(teacher):
+        return CallableTeacher(teacher)
+    got = type(teacher).__name__
+    raise TypeError(
+        f"teacher: got {got}, expected a module, a list or a dict of them, 'base', 'ema', a "
+        "function, a cache's Reader or a Teacher"
+    )
 
 
 def check_device(outputs: Outputs, device: torch.device) -> Outputs:

@@ -36,8 +36,7 @@ from .optimizers import optimizer_of
 from .precision import Stepping, stepping
 from .run_warnings import RunWarnings
 from .schedules import Rates, applied
-from .teacher_ensembles import as_teacher
-from .teachers import EMATeacher, Teacher, check_device, check_one_source
+from .teachers import EMATeacher, Teacher, as_teacher, check_device, check_one_source
 from .terms import Term
 
 # steps between looks at the loss; elsewhere 50: a look makes the host wait

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from fastkd.scan.rules import FAULTS
 
-from .diagnosis import diagnose
 from .findings import Finding, Findings, report
 from .script import Examined, examine
 
-__all__ = ["FAULTS", "Examined", "Finding", "Findings", "diagnose", "examine", "report"]
+__all__ = ["FAULTS", "Examined", "Finding", "Findings", "examine", "report"]

@@ -140,13 +140,6 @@ def is_probabilities(x: Tensor, axis: int | None) -> bool:
     return bool((sums - 1.0).abs().max() < 4e-3)
 
 
-def is_logprobs(x: Tensor) -> bool:
-    values = x.detach().float()
-    if values.numel() < 4 or float(values.max()) > 1e-6:
-        return False
-    return bool(values.logsumexp(-1).abs().max() < 4e-3)
-
-
 def loss(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag) -> None:
     """A loss of torch.nn.functional."""
     given = list(args[:2]) + [named[x] for x in ("input", "target") if x in named]

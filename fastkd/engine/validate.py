@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastkd.arguments.messages import describe, shown, sizes, warn_once
-from fastkd.arguments.numbers import WAITS, integer, real
+from fastkd.arguments.numbers import integer, real, temperature_of, within
 from fastkd.arguments.tensors import DTYPES, INT_DTYPES, answers_itself, layout
 from fastkd.backends.choice import forced
 from fastkd.divergence import Divergence
@@ -27,6 +27,7 @@ OPTIONS = (
     *("normalizer", "vocab_size", "class_dim", "inplace", "group", "return_outputs"),
 )
 _PLAIN = (Tensor, Parameter)
+temperature = temperature_of
 
 
 def known_options(name: str, divergence: Divergence) -> list[str]:
@@ -50,21 +51,12 @@ def refuse_option(name: str, option: str, known: Sequence[str]) -> None:
 
 
 def share(name: str, value: float) -> float:
-    number = real(value)
-    if number is None:
-        raise TypeError(f"{name}: got {describe(value)}, expected a number from 0 to 1{WAITS}")
-    if not 0.0 <= number <= 1.0:
-        raise ValueError(f"{name}: got {shown(value)}, expected a number from 0 to 1")
-    return number
+    return within(name, value, 0.0, 1.0, "a number from 0 to 1")
 
 
 def z_loss(value: float) -> float:
-    number = real(value)
-    if number is None:
-        raise TypeError(f"z_loss: got {describe(value)}, expected a number of 0 or more{WAITS}")
-    if not 0.0 <= number <= 1e18:  # a float32 number
-        raise ValueError(f"z_loss: got {shown(value)}, expected a finite number of 0 or more")
-    return float(number)
+    # a float32 number
+    return float(within("z_loss", value, 0.0, 1e18, "a finite number of 0 or more"))
 
 
 def reduction(reduction: str) -> None:
@@ -72,20 +64,6 @@ def reduction(reduction: str) -> None:
         raise ValueError(
             f"reduction: got {shown(reduction)}, expected one of {', '.join(REDUCTIONS)}"
         )
-
-
-def temperature(temperature: float) -> float:
-    number = temperature if type(temperature) is float else real(temperature)
-    if number is None:
-        raise TypeError(
-            f"temperature: got {describe(temperature)}, expected a positive number{WAITS}"
-        )
-    if not 1e-18 <= number <= 1e18:  # T^2 and 1 / T are float32 numbers
-        raise ValueError(
-            f"temperature: got {shown(temperature)}, expected a positive finite number "
-            "(from 1e-18 to 1e18)"
-        )
-    return number
 
 
 def operands(student: Operand, teacher: Teacher, vocab_size: int | None) -> int:

@@ -46,12 +46,9 @@ from fastkd.integrations.problems import (
     problem_by_labels,
     problems_of,
 )
+from fastkd.integrations.seen import ANSWER_OPTIONS, Seen, check_whole
 
 SCHEDULED = ("temperature", "alpha")  # options that may be functions of the step
-# of the student's arguments, those that say how it answers: the teacher does not get them
-ANSWER_OPTIONS = {"labels", "num_items_in_batch", "past_key_values", "use_cache", "logits_to_keep"}
-ANSWER_OPTIONS |= {"return_dict", "output_hidden_states", "output_attentions", "return_loss"}
-ANSWER_OPTIONS |= {"cache", "cache_params"}
 # what takes the hooks off each student that has some: a second loss takes the first one's place
 _HOOKED: WeakKeyDictionary[Any, Callable[[], None]] = WeakKeyDictionary()
 
@@ -108,7 +105,7 @@ class DistillationLoss:
         self.detach: Callable[[], None] = lambda: None
         self._student: Any = None
         self._head: Head | None = None
-        self._seen = _Seen()
+        self._seen = Seen()
         self._told: dict[str, Tensor] = {}  # sums over tokens, and their count, since the last log
         self._checked = False
         self._undecided = False  # what the student's logits are: the first labels say so
@@ -215,30 +212,21 @@ class DistillationLoss:
             given = dict(zip(arguments, args, strict=False)) | kwargs
             if family.decoder and student.training:
                 check_decoder(given)
-            seen.stored, seen.shifted = given.pop("teacher", None), given.pop("shift_labels", None)
-            seen.extra = {name: given.pop(name, None) for name in columns}
-            seen.inputs = {k: v for k, v in given.items() if k not in ANSWER_OPTIONS}
+            seen.arguments(given, columns)
             kwargs = self.students_own(kwargs)
             kwargs.pop("shift_labels", None)
             return args, kwargs
 
         def inside(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._answering:
-                return
-            found = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-            device_type = next((x.device.type for x in found), "cpu")
-            seen.autocast = (
-                device_type,
-                torch.get_autocast_dtype(device_type),
-                torch.is_autocast_enabled(device_type),
-            )
+            if not self._answering:
+                seen.inside((*args, *kwargs.values()))
 
         def with_head(hidden: Tensor) -> None:
             # made here, where the logits would be made: accelerate's autocast ends with the forward
             assert head is not None
             if self._answering:
                 return
-            _check_whole(head.module.weight)
+            check_whole(head.module.weight)
             seen.logits = head.logits(hidden, pack=pack)
 
         def trim() -> bool:
@@ -282,7 +270,7 @@ class DistillationLoss:
             mapped = isinstance(outputs, Mapping)
             student = outputs[family.logits] if mapped else outputs[0]
         elif student is not None:
-            _check_whole(student.weight)
+            check_whole(student.weight)
         if student is None:
             raise RuntimeError(
                 "student: got a forward in which the head that was read was not called; was it "
@@ -384,27 +372,3 @@ class DistillationLoss:
 
 def _nothing() -> None:
     """Of a student without hooks."""
-
-
-class _Seen:
-    """The student's last forward as its hooks saw it."""
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.inputs: dict[str, Any] | None = None
-        self.stored: Any = None
-        self.shifted: Tensor | None = None
-        self.extra: dict[str, Any] = {}
-        self.logits: fastkd.LinearLogits | None = None
-        self.autocast: tuple[str, torch.dtype, bool] | None = None
-
-
-def _check_whole(weight: Tensor) -> None:
-    sharded = hasattr(weight, "placements")
-    if sharded or not weight.numel() or not weight.untyped_storage().size():
-        raise ValueError(
-            "linear: got True with weights that are sharded outside of a model's forward (FSDP, "
-            "ZeRO-3), expected linear=False (dense logits)"
-        )

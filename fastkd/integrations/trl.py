@@ -25,6 +25,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd.arguments.messages import shown
+from fastkd.arguments.numbers import within
 from fastkd.distill.serialization import absent
 
 VERSIONS = ((1, 0), (2, 0))  # from the first to before the second: those that have these losses
@@ -270,10 +271,7 @@ def _class(trainer: object) -> type:
 
 
 def _entry(beta: float) -> Any:
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
-        raise TypeError(f"beta: got {shown(beta)}, expected a number from 0 to 1")
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta: got {shown(beta)}, expected a number from 0 to 1")
+    beta = within("beta", beta, 0.0, 1.0, "a number from 0 to 1")
     if beta in (0, 1):
         return fastkd.divergences["reverse_kl" if beta else "kl"]
     return fastkd.divergences.js(beta=float(beta))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import multiprocessing
 import os
 import platform
@@ -18,7 +17,7 @@ import torch
 
 from fastkd.arguments.messages import shown
 from fastkd.distill.logging import progress_bar
-from fastkd.distill.serialization import needed
+from fastkd.distill.serialization import in_lines, needed
 
 from .recipe import Figures, Gain, Recipe
 
@@ -248,13 +247,6 @@ def as_text(result: dict[str, Any]) -> str:
     )
 
 
-def as_markdown(result: dict[str, Any]) -> str:
-    """The table for a page."""
-    head, *rest = table(result)
-    lines = [head, ("---",) * len(head), *rest]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def missed(result: dict[str, Any]) -> list[str]:
     """The claims that do not hold, a line each."""
     return [
@@ -293,4 +285,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def write(result: dict[str, Any], path: Path) -> None:
     """The result as JSON."""
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.write_text(in_lines(result) + "\n", encoding="utf-8")

@@ -221,7 +221,7 @@ class Source:
         faults: list[str],
         hints: list[str],
     ) -> Found:
-        node, form, negative = around.node, around.form, around.negative
+        node, negative = around.node, around.negative
         notes = [*dict.fromkeys((*student.notes, *teacher.notes))]
         faults += [x for x in notes if x.startswith(rules.TWICE.seen)]
         hints += [x for x in (*notes, *around.notes) if not x.startswith(rules.TWICE.seen)]
@@ -242,43 +242,13 @@ class Source:
             if any(ENTROPY in x for x in hints):
                 hints = [x for x in hints if ENTROPY not in x]
                 faults.append("a cross-entropy without the student's own entropy, no divergence")
-        sides = [student.logits, teacher.logits]
-        options = ""
-        if student.divisors == teacher.divisors:
-            if student.divisors:
-                options = f", temperature={student.temperature}"
-            if len(student.divisors) > 1:
-                hints.append(f"divided {len(student.divisors)} times, by {student.temperature}")
-        else:
-            two = [x.temperature or "1" for x in (student, teacher)]
-            hints.append(f"two temperatures ({two[0]} and {two[1]}), each divided in its place")
-            for i, side in enumerate((student, teacher)):
-                sides[i] = " / ".join((atom(sides[i]), *(atom(x) for x in side.divisors)))
+        sides, options = _temperatures(student, teacher, hints)
         names = [x.logits.removesuffix(".contiguous()") for x in (student, teacher)]
         plain = next((x for x in names if "(" not in x), "")
         if isinstance(dim, int) and dim != -1:
             options += f", class_dim={dim}"
-        after = ""
-        if form == "batchmean" and isinstance(dim, int) and dim != -1 and dim < 1:
-            form, after = "sum", f" / {plain}.size(0)"
-        elif form == "mean":
-            form, after = "sum", f" / {plain}.numel()"
-            hints.append("a mean of F.kl_div divides by rows times columns")
-        elif form == "row means":
-            form, after = "rows", f" / {plain}.size({dim})"
-        elif form == "columns":
-            faults.append(
-                "a loss per column, fastkd's is per row: in place of its sum over the classes"
-            )
-            form = "rows"
-        elif form in ("kept sum", "kept mean"):
-            options += around.mask
-            form = "sum" if form == "kept sum" else "row mean"
-        elif form == "kept rows":
-            options, form = options + around.mask, "rows"
-        elif form not in ("sum", "batchmean", "rows", "row mean"):
-            form = "?"
-            hints.append("with that reduction; 'mean' of F.kl_div is 'sum' / logits.numel()")
+        form, of_mask, after = _reduced(around, dim, plain, faults, hints)
+        options += of_mask
         if after and not plain:
             faults.append("give the logits a name first")
             after = after.replace(" / .", " / logits.")
@@ -348,6 +318,47 @@ class Source:
             return [*self._factors(node.left, depth), *self._factors(node.right, depth)]
         value = self.names.follow(node, node) if depth else None
         return [node, *(self._factors(value, depth - 1) if value is not None else ())]
+
+
+def _temperatures(student: Softmax, teacher: Softmax, hints: list[str]) -> tuple[list[str], str]:
+    """The logits of both sides, and what says their common temperature."""
+    sides = [student.logits, teacher.logits]
+    if student.divisors == teacher.divisors:
+        if len(student.divisors) > 1:
+            hints.append(f"divided {len(student.divisors)} times, by {student.temperature}")
+        return sides, f", temperature={student.temperature}" if student.divisors else ""
+    two = [x.temperature or "1" for x in (student, teacher)]
+    hints.append(f"two temperatures ({two[0]} and {two[1]}), each divided in its place")
+    for i, side in enumerate((student, teacher)):
+        sides[i] = " / ".join((atom(sides[i]), *(atom(x) for x in side.divisors)))
+    return sides, ""
+
+
+def _reduced(
+    around: Around, dim: int | str | None, plain: str, faults: list[str], hints: list[str]
+) -> tuple[str, str, str]:
+    """(fastkd's reduction, the option that leaves rows out, what is divided by afterwards)."""
+    form, options, after = around.form, "", ""
+    if form == "batchmean" and isinstance(dim, int) and dim != -1 and dim < 1:
+        form, after = "sum", f" / {plain}.size(0)"
+    elif form == "mean":
+        form, after = "sum", f" / {plain}.numel()"
+        hints.append("a mean of F.kl_div divides by rows times columns")
+    elif form == "row means":
+        form, after = "rows", f" / {plain}.size({dim})"
+    elif form == "columns":
+        faults.append(
+            "a loss per column, fastkd's is per row: in place of its sum over the classes"
+        )
+        form = "rows"
+    elif form in ("kept sum", "kept mean"):
+        form, options = "sum" if form == "kept sum" else "row mean", around.mask
+    elif form == "kept rows":
+        form, options = "rows", around.mask
+    elif form not in ("sum", "batchmean", "rows", "row mean"):
+        form = "?"
+        hints.append("with that reduction; 'mean' of F.kl_div is 'sum' / logits.numel()")
+    return form, options, after
 
 
 def _reduction(options: dict[str, ast.expr]) -> tuple[str, list[str]]:

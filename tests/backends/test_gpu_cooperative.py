@@ -20,8 +20,8 @@ import fastkd
 
 pytest.importorskip("triton")
 from test_gpu_split import (  # noqa: F401  the same tests under this file's fixtures
-    Launches,
     each,
+    launches,
     make,
     test_a_row_of_nothing_and_a_row_of_nan,
     test_columns_past_the_vocabulary,
@@ -39,7 +39,6 @@ from together import together  # noqa: F401
 
 from fastkd.backends import base
 from fastkd.backends.gpu import cooperative, launch, proof, split_rows
-from fastkd.backends.gpu.tune import Tile
 
 ON_GPU = torch.cuda.is_available()
 HOLDS, RESIDENT = cooperative.Capacity(132, 50 << 20), 3
@@ -52,20 +51,11 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def launched(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
     """The backend in force, with tiles of 128 columns and programs that run together."""
-    seen = Launches()
-    real = launch.launch
-
-    def note(kernel: Any, *rest: Any) -> None:
-        seen.append(kernel.__name__)
-        real(kernel, *rest)
-
-    monkeypatch.setattr(launch, "launch", note)
-    monkeypatch.setattr(launch, "tile", lambda vocab, size, *_: Tile(8 * size, 16 // size, 32))
     if not ON_GPU:
         monkeypatch.setattr(cooperative, "HOST", HOLDS)
         request.getfixturevalue("together")(cooperative.cooperative_kernel, resident=8)
     with fastkd.use_backend("gpu"):
-        yield seen
+        yield launches(monkeypatch)
 
 
 @pytest.fixture
@@ -179,7 +169,7 @@ def test_a_number_that_never_comes_is_nan(parts: int, monkeypatch: pytest.Monkey
 
 
 def test_a_launch_that_fails_is_said_once(
-    parts: int, launched: Launches, monkeypatch: pytest.MonkeyPatch
+    parts: int, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the row kernel does the work from there on."""
     monkeypatch.setattr(proof, "_verdicts", {})
@@ -213,7 +203,7 @@ def untried(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(proof, "JS", proof.JS._replace(vocab=300, classes=300))
     student, teacher, _ = make(2, 260)
 
-    def started(launched: Launches) -> list[str]:
+    def started(launched: list[str]) -> list[str]:
         launched.clear()
         assert_as_good_as_torch(student, teacher, divergence=fastkd.divergences["js"])
         return [x for x in launched if x != "total_kernel"]
@@ -221,7 +211,7 @@ def untried(monkeypatch: pytest.MonkeyPatch) -> Any:
     return started
 
 
-def test_a_device_proves_itself_once(parts: int, launched: Launches, untried: Any) -> None:
+def test_a_device_proves_itself_once(parts: int, launched: list[str], untried: Any) -> None:
     before = torch.get_rng_state()
     first, shared = untried(launched), "cooperative_kernel"
     assert first[:4] == ["fused_kernel", shared, shared, shared] and set(first[4:]) == {shared}
@@ -258,7 +248,7 @@ _another_time.turns = 0
     ],
 )
 def test_a_device_that_fails_is_refused_with_one_warning(
-    fault: Any, says: str, parts: int, launched: Launches, untried: Any,
+    fault: Any, says: str, parts: int, launched: list[str], untried: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     real = launch.launch
@@ -281,7 +271,7 @@ def test_a_device_that_fails_is_refused_with_one_warning(
 
 @pytest.mark.parametrize("where", ["_capturing", "is_compiling"])
 def test_nothing_is_tried_within_a_capture(
-    where: str, parts: int, launched: Launches, untried: Any, monkeypatch: pytest.MonkeyPatch
+    where: str, parts: int, launched: list[str], untried: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as within:
         of: Any = proof if where == "_capturing" else torch.compiler
@@ -304,7 +294,7 @@ def test_nothing_is_tried_within_a_capture(
     ],
 )
 def test_tools_and_neighbours_are_refused(
-    name: str, value: str, parts: int, launched: Launches, untried: Any,
+    name: str, value: str, parts: int, launched: list[str], untried: Any,
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any,
 ) -> None:  # fmt: skip
     """Under a profiler, which sets a variable of the same name, programs do cooperate."""
@@ -325,7 +315,7 @@ def test_tools_and_neighbours_are_refused(
 
 
 @pytest.fixture
-def real(monkeypatch: pytest.MonkeyPatch, launched: Launches) -> Launches:
+def real(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> list[str]:
     """The tiles and numbers of programs of the GPU, whose launches are still noted."""
     note = launch.launch
     monkeypatch.undo()
@@ -337,7 +327,7 @@ def real(monkeypatch: pytest.MonkeyPatch, launched: Launches) -> Launches:
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @pytest.mark.parametrize(("rows", "vocab"), [(64, 128_256), (600, 128_256), (300, 50_257)])
 @pytest.mark.parametrize("name", ["kl", "js"])
-def test_wide_rows_on_a_gpu(name: str, rows: int, vocab: int, real: Launches) -> None:
+def test_wide_rows_on_a_gpu(name: str, rows: int, vocab: int, real: list[str]) -> None:
     """As one program to a row has them, again and again, in a graph and beside another stream."""
     device = torch.device("cuda", torch.cuda.current_device())
     if cooperative.capacity(device, launch.gpu_info(device).arch) is None:

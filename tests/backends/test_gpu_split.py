@@ -32,14 +32,9 @@ each = pytest.mark.parametrize("divergence", TABLE, ids=lambda entry: entry.name
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-class Launches(list[str]):
-    """The kernels that a test has started, by name."""
-
-
-@pytest.fixture(autouse=True)
-def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The backend in force, with tiles of 128 columns: small rows are many of them."""
-    seen = Launches()
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that a test starts, by name; tiles have 128 columns."""
+    seen: list[str] = []
     real = launch.launch
 
     def note(kernel: Any, *rest: Any) -> None:
@@ -47,12 +42,17 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
         real(kernel, *rest)
 
     monkeypatch.setattr(launch, "launch", note)
-    monkeypatch.setattr(
-        cooperative, "capacity", lambda *device: None
-    )  # which a GPU would rather use
     monkeypatch.setattr(launch, "tile", lambda vocab, size, *_: Tile(8 * size, 16 // size, 32))
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The backend in force, with tiles of 128 columns: small rows are many of them."""
+    # which a GPU would rather use
+    monkeypatch.setattr(cooperative, "capacity", lambda *device: None)
     with fastkd.use_backend("gpu"):
-        yield seen
+        yield launches(monkeypatch)
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_few_rows_fill_the_device() -> None:
 
 
 def test_the_device_is_asked_for_its_size(
-    launched: Launches, monkeypatch: pytest.MonkeyPatch
+    launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, ...]] = []
     real = split_rows.programs_per_row
@@ -124,7 +124,7 @@ def test_the_device_is_asked_for_its_size(
     assert "split_sums_kernel" in launched and "fused_kernel" not in launched
 
 
-def test_the_interpreter_does_not_split(launched: Launches) -> None:
+def test_the_interpreter_does_not_split(launched: list[str]) -> None:
     if DEVICE.type != "cpu":
         pytest.skip("a GPU splits two rows")
     student, teacher, _ = make(2, 300)
@@ -144,7 +144,7 @@ def test_the_interpreter_does_not_split(launched: Launches) -> None:
     indirect=["parts"],
 )
 def test_values_and_gradients(
-    divergence: Divergence, dtype: torch.dtype, parts: int, launched: Launches, steps: Any
+    divergence: Divergence, dtype: torch.dtype, parts: int, launched: list[str], steps: Any
 ) -> None:
     student, teacher, labels = make(2, 400, dtype)
     labels[1] = -100
@@ -171,7 +171,7 @@ def test_hard_labels(temperature: float, smoothing: float, parts: int) -> None:
 
 @pytest.mark.interpreted(3)
 @pytest.mark.parametrize("name", ["kl", "reverse_kl", "js"])
-def test_outputs_of_rows(name: str, parts: int, launched: Launches, steps: Any) -> None:
+def test_outputs_of_rows(name: str, parts: int, launched: list[str], steps: Any) -> None:
     student, teacher, labels = make(4, 700)
     labels[1], student[1] = -100, NAN
     student[2, 600:] += 30.0

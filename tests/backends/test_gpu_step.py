@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fastkd
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
@@ -21,13 +22,6 @@ VOCAB, ROWS = 5003, 32
 @pytest.fixture(autouse=True)
 def poisoned_empty() -> None:
     """Not here: what stands in for torch.empty elsewhere cannot be traced."""
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def _models() -> tuple[nn.Module, nn.Module, Tensor]:

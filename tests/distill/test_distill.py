@@ -13,15 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training_loop import Loader, equal, mlp, weights
+from trainer_runs import Loader, equal, mlp, quiet, weights
 
 import fastkd
 from fastkd import distill
 from fastkd.distill import trainer
-
-
-def quiet(student: nn.Module, loader: Any, loss: Any, **options: Any) -> list[distill.Step]:
-    return distill.train(student, loader, loss, progress=False, **options)
 
 
 def hard(student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:

@@ -10,16 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from training_loop import Loader, equal, mlp, weights
+from trainer_runs import Loader, equal, mlp, weights
 
 from fastkd import distill
-
-
-@pytest.fixture
-def loader() -> Loader:
-    """Three classes that a line can tell apart, in four batches."""
-    inputs = torch.randn(64, 5)
-    return list(zip(inputs.chunk(4), inputs[:, :3].argmax(-1).chunk(4), strict=True))
 
 
 def test_evaluate_equals_the_definition_over_uneven_batches() -> None:

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from common import unreadable
-from feature_losses import FUNCTIONS, SHAPES, pair, shapes, vectors
+from feature_losses import (
+    FUNCTIONS,
+    SHAPES,
+    assert_low_precision_only_at_the_ends,
+    pair,
+    shapes,
+    vectors,
+)
 from oracle import FLOORS
 from torch import Tensor, nn
 
@@ -207,20 +214,7 @@ def test_finite_at_the_edges(name: str, shape: tuple[int, ...], samples: int) ->
 def test_low_precision_only_at_the_ends(
     name: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """Beside the same numbers in float64, only float32's rounding; also where autocast is on."""
-    s, t = (x.requires_grad_() for x in pair(shape, dtype))
-    exact_s, exact_t = (x.detach().double().requires_grad_() for x in (s, t))
-    exact = FUNCTIONS[name](exact_s, exact_t)
-    with torch.autocast("cpu", torch.bfloat16):
-        value = FUNCTIONS[name](s, t)
-    assert value.dtype == torch.float32
-    assert float(value.detach()) == pytest.approx(float(exact.detach()), rel=1e-5, abs=1e-5)
-    value.backward()
-    exact.backward()
-    assert s.grad is not None and exact_s.grad is not None and s.grad.dtype == dtype
-    error = (s.grad.double() - exact_s.grad).abs().max()
-    smallest = torch.finfo(dtype).smallest_normal
-    assert error <= FLOORS[dtype] * exact_s.grad.abs().max() + smallest
+    assert_low_precision_only_at_the_ends(FUNCTIONS[name], *pair(shape, dtype), FLOORS[dtype], 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from trainer_runs import step
 
 import fastkd
 from fastkd import distill
@@ -22,12 +23,6 @@ from fastkd.recipes.pseudo_labels import pseudo_labels
 def batch(classes: int = 3) -> tuple[Tensor, Tensor]:
     torch.manual_seed(3)
     return torch.randn(8, 4), torch.randint(classes, (8,))
-
-
-def step(student: nn.Module, given: Any, loss: Any, **options: Any) -> distill.Step:
-    sgd = torch.optim.SGD(student.parameters(), 0.0)
-    options = {"teacher": None, "optimizer": sgd, "progress": False, **options}
-    return distill.train(student, [given], loss, **options)[0]
 
 
 class Says(nn.Module):
@@ -295,107 +290,6 @@ def test_errors_in_a_term_carry_its_name() -> None:
 
     with pytest.raises(KeyError, match="term 'own': scores"):
         step(nn.Linear(4, 3), batch(), distill.Term("own", function))
-
-
-# padding
-
-
-class Tokens(nn.Module):
-    """Logits of a sequence [N, L, 4] that takes its mask, as language models do."""
-
-    def __init__(self, width: int = 5) -> None:
-        super().__init__()
-        self.hidden, self.last = nn.Linear(4, width), nn.Linear(width, 3)
-
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return self.last(self.hidden(x))
-
-
-def sequences(padding: int) -> dict[str, Any]:
-    torch.manual_seed(2)
-    x, y = torch.randn(6, 5, 4), torch.randint(3, (6, 5))
-    mask = torch.ones(6, 5, dtype=torch.long)
-    more = torch.randn(6, padding, 4) * 9
-    return {
-        "inputs": {
-            "x": torch.cat([x, more], 1),
-            "attention_mask": F.pad(mask, (0, padding)),
-        },
-        "labels": F.pad(y, (0, padding), value=-100),
-    }
-
-
-MASKED: dict[str, Any] = {
-    "hint": features.hint,
-    "cosine": partial(features.hint, kind="cosine"),
-    "mse": F.mse_loss,
-    "nst": features.nst,
-    "second_moment": features.second_moment,
-    "rkd_distance": relations.rkd_distance,
-    "rkd_angle": relations.rkd_angle,
-    "sp": relations.sp,
-    "cc": relations.cc,
-    "pkt": relations.pkt,
-    "tinybert_hidden": attention.tinybert_hidden,
-}
-
-
-@pytest.mark.parametrize("how", [{"rows": "labelled"}, {"mask": "attention_mask"}])
-@pytest.mark.parametrize("name", list(MASKED))
-def test_padding_does_not_change_a_feature_term(name: str, how: dict[str, str]) -> None:
-    torch.manual_seed(0)
-    student, teacher = Tokens(), Tokens()
-    plain = distill.feature("hidden", "hidden", MASKED[name], name="one")
-    want = step(student, sequences(0), plain, teacher=teacher).loss
-    term = distill.feature("hidden", "hidden", MASKED[name], name="one", **how)  # type: ignore[arg-type]
-    for padding in (0, 7):
-        got = step(student, sequences(padding), term, teacher=teacher).loss
-        assert got == pytest.approx(want, rel=1e-5)
-    assert step(student, sequences(7), plain, teacher=teacher).loss != pytest.approx(want, rel=1e-3)
-
-
-def test_the_mask_may_stand_beside_the_inputs() -> None:
-    student, teacher = Tokens(), Tokens()
-    given = sequences(7)
-    beside = {
-        "inputs": given["inputs"]["x"],
-        "labels": given["labels"],
-        "kept": given["inputs"]["attention_mask"],
-    }
-    terms = [
-        distill.feature("hidden", "hidden", features.hint, mask=name, name="one")
-        for name in ("attention_mask", "kept")
-    ]
-    values = [
-        step(student, batch, term, teacher=teacher).loss
-        for batch, term in zip((given, beside), terms, strict=True)
-    ]
-    assert values[0] == values[1]
-
-
-def test_nothing_kept_is_a_loss_of_zero() -> None:
-    given = sequences(3)
-    given["inputs"]["attention_mask"].zero_()
-    term = distill.feature("hidden", "hidden", features.hint, mask="attention_mask")
-    assert step(Tokens(), given, term, teacher=Tokens()).loss == 0.0
-
-
-def test_masks_that_cannot_be_used_are_named() -> None:
-    def train(**how: Any) -> None:
-        term = distill.feature("hidden", "hidden", features.hint, name="one", **how)
-        step(Tokens(), sequences(3), term, teacher=Tokens())
-
-    with pytest.raises(ValueError, match=r"term 'one': mask: got no tensor 'mask' among"):
-        train(mask="mask")
-    with pytest.raises(ValueError, match="rows: got 'some'"):
-        train(rows="some")
-    with pytest.raises(ValueError, match="expected one of them"):
-        train(rows="labelled", mask="attention_mask")
-    given = sequences(3)
-    given["inputs"]["attention_mask"] = torch.ones(6, 4)
-    term = distill.feature("hidden", "hidden", features.hint, mask="attention_mask")
-    with pytest.raises(ValueError, match=r"mask: got \[6, 4\] for features \[6, 8, 5\]"):
-        step(Tokens(), given, term, teacher=Tokens())
 
 
 @pytest.mark.parametrize(

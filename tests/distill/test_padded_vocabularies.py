@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from trainer_runs import step
 
 import fastkd
 from fastkd import distill
@@ -31,11 +32,6 @@ def models() -> tuple[Padded, Padded, Any]:
     return Padded(1), Padded(3), (torch.randn(8, 4), torch.randint(V, (8,)))
 
 
-def step(student: nn.Module, given: Any, loss: Any, teacher: Any) -> distill.Step:
-    sgd = torch.optim.SGD(student.parameters(), 0.1)
-    return distill.train(student, [given], loss, teacher=teacher, optimizer=sgd, progress=False)[0]
-
-
 TERMS: dict[str, Callable[..., distill.Term]] = {
     "soft": lambda n: distill.soft(vocab_size=n),
     "soft of labelled rows": lambda n: distill.soft(vocab_size=n, rows="labelled"),
@@ -56,7 +52,7 @@ def test_a_term_sees_the_columns_in_use(name: str) -> None:
         student, teacher, given = models()
         if not padded:
             student.more = teacher.more = 0
-        seen = step(student, given, TERMS[name](V if padded else None), teacher)
+        seen = step(student, given, TERMS[name](V if padded else None), lr=0.1, teacher=teacher)
         results.append((torch.tensor(seen.loss), student.layer.weight.detach()))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
@@ -66,7 +62,7 @@ def test_a_term_sees_the_columns_in_use(name: str) -> None:
 def test_without_it_the_message_names_it(name: str) -> None:
     student, teacher, given = models()
     with pytest.raises(ValueError, match="vocab_size"):
-        step(student, given, TERMS[name](None), teacher)
+        step(student, given, TERMS[name](None), teacher=teacher)
 
 
 @pytest.mark.parametrize("name", ["soft", "hard"])
@@ -74,7 +70,7 @@ def test_without_it_the_message_names_it(name: str) -> None:
 def test_other_sizes_are_refused(name: str, n: Any, error: type[Exception]) -> None:
     student, teacher, given = models()
     with pytest.raises(error, match=r"vocab_size: got"):
-        step(student, given, TERMS[name](n), teacher)
+        step(student, given, TERMS[name](n), teacher=teacher)
 
 
 def test_a_stored_teacher_of_more_tokens() -> None:
@@ -82,7 +78,7 @@ def test_a_stored_teacher_of_more_tokens() -> None:
     student.more = 0
     stored = fastkd.topk_from_logits(teacher(inputs), 4, temperature=4.0)
     with pytest.warns(UserWarning, match="past the student's 5 columns"):
-        seen = step(student, (inputs, labels, stored), distill.soft(temperature=4.0), None)
+        seen = step(student, (inputs, labels, stored), distill.soft(temperature=4.0))
     assert seen.loss > 0
 
 

@@ -9,6 +9,7 @@ from itertools import permutations
 import pytest
 import torch
 from common import unreadable
+from feature_losses import assert_low_precision_only_at_the_ends
 from oracle import FLOORS
 from relation_losses import FUNCTIONS, samples
 from torch import Tensor, nn
@@ -262,20 +263,8 @@ def test_distances_of_duplicates_have_no_gradient() -> None:
 @functions
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_only_at_the_ends(name: str, dtype: torch.dtype) -> None:
-    """Beside the same numbers in float64, only float32's rounding; also where autocast is on."""
-    s, t = (x.requires_grad_() for x in samples(dtype=dtype))
-    exact_s, exact_t = (x.detach().double().requires_grad_() for x in (s, t))
-    exact = FUNCTIONS[name](exact_s, exact_t)
-    with torch.autocast("cpu", torch.bfloat16):
-        value = FUNCTIONS[name](s, t)
-    assert value.dtype == torch.float32
-    assert float(value.detach()) == pytest.approx(float(exact.detach()), rel=1e-5)
-    value.backward()
-    exact.backward()
-    assert s.grad is not None and exact_s.grad is not None and s.grad.dtype == dtype
-    error = (s.grad.double() - exact_s.grad).abs().max()
-    allowed = (FLOORS[dtype] + FLOORS[torch.float32]) * exact_s.grad.abs().max()
-    assert error <= allowed + torch.finfo(dtype).smallest_normal
+    floors = FLOORS[dtype] + FLOORS[torch.float32]
+    assert_low_precision_only_at_the_ends(FUNCTIONS[name], *samples(dtype=dtype), floors)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

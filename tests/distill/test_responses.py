@@ -15,7 +15,6 @@ from response_losses import LOSSES, PER_ROW, Loss, assert_right, classes, each, 
 from torch import Tensor
 
 from fastkd import distill
-from fastkd.distill.losses import chunked
 
 
 def _one_at_200(n: int, v: int) -> tuple[Tensor, Tensor]:
@@ -41,14 +40,6 @@ CASES = [
     for temperature in ([1.0, 4.0, 1000.0] if loss.temperature else [1.0])
     if name != "minus-inf" or loss.masked
 ]
-
-
-@pytest.fixture(params=[False, True], ids=["whole", "in-chunks"])
-def in_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """A batch at once, as small ones are, or two rows at a time."""
-    if request.param:
-        monkeypatch.setattr(chunked, "HOST_ELEMENTS", 20)
-    return bool(request.param)
 
 
 @pytest.mark.parametrize(("loss", "make", "temperature"), CASES)

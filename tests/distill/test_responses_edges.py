@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from common import INF, INPUTS
@@ -24,15 +27,6 @@ from response_losses import (
 
 import fastkd
 from fastkd import distill
-from fastkd.distill.losses import chunked
-
-
-@pytest.fixture(params=[False, True], ids=["whole", "in-chunks"])
-def in_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """A batch at once, as small ones are, or two rows at a time."""
-    if request.param:
-        monkeypatch.setattr(chunked, "HOST_ELEMENTS", 20)
-    return bool(request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -191,3 +185,19 @@ def test_nothing_is_nan_on_finite_logits(
     value, grad = run(loss.ours, s, t, y, **options)
     assert value.isfinite() and grad.isfinite().all()
     assert value >= -9e-6 * max(1.0, temperature**2)
+
+
+@pytest.mark.parametrize("kind", [np.float32, Fraction])
+def test_numbers_as_people_pass_them(kind: Any) -> None:
+    s, t, y = torch.randn(5, 7), torch.randn(5, 7), torch.arange(5)
+    cases: dict[Any, dict[str, float]] = {
+        distill.dkd: {"alpha": 2.0, "beta": 0.5, "temperature": 4.0, "normalizer": 4.0},
+        distill.nkd: {"gamma": 0.5, "temperature": 2.0},
+        distill.zscore: {"temperature": 2.0},
+        distill.dist: {"beta": 0.5, "gamma": 2.0, "temperature": 4.0},
+        distill.uld_loss: {"temperature": 2.0},
+    }
+    for loss, options in cases.items():
+        for name, value in options.items():
+            plain = loss(s, t, labels=y, **{name: value})
+            assert torch.equal(loss(s, t, labels=y, **{name: kind(value)}), plain), (loss, name)

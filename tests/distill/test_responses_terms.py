@@ -11,9 +11,7 @@ from common import (
     INF,
     INPUTS,
 )
-from response_losses import BY_NAME, LOSSES, PER_ROW, Loss, classes, each, run
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from response_losses import BY_NAME, LOSSES, PER_ROW, Loss, Made, classes, each, run
 
 from fastkd import distill
 from fastkd.distill.batch import Batch, Outputs
@@ -155,19 +153,8 @@ def test_compiled() -> None:
 
 def test_memory_of_a_trip_is_one_gradient() -> None:
     """Beside the gradient nothing of the operands' size is made."""
-    made: list[int] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kw: Any = None) -> Any:
-            out = f(*args, **(kw or {}))
-            given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
-            if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in given:
-                made.append(out.numel())
-            return out
-
     s, t = INPUTS["random"](64, 16_384)
     for loss in PER_ROW:
-        made.clear()
-        with Watch():
+        with Made() as made:
             run(loss.ours, s, t, torch.zeros(64, dtype=torch.long))
-        assert sum(size >= s.numel() for size in made) == 1, loss.name
+        assert sum(size >= s.numel() for size in made.sizes) == 1, loss.name

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from trainer_runs import weights
 
 from fastkd import distill
 from fastkd.distill import Batch, Head, Outputs, lwf, with_head
@@ -29,10 +30,6 @@ class Heads(nn.Module):
         features = self.body(x).relu()
         old, new = self.old(features), self.new(features)
         return self.kind(old=old, new=new) if self.kind in (dict, Both) else self.kind((old, new))
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def task(rows: int = 40, classes: int = 4) -> tuple[Tensor, Tensor]:
@@ -117,7 +114,7 @@ def test_several_old_heads_and_functions_of_one_that_grew() -> None:
 
 def test_only_the_new_head_learns_while_all_else_is_frozen() -> None:
     model, (x, y) = Heads(), task()
-    before = state(model)
+    before = weights(model)
     with distill.freeze(model, ["body", "old"]):
         lwf(model, [(x, y)] * 3, new="new", old="old", progress=False)
     for name, value in model.state_dict().items():

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from trainer_runs import equal, weights
 
 from fastkd import distill
 from fastkd.distill import Term
@@ -54,14 +55,6 @@ def move(model: nn.Module, loss: Tensor, rate: float = RATE) -> None:
 
 def near(a: nn.Module, b: nn.Module) -> None:
     torch.testing.assert_close(dict(a.named_parameters()), dict(b.named_parameters()))
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # ---- mutual

@@ -19,12 +19,6 @@ from fastkd import distill
 from fastkd.distill import Batch, Term
 
 
-@pytest.fixture
-def loader() -> list[tuple[Tensor, Tensor]]:
-    inputs = torch.randn(48, 5)
-    return list(zip(inputs.chunk(6), inputs[:, :3].argmax(-1).chunk(6), strict=True))
-
-
 def test_loss_is_the_weighted_sum_of_its_terms(loader: Any) -> None:
     teacher, student = mlp(16), mlp()
     twin = copy.deepcopy(student)

@@ -16,12 +16,6 @@ from fastkd import distill
 from fastkd.distill import Batch, Outputs, Term
 
 
-@pytest.fixture
-def loader() -> list[tuple[Tensor, Tensor]]:
-    inputs = torch.randn(48, 5)
-    return list(zip(inputs.chunk(6), inputs[:, :3].argmax(-1).chunk(6), strict=True))
-
-
 def test_loss_that_is_not_finite_names_its_term_and_batch(loader: Any, tmp_path: Path) -> None:
     count = 0
 

@@ -13,12 +13,6 @@ from trainer_runs import Tokens, equal, mlp, mse, quiet, ragged, weights
 from fastkd import distill
 
 
-@pytest.fixture
-def loader() -> list[tuple[Tensor, Tensor]]:
-    inputs = torch.randn(48, 5)
-    return list(zip(inputs.chunk(6), inputs[:, :3].argmax(-1).chunk(6), strict=True))
-
-
 def conv(width: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1),

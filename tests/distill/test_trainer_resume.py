@@ -19,13 +19,6 @@ from fastkd import distill
 from fastkd.distill import Term
 from fastkd.distill.checkpoint import pack, unpack
 
-
-@pytest.fixture
-def loader() -> list[tuple[Tensor, Tensor]]:
-    inputs = torch.randn(48, 5)
-    return list(zip(inputs.chunk(6), inputs[:, :3].argmax(-1).chunk(6), strict=True))
-
-
 STEPS = 9  # 22 samples in 6 batches, two to a step, three epochs
 
 

@@ -16,12 +16,6 @@ from fastkd import distill
 from fastkd.distill import Batch
 
 
-@pytest.fixture
-def loader() -> list[tuple[Tensor, Tensor]]:
-    inputs = torch.randn(48, 5)
-    return list(zip(inputs.chunk(6), inputs[:, :3].argmax(-1).chunk(6), strict=True))
-
-
 def test_stored_outputs_equal_a_live_teacher(loader: Any) -> None:
     teacher, student = mlp(16), mlp()
     said = [teacher(x).detach() for x, _ in loader]

@@ -15,7 +15,7 @@ from sorted_losses import classes, plain, run, uld
 from torch import Tensor
 
 import fastkd
-from fastkd.distill.losses import chunked, sorted_probabilities
+from fastkd.distill.losses import sorted_probabilities
 
 WIDTHS = [(10, 14), (14, 10), (10, 10)]
 
@@ -42,18 +42,12 @@ def assert_right(s: Tensor, t: Tensor, y: Tensor, **options: Any) -> None:
     assert (grad[y == -100] == 0).all()
 
 
-@pytest.fixture(params=[False, True], ids=["whole", "in-chunks"])
-def in_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param:
-        monkeypatch.setattr(chunked, "HOST_ELEMENTS", 30)
-
-
 @pairwise
 @pytest.mark.parametrize("name", [name for name in INPUTS if name != "ties"])
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("top", [None, 1, 4, 12, 99])
 def test_value_and_gradient(
-    backend: Backend, in_chunks: None, name: str, widths: tuple[int, int], top: int | None
+    backend: Backend, in_chunks: bool, name: str, widths: tuple[int, int], top: int | None
 ) -> None:
     s, t = (x.to(backend.device) for x in INPUTS[name](7, max(widths)))
     y = classes(7, 10).to(backend.device)
@@ -70,7 +64,7 @@ def test_few_and_many_columns(vocab: int, top: int | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_dtypes(in_chunks: None, dtype: torch.dtype) -> None:
+def test_dtypes(in_chunks: bool, dtype: torch.dtype) -> None:
     # far enough apart for no two logits of a row to be equal once rounded
     s, t = (x.argsort(-1).to(dtype) / 4 for x in INPUTS["random"](7, 10))
     t = t * 1.5
@@ -107,7 +101,7 @@ def test_more_threads_change_no_bit() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum", "none"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_reductions(in_chunks: None, reduction: str, weighted: bool) -> None:
+def test_reductions(in_chunks: bool, reduction: str, weighted: bool) -> None:
     s, t = INPUTS["random"](7, 10)
     options: dict[str, Any] = {"reduction": reduction}
     if weighted:
@@ -117,7 +111,7 @@ def test_reductions(in_chunks: None, reduction: str, weighted: bool) -> None:
     assert_right(s, t[:, :8], classes(7, 10), **options)
 
 
-def test_columns_in_use(in_chunks: None) -> None:
+def test_columns_in_use(in_chunks: bool) -> None:
     s, t = (x.view(2, 3, 14) for x in INPUTS["random"](6, 14))
     s[..., 8:], t[..., 11:] = math.nan, math.nan
     value, grad = run(uld, s, t, vocab_size=(8, 11), reduction="none")
@@ -146,7 +140,7 @@ def test_exactly_zero_between_permuted_vocabularies(
             assert value == 0 and (grad == 0).all()
 
 
-def test_top_is_short_by_at_most_twice_the_smaller_rest(in_chunks: None) -> None:
+def test_top_is_short_by_at_most_twice_the_smaller_rest(in_chunks: bool) -> None:
     s, t = (x.double() for x in INPUTS["random"](200, 50))
     q, p = (x.softmax(-1).sort(-1, descending=True).values for x in (s, t))
     whole = uld(s, t, reduction="none")
@@ -158,7 +152,7 @@ def test_top_is_short_by_at_most_twice_the_smaller_rest(in_chunks: None) -> None
 
 
 @pytest.mark.parametrize("measured", [False, True])
-def test_stored_teacher_is_the_teachers_top(in_chunks: None, measured: bool) -> None:
+def test_stored_teacher_is_the_teachers_top(in_chunks: bool, measured: bool) -> None:
     s, t = (x.double() for x in INPUTS["random"](7, 12))
     log, at = (t / 2).log_softmax(-1).topk(5)
     tail = torch.log1p(-log.exp().sum(-1)) if measured else None

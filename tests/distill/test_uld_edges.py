@@ -8,18 +8,11 @@ from typing import Any
 import pytest
 import torch
 from common import INF, INPUTS
+from response_losses import Made
 from sorted_losses import NONE, S, T, classes, run, uld
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastkd import distill
-from fastkd.distill.losses import chunked
-
-
-@pytest.fixture(params=[False, True], ids=["whole", "in-chunks"])
-def in_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param:
-        monkeypatch.setattr(chunked, "HOST_ELEMENTS", 30)
 
 
 def gathered(s: Tensor, t: Tensor, pairs: list[tuple[int, int]], **options: Any) -> Tensor:
@@ -28,7 +21,7 @@ def gathered(s: Tensor, t: Tensor, pairs: list[tuple[int, int]], **options: Any)
 
 
 @pytest.mark.parametrize("top", [None, 4])
-def test_rows_beside_each_other(in_chunks: None, top: int | None) -> None:
+def test_rows_beside_each_other(in_chunks: bool, top: int | None) -> None:
     """Some rows stand alone, one beside two, and labels and weights are the student's."""
     s, t = torch.randn(2, 5, 9), torch.randn(2, 3, 11)
     pairs = [(0, 2), (1, 0), (1, 1), (7, 4), (9, 5)]
@@ -91,7 +84,7 @@ def test_finite_on_extreme_logits() -> None:
 
 
 @pytest.mark.parametrize("top", [None, 4])
-def test_nan_stays_in_its_row(in_chunks: None, top: int | None) -> None:
+def test_nan_stays_in_its_row(in_chunks: bool, top: int | None) -> None:
     s, t = INPUTS["random"](7, 10)
     clean = run(uld, s, t, reduction="none", top=top)
     s[2, 3], t[5, 0] = math.nan, math.nan
@@ -103,7 +96,7 @@ def test_nan_stays_in_its_row(in_chunks: None, top: int | None) -> None:
 
 
 @pytest.mark.parametrize("top", [None, 4])
-def test_ignored_rows_are_never_read(in_chunks: None, top: int | None) -> None:
+def test_ignored_rows_are_never_read(in_chunks: bool, top: int | None) -> None:
     s, t = INPUTS["random"](7, 10)
     y = classes(7, 10)
     bad_s, bad_t = s.clone(), t.clone()
@@ -125,14 +118,14 @@ def test_all_rows_ignored_and_none_at_all() -> None:
     assert value == 0 and s.grad is not None and s.grad.shape == (0, 9)
 
 
-def test_strided_operands(in_chunks: None) -> None:
+def test_strided_operands(in_chunks: bool) -> None:
     s, t = INPUTS["random"](8, 12)
     a, b = s[::2, 1:11], t.mT.contiguous().mT[1::2, 2:]
     ours, true = run(uld, a, b), run(uld, a.contiguous(), b.contiguous())
     assert torch.equal(ours[0], true[0]) and torch.equal(ours[1], true[1])
 
 
-def test_backward_again_and_upstream(in_chunks: None) -> None:
+def test_backward_again_and_upstream(in_chunks: bool) -> None:
     s, t = INPUTS["random"](7, 10)
     s.requires_grad_()
     value = uld(s, t, classes(7, 10))
@@ -145,7 +138,7 @@ def test_backward_again_and_upstream(in_chunks: None) -> None:
 
 
 @pytest.mark.parametrize("top", [None, 2])
-def test_second_derivative(in_chunks: None, top: int | None) -> None:
+def test_second_derivative(in_chunks: bool, top: int | None) -> None:
     s, t = (x.double() / 3 for x in INPUTS["random"](4, 5))
     alignment = distill.Alignment(torch.tensor([3, 1, 1]), torch.tensor([0, 1, 2]), (2, 2), (2, 2))
     s.requires_grad_()
@@ -155,14 +148,14 @@ def test_second_derivative(in_chunks: None, top: int | None) -> None:
         )
 
 
-def test_weight_gets_its_gradient(in_chunks: None) -> None:
+def test_weight_gets_its_gradient(in_chunks: bool) -> None:
     s, t = INPUTS["random"](7, 10)
     y, weight = classes(7, 10), torch.rand(7, requires_grad=True)
     (grad,) = torch.autograd.grad(uld(s, t, y, weight=weight, reduction="sum"), weight)
     torch.testing.assert_close(grad, uld(s, t, y, reduction="none"))
 
 
-def test_teacher_made_in_inference_mode(in_chunks: None) -> None:
+def test_teacher_made_in_inference_mode(in_chunks: bool) -> None:
     s, t = INPUTS["random"](7, 10)
     with torch.inference_mode():
         other = t.clone()
@@ -181,22 +174,11 @@ def test_compiled(top: int | None) -> None:
 
 
 def test_memory_of_a_call_is_one_gradient() -> None:
-    made: list[int] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kw: Any = None) -> Any:
-            out = f(*args, **(kw or {}))
-            given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
-            if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in given:
-                made.append(out.numel())
-            return out
-
     s, t = INPUTS["random"](64, 16_384)
     for top in (None, 64):
-        made.clear()
-        with Watch():
+        with Made() as made:
             run(uld, s, t[:, :16_000], top=top)
-        assert sum(size >= s.numel() for size in made) == 1
+        assert sum(size >= s.numel() for size in made.sizes) == 1
 
 
 @pytest.mark.parametrize(

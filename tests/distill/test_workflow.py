@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from workflow_nets import convnet, equal, mlp, weights
+from trainer_runs import equal, weights
+from workflow_nets import convnet, mlp
 
 import fastkd
 from fastkd import distill

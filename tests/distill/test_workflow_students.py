@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from workflow_nets import convnet, equal, mlp, weights
+from trainer_runs import equal, weights
+from workflow_nets import convnet, mlp
 
 from fastkd import distill
 

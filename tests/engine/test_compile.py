@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from common import NAMED, Backend, each_form, each_name, in_form, logits
+from common import NAMED, REDUCTIONS, Backend, each_form, each_name, in_form, logits
 from linear_parts import parts_in_a_row
 from pairwise import pairwise
 from torch import Tensor
@@ -16,14 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import fastkd
 from fastkd.divergence import Divergence
 
-REDUCTIONS = ["mean", "batchmean", "sum", "none"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def _run(loss: Callable[..., Tensor], student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastkd
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 VOCAB, BATCHES = 11, (4, 7, 5)
 Loss = Callable[["Student", Tensor, Tensor, Tensor], Tensor]
 TEACHER = torch.randn(VOCAB, 7, generator=torch.Generator().manual_seed(1))
@@ -26,13 +27,6 @@ TEACHER = torch.randn(VOCAB, 7, generator=torch.Generator().manual_seed(1))
 @pytest.fixture(autouse=True)
 def poisoned_empty() -> None:
     """Not here: what stands in for torch.empty elsewhere cannot be traced."""
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Student(nn.Module):

@@ -295,7 +295,7 @@ def test_versions_in_range() -> None:
     ("error", "options", "message"),
     [
         (ValueError, {"beta": 1.5}, "beta: got 1.5, expected a number from 0 to 1"),
-        (TypeError, {"beta": "half"}, "beta: got 'half'"),
+        (TypeError, {"beta": "half"}, "beta: got str 'half'"),
         (ValueError, {"reduction": "rows"}, "reduction: got 'rows', expected one of batchmean"),
         (TypeError, {"num_items_in_batch": True}, "num_items_in_batch: got True"),
         (ValueError, {"top_k": 2, "reduction": "none"}, "top_k: got 2"),

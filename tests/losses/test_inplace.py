@@ -6,20 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from common import TABLE, Backend, each_dtype, each_name, logits
-from oracle import (
-    differentiate,
-)
+from common import TABLE, Backend, each_dtype, each_name, logits, some_labels
+from oracle import differentiate
 from torch import Tensor
 
 import fastkd
 from fastkd.divergence import Divergence
-
-
-def _labels(backend: Backend, n: int, v: int, ignored: float = 0.0) -> Tensor:
-    labels = torch.randint(v, (n,), device=backend.device)
-    return labels.masked_fill(torch.rand(n, device=backend.device) < ignored, -100)
-
 
 # ---- inplace
 
@@ -39,7 +31,7 @@ def test_inplace_gives_the_same_bits_in_the_students_memory(
     kernels: Backend, divergence: Divergence, dtype: torch.dtype
 ) -> None:
     student, teacher = logits(kernels, 5, 37, (dtype, torch.float32))
-    labels = _labels(kernels, 5, 37, ignored=0.3)
+    labels = some_labels(kernels, 5, 37, ignored=0.3)
     options = {"divergence": divergence, "label_smoothing": 0.1}
     usual = differentiate(fastkd.distillation_loss, student, teacher, labels, **options)
     computed, loss, grad = _inplace(student, teacher, labels, **options)

@@ -5,26 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from common import Backend, each_dtype, each_form, each_name, logits
-from oracle import (
-    assert_as_good_as_torch,
-    differentiate,
+from common import (
+    Backend,
+    each_dtype,
+    each_form,
+    each_name,
+    each_reduction,
+    logits,
+    some_labels,
 )
+from oracle import assert_as_good_as_torch, differentiate
 from pairwise import pairwise
-from torch import Tensor
 
 import fastkd
 from fastkd.divergence import Divergence
 
 NAN = float("nan")
 KL = fastkd.divergences.kl
-REDUCTIONS = ["mean", "batchmean", "sum", "none"]
-each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
-
-
-def _labels(backend: Backend, n: int, v: int, ignored: float = 0.0) -> Tensor:
-    labels = torch.randint(v, (n,), device=backend.device)
-    return labels.masked_fill(torch.rand(n, device=backend.device) < ignored, -100)
 
 
 # ---- reductions
@@ -57,7 +54,7 @@ def test_hard_labels_alone_are_cross_entropy(
     backend: Backend, reduction: str, smoothing: float
 ) -> None:
     student, teacher = logits(backend, 9, 31, (torch.float64, torch.float64))
-    labels = _labels(backend, 9, 31, ignored=0.3)
+    labels = some_labels(backend, 9, 31, ignored=0.3)
     labels[0] = 3
     ours = fastkd.distillation_loss(
         student, teacher, labels, alpha=1.0, label_smoothing=smoothing, reduction=reduction
@@ -72,7 +69,7 @@ def test_hard_labels_alone_are_cross_entropy(
 @each_reduction
 def test_reductions(form: str, backend: Backend, divergence: Divergence, reduction: str) -> None:
     student, teacher = logits(backend, 7, 29)
-    labels = _labels(backend, 7, 29, ignored=0.3)
+    labels = some_labels(backend, 7, 29, ignored=0.3)
     labels[0] = 3
     assert_as_good_as_torch(
         student, teacher, labels, divergence=divergence, alpha=0.3, reduction=reduction, form=form
@@ -91,7 +88,7 @@ def test_alpha(
     form: str, backend: Backend, divergence: Divergence, dtype: torch.dtype, alpha: float
 ) -> None:
     student, teacher = logits(backend, 3, 37, (dtype, dtype))
-    labels = _labels(backend, 3, 37)
+    labels = some_labels(backend, 3, 37)
     options = {"alpha": alpha, "temperature": 2.0, "t_squared": True, "reduction": "none"}
     assert_as_good_as_torch(student, teacher, labels, divergence=divergence, **options, form=form)
 
@@ -105,7 +102,7 @@ def test_label_smoothing(form: str, backend: Backend, dtype: torch.dtype, smooth
     assert_as_good_as_torch(
         student,
         teacher,
-        _labels(backend, 5, 37),
+        some_labels(backend, 5, 37),
         divergence=KL,
         alpha=0.5,
         label_smoothing=smoothing,
@@ -126,7 +123,7 @@ def test_hard_labels_in_every_block(backend: Backend, temperature: float) -> Non
 def test_defaults_of_distillation_loss(backend: Backend) -> None:
     """Half hard, half T^2 = 4 times the KL at T = 2."""
     student, teacher = logits(backend, 5, 31, (torch.float64, torch.float64))
-    labels = _labels(backend, 5, 31)
+    labels = some_labels(backend, 5, 31)
     ours = fastkd.distillation_loss(student, teacher, labels)
     soft = F.kl_div((student / 2).log_softmax(-1), (teacher / 2).softmax(-1), reduction="batchmean")
     expected = 0.5 * F.cross_entropy(student, labels) + 0.5 * 4 * soft
@@ -154,7 +151,7 @@ def test_divergence_is_a_name_or_an_entry(backend: Backend) -> None:
 @each_form
 def test_teacher_is_not_read_where_only_labels_count(form: str, backend: Backend) -> None:
     student, teacher = logits(backend, 5, 31)
-    labels = _labels(backend, 5, 31)
+    labels = some_labels(backend, 5, 31)
     nothing = torch.full_like(teacher, NAN)
     run = [
         differentiate(fastkd.distillation_loss, student, t, labels, alpha=1.0, form=form)
@@ -176,7 +173,7 @@ def test_ignored_rows_are_never_read(
     form: str, backend: Backend, divergence: Divergence, reduction: str, alpha: float
 ) -> None:
     student, teacher = logits(backend, 6, 33, (torch.float32, torch.bfloat16))
-    labels = _labels(backend, 6, 33)
+    labels = some_labels(backend, 6, 33)
     ignored = torch.tensor([0, 1, 0, 0, 1, 1], dtype=torch.bool, device=backend.device)
     labels[ignored] = -100
     student[ignored], teacher[ignored] = NAN, NAN

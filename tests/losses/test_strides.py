@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import Backend, each_dtype, each_form, each_name, logits
+from common import Backend, each_dtype, each_form, each_name, each_reduction, logits
 from oracle import (
     Result,
     assert_as_good_as_torch,
@@ -24,8 +24,6 @@ from fastkd.backends.base import rows_of as rows
 from fastkd.divergence import Divergence
 
 KL = fastkd.divergences.kl
-REDUCTIONS = ["mean", "batchmean", "sum", "none"]
-each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
 # ---- leading dimensions and strides

@@ -7,26 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from common import Backend, each_dtype, each_form, each_name, logits
-from oracle import (
-    assert_as_good_as_torch,
-    differentiate,
+from common import (
+    Backend,
+    each_dtype,
+    each_form,
+    each_name,
+    each_reduction,
+    logits,
+    some_labels,
 )
+from oracle import assert_as_good_as_torch, differentiate
 from pairwise import pairwise
-from torch import Tensor
 
 import fastkd
 from fastkd.divergence import Divergence
 
 NAN = float("nan")
 KL = fastkd.divergences.kl
-REDUCTIONS = ["mean", "batchmean", "sum", "none"]
-each_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
-
-
-def _labels(backend: Backend, n: int, v: int, ignored: float = 0.0) -> Tensor:
-    labels = torch.randint(v, (n,), device=backend.device)
-    return labels.masked_fill(torch.rand(n, device=backend.device) < ignored, -100)
 
 
 # ---- weight and normalizer
@@ -102,7 +99,7 @@ def test_uneven_micro_batches_accumulate_to_the_full_batch(
     form: str, backend: Backend, as_tensor: bool
 ) -> None:
     student, teacher = logits(backend, 10, 13, (torch.float64, torch.float64))
-    labels = _labels(backend, 10, 13)
+    labels = some_labels(backend, 10, 13)
     labels[[0, 4, 8]] = -100
     kept = (labels >= 0).sum()
     full = differentiate(fastkd.distillation_loss, student, teacher, labels, form=form)
@@ -140,7 +137,7 @@ def test_vocab_size_with_different_paddings(
     ours = assert_as_good_as_torch(
         student,
         teacher,
-        _labels(backend, 3, 33),
+        some_labels(backend, 3, 33),
         divergence=divergence,
         alpha=alpha,
         label_smoothing=0.1,

@@ -1,4 +1,4 @@
-"""Who may import whom, who may ask for a device, and that names are the same on every backend."""
+"""Who may import whom, who may ask for a device, how long a file is, and names of the backends."""
 
 from __future__ import annotations
 
@@ -60,18 +60,22 @@ def _module(path: Path) -> str:
     return path.relative_to(ROOT).with_suffix("").parts[0]
 
 
+def _full_names(path: Path, node: ast.AST) -> list[str]:
+    """What an import names, from the package on."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    package = ("fastkd", *path.relative_to(ROOT).parent.parts)
+    base = package[: len(package) + 1 - node.level] if node.level else ()
+    full = ".".join((*base, *([node.module] if node.module else [])))
+    return [f"{full}.{alias.name}" for alias in node.names]
+
+
 def _imported(path: Path) -> Iterator[str]:
     """Modules of the package that a file imports, "" for the package itself."""
-    package = ("fastkd", *path.relative_to(ROOT).parent.parts)
     for node in ast.walk(_tree(path)):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) + 1 - node.level] if node.level else ()
-            full = ".".join((*base, *([node.module] if node.module else [])))
-            names = [f"{full}.{alias.name}" for alias in node.names]
-        for name in names:
+        for name in _full_names(path, node):
             head, _, rest = name.partition(".")
             if head == "fastkd":
                 first = rest.partition(".")[0]
@@ -155,6 +159,81 @@ def test_nothing_is_pickled() -> None:
         assert not names & {"pickle", "shelve", "marshal", "dill"}, path
         calls = {(n.value.id, n.attr) for n in _attributes(path) if isinstance(n.value, ast.Name)}
         assert not calls & {("torch", "save"), ("torch", "load")}, path
+
+
+# ---- files, functions and imports that a reader can keep in view
+
+REPOSITORY = Path(__file__).parents[2]
+SUFFIXES = {".py", ".pyi", ".h", ".cpp", ".inl", ".md", ".txt"}
+TABLES: set[str] = set()  # files of data that may pass 400 lines, by their path
+
+
+def _sources() -> Iterator[Path]:
+    for folder in ("fastkd", "csrc", "tests", "bench"):
+        for path in sorted((REPOSITORY / folder).rglob("*")):
+            if path.suffix in SUFFIXES:
+                yield path
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.stmt]:
+    """All statements but those that only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.stmt):
+            yield node
+        types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if not isinstance(node, ast.expr) and not types:
+            yield from _statements(node)
+
+
+def test_no_file_passes_400_lines() -> None:
+    lengths = {
+        path.relative_to(REPOSITORY).as_posix(): path.read_bytes().count(b"\n")
+        for path in _sources()
+    }
+    assert {path: n for path, n in lengths.items() if n > 400 and path not in TABLES} == {}
+
+
+def test_no_function_passes_80_lines() -> None:
+    """From its `def`, without its docstring."""
+    long = {}
+    for path in _sources():
+        if path.suffix != ".py" or path.read_bytes().count(b"\n") <= 80:
+            continue
+        own = path.is_relative_to(ROOT)  # whose tree other tests need, too
+        for node in _statements(_tree(path) if own else ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                first = node.body[0]
+                if ast.get_docstring(node) is not None:
+                    lines -= (first.end_lineno or 0) - first.lineno + 1
+                if lines > 80:
+                    long[path.name, node.name] = lines
+    assert long == {}
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Nor when one of their functions is called, which would hide a circle."""
+    names: dict[str, set[str]] = {}
+    for path in FILES:
+        name = ".".join(("fastkd", *path.relative_to(ROOT).with_suffix("").parts))
+        names[name.removesuffix(".__init__")] = {
+            full
+            for node in _statements(_tree(path))
+            for full in _full_names(path, node)
+            if full != "fastkd._C"
+        }
+    above = {
+        name: {x if x in names else x.rpartition(".")[0] for x in found} & names.keys() - {name}
+        for name, found in names.items()
+    }
+    while True:  # what imports none of the rest, or is imported by none of it, is in no circle
+        imported = {x for of in above.values() for x in of}
+        rest = {x: of & above.keys() for x, of in above.items() if of & above.keys()}
+        rest = {x: of for x, of in rest.items() if x in imported}
+        if len(rest) == len(above):
+            break
+        above = rest
+    assert not above
 
 
 def test_folders_are_at_most_three_deep() -> None:

@@ -82,8 +82,8 @@ def test_gains_are_judged_over_seeds(faked: Recipe) -> None:
     assert rows[0].deviation == pytest.approx(1.2909944)
     assert [row.met for row in rows] == [True, False, False, None]
     assert len(runner.missed(result)) == 2
-    text, page = runner.as_text(result), runner.as_markdown(result)
-    assert "MISSED" in text and "-2.0 .. +1.0" in text and "1/4" in page
+    text = runner.as_text(result)
+    assert "MISSED" in text and "-2.0 .. +1.0" in text and "1/4" in text
 
 
 def test_too_little_is_not_judged(faked: Recipe) -> None:

@@ -6,14 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from workflow_nets import mlp
 
 from fastkd import distill
 from fastkd.recipes.pseudo_labels import pseudo_labels
-
-
-def mlp(width: int = 8, classes: int = 3) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, classes))
 
 
 @pytest.fixture

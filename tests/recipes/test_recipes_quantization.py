@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from trainer_runs import equal, weights
 
 from fastkd import distill
 from fastkd.recipes.quantization import FakeQuantize, convert, fake_quantize, prepare_qat
@@ -19,14 +20,6 @@ def convnet() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(24, 40), nn.Linear(40, 3)
     )
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -82,7 +75,7 @@ def test_two_values_of_equal_size_are_met_exactly() -> None:
 @pytest.mark.parametrize("bits", [1, 2, 3])
 def test_trained_weights_take_few_values_and_teacher_and_rest_stay(bits: int, per: str) -> None:
     model = convnet()
-    before = state(model)
+    before = weights(model)
     twin = prepare_qat(model, bits, per=per)
     first = convert(twin)  # post-training quantisation
     x, y = torch.randn(40, 1, 4, 4), torch.randint(3, (40,))
@@ -90,7 +83,7 @@ def test_trained_weights_take_few_values_and_teacher_and_rest_stay(bits: int, pe
     steps = distill.train(twin, [(x, y)] * 20, terms, teacher=model, lr=1e-2, progress=False)
     assert steps[-1].loss < steps[0].loss
     plain = convert(twin)
-    assert equal(state(model), before)  # a copy learns
+    assert equal(weights(model), before)  # a copy learns
     assert plain.state_dict().keys() == before.keys()
     assert type(plain[0]) is nn.Conv2d and type(plain[4]) is nn.Linear
     for at in (0, 3, 4):

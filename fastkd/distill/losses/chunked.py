@@ -132,14 +132,6 @@ def logits(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: got shape {list(x.shape)}, expected [..., V] with V >= 1")
 
 
-def positive(name: str, value: float) -> None:
-    """A temperature: TypeError, ValueError for what is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a positive number")
-    if not 1e-18 <= value <= 1e18:  # T^2 and 1 / T are float32 numbers
-        raise ValueError(f"{name}: got {shown(value)}, expected a positive finite number")
-
-
 def wide(student: Tensor, teacher: Tensor) -> torch.dtype:
     """The dtype of the arithmetic: float32, float64 where an operand is."""
     return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd.rows import classes_last, coefficient, mask
+from fastkd.arguments.numbers import coefficient, temperature_of
+from fastkd.rows import classes_last, mask
 
 from .chunked import (
     elements,
     in_functorch,
     operands,
     plainly,
-    positive,
     row_loss,
     wide,
 )
@@ -65,16 +65,14 @@ def dist(
 
     Huang et al. 2022, arXiv 2205.10536.
     """
-    positive("temperature", temperature)
-    coefficient("beta", beta)
-    coefficient("gamma", gamma)
+    T = float(temperature_of(temperature))
+    beta = coefficient("beta", beta)
+    gamma = coefficient("gamma", gamma)
     student, teacher = classes_last(student, teacher, class_dim)
     student, teacher = operands(student, teacher, vocab_size)
-    T = float(temperature)
 
     s, t = (x.reshape(-1, x.size(-1)) for x in (student, teacher))
     keep = mask(student, labels, ignore_index)[0]
-    T = float(temperature)
 
     def inter(s: Tensor, t: Tensor, _: Any) -> Tensor:
         # a correlation sees neither the softmax's denominator nor a shift by 1; expm1, because at

@@ -23,13 +23,14 @@ from typing_extensions import Unpack
 
 import fastkd
 from fastkd.arguments.messages import describe, shown, sizes
+from fastkd.arguments.numbers import temperature_of
 from fastkd.arguments.tensors import check_dense
 
 from ..batch import Batch, Outputs
 from ..distributed import gathered_rows
 from ..targets import teacher_logits, try_options
 from ..terms import Term, Weight
-from .chunked import DTYPES, positive
+from .chunked import DTYPES
 from .feature_shapes import full_precision, unit
 from .logits import cosine
 from .ranking import Rows
@@ -124,9 +125,10 @@ def in_batch_similarity(
 
     Fang et al. 2021 (SEED), arXiv 2101.04731 (there against a queue).
     """
-    positive("temperature", temperature)
-    T_t = temperature if teacher_temperature is None else teacher_temperature
-    positive("teacher_temperature", T_t)
+    T = float(temperature_of(temperature))
+    T_t = T
+    if teacher_temperature is not None:
+        T_t = float(temperature_of(teacher_temperature, "teacher_temperature"))
     if similarity not in SIMILARITIES:
         got = shown(similarity)
         raise ValueError(f"similarity: got {got}, expected one of {', '.join(SIMILARITIES)}")
@@ -144,7 +146,7 @@ def in_batch_similarity(
     start = 0
     if group is not None:
         (b, start), (d, _) = gathered_rows("student", b, group), gathered_rows("teacher", d, group)
-    s, t = _similar(a, b, temperature, similarity), _similar(c, d, T_t, similarity)
+    s, t = _similar(a, b, T, similarity), _similar(c, d, T_t, similarity)
     if not whole:
         s, t = _without_own(s, start), _without_own(t, start)
     if s.size(0) == 0 or s.size(1) < 2:  # a softmax over one column is constant

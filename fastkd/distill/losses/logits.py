@@ -20,12 +20,12 @@ from typing_extensions import Unpack
 
 import fastkd
 from fastkd.arguments.messages import shown
-from fastkd.rows import coefficient
+from fastkd.arguments.numbers import coefficient, temperature_of
 
 from ..batch import Batch, Outputs
 from ..targets import Classes, is_own_loss, labels_of, teacher_logits
 from ..terms import Term, Weight
-from .chunked import Rows, in_functorch, positive, row_loss
+from .chunked import Rows, in_functorch, row_loss
 from .correlation import ZERO, angle, top
 
 INF = math.inf
@@ -107,11 +107,10 @@ def dkd(
 
     Zhao et al. 2022, arXiv 2203.08679.
     """
-    positive("temperature", temperature)
-    coefficient("alpha", alpha)
-    coefficient("beta", beta)
+    T = float(temperature_of(temperature))
+    alpha = coefficient("alpha", alpha)
+    beta = coefficient("beta", beta)
     _labelled(labels)
-    T = float(temperature)
 
     def formula(s: Tensor, t: Tensor, label: Tensor) -> Tensor:
         # NCKD = (KL - TCKD) / (1 - p_y) would save a copy of these rows and lose all digits where
@@ -156,12 +155,11 @@ def nkd(
 
     Yang et al. 2023, arXiv 2303.13005.
     """
-    positive("temperature", temperature)
-    coefficient("gamma", gamma)
+    T = float(temperature_of(temperature))
+    gamma = coefficient("gamma", gamma)
     _labelled(labels)
     if isinstance(teacher, Tensor) and teacher.requires_grad and torch.is_grad_enabled():
         raise ValueError("teacher: got a tensor that requires grad, expected teacher.detach()")
-    T = float(temperature)
 
     def formula(s: Tensor, t: Tensor, label: Tensor) -> Tensor:
         (s_y, s), (t_y, t) = _apart(s, label), _apart(t, label)
@@ -203,8 +201,7 @@ def zscore(
 
     Sun et al. 2024, arXiv 2403.01427.
     """
-    positive("temperature", temperature)
-    T = float(temperature)
+    T = float(temperature_of(temperature))
 
     def formula(s: Tensor, t: Tensor, _: Any) -> Tensor:
         kl = fastkd.kl_div(_standardised(s), _standardised(t), temperature=T, reduction="none")
@@ -282,7 +279,7 @@ def response(
     if unknown := options.keys() - known:
         raise TypeError(f"{name}: got unexpected options {sorted(unknown)}")
     if is_own_loss(function) and not callable(options.get("temperature", len)):
-        positive("temperature", options["temperature"])
+        temperature_of(options["temperature"])
 
     own_dim = getattr(parameters.get("class_dim"), "default", -1)  # 1 of the losses of maps
     look = Classes(name, options.get("class_dim", own_dim))

@@ -15,7 +15,6 @@ are not read and get a gradient of exactly 0.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +25,7 @@ from typing_extensions import Unpack
 
 from fastkd import rows as row_options
 from fastkd.arguments.messages import describe, shown, sizes
-from fastkd.arguments.numbers import real
+from fastkd.arguments.numbers import coefficient, within
 from fastkd.arguments.tensors import check_dense
 
 from ..batch import Batch, Outputs
@@ -80,9 +79,7 @@ def regression_loss(
     Romero et al. 2015 (FitNets), arXiv 1412.6550 (l2 to a teacher); Girshick 2015, arXiv
     1504.08083 (smooth_l1).
     """
-    share = _number("alpha", alpha)
-    if share > 1:
-        raise ValueError(f"alpha: got {shown(alpha)}, expected a number from 0 to 1")
+    share = within("alpha", alpha, 0.0, 1.0, "a number from 0 to 1")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind: got {shown(kind)}, expected one of {', '.join(KINDS)}")
     if targets is None and share:
@@ -131,7 +128,7 @@ def bounded_regression_loss(
 
     Chen et al. 2017, Learning Efficient Object Detection Models with Knowledge Distillation (NIPS).
     """
-    least = _number("margin", margin)
+    least = coefficient("margin", margin)
     if targets is None:
         raise TypeError("targets: got None, expected numbers [..., D], what was measured")
 
@@ -174,15 +171,6 @@ def regression(
         return function(student.logits, target, targets, **given)
 
     return Term(name, call, weight, mean="samples")
-
-
-def _number(name: str, value: float) -> float:
-    number = real(value)
-    if number is None:
-        raise TypeError(f"{name}: got {describe(value)}, expected a number")
-    if not 0.0 <= number < math.inf:
-        raise ValueError(f"{name}: got {shown(value)}, expected a finite number of 0 or more")
-    return float(number)
 
 
 def _rows(

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 import fastkd
 from fastkd import rows as row_options
 from fastkd.arguments.messages import shown
+from fastkd.arguments.numbers import temperature_of
 from fastkd.rows import RowOptions
 
 from ..batch import IGNORED, Batch, Outputs
@@ -21,7 +22,6 @@ from .chunked import (
     known_options,
     logits,
     plainly,
-    positive,
 )
 from .sorted_probabilities import Call, Distance, TeacherRows, formula
 from .token_alignment import Alignment, first_positions
@@ -85,7 +85,7 @@ def uld_loss(
 
     Boizard et al. 2024, arXiv 2402.12030.
     """
-    positive("temperature", temperature)
+    T = float(temperature_of(temperature))
     known_options(rows, RowOptions)
     if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
         raise ValueError(f"top: got {shown(top)}, expected a number of ranks, at least 1")
@@ -121,13 +121,13 @@ def uld_loss(
         factor = factor[pairs[0]]
         keep, bad = (x if x is None else x[pairs[0]] for x in (keep, bad))
     if isinstance(teacher, fastkd.TopK):
-        p, rest = _stored(teacher, float(temperature), acc, None if pairs is None else pairs[1])
+        p, rest = _stored(teacher, T, acc, None if pairs is None else pairs[1])
         top = p.size(1) if top is None else min(top, p.size(1))
         teacher_rows: TeacherRows = (p[:, :top], rest + p[:, top:].sum(-1))
     else:
         teacher_rows = (teacher.reshape(-1, teacher.size(-1)), None)
     factor = row_options.factors(factor.to(acc), keep, bad, student.size(0), rows)
-    call = Call(float(temperature), top, acc, pairs, keep)
+    call = Call(T, top, acc, pairs, keep)
     single = rows.get("reduction", "mean") == "none"
     if plainly():
         loss = formula(s, *teacher_rows, call) * factor

@@ -13,7 +13,8 @@ from ..checkpoint import Checkpoints
 from ..logging import Step
 from ..objective import Objective
 from ..schedules import Rates
-from ..teacher_ensembles import EnsembleTeacher, PeerTeacher, as_teacher
+from ..teacher_ensembles import EnsembleTeacher, PeerTeacher
+from ..teachers import as_teacher
 from ..terms import Term, Weight, hard, soft
 from ..trainer import train
 

@@ -14,7 +14,7 @@ from fastkd.arguments.messages import shown
 
 from ..batch import IGNORED, Batch, as_batch, device_of, restored_modes, to, unwrap
 from ..logging import Step
-from ..teacher_ensembles import as_teacher
+from ..teachers import as_teacher
 from ..terms import Term, soft
 from ..trainer import train
 

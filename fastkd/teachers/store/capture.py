@@ -16,9 +16,8 @@ from fastkd.distill.batch import Batch, device_of, in_eval, moved
 from fastkd.distill.heads import Head, head_of, linear_logits, uncached, vocabulary
 from fastkd.distill.logging import progress_bar
 from fastkd.distill.sample_order import check_order, watched
-from fastkd.distill.teacher_ensembles import as_teacher
 from fastkd.distill.teacher_routes import samples as samples_of
-from fastkd.distill.teachers import Teacher, expected
+from fastkd.distill.teachers import Teacher, as_teacher, expected
 from fastkd.teachers import inputs
 from fastkd.teachers.same import apart
 from fastkd.teachers.views import check_views

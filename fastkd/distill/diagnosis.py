@@ -1,21 +1,23 @@
-"""The same checks on one batch, without a script."""
+"""The doctor's checks on one batch, without a script."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checks import judged
-from .findings import Findings
-from .source import Program
-from .watch import Watch
+from fastkd.doctor.checks import judged
+from fastkd.doctor.findings import Findings
+from fastkd.doctor.source import Program
+from fastkd.doctor.watch import Watch
 
-if TYPE_CHECKING:
-    from fastkd.distill.terms import Term
+from .batch import Outputs, as_batch, forward, in_eval
+from .hooks import Hooks
+from .objective import Objective
+from .terms import Term
 
 
 def diagnose(
@@ -42,8 +44,6 @@ def diagnose(
     Raises:
         TypeError: loss is neither callable nor terms, or returns no tensor.
     """
-    from fastkd.distill.terms import Term  # here: fastkd.distill imports this module
-
     terms = isinstance(loss, (Term, list, tuple))
     if not callable(loss) and not terms:
         raise TypeError(f"loss: got {type(loss).__name__}, expected a callable, a Term or several")
@@ -83,10 +83,6 @@ def _of_call(student: nn.Module, teacher: nn.Module | None, batch: Any, loss: An
 
 def _of_terms(student: nn.Module, teacher: nn.Module | None, batch: Any, loss: Any) -> Tensor:
     """The loss of one step of `distill.train`."""
-    from fastkd.distill.batch import Outputs, as_batch, forward, in_eval
-    from fastkd.distill.hooks import Hooks
-    from fastkd.distill.objective import Objective
-
     objective, batch = Objective(loss), as_batch(batch)
     with ExitStack() as stack:
         hooks = stack.enter_context(Hooks(student, objective.student_layers))
