@@ -49,7 +49,7 @@ if PTX:
 
 # Triton's interpreter costs a tenth of a second a case: it runs this many of a test's cases, and
 # all of them where FASTKD_TEST_ALL=1
-INTERPRETED_CASES = 2
+INTERPRETED_CASES = 1
 # The reference is torch under autograd, held to torch under autograd: it runs one case of so many,
 # and of a test of few cases this many.
 REFERENCE_SHARE, REFERENCE_CASES = 8, 4

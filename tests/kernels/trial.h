@@ -254,7 +254,15 @@ void check_case_in(const Case& c, Report& report) {
   }
 }
 
+// `check PARTS`: one case of so many is checked, picked by a hash of their order, so that what cycles
+// in a list of cases goes into every part.
+inline uint64_t parts = 1, left_out = 0, met = 0;
+
 inline void check_case(const Case& c, Report& report) {
+  if ((++met * 0x9e3779b97f4a7c15u >> 40) % parts != 0) {
+    ++left_out;
+    return;
+  }
   if (c.wide()) {
     check_case_in<double>(c, report);
   } else {
