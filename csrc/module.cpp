@@ -243,11 +243,11 @@ void weighted_sum(int wide, Address loss, Address scale, double factor, int64_t 
 void fused_total(int wide, int64_t rows, int threads, const OperandTuple& student,
                  const OperandTuple& teacher, const SpecTuple& spec, Address keep, Address label,
                  Address scale, double factor, const OperandTuple& grad, int64_t width, Address out,
-                 double upstream) {
+                 Address outputs, double upstream) {
   const std::unique_ptr<char[]> memory(new char[rows * (wide ? sizeof(double) : sizeof(float))]);
   const Address losses = reinterpret_cast<Address>(memory.get());
   fused(wide, rows, threads, student, teacher, spec, keep, label, scale, factor * upstream, grad,
-        width, losses, 0);
+        width, losses, outputs);
   weighted_sum(wide, losses, scale, factor, rows, out);
 }
 

@@ -13,11 +13,6 @@ enum Output : int64_t { kSoft, kHard, kEntropyS, kEntropyT, kLogSumS, kLogSumT, 
 // The sums of one side under a shift: of e = exp2((x - shift) * c), and of e * log2(e).
 struct Softmax {
   double shift, sum, weighted;
-
-  double entropy() const {
-    return sum == 0.0 ? 0.0 : kLn2 * (__builtin_log2(sum) - weighted / sum);
-  }
-  double log_sum(double temperature) const { return shift / temperature + __builtin_log(sum); }
 };
 
 // The sum of e * log2(e) of a side whose statistics are known.
@@ -55,14 +50,8 @@ struct Outputs {
     for (int64_t i = 0; i < kOutputs; ++i) to[i] = 0;
   }
   void soft(double value) const { put(kSoft, value); }
-  void student(const Softmax& s) const {
-    put(kEntropyS, s.entropy());
-    put(kLogSumS, s.log_sum(a.temperature));
-  }
-  void teacher(const Softmax& t) const {
-    put(kEntropyT, t.entropy());
-    put(kLogSumT, t.log_sum(a.temperature));
-  }
+  void student(const Softmax& s) const { side(s, kEntropyS, kLogSumS); }
+  void teacher(const Softmax& t) const { side(t, kEntropyT, kLogSumT); }
   // Of the student at T = 1, in bits: the logarithm of the sum of exponentials, the label's score,
   // and the sum of all scores for label smoothing.
   void hard(int64_t label, double log_sum, double score, double scores) const {
@@ -74,6 +63,14 @@ struct Outputs {
     put(kLabel, kLn2 * at_label);
   }
   void put(Output which, double value) const { to[which] = static_cast<T>(value); }
+
+ private:
+  // One logarithm serves both: in a short row it costs as much as a block of columns.
+  void side(const Softmax& x, Output entropy, Output log_sum) const {
+    const double bits = __builtin_log2(x.sum);
+    put(entropy, x.sum == 0.0 ? 0.0 : kLn2 * (bits - x.weighted / x.sum));
+    put(log_sum, x.shift / a.temperature + kLn2 * bits);
+  }
 };
 
 }  // namespace

@@ -199,8 +199,7 @@ inline void point_outputs(const Args& a, int64_t r, const Workspace<T>& w, const
     if (x.logq[i] != -kInfinity) weighted += x.q[i] * x.logq[i];
   }
   outputs.put(kEntropyS, x.total == 0.0 ? 0.0 : -weighted);
-  outputs.put(kLogSumS,
-              Softmax{top == -kInfinity ? 0.0 : top, x.total, 0.0}.log_sum(a.temperature));
+  outputs.put(kLogSumS, (top == -kInfinity ? 0.0 : top / a.temperature) + __builtin_log(x.total));
 }
 
 // What the loss takes at T = 1, from the student's exponentials; scores: the sum of all scores, for

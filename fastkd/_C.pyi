@@ -144,6 +144,7 @@ def fused_total(
     grad: _Rows,
     width: int,
     out: int,
+    outputs: int,
     upstream: float,
     /,
 ) -> None: ...

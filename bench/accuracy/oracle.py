@@ -124,9 +124,10 @@ def truth(case: Case, student: Tensor, labels: Tensor | None, x: Sides) -> Truth
     pair = PAIRS[case.divergence.name](x, np.longdouble(case.divergence.param))
     loss = pair.value.sum(-1)
     grad = pair.slope - x.q * pair.slope.sum(-1, keepdims=True)
-    if case.divergence.name == "acceptance":  # a function of the sum
-        grad /= -loss[..., None]
-        loss = -np.log(loss)
+    if case.divergence.name == "acceptance":  # a function of the sum, constant below 2^-100
+        overlap = np.maximum(loss, np.longdouble(2.0) ** -100)
+        grad *= np.where(loss < overlap, 0, -1 / overlap)[..., None]
+        loss = -np.log(overlap)
     grad *= case.soft / np.longdouble(case.temperature)
     loss = loss * np.longdouble(case.soft)
     if case.alpha is not None and labels is not None:

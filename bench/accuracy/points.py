@@ -8,7 +8,7 @@ all lie below the last place of the terms that they are differences of (two soft
 is measured by that last place.
 
 Where a loss has a kink (tv at p = q), a column within a few last places of it has two right
-gradients, and is left out.
+gradients, and is left out; so are the columns of its row that move with it.
 """
 
 from __future__ import annotations
@@ -143,7 +143,13 @@ def target(case: Case, dtype: torch.dtype, truths: Sequence[Truth], x: Sides) ->
     unit = np.maximum(abs(grad).max(-1, keepdims=True), eps * terms)
     decided = np.ones(grad.shape, dtype=bool)
     if case.divergence.name in KINKED:
-        decided = abs(x.logp - x.logq) > KINK * eps
+        kink = abs(x.logp - x.logq) <= KINK * eps
+        # its slope jumps by 1, and with the row's mean slope every gradient of the row moves
+        jump = case.soft / case.temperature / len(truths[0].grad) * x.q
+        if case.divergence.name == "acceptance":
+            jump /= np.minimum(x.p, x.q).sum(-1, keepdims=True)
+        moved = jump * (x.q * kink).sum(-1, keepdims=True)
+        decided = ~kink & (moved <= FLOOR * ulp(unit, dtype))
     once = rounded(grad, dtype)
     # not counted: what is rounded to 0 or to a subnormal, where any noise will do, and what is lost
     # in float32 beside the largest gradient of the row as soon as the row is summed with weights

@@ -29,8 +29,9 @@ torch" counts the points where ours is larger than eager's or the compiled one's
 element or batch, and above {FLOOR:g} units in the last place of the result's dtype; "worst" is the
 largest ratio of ours to what was allowed there. A gradient is rounded correctly if it is the true
 one rounded once. Counted are elements that are then a normal number of the dtype and at least
-2^-23 of the row's largest: for the rest any noise will do. Columns of tv within {KINK} last places
-of p = q have two right gradients and are left out."""
+2^-23 of the row's largest: for the rest any noise will do. Columns of tv and of acceptance within
+{KINK} last places of p = q have two right gradients and are left out, as are those that move with
+them."""
 
 
 @dataclass(frozen=True)

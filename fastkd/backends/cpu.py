@@ -121,11 +121,10 @@ def _fused(
     out: Tensor,
 ) -> tuple[Any, ...]:
     """The arguments of the extension's functions."""
-    return (
-        *(out.dtype is torch.float64, n, _threads(n * spec.vocab)),
-        *(_operand(student), _operand(teacher), _spec(spec)),
-        *(*_options(rows, grad), out.data_ptr()),
-    )
+    wide, threads, outputs = out.dtype is torch.float64, _threads(n * spec.vocab), rows.outputs
+    sides = _rows_at(_read(student), student), _rows_at(_read(teacher), teacher), _spec(spec)
+    told = 0 if outputs is None else outputs.data_ptr()
+    return wide, n, threads, *sides, *_options(rows, grad), out.data_ptr(), told
 
 
 def _in(acc: torch.dtype, stats: Stats) -> Stats:
@@ -137,10 +136,10 @@ def _in(acc: torch.dtype, stats: Stats) -> Stats:
 def _options(rows: Rows, grad: Tensor | None) -> tuple[Any, ...]:
     """The arguments for a record of rows and a gradient."""
     keep, label, scale, factor = rows[:4]
-    return (
-        *(_address(keep), _address(label), _address(scale), factor),
-        *(_written(grad), 0 if grad is None else grad.shape[-1]),
-    )
+    # each a call less than by _address: a small loss counts them
+    a, b = 0 if keep is None else _read(keep), 0 if label is None else _read(label)
+    c, width = 0 if scale is None else _read(scale), 0 if grad is None else grad.shape[-1]
+    return a, b, c, factor, _written(grad), width
 
 
 def _wide(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -187,8 +186,7 @@ class CPU(Backend):
         n = student.shape[0] * student.shape[1]
         out = student.new_empty(n, dtype=_wide(student, teacher))
         if n != 0:
-            arguments = _fused(n, student, teacher, spec, rows, grad, out)
-            _C.fused(*(*arguments, 0 if rows.outputs is None else rows.outputs.data_ptr()))
+            _C.fused(*_fused(n, student, teacher, spec, rows, grad, out))
         return out
 
     def fused_total(
@@ -201,12 +199,11 @@ class CPU(Backend):
         upstream: float | Tensor,
     ) -> Tensor:
         n = student.numel() // student.shape[-1]
-        # named until the call is over: `rows_of` may copy
-        s = student if student.dim() == 2 else rows_of(student)
-        t = teacher if teacher.dim() == 2 else rows_of(teacher)
-        g = grad if grad is None or grad.dim() == 2 else rows_of(grad)
+        if student.dim() != 2:  # as its gradient and, in rows, the teacher
+            student, teacher = rows_of(student), rows_of(teacher)  # named, since they may be copies
+            grad = None if grad is None else rows_of(grad)
         out = torch.empty_like(_NUMBER[_wide(student, teacher)])
-        _C.fused_total(*(*_fused(n, s, t, spec, rows, g, out), upstream))
+        _C.fused_total(*(*_fused(n, student, teacher, spec, rows, grad, out), upstream))
         return out
 
     def topk(
@@ -216,16 +213,12 @@ class CPU(Backend):
         out = torch.empty(n, dtype=teacher.logprobs.dtype)
         if n == 0:
             return out
-        logprobs, indices, tail, restrict = teacher
+        (logprobs, indices, tail, restrict), told = teacher, rows.outputs
         points = _read(logprobs), _read(indices), _address(tail), logprobs.shape[1], restrict
         _C.topk(
             *(out.dtype is torch.float64, n, _threads(n * spec.vocab), _operand(student), points),
             *(divergences[spec.divergence].centre(spec.param), _spec(spec)),
-            *(
-                *_options(rows, grad),
-                out.data_ptr(),
-                0 if rows.outputs is None else rows.outputs.data_ptr(),
-            ),
+            *(*_options(rows, grad), out.data_ptr(), 0 if told is None else told.data_ptr()),
         )
         return out
 

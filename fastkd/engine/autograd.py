@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fastkd.backends import formulas
-from fastkd.backends.base import LossSpec, TopKRows, rows_of
+from fastkd.backends.base import LossSpec, Rows, TopKRows, rows_of
 from fastkd.backends.choice import in_functorch
 from fastkd.engine import linear
 from fastkd.engine.rare_backward import in_place, reduced_graph
@@ -38,7 +38,7 @@ Needs = Sequence[bool]
 
 
 def wants_gradient(tensors: Tensors) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
 
 
 def dense_pass(
@@ -101,7 +101,9 @@ def _dense_total(
         grads[1] = _teacher_gradient(call.times(upstream, student), student, teacher, None)
     grads[0] = grad = _student_gradient(call, student) if needs[0] else None
     other: Any = tensors[1] if topk is None else topk
-    if topk is None and call.outputs is None:
+    if topk is None:
+        if call.outputs is not None:
+            rows = Rows._make((*rows[:-1], call.outputs))  # half of what _replace costs
         return backend.fused_total(student, other, spec, rows, grad, upstream), grads
     by = call.times(upstream, student)
     loss = dense_pass(by, student, other, spec, grad, call.outputs)
@@ -135,7 +137,8 @@ MOST_PLACES = 64  # losses of a line that wait for their backward; further ones 
 MOST_LINES = 4096  # that are known
 MOST_FACTORS = 64  # whose successors are known
 MOST_MISSES = 2  # in a row, after which forward leaves the gradient to backward
-FRAMES = 8  # of the stack: the engine's own, the caller's, a module's, some that called it
+OWN_FRAMES = 6  # of the stack, which say nothing: the engine's, from `_line` on
+FRAMES = 4  # that say where a loss stands: a public function's, its caller's, some that called it
 
 
 class _Place:
@@ -204,8 +207,9 @@ class OnHost(_Taken):
 
     def __init__(self, kind: Hashable, inplace: bool) -> None:
         """In place, the operands are gone after a wrong guess: only what has repeated is one."""
-        super().__init__(place := taken(kind))
-        self.expected: float | None = place.expected() if place.misses < MOST_MISSES else None
+        self.place = place = taken(kind)
+        expected = place.expected() if place.turns else place.last
+        self.expected: float | None = expected if place.misses < MOST_MISSES else None
         if inplace and not (place.repeated and place.last and math.isfinite(place.last)):
             self.expected = None
 
@@ -247,7 +251,7 @@ class OnDevice(_Taken):
 
 def _line() -> int:
     """The lines that lead to this call, as a number."""
-    frame: Any = sys._getframe(3)  # of the autograd function, or of what is before it
+    frame: Any = sys._getframe(OWN_FRAMES)
     lines: list[int] = []
     for _ in range(FRAMES):
         if frame is None:
@@ -286,22 +290,10 @@ def _same(a: float, b: float) -> bool:
 
 
 class _Reduced(torch.autograd.Function):
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        # Function's own, in Python, prepares for torch.func, which takes a tenth of a small loss;
-        # what outlived one of its transforms is unwrapped by resolve_neg in dispatch.py
-        if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> Tensor:
         needs = ctx.needs_input_grad[1:]
-        ctx.call, ctx.work, ctx.overwritten = (
-            call if call.outputs is None else call.told(),
-            None,
-            None,
-        )
+        ctx.call, ctx.work, ctx.overwritten = call, None, None
         ctx.guess = guess = _guess(call, tensors)
         expected: Any = None if guess is None else guess.expected
         if call.products is not None and (guess is None or expected is not None):
@@ -353,7 +345,7 @@ class _Reduced(torch.autograd.Function):
         if call.products is not None:
             if work is None or right is False:
                 expected = None if ctx.guess is None else by
-                work = linear.work(call, saved(ctx), needs, wait=True, upstream=expected)
+                work = linear.work(call.told(), saved(ctx), needs, wait=True, upstream=expected)
             return (None, *work.gradients(upstream if ctx.guess is None else None))
         if work is None or right is not True:
             tensors = saved(ctx)
@@ -364,13 +356,18 @@ class _Reduced(torch.autograd.Function):
         return (None, *work)
 
 
+# Function.apply, in Python, prepares for torch.func, which takes a tenth of a small loss; what
+# outlived one of its transforms is unwrapped by resolve_neg in dispatch.py
+_apply: Any = super(torch.autograd.Function, _Reduced).apply
+
+
 def _guess(call: Call, tensors: Tensors) -> OnHost | OnDevice | None:
     """What is expected of a loss; None where the factor can go in later."""
     how, products, student = call.backend.guesses, call.products, tensors[0]
     if not how or (how == "device" and products is not None) or student is None:
         return None
     operands = call.topk is None, products is None, call.backend.group
-    kind = call.spec.divergence, student.dtype, student.device, operands
+    kind = call.spec.divergence, student.dtype, student.device, *operands
     if how == "host":
         return OnHost(kind, call.inplace)
     wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
@@ -395,5 +392,6 @@ def reduced(call: Call, *tensors: Tensor | None) -> Tensor:
             if rows_of(student).data_ptr() != student.data_ptr():
                 # strides that no view of rows has: read from a copy, so written anew
                 call = call._replace(inplace=False)
-        return _Reduced.apply(call, *tensors)
+        in_transform = torch._C._are_functorch_transforms_active()
+        return (_Reduced.apply if in_transform else _apply)(call, *tensors)
     return _total(call, tensors)

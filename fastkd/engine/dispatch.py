@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import Parameter
 
 from fastkd.arguments.tensors import DTYPES
 from fastkd.backends import choice, formulas, reference
-from fastkd.backends.base import Backend, LossSpec, Rows
+from fastkd.backends.base import Backend, LossSpec, Rows, acc_dtype
 from fastkd.divergence import Divergence
 from fastkd.engine import autograd, class_axis, of_dtensors, ops, outputs, per_row, validate
 from fastkd.engine import reduction as reductions
@@ -78,18 +79,23 @@ def loss(
         and _alike(student, teacher)
     )
     backend = _kernels(student.device) if usual else None
-    short = not (inplace or return_outputs)
-    if backend is not None and group is None and short and reduction != "none":
-        vocab = student.shape[-1]
+    if backend is not None and group is None and not inplace and reduction != "none":
         without_dual = teacher.requires_grad and divergence.dual is None
-        if vocab > 1 and student is not teacher and not without_dual and soft != 0.0:
-            name_of, sizes = divergence.name, (vocab, vocab)
-            spec = LossSpec(name_of, param, temperature, soft, hard, smoothing, *sizes, z_loss)
-            others = labels, ignore_index, weight, reduction, normalizer
-            rows = _usual_rows(backend, student, teacher, spec, others)
-            if rows is not None:
-                call = Call(backend, spec, rows)
-                return autograd.reduced(call, *_tensors(student), *_tensors(teacher))
+        shape: Any = student.shape
+        if not (shape[-1] == 1 or student is teacher or without_dual or soft == 0.0):
+            numbers = param, temperature, soft, hard, smoothing, z_loss
+            pair: Any = student, teacher
+            call: Any = _bare_call(backend, divergence.name, numbers, reduction, shape)
+            if labels is not None or weight is not None or normalizer is not None:
+                others = labels, ignore_index, weight, reduction, normalizer
+                call = _usual_call(call, student, teacher, others)
+            if call is not None:
+                tensors = pair[0].resolve_neg(), pair[1].resolve_neg()  # see _tensors
+                if not return_outputs:
+                    return autograd.reduced(call, *tensors)
+                told = outputs.memory(student, acc_dtype(*tensors))
+                value = autograd.reduced(Call._make((*call[:-1], told)), *tensors)
+                return value, outputs.named(told, student, call.spec)  # type: ignore
     sides = name, student, teacher, divergence, temperature, param, soft, hard, smoothing, z_loss
     options: dict[str, Any] = dict(
         labels=labels, ignore_index=ignore_index, weight=weight, reduction=reduction,
@@ -114,14 +120,13 @@ def loss(
     return run(_request(ordinary, sides, **options))
 
 
-def _alike(student: Operand, teacher: Teacher) -> bool:
+def _alike(student: Any, teacher: Any) -> bool:
     """Whether these are two ordinary tensors of logits, alike in all that the checks look at.
 
     To find nothing step by step takes a tenth of the time that a small loss takes in plain torch.
     """
     if type(student) not in _PLAIN or type(teacher) not in _PLAIN:
         return False
-    assert isinstance(student, Tensor) and isinstance(teacher, Tensor)
     if student.is_nested or teacher.is_nested:  # some of which have no shape
         return False
     shape, dtype = student.shape, student.dtype
@@ -166,29 +171,34 @@ def _kernels(device: torch.device) -> Backend | None:
     return None if backend is reference.BACKEND else backend
 
 
-def _usual_rows(
-    backend: Backend, student: Any, teacher: Any, spec: LossSpec, others: tuple[Any, ...]
-) -> Rows | None:
-    """What goes with the rows of usual operands; None where that is for `run` to see."""
-    labels, ignore_index, weight, reduction, normalizer = others
-    if labels is None and weight is None and normalizer is None:
-        return Rows(None, None, None, _factor(reduction, student))
+@lru_cache(4096)
+def _bare_call(
+    backend: Backend, divergence: str, numbers: tuple[float, ...], reduction: str, shape: torch.Size
+) -> Call:
+    """The call of usual operands alone, which a loop of training makes at every step."""
+    *some, z_loss = numbers
+    spec = LossSpec._make((divergence, *some, shape[-1], shape[-1], z_loss))
+    return Call(backend, spec, Rows(None, None, None, _factor(reduction, shape)))
+
+
+def _usual_call(bare: Call, student: Any, teacher: Any, others: tuple[Any, ...]) -> Call | None:
+    """The call with labels, weight and normalizer; None where that is for `run` to see."""
+    labels, _, weight, reduction, normalizer = others
     if not (type(labels) in _ROWS and type(weight) in _ROWS and type(normalizer) in _NUMBERS):
         return None
     validate.rows(student, labels, weight)
     validate.normalizer(normalizer, reduction, student)
-    r = Request(
-        student, teacher, spec, labels, ignore_index, weight, reduction, normalizer, False, None
-    )
-    acc = torch.float64 if student.dtype is torch.float64 else torch.float32
-    return None if reductions.wants_grad(r) else reductions.row_scale(backend, r, acc)
+    r = Request._make((student, teacher, bare.spec, *others, False, None, False, None))
+    if reductions.wants_grad(r):
+        return None
+    return bare._replace(rows=reductions.row_scale(bare.backend, r, acc_dtype(student, teacher)))
 
 
-def _factor(reduction: str, student: Operand) -> float:
+def _factor(reduction: str, shape: torch.Size) -> float:
     """What a sum over all rows is multiplied by."""
     if reduction == "mean":
-        return 1.0 / (student.numel() // student.shape[-1] or 1)
-    return 1.0 / (student.shape[0] or 1) if reduction == "batchmean" else 1.0
+        return 1.0 / (math.prod(shape[:-1]) or 1)
+    return 1.0 / (shape[0] or 1) if reduction == "batchmean" else 1.0
 
 
 def _again(sides: tuple[Any, ...], **options: Any) -> Tensor:
@@ -262,7 +272,7 @@ def _request(
 
 def run(r: Request) -> Tensor:
     """The one decision: whose autograd, whose passes, and whether rows are reduced on the way."""
-    spec, compiling = r.spec, torch.compiler.is_compiling()
+    spec, tell, compiling = r.spec, r.return_outputs, torch.compiler.is_compiling()
     backend = r.group or _kernels(r.student.device)
     if backend is None:
         backend = reference.BACKEND if compiling else choice.pick(r.student.device)
@@ -273,7 +283,7 @@ def run(r: Request) -> Tensor:
         no_dual = formulas.dual(spec) is None
         in_torch = no_dual or isinstance(r.teacher, TopK) or r.columns is not None
     if r.columns is not None and spec.soft != 0.0:
-        outputs.refuse_map(r.return_outputs)
+        outputs.refuse_map(tell)
         in_torch = in_torch or compiling
         backend = Mapped(backend, r.columns)
     if in_torch and r.group is not None:
@@ -282,7 +292,7 @@ def run(r: Request) -> Tensor:
     by_row = in_torch or compiling or r.reduction == "none"
     by_row = by_row or (others and reductions.wants_grad(r))
     tensors, products, acc = _operands(r, 1.0 if by_row else _loss_scale(r))
-    told = outputs.memory(r, acc) if r.return_outputs and not (in_torch or compiling) else None
+    told = outputs.memory(r.student, acc) if tell and not (in_torch or compiling) else None
 
     def call(rows: Rows) -> Call:
         if not isinstance(r.teacher, TopK) or spec.soft == 0.0:
@@ -294,8 +304,8 @@ def run(r: Request) -> Tensor:
         keep, label, bad = reductions.mask(r.labels, r.ignore_index, spec.classes)
         label, lead = label if spec.hard else None, r.student.shape[:-1]
         if in_torch:
-            value, told = _in_torch(call(Rows(keep, label)), r.return_outputs, *tensors)
-        elif compiling and r.return_outputs:
+            value, told = _in_torch(call(Rows(keep, label)), tell, *tensors)
+        elif compiling and tell:
             value, told = ops.row_outputs(call(Rows(keep, label)), *tensors)
         elif compiling:
             value = ops.row_loss(call(Rows(keep, label)), *tensors)
@@ -306,13 +316,16 @@ def run(r: Request) -> Tensor:
     elif others:
         value = autograd.reduced(call(reductions.row_scale(backend, r, acc)), *tensors)
     else:
-        rows = Rows(None, None, None, _factor(r.reduction, r.student))
+        rows = Rows(None, None, None, _factor(r.reduction, r.student.shape))
         value = autograd.reduced(call(rows), *tensors)
     if spec.soft == 0.0:
         nothing = _no_part(r.teacher)
         wide = torch.float64 in (r.student.dtype, nothing.dtype)
         value = value.to(torch.float64 if wide else torch.float32) + nothing
-    return value if told is None else (value, outputs.named(told, r))  # type: ignore[return-value]
+    if told is None:
+        return value
+    topk = isinstance(r.teacher, TopK)
+    return value, outputs.named(told, r.student, spec, topk)  # type: ignore[return-value]
 
 
 def _in_torch(call: Call, tell: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:

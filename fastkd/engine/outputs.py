@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkd.backends.base import OUTPUTS
-from fastkd.engine.records import Request
-from fastkd.operands import TopK
+from fastkd.backends.base import OUTPUTS, LossSpec
+from fastkd.operands import Operand
 
 
 class LossOutputs(NamedTuple):
@@ -45,23 +44,24 @@ class LossOutputs(NamedTuple):
 assert LossOutputs._fields == OUTPUTS
 
 
-def named(found: Tensor, r: Request) -> LossOutputs:
+def named(found: Tensor, student: Operand, spec: LossSpec, topk: bool = False) -> LossOutputs:
     """The outputs [N, 7] of a pass in the student's leading shape, None for what is unknown."""
-    fields = found.detach().reshape(*r.student.shape[:-1], len(OUTPUTS)).unbind(-1)
-    known = dict(zip(OUTPUTS, fields, strict=True))
-    if r.spec.hard == 0.0:
-        known |= dict.fromkeys(("hard", "label_logprob"))  # type: ignore[arg-type]
-    if r.spec.soft == 0.0:
-        known |= dict.fromkeys(("soft", "teacher_entropy", "teacher_logsumexp"))  # type: ignore
-    if isinstance(r.teacher, TopK):
-        known["teacher_logsumexp"] = None  # type: ignore[assignment]
-    return LossOutputs(**known)
+    lead, found = student.shape[:-1], found.detach() if found.requires_grad else found
+    found = found if len(lead) == 1 else found.reshape(*lead, len(OUTPUTS))
+    known: list[Any] = [*found.unbind(-1)]  # by their places: a small loss counts what this costs
+    if spec.hard == 0.0:
+        known[1] = known[6] = None  # hard, label_logprob
+    if spec.soft == 0.0:
+        known[0] = known[3] = None  # soft, teacher_entropy
+    if spec.soft == 0.0 or topk:
+        known[5] = None  # teacher_logsumexp
+    return LossOutputs(*known)
 
 
-def memory(r: Request, acc: torch.dtype) -> Tensor:
+def memory(student: Operand, acc: torch.dtype) -> Tensor:
     """[N, 7], not initialised."""
-    n = r.student.numel() // r.student.shape[-1]
-    return torch.empty(n, len(OUTPUTS), dtype=acc, device=r.student.device)
+    n = student.numel() // student.shape[-1]
+    return torch.empty(n, len(OUTPUTS), dtype=acc, device=student.device)
 
 
 def refuse(group: object, dtensors: bool) -> None:

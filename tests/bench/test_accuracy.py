@@ -200,6 +200,24 @@ def test_where_p_is_q_tv_has_two_right_gradients() -> None:
         assert (flipped.grad > 0) is decided
 
 
+def test_where_p_is_q_in_a_heavy_column_the_whole_row_has_two_right_gradients() -> None:
+    """The overlap is that column's alone: whether it has a slope decides about every gradient."""
+    student, teacher = torch.tensor([[0.0, 2.0, 0.0]]), torch.tensor([[3.0, 2.0, 0.0]])
+    case = CASES["acceptance_loss"].at(1.0)
+    x = oracle.sides(student, teacher, 1.0)
+    truth = [oracle.truth(case, student, None, x)]
+    for logq, decided in ((x.logq, [True] * 3), (x.logp, [False] * 3)):
+        heavy = x._replace(logq=np.where([[False, True, False]], logq, x.logq))
+        assert target(case, torch.float32, truth, heavy).decided.tolist() == [decided]
+
+
+def test_an_overlap_too_small_is_a_constant() -> None:
+    student, teacher = torch.tensor([[0.0, 80.0]]), torch.tensor([[80.0, 0.0]])
+    x = oracle.sides(student, teacher, 1.0)
+    true = oracle.truth(CASES["acceptance_loss"].at(1.0), student, None, x)
+    assert true.loss == pytest.approx(100 * np.log(2)) and not true.grad.any()
+
+
 # ---- everything in its place
 
 
