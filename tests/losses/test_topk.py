@@ -23,6 +23,7 @@ import fastkd
 from fastkd.divergence import Divergence
 
 
+@pytest.mark.interpreted(4)
 @pairwise
 @each_size
 @each_tail
