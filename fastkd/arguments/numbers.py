@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkd.arguments.messages import describe, shown
 
+COLDEST, HOTTEST = 1e-18, 1e18  # temperatures
 WAITS = "; of a tensor, .item() is the number, for which its device is waited for once"
 
 
@@ -39,7 +40,7 @@ def within(name: str, x: Any, low: float, high: float, expected: str) -> float:
 
 def temperature_of(x: Any, name: str = "temperature") -> float:
     """A temperature T, whose T^2 and 1 / T are float32 numbers."""
-    return within(name, x, 1e-18, 1e18, "a positive finite number (from 1e-18 to 1e18)")
+    return within(name, x, COLDEST, HOTTEST, "a positive finite number (from 1e-18 to 1e18)")
 
 
 def coefficient(name: str, x: Any) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from fastkd.arguments.numbers import COLDEST, HOTTEST
 from fastkd.arguments.tensors import DTYPES
 from fastkd.backends import choice, formulas, reference
 from fastkd.backends.base import Backend, LossSpec, Rows, acc_dtype
@@ -74,7 +75,7 @@ def loss(
         param = divergence.default if divergence.given is None else divergence.given
     usual = (
         vocab_size is None
-        and (type(temperature) is float and 1e-18 <= temperature <= 1e18)
+        and (type(temperature) is float and COLDEST <= temperature <= HOTTEST)
         and (type(reduction) is str and reduction in validate.REDUCTIONS)
         and _alike(student, teacher)
     )

@@ -1,40 +1,295 @@
 """The rows of a linear loss, a chunk at a time: products, the passes, and products back.
 
-A side (`sides.py`) is one operand of the loss: it gives the logits of a chunk and takes their
-gradient.
+A side is one operand of the loss. `Linear` makes its logits in a buffer that all chunks share and
+that the gradient overwrites; `Dense` has them. Both keep sums of gradients until `finish`.
+
+Ignored rows have a gradient of exactly 0, but 0 * NaN is NaN in a product: where the hidden states
+go into one for a gradient, those of ignored rows are 0.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd.backends import base, formulas
-from fastkd.backends.base import Rows, TopKRows
-from fastkd.engine.records import Call
-from fastkd.engine.sides import Dense, Linear, Needs, Side, Tensors, fixed_rows
+from fastkd.backends.base import ALIGN, Backend, Rows, TopKRows, rows_of
+from fastkd.engine.records import Call, Work
+from fastkd.operands import Head
+
+Tensors = Sequence["Tensor | None"]
+Needs = Sequence[bool]
+
+BLOCK = 2**18  # elements of a product that is added by hand: it stays in a core's own cache
+FIXED_ROWS = 512  # of a product whose number of rows must not show in a row's bits
 
 
-class Work(NamedTuple):
-    """A pass that has been made: sides that hold gradients, and the loss [n] of the rows in use.
+def fixed_rows(backend: Backend, requested: int | None) -> int | None:
+    """Rows of every product where a row's bits depend on nothing else; None elsewhere."""
+    rows = requested or base.default_rows or FIXED_ROWS
+    return rows if base.batch_invariant() and not backend.on_host else None
 
-    rest: what the gradients still lack of a factor that was expected, a power of 2; None for 1.
+
+def _buffer(
+    backend: Backend, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Memory that the backend may have used before."""
+    return backend.empty_gradient(torch.empty((), dtype=dtype, device=device).expand(shape))
+
+
+class Sum:
+    """A parameter's gradient, the sum of a product per chunk, in float32 or wider.
+
+    once: there is one chunk only, whose product torch accumulates in float32 by itself.
     """
 
-    sides: list[Side]
-    loss: Tensor
-    scale: Tensor | None
-    kept: Tensor | None
-    rest: Tensor | None
+    def __init__(self, like: Tensor, dtype: torch.dtype, vocab: int, once: bool, backend: Backend):
+        # float16 has no room for what waits for the gradient of the loss
+        exact = dtype.itemsize >= 4 or (once and dtype == like.dtype != torch.float16)
+        self.dtype = dtype if exact else torch.float32
+        self.like, self.vocab, self.backend = like, vocab, backend
+        self.total: Tensor | None = None
 
-    def gradients(self, by: Tensor | None) -> list[Tensor | None]:
-        """Those of all tensors in a row, times `by`; None where they have their factor."""
-        by = self.rest if by is None else by
-        with base.autocast_off(self.loss.device)():
-            return [grad for side in self.sides for grad in side.finish(by)]
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """total[:vocab] += a @ b, in one row for a bias."""
+        beta = 0 if self.total is None else 1
+        if self.total is None:
+            self.total = _buffer(self.backend, self.like.shape, self.dtype, self.like.device)
+            self.total[self.vocab :].zero_()
+        into = self.total[: self.vocab]
+        into = into if into.dim() == 2 else into.unsqueeze(0)
+        if a.dtype == self.dtype:
+            torch.addmm(into, a, b, beta=beta, out=into)
+        elif base.adds_wide(a.device):
+            torch.ops.aten.addmm.dtype_out(into, a, b, self.dtype, beta=beta, alpha=1, out=into)
+        else:
+            step = max(1, BLOCK // max(into.size(1), 1))
+            for start in range(0, into.size(0), step):
+                at = slice(start, start + step)
+                product = torch.mm(a[at], b)
+                into[at].add_(product) if beta else into[at].copy_(product)
+
+    def finish(self, by: Tensor | None) -> Tensor:
+        """The gradient in the parameter's dtype, times `by`."""
+        like = self.like
+        if self.total is None:
+            return torch.zeros_like(like, memory_format=torch.contiguous_format)
+        if by is not None:
+            self.backend.multiply(self.total, by)
+        if self.dtype == like.dtype:
+            return self.total
+        return _buffer(self.backend, like.shape, like.dtype, like.device).copy_(self.total)
+
+
+class Linear:
+    """hidden, weight and bias as the logits of a chunk of rows.
+
+    index: [n] the rows in use, or None for all. keep: [n] bool or None. late: the gradients' factor
+    is not known yet.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        tensors: Tensors,
+        head: Head,
+        needs: Needs,
+        index: Tensor | None,
+        keep: Tensor | None,
+        late: bool,
+        vocab: int,
+    ) -> None:
+        hidden, weight, bias = tensors
+        assert hidden is not None and weight is not None and call.products is not None
+        backend = call.backend
+        self.operands, self.head, self.vocab, self.backend = tensors, head, vocab, backend
+        self.hidden = hidden.reshape(-1, hidden.size(-1))
+        self.weight = weight[:vocab].to(head.dtype)
+        self.bias = None if bias is None else bias[:vocab].to(head.dtype)
+        # of all ranks, where they share a vocabulary: their chunks must be the same rows
+        self.widest = vocab if backend.widest is None else backend.widest
+        self.index, self.needs, self.any = index, needs, any(needs)
+        self.keep, self.late = keep if self.any else None, late
+        self.loss_scale = call.products.loss_scale if head.dtype == torch.float16 else 1.0
+        self.factor = head.scale * self.loss_scale
+        self.grads: list[Sum | None] = [None, None]
+        self.waiting: tuple[Tensor, Tensor] | None = None
+        self.buffers: list[Tensor] = []
+        self.h: Tensor | None = None
+        self.y: Tensor | None = None
+        self.dtype, self.device = head.dtype, hidden.device
+        self.rows = 0  # of every product, where their number must not show in a row's bits
+
+    def row_bytes(self, spare: bool) -> int:
+        """Of its buffers: logits, what the softcap's gradient needs, a spare one."""
+        self.count = 1 + (self.head.softcap is not None and self.any) + spare
+        width = -(-self.widest // ALIGN) * ALIGN
+        return self.count * width * self.head.dtype.itemsize
+
+    def start(self, n: int, step: int, wait: bool) -> None:
+        """wait: the weight's product of the only chunk is left to `finish`."""
+        shape, device = (step, -(-self.vocab // ALIGN) * ALIGN), self.device
+        dtype, once = self.dtype, step >= n
+        self.rows = 0 if fixed_rows(self.backend, None) is None else step
+        self.buffers = [_buffer(self.backend, shape, dtype, device) for _ in range(self.count)]
+        for memory in self.buffers:
+            # torch 2.13's bfloat16 product on a CPU with AMX reads on behind a row's end, times 0
+            memory[:, self.vocab :].zero_()
+        self.wait = wait and once and dtype != torch.float16
+        for at, x in enumerate(self.operands[1:]):
+            if self.needs[at + 1] and x is not None:
+                self.grads[at] = Sum(x, dtype, self.vocab, once, self.backend)
+        if self.needs[0]:
+            # with a factor that is still to come, in no 16 bits
+            wide = torch.float32 if self.late and base.adds_wide(device) else self.hidden.dtype
+            self.grad = _buffer(self.backend, self.hidden.shape, wide, device)
+            if self.index is not None or n == 0:
+                self.grad.zero_()
+
+    def _chunk(self, number: int, at: slice) -> Tensor:
+        return self.buffers[number][: at.stop - at.start, : self.vocab]
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """The rows of a chunk's buffer at x, those behind it 0, as many as a product must have."""
+        n = x.size(0)
+        if n < self.rows:
+            x = x.as_strided((self.rows, x.size(1)), x.stride(), x.storage_offset())
+            x[n:].zero_()
+        return x
+
+    def logits(self, at: slice) -> Tensor:
+        h = self.hidden[at] if self.index is None else self.hidden.index_select(0, self.index[at])
+        if self.keep is not None:
+            h = torch.where(self.keep[at].unsqueeze(-1), h, 0.0)
+        self.h = h = h.to(self.dtype)
+        z = self._whole(self._chunk(0, at))
+        if z.size(0) > h.size(0):
+            h = torch.cat((h, h.new_zeros(z.size(0) - h.size(0), h.size(1))))
+        cap = self.head.softcap
+        gain = self.head.scale / (cap or 1.0)
+        if self.bias is not None:
+            torch.addmm(self.bias, h, self.weight.t(), beta=gain, alpha=gain, out=z)
+        elif gain != 1.0:
+            torch.addmm(z, h, self.weight.t(), beta=0, alpha=gain, out=z)
+        else:
+            torch.mm(h, self.weight.t(), out=z)
+        z = z[: at.stop - at.start]
+        if cap is not None:
+            self.y = torch.tanh(z, out=self._chunk(1, at) if self.any else z)
+            torch.mul(self.y, cap, out=z)
+        return z
+
+    def target(self, at: slice, logits: Tensor, last: bool) -> Tensor:
+        """Where the gradient of the chunk goes: over the logits if nobody needs them any more."""
+        return logits if last else self._chunk(self.count - 1, at)
+
+    def add(self, at: slice, dz: Tensor) -> None:
+        """Takes the gradient of the chunk's logits, and its memory."""
+        assert self.h is not None
+        if self.y is not None:
+            torch.ops.aten.tanh_backward.grad_input(dz, self.y, grad_input=dz)
+        if self.needs[0]:
+            every = self._whole(dz)
+            alone = self.index is None and every is dz
+            direct = alone and self.grad.dtype == dz.dtype
+            if self.grad.dtype == torch.float32 != dz.dtype and base.adds_wide(self.device):
+                shape = every.size(0), self.grad.size(1)
+                into = self.grad[at] if alone else self.grad.new_empty(shape)
+                product = torch.ops.aten.addmm.dtype_out
+                dh = product(into, every, self.weight, torch.float32, beta=0, alpha=1, out=into)
+                direct = alone
+            else:
+                dh = torch.mm(every, self.weight, out=self.grad[at] if direct else None)
+            dh = dh[: dz.size(0)]
+            if self.index is not None:
+                self.grad.index_copy_(0, self.index[at], dh.to(self.grad.dtype))
+            elif not direct:
+                self.grad[at].copy_(dh)
+        of_weight, of_bias = self.grads
+        if of_bias is not None:
+            of_bias.add(torch.ones(1, dz.size(0), dtype=dz.dtype, device=dz.device), dz)
+        if of_weight is not None and self.wait:
+            # a copy: the caller may write over the hidden states before backward
+            self.waiting = (dz, self.h.clone() if self.keep is None else self.h)
+        elif of_weight is not None:
+            of_weight.add(dz.t(), self.h)
+
+    def rest(self) -> None:
+        """Lets go of what no later step needs."""
+        self.buffers, self.h, self.y = [], None, None
+        del self.hidden, self.weight, self.bias  # under autocast, copies
+
+    def finish(self, by: Tensor | None) -> list[Tensor | None]:
+        """The gradients, times `by`, which goes into the smaller factor of what has waited."""
+        by = by if by is None or self.loss_scale == 1.0 else by / self.loss_scale
+        grads: list[Tensor | None] = [None] * len(self.operands)
+        if self.needs[0]:
+            if by is not None:
+                self.backend.multiply(self.grad, by)
+            hidden = self.operands[0]
+            assert hidden is not None
+            grads[0] = self.grad.to(hidden.dtype).view(hidden.shape)
+        for at, total in enumerate(self.grads):
+            if total is None:
+                continue
+            if at == 0 and self.waiting is not None:
+                dz, h = self.waiting
+                total.add(dz.t(), h if by is None else h * by)
+                self.waiting = None
+                grads[1] = total.finish(None)
+            else:
+                grads[at + 1] = total.finish(by)
+        return grads
+
+
+class Dense:
+    """Logits that are given, any strides, as chunks of rows."""
+
+    factor = 1.0
+    row_bytes = staticmethod(lambda spare: 0)
+
+    def __init__(self, x: Tensor, index: Tensor | None, need: bool, backend: Backend):
+        self.operand, self.x, self.backend = x, rows_of(x), backend
+        self.index, self.any, self.dtype, self.device = index, need, x.dtype, x.device
+        self.copied = index is not None or self.x.size(0) != 1
+
+    def start(self, n: int, step: int, wait: bool) -> None:
+        if self.any:
+            self.full = self.backend.empty_gradient(self.operand)
+            self.grad = self.full.view(-1, self.full.size(-1))
+            if self.index is not None:
+                self.grad.zero_()
+
+    def logits(self, at: slice) -> Tensor:
+        if not self.copied:
+            return self.x[0, at]
+        every = torch.arange(at.start, at.stop, device=self.device)
+        index = every if self.index is None else self.index[at]
+        per = max(self.x.size(1), 1)
+        return self.x[index // per, index % per]
+
+    def target(self, at: slice, logits: Tensor, last: bool) -> Tensor:
+        if self.index is None:
+            return self.grad[at]
+        return logits if last else torch.empty_like(logits)
+
+    def add(self, at: slice, dz: Tensor) -> None:
+        if self.index is not None:
+            self.grad.index_copy_(0, self.index[at], dz)
+
+    def finish(self, by: Tensor | None) -> list[Tensor | None]:
+        if not self.any:
+            return [None]
+        if by is not None:
+            self.backend.multiply(self.full, by)
+        return [self.full]
+
+
+Side = Linear | Dense
 
 
 def work(

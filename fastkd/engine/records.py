@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastkd.backends import base
 from fastkd.backends.base import Backend, LossSpec, Rows, TopKRows
 from fastkd.operands import Head, Operand, Teacher
 
@@ -70,3 +71,22 @@ class Call(NamedTuple):
     def told(self) -> Call:
         """The call as backward makes it: the outputs have been told."""
         return self if self.outputs is None else self._replace(outputs=None)
+
+
+class Work(NamedTuple):
+    """A linear pass that has been made: the sides, which hold gradients, and its rows' loss [n].
+
+    rest: what the gradients still lack of a factor that was expected, a power of 2; None for 1.
+    """
+
+    sides: list[Any]
+    loss: Tensor
+    scale: Tensor | None
+    kept: Tensor | None
+    rest: Tensor | None
+
+    def gradients(self, by: Tensor | None) -> list[Tensor | None]:
+        """Those of all tensors in a row, times `by`; None where they have their factor."""
+        by = self.rest if by is None else by
+        with base.autocast_off(self.loss.device)():
+            return [grad for side in self.sides for grad in side.finish(by)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastkd.arguments.messages import describe, shown, sizes, warn_once
-from fastkd.arguments.numbers import integer, real, temperature_of, within
+from fastkd.arguments.numbers import COLDEST, HOTTEST, integer, real, temperature_of, within
 from fastkd.arguments.tensors import DTYPES, INT_DTYPES, answers_itself, layout
 from fastkd.backends.choice import forced
 from fastkd.divergence import Divergence
@@ -27,7 +27,6 @@ OPTIONS = (
     *("normalizer", "vocab_size", "class_dim", "inplace", "group", "return_outputs"),
 )
 _PLAIN = (Tensor, Parameter)
-temperature = temperature_of
 
 
 def known_options(name: str, divergence: Divergence) -> list[str]:
@@ -48,6 +47,12 @@ def refuse_option(name: str, option: str, known: Sequence[str]) -> None:
     raise TypeError(
         f"{name}() got an unexpected option {shown(option)}, has {', '.join(known)}{hint}"
     )
+
+
+def temperature(value: float, name: str = "temperature") -> float:
+    # what is usual needs no further look
+    usual = type(value) is float and COLDEST <= value <= HOTTEST
+    return value if usual else temperature_of(value, name)
 
 
 def share(name: str, value: float) -> float:
