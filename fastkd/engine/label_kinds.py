@@ -155,8 +155,7 @@ def _no_gradient(name: str, x: Tensor) -> None:
 
 def _of_classes(hard: _Hard, options: dict[str, Any]) -> tuple[Tensor, Any]:
     """Mean of w_y CE(y, q) over the sum of the w_y, as a loss of weighted rows."""
-    assert hard.class_weight is not None
-    by = _label_weight(hard.class_weight, hard.labels, options)
+    by = _label_weight(hard, options)
     weight = by if options["weight"] is None else by * options["weight"]
     spec = divergences.kl, 1.0, None, 0.0, 1.0, 0.0, 0.0
     options = options | {"weight": weight, "labels": hard.labels}
@@ -174,8 +173,7 @@ def _of_target(hard: _Hard, options: dict[str, Any]) -> tuple[Tensor, Any]:
     if labels.is_floating_point():
         target = labels.to(acc)
     else:
-        assert hard.class_weight is not None
-        by, keep = _label_weight(hard.class_weight, labels, options), _kept(labels, options)
+        by, keep = _label_weight(hard, options), _kept(labels, options)
         target = F.one_hot(_readable(labels, keep, vocab), vocab).to(acc)
     if hard.smoothing:
         target = target * (1.0 - hard.smoothing) + hard.smoothing / vocab
@@ -224,7 +222,11 @@ def _readable(labels: Tensor, keep: Tensor, vocab: int) -> Tensor:
     return torch.where(keep & (label >= 0) & (label < vocab), label, 0)
 
 
-def _label_weight(class_weight: Tensor, labels: Tensor, options: dict[str, Any]) -> Tensor:
-    """[...] the weight of each row's class; 1 in rows that do not count."""
+def _label_weight(hard: _Hard, options: dict[str, Any]) -> Tensor:
+    """[...] the weight of each row's class, whose digits sums and products keep; 1 in other rows."""
+    by, labels = hard.class_weight, hard.labels
+    assert by is not None
     keep = _kept(labels, options)
-    return torch.where(keep, class_weight[_readable(labels, keep, class_weight.size(0))], 1.0)
+    acc = torch.float64 if hard.student.dtype == torch.float64 else torch.float32
+    by = by.to(torch.promote_types(by.dtype, acc))
+    return torch.where(keep, by[_readable(labels, keep, by.size(0))], 1.0)

@@ -147,6 +147,19 @@ def test_in_place_and_in_float64() -> None:
         assert torch.equal(*(torch.autograd.grad(x, s)[0] for x in (found, want)))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_float64_keeps_its_digits_beside_narrow_class_weights(smoothing: float) -> None:
+    s, t = (torch.randn(15, 37, dtype=torch.float64) for _ in range(2))
+    y = torch.randint(37, (15,))
+    for weight in (torch.rand(37), torch.rand(37).bfloat16()):
+        found = differentiate(fastkd.distillation_loss, s, t, y, alpha=1.0, class_weight=weight,
+                              label_smoothing=smoothing)  # fmt: skip
+        want = differentiate(torchs, s, t, y, alpha=1.0, weight=weight.double(),
+                             label_smoothing=smoothing)  # fmt: skip
+        torch.testing.assert_close(found.value, want.value, rtol=1e-14, atol=0)
+        torch.testing.assert_close(found.student, want.student, rtol=0, atol=1e-15)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_one_term_alone(alpha: float) -> None:
     torch.manual_seed(0)
