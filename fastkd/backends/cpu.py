@@ -30,9 +30,12 @@ from fastkd.divergence import divergences
 try:
     from fastkd import _C
 except ImportError as error:  # `choice.pick` turns it into the reference
-    raise ImportError(
-        f"its extension is not built or does not load: {error}; reinstall with a C++17 compiler"
-    ) from None
+    _root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+    _cure = "reinstall with a C++17 compiler"
+    if os.path.exists(os.path.join(_root, "setup.py")):  # which hides an installed package
+        _cure = f"fastkd is imported from {_root}: pip install -e it with a "
+        _cure += "C++17 compiler, or work in another folder"
+    raise ImportError(f"its extension is not built or does not load: {error}; {_cure}") from None
 
 if name := os.environ.get("FASTKD_ISA"):
     try:

@@ -223,7 +223,7 @@ def _readable(labels: Tensor, keep: Tensor, vocab: int) -> Tensor:
 
 
 def _label_weight(hard: _Hard, options: dict[str, Any]) -> Tensor:
-    """[...] the weight of each row's class, whose digits sums and products keep; 1 in other rows."""
+    """[...] the weight of each row's class, in the dtype of sums; 1 in rows that do not count."""
     by, labels = hard.class_weight, hard.labels
     assert by is not None
     keep = _kept(labels, options)
