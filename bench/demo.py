@@ -36,8 +36,8 @@ def section(found: dict[str, Any], day: str) -> str:
         f"threads; torch {machine['torch']}, Python {machine['python']}; {day}.",
         f"float32, {student['batch'] * sizes['context']} tokens a student's step, "
         f"V = {sizes['vocab']}, T = 1, medians of {sizes['repeats']}.",
-        f"The run took {first // 60:.0f} min {first % 60:.0f} s"
-        + (f", and each further seed {sum(further) / len(further):.0f} s" if further else "")
+        f"The first seed took {first // 60:.0f} min {first % 60:.0f} s"
+        + (f", each further seed {sum(further) / len(further):.0f} s" if further else "")
         + " (`bench/results/demo.json`):",
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
