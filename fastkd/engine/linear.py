@@ -28,7 +28,7 @@ BLOCK = 2**18  # elements of a product that is added by hand: it stays in a core
 FIXED_ROWS = 512  # of a product whose number of rows must not show in a row's bits
 
 
-def fixed_rows(backend: Backend, requested: int | None) -> int | None:
+def _fixed_rows(backend: Backend, requested: int | None) -> int | None:
     """Rows of every product where a row's bits depend on nothing else; None elsewhere."""
     rows = requested or base.default_rows or FIXED_ROWS
     return rows if base.batch_invariant() and not backend.on_host else None
@@ -134,7 +134,7 @@ class Linear:
         """wait: the weight's product of the only chunk is left to `finish`."""
         shape, device = (step, -(-self.vocab // ALIGN) * ALIGN), self.device
         dtype, once = self.dtype, step >= n
-        self.rows = 0 if fixed_rows(self.backend, None) is None else step
+        self.rows = 0 if _fixed_rows(self.backend, None) is None else step
         self.buffers = [_buffer(self.backend, shape, dtype, device) for _ in range(self.count)]
         for memory in self.buffers:
             # torch 2.13's bfloat16 product on a CPU with AMX reads on behind a row's end, times 0
@@ -358,7 +358,7 @@ def _run(call: Call, sides: list[Side], n: int, wait: bool) -> Tensor:
     both = student.any and of_teacher
     row_bytes = sum(side.row_bytes(both and side is teacher) for side in sides)
     requested = call.products and call.products.chunk
-    step = fixed_rows(backend, requested) or base.chunk_rows(
+    step = _fixed_rows(backend, requested) or base.chunk_rows(
         n, row_bytes, student.device, requested
     )
     for side in sides:
