@@ -24,6 +24,7 @@ PARTS = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "fastkd")
 BUILT = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__", ".*")
 
 USE = """
+import runpy
 import sys
 from pathlib import Path
 
@@ -45,6 +46,9 @@ with fastkd.use_backend("reference"):
 assert fastkd.info()["cpu"] and fastkd.info()["backend"] == "cpu", fastkd.info()
 assert runner.listing(list(runner.known().values()))
 print(f"a loss ran on {_C.__file__}")
+# as python -m fastkd info, in this process
+sys.argv = ["fastkd", "info"]
+runpy.run_module("fastkd", run_name="__main__", alter_sys=True)
 """
 
 
@@ -70,6 +74,13 @@ def packed(archive: Path) -> set[str]:
         return set(zipfile.ZipFile(archive).namelist())
     with tarfile.open(archive) as opened:
         return {x.name.partition("/")[2] for x in opened.getmembers() if x.isfile()}
+
+
+def unpacked(sdist: Path) -> Path:
+    """The folder that it is of, beside it."""
+    with tarfile.open(sdist) as opened:
+        opened.extractall(sdist.parent, filter="data")
+    return sdist.parent / sdist.name.removesuffix(".tar.gz")
 
 
 def lacking(have: Iterable[str], want: Iterable[str], what: str) -> None:
@@ -109,18 +120,22 @@ def main(folder: Path = ROOT / "build" / "sdist") -> None:
     # -O0: a fourth of the time; the files are in question here, not what the optimiser makes
     there = {**os.environ, "FASTKD_REQUIRE_CPU": "1", "FASTKD_CXXFLAGS": "-O0"}
     want = files(source)
-    build = [sys.executable, "-m", "build", "--outdir", str(folder), str(source)]
-    subprocess.run(build, check=True, env=there, stdout=subprocess.DEVNULL)
-    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    build = [sys.executable, "-m", "build", "--outdir", str(folder)]
+    here = [*build, "--sdist", "--no-isolation", str(source)]
+    subprocess.run(here, check=True, env=there, stdout=subprocess.DEVNULL)
+    (sdist,) = folder.glob("*.tar.gz")
     lacking(packed(sdist), want, sdist.name)
+    # the wheel in isolation, as a user's pip builds it: with what pyproject.toml requires, alone
+    apart = [*build, "--wheel", str(unpacked(sdist))]
+    subprocess.run(apart, check=True, env=there, stdout=subprocess.DEVNULL)
+    (wheel,) = folder.glob("*.whl")
     check_wheel(wheel, want)
     python = environment(folder / "env")
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, str(wheel)], check=True)
     there["FASTKD_BACKEND"] = "cpu"
-    for words in (["-c", USE], ["-m", "fastkd", "info"]):
-        # -I: neither the folder nor PYTHONPATH is searched
-        subprocess.run([str(python), "-I", *words], check=True, env=there, cwd=folder)
+    # -I: neither the folder nor PYTHONPATH is searched
+    subprocess.run([str(python), "-I", "-c", USE], check=True, env=there, cwd=folder)
 
 
 if __name__ == "__main__":
