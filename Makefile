@@ -62,10 +62,12 @@ CHECK = tests/losses/test_losses.py tests/losses/test_options.py tests/losses/te
 check: $(VENV)/ready lint
 	$(RUN) -m pytest -n auto --maxprocesses 8 -x $(CHECK) -k "not gpu"
 
-# Lint and the sdist side by side, each one's output in one piece; then the tests have all cores.
+# Lint and the sdist, each one's output in one piece, beside the tests: each of the three waits now
+# and then, for a download, for another process, or, one worker left, for its last test.
 test: $(VENV)/ready
-	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) lint sdist
-	$(MAKE) pytest
+	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) lint sdist & \
+	  $(MAKE) pytest; tests=$$?; \
+	  wait $$! || { echo "lint or the sdist has failed, see above"; exit 1; }; exit $$tests
 
 # One line a minute says where the tests are. pytest would rewrite all modules of the plugins that it
 # finds, in each worker: Hypothesis's needs none to run.
