@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 
 if not torch.cuda.is_available():
@@ -158,11 +157,11 @@ LIST = "import sys, pathlib; pathlib.Path(sys.argv[1]).open('a').write('x')"
 def test_a_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of a step, from outside; what had ended is not repeated, failed or not."""
     program = f"""
-import sys, pathlib, time
+import sys, pathlib
 from bench import gpu
 from bench.gpu_steps import Step
 one = {LIST!r}
-wait = "import time; time.sleep(600)" if sys.argv[1] == "wait" else one
+wait = "import time; time.sleep(600)" if words[0] == "wait" else one
 gpu.steps = lambda *a: [
     Step("bad", ["-c", one + "; sys.exit(3)", {str(tmp_path / "bad")!r}]),
     Step("slow", ["-c", "import sys; exec(sys.stdin.read() or open(sys.argv[2]).read())",
@@ -170,11 +169,19 @@ gpu.steps = lambda *a: [
     Step("last", ["-c", one, {str(tmp_path / "last")!r}], must=True),
 ]
 pathlib.Path({str(tmp_path / "code")!r}).write_text(wait)
-sys.exit(gpu.main(["--results", {str(tmp_path)!r}, *sys.argv[2:]]))
+sys.exit(gpu.main(["--results", {str(tmp_path)!r}, *words[1:]]))
 """
 
-    def start(*words: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT)
+    def start(*words: str) -> Any:
+        names = {"__name__": "__main__", "words": words}
+        process = ranks.context().Process(target=exec, args=(program, names))
+        process.start()
+        return process
+
+    def end(process: Any, seconds: int) -> int | None:
+        process.join(seconds)
+        code: int | None = process.exitcode
+        return code
 
     def runs() -> dict[str, int]:
         names = ("bad", "slow", "last")
@@ -185,13 +192,13 @@ sys.exit(gpu.main(["--results", {str(tmp_path)!r}, *sys.argv[2:]]))
     while not (tmp_path / "gpu.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     first.terminate()
-    assert first.wait(30) == 143 and runs() == {"bad": 1, "slow": 0, "last": 0}
+    assert end(first, 30) == 143 and runs() == {"bad": 1, "slow": 0, "last": 0}
     assert list(outcomes(tmp_path)) == ["bad"]
-    assert start("go").wait(60) == 0 and runs() == {"bad": 1, "slow": 1, "last": 1}
+    assert end(start("go"), 60) == 0 and runs() == {"bad": 1, "slow": 1, "last": 1}
     assert [o["status"] for o in outcomes(tmp_path).values()] == ["failed", "ok", "ok"]
-    assert start("go", "--only", "last").wait(60) == 0 and runs()["last"] == 2
+    assert end(start("go", "--only", "last"), 60) == 0 and runs()["last"] == 2
     assert list(outcomes(tmp_path)) == ["bad", "slow", "last"]
-    assert start("go", "--again").wait(60) == 0 and runs() == {"bad": 2, "slow": 2, "last": 3}
+    assert end(start("go", "--again"), 60) == 0 and runs() == {"bad": 2, "slow": 2, "last": 3}
 
 
 def test_what_other_sources_have_ended_is_repeated(
