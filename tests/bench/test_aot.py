@@ -58,6 +58,49 @@ def test_every_kernel_of_the_package_is_launched_by_a_pass() -> None:
     assert {"fused", "topk", "stats", "loss", "grad", "total", "multiply"} <= kernels()
 
 
+# What old versions of Triton refuse where new ones take it, found with the one that is installed:
+# nothing is compiled beyond its first stage.
+NESTED = """
+import triton.language.core as core
+from triton.backends import backends
+from bench.aot.build import build
+from bench.aot.cases import cases, recorded
+from fastkd.divergence import divergences
+
+class Done(Exception):
+    pass
+
+def stop(*_):
+    raise Done
+
+made = core.tuple.__init__
+
+def checked(self, args, *rest):
+    made(self, args, *rest)
+    inner = [x for x in self.values if isinstance(x, core.tuple)]
+    if any(isinstance(value, core.tensor) for x in inner for value in x.values):
+        raise TypeError("a tuple in a tuple")
+
+core.tuple.__init__ = checked
+backends["nvidia"].compiler.make_ttir = staticmethod(stop)
+for case in cases(True, ["sm_90"], list(divergences), ["bf16"]):
+    try:
+        build(recorded(case), "sm_90")
+    except Done:
+        print(case.kernel)
+"""
+
+
+def test_no_tuple_stands_in_a_tuple() -> None:
+    """Triton 3.2 has none, and up to 3.7 `(a, b), c = f()` fails at a kernel's first launch."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["TRITON_ALWAYS_COMPILE"] = "1"
+    command = [sys.executable, "-c", NESTED]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == kernels()
+
+
 # arguments of the kernels that have more than 20; constants are counted too
 ARGUMENTS = {
     **{"fused": 41, "cooperative": 48, "topk": 44, "grad": 41, "loss": 22},
