@@ -17,7 +17,7 @@ import fastkd
 pytest.importorskip("triton")
 from bench.aot.budget import BUDGETS, MERGES, Budget, budget, judge, share, total, usual
 from bench.aot.cases import DTYPES, ODD, TARGETS, WHOLE, Case, cases, kernels, places, recorded
-from bench.aot.read import Report, TileLoop, loops
+from bench.aot.read import Report, TileLoop, loops, read_xpu
 
 ROOT = Path(__file__).parents[2]
 PAIRED = ("fused", "cooperative", "topk", "loss", "grad")  # kernels that a divergence is built into
@@ -248,6 +248,28 @@ def test_loops() -> None:
     found = loops((line.strip() for line in code), r"(L\d):", r"bra\s+(L\d)")
     assert found.inside == [["ld", "@p bra L2"]]
     assert found.outside == ["mov", "add", "@p bra L1", "exit"]
+
+
+def test_what_is_read_of_an_xpu() -> None:
+    """Calls of functions that neither LLVM nor SPIR-V has, and memory that a register should be."""
+    fine = """
+    %1 = tail call spir_func float @_Z27__spirv_ConvertBF16ToFINTELs(i16 %0)
+    %2 = tail call float @llvm.exp2.f32(float %1)
+    """
+    report = _report(target="xpu")
+    read_xpu(report, {"llir": fine}, 1.0)
+    assert report.calls == 0 and report.problems == [] and report.registers is report.spills is None
+    read_xpu(report, {"llir": fine + "%3 = alloca float\ncall void @helper(float %2)\n"}, 1.0)
+    assert report.calls == 1
+    judge(report)
+    assert report.problems == ["an array in a thread's own memory", "calls: 1"]
+
+
+def test_xpu_is_a_target_of_intels_triton_alone() -> None:
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.aot", "--targets", "sm_80,xpu"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "needs the package triton-xpu" in done.stdout
 
 
 def test_cases_are_of_the_targets_asked_for() -> None:
