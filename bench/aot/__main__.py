@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.aot.budget import judge, total
+from bench.aot.build import has_xpu
 from bench.aot.cases import DTYPES, TARGETS, Case, cases
 from bench.aot.read import Report, compile_one
 
@@ -73,6 +74,9 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8))
     given = parser.parse_args()
     lists = (given.targets.split(","), given.divergences.split(","), given.dtypes.split(","))
+    if "xpu" in lists[0] and not has_xpu():
+        print("bench.aot: the target xpu needs the package triton-xpu in the place of triton")
+        return 2
     todo = cases(given.quick, *lists)
     started, reports = time.time(), []
     print(row(SHOWN))

@@ -15,9 +15,29 @@ class Built(NamedTuple):
     values: dict[str, Any]  # the arguments that the driver hands over, in their order
 
 
+def has_xpu() -> bool:
+    """Whether the installed Triton is Intel's (the package triton-xpu, in the place of triton)."""
+    from triton.backends import backends
+
+    return "intel" in backends
+
+
+class _NoDevice:
+    """In the place of Intel's helper in C++ that names a device, which needs SYCL's headers."""
+
+    @staticmethod
+    def parse_device_arch(number: int) -> str:
+        return ""
+
+
 def gpu_target(arch: str) -> Any:
+    from triton.backends import backends
     from triton.backends.compiler import GPUTarget
 
+    if arch == "xpu":
+        names = backends["intel"].compiler.__init__.__globals__
+        names["compile_module_from_src"] = lambda *source: _NoDevice
+        return GPUTarget("xpu", {"sub_group_sizes": [16, 32]}, 32)
     if arch.startswith("sm_"):
         return GPUTarget("cuda", int(arch[3:]), 32)
     return GPUTarget("hip", arch, 64)

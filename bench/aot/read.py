@@ -25,9 +25,9 @@ class TileLoop:
 
 @dataclass
 class Report(Case):
-    registers: int = 0
+    registers: int | None = 0  # None: decided on the device
     threads: int = 0
-    spills: int = 0  # local-memory instructions (CUDA), spilled registers (HIP)
+    spills: int | None = 0  # local-memory instructions (CUDA), spilled registers (HIP)
     shared: int = 0
     bytes: int = 0  # the narrowest access to a row inside a loop
     narrow: int = 0  # accesses below 16 bytes outside the loops: one per scalar, none per tile
@@ -66,7 +66,7 @@ def compile_one(case: Case) -> Report:
         rows="LANES" in args or "BLOCK" in args,
     )
     columns = args["LANES"] * args["GROUP"] if "LANES" in args else args.get("BLOCK", 1)
-    read = read_cuda if case.target.startswith("sm_") else read_hip
+    read = {"sm": read_cuda, "gf": read_hip, "xp": read_xpu}[case.target[:2]]
     read(report, built.asm, columns / (built.warps * built.warp))
     return report
 
@@ -171,3 +171,16 @@ def read_hip(report: Report, asm: dict[str, Any], columns: float) -> None:
     loads += "_dwordx4" if gathers(report) else ""
     stores = r"\b(?:global|buffer)_store"
     count(report, found, loads, stores, r"\bv_(?:exp|log|rcp)_", columns)
+
+
+def read_xpu(report: Report, asm: dict[str, Any], columns: float) -> None:
+    """Of the LLVM IR: from SPIR-V on the device's own compiler goes on, and says how well.
+
+    Loops are not read: LLVM may have parted a whole load, for that compiler to join.
+    """
+    report.registers = report.spills = None
+    report.rows = False
+    # what SPIR-V and OpenCL know bears a mangled name
+    report.calls = len(re.findall(r"\bcall\b[^@]*@(?!llvm\.|_Z)", asm["llir"]))
+    if re.search(r"\balloca\b", asm["llir"]):
+        report.problems.append("an array in a thread's own memory")

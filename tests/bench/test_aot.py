@@ -17,7 +17,7 @@ import fastkd
 pytest.importorskip("triton")
 from bench.aot.budget import BUDGETS, MERGES, Budget, budget, judge, share, total, usual
 from bench.aot.cases import DTYPES, ODD, TARGETS, WHOLE, Case, cases, kernels, places, recorded
-from bench.aot.read import Report, TileLoop, loops
+from bench.aot.read import Report, TileLoop, loops, read_xpu
 
 ROOT = Path(__file__).parents[2]
 PAIRED = ("fused", "cooperative", "topk", "loss", "grad")  # kernels that a divergence is built into
@@ -56,6 +56,49 @@ def test_every_kernel_of_the_package_is_launched_by_a_pass() -> None:
     """A kernel in a new file that no pass of launch.py starts has no case."""
     assert kernels() == set(places())
     assert {"fused", "topk", "stats", "loss", "grad", "total", "multiply"} <= kernels()
+
+
+# What old versions of Triton refuse where new ones take it, found with the one that is installed:
+# nothing is compiled beyond its first stage.
+NESTED = """
+import triton.language.core as core
+from triton.backends import backends
+from bench.aot.build import build
+from bench.aot.cases import cases, recorded
+from fastkd.divergence import divergences
+
+class Done(Exception):
+    pass
+
+def stop(*_):
+    raise Done
+
+made = core.tuple.__init__
+
+def checked(self, args, *rest):
+    made(self, args, *rest)
+    inner = [x for x in self.values if isinstance(x, core.tuple)]
+    if any(isinstance(value, core.tensor) for x in inner for value in x.values):
+        raise TypeError("a tuple in a tuple")
+
+core.tuple.__init__ = checked
+backends["nvidia"].compiler.make_ttir = staticmethod(stop)
+for case in cases(True, ["sm_90"], list(divergences), ["bf16"]):
+    try:
+        build(recorded(case), "sm_90")
+    except Done:
+        print(case.kernel)
+"""
+
+
+def test_no_tuple_stands_in_a_tuple() -> None:
+    """Triton 3.2 has none, and up to 3.7 `(a, b), c = f()` fails at a kernel's first launch."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["TRITON_ALWAYS_COMPILE"] = "1"
+    command = [sys.executable, "-c", NESTED]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == kernels()
 
 
 # arguments of the kernels that have more than 20; constants are counted too
@@ -205,6 +248,28 @@ def test_loops() -> None:
     found = loops((line.strip() for line in code), r"(L\d):", r"bra\s+(L\d)")
     assert found.inside == [["ld", "@p bra L2"]]
     assert found.outside == ["mov", "add", "@p bra L1", "exit"]
+
+
+def test_what_is_read_of_an_xpu() -> None:
+    """Calls of functions that neither LLVM nor SPIR-V has, and memory that a register should be."""
+    fine = """
+    %1 = tail call spir_func float @_Z27__spirv_ConvertBF16ToFINTELs(i16 %0)
+    %2 = tail call float @llvm.exp2.f32(float %1)
+    """
+    report = _report(target="xpu")
+    read_xpu(report, {"llir": fine}, 1.0)
+    assert report.calls == 0 and report.problems == [] and report.registers is report.spills is None
+    read_xpu(report, {"llir": fine + "%3 = alloca float\ncall void @helper(float %2)\n"}, 1.0)
+    assert report.calls == 1
+    judge(report)
+    assert report.problems == ["an array in a thread's own memory", "calls: 1"]
+
+
+def test_xpu_is_a_target_of_intels_triton_alone() -> None:
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.aot", "--targets", "sm_80,xpu"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "needs the package triton-xpu" in done.stdout
 
 
 def test_cases_are_of_the_targets_asked_for() -> None:

@@ -16,7 +16,7 @@ def pair(
     s, t, m_s, log_s, m_t, log_t, exponent, param, soft, shift,
     DIVERGENCE: tl.constexpr, WHAT: tl.constexpr,
 ):  # fmt: skip
-    """What a tile is to a divergence, and q, given (max, log2 of the sum) of each side.
+    """What a tile is to a divergence, given (max, log2 of the sum) of each side; q with a gradient.
 
     Identical sides must cancel to exactly 0, even if the compiler contracts a product and a sum:
     ptxas 12.9 does so with packed pairs (sm_100), whatever its options. Hence the explicit tl.fma,
@@ -25,7 +25,10 @@ def pair(
     logp = tl.fma(t - m_t, exponent, -log_t)
     logq = tl.fma(s - m_s, exponent, -log_s)
     p, q = tl.exp2(logp), tl.exp2(logq)
-    return DIVERGENCE(logp, logq, p, q, q - p, param, soft, shift, WHAT), q
+    if WHAT == "sums":  # a pair already: Triton 3.2 has no tuple inside a tuple
+        return DIVERGENCE(logp, logq, p, q, q - p, param, soft, shift, WHAT)
+    else:
+        return DIVERGENCE(logp, logq, p, q, q - p, param, soft, shift, WHAT), q
 
 
 @triton.jit
@@ -43,7 +46,7 @@ def pair_loop(
         # columns past the end are -inf on both sides, which is worth 0 to every divergence
         s = load(student, full, stop, True, POLICY, ACC, LANES, GROUP, start, UNALIGNED)
         t = load(teacher, full, stop, True, POLICY, ACC, LANES, GROUP, start, UNALIGNED)
-        (value, slope), _ = pair(
+        value, slope = pair(
             s, t, m_s, log_s, m_t, log_t, exponent, param, 0.0, 0.0, DIVERGENCE, "sums"
         )
         values += tl.sum(value, 1)
@@ -52,7 +55,7 @@ def pair_loop(
         at = full - LANES * GROUP - back
         s = load(student, at, stop, False, POLICY, ACC, LANES, GROUP, start, UNALIGNED)
         t = load(teacher, at, stop, False, POLICY, ACC, LANES, GROUP, start, UNALIGNED)
-        (value, slope), _ = pair(
+        value, slope = pair(
             s, t, m_s, log_s, m_t, log_t, exponent, param, 0.0, 0.0, DIVERGENCE, "sums"
         )
         values += tl.sum(value, 1)
@@ -62,7 +65,7 @@ def pair_loop(
             at = first - LANES * GROUP
             s = load(student, at, stop, True, POLICY, ACC, LANES, GROUP, start, True)
             t = load(teacher, at, stop, True, POLICY, ACC, LANES, GROUP, start, True)
-            (value, slope), _ = pair(
+            value, slope = pair(
                 s, t, m_s, log_s, m_t, log_t, exponent, param, 0.0, 0.0, DIVERGENCE, "sums"
             )
             values += tl.sum(value, 1)
