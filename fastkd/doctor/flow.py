@@ -82,6 +82,12 @@ class Side:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def columns(self) -> int:
+        """The number of classes."""
+        axis = -1 if self.tag.axis is None or self.tag.faults else self.tag.axis
+        return max(self.shape[axis], 1) if len(self.shape) >= -axis else 1
+
 
 @dataclass
 class Term:
@@ -108,12 +114,16 @@ class Part(NamedTuple):
     """A term in a sum: its factor and where powers of the temperature came in."""
 
     term: Term
-    factor: float
+    factor: float  # of a row; a mean over the classes divides it by `columns` again
     powers: tuple[tuple[Site, float], ...] = ()
     detached: bool = False
+    columns: int = 1  # that a mean has divided by
+    whole: bool = False  # the values are still those of single classes
 
     def scaled(self, by: float, power: tuple[Site, float] | None = None) -> Part:
         powers = self.powers
+        if by == self.columns and power is None:
+            return self._replace(columns=1)  # the mean over the classes is undone
         if power is not None and power not in powers:
             powers = (*powers, power)
         return self._replace(factor=self.factor * by, powers=powers)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn._reduction import legacy_get_string
 
 import fastkd
 from fastkd.scan import rules
@@ -146,11 +147,13 @@ def loss(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag) 
     if len(given) < 2 or not all(isinstance(x, Tensor) for x in given[:2]):
         return
     a, b = given[0], given[1]
-    reduction = named.get("reduction", "mean")
+    reduction = _reduction(named)
     if name == "kl_div":
-        rows = a.numel() / max(a.shape[-1], 1)
-        factors = {"mean": 1.0 / max(a.numel(), 1), "batchmean": 1.0 / max(a.shape[0], 1)}
-        term(watch, new, "kl", "F.kl_div", a, b, factors.get(reduction, 1.0), rows)
+        rows = a.numel() / side(watch, a).columns
+        factors = {"mean": 1.0 / max(rows, 1), "batchmean": 1.0 / max(a.shape[0], 1)}
+        one = term(watch, new, "kl", "F.kl_div", a, b, factors.get(reduction, 1.0), rows)
+        columns = one.student.columns if reduction == "mean" else 1
+        new.terms = (new.terms[0]._replace(columns=columns, whole=reduction == "none"),)
         _kl_values(watch, a, b, bool(named.get("log_target", False)))
     elif name in ("cross_entropy", "nll_loss"):
         if b.is_floating_point():
@@ -170,6 +173,14 @@ def loss(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag) 
         one = term(watch, new, "pair", f"F.{name}", a, b, factor, 1.0)
         if name == "binary_cross_entropy_with_logits":
             _no_sigmoid(watch, one, a, f"F.{name}(logits, labels)")
+
+
+def _reduction(named: Any) -> str:
+    """The reduction that torch makes of its arguments, the two old ones among them."""
+    old = named.get("size_average"), named.get("reduce")
+    if old == (None, None):
+        return str(named.get("reduction", "mean"))
+    return legacy_get_string(*old, emit_warning=False)
 
 
 def _kl_values(watch: Watch, a: Tensor, b: Tensor, log_target: bool) -> None:

@@ -199,7 +199,8 @@ class Watch(TorchFunctionMode):
         grad = loss.requires_grad
         found = Backward(self.program.site(), parts, mask, grad, scale, self.program.place())
         self.backwards[-1].append(found)
-        self.scale_now = scale or max((abs(p.factor) * p.term.rows for p in parts), default=0.0)
+        sizes = (abs(p.factor) * p.term.rows / p.columns for p in parts)
+        self.scale_now = scale or max(sizes, default=0.0)
         for run in {id(p.term.student.tag.run): p.term.student.tag.run for p in parts}.values():
             if run is not None:
                 places.gather(self, run)

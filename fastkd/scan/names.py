@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from itertools import chain, count
 from typing import NamedTuple
 
 FUNCTIONAL = "torch.nn.functional"
@@ -234,6 +235,13 @@ class Names:
         if value is None or any(x.startswith(f"{name}.") for _, x in self.bound):
             return None  # its options may have been changed
         return self.module(value, depth - 1)
+
+    def unused(self, name: str) -> str:
+        """The name, or the name with a number, so that the source has no other of it."""
+        used = {x.id for x in ast.walk(self.tree) if isinstance(x, ast.Name)}
+        used |= {x.arg for x in ast.walk(self.tree) if isinstance(x, ast.arg)}
+        made = chain([name], (f"{name}_{i}" for i in count(2)))
+        return next(x for x in made if x not in used)
 
     def imported(self, node: ast.expr) -> bool:
         name = written(node)

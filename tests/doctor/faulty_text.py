@@ -105,7 +105,8 @@ for step in range(3):
         p = teacher(ids).log_softmax(-1)
     q = student(ids).log_softmax(-1)
     m = torch.logsumexp(torch.stack([p, q]) - 0.6931, 0)
-    loss = F.kl_div(m, p, log_target=True) + F.kl_div(m, q, log_target=True)
+    a, b = (F.kl_div(m, x, log_target=True, reduction="batchmean") for x in (p, q))
+    loss = a + b
     opt.zero_grad()
     loss.backward()
     opt.step()

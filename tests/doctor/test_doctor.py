@@ -69,6 +69,15 @@ def test_is_silent_over_what_is_right(
     assert told["steps"] > 0
 
 
+def test_the_factor_that_a_mean_over_classes_makes(tmp_path: Path) -> None:
+    """64 rows of 5 classes: 2.8 is meant, and 0.56 arrives."""
+    file = tmp_path / "train.py"
+    file.write_text(faulty_logits.MEAN.format(soft="F.kl_div(log_q, p)"))
+    (only,) = examine(file).findings
+    assert "64 rows times 5 columns: the soft term's factor is 0.56, " in only.evidence
+    assert only.evidence.endswith("a mean over the rows alone makes it 2.8")
+
+
 def test_every_kind_is_planted() -> None:
     assert {kind for kind, _, _ in FAULTS.values()} == set(KNOWN)
 

@@ -129,12 +129,26 @@ def test_faults_are_named_as_the_doctor_names_them(tmp_path: Path) -> None:
     assert look(source, tmp_path).faults == ("swapped",)
     assert look(source.replace("loss(", "reverse_kl("), tmp_path).faults == ()
     for line, fault in (
-        ("F.kl_div(F.softmax(s, -1), F.softmax(t, -1))", "probabilities"),
-        ("F.kl_div(F.log_softmax(s.softmax(-1), -1), F.softmax(t, -1))", "probabilities"),
-        ("F.kl_div(F.log_softmax(s, -1), F.softmax(t, 0))", "axis"),
-        ("F.kl_div(F.log_softmax(s, -1), F.softmax(s, -1))", "shared"),
+        ("F.kl_div(F.softmax(s, -1), F.softmax(t, -1), {})", "probabilities"),
+        ("F.kl_div(F.log_softmax(s.softmax(-1), -1), F.softmax(t, -1), {})", "probabilities"),
+        ("F.kl_div(F.log_softmax(s, -1), F.softmax(t, 0), {})", "axis"),
+        ("F.kl_div(F.log_softmax(s, -1), F.softmax(s, -1), {})", "shared"),
     ):
-        assert look(function(line), tmp_path).faults == (fault,)
+        alone = line.format("reduction='batchmean'")
+        assert look(function(alone), tmp_path).faults == (fault,)
+        assert look(function(line.format("")), tmp_path).faults == (fault, "reduction")
+    for line in (
+        "F.kl_div(F.log_softmax(s, -1), F.softmax(t, -1))",
+        "nn.KLDivLoss()(read(s), F.softmax(t, -1))",
+        "(F.softmax(t, -1) * (F.log_softmax(t, -1) - F.log_softmax(s, -1))).mean()",
+        "F.kl_div(F.log_softmax(s, -1), F.softmax(t, -1), reduction='none').mean(-1)",
+    ):
+        assert look(function(line), tmp_path).faults == ("reduction",)
+
+
+def test_a_mean_over_classes_is_told_with_the_mean_over_rows(tmp_path: Path) -> None:
+    line = "F.kl_div(F.log_softmax(s / T, -1), F.softmax(t / T, -1))"
+    assert "it is fastkd.kl_div(s, t, temperature=T)" in check(function(line), tmp_path).note
 
 
 SUMS = [  # (loss, what the line holds); a: the weight, y: labels
