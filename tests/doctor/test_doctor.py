@@ -69,6 +69,25 @@ def test_is_silent_over_what_is_right(
     assert told["steps"] > 0
 
 
+def test_warnings_of_torch_name_the_line_of_the_script(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    body = """
+log_q = student(X).log_softmax(1)
+nn.KLDivLoss()(log_q, nn.Softmax(1)(teacher(X)))
+F.softmax(X)
+nn.Softmax()(X)
+torch.optim.lr_scheduler.StepLR(torch.optim.SGD(student.parameters()), 1).step()
+"""
+    file = tmp_path / "train.py"
+    file.write_text(faulty_images.IMAGES + body)
+    assert examine(file).error is None
+    lines = file.read_text().splitlines()
+    for at, words in enumerate(("reduction: 'mean'", "Implicit", "Implicit", "scheduler"), -4):
+        found = [(x.filename, x.lineno) for x in recwarn if words in str(x.message)]
+        assert (str(file), len(lines) + 1 + at) in found, lines[at]
+
+
 def test_the_factor_that_a_mean_over_classes_makes(tmp_path: Path) -> None:
     """64 rows of 5 classes: 2.8 is meant, and 0.56 arrives."""
     file = tmp_path / "train.py"
