@@ -35,7 +35,7 @@ def written(
         form, options = "rows", around.mask
     elif form not in ("sum", "batchmean", "rows", "row mean"):
         form = "?"
-        hints.append("with that reduction; 'mean' of F.kl_div is 'sum' / the number of elements")
+        hints.append("with that reduction: 'mean' of F.kl_div is 'sum' / the number of elements")
     return form, options, after
 
 

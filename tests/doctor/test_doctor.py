@@ -144,6 +144,7 @@ Own()(X)
     assert "runpy" not in told.err and "fastkd" not in told.err
     file.write_text("import sys\nsys.exit(0)\n")
     assert main(["doctor", str(file)]) == 0
+    assert "no optimizer step was seen after a distillation loss" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["doctor", str(tmp_path / "absent.py")])
     with pytest.raises(ValueError, match="steps: got 0, expected 1 or more"):
