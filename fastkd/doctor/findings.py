@@ -25,7 +25,7 @@ def finding(name: str, file: str, line: int, evidence: str, fix: str = "") -> Fi
     return Finding(name, file, line, message, evidence, usual if len(fix) < 12 else fix)
 
 
-NAMES = "student, teacher, logits, labels, inputs and T in these lines stand for your own names"
+NAMES = "in the lines to write, names such as student, logits and T stand for your own"
 NONE = "no optimizer step was seen after a distillation loss, so little was judged"
 
 

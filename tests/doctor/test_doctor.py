@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastkd
-from fastkd import distill
+from fastkd import distill, doctor
 from fastkd.__main__ import main
 from fastkd.distill import diagnose
 from fastkd.doctor import FAULTS as KNOWN
@@ -127,6 +127,17 @@ def test_stops_after_its_steps_and_prints(
     assert "temperature: the factor T^2 is missing or doubled" in out
     assert "1 finding in 2 steps of distillation" in out
     assert "end of the script" not in out
+
+
+def test_the_example_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(doctor.__file__).with_name("README.md").read_text()
+    script, shown = (page.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "text"))
+    (tmp_path / "train.py").write_text(script)
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "train.py"]) == 1
+    assert capsys.readouterr().out == shown
 
 
 def test_a_script_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
