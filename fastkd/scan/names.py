@@ -178,6 +178,16 @@ class Names:
     def _class(self, node: ast.AST) -> ast.AST | None:
         return next((x for x in self.above(node) if isinstance(x, ast.ClassDef)), None)
 
+    def placed(self, text: str, site: ast.expr) -> ast.expr:
+        """An expression's text as a node whose names are those of a place."""
+        node = ast.parse(text, mode="eval").body
+        for x in ast.walk(node):
+            ast.copy_location(x, site)
+            for child in ast.iter_child_nodes(x):
+                self.parents[child] = x
+        self.parents[node] = site
+        return node
+
     def _loops(self, node: ast.AST) -> set[ast.AST]:
         return {x for x in (node, *self.above(node)) if isinstance(x, LOOPS)}
 
