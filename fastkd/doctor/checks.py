@@ -182,20 +182,28 @@ class Checks:
                 common = min((sum(n for _, n in x.powers) for x in hard), default=0.0)
                 for part in backward.parts:
                     one, t = part.term, part.term.temperature
-                    if one.kind in SOFT and part.columns > 1 and not part.detached:
-                        self._reduction(part)
+                    if one.kind in SOFT and not part.detached:
+                        self._reduction(part, sum(_size(x) / x.columns for x in hard))
                     if one.kind not in SOFT or abs(t - 1.0) < 0.05 or part.detached:
                         continue
                     self._factor(part, weight, len(step), common)
 
-    def _reduction(self, part: Part) -> None:
-        """A mean over the classes, unless a large weight makes up for it."""
-        one, size, columns = part.term, _size(part), part.columns
-        powers = max(sum(x for _, x in part.powers), 0.0)
-        if size / one.temperature**powers < columns:
-            text = f"a mean over {one.rows:g} rows times {columns} columns: the soft term's factor"
-            text += f" is {size / columns:.4g}, a mean over the rows alone makes it {size:.4g}"
-            self.mark("reduction", one.site, text)
+    def _reduction(self, part: Part, hard: float) -> None:
+        """No mean over the rows, unless a weight makes up for it."""
+        one, size, by = part.term, _size(part), part.columns
+        plain = size / one.temperature ** max(sum(x for _, x in part.powers), 0.0)
+        if by > 1 and plain < by:
+            text = f"a mean over {one.rows:g} rows times {by:g} columns"
+        elif by < 1 and 0 < hard <= 1 + 1e-3 and plain > by * (1 + 1e-3):
+            text = (
+                f"batchmean of {one.rows:g} rows divides by {one.rows * by:g}, the hard mean by all"
+            )
+        else:
+            return
+        text += (
+            f": the soft term's factor is {size / by:.4g}, a mean over the rows makes it {size:.4g}"
+        )
+        self.mark("reduction", one.site, text)
 
     def _factor(self, part: Part, hard: float, count: int, common: float) -> None:
         """`common`: powers of T before the sum of both terms."""
@@ -230,7 +238,7 @@ class Checks:
                     if part.term.kind != "pair" and part.term.rows not in (0, *chosen):
                         trained = backward.mask & self.trained
                         key = (backward.place, part.term.place, part.term.kind, trained)
-                        groups[key].append((abs(part.factor), part.term))
+                        groups[key].append((abs(part.factor) / part.columns, part.term))
             for parts in groups.values():
                 factors, rows = [x for x, _ in parts], [x.rows for _, x in parts]
                 site = parts[0][1].site

@@ -114,16 +114,16 @@ class Part(NamedTuple):
     """A term in a sum: its factor and where powers of the temperature came in."""
 
     term: Term
-    factor: float  # of a row; a mean over the classes divides it by `columns` again
+    factor: float  # of a row, as if a mean were over all rows; `columns` divides it again
     powers: tuple[tuple[Site, float], ...] = ()
     detached: bool = False
-    columns: int = 1  # that a mean has divided by
+    columns: float = 1.0  # of a mean over the classes; of a batchmean the share of the rows
     whole: bool = False  # the values are still those of single classes
 
     def scaled(self, by: float, power: tuple[Site, float] | None = None) -> Part:
         powers = self.powers
         if by == self.columns and power is None:
-            return self._replace(columns=1)  # the mean over the classes is undone
+            return self._replace(columns=1.0)  # made a mean over all rows
         if power is not None and power not in powers:
             powers = (*powers, power)
         return self._replace(factor=self.factor * by, powers=powers)

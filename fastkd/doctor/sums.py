@@ -141,7 +141,7 @@ def joined(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag
         new.terms = terms
         value = number(b) if first and first.terms else number(a)
         if isinstance(b if first and first.terms else a, float) and value:
-            operands.float_term(watch, value)
+            _float_term(watch, value)
         return
     if first is None or second is None:
         one, value = (first, b) if first is not None else (second, a)
@@ -158,6 +158,15 @@ def joined(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag
         take(new, replace(first, kind="logprob"))
     elif not any(kinds) and name in SUB and operands.two_models(watch, first, second, True):
         operands.term(watch, new, "pair", name, a, b, 1.0, 1.0)
+
+
+def _float_term(watch: Watch, value: float) -> None:
+    """A number in a sum that was a loss before .item()."""
+    watch.added.append(value)
+    for was, one in watch.items[-50:]:
+        if was == value and one.teacher is not None:
+            text = f"{one.name} enters the sum as the number {value:.4g}: it has no gradient"
+            watch.mark("gradient", one.site, text, "add the tensor, not its .item()")
 
 
 def _term(watch: Watch, new: Tag, log_q: Tensor, p: Tensor, of: Tag | None = None) -> None:

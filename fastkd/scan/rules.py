@@ -24,7 +24,7 @@ FAULTS = {
         "loss = alpha * hard + (1 - alpha) * T * T * soft",
     ),
     "reduction": (
-        "a mean over rows and classes makes the soft term too small",
+        "the soft term is no mean over its rows",
         'fastkd.kl_div(student, teacher, temperature=T), or reduction="batchmean" of 2-D logits',
     ),
     "denominator": (

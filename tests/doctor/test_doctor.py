@@ -94,7 +94,18 @@ def test_the_factor_that_a_mean_over_classes_makes(tmp_path: Path) -> None:
     file.write_text(faulty_logits.MEAN.format(soft="F.kl_div(log_q, p)"))
     (only,) = examine(file).findings
     assert "64 rows times 5 columns: the soft term's factor is 0.56, " in only.evidence
-    assert only.evidence.endswith("a mean over the rows alone makes it 2.8")
+    assert only.evidence.endswith("a mean over the rows makes it 2.8")
+
+
+def test_a_batchmean_hides_no_missing_t_squared(tmp_path: Path) -> None:
+    """4 rows of 8 tokens: 0.5 becomes 4, as if T^2 = 4 and more were in it."""
+    file = tmp_path / "train.py"
+    file.write_text(faulty_text.BATCHMEAN.format(soft=faulty_text.PAIRS["torch"], factor="1"))
+    first, other = examine(file).findings
+    assert (first.name, other.name) == ("reduction", "temperature")
+    assert first.evidence.startswith("batchmean of 32 rows divides by 4, ")
+    assert "factor is 4, a mean over the rows makes it 0.5" in first.evidence
+    assert "factor is 4 beside a hard one of 0.5, without T^2 = 4" in other.evidence
 
 
 def test_every_kind_is_planted() -> None:
