@@ -15,7 +15,7 @@ from fastkd import info
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 1 for a cache at fault or a claim missed."""
+    """Runs the command line; returns the exit status: 1 for a fault found or a claim missed."""
     parser = argparse.ArgumentParser(prog="python -m fastkd", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("demo", help="distil a language model on real text, every way")
