@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -122,7 +123,7 @@ class Part(NamedTuple):
 
     def scaled(self, by: float, power: tuple[Site, float] | None = None) -> Part:
         powers = self.powers
-        if by == self.columns and power is None:
+        if power is None and math.isclose(by, self.columns):
             return self._replace(columns=1.0)  # made a mean over all rows
         if power is not None and power not in powers:
             powers = (*powers, power)

@@ -152,6 +152,9 @@ for _ in range(3):
         )
         for name, soft in PAIRS.items()
     },
+    "batchmean made a mean over rows that floats round": BATCHMEAN.format(
+        soft=f"{PAIRS['torch']} / 35", factor="3 * T * T"
+    ).replace("(4, S)", "(3, 36)"),
     "batchmean of sequences of several lengths": TEXT
     + """
 for first in (9, 5):
