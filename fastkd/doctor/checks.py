@@ -183,25 +183,31 @@ class Checks:
                 for part in backward.parts:
                     one, t = part.term, part.term.temperature
                     if one.kind in SOFT and not part.detached:
-                        self._reduction(part, sum(_size(x) / x.columns for x in hard))
+                        self._reduction(part, hard)
                     if one.kind not in SOFT or abs(t - 1.0) < 0.05 or part.detached:
                         continue
                     self._factor(part, weight, len(step), common)
 
-    def _reduction(self, part: Part, hard: float) -> None:
+    def _reduction(self, part: Part, hard: list[Part]) -> None:
         """No mean over the rows, unless a weight makes up for it."""
         one, size, by = part.term, _size(part), part.columns
         plain = size / one.temperature ** max(sum(x for _, x in part.powers), 0.0)
+        weight = sum(_size(x) / x.columns for x in hard)
+        rows = max((x.term.rows for x in hard), default=0.0)
         if by > 1 and plain < by:
-            text = f"a mean over {one.rows:g} rows times {by:g} columns"
-        elif by < 1 and 0 < hard <= 1 + 1e-3 and plain > by * (1 + 1e-3):
-            text = (
-                f"batchmean of {one.rows:g} rows divides by {one.rows * by:g}, the hard mean by all"
-            )
+            text = f"a mean over {one.rows:g} rows times {by:g} columns: "
+        elif (
+            by < 1
+            and weight <= 1 + 1e-3
+            and plain > by * (1 + 1e-3)
+            and rows > 1.001 * one.rows * by
+        ):
+            text = f"batchmean of {one.rows:g} rows divides by {one.rows * by:g}, the hard mean by "
+            text += f"{rows:g}: "
         else:
             return
         text += (
-            f": the soft term's factor is {size / by:.4g}, a mean over the rows makes it {size:.4g}"
+            f"the soft term's factor is {size / by:.4g}, a mean over the rows makes it {size:.4g}"
         )
         self.mark("reduction", one.site, text)
 

@@ -155,6 +155,9 @@ for _ in range(3):
     "batchmean made a mean over rows that floats round": BATCHMEAN.format(
         soft=f"{PAIRS['torch']} / 35", factor="3 * T * T"
     ).replace("(4, S)", "(3, 36)"),
+    "batchmean beside a hard mean over the same size": BATCHMEAN.format(
+        soft=PAIRS["torch"], factor="T * T"
+    ).replace("s.reshape(-1, V), ids[:, 1:].reshape(-1)", "s.mean(1), ids[:, 0]"),
     "batchmean of sequences of several lengths": TEXT
     + """
 for first in (9, 5):
