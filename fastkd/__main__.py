@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from fastkd import info
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 1 for a cache at fault or a claim missed."""
+    """Runs the command line; returns the exit status: 1 for a fault found or a claim missed."""
     parser = argparse.ArgumentParser(prog="python -m fastkd", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("demo", help="distil a language model on real text, every way")
@@ -31,20 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("info", help="versions, backend, instruction set, threads, GPU")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_info)
-    command = commands.add_parser("scan", help="find the distillation losses of Python sources")
-    text = "files (.py, .ipynb) or folders; nothing is changed without --write"
-    command.add_argument("paths", nargs="+", metavar="path", type=Path, help=text)
-    command.add_argument("--json", action="store_true", help="print JSON")
-    command.add_argument("--diff", action="store_true", help="show what --write would change")
-    command.add_argument("--write", action="store_true", help="write the lines without a note")
-    command.set_defaults(run=_scan)
-    text = "run ten steps of a training script, and name what is wrong with its distillation"
-    command = commands.add_parser("doctor", help=text)
-    command.add_argument("--json", action="store_true", help="print JSON")
-    command.add_argument("--steps", type=int, default=10, help="of distillation (default 10)")
-    command.add_argument("script", type=Path, help="a Python file; it runs as it would alone")
-    command.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
-    command.set_defaults(run=_doctor)
+    _judging(commands)
     group = commands.add_parser("cache", help="a teacher's outputs on disk")
     actions = group.add_subparsers(dest="action", required=True)
     command = actions.add_parser("info", help="what a cache holds")
@@ -91,6 +79,32 @@ def main(argv: list[str] | None = None) -> int:
     command.set_defaults(run=_recipes)
     arguments = parser.parse_args(argv)
     return arguments.run(parser, arguments) or 0
+
+
+def _judging(commands: Any) -> None:
+    """The commands that judge a program: both end with 1 where they name a fault."""
+    text = "find the distillation losses of Python sources, and what to write in their place"
+    end = (
+        "exit status: 0 no fault was found, 1 a loss has a fault, 2 wrong usage. A loss that can be"
+    )
+    end += " written in another way is no fault. --diff and --write end with the same status."
+    command = commands.add_parser("scan", help=text, description=text, epilog=end)
+    text = "files (.py, .ipynb) or folders; nothing is changed without --write"
+    command.add_argument("paths", nargs="+", metavar="path", type=Path, help=text)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--diff", action="store_true", help="show what --write would change")
+    text = "write the lines that have the same value for every shape; the rest stay"
+    command.add_argument("--write", action="store_true", help=text)
+    command.set_defaults(run=_scan)
+    text = "run ten steps of a training script, and name what is wrong with its distillation"
+    end = "exit status: 0 no fault was found, 1 a loss has a fault, "
+    end += "2 the script failed or wrong usage"
+    command = commands.add_parser("doctor", help=text, description=text, epilog=end)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--steps", type=int, default=10, help="of distillation (default 10)")
+    command.add_argument("script", type=Path, help="a Python file; it runs as it would alone")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
+    command.set_defaults(run=_doctor)
 
 
 def _demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
@@ -239,37 +253,44 @@ def _print(facts: dict[str, Any], as_json: bool) -> None:
         print(f"{name:{width}} {'not available' if value is None else value}")
 
 
-def _scan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+def _scan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     from fastkd.scan import scan
     from fastkd.scan.rules import FAULTS
 
+    rewrites = arguments.diff or arguments.write
+    if arguments.json and rewrites:
+        parser.error("--json: got it with --diff or --write, expected one of them alone")
     try:
         found: list[Any] = list(scan(*arguments.paths))
     except FileNotFoundError as error:
         parser.error(str(error))
-    if arguments.diff or arguments.write:
+    faulty = sum(bool(loss.faults) for loss in found)
+    status = int(faulty > 0)
+    if rewrites:
         _rewrite(found, arguments)
-        return
+        return status
     if arguments.json:
         print(json.dumps([loss._asdict() for loss in found], indent=2))
-        return
+        return status
     for loss in found:
         cell = "" if loss.cell is None else f"cell {loss.cell}:"
         print(f"{loss.file}:{cell}{loss.line}")
         print(f"  - {loss.code}" if loss.code else "  ?")
         if loss.replacement:
             print(f"  + {loss.replacement}")
-        if loss.note:
-            print(f"    ({loss.note})")
+        for note in filter(None, loss.note.split("; ")):
+            print(f"    note: {note}")
         for fault in loss.faults:
-            print(f"    {fault}: {FAULTS[fault][0]}")
+            print(f"    fault: {fault}: {FAULTS[fault][0]}")
     losses = sum(bool(loss.code) for loss in found)
     unread = "" if losses == len(found) else f", {len(found) - losses} not read"
-    print(f"{losses} found{unread}, nothing changed")
+    wrong = f", {faulty} with a fault" if faulty else ""
+    print(f"{losses} found{unread}{wrong}, nothing changed")
+    return status
 
 
 def _rewrite(found: list[Any], arguments: argparse.Namespace) -> None:
-    from fastkd.scan.rewrite import rewritten
+    from fastkd.scan.rewrite import is_safe, rewritten
 
     changed = list(rewritten(found))
     for one in changed:
@@ -277,12 +298,17 @@ def _rewrite(found: list[Any], arguments: argparse.Namespace) -> None:
             print(one.diff(), end="")
         if arguments.write:
             Path(one.file).write_bytes(one.after.encode())
-    count, losses = sum(x.replaced for x in changed), sum(bool(x.code) for x in found)
-    verb = "written" if arguments.write else "to write"
-    print(
-        f"{count} of {losses} {verb}, the rest have a note: see scan without --diff",
-        file=sys.stderr,
-    )
+    losses, safe = sum(bool(x.code) for x in found), sum(map(is_safe, found))
+    count, unread = sum(x.replaced for x in changed), sum(not x.code for x in found)
+    verb = "rewritten" if arguments.write else "would be rewritten by --write"
+    said = [f"{count} of {losses} places {verb}"]
+    if noted := losses - safe:
+        command = shlex.join(["python", "-m", "fastkd", "scan", *map(str, arguments.paths)])
+        said += [f"{noted} only noted, the notes are printed by: {command}"]
+    if safe > count:
+        said += [f"{safe - count} left as they are, for a comment or another loss within them"]
+    said += [f"{unread} not read"] if unread else []
+    print("\n".join(said), file=sys.stderr)
 
 
 def _doctor(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:

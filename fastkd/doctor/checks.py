@@ -174,7 +174,7 @@ class Checks:
     # ---- factors
 
     def factors(self) -> None:
-        """T^2, once."""
+        """T^2, once; means over rows, not over rows and classes."""
         for step in self.watch.backwards:
             for backward in step:
                 hard = [x for x in backward.parts if x.term.kind == "hard"]
@@ -182,9 +182,34 @@ class Checks:
                 common = min((sum(n for _, n in x.powers) for x in hard), default=0.0)
                 for part in backward.parts:
                     one, t = part.term, part.term.temperature
+                    if one.kind in SOFT and not part.detached:
+                        self._reduction(part, hard)
                     if one.kind not in SOFT or abs(t - 1.0) < 0.05 or part.detached:
                         continue
                     self._factor(part, weight, len(step), common)
+
+    def _reduction(self, part: Part, hard: list[Part]) -> None:
+        """No mean over the rows, unless a weight makes up for it."""
+        one, size, by = part.term, _size(part), part.columns
+        plain = size / one.temperature ** max(sum(x for _, x in part.powers), 0.0)
+        weight = sum(_size(x) / x.columns for x in hard)
+        rows = max((x.term.rows for x in hard), default=0.0)
+        if by > 1 and plain < by:
+            text = f"a mean over {one.rows:g} rows times {by:g} columns: "
+        elif (
+            by < 1
+            and weight <= 1 + 1e-3
+            and plain > by * (1 + 1e-3)
+            and rows > 1.001 * one.rows * by
+        ):
+            text = f"batchmean of {one.rows:g} rows divides by {one.rows * by:g}, the hard mean by "
+            text += f"{rows:g}: "
+        else:
+            return
+        text += (
+            f"the soft term's factor is {size / by:.4g}, a mean over the rows makes it {size:.4g}"
+        )
+        self.mark("reduction", one.site, text)
 
     def _factor(self, part: Part, hard: float, count: int, common: float) -> None:
         """`common`: powers of T before the sum of both terms."""
@@ -202,8 +227,8 @@ class Checks:
         elif powers == 0 and hard > 0 and t >= 1.5 and soft <= 1.0 + 1e-3 and not one.reverse:
             if not _is_one(sums[2]):
                 without = f"without T^2 = {t * t:g}" if not common else "T^2 is on both of them"
-                text = f"T = {t:g}: the soft term's factor is {soft:.4g} beside a hard one of "
-                self.mark("temperature", one.site, text + f"{hard:.4g}, {without}")
+                text = f"T = {t:g}: the soft term's factor is {soft / part.columns:.4g} beside a "
+                self.mark("temperature", one.site, text + f"hard one of {hard:.4g}, {without}")
 
     # ---- accumulation
 
@@ -219,7 +244,7 @@ class Checks:
                     if part.term.kind != "pair" and part.term.rows not in (0, *chosen):
                         trained = backward.mask & self.trained
                         key = (backward.place, part.term.place, part.term.kind, trained)
-                        groups[key].append((abs(part.factor), part.term))
+                        groups[key].append((abs(part.factor) / part.columns, part.term))
             for parts in groups.values():
                 factors, rows = [x for x, _ in parts], [x.rows for _, x in parts]
                 site = parts[0][1].site

@@ -25,6 +25,10 @@ def finding(name: str, file: str, line: int, evidence: str, fix: str = "") -> Fi
     return Finding(name, file, line, message, evidence, usual if len(fix) < 12 else fix)
 
 
+NAMES = "in the lines to write, names such as student, logits and T stand for your own"
+NONE = "no optimizer step was seen after a distillation loss, so little was judged"
+
+
 class Findings(list[Finding]):
     """Findings; `table()` and `str` show them."""
 
@@ -32,7 +36,7 @@ class Findings(list[Finding]):
         """One paragraph a finding."""
         if not self:
             return "no findings"
-        return "\n".join(text(x) for x in self)
+        return "\n".join([*(text(x) for x in self), NAMES])
 
     __str__ = table
 
@@ -49,4 +53,5 @@ def report(found: Sequence[Finding], steps: int) -> str:
     """What a run of the doctor prints."""
     count = f"{len(found)} finding{'s' if len(found) != 1 else ''}"
     end = f"{count} in {steps} step{'s' if steps != 1 else ''} of distillation"
-    return "\n".join([*(text(x) for x in found), end])
+    told = [*(text(x) for x in found), *([NAMES] if found else []), end]
+    return "\n".join(told if steps else [*told, NONE])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -82,6 +83,12 @@ class Side:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def columns(self) -> int:
+        """The number of classes."""
+        axis = -1 if self.tag.axis is None or self.tag.faults else self.tag.axis
+        return max(self.shape[axis], 1) if len(self.shape) >= -axis else 1
+
 
 @dataclass
 class Term:
@@ -108,12 +115,16 @@ class Part(NamedTuple):
     """A term in a sum: its factor and where powers of the temperature came in."""
 
     term: Term
-    factor: float
+    factor: float  # of a row, as if a mean were over all rows; `columns` divides it again
     powers: tuple[tuple[Site, float], ...] = ()
     detached: bool = False
+    columns: float = 1.0  # of a mean over the classes; of a batchmean the share of the rows
+    whole: bool = False  # the values are still those of single classes
 
     def scaled(self, by: float, power: tuple[Site, float] | None = None) -> Part:
         powers = self.powers
+        if power is None and math.isclose(by, self.columns):
+            return self._replace(columns=1.0)  # made a mean over all rows
         if power is not None and power not in powers:
             powers = (*powers, power)
         return self._replace(factor=self.factor * by, powers=powers)

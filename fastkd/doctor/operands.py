@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn._reduction import legacy_get_string
 
 import fastkd
 from fastkd.scan import rules
@@ -146,11 +147,14 @@ def loss(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag) 
     if len(given) < 2 or not all(isinstance(x, Tensor) for x in given[:2]):
         return
     a, b = given[0], given[1]
-    reduction = named.get("reduction", "mean")
+    reduction = _reduction(named)
     if name == "kl_div":
-        rows = a.numel() / max(a.shape[-1], 1)
-        factors = {"mean": 1.0 / max(a.numel(), 1), "batchmean": 1.0 / max(a.shape[0], 1)}
-        term(watch, new, "kl", "F.kl_div", a, b, factors.get(reduction, 1.0), rows)
+        rows = a.numel() / side(watch, a).columns
+        by = 1.0 / max(rows, 1) if reduction in ("mean", "batchmean") else 1.0
+        one = term(watch, new, "kl", "F.kl_div", a, b, by, rows)
+        over = {"mean": float(one.student.columns), "batchmean": len(a) * by if a.dim() else 1.0}
+        columns, whole = over.get(reduction, 1.0), reduction == "none"
+        new.terms = (new.terms[0]._replace(columns=columns, whole=whole),)
         _kl_values(watch, a, b, bool(named.get("log_target", False)))
     elif name in ("cross_entropy", "nll_loss"):
         if b.is_floating_point():
@@ -170,6 +174,14 @@ def loss(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag) 
         one = term(watch, new, "pair", f"F.{name}", a, b, factor, 1.0)
         if name == "binary_cross_entropy_with_logits":
             _no_sigmoid(watch, one, a, f"F.{name}(logits, labels)")
+
+
+def _reduction(named: Any) -> str:
+    """The reduction that torch makes of its arguments, the two old ones among them."""
+    old = named.get("size_average"), named.get("reduce")
+    if old == (None, None):
+        return str(named.get("reduction", "mean"))
+    return legacy_get_string(*old, emit_warning=False)
 
 
 def _kl_values(watch: Watch, a: Tensor, b: Tensor, log_target: bool) -> None:
@@ -233,8 +245,9 @@ def fastkd_after(
     kept = int((labels != ignored).sum()) if isinstance(labels, Tensor) else rows
     reduction = options.get("reduction", "mean")
     denominator = number(options.get("normalizer")) or max(kept, 1)
-    by = {"mean": 1.0 / denominator, "batchmean": 1.0 / max(shape[0] if len(shape) else 1, 1)}
-    factor = by.get(reduction, 1.0)
+    factor = {"mean": 1.0 / denominator, "batchmean": 1.0 / max(kept, 1)}.get(reduction, 1.0)
+    first = shape[0] if len(shape) > 1 else 1
+    columns = max(first, 1) * factor if reduction == "batchmean" else 1.0
     new, tag = watch.book.of(value), Tag()
     tag.mask = side(watch, student).tag.mask | side(watch, teacher).tag.mask
     one = term(
@@ -252,13 +265,13 @@ def fastkd_after(
             one.power = -9  # left out on purpose: t_squared=False
     else:
         one.reverse = one.reverse or name not in ("kl_div", "KLDiv")
-    tag.terms = (Part(one, factor * soft),)
+    tag.terms = (Part(one, factor * soft, columns=columns),)
     for x in (student, teacher):
         if isinstance(x, Tensor):
             _logits(watch, one, x, options.get("vocab_size"))
     if hard and isinstance(labels, Tensor):
         second = term(watch, Tag(), "hard", one.name, student, None, factor, kept)
-        tag.terms = (*tag.terms, Part(second, factor * hard))
+        tag.terms = (*tag.terms, Part(second, factor * hard, columns=columns))
         logits = student.hidden if isinstance(student, fastkd.LinearLogits) else student
         places.labels(watch, second, logits, labels, ignored)
     elif isinstance(labels, Tensor):
@@ -344,15 +357,6 @@ def same_columns(watch: Watch, a: Any, b: Any) -> None:
         if a.shape[-1] > 1 and all(x is not None and x.axis == -1 for x in kinds):
             text = f"{a.shape[-1]} columns of one model, {b.shape[-1]} of the other"
             watch.mark("tokenizer", watch.program.site(), text)
-
-
-def float_term(watch: Watch, value: float) -> None:
-    """A number in a sum that was a loss before .item()."""
-    watch.added.append(value)
-    for was, one in watch.items[-50:]:
-        if was == value and one.teacher is not None:
-            text = f"{one.name} enters the sum as the number {value:.4g}: it has no gradient"
-            watch.mark("gradient", one.site, text, "add the tensor, not its .item()")
 
 
 # ---- float16

@@ -73,6 +73,18 @@ class Program:
             frame = frame.f_back
         return Site("", 0)
 
+    def beyond(self, file: str) -> Site | None:
+        """The line that has called into torch or the doctor, for a warning at a line of theirs."""
+        frame: FrameType | None = sys._getframe(1) if file.startswith(INNER) else None
+        while frame is not None and frame.f_code.co_filename != file:
+            frame = frame.f_back
+        while frame is not None and (
+            frame.f_code.co_filename.startswith((*INNER, "<"))
+            or frame.f_globals.get("__name__") in ("warnings", "_py_warnings")
+        ):
+            frame = frame.f_back
+        return Site(frame.f_code.co_filename, frame.f_lineno) if frame is not None else None
+
     def means_reverse(self) -> bool:
         """Whether names or comments near the call say that the direction is meant."""
         for depth, frame in enumerate(self.frames()):

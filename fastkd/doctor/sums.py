@@ -114,11 +114,23 @@ def reduced(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Ta
     tag = watch.book.get(x)
     if tag is None:
         return
-    by = 1.0
-    if name in ("mean", "nanmean") and out.numel():
+    by, mean = 1.0, name in ("mean", "nanmean")
+    if mean and out.numel():
         by = out.numel() / x.numel()
-    new.terms = tuple(part.scaled(by) for part in tag.terms)
+    dims = named.get("dim", args[1] if len(args) > 1 else None)
+    new.terms = tuple(_over(part, mean, dims, x).scaled(by) for part in tag.terms)
     new.scale = tag.scale
+
+
+def _over(part: Part, mean: bool, dims: Any, x: Tensor) -> Part:
+    """A term before a sum or a mean, which may be one over the classes."""
+    axis = part.term.student.tag.axis or -1
+    given = dims if isinstance(dims, (tuple, list)) else [dims]
+    inside = dims is None or any(isinstance(d, int) and d in (axis, axis + x.dim()) for d in given)
+    if not part.whole or not inside:
+        return part
+    size = part.term.student.columns if mean else 1
+    return part._replace(factor=part.factor * size, columns=size, whole=False)
 
 
 def joined(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag) -> None:
@@ -129,7 +141,7 @@ def joined(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag
         new.terms = terms
         value = number(b) if first and first.terms else number(a)
         if isinstance(b if first and first.terms else a, float) and value:
-            operands.float_term(watch, value)
+            _float_term(watch, value)
         return
     if first is None or second is None:
         one, value = (first, b) if first is not None else (second, a)
@@ -148,6 +160,22 @@ def joined(watch: Watch, name: str, args: Any, named: Any, out: Tensor, new: Tag
         operands.term(watch, new, "pair", name, a, b, 1.0, 1.0)
 
 
+def _float_term(watch: Watch, value: float) -> None:
+    """A number in a sum that was a loss before .item()."""
+    watch.added.append(value)
+    for was, one in watch.items[-50:]:
+        if was == value and one.teacher is not None:
+            text = f"{one.name} enters the sum as the number {value:.4g}: it has no gradient"
+            watch.mark("gradient", one.site, text, "add the tensor, not its .item()")
+
+
+def _term(watch: Watch, new: Tag, log_q: Tensor, p: Tensor, of: Tag | None = None) -> None:
+    """A product by hand: a value for each class of each row."""
+    rows = p.numel() / p.shape[-1]
+    operands.term(watch, new, "hand", "by hand", log_q, p, 1.0, rows, of)
+    new.terms = (new.terms[0]._replace(whole=True),)
+
+
 def _hand(watch: Watch, a: Any, b: Any, out: Tensor, new: Tag) -> bool:
     """p * log q, or p * (log p - log q)."""
     tags = watch.book.get(a), watch.book.get(b)
@@ -155,13 +183,12 @@ def _hand(watch: Watch, a: Any, b: Any, out: Tensor, new: Tag) -> bool:
         if p is None or other is None or p.kind != "prob" or x.shape != y.shape:
             continue
         if other.kind == "logprob" and other.source is not p.source:
-            operands.term(watch, new, "hand", "by hand", y, x, 1.0, out.numel() / out.shape[-1])
+            _term(watch, new, y, x)
             return True
         if other.kind == "logratio" and other.pair is not None:
             sides = other.pair
             log_q = sides[1] if sides[0].source is p.source else sides[0]
             if log_q.source is not p.source:
-                rows = out.numel() / out.shape[-1]
-                operands.term(watch, new, "hand", "by hand", y, x, 1.0, rows, log_q)
+                _term(watch, new, y, x, log_q)
                 return True
     return False

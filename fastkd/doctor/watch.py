@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -199,7 +200,8 @@ class Watch(TorchFunctionMode):
         grad = loss.requires_grad
         found = Backward(self.program.site(), parts, mask, grad, scale, self.program.place())
         self.backwards[-1].append(found)
-        self.scale_now = scale or max((abs(p.factor) * p.term.rows for p in parts), default=0.0)
+        sizes = (abs(p.factor) * p.term.rows / p.columns for p in parts)
+        self.scale_now = scale or max(sizes, default=0.0)
         for run in {id(p.term.student.tag.run): p.term.student.tag.run for p in parts}.values():
             if run is not None:
                 places.gather(self, run)
@@ -288,6 +290,7 @@ class Watch(TorchFunctionMode):
             hook = register_optimizer_step_post_hook(lambda o, *_: self._stepped(o))
             stack.callback(hook.remove)
             self._patch(stack, torch, "compile", _uncompiled)
+            self._patch(stack, warnings, "showwarning", self._warned())
             self._patch(stack, nn.Module, "compile", lambda *_, **__: None)
             stack.enter_context(self)
             yield self
@@ -344,6 +347,20 @@ class Watch(TorchFunctionMode):
             return found
 
         return scaled
+
+    def _warned(self) -> Any:
+        """Shows a warning at the program's line: the doctor's frames stand between it and torch."""
+        show = warnings.showwarning
+
+        def showwarning(
+            message: Any, category: Any, filename: str, lineno: int, *to: Any, **named: Any
+        ) -> None:
+            site = self.program.beyond(filename)
+            if site is not None:
+                (filename, lineno), to = site, to[:1]  # the text of a line is that of the other
+            show(message, category, filename, lineno, *to, **named)
+
+        return showwarning
 
 
 def _uncompiled(model: Any = None, **_: Any) -> Any:

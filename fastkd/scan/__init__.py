@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastkd.scan import rules
+from fastkd.scan import reductions, rules
 from fastkd.scan.around import Around, Walk
 from fastkd.scan.files import Unreadable, files, parse
 from fastkd.scan.found import Found
@@ -24,10 +24,9 @@ from fastkd.scan.softmax import Softmax, Softmaxes, Unread, atom, constant, pure
 
 TEACHERS = {"teacher", "teachers", "tea", "t", "ref", "target", "targets"}  # words of a name
 BATCHES = re.compile(r"(size\(0\)|shape\[0\]|\blen\(|batch|\bbs\b|^[BN]$)", re.IGNORECASE)
-LEGACY = ("size_average", "reduce", "reduction")
 # the arguments of torch's functions and of the modules' constructors, in order
 FUNCTIONS = {
-    "kl_div": ("input", "target", *LEGACY, "log_target"),
+    "kl_div": ("input", "target", *reductions.LEGACY, "log_target"),
     "cross_entropy": (
         *("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
         "label_smoothing",
@@ -132,9 +131,10 @@ class Source:
             what = f"its {which} ({text}) could not be followed to a softmax of logits"
             mixed = ast.unparse(self.names.follow(options["input"], node) or options["input"])
             if "logsumexp(" in mixed or "logaddexp(" in mixed:
-                what = "a mixture of both sides, as of fastkd.js_div(student, teacher, beta=...)"
-            return self._found(node, None, [f"{what}: give fastkd.kl_div the logits themselves"])
-        reduction, faults = _reduction(options)
+                what = "a mixture of both sides, as of fastkd.js_div"
+            notes = [f"{what}: give fastkd.kl_div the logits themselves"]
+            return self._found(node, None, [*notes, *reductions.means(options)])
+        reduction, faults = reductions.read(options)
         log_target = constant(options.get("log_target"), False)
         if hidden:
             faults.append("its options are hidden in * or **")
@@ -162,7 +162,7 @@ class Source:
         student = Softmax(logits, divisors, True, target.dim, notes)
         if student.same(target):
             return None  # an entropy
-        reduction, faults = _reduction(options)
+        reduction, faults = reductions.read(options)
         if hidden:
             faults.append("its options are hidden in * or **")
         if target.log:
@@ -247,11 +247,15 @@ class Source:
         plain = next((x for x in names if "(" not in x), "")
         if isinstance(dim, int) and dim != -1:
             options += f", class_dim={dim}"
-        form, of_mask, after = _reduced(around, dim, plain, faults, hints)
+        name = plain or self.names.unused("logits")
+        form, of_mask, after = reductions.written(around, dim, name, faults, hints)
         options += of_mask
         if after and not plain:
-            faults.append("give the logits a name first")
-            after = after.replace(" / .", " / logits.")
+            faults.append(f"give the logits a name first, as {name} = {sides[0]}")
+            sides[0] = name
+        if around.form == "mean":
+            over_rows = f"fastkd.{function}({sides[0]}, {sides[1]}{options})"
+            hints.append(f"over the rows alone it is {over_rows}")
         if form in ("sum", "batchmean", "rows"):
             options += f', reduction="{form if form != "rows" else "none"}"'
         sign = "-" if negative else ""
@@ -332,50 +336,6 @@ def _temperatures(student: Softmax, teacher: Softmax, hints: list[str]) -> tuple
     for i, side in enumerate((student, teacher)):
         sides[i] = " / ".join((atom(sides[i]), *(atom(x) for x in side.divisors)))
     return sides, ""
-
-
-def _reduced(
-    around: Around, dim: int | str | None, plain: str, faults: list[str], hints: list[str]
-) -> tuple[str, str, str]:
-    """(fastkd's reduction, the option that leaves rows out, what is divided by afterwards)."""
-    form, options, after = around.form, "", ""
-    if form == "batchmean" and isinstance(dim, int) and dim != -1 and dim < 1:
-        form, after = "sum", f" / {plain}.size(0)"
-    elif form == "mean":
-        form, after = "sum", f" / {plain}.numel()"
-        hints.append("a mean of F.kl_div divides by rows times columns")
-    elif form == "row means":
-        form, after = "rows", f" / {plain}.size({dim})"
-    elif form == "columns":
-        faults.append(
-            "a loss per column, fastkd's is per row: in place of its sum over the classes"
-        )
-        form = "rows"
-    elif form in ("kept sum", "kept mean"):
-        form, options = "sum" if form == "kept sum" else "row mean", around.mask
-    elif form == "kept rows":
-        form, options = "rows", around.mask
-    elif form not in ("sum", "batchmean", "rows", "row mean"):
-        form = "?"
-        hints.append("with that reduction; 'mean' of F.kl_div is 'sum' / logits.numel()")
-    return form, options, after
-
-
-def _reduction(options: dict[str, ast.expr]) -> tuple[str, list[str]]:
-    """torch's reduction of its three arguments, and why it cannot be read."""
-    values = [constant(options.get(x)) for x in LEGACY]
-    for name, value in zip(LEGACY, values, strict=True):
-        if isinstance(value, Unread):
-            return "?", [f"its {name} could not be read ({value})"]
-    average, reduce, reduction = values
-    if average is not None or reduce is not None:  # None is True where the other is given
-        if reduce is not None and not reduce:
-            return "none", []
-        return ("mean" if average is None or average else "sum"), []
-    if "reduction" not in options:
-        return "mean", []
-    known = reduction in ("mean", "batchmean", "sum", "none")
-    return str(reduction), [] if known else [f"its reduction could not be read ({reduction})"]
 
 
 def _says_teacher(text: str) -> bool:

@@ -9,6 +9,11 @@ from fastkd.scan.names import Names, arguments
 from fastkd.scan.softmax import Softmax, Softmaxes, atom, constant
 
 HEAD = "with the hard term: "
+# what makes one axis of all rows; V is whatever stands there
+LOGITS = ("view(-1, V)", "reshape(-1, V)", "flatten(0, 1)", "flatten(0, -2)")
+LABELS = ("view(-1)", "reshape(-1)", "flatten()")
+# what moves the classes where F.cross_entropy wants them
+TURNED = ("transpose(1, 2)", "transpose(-1, -2)", "transpose(2, 1)", "permute(0, 2, 1)")
 OPTIONS = (
     *("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
     "label_smoothing",
@@ -59,7 +64,7 @@ def _joined(
     if (
         len(calls) != 1
         or not names.same(calls[0], other)
-        or (hard := _hard(names, calls[0], student)) is None
+        or (hard := _hard(names, calls[0], student, around.node)) is None
     ):
         return ""
     weight = [ast.unparse(x) for x in parts if x is not calls[0]]
@@ -68,7 +73,7 @@ def _joined(
     alpha = _alpha(weight, soft)
     if alpha is None:
         return ""
-    labels, ignored, smoothing = hard
+    labels, ignored, smoothing, apart = hard
     kept = f", labels={labels}" + (f", ignore_index={ignored}" if ignored else "")
     if around.mask and around.mask != kept:
         return ""
@@ -77,14 +82,29 @@ def _joined(
     options += f", ignore_index={ignored}" if ignored else ""
     options += "" if student.dim == -1 else f", class_dim={student.dim}"
     options += "" if squared else ", t_squared=False"
-    minds = [] if around.mask else [f"no label is {ignored or -100}"]
-    minds += ["the logits are 2-D"] if student.dim != -1 and around.form == "batchmean" else []
+    minds, why = list[str](), list[str]()
+    if not around.mask:
+        minds.append(f"no label is {ignored or -100}")
+        why.append(
+            f"a row labelled {ignored or -100} counts in no term there, in the soft one here"
+        )
+    if around.form == "batchmean" and apart:
+        minds.append("a mean over rows is meant")
+        why.append("batchmean divides by the first size alone, not by all rows")
+    elif around.form == "batchmean" and student.dim != -1:
+        minds.append("the logits are 2-D")
     call = f"fastkd.distillation_loss({student.logits}, {teacher.logits}, {labels}, {options})"
-    return f"{HEAD}{call}" + (f" where {' and '.join(minds)}" if minds else "")
+    where = f" where {' and '.join(minds)}" if minds else ""
+    return f"{HEAD}{call}{where}" + (f" ({', and '.join(why)})" if why else "")
 
 
-def _hard(names: Names, call: ast.Call, student: Softmax) -> tuple[str, str, str] | None:
-    """(labels, ignore_index, label_smoothing) of a cross-entropy of the same logits."""
+def _hard(
+    names: Names, call: ast.Call, student: Softmax, site: ast.expr
+) -> tuple[str, str, str, bool] | None:
+    """(labels, ignore_index, label_smoothing) of a cross-entropy of the same logits.
+
+    The last: whether the rows of these logits have several axes.
+    """
     made = names.module(call.func)
     name = names.function(made.func if made is not None else call.func)
     options = arguments(made, *OPTIONS[2:]) if made is not None else {}
@@ -93,9 +113,22 @@ def _hard(names: Names, call: ast.Call, student: Softmax) -> tuple[str, str, str
         return None
     options |= given
     target, logits = options.get("target"), options.get("input")
-    if target is None or logits is None or ast.unparse(logits) != student.logits:
+    if target is None or logits is None or student.dim not in (-1, 1):
         return None
-    if Softmaxes(names, call).read(target) is not None or student.dim not in (-1, 1):
+    labels, apart = ast.unparse(target), False
+    if ast.unparse(logits) != student.logits:
+        own = _rows(names, names.placed(student.logits, site), LOGITS)
+        flat, turned = (_rows(names, logits, x) for x in (LOGITS, TURNED))
+        if student.dim != -1 or (own[0], True) not in (flat, turned):
+            return None
+        apart = not own[1]
+        if apart and flat[1]:
+            labels, flat_too = _rows(names, target, LABELS)
+            if not flat_too:
+                return None
+        elif turned[1] and not apart:
+            return None  # the labels are not those of the flat logits
+    if Softmaxes(names, call).read(target) is not None:
         return None
     if constant(options.get("reduction"), "mean") != "mean" or "size_average" in options:
         return None
@@ -103,7 +136,28 @@ def _hard(names: Names, call: ast.Call, student: Softmax) -> tuple[str, str, str
         return None
     texts = [ast.unparse(options[x]) if x in options else "" for x in OPTIONS]
     ignored, smoothing = texts[4], texts[7]
-    return ast.unparse(target), "" if ignored == "-100" else ignored, smoothing
+    return labels, "" if ignored == "-100" else ignored, smoothing, apart
+
+
+def _rows(names: Names, node: ast.expr, shapes: tuple[str, ...]) -> tuple[str, bool]:
+    """The text of logits or labels before their rows became one axis, and whether they did."""
+    value: ast.expr | None = node
+    while value is not None:
+        func = value.func if isinstance(value, ast.Call) else None
+        if not isinstance(value, ast.Call):
+            value = names.follow(value, node)
+        elif not isinstance(func, ast.Attribute) or value.keywords:
+            break
+        elif func.attr == "contiguous":
+            value = func.value
+        else:
+            given = [ast.unparse(x) for x in value.args]
+            if len(given) == 2 and func.attr in ("view", "reshape"):
+                given[1] = "V"
+            if f"{func.attr}({', '.join(given)})" not in shapes:
+                break
+            return ast.unparse(func.value).removesuffix(".contiguous()"), True
+    return ast.unparse(node).removesuffix(".contiguous()"), False
 
 
 def _take_square(factors: list[str], t: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from itertools import chain, count
 from typing import NamedTuple
 
 FUNCTIONAL = "torch.nn.functional"
@@ -177,6 +178,16 @@ class Names:
     def _class(self, node: ast.AST) -> ast.AST | None:
         return next((x for x in self.above(node) if isinstance(x, ast.ClassDef)), None)
 
+    def placed(self, text: str, site: ast.expr) -> ast.expr:
+        """An expression's text as a node whose names are those of a place."""
+        node = ast.parse(text, mode="eval").body
+        for x in ast.walk(node):
+            ast.copy_location(x, site)
+            for child in ast.iter_child_nodes(x):
+                self.parents[child] = x
+        self.parents[node] = site
+        return node
+
     def _loops(self, node: ast.AST) -> set[ast.AST]:
         return {x for x in (node, *self.above(node)) if isinstance(x, LOOPS)}
 
@@ -234,6 +245,13 @@ class Names:
         if value is None or any(x.startswith(f"{name}.") for _, x in self.bound):
             return None  # its options may have been changed
         return self.module(value, depth - 1)
+
+    def unused(self, name: str) -> str:
+        """The name, or the name with a number, so that the source has no other of it."""
+        used = {x.id for x in ast.walk(self.tree) if isinstance(x, ast.Name)}
+        used |= {x.arg for x in ast.walk(self.tree) if isinstance(x, ast.arg)}
+        made = chain([name], (f"{name}_{i}" for i in count(2)))
+        return next(x for x in made if x not in used)
 
     def imported(self, node: ast.expr) -> bool:
         name = written(node)

@@ -23,6 +23,10 @@ FAULTS = {
         "the factor T^2 is missing or doubled",
         "loss = alpha * hard + (1 - alpha) * T * T * soft",
     ),
+    "reduction": (
+        "the soft term is no mean over its rows",
+        'fastkd.kl_div(student, teacher, temperature=T), or reduction="batchmean" of 2-D logits',
+    ),
     "denominator": (
         "accumulated micro-batches: a mean of means",
         "fastkd.kl_div(student, teacher, labels=labels, normalizer=tokens_of_the_whole_step)",
@@ -79,8 +83,9 @@ TWICE = Rule("probabilities", "a softmax of a softmax")
 SAME = Rule("shared", "the same logits on both sides: the loss is always 0")
 AXES = Rule("axis", "two axes")
 SWAPPED = Rule("swapped", "the first operand is the teacher's")
+MEAN = Rule("reduction", "the mean is over rows times columns")
 DIVIDED = Rule("denominator", "divided twice")
-RULES = (INPUT, TARGET, TWICE, SAME, AXES, SWAPPED, DIVIDED)
+RULES = (INPUT, TARGET, TWICE, SAME, AXES, SWAPPED, MEAN, DIVIDED)
 
 # names and comments that say that KL(student || teacher) is meant
 MEANT = re.compile(

@@ -1,4 +1,4 @@
-"""Losses of one logit each, and of tokens, with one planted fault each."""
+"""Losses of one logit each, of tokens, and means over classes, with one planted fault each."""
 
 from __future__ import annotations
 
@@ -53,3 +53,34 @@ for i in range(4):
     opt.step()
 """,
 )
+
+# means over rows times classes: the weight of 2.8 has T^2 in it, so the mean alone is at fault
+MEAN = (
+    IMAGES
+    + """
+T = 2.0
+opt = torch.optim.SGD(student.parameters(), lr=0.1)
+for i in range(4):
+    with torch.no_grad():
+        t = teacher(X)
+    s = student(X)
+    log_q, p = F.log_softmax(s / T, dim=1), F.softmax(t / T, dim=1)
+    soft = {soft}
+    loss = 0.3 * F.cross_entropy(s, Y) + 2.8 * soft
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+"""
+)
+MEANS = {
+    "by default": "nn.KLDivLoss()(log_q, p)",
+    "by name": 'F.kl_div(log_q, p, reduction="mean")',
+    "by an old option": "F.kl_div(log_q, p, True)",
+    "of values per class": 'F.kl_div(log_q, p, reduction="none").mean()',
+    "over the classes first": 'F.kl_div(log_q, p, reduction="none").mean(-1).mean()',
+    "by hand": "(p * (p.log() - log_q)).mean()",
+}
+FAULTS |= {
+    f"a mean over classes {name}": ("reduction", "soft = ", MEAN.format(soft=soft))
+    for name, soft in MEANS.items()
+}

@@ -105,7 +105,8 @@ for step in range(3):
         p = teacher(ids).log_softmax(-1)
     q = student(ids).log_softmax(-1)
     m = torch.logsumexp(torch.stack([p, q]) - 0.6931, 0)
-    loss = F.kl_div(m, p, log_target=True) + F.kl_div(m, q, log_target=True)
+    a, b = (F.kl_div(m, x, log_target=True, reduction="batchmean") for x in (p, q))
+    loss = a + b
     opt.zero_grad()
     loss.backward()
     opt.step()
@@ -172,4 +173,35 @@ for step in range(3):
     opt.zero_grad()
 """,
     ),
+}
+
+# a batchmean of rows that have two axes, beside a hard mean over all rows
+BATCHMEAN = (
+    TEXT
+    + """
+import fastkd
+T = 2.0
+for step in range(3):
+    with torch.no_grad():
+        t = teacher(ids)[:, :-1]
+    s = student(ids)[:, :-1]
+    log_q, p = F.log_softmax(s / T, -1), F.softmax(t / T, -1)
+    soft = {soft}
+    loss = 0.5 * {factor} * soft + 0.5 * F.cross_entropy(s.reshape(-1, V), ids[:, 1:].reshape(-1))
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+"""
+)
+PAIRS = {
+    "torch": 'F.kl_div(log_q, p, reduction="batchmean")',
+    "fastkd": 'fastkd.kl_div(s, t, temperature=T, reduction="batchmean")',
+}
+FAULTS |= {
+    f"batchmean of rows with two axes, {name}": (
+        "reduction",
+        "soft = ",
+        BATCHMEAN.format(soft=soft, factor="T * T"),
+    )
+    for name, soft in PAIRS.items()
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from faulty_images import IMAGES
-from faulty_logits import BINARY
+from faulty_logits import BINARY, MEAN
 
 RIGHT = {
     "hinton": IMAGES
@@ -290,4 +290,12 @@ for _ in range(3):
     opt.step()
 """,
     "one logit each": BINARY.replace("{operands}", "s, t"),
+    **{
+        f"a mean {name}": MEAN.format(soft=soft)
+        for name, soft in (
+            ("over classes, undone", "F.kl_div(log_q, p) * s.size(1)"),
+            ("over rows", 'F.kl_div(log_q, p, reduction="none").sum(1).mean()'),
+            ("over rows by an old option", "F.kl_div(log_q, p, False) / len(s)"),
+        )
+    },
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from faulty_text import TEXT
+from faulty_text import BATCHMEAN, PAIRS, TEXT
 
 RIGHT = {
     "masked language model, taught at every place": TEXT
@@ -143,6 +143,30 @@ for _ in range(3):
         t = teacher(ids)
     loss = fastkd.kl_div(student(ids), t[..., :V])
     loss.backward()
+    opt.step()
+    opt.zero_grad()
+""",
+    **{
+        f"batchmean made a mean over rows, {name}": BATCHMEAN.format(
+            soft=f"{soft} / (S - 1)", factor="T * T"
+        )
+        for name, soft in PAIRS.items()
+    },
+    "batchmean made a mean over rows that floats round": BATCHMEAN.format(
+        soft=f"{PAIRS['torch']} / 35", factor="3 * T * T"
+    ).replace("(4, S)", "(3, 36)"),
+    "batchmean beside a hard mean over the same size": BATCHMEAN.format(
+        soft=PAIRS["torch"], factor="T * T"
+    ).replace("s.reshape(-1, V), ids[:, 1:].reshape(-1)", "s.mean(1), ids[:, 0]"),
+    "batchmean of sequences of several lengths": TEXT
+    + """
+for first in (9, 5):
+    for size in (first, 3):
+        x = ids[:, :size]
+        with torch.no_grad():
+            t = teacher(x)
+        loss = F.kl_div(F.log_softmax(student(x), -1), F.softmax(t, -1), reduction="batchmean")
+        (loss / 2).backward()
     opt.step()
     opt.zero_grad()
 """,

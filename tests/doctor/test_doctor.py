@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastkd
-from fastkd import distill
+from fastkd import distill, doctor
 from fastkd.__main__ import main
 from fastkd.distill import diagnose
 from fastkd.doctor import FAULTS as KNOWN
@@ -69,6 +69,45 @@ def test_is_silent_over_what_is_right(
     assert told["steps"] > 0
 
 
+def test_warnings_of_torch_name_the_line_of_the_script(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    body = """
+log_q = student(X).log_softmax(1)
+nn.KLDivLoss()(log_q, nn.Softmax(1)(teacher(X)))
+F.softmax(X)
+nn.Softmax()(X)
+torch.optim.lr_scheduler.StepLR(torch.optim.SGD(student.parameters()), 1).step()
+"""
+    file = tmp_path / "train.py"
+    file.write_text(faulty_images.IMAGES + body)
+    assert examine(file).error is None
+    lines = file.read_text().splitlines()
+    for at, words in enumerate(("reduction: 'mean'", "Implicit", "Implicit", "scheduler"), -4):
+        found = [(x.filename, x.lineno) for x in recwarn if words in str(x.message)]
+        assert (str(file), len(lines) + 1 + at) in found, lines[at]
+
+
+def test_the_factor_that_a_mean_over_classes_makes(tmp_path: Path) -> None:
+    """64 rows of 5 classes: 2.8 is meant, and 0.56 arrives."""
+    file = tmp_path / "train.py"
+    file.write_text(faulty_logits.MEAN.format(soft="F.kl_div(log_q, p)"))
+    (only,) = examine(file).findings
+    assert "64 rows times 5 columns: the soft term's factor is 0.56, " in only.evidence
+    assert only.evidence.endswith("a mean over the rows makes it 2.8")
+
+
+def test_a_batchmean_hides_no_missing_t_squared(tmp_path: Path) -> None:
+    """4 rows of 8 tokens: 0.5 becomes 4, as if T^2 = 4 and more were in it."""
+    file = tmp_path / "train.py"
+    file.write_text(faulty_text.BATCHMEAN.format(soft=faulty_text.PAIRS["torch"], factor="1"))
+    first, other = examine(file).findings
+    assert (first.name, other.name) == ("reduction", "temperature")
+    assert first.evidence.startswith("batchmean of 32 rows divides by 4, ")
+    assert "factor is 4, a mean over the rows makes it 0.5" in first.evidence
+    assert "factor is 4 beside a hard one of 0.5, without T^2 = 4" in other.evidence
+
+
 def test_every_kind_is_planted() -> None:
     assert {kind for kind, _, _ in FAULTS.values()} == set(KNOWN)
 
@@ -101,6 +140,17 @@ def test_stops_after_its_steps_and_prints(
     assert "end of the script" not in out
 
 
+def test_the_example_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(doctor.__file__).with_name("README.md").read_text()
+    script, shown = (page.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "text"))
+    (tmp_path / "train.py").write_text(script)
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "train.py"]) == 1
+    assert capsys.readouterr().out == shown
+
+
 def test_a_script_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "train.py"
     body = """
@@ -116,6 +166,7 @@ Own()(X)
     assert "runpy" not in told.err and "fastkd" not in told.err
     file.write_text("import sys\nsys.exit(0)\n")
     assert main(["doctor", str(file)]) == 0
+    assert "no optimizer step was seen after a distillation loss" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["doctor", str(tmp_path / "absent.py")])
     with pytest.raises(ValueError, match="steps: got 0, expected 1 or more"):

@@ -147,7 +147,7 @@ def test_folders_and_files_that_are_no_python(tmp_path: Path) -> None:
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "code.py").write_text(
-        HEAD + "x = F.kl_div(F.log_softmax(a, -1), F.softmax(b, -1))\n"
+        HEAD + "x = F.kl_div(F.log_softmax(a, -1), F.softmax(b, -1), reduction='sum')\n"
     )
     assert main(["scan", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
@@ -163,6 +163,25 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["scan", str(tmp_path / "nowhere")])
     assert "expected a Python file or a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", [[], ["--json"], ["--diff"], ["--write"]])
+def test_exit_status_is_that_of_the_doctor(
+    how: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1 where a fault is named, 0 where losses can only be written in another way."""
+    line = "x = F.kl_div(F.log_softmax(a, -1), F.softmax(b, {}), reduction='sum')\n"
+    for name, dim in (("right.py", -1), ("wrong.py", 0)):
+        (tmp_path / name).write_text(HEAD + line.format(dim))
+    assert main(["scan", *how, str(tmp_path / "right.py")]) == 0
+    assert main(["scan", *how, str(tmp_path)]) == 1
+    shown = capsys.readouterr().out
+    if not how:
+        assert "    fault: axis: " in shown and "2 found, 1 with a fault, nothing" in shown
+    for command in ("scan", "doctor"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "exit status: 0 no fault was found, 1 a loss has" in capsys.readouterr().out
 
 
 def test_notebook(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,12 +129,26 @@ def test_faults_are_named_as_the_doctor_names_them(tmp_path: Path) -> None:
     assert look(source, tmp_path).faults == ("swapped",)
     assert look(source.replace("loss(", "reverse_kl("), tmp_path).faults == ()
     for line, fault in (
-        ("F.kl_div(F.softmax(s, -1), F.softmax(t, -1))", "probabilities"),
-        ("F.kl_div(F.log_softmax(s.softmax(-1), -1), F.softmax(t, -1))", "probabilities"),
-        ("F.kl_div(F.log_softmax(s, -1), F.softmax(t, 0))", "axis"),
-        ("F.kl_div(F.log_softmax(s, -1), F.softmax(s, -1))", "shared"),
+        ("F.kl_div(F.softmax(s, -1), F.softmax(t, -1), {})", "probabilities"),
+        ("F.kl_div(F.log_softmax(s.softmax(-1), -1), F.softmax(t, -1), {})", "probabilities"),
+        ("F.kl_div(F.log_softmax(s, -1), F.softmax(t, 0), {})", "axis"),
+        ("F.kl_div(F.log_softmax(s, -1), F.softmax(s, -1), {})", "shared"),
     ):
-        assert look(function(line), tmp_path).faults == (fault,)
+        alone = line.format("reduction='batchmean'")
+        assert look(function(alone), tmp_path).faults == (fault,)
+        assert look(function(line.format("")), tmp_path).faults == (fault, "reduction")
+    for line in (
+        "F.kl_div(F.log_softmax(s, -1), F.softmax(t, -1))",
+        "nn.KLDivLoss()(read(s), F.softmax(t, -1))",
+        "(F.softmax(t, -1) * (F.log_softmax(t, -1) - F.log_softmax(s, -1))).mean()",
+        "F.kl_div(F.log_softmax(s, -1), F.softmax(t, -1), reduction='none').mean(-1)",
+    ):
+        assert look(function(line), tmp_path).faults == ("reduction",)
+
+
+def test_a_mean_over_classes_is_told_with_the_mean_over_rows(tmp_path: Path) -> None:
+    line = "F.kl_div(F.log_softmax(s / T, -1), F.softmax(t / T, -1))"
+    assert "it is fastkd.kl_div(s, t, temperature=T)" in check(function(line), tmp_path).note
 
 
 SUMS = [  # (loss, what the line holds); a: the weight, y: labels
@@ -165,6 +179,74 @@ def test_the_hard_term_beside_it(line: str, word: str, dim: int, tmp_path: Path)
         s, t = (torch.randn(4, 7, dtype=torch.float64) for _ in range(2))
         ours = value(f"{HEAD}{head}    return {call}\n", s, t, 2.5)
         torch.testing.assert_close(ours, value(HEAD + source, s, t, 2.5), rtol=1e-6, atol=1e-9)
+
+
+FLAT = "s.view(-1, s.size(-1))"  # the causal models' cross-entropy: all rows as one axis
+CAUSAL = [  # (the soft term, logits and labels of the hard one, whether a mean over rows)
+    (f"F.kl_div({SIDES}, reduction='none').sum(-1).mean()", f"{FLAT}, y.view(-1)", True),
+    (f"F.kl_div({SIDES}, reduction='none').sum(-1).mean()", "s.transpose(1, 2), y", True),
+    (f"F.kl_div({SIDES}, reduction='batchmean')", f"{FLAT}, y.view(-1)", False),
+    (f"F.kl_div({SIDES}, reduction='batchmean')", "s.transpose(1, 2), y", False),
+    (
+        "F.kl_div(F.log_softmax(a / T, {d}), F.softmax(b / T, {d}), reduction='batchmean')",
+        f"{FLAT}, y.reshape(-1)",
+        True,
+    ),
+    (
+        "F.kl_div(F.log_softmax(a / T, {d}), F.softmax(b / T, {d}), reduction='batchmean')",
+        "a, y.flatten()",
+        True,
+    ),
+]
+
+
+@pytest.mark.parametrize("soft,sides,by_rows", CAUSAL)
+def test_the_hard_term_of_causal_models(
+    soft: str, sides: str, by_rows: bool, tmp_path: Path
+) -> None:
+    """One line for both terms, and what it does with labels of -100, each held by its value."""
+    head = "def loss(s, t, T, w=0.25):\n    y = t.argmax(-1)\n{ignored}"
+    head += "    V = s.size(-1)\n    a, b = s.view(-1, V), t.view(-1, V)\n"
+    body = f"    ce = F.cross_entropy({sides})\n    kl = {soft.format(d=-1)}\n"
+    body += "    return w * T * T * kl + (1 - w) * ce\n"
+    first, other = head.format(ignored=""), head.format(ignored="    y[:, ::2] = -100\n")
+    note = check(first + body, tmp_path, (3,)).note
+    call, mind = note.split(HARD)[1].split("; ")[0].split(" where ")
+    assert "no label is -100" in mind and "counts in no term there, in the soft one here" in mind
+    s, t = (torch.randn(2, 6, 5, dtype=torch.float64) for _ in range(2))
+    ours, theirs = (value(f"{HEAD}{first}{x}", s, t, 2.5) for x in (f"    return {call}\n", body))
+    assert ("a mean over rows is meant" in mind) is not by_rows
+    assert torch.allclose(ours, theirs, rtol=1e-6) is by_rows
+    rows = body.replace("batchmean", "none").replace("kl +", "kl.mean() * kl.size(-1) +")
+    if not by_rows:  # as the note says: a mean over rows is the same
+        torch.testing.assert_close(
+            ours, value(f"{HEAD}{first}{rows}", s, t, 2.5), rtol=1e-6, atol=0
+        )
+    ours = value(f"{HEAD}{other}    return {call}\n", s, t, 2.5)
+    assert not torch.allclose(ours, value(f"{HEAD}{other}{body}", s, t, 2.5))
+    kept = f"    s, t, y = (x[y != -100] for x in (s, t, y))\n    return {call}\n"
+    if by_rows and "a," not in call:
+        torch.testing.assert_close(ours, value(f"{HEAD}{other}{kept}", s, t, 2.5))
+
+
+def test_the_hard_term_of_causal_models_with_a_mask(tmp_path: Path) -> None:
+    head = "def loss(s, t, T, w=0.25):\n    y = t.argmax(-1)\n    y[:, ::2] = -100\n"
+    body = f"    rows = F.kl_div({SIDES.format(d=-1)}, reduction='none').sum(-1)\n"
+    body += "    mask = y != -100\n    kl = (rows * mask).sum() / mask.sum()\n"
+    body += f"    return w * T * T * kl + (1 - w) * F.cross_entropy({FLAT}, y.view(-1))\n"
+    call = check(head + body, tmp_path, (3,)).note.split(HARD)[1].split("; ")[0]
+    s, t = (torch.randn(2, 6, 5, dtype=torch.float64) for _ in range(2))
+    ours, theirs = (value(f"{HEAD}{head}{x}", s, t, 2.5) for x in (f"    return {call}\n", body))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_flat_labels_of_logits_that_are_not(tmp_path: Path) -> None:
+    for sides in ("a, y", "a.transpose(1, 2), y.view(-1)", "t.view(-1, 7), y.view(-1)"):
+        line = f"w * F.cross_entropy({sides}) + (1 - w) * T * T * F.kl_div({SIDES.format(d=-1)}, "
+        source = "def loss(s, t, T, w=0.5, y=None):\n    a = s.view(-1, 7)\n"
+        assert (
+            HARD not in look(f"{source}    return {line}None, None, 'batchmean')\n", tmp_path).note
+        )
 
 
 def test_sums_that_are_no_distillation_loss(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from scan_code import HEAD, check, function, refused
+from scan_code import HEAD, check, function, look, refused
 
 from fastkd.scan import scan
 
@@ -131,6 +131,11 @@ def test_two_runs_of_a_model_are_not_the_same_logits(tmp_path: Path) -> None:
     line = "F.kl_div(F.log_softmax(model(s), -1), F.softmax(model(s), -1), reduction='sum')"
     assert check(function(line), tmp_path, head=head).note == ""
     refused(function(line.replace("'sum'", "'mean'")), tmp_path, "a name first", head=head)
+    mean = "def loss(s, t, logits):\n    return " + line.replace("'sum'", "'mean'")
+    found = look(mean + "\n", tmp_path, head=head)
+    call = found.note.split("as far as it can be read: ")[1].split("; ")[0]
+    assert "as logits_2 = model(s);" in found.note  # the source has a name logits
+    assert call == 'fastkd.kl_div(logits_2, model(s), reduction="sum") / logits_2.numel()'
     text = "def loss(s, t, T):\n    p = F.softmax(model(t), -1)\n"
     text += "    return F.kl_div(F.log_softmax(s, -1), p)\n"
     assert "leave out line 10, or model(t) runs twice" in check(text, tmp_path, head=head).note

@@ -39,7 +39,31 @@ def test_diff_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     told = capsys.readouterr()
     assert file.read_text() == SOURCE
     assert "+    x = fastkd.kl_div(s, t, temperature=T" in told.out
-    assert told.out.count("\n-") == 3 and "1 of 2 to write" in told.err
+    assert told.out.count("\n-") == 3 and "1 of 2 places would be" in told.err
+
+
+def test_the_summary_counts_what_is_left_and_says_where_the_notes_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "train it.py"
+    held = SOURCE.replace("s / T, -1),", "s / T, -1),  # student").replace("soft(", "held(")
+    file.write_text(SOURCE + held.split("functional as F\n")[1])
+    (tmp_path / "torn.py").write_text("def broken(:\n")
+    for how, verb in (("--diff", "would be rewritten by --write"), ("--write", "rewritten")):
+        assert main(["scan", how, str(file), str(tmp_path / "torn.py")]) == 0
+        assert capsys.readouterr().err.splitlines() == [
+            f"1 of 4 places {verb}",
+            f"2 only noted, the notes are printed by: python -m fastkd scan '{file}' "
+            f"{tmp_path / 'torn.py'}",
+            "1 left as they are, for a comment or another loss within them",
+            "1 not read",
+        ]
+    (tmp_path / "torn.py").write_text(WRITTEN.split("    return")[0] + "    return x\n")
+    assert main(["scan", "--diff", str(tmp_path / "torn.py")]) == 0
+    assert capsys.readouterr().err == "0 of 0 places would be rewritten by --write\n"
+    with pytest.raises(SystemExit):
+        main(["scan", "--diff", "--json", str(file)])
+    assert "--json: got it with --diff or --write" in capsys.readouterr().err
 
 
 def test_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
