@@ -253,11 +253,12 @@ inline OfSum of_sum(D, double sum) {
   return {sum, 1.0};
 }
 // -log of the overlap. Below kLeastOverlap it is constant. Within rounding of 1 it is 0, so that
-// equal sides give exactly 0.
+// equal sides give exactly 0: a lane adds 256 terms, one after the other, here and in the sum
+// of the exponentials. Of equal terms that may take 2^-16 off.
 constexpr double kLeastOverlap = 0x1p-100;
 template <class T>
 inline OfSum of_sum(Acceptance, double sum) {
-  constexpr double whole = 1.0 - (std::is_same<T, float>::value ? 0x1p-19 : 0x1p-40);
+  constexpr double whole = 1.0 - (std::is_same<T, float>::value ? 0x1p-16 : 0x1p-40);
   if (sum < kLeastOverlap) return {-__builtin_log(kLeastOverlap), 0.0};
   return {sum > whole ? 0.0 : -__builtin_log(sum), -1.0 / sum};
 }

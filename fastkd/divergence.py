@@ -207,13 +207,14 @@ def _overlap(logp: Tensor, logq: Tensor, _: float) -> Tensor:
 # Below this an overlap of p and q is constant; above it the products of a gradient are no
 # subnormal numbers in float32. The C++ and Triton functions have the same bounds.
 LEAST_OVERLAP = 2.0**-100
-# what rounding may take off an overlap of 1
+# What rounding may take off an overlap of 1: 256 terms, one after the other, in both of the sums
+# that it is made of. 2^-16 in float32.
 _WHOLE = {torch.float64: 2.0**-40}
 
 
 def _neg_log_overlap(overlap: Tensor) -> Tensor:
     loss = -torch.where(overlap < LEAST_OVERLAP, LEAST_OVERLAP, overlap).log()
-    whole = overlap > 1.0 - _WHOLE.get(overlap.dtype, 2.0**-19)
+    whole = overlap > 1.0 - _WHOLE.get(overlap.dtype, 2.0**-16)
     return torch.where(whole, loss - loss.detach(), loss)  # 0 with the gradient of the logarithm
 
 

@@ -272,7 +272,7 @@ def acceptance_loss(
     p = softmax(teacher / T), q = softmax(student / T); no factor T^2. The student is the draft
     model, the teacher the target. A column where p = q has subgradient 0. An overlap below 2^-100
     counts as 2^-100: the loss is at most 69.3, and there its gradient is 0. An overlap within
-    2^-19 of 1 (2^-40 in float64) counts as 1: the loss is 0.
+    2^-16 of 1 (2^-40 in float64) counts as 1: the loss is 0.
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.

@@ -47,6 +47,12 @@ inline int64_t regressions(uint64_t seed, Report& report) {
   equal_terms.hard = 0.5;
   equal_terms.smoothing = 0.5;
   equal_terms.content = Content::plateau;
+  Case flat;  // sums of equal terms again: sides that are equal overlapped by less than 1
+  flat.vocab = 4096;
+  flat.b = 4;
+  flat.temperature = 4.0;
+  flat.content = Content::plateau;
+  flat.equal = true;
   Case
       heavy;  // a factor times a difference of scores was more than a float, and what they made not
   heavy.vocab = 3;
@@ -56,7 +62,7 @@ inline int64_t regressions(uint64_t seed, Report& report) {
   heavy.content = Content::peaked;
   heavy.of_teacher = Content::wide;
   int64_t number = 0;
-  for (const Case& once : {late, tails, cold, outgrown, equal_terms, heavy}) {
+  for (const Case& once : {late, tails, cold, outgrown, equal_terms, flat, heavy}) {
     for (int divergence = 0; divergence < kDivergenceCount; ++divergence) {
       for (const Pair& pair : kPairs) {
         for (double param : {0.1, 1.0 - 1e-6}) {

@@ -50,6 +50,18 @@ def test_no_overlap_is_the_largest_loss(backend: Backend, gap: float, dtype: tor
     assert ours.teacher is not None and not ours.teacher.any()
 
 
+@pytest.mark.parametrize(("vocab", "top", "temperature"), [(2044, -0.7, 1.0), (4096, 40.0, 4.0)])
+def test_equal_sides_are_accepted_always(
+    backend: Backend, vocab: int, top: float, temperature: float
+) -> None:
+    """However their equal terms are rounded, one after the other."""
+    student = torch.full((1, vocab), -0.7, device=backend.device)
+    student[0, vocab // 2] = top
+    ours = differentiate(fastkd.acceptance_loss, student, student.clone(), temperature=temperature)
+    assert ours.value == 0
+    assert ours.student is not None and not ours.student.any()
+
+
 def test_sides_that_are_close(backend: Backend) -> None:
     """Loss and gradient tend to those of tv."""
     student, _ = logits(backend, 5, 33)

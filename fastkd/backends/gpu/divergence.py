@@ -220,7 +220,7 @@ def value_and_slope(logp, logq, p, q, gap, param, DIVERGENCE: tl.constexpr):
 @triton.jit
 def acceptance_of_sum(overlap, empty):
     """-log of the overlap: constant below 2^-100, 0 within rounding of 1."""
-    rounding: tl.constexpr = 2.0**-40 if overlap.dtype == tl.float64 else 2.0**-19
+    rounding: tl.constexpr = 2.0**-40 if overlap.dtype == tl.float64 else 2.0**-16
     least: tl.constexpr = 2.0**-100
     overlap = tl.where(empty, 1.0, overlap)
     bounded = _most(overlap, least)
