@@ -6,6 +6,7 @@ that helps. Nothing here waits for a device, and nothing raises, whatever it is 
 
 from __future__ import annotations
 
+import difflib
 import sys
 import warnings
 from collections.abc import Iterable
@@ -55,6 +56,18 @@ def listed(names: Iterable[object], most: int = 12) -> str:
     """Names with commas between them, at most so many."""
     found = [_cut(str(x), 40) for x in islice(iter(names), most + 1)]
     return ", ".join(found[:most]) + (", ..." if len(found) > most else "")
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """The end of a message on a name that is not known: that which looks most like it, if any."""
+    near = difflib.get_close_matches(name[:80], [*known], 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def unexpected(options: Iterable[str], known: Iterable[str]) -> str:
+    """What is said of options that a function does not have."""
+    few, known = sorted(options)[:FEW], [*known]
+    return f"got unexpected options {shown(few)}, has {', '.join(known)}{meant(few[0], known)}"
 
 
 def _name(x: object) -> str:

@@ -130,7 +130,7 @@ class DistillationLoss:
 
     def settle(self, problems: list[Problem], columns: int | None = None) -> None:
         """Check options and teacher against what the student's logits are, or may be."""
-        self.problem = fitting(problems, self.options, columns)
+        self.problem = fitting(problems, self.options, columns, self.family)
         self._undecided = len(problems) > 1
         if type(self.live) is Live and not self._undecided:
             check_teacher(self.problem, self.live.model)
