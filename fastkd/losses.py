@@ -93,10 +93,10 @@ def kl_div(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits`, `TopK` or `MappedLogits`.
         temperature: T > 0, finite.
-        **rows: labels, ignore_index, weight, reduction, normalizer, vocab_size, inplace, group,
-            return_outputs as described in `fastkd.losses`.
+        **rows: labels, ignore_index, weight, reduction, normalizer, vocab_size, class_dim, inplace,
+            group, return_outputs as described in `fastkd.losses`.
 
     Returns:
         0-d float32 (float64 where an operand is), [...] with reduction="none". Differentiable in
@@ -121,7 +121,7 @@ def reverse_kl_div(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits`, `TopK` or `MappedLogits`.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
 
@@ -153,7 +153,7 @@ def js_div(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits`, `TopK` or `MappedLogits`.
         beta: 0 < beta < 1.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
@@ -186,7 +186,7 @@ def skew_kl_div(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits`, `TopK` or `MappedLogits`.
         alpha: share of p in the mixture, 0 < alpha < 1.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
@@ -219,7 +219,7 @@ def skew_reverse_kl_div(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits`, `TopK` or `MappedLogits`.
         alpha: share of q in the mixture, 0 < alpha < 1.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
@@ -247,7 +247,7 @@ def tv_distance(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits`, `TopK` or `MappedLogits`.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
 
@@ -276,7 +276,7 @@ def acceptance_loss(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits`, `TopK` or `MappedLogits`.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
 
@@ -314,7 +314,7 @@ def distillation_loss(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits`, `TopK` or `MappedLogits`.
         labels: [...] integers, the hard labels; rows at ignore_index are left out of both terms.
             Or floats [..., V], probabilities of the classes (mixup, cutmix): the hard term is then
             -sum_v y_v log q_v, as `F.cross_entropy` has it, and no row is left out. May be None
