@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.arguments.messages import shown
+from fastkd.arguments.messages import MadeOf, shown
 
 from . import sharded_checkpoint
 from .batch import Batch, bare_state, batches, load_bare_state, unwrap
@@ -57,7 +57,7 @@ class Parts:
     accumulate: int
 
 
-class Checkpoints:
+class Checkpoints(MadeOf):
     """A folder of checkpoints, `step-00000120.safetensors` after 120 steps.
 
     Each is written under a temporary name and renamed, so a kill at any moment leaves the one

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fastkd
-from fastkd.arguments.messages import shown
+from fastkd.arguments.messages import MadeOf, shown
 from fastkd.distill.batch import in_rows, to
 from fastkd.distill.heads import Head, encoded, head_of, output_embeddings
 from fastkd.distill.hooks import Hook
@@ -53,7 +53,7 @@ SCHEDULED = ("temperature", "alpha")  # options that may be functions of the ste
 _HOOKED: WeakKeyDictionary[Any, Callable[[], None]] = WeakKeyDictionary()
 
 
-class DistillationLoss:
+class DistillationLoss(MadeOf):
     """The loss function that `DistillationTrainer` and `compute_loss_func` call.
 
         alpha CE(labels, q) + (1 - alpha) T^2 D(p, q),   summed over the kept tokens of a

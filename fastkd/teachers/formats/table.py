@@ -82,6 +82,9 @@ class Reading(Iterator[Record]):
     def report(self) -> Report:
         return self._counts.report
 
+    def __repr__(self) -> str:
+        return f"Reading({self.report.format!r}, {self.report.sequences} sequences so far)"
+
     def __next__(self) -> Record:
         rows = next(self._rows, None)
         if rows is None:
