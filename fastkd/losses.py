@@ -5,7 +5,9 @@ The options that all of them share (`**rows`, keyword-only):
     labels            [...] integers; rows whose label is ignore_index are left out: never read,
                       gradient exactly 0, whatever they hold
     ignore_index      -100, or several integers, such as (-100, 255)
-    weight            [...] floats, one factor per row
+    weight            [...] floats, one factor per row. One below 0 (an advantage in RL) turns
+                      the sign of its row's gradient; give reduction="sum" or a normalizer then, as
+                      "mean" divides by the sum of the weights, which may be about 0 or below
     reduction         "mean": sum of weight * loss over the sum of the kept rows' weights, 0 where
                       that is 0; "batchmean": sum over student.size(0), as F.kl_div; "sum";
                       "none": [...] with 0 in ignored rows
@@ -327,11 +329,11 @@ def distillation_loss(
         t_squared: keep the gradient's size independent of T by the factor T^2.
         z_loss: weight of the squared log-sum-exp, which keeps logits from drifting: a finite
             number of 0 or more, 1e-4 in PaLM. Neither alpha nor T^2 multiplies it.
-        class_weight: [V] floats, a weight of each class in the hard term alone, as the `weight` of
-            `F.cross_entropy`. Each term has a denominator of its own: "mean" divides the hard term
-            by the sum of the kept labels' class weights (times `weight`); for probabilities, and
-            the soft term always, by the sum of `weight`, the number of rows without one. A
-            `normalizer` replaces both.
+        class_weight: [V] floats from 0 on, a weight of each class in the hard term alone, as the
+            `weight` of `F.cross_entropy`. Each term has a denominator of its own: "mean" divides
+            the hard term by the sum of the kept labels' class weights (times `weight`); for
+            probabilities, and the soft term always, by the sum of `weight`, the number of rows
+            without one. A `normalizer` replaces both.
         **rows: as described in `fastkd.losses`.
 
     Probabilities and class_weight make the two terms two losses, each in a pass of its own: twice
