@@ -36,7 +36,7 @@ from fastkd.integrations.families import (
     is_noisy,
     named,
 )
-from fastkd.integrations.labels import check_first, rows_of, shifted_labels
+from fastkd.integrations.labels import check_first, counting, rows_of, shifted_labels
 from fastkd.integrations.live import Live, live
 from fastkd.integrations.problems import (
     PROBLEMS,
@@ -163,6 +163,19 @@ class DistillationLoss(MadeOf):
         """A batch without what is the teacher's alone."""
         other = {"teacher", *self._teachers_own, *(() if self.live is None else self.live.columns)}
         return {k: v for k, v in inputs.items() if k not in other}
+
+    def labelled(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch; at alpha=0 one without labels gets those that say which rows count."""
+        if "alpha" in self._schedules or self.options.get("alpha") != 0 or "labels" in batch:
+            return batch
+        if self._undecided:
+            raise ValueError(
+                "labels: got none in the batch, of a student whose config has no problem_type; "
+                "expected one, as student.config.problem_type = 'single_label_classification'"
+            )
+        config = unwrapped(self._student).config
+        labels = counting(batch, config, self.family, self.problem)
+        return batch if labels is None else {**batch, "labels": labels}
 
     def expect(self, batch: Mapping[str, Any]) -> None:
         """Tell a served teacher of a Trainer's batch that will come; returns at once."""
