@@ -18,7 +18,8 @@ RESULTS ?= bench/results
 # of the property tests; SEED= draws another one for every run
 SEED ?= 1
 
-# of the demonstration: a text file or a folder of them (none: Python's own sources), and its sizes
+# of the demonstration: a text file or a folder of them (none: Python's own sources), and its sizes:
+# tiny, small or gpu, each in a folder of its own
 TEXT ?=
 PRESET ?= small
 # over how many seeds its gain is measured
@@ -36,7 +37,8 @@ export PYTHONDONTWRITEBYTECODE :=
 
 # It needs less than the tests do: where these have no environment yet, it makes a smaller one.
 demo: $(if $(wildcard $(VENV)/ready),$(VENV)/ready,$(VENV)/demo)
-	$(RUN) -m fastkd demo $(TEXT) --preset $(PRESET) --seeds $(SEEDS) --out demo
+	$(RUN) -m fastkd demo $(TEXT) --preset $(PRESET) --seeds $(SEEDS) \
+	  --out demo$(if $(filter-out small,$(PRESET)),-$(PRESET))
 
 $(VENV)/demo: pyproject.toml setup.py $(wildcard csrc/*)
 	@echo "first: $(TORCH), transformers and the compiled kernels go to $(VENV), a minute or two"
@@ -161,4 +163,4 @@ mutants: $(VENV)/ready
 	$(RUN) tests/mutants/run.py -j $(JOBS) $(addprefix --area ,$(AREA)) --json build/mutants.json
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info fastkd/*.so
+	rm -rf $(VENV) build dist demo demo-* *.egg-info fastkd/*.so

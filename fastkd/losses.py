@@ -5,7 +5,9 @@ The options that all of them share (`**rows`, keyword-only):
     labels            [...] integers; rows whose label is ignore_index are left out: never read,
                       gradient exactly 0, whatever they hold
     ignore_index      -100, or several integers, such as (-100, 255)
-    weight            [...] floats, one factor per row
+    weight            [...] floats, one factor per row. One below 0 (an advantage in RL) turns
+                      the sign of its row's gradient; give reduction="sum" or a normalizer then, as
+                      "mean" divides by the sum of the weights, which may be about 0 or below
     reduction         "mean": sum of weight * loss over the sum of the kept rows' weights, 0 where
                       that is 0; "batchmean": sum over student.size(0), as F.kl_div; "sum";
                       "none": [...] with 0 in ignored rows
@@ -93,10 +95,10 @@ def kl_div(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits`, `TopK` or `MappedLogits`.
         temperature: T > 0, finite.
-        **rows: labels, ignore_index, weight, reduction, normalizer, vocab_size, inplace, group,
-            return_outputs as described in `fastkd.losses`.
+        **rows: labels, ignore_index, weight, reduction, normalizer, vocab_size, class_dim, inplace,
+            group, return_outputs as described in `fastkd.losses`.
 
     Returns:
         0-d float32 (float64 where an operand is), [...] with reduction="none". Differentiable in
@@ -121,7 +123,7 @@ def reverse_kl_div(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits`, `TopK` or `MappedLogits`.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
 
@@ -153,7 +155,7 @@ def js_div(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits`, `TopK` or `MappedLogits`.
         beta: 0 < beta < 1.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
@@ -186,7 +188,7 @@ def skew_kl_div(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits`, `TopK` or `MappedLogits`.
         alpha: share of p in the mixture, 0 < alpha < 1.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
@@ -219,7 +221,7 @@ def skew_reverse_kl_div(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits`, `TopK` or `MappedLogits`.
         alpha: share of q in the mixture, 0 < alpha < 1.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
@@ -247,7 +249,7 @@ def tv_distance(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits`, `TopK` or `MappedLogits`.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
 
@@ -276,7 +278,7 @@ def acceptance_loss(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits`, `TopK` or `MappedLogits`.
         temperature: T > 0, finite.
         **rows: as described in `fastkd.losses`.
 
@@ -314,7 +316,7 @@ def distillation_loss(
 
     Args:
         student: logits [..., V], float32, bfloat16, float16 or float64, or a `LinearLogits`.
-        teacher: logits [..., V] of any of these dtypes, a `LinearLogits` or a `TopK`.
+        teacher: logits [..., V] of any of these dtypes, a `LinearLogits`, `TopK` or `MappedLogits`.
         labels: [...] integers, the hard labels; rows at ignore_index are left out of both terms.
             Or floats [..., V], probabilities of the classes (mixup, cutmix): the hard term is then
             -sum_v y_v log q_v, as `F.cross_entropy` has it, and no row is left out. May be None
@@ -327,11 +329,11 @@ def distillation_loss(
         t_squared: keep the gradient's size independent of T by the factor T^2.
         z_loss: weight of the squared log-sum-exp, which keeps logits from drifting: a finite
             number of 0 or more, 1e-4 in PaLM. Neither alpha nor T^2 multiplies it.
-        class_weight: [V] floats, a weight of each class in the hard term alone, as the `weight` of
-            `F.cross_entropy`. Each term has a denominator of its own: "mean" divides the hard term
-            by the sum of the kept labels' class weights (times `weight`); for probabilities, and
-            the soft term always, by the sum of `weight`, the number of rows without one. A
-            `normalizer` replaces both.
+        class_weight: [V] floats from 0 on, a weight of each class in the hard term alone, as the
+            `weight` of `F.cross_entropy`. Each term has a denominator of its own: "mean" divides
+            the hard term by the sum of the kept labels' class weights (times `weight`); for
+            probabilities, and the soft term always, by the sum of `weight`, the number of rows
+            without one. A `normalizer` replaces both.
         **rows: as described in `fastkd.losses`.
 
     Probabilities and class_weight make the two terms two losses, each in a pass of its own: twice

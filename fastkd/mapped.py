@@ -99,7 +99,7 @@ class MappedLogits:
         return self.shape[dim]
 
     def __repr__(self) -> str:
-        return f"MappedLogits({sizes(self.shape)} of {self.teacher!r:.60}, {self.normalize!r})"
+        return f"MappedLogits({sizes(self.shape)} of {describe(self.teacher)}, {self.normalize!r})"
 
 
 AnyTeacher = Teacher | MappedLogits

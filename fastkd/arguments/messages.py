@@ -6,6 +6,9 @@ that helps. Nothing here waits for a device, and nothing raises, whatever it is 
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import os
 import sys
 import warnings
 from collections.abc import Iterable
@@ -57,6 +60,18 @@ def listed(names: Iterable[object], most: int = 12) -> str:
     return ", ".join(found[:most]) + (", ..." if len(found) > most else "")
 
 
+def meant(name: str, known: Iterable[str]) -> str:
+    """The end of a message on a name that is not known: that which looks most like it, if any."""
+    near = difflib.get_close_matches(name[:80], [*known], 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def unexpected(options: Iterable[str], known: Iterable[str]) -> str:
+    """What is said of options that a function does not have."""
+    few, known = sorted(options)[:FEW], [*known]
+    return f"got unexpected options {shown(few)}, has {', '.join(known)}{meant(few[0], known)}"
+
+
 def _name(x: object) -> str:
     return _cut(type(x).__name__, 60)
 
@@ -106,6 +121,36 @@ def _container(x: Any, depth: int, size: int | None = None) -> str:
     if size > few:
         return f"{left}{text}, ...{right} ({size} long)"
     return f"{left}{text}{',' if isinstance(x, tuple) and size == 1 else ''}{right}"
+
+
+class MadeOf:
+    """A repr of an object: its constructor's arguments, of those that it keeps under their names.
+
+    Those that are the default are left out; a model or a function is its name.
+    """
+
+    def __repr__(self) -> str:
+        parts = []
+        for name, option in inspect.signature(type(self).__init__).parameters.items():
+            found = (getattr(self, x, None) for x in (name, f"_{name}"))
+            value = next((x for x in found if x is not None and not inspect.ismethod(x)), None)
+            if option.kind is inspect.Parameter.VAR_KEYWORD and isinstance(value, dict):
+                parts += [f"{key}={_held(x)}" for key, x in value.items()]
+            elif name != "self" and value is not option.default and value is not None:
+                if isinstance(value, (str, int, float)) and value == option.default:
+                    continue
+                named = option.default is not option.empty or option.kind is option.KEYWORD_ONLY
+                parts.append(f"{name}={_held(value)}" if named else _held(value))
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _held(x: object) -> str:
+    if isinstance(x, os.PathLike):
+        x = os.fspath(x)
+    if isinstance(x, MadeOf):
+        return _cut(repr(x), LONGEST)
+    plain = isinstance(x, (str, int, float, list, tuple, dict, Tensor)) and not callable(x)
+    return shown(x) if plain else _cut(getattr(x, "__name__", type(x).__name__), 60)
 
 
 _said: set[str] = set()

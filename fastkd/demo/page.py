@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import report
-from .stages import VARIANTS
+from .stages import TEACHER, VARIANTS
 
 STYLE = """
 body { margin: 0 auto; max-width: 70rem; padding: 1rem 1.5rem;
@@ -38,13 +38,13 @@ def write(found: dict[str, Any], plot: Path, path: Path) -> None:
         f"torch {escape(machine['torch'])}, fastkd {escape(machine['fastkd'])}.</p>",
         f"<table><tr>{_row(head, 'th')}</tr>",
         *(f"<tr>{_row(row, 'td')}</tr>" for row in rows),
-        "</table><p>loss: forward and backward of the loss alone. step: a student's whole step. "
-        "peak: memory of a step above what was there before.</p><ul>",
-        *(
-            f"<li>{escape(name)}: {escape(variant.about)}</li>"
-            for name, variant in VARIANTS.items()
-        ),
-        "</ul><h2>Plots</h2>",
+        "</table><h2>The rows</h2><p>One student, trained in five ways from the same weights over "
+        f"the same text; the {TEACHER} is a larger model.</p>",
+        _terms({name: variant.about for name, variant in VARIANTS.items()}),
+        "<h2>The columns</h2>",
+        _terms(report.TERMS),
+        "<h2>Plots</h2><p>Held-out text is text that no model was trained on. The curves of eager, "
+        "dense and linear are one but for rounding.</p>",
         f'<img alt="held-out curves, times and memory" src="data:image/png;base64,{image}">',
         "<h2>Notes</h2><ul>",
         *(f"<li>{escape(line)}</li>" for line in report.notes(found).splitlines()),
@@ -57,6 +57,11 @@ def write(found: dict[str, Any], plot: Path, path: Path) -> None:
         f"<style>{STYLE}</style>\n{body}\n</html>\n",
         encoding="utf-8",
     )
+
+
+def _terms(about: dict[str, str]) -> str:
+    rows = (f"<dt><b>{escape(term)}</b></dt><dd>{escape(x)}</dd>" for term, x in about.items())
+    return f"<dl>{''.join(rows)}</dl>"
 
 
 def _row(cells: list[str], tag: str) -> str:

@@ -24,6 +24,19 @@ THRESHOLDS = {  # what the default size is to reach
 }
 
 
+TERMS = {  # of the table
+    "steps": "updates of the weights",
+    "nats/token": "mean cross-entropy of held-out text, which no model was trained on; less is "
+    "better",
+    "perplexity": "e to that: as unsure as a choice among so many equally likely tokens",
+    "agreement": "how often the model's likeliest next token is the teacher's",
+    "loss": "time of the loss alone, forward and backward",
+    "step": "time of a whole training step: the models that it runs, loss, backward, optimizer",
+    "peak": "memory that a step takes beyond what was there before it",
+    "(2.0x)": "eager's time or memory divided by this row's; above 1 is better than plain torch",
+}
+
+
 def result(
     stages: Stages,
     figures: dict[str, dict[str, float]],
@@ -87,7 +100,7 @@ def cells(found: dict[str, Any]) -> list[list[str]]:
     eager = next(row for row in found["rows"] if row["name"] == EAGER)
     shown = (("loss_s", 1e3, "ms"), ("step_s", 1e3, "ms"), ("peak_bytes", 2.0**-20, "MiB"))
     for row in found["rows"]:
-        agreement = "" if row["name"] == TEACHER else f"{100 * row['agreement']:.1f} %"
+        agreement = "" if row["name"] == TEACHER else f"{digits(100 * row['agreement'])} %"
         figures = [_beside(row.get(key), eager[key], factor, unit) for key, factor, unit in shown]
         judged = [f"{row['nats']:.3f}", f"{row['perplexity']:.1f}", agreement]
         lines.append([row["name"], str(row["steps"]), *judged, *figures])
@@ -109,8 +122,13 @@ def table(found: dict[str, Any]) -> str:
 def _beside(value: float | None, eager: float, factor: float, unit: str) -> str:
     if value is None:
         return ""
-    ratio = "" if value == eager else f" ({eager / value:.1f}x)"
-    return f"{value * factor:.0f} {unit}{ratio}"
+    ratio = "" if value == eager else f" ({digits(eager / value)}x)"
+    return f"{digits(value * factor)} {unit}{ratio}"
+
+
+def digits(value: float) -> str:
+    """Three digits, and all of those before the point: nothing but 0 is written as 0."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def notes(found: dict[str, Any]) -> str:
@@ -122,17 +140,16 @@ def notes(found: dict[str, Any]) -> str:
     lines = [
         f"text: {corpus['files']} files, {corpus['train_tokens']} tokens to train on, "
         f"{corpus['held_out_tokens']} held out, a vocabulary of {corpus['vocab']}",
-        f"models: teacher {found['parameters'][TEACHER] / 1e6:.1f} M parameters, student "
-        f"{found['parameters']['student'] / 1e6:.1f} M; {found['seconds']:.0f} s in all",
-        f"x: eager's divided by its own. {EAGER} is the same mathematics and took {at} steps "
-        "only, for time",
+        f"models: teacher {digits(found['parameters'][TEACHER] / 1e6)} M parameters, student "
+        f"{digits(found['parameters']['student'] / 1e6)} M; {digits(found['seconds'])} s in all",
+        f"{EAGER} is the same mathematics as {DENSE} and took {at} steps only, for time",
     ]
     if dense is not None:
         lines[-1] += f"; after them {eager:.4f} nats, {DENSE} {dense:.4f}"
     lines.append(
-        f"{CACHED}: {cache['bytes'] / 1e6:.1f} MB on disk, "
-        f"{cache['bytes'] / cache['tokens']:.0f} bytes a token, made once in "
-        f"{cache['seconds']:.0f} s; its step runs without the teacher"
+        f"{CACHED}: {digits(cache['bytes'] / 1e6)} MB on disk, "
+        f"{digits(cache['bytes'] / cache['tokens'])} bytes a token, made once in "
+        f"{digits(cache['seconds'])} s; its step runs without the teacher"
     )
     lines.append(gain(found["gains"]))
     if found["default"]:
@@ -162,7 +179,9 @@ def text(found: dict[str, Any], folder: Path) -> str:
         f"in {folder}: demo.html (this as a page, with the plots), result.json, demo.png, student/ "
         "(AutoModelForCausalLM.from_pretrained and AutoTokenizer read it)"
     )
-    return "\n\n".join(["\n".join(parts), table(found), notes(found), files])
+    width = max(map(len, TERMS))
+    terms = "\n".join(f"{term:{width}}  {about}" for term, about in TERMS.items())
+    return "\n\n".join(["\n".join(parts), table(found), terms, notes(found), files])
 
 
 COLOURS = {
@@ -173,6 +192,10 @@ COLOURS = {
     LINEAR: "#059669",
     CACHED: "#7c3aed",
 }
+
+
+# three curves are one but for rounding: each is seen beside the narrower one above it
+WIDTHS = {EAGER: 8.0, DENSE: 4.0}
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
@@ -186,14 +209,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axes[0].axhline(teacher_loss, color=COLOURS[TEACHER], linestyle="--", label=TEACHER)
     for name in VARIANTS:
         steps, nats = zip(*by[name]["curve"], strict=True)
-        axes[0].plot(
-            steps,
-            nats,
-            color=COLOURS[name],
-            label=name,
-            marker=".",
-            linewidth=3.0 if name == DENSE else 1.4,
-        )
+        width = WIDTHS.get(name, 1.4)
+        style: dict[str, Any] = dict(color=COLOURS[name], label=name, linewidth=width)
+        axes[0].plot(steps, nats, **style, marker="o", markersize=2.0 + width)
     axes[0].set(title="held-out text", xlabel="step", ylabel="nats a token")
     axes[0].legend(frameon=False, fontsize="small")
     for axis, key, factor, title in (

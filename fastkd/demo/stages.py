@@ -64,7 +64,7 @@ VARIANTS = {
         fused_loss, True, "model", "fastkd.kl_div of LinearLogits: no logits are built"
     ),
     CACHED: Variant(
-        fused_loss, True, "cached", "the same, the teacher's best or drawn tokens from disk"
+        fused_loss, True, "cached", "as linear, with tokens drawn from the teacher, kept on disk"
     ),
 }
 

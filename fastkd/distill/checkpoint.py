@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastkd.arguments.messages import shown
+from fastkd.arguments.messages import MadeOf, shown
 
 from . import sharded_checkpoint
 from .batch import Batch, bare_state, batches, load_bare_state, unwrap
@@ -57,7 +57,7 @@ class Parts:
     accumulate: int
 
 
-class Checkpoints:
+class Checkpoints(MadeOf):
     """A folder of checkpoints, `step-00000120.safetensors` after 120 steps.
 
     Each is written under a temporary name and renamed, so a kill at any moment leaves the one
@@ -109,7 +109,8 @@ class Checkpoints:
             return Position()
         if not self.resume:
             raise ValueError(
-                f"checkpoint: got {self.folder}, which has {files[-1].name}; expected resume=True "
+                f"checkpoint: got {self.folder}, which has {files[-1].name}; expected "
+                f"distill.Checkpoints({str(self.folder)!r:.200}, resume=True) to go on from there, "
                 "or another folder"
             )
         for path in reversed(files):
@@ -202,7 +203,11 @@ class Checkpoints:
         for name, value in current.items():
             saved, expected = (unpack(pack(x, {}), {}) for x in (tree[name], value))
             if saved != expected:
-                raise ValueError(f"{got} {name} {shown(saved)}, expected {expected!r}")
+                hint = ""
+                if name == "teacher" and None not in (saved, expected):
+                    hint = "; a teacher whose weights were trained or drawn anew is another one: "
+                    hint += "give the first run's weights (its seed), or another folder"
+                raise ValueError(f"{got} {name} {shown(saved)}, expected {shown(expected)}{hint}")
         same_shapes(tree["modules"], bare_state(modules), got + " the terms'")
         groups = tree["optimizer_state"]["param_groups"]
         sizes = [len(group["params"]) for group in groups]

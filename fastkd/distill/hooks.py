@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd.arguments.messages import MadeOf
+
 from .batch import bare_names, forward, mapped, restored_modes, unwrap
 
 
-class Hooks:
+class Hooks(MadeOf):
     """A context that keeps the outputs of the named modules; it removes its hooks at its end.
 
     The outputs are copied as the module returns them, because a later module may work in place
@@ -29,6 +31,7 @@ class Hooks:
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         inner = unwrap(model)
+        self.model, self.names = inner, list(names)
         self._modules = {name: resolve(inner, name) for name in dict.fromkeys(names)}
         self._handles: list[Any] = []
         self._kept: dict[str, Any] = {}

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd.arguments.messages import MadeOf
+
 from .serialization import absent
 
 Log = Callable[[dict[str, float], int], None]
@@ -189,7 +191,7 @@ class Record:
         raise FloatingPointError(f"loss: got {loss} {at}{by}, expected a finite number")
 
 
-class CSVLogger:
+class CSVLogger(MadeOf):
     """One row per step, one column per name; a resumed run replaces the rows it makes again.
 
     Args:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Batch, Outputs, tensors
+from .targets import NoLabels
 from .terms import Term
 
 
@@ -42,6 +43,7 @@ class Objective:
         self.connects = False  # all outputs to the loss, as DistributedDataParallel wants them
         self._loose: list[int] | None = None  # those that no term leads back to
         self._ungraded: set[str] = set()
+        self.unlabelled: set[str] = set()  # terms of weight 0 that went without their labels
 
     def __call__(
         self, student: Outputs, teacher: Outputs, batch: Batch
@@ -55,9 +57,15 @@ class Objective:
         else:
             parts = []
             for term in self.terms:
-                value, told = _value(term, student, teacher, batch)
-                metrics += told
                 weight = term.weight(batch.step) if callable(term.weight) else term.weight
+                try:
+                    value, told = _value(term, student, teacher, batch)
+                except NoLabels:
+                    if weight != 0:
+                        raise
+                    self.unlabelled.add(term.name)
+                    value, told = _left_out(term, student)
+                metrics += told
                 if not value.requires_grad and weight and term.name not in self._ungraded:
                     self._ungraded.add(term.name)
                     warnings.warn(
@@ -93,8 +101,7 @@ def _value(
 ) -> tuple[Tensor, list[Tensor]]:
     """A term's part of the step, and that of each of its metrics."""
     if term.mean != "samples" and _is_zero(batch.tokens):
-        value = nothing(student)
-        return value, [torch.zeros_like(value.detach()) for _ in term.metrics]
+        return _left_out(term, student)
     share: Any = 1.0
     if term.mean != "step" and not batch.is_whole_step:
         share = _sample_share(batch) if term.mean == "samples" else _token_share(batch)
@@ -115,6 +122,11 @@ def _value(
     value, found = value
     told = [_shared(found[name], share, where).detach() for name in term.metrics]
     return _shared(value, share, where), told
+
+
+def _left_out(term: Term, student: Outputs) -> tuple[Tensor, list[Tensor]]:
+    value = nothing(student)
+    return value, [torch.zeros_like(value.detach()) for _ in term.metrics]
 
 
 def _name(error: Exception, prefix: str) -> None:

@@ -115,7 +115,8 @@ class RunWarnings:
         if not steps or not first:
             return
         values = [step.terms or {"loss": step.loss} for step in steps]
-        silent = [name for name in values[0] if all(found[name] == 0.0 for found in values)]
+        known = values[0].keys() - self.objective.unlabelled
+        silent = [x for x in values[0] if x in known and all(found[x] == 0.0 for found in values)]
         if not silent:
             return
         if self._width == 1 and self.objective.plain is None:

@@ -26,10 +26,14 @@ from .batch import IGNORED, Batch, Outputs, tensors
 WRITE = "distill.Term({name!r}, lambda s, t, b: {call}, mean='samples')"
 
 
+class NoLabels(ValueError):
+    """A term's batch has no labels; one of weight 0 does without."""
+
+
 def labels_of(name: str, batch: Batch) -> Any:
-    """The batch's labels; ValueError that names the term where there are none."""
+    """The batch's labels; NoLabels that names the term where there are none."""
     if batch.labels is None:
-        raise ValueError(
+        raise NoLabels(
             f"term {name!r}: got a batch without labels, expected (inputs, labels) or a dict with "
             "'inputs' and 'labels'"
         )

@@ -133,7 +133,7 @@ class EnsembleTeacher(Teacher):
     ) -> None:
         if not teachers:
             raise ValueError("teachers: got none, expected one or more")
-        self.members = [as_teacher(teacher) for teacher in teachers]
+        self.members = self._teachers = [as_teacher(teacher) for teacher in teachers]
         weights = [1.0] * len(teachers) if weights is None else list(weights)
         if len(weights) != len(teachers) or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(

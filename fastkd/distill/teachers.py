@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fastkd.arguments.messages import shown
+from fastkd.arguments.messages import MadeOf, shown
 
 from .batch import (
     Batch,
@@ -32,7 +32,7 @@ from .hooks import Hooks
 from .serialization import array
 
 
-class Teacher:
+class Teacher(MadeOf):
     """The interface between the trainer and a teacher. Override `__call__`; the rest has a default.
 
     Attributes:

@@ -50,7 +50,8 @@ class Term:
         name: how logs and errors call it; unique within a loss.
         function: (Outputs of the student, Outputs of the teacher, Batch) -> 0-d tensor. Without a
             teacher the second one's `logits` is None.
-        weight: factor, or step (of the run, from 0) -> factor.
+        weight: factor, or step (of the run, from 0) -> factor. At 0 a term of this package that
+            wants labels takes a batch without, and is 0.
         mean: what the function's mean runs over, hence a micro-batch's share of the step:
             "tokens" (labels that are not -100): share = tokens / tokens of the step; with no such
             label the function is not called and the term is 0, connected to the graph;

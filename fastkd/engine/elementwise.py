@@ -22,7 +22,7 @@ from fastkd.bernoulli import Bernoulli, describe_logits
 from fastkd.engine import class_axis, validate
 from fastkd.engine.autograd import save, saved
 from fastkd.engine.element_passes import Elements, Order, Run, fused, graph, inverse, order_of
-from fastkd.engine.reduction import reads_values
+from fastkd.engine.reduction import check_class_weights, reads_values
 
 REDUCTIONS = ("mean", "sum", "none")
 BLOCK = 2**15  # elements; some ten tensors of them stay in the second level of the cache
@@ -146,6 +146,8 @@ def _check_factor(name: str, x: Any, student: Tensor) -> None:
         )
     if x.device != student.device:
         raise ValueError(f"{name}: got a tensor on {x.device}, expected {student.device}")
+    if name == "pos_weight":
+        check_class_weights(name, x)
 
 
 def _kept(labels: Tensor, ignored: tuple[int, ...]) -> Tensor:

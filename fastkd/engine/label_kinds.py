@@ -121,6 +121,7 @@ def _check_weight(class_weight: Any, vocab: int, student: Any) -> None:
             f"{student.device}"
         )
     _no_gradient("class_weight", class_weight)
+    reduction.check_class_weights("class_weight", class_weight)
 
 
 def _check_probabilities(labels: Tensor, vocab: int, student: Any) -> Tensor:

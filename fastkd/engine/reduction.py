@@ -45,6 +45,15 @@ def reads_values(x: Tensor) -> bool:
     return (on_host(x.device) or _checked.get()) and not valueless(x)
 
 
+def check_class_weights(name: str, x: Tensor) -> None:
+    """ValueError for a class of weight below 0, where values are read.
+
+    Its labels would be unlearnt, and the logarithm of a smoothed label of it is NaN.
+    """
+    if reads_values(x) and bool((x < 0).any()):
+        raise ValueError(f"{name}: got {float(x.min()):g} for a class, expected 0 or more for each")
+
+
 class Mask(NamedTuple):
     """keep and label in the leading shape; bad marks labels out of range that nobody may read."""
 

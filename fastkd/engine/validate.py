@@ -5,14 +5,13 @@ They need shapes, dtypes and strides only, cost microseconds and run before anyt
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastkd.arguments.messages import describe, shown, sizes, warn_once
+from fastkd.arguments.messages import describe, meant, shown, sizes, warn_once
 from fastkd.arguments.numbers import COLDEST, HOTTEST, integer, real, temperature_of, within
 from fastkd.arguments.tensors import DTYPES, INT_DTYPES, answers_itself, layout
 from fastkd.backends.choice import forced
@@ -29,11 +28,15 @@ OPTIONS = (
 _PLAIN = (Tensor, Parameter)
 
 
+# of the losses with a hard term alone
+OF_MIXED = ("alpha", "divergence", "label_smoothing", "t_squared", "z_loss", "class_weight")
+OF_BINARY = ("alpha", "divergence", "t_squared")
+
+
 def known_options(name: str, divergence: Divergence) -> list[str]:
     """The options of the public function of this name, its own first."""
     if name == "distillation_loss":
-        own = ["temperature", "alpha", "divergence", "label_smoothing", "t_squared", "z_loss"]
-        own.append("class_weight")
+        own = ["temperature", *OF_MIXED]
     else:
         own = [divergence.parameter] if divergence.parameter else []
         own.append("temperature")
@@ -42,8 +45,10 @@ def known_options(name: str, divergence: Divergence) -> list[str]:
 
 def refuse_option(name: str, option: str, known: Sequence[str]) -> None:
     """Raise the TypeError for an option that a function or module of this name does not have."""
-    near = difflib.get_close_matches(option[:80], known, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = meant(option, known)
+    if option in OF_MIXED:
+        binary = name.lower().startswith("binary") and option in OF_BINARY
+        hint = f"; it belongs to fastkd.{'binary_' if binary else ''}distillation_loss"
     raise TypeError(
         f"{name}() got an unexpected option {shown(option)}, has {', '.join(known)}{hint}"
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,6 +25,7 @@ def rows_of(
         like = "input_ids with -100 where a token does not count, as "
         like += "DataCollatorForLanguageModeling(mlm=False) gives them"
         expected = like if family.shift else f"a column 'labels' {family.form}"
+        expected += "; with alpha=0 DistillationTrainer trains without"
         raise ValueError(f"labels: got none in the batch, expected {expected}")
     labels = shifted_labels(labels, shifted, family)
     if family.form == "[B]" and labels.shape == (student.size(0), 1):
@@ -54,14 +57,44 @@ def shifted_labels(labels: Tensor, shifted: Tensor | None, family: Family) -> Te
     return F.pad(labels[..., 1:], (0, 1), value=IGNORED) if family.shift else labels
 
 
+def counting(batch: Mapping[str, Any], config: Any, family: Family, problem: Problem) -> Any:
+    """Labels for a batch that needs none (alpha=0) but to say which rows count; None: not known.
+
+    A token counts where its attention_mask is not 0, every sample of a classifier.
+    """
+    if family.form == "[B]":
+        first = next((x for x in batch.values() if isinstance(x, Tensor)), None)
+        if first is None:
+            return None
+        if problem.each:
+            return torch.zeros(first.size(0), config.num_labels, device=first.device)
+        return torch.zeros(first.size(0), dtype=torch.int64, device=first.device)
+    side = "decoder_" if family.decoder else ""
+    ids, mask = batch.get(f"{side}input_ids"), batch.get(f"{side}attention_mask")
+    if not isinstance(ids, Tensor):
+        return None
+    labels = ids.clone() if family.shift else torch.zeros_like(ids)
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        labels[mask == 0] = IGNORED
+    for _, token in _placeholders(config):
+        labels[ids == token] = IGNORED
+    return labels
+
+
+def _placeholders(config: Any) -> Iterator[tuple[str, int]]:
+    """(field, id) of tokens that stand for a part of a picture or a sound."""
+    for field in ("image_token_id", "video_token_id", "audio_token_id", "image_token_index"):
+        if isinstance(token := getattr(config, field, None), int):
+            yield field, token
+
+
 def check_first(labels: Tensor, inputs: dict[str, Any], student: Any, family: Family) -> None:
     """Raise for the labels of a first batch that its family's loss does not mean."""
     if not family.shift:
         return
     _check_unshifted(labels, inputs.get("input_ids"))
-    for field in ("image_token_id", "video_token_id", "audio_token_id", "image_token_index"):
-        token = getattr(student.config, field, None)
-        if isinstance(token, int) and bool((labels == token).any()):
+    for field, token in _placeholders(student.config):
+        if bool((labels == token).any()):
             raise ValueError(
                 f"labels: got {int((labels == token).sum())} of {field} {token}, which stands for "
                 "a part of a picture or a sound, expected -100 there: text alone is learned "

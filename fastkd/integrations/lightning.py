@@ -53,6 +53,7 @@ import torch
 from torch import Tensor, nn
 
 import fastkd
+from fastkd.arguments.messages import MadeOf
 from fastkd.distill.batch import Outputs, forward, mapped, tensors, to
 from fastkd.distill.serialization import absent
 from fastkd.integrations.hooks import answering, shared
@@ -69,7 +70,7 @@ except ImportError as error:  # the same under its older name
         raise ImportError(absent("lightning", __name__, "lightning", error)) from error
 
 
-class Distillation(_callbacks.Callback):  # type: ignore[misc]
+class Distillation(MadeOf, _callbacks.Callback):  # type: ignore[misc]
     """Freezes a teacher, keeps it in eval mode and out of the student, and gives the loss.
 
         alpha CE(labels, softmax(student)) + (1 - alpha) T^2 D(p, q)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import distill
+from fastkd.arguments.messages import meant
 from fastkd.distill.heads import _name
 from fastkd.integrations.convention import unwrapped
 from fastkd.integrations.families import IGNORED, Family, is_classifier
@@ -130,16 +131,35 @@ def check_teacher(problem: Problem, teacher: Any) -> None:
         )
 
 
-def fitting(problems: Collection[Problem], options: Mapping[str, Any], columns: Any) -> Problem:
-    """The first problem that has all these options; TypeError, ValueError where none takes them."""
+def fitting(
+    problems: Collection[Problem],
+    options: Mapping[str, Any],
+    columns: Any,
+    family: Family | None = None,
+) -> Problem:
+    """The first problem that has all these options; TypeError, ValueError where none takes them.
+
+    Args:
+        problems: what the student's logits may be.
+        options: of the loss.
+        columns: of the student's logits, where they are known.
+        family: the student's; None while there is no student.
+    """
     problem = next((x for x in problems if options.keys() <= {*x.options}), next(iter(problems)))
-    hint = ""
+    whose, hint = "", ""
+    if family is not None:
+        whose = f" of {family.name}"
+    if family is not None and is_classifier(family):
+        whose += f" with problem_type {problem.name!r}"
     if problem is NUMBERS and columns in (None, 1):
         hint = "; of one yes or no it is 'multi_label_classification' in both configs"
     for name in options.keys() - {*problem.options}:
+        others = {x for other in problems for x in other.options} - {name}
+        if name in inspect.signature(fastkd.distillation_loss).parameters:
+            hint = hint or "; fastkd.distillation_loss takes it, in a loop of your own"
         raise TypeError(
-            f"{name}: got it in the loss of a student with problem_type {problem.name!r}, whose "
-            f"options are {', '.join(problem.options)}{hint}"
+            f"{name}: got it in the loss{whose}, whose options are {', '.join(problem.options)}"
+            f"{hint or meant(name, others)}"
         )
     sides = torch.zeros(1, columns or 2), torch.ones(1, columns or 2)
     labels = sides[0] if problem.each else torch.zeros(1, dtype=torch.long)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fastkd
-from fastkd.arguments.messages import shown
+from fastkd.arguments.messages import MadeOf, shown
 from fastkd.distill.batch import in_rows, to
 from fastkd.distill.heads import Head, encoded, head_of, output_embeddings
 from fastkd.distill.hooks import Hook
@@ -36,7 +36,7 @@ from fastkd.integrations.families import (
     is_noisy,
     named,
 )
-from fastkd.integrations.labels import check_first, rows_of, shifted_labels
+from fastkd.integrations.labels import check_first, counting, rows_of, shifted_labels
 from fastkd.integrations.live import Live, live
 from fastkd.integrations.problems import (
     PROBLEMS,
@@ -53,7 +53,7 @@ SCHEDULED = ("temperature", "alpha")  # options that may be functions of the ste
 _HOOKED: WeakKeyDictionary[Any, Callable[[], None]] = WeakKeyDictionary()
 
 
-class DistillationLoss:
+class DistillationLoss(MadeOf):
     """The loss function that `DistillationTrainer` and `compute_loss_func` call.
 
         alpha CE(labels, q) + (1 - alpha) T^2 D(p, q),   summed over the kept tokens of a
@@ -130,7 +130,7 @@ class DistillationLoss:
 
     def settle(self, problems: list[Problem], columns: int | None = None) -> None:
         """Check options and teacher against what the student's logits are, or may be."""
-        self.problem = fitting(problems, self.options, columns)
+        self.problem = fitting(problems, self.options, columns, self.family)
         self._undecided = len(problems) > 1
         if type(self.live) is Live and not self._undecided:
             check_teacher(self.problem, self.live.model)
@@ -163,6 +163,19 @@ class DistillationLoss:
         """A batch without what is the teacher's alone."""
         other = {"teacher", *self._teachers_own, *(() if self.live is None else self.live.columns)}
         return {k: v for k, v in inputs.items() if k not in other}
+
+    def labelled(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch; at alpha=0 one without labels gets those that say which rows count."""
+        if "alpha" in self._schedules or self.options.get("alpha") != 0 or "labels" in batch:
+            return batch
+        if self._undecided:
+            raise ValueError(
+                "labels: got none in the batch, of a student whose config has no problem_type; "
+                "expected one, as student.config.problem_type = 'single_label_classification'"
+            )
+        config = unwrapped(self._student).config
+        labels = counting(batch, config, self.family, self.problem)
+        return batch if labels is None else {**batch, "labels": labels}
 
     def expect(self, batch: Mapping[str, Any]) -> None:
         """Tell a served teacher of a Trainer's batch that will come; returns at once."""

@@ -220,6 +220,7 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
             With return_outputs=True each log of the training loss holds the means of
             `fastkd.LossOutputs` over the tokens since the last one, from the same pass:
             log_history gets "soft", "hard", "student_entropy", "teacher_entropy" and so on.
+            With alpha=0 batches need no labels: every token counts that attention_mask leaves.
         linear: logits of both models by `LinearLogits`, never built; False: dense ones; None: the
             former for language models, the latter for classifiers, whose logits are few.
         pack: leave ignored tokens out of the head's products, see `LinearLogits`.
@@ -321,12 +322,13 @@ class DistillationTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
         most = getattr(self.distillation.live, "ahead_by", None)
+        batches = map(self.distillation.labelled, epoch_iterator)
         if most is not None:  # one look ahead for each epoch
             if self._ahead[0] is not epoch_iterator:
-                told = expected(epoch_iterator, self.distillation.expect, most)
+                told = expected(batches, self.distillation.expect, most)
                 self._ahead = epoch_iterator, told
-            epoch_iterator = self._ahead[1]
-        return super().get_batch_samples(epoch_iterator, *args, **kwargs)
+            batches = self._ahead[1]
+        return super().get_batch_samples(batches, *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         family = self.distillation.family

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import fastkd
-from fastkd.arguments.messages import shown
+from fastkd.arguments.messages import MadeOf, shown
 from fastkd.distill.batch import IGNORED, rows_at
 
 from .views import check_views
@@ -22,7 +22,7 @@ from .views import check_views
 TEACHER = "teacher"
 
 
-class Paired(Dataset[Any]):
+class Paired(MadeOf, Dataset[Any]):
     """A dataset's samples with the teacher's outputs behind them: (inputs, labels, teacher).
 
     Samples that are dicts have them as one more column, "teacher".

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastkd.arguments.messages import shown
+from fastkd.arguments.messages import MadeOf, shown
 from fastkd.arguments.numbers import integer
 from fastkd.distill.rng_state import random_state, set_random_state
 
@@ -36,7 +36,7 @@ NEAR = 1e-3  # of a view's norm: what another machine's rounding may change
 HOST = torch.device("cpu")
 
 
-class Views(Dataset[Any]):
+class Views(MadeOf, Dataset[Any]):
     """A dataset under random transforms, each view of a sample seeded by seed, variant and sample.
 
     View i of n samples is variant i // n of sample i % n, the same in every epoch, process and run.

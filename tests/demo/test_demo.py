@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
 
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from bench import demo as record
@@ -86,6 +88,41 @@ def test_table(whole: tuple[Path, dict[str, Any]]) -> None:
     assert all(found["samples"].values())
     said = demo.report.text(found, out)
     assert all(f"\n{name} " in said for name in rows)
+
+
+def test_every_figure_and_word_of_the_table_can_be_read(whole: tuple[Path, Any]) -> None:
+    out, found = whole[0], copy.deepcopy(whole[1])
+    page, said = (out / "demo.html").read_text(), demo.report.text(found, out)
+    for row in found["rows"]:
+        row |= {key: 1e-5 * row[key] for key in ("step_s", "loss_s") if key in row}
+    head, *rows = demo.report.cells(found)
+    figures = " ".join(x for row in rows for x in row[5:]) + demo.report.notes(found)
+    assert not re.search(r"\b0(\.0*)? (ms|MiB|M)\b", figures)
+    assert {*head[1:]} <= {*demo.report.TERMS}
+    for term, about in {**demo.report.TERMS, **{x: "" for x in stages.VARIANTS}}.items():
+        assert f"<dt><b>{term}</b></dt>" in page and about in said
+    digits = demo.report.digits
+    assert [digits(x) for x in (0, 0.0123, 1.5, 99.97, 519.4, 12345.6)] == [
+        *("0.00", "0.0123", "1.50", "100", "519", "12346")
+    ]
+
+
+def test_no_curve_hides_another(
+    whole: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    figure = Figure.__init__
+    monkeypatch.setattr(
+        Figure, "__init__", lambda own, **options: (made.append(own), figure(own, **options))[0]
+    )
+    demo.report.plot(whole[1], tmp_path / "plot.png")
+    lines = {line.get_label(): line for line in made[0].axes[0].get_lines()}
+    drawn = [lines[name] for name in ("eager", "dense", "linear")]  # one curve, three times
+    assert [list(lines).index(x.get_label()) for x in drawn] == sorted(
+        list(lines).index(x.get_label()) for x in drawn
+    )
+    widths = [(x.get_linewidth(), x.get_markersize()) for x in drawn]
+    assert widths == sorted(widths, reverse=True) and len({*widths}) == 3
 
 
 def test_a_run_of_the_default_size_is_recorded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkd import distill
+from fastkd.distill import Batch, Outputs
 
 
 def trained(student: nn.Module, x: Tensor, y: Tensor, terms: Any, **options: Any) -> float:
@@ -65,3 +67,29 @@ def test_evaluations_of_maps() -> None:
         ValueError, match="labels: got class numbers from 0 to 255, expected 0 to 4"
     ):
         distill.evaluate(a, loader, class_dim=1)
+
+
+@pytest.mark.parametrize("weight", [0, 0.0, lambda step: 0.0])
+@pytest.mark.parametrize(
+    "make",
+    [
+        distill.hard,
+        distill.binary_hard,
+        lambda weight: distill.soft(weight, rows="labelled", return_outputs=True, name="own"),
+        lambda weight: distill.response(distill.dkd, weight),
+    ],
+)
+def test_a_term_without_weight_wants_no_labels(make: Any, weight: Any) -> None:
+    torch.manual_seed(0)
+    x, student, teacher = torch.randn(8, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+    loader: list[Tensor] = [x, x]
+    wanted = distill.soft().function(Outputs(student(x)), Outputs(teacher(x)), Batch(x)).item()
+    terms = [make(weight), distill.soft()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that it was 0 in every step
+        first, _ = distill.train(student, loader, terms, teacher=teacher, progress=False)
+    assert first.loss == pytest.approx(wanted, rel=1e-6)
+    assert first.terms[terms[0].name] == 0.0
+    with pytest.raises(ValueError, match="got a batch without labels"):  # it has weight from 1 on
+        terms = [make(lambda step: float(step)), distill.soft()]
+        distill.train(student, loader, terms, teacher=teacher, progress=False)

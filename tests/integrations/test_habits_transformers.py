@@ -366,3 +366,21 @@ def test_tokenizers_of_one_width_and_other_tokens(tmp_path: Path) -> None:
     trainer("a", "b", "d", loss={"vocab_size": 2})
     with pytest.raises(ValueError, match="teacher_tokenizer: got one without processing_class"):
         distilled(tmp_path, llama(1), llama(2), teacher_tokenizer=tokenizer("a"))
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("temprature", r"did you mean 'temperature'\?$"),
+        ("pos_weight", r"in the loss of a causal language model, whose options are .*outputs$"),
+        ("kind", r"in the loss of a causal language model, whose options are .*outputs$"),
+        ("class_weight", r"fastkd\.distillation_loss takes it, in a loop of your own$"),
+    ],
+)
+def test_an_option_that_is_none_of_a_language_model(tmp_path: Path, option: str, says: str) -> None:
+    loss = {option: "l1" if option == "kind" else torch.ones(VOCAB)}
+    with pytest.raises(TypeError, match=says):
+        ours.compute_loss_func(llama(1), llama(0), **loss)
+    with pytest.raises(TypeError, match=says) as error:
+        ours.DistillationTrainer(llama(1), arguments(tmp_path), teacher=llama(0), loss=loss)
+    assert "problem_type" not in str(error.value)

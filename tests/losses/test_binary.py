@@ -278,6 +278,7 @@ X = torch.randn(3, 2)
         (dict(weight=2.0), TypeError, "weight: got float 2.0, expected floats that broadcast"),
         (dict(weight=torch.ones(3)), ValueError, r"weight: got shape \[3\].*to \[3, 2\]"),
         (dict(pos_weight=torch.ones(5, 3, 2)), ValueError, r"pos_weight: got shape \[5, 3, 2\]"),
+        (dict(pos_weight=torch.tensor([2.0, -1.0])), ValueError, "pos_weight: got -1 for a class"),
         (dict(reduction="batchmean"), ValueError, "reduction: got 'batchmean', expected one of"),
         (dict(divergence="tv"), ValueError, "divergence: got 'tv', expected one of kl, rev"),
         (dict(temperature=0.0), ValueError, "temperature: got 0.0"),

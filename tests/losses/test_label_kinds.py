@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import nn
+from fastkd.engine import reduction
 
 F64 = (torch.float64, torch.float64)
 
@@ -227,6 +228,11 @@ Y = torch.tensor([0, 1, 2])
         (dict(class_weight=torch.ones(4)), ValueError, r"class_weight: got shape \[4\].*\[5\]"),
         (dict(class_weight=torch.ones(5, device="meta")), ValueError, "class_weight: got .*meta"),
         (dict(class_weight=torch.ones(5).requires_grad_()), ValueError, "class_weight: .*detach"),
+        (
+            dict(class_weight=torch.arange(5) - 0.5),
+            ValueError,
+            r"class_weight: got -0\.5 for a",
+        ),
         (dict(class_weight=torch.ones(5), labels=Y + 3), ValueError, "labels: got 5 in row 2"),
         (dict(labels=torch.full((3, 5), 0.5)), ValueError, "sum to 2.5 in row 0.*binary_distil"),
         (dict(labels=torch.eye(3, 5) * 2 - 1), ValueError, "labels: got probabilities"),
@@ -248,3 +254,17 @@ def test_probabilities_in_a_bare_divergence() -> None:
     s, t = torch.randn(3, 5), torch.randn(3, 5)
     with pytest.raises(TypeError, match=r"labels of fastkd\.distillation_loss alone"):
         fastkd.kl_div(s, t, labels=torch.eye(3, 5))
+
+
+def test_class_weights_on_a_device_are_read_where_that_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Elsewhere a look would be a wait for the device."""
+    options: dict[str, Any] = dict(alpha=1.0, class_weight=torch.tensor([1.0, -0.5, 2, 1, 1]))
+    s = torch.randn(3, 5)
+    monkeypatch.setattr(reduction, "on_host", lambda _: False)
+    found = fastkd.distillation_loss(s, s.flip(0), Y, **options)
+    want = F.cross_entropy(s, Y, weight=options["class_weight"])
+    torch.testing.assert_close(found, want)
+    with fastkd.checked(), pytest.raises(ValueError, match=r"class_weight: got -0\.5"):
+        fastkd.distillation_loss(s, s.flip(0), Y, **options)

@@ -205,3 +205,18 @@ def test_unknown_options_name_the_module_and_what_is_near() -> None:
         fastkd.nn.JSDiv(bta=0.3)
     with pytest.raises(TypeError, match=r"^KLDiv\(\) .*'alpha', has temperature, ignore_index"):
         fastkd.nn.KLDiv(alpha=0.3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "option", "owner"),
+    [
+        (fastkd.kl_div, "class_weight", "distillation_loss"),
+        (fastkd.js_div, "label_smoothing", "distillation_loss"),
+        (fastkd.binary_kl_div, "alpha", "binary_distillation_loss"),
+        (lambda *_, **options: fastkd.nn.KLDiv(**options), "z_loss", "distillation_loss"),
+    ],
+)
+def test_an_option_of_another_loss_is_sent_there(loss: Any, option: str, owner: str) -> None:
+    x = torch.zeros(2, 5)
+    with pytest.raises(TypeError, match=rf"'{option}', has .*; it belongs to fastkd\.{owner}$"):
+        loss(x, x + 1, **{option: 0.5})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from common import NAMED
 import fastkd
 from fastkd import distill
 from fastkd.arguments.messages import describe, shown
-from fastkd.teachers import store
+from fastkd.teachers import Served, formats, store
 
 MOST = 500
 
@@ -153,3 +154,48 @@ def test_a_refusal_of_the_trainer_is_short(option: str, monster: str) -> None:
     with pytest.raises((TypeError, ValueError)) as error:
         WORDS[option](MONSTERS[monster])
     assert len(str(error.value)) <= MOST and option in str(error.value)
+
+
+def made_of(folder: str) -> dict[str, Any]:
+    """Objects of the workflow by the repr that they are to have."""
+    model = torch.nn.Linear(2, 2)
+    served = Served("http://localhost:1", k=64, headers={"Authorization": "secret"})
+    head = dict(vocab_size=2, k=1)
+    with store.Writer(folder, **head) as writer:  # type: ignore[arg-type]
+        writer.add_batch(fastkd.topk_from_logits(torch.zeros(3, 1, 2), 1))
+    reader, terms = store.Reader(folder), distill.soft()
+    return {
+        "Served('http://localhost:1', k=64)": served,
+        "PromptedTeacher(Served('http://localhost:1', k=64), 'hint')": distill.PromptedTeacher(
+            served, "hint"
+        ),
+        "Checkpoints('run', every=100, resume=True)": distill.Checkpoints(
+            "run", every=100, resume=True
+        ),
+        "CSVLogger('run.csv')": distill.CSVLogger("run.csv"),
+        "ModelTeacher(Linear)": distill.ModelTeacher(model),
+        "EMATeacher(decay=0.9)": distill.EMATeacher(model, decay=0.9),
+        "EnsembleTeacher([ModelTeacher(Linear)], weights=[1.0])": distill.EnsembleTeacher([model]),
+        "RoutedTeacher([ModelTeacher(Linear)])": distill.RoutedTeacher({"a": model}),
+        "CallableTeacher(relu)": distill.CallableTeacher(torch.relu),
+        "PeerTeacher(Linear, optimizer=AdamW)": distill.PeerTeacher(model, terms),
+        "BaseTeacher()": distill.BaseTeacher(),
+        "Hooks(Linear, [''])": distill.Hooks(model, [""]),
+        "Writer('cache')": writer,
+        "Reader('cache')": reader,
+        "CachedTeacher(reader=Reader('cache'))": distill.CachedTeacher(reader),
+        "Paired([1, 2, 3], Reader('cache'))": store.Paired([1, 2, 3], reader),
+        "Views([1, 2], transform=relu, seed=3)": store.Views([1, 2], torch.relu, seed=3),
+        "Reading('vllm', 0 sequences so far)": formats.read("vllm", {}),
+    }
+
+
+def test_an_object_says_what_it_was_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = made_of("cache")
+    assert [repr(x) for x in made.values()] == [*made]
+    public = {getattr(room, name) for room in (distill, store) for name in room.__all__}
+    classes = {x for x in public if isinstance(x, type) and x.__module__.startswith("fastkd.")}
+    assert not [x for x in classes if x.__repr__ is object.__repr__]

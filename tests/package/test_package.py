@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,14 @@ def test_row_options() -> None:
         assert all(hasattr(module, name) for name in of_a_module), "fastkd/nn.py"
     for name in ROW_OPTIONS:
         assert re.search(f"^    {name} +", losses.__doc__ or "", re.MULTILINE), name
+        assert name in re.findall(r"\w+", fastkd.kl_div.__doc__ or ""), name
 
 
 def test_the_first_page_has_a_row_for_every_loss_and_option() -> None:
     page = (Path(fastkd.__file__).parents[1] / "README.md").read_text()
     rows = " ".join(re.findall(r"^\|.*", page, re.MULTILINE))
-    assert {*KEYWORDS, *ROW_OPTIONS} <= {*re.findall(r"`(\w+)", rows)}
+    named = {*re.findall(r"\w+", " ".join(re.findall(r"`([^`]+)`", rows)))}
+    assert {*KEYWORDS, *ROW_OPTIONS}.union(*KEYWORDS.values()) <= named
 
 
 @pytest.mark.parametrize("name", KEYWORDS)
@@ -104,6 +107,8 @@ def test_docstring(name: str) -> None:
     text = inspect.getdoc(getattr(fastkd, name)) or ""
     for part in ("Args:", "Returns:", "Raises:", "student", "teacher", "temperature", "T^2"):
         assert part in text, part
+    operands = typing.get_args(typing.get_type_hints(getattr(fastkd, name))["teacher"])
+    assert all(operand.__name__ in text for operand in operands if operand is not torch.Tensor)
     assert re.search(r"arXiv \d{4}\.\d{5}", text)
     assert re.search(r"^    (\S.*)?(sum_v|KL\(|CE\()", text, re.MULTILINE), "no formula"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkd import rows as row_options
-from fastkd.arguments.messages import shown
+from fastkd.arguments.messages import shown, unexpected
 from fastkd.arguments.tensors import check_dense
 from fastkd.rows import IGNORED, RowOptions
 
@@ -87,7 +87,7 @@ def known_options(rows: RowOptions, options: type = Rows) -> None:
     """TypeError for an option that no loss of rows has."""
     if unknown := rows.keys() - options.__annotations__.keys():
         known = sorted(("labels", *options.__annotations__))
-        raise TypeError(f"got unexpected options {sorted(unknown)}, has {known}")
+        raise TypeError(unexpected(unknown, known))
 
 
 def operands(

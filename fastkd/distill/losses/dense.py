@@ -27,7 +27,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 import fastkd
-from fastkd.arguments.messages import describe, shown, sizes
+from fastkd.arguments.messages import describe, shown, sizes, unexpected
 from fastkd.arguments.numbers import integer
 from fastkd.arguments.tensors import INT_DTYPES
 
@@ -142,8 +142,7 @@ def channel_wise(
 
 def _options(rows: Rows) -> None:
     if unknown := rows.keys() - Rows.__annotations__.keys():
-        known = ", ".join(Rows.__annotations__)
-        raise TypeError(f"got unexpected options {sorted(unknown)[:3]}, has {known}")
+        raise TypeError(unexpected(unknown, Rows.__annotations__))
 
 
 def _one_size(

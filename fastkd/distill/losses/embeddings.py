@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 import fastkd
-from fastkd.arguments.messages import describe, shown, sizes
+from fastkd.arguments.messages import describe, shown, sizes, unexpected
 from fastkd.arguments.numbers import temperature_of
 from fastkd.arguments.tensors import check_dense
 
@@ -66,9 +66,7 @@ def embedding_loss(
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind: got {shown(kind)}, expected one of {', '.join(KINDS)}")
     if unknown := rows.keys() - Rows.__annotations__.keys():
-        raise TypeError(
-            f"got unexpected options {sorted(unknown)[:3]}, has {list(Rows.__annotations__)}"
-        )
+        raise TypeError(unexpected(unknown, Rows.__annotations__))
     both = isinstance(student, Tensor) and isinstance(teacher, Tensor)
     if both and student.shape[:-1] == teacher.shape[:-1] and student.shape != teacher.shape:
         raise ValueError(

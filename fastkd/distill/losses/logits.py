@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 import fastkd
-from fastkd.arguments.messages import shown
+from fastkd.arguments.messages import shown, unexpected
 from fastkd.arguments.numbers import coefficient, temperature_of
 
 from ..batch import Batch, Outputs
@@ -275,9 +275,11 @@ def response(
     if rows not in ("all", "labelled") or (rows == "all" and needs_labels):
         expected = "'labelled'" if needs_labels else "'all' or 'labelled'"
         raise ValueError(f"rows: got {shown(rows)} for {name}, expected {expected}")
-    known = {*parameters, *(Rows.__annotations__ if "rows" in parameters else ())}
-    if unknown := options.keys() - known:
-        raise TypeError(f"{name}: got unexpected options {sorted(unknown)}")
+    known = [*parameters][3:]  # behind student, teacher and labels
+    if "rows" in known:
+        known = [*known[: known.index("rows")], *Rows.__annotations__]
+    if unknown := options.keys() - {*known}:
+        raise TypeError(f"{name}: {unexpected(unknown, known)}")
     if is_own_loss(function) and not callable(options.get("temperature", len)):
         temperature_of(options["temperature"])
 

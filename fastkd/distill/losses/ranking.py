@@ -28,7 +28,7 @@ from typing_extensions import Unpack
 
 import fastkd
 from fastkd import rows as row_options
-from fastkd.arguments.messages import describe, shown, sizes
+from fastkd.arguments.messages import describe, shown, sizes, unexpected
 from fastkd.arguments.numbers import integer
 from fastkd.arguments.tensors import INT_DTYPES
 
@@ -220,7 +220,7 @@ def divergence_over(
 def _check(rows: Rows, scores: Tensor) -> None:
     known = Rows.__annotations__
     if unknown := rows.keys() - known.keys():
-        raise TypeError(f"got unexpected options {sorted(unknown)[:3]}, has {', '.join(known)}")
+        raise TypeError(unexpected(unknown, known))
     options: Any = rows
     row_options.check(options, list(scores.shape[:-1]))
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastkd import rows as row_options
-from fastkd.arguments.messages import describe, shown, sizes
+from fastkd.arguments.messages import describe, shown, sizes, unexpected
 from fastkd.arguments.numbers import coefficient, within
 from fastkd.arguments.tensors import check_dense
 
@@ -183,7 +183,7 @@ def _rows(
     """The formula's loss of each row that counts, reduced."""
     known = ("weight", "reduction", "normalizer", "mask")
     if unknown := rows.keys() - set(known):
-        raise TypeError(f"got unexpected options {sorted(unknown)[:3]}, has {', '.join(known)}")
+        raise TypeError(unexpected(unknown, known))
     for name, x in (("student", student), ("teacher", teacher), ("targets", targets)):
         if x is None and name == "targets":
             continue

@@ -82,6 +82,9 @@ class Reading(Iterator[Record]):
     def report(self) -> Report:
         return self._counts.report
 
+    def __repr__(self) -> str:
+        return f"Reading({self.report.format!r}, {self.report.sequences} sequences so far)"
+
     def __next__(self) -> Record:
         rows = next(self._rows, None)
         if rows is None:
@@ -138,9 +141,12 @@ def read(
 
     Raises:
         TypeError, ValueError: names the field, what came and what was expected.
+        FileNotFoundError: a source, or a file of config, that is not there; at the call already.
         ImportError: a format that needs pyarrow, pyyaml or numpy, which are not there.
     """
     entry = _entry(format)
+    for name, path in (("source", source), ("config", config)):
+        _check_there(name, path)
     given = Options(tokenizer, ids, start, align, config)
     for name, got in given._asdict().items():
         if got is not None and name not in entry.options:
@@ -191,6 +197,17 @@ def _entry(name: Any) -> Format:
     if isinstance(name, str) and name in REFUSED:
         raise ValueError(f"format: got {name!r}, which is not read: {REFUSED[name]}")
     raise ValueError(f"format: got {shown(name)}, expected one of {listed(formats, 30)}")
+
+
+def _check_there(name: str, path: Any) -> None:
+    """FileNotFoundError for a path that leads nowhere; JSON's text is no path."""
+    if not isinstance(path, (str, os.PathLike)) or str(path).lstrip()[:1] in ("{", "["):
+        return
+    if not os.path.exists(path):
+        expected = "an existing file or folder"
+        raise FileNotFoundError(
+            f"{name}: got {str(path)!r:.200}, which is not there, expected {expected}"
+        )
 
 
 def _sequences(tokens: Any) -> Iterable[Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import fastkd
-from fastkd.arguments.messages import listed, shown
+from fastkd.arguments.messages import MadeOf, listed, shown
 from fastkd.arguments.numbers import integer
 from fastkd.distill.logging import progress_bar
 from fastkd.teachers.files import CacheError, fault
@@ -30,7 +30,7 @@ from .codec import decode, decode_hidden, unpack
 OPEN_SHARDS = 64  # mapped at a time by a process
 
 
-class Reader(Dataset[Any]):
+class Reader(MadeOf, Dataset[Any]):
     """A cache by sample number: `reader[i]` is a `TopK` [L, K] or [K], or logits of either shape.
 
     A map-style dataset for any number of workers, which map a shard where it is first asked for;

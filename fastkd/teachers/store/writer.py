@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.arguments.messages import shown
+from fastkd.arguments.messages import MadeOf, shown
 from fastkd.arguments.numbers import integer
 from fastkd.distill.batch import in_rows
 from fastkd.teachers.files import CacheError, locked, write_whole
@@ -26,7 +26,7 @@ from .codec import LOGITS, encode, encode_numbers, encode_tail, pack
 from .format import CacheSpec, Shard
 
 
-class Writer(AbstractContextManager["Writer"]):
+class Writer(MadeOf, AbstractContextManager["Writer"]):
     """Writes a teacher's outputs to a folder, a shard at a time; a context manager.
 
     A kill loses at most the samples since the last shard; one opened there again goes on behind it.
@@ -74,16 +74,16 @@ class Writer(AbstractContextManager["Writer"]):
             if integer(number) is None or not low <= number < 2**31:
                 raise ValueError(f"{name}: got {shown(number)}, expected {low} to {2**31 - 1}")
         fmt.needed("pyarrow")  # said now, and not when the first shard is written
-        self._folder, self._shard_bytes, self._rank = Path(path), shard_bytes, rank
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.path, self._shard_bytes, self._rank = Path(path), shard_bytes, rank
+        self.path.mkdir(parents=True, exist_ok=True)
         self._process, self._pieces = os.getpid(), list[dict[str, Tensor]]()
         self._counts, self._size, self._first = list[int](), 0, 0
         self._seen: Any = None  # of the head that was given last
-        self._release = locked(self._folder.resolve() / f".lock-{rank:05d}")
+        self._release = locked(self.path.resolve() / f".lock-{rank:05d}")
         try:
-            for file in self._folder.glob(f".teacher-{rank:05d}-*.tmp"):
+            for file in self.path.glob(f".teacher-{rank:05d}-*.tmp"):
                 file.unlink()
-            there = fmt.listed(self._folder)
+            there = fmt.listed(self.path)
             for shard in there[:1]:  # says whether this is the same cache
                 own = fmt.opened(shard.file)[0]
                 if difference := own.other(self.spec):
@@ -175,14 +175,14 @@ class Writer(AbstractContextManager["Writer"]):
             return self.spec
         facts, data = head_facts(given, self.spec.vocab_size)
         if self.spec.head is None:
-            file = self._folder / f"head-{facts['sha256']}.safetensors"
+            file = self.path / f"head-{facts['sha256']}.safetensors"
             if not file.exists():
                 write_whole(file, data)
             exact = facts["dtype"] if facts["dtype"] in LOGITS else "float32"
             self.spec = replace(self.spec, head=facts, encoding=self.spec.encoding or exact)
         elif wrong := [name for name, new in facts.items() if new != self.spec.head[name]]:
             raise CacheError(
-                f"{str(self._folder)[:200]}: another head is there, or it was changed since: got "
+                f"{str(self.path)[:200]}: another head is there, or it was changed since: got "
                 f"another {wrong[0]}, expected {self.spec.head[wrong[0]]}"
             )
         self._seen = seen
@@ -216,7 +216,7 @@ class Writer(AbstractContextManager["Writer"]):
         stored = {name: torch.cat([x[name] for x in self._pieces]) for name in self._pieces[0]}
         data = fmt.shard_bytes(self.spec, stored, self._first, self._counts)
         last, digest = self._first + len(self._counts) - 1, hashlib.sha256(data).hexdigest()
-        file = self._folder / fmt.shard_name(self._rank, self._first, last, digest)
+        file = self.path / fmt.shard_name(self._rank, self._first, last, digest)
         write_whole(file, data)
         self.shards.append(Shard(self._first, last, self._rank, digest, file))
         self._pieces, self._counts, self._size = [], [], 0
@@ -227,7 +227,7 @@ class Writer(AbstractContextManager["Writer"]):
 
     def _alive(self) -> None:
         if not self._open or os.getpid() != self._process:
-            raise ValueError(f"{self._folder}: the writer is closed, or of another process")
+            raise ValueError(f"{self.path}: the writer is closed, or of another process")
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if not self._open:
@@ -236,7 +236,7 @@ class Writer(AbstractContextManager["Writer"]):
             if not isinstance(error, OSError):  # interrupted: what was added is sound
                 self.flush()
             if error is None and self.shards:
-                fmt.merge(self._folder)
+                fmt.merge(self.path)
         finally:
             self._open = False
             self._release()

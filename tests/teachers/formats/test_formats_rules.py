@@ -304,6 +304,7 @@ def test_an_extra_that_is_not_there_is_named(
 ) -> None:
     for name in ("pyarrow.parquet", "yaml"):
         monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "x.parquet").touch()
     with pytest.raises(ImportError, match=r"needs pyarrow.*pip install '\.\[formats\]'"):
         next(formats.read("verl", tmp_path / "x.parquet"))
     (tmp_path / "compression_config.yaml").write_text("d: 12")
@@ -330,6 +331,7 @@ def test_files_of_answers(tmp_path: Path) -> None:
         3,
     ]
     for name, format in (("x.txt", "vllm"), ("x.csv", "verl")):
+        (tmp_path / name).touch()
         with pytest.raises(ValueError, match=r"file, expected \.(json|parquet)"):
             next(formats.read(format, tmp_path / name))
     with pytest.raises(ValueError, match=r"folder of lines.jsonl|got a folder|columns"):

@@ -69,3 +69,14 @@ def test_a_table_that_was_read_already() -> None:
     with pytest.raises(ValueError, match=r"expected json\.loads of it") as error:
         [*formats.read("vllm", '{"choices": []}' * 999, vocab_size=V)]
     assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("format", sorted(formats.formats))
+def test_a_source_that_is_not_there_is_named_at_the_call(format: str, tmp_path: Path) -> None:
+    kind = next(x for x in formats.formats[format].kinds if x)
+    for source in (tmp_path / "captured", str(tmp_path / "answer.json")):
+        with pytest.raises(FileNotFoundError, match=r"source: got '.*(captured|answer\.json)', wh"):
+            formats.read(format, source, kind=kind)
+    if "config" in formats.formats[format].options:
+        with pytest.raises(FileNotFoundError, match=r"config: got 'none\.yaml', which is"):
+            formats.read(format, tmp_path, kind=kind, config="none.yaml")
