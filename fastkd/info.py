@@ -69,8 +69,9 @@ def _gpu() -> dict[str, Any] | None:
 
 
 def _cooperative() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "no Triton"
-    from fastkd.backends.gpu import proof
+    try:
+        from fastkd.backends.gpu import proof
+    except ImportError as error:  # no Triton, or too old a one
+        return str(error)
 
     return proof.state(torch.device("cuda", torch.cuda.current_device()))

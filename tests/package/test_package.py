@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 import typing
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from common import NAMED, TABLE, imported_anew, run_python
 import fastkd
 from fastkd import losses, nn
 from fastkd.__main__ import main
+from fastkd.backends import reference
 from fastkd.engine import dispatch, validate
 from fastkd.losses import RowOptions
 
@@ -178,6 +180,25 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_empty_backend_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTKD_BACKEND", "")
     assert imported_anew("fastkd.backends.choice").pick_name(torch.device("cpu")) == "cpu"
+
+
+@pytest.mark.parametrize("version", ["3.2.0", "2.3.1"])
+def test_a_triton_that_cannot_launch_the_kernels(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch 2.6 brings one: the losses run on the reference, and say why."""
+    triton = pytest.importorskip("triton")
+    imported_anew("fastkd.backends.gpu")
+    monkeypatch.setattr(triton, "__version__", version)
+    with pytest.raises(ImportError, match=rf"{version}, expected 3.3"):
+        imported_anew("fastkd.backends.gpu")
+    monkeypatch.delitem(sys.modules, "fastkd.backends.gpu", raising=False)
+    choice = imported_anew("fastkd.backends.choice")
+    with pytest.warns(RuntimeWarning, match=f"{version}.*reference"):
+        assert choice._load("gpu") is None
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr(choice, "_own", lambda _: "gpu")
+        assert choice.pick(torch.device("cpu")) is reference.BACKEND
 
 
 def test_typed() -> None:
