@@ -144,6 +144,11 @@ def _top(tail: str) -> Side:
     return ours
 
 
+def _nemo(s: Tensor, best: fastkd.TopK, y: Tensor, share: float) -> Tensor:
+    forward, reverse = (f(s, best, labels=y) for f in (fastkd.kl_div, fastkd.reverse_kl_div))
+    return share * forward + (1 - share) * reverse
+
+
 # ---- mdistiller's decoupled distillation
 
 
@@ -315,6 +320,13 @@ PEERS: dict[str, Peer] = {
     "ms-swift top-k": Peer(
         lambda s, t, y, o: _kept(_both_renormalised(s, t, o.k), y), _top("restrict")
     ),
+    "NeMo-RL, mixed": Peer(
+        lambda s, t, y, o: (
+            o.share * _kept(_both_renormalised(s, t, o.k), y)
+            + (1 - o.share) * _kept(_kl(*(x.gather(-1, _best(t, o.k)[1]) for x in (t, s))), y)
+        ),
+        lambda s, t, y, o: _nemo(s, fastkd.topk_from_logits(t, o.k, tail="restrict"), y, o.share),
+    ),
     "verl top-k": Peer(lambda s, t, y, o: _kept(truncated(s, t, o.k), y), _top("drop")),
     "Model-Optimizer": Peer(
         lambda s, t, y, o: (
@@ -334,6 +346,23 @@ PEERS: dict[str, Peer] = {
     "Liger LigerFusedLinearJSD": Peer(
         lambda s, t, y, o: _kept(_jsd(s, t, o.beta, o.temperature), y),
         lambda s, t, y, o: _any_js(s, t, o.beta, temperature=o.temperature, labels=y),
+    ),
+    "Liger LigerFusedLinearJSDLoss": Peer(
+        lambda s, t, y, o: (
+            2.0 * _ce(s[y != -100], y[y != -100]) + 3.0 * _kept(_jsd(s, t, 0.3, o.temperature), y)
+        ),
+        lambda s, t, y, o: (
+            5.0
+            * fastkd.distillation_loss(
+                s,
+                t,
+                y,
+                alpha=0.4,
+                divergence=fastkd.divergences.js(beta=0.3),
+                temperature=o.temperature,
+                t_squared=False,
+            )
+        ),
     ),
     "AberHu SoftTarget": Peer(
         lambda s, t, y, o: _ce(s, y) + 3.0 * _mean_kl(s, t, o.temperature),

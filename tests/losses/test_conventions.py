@@ -8,7 +8,17 @@ import pytest
 import torch
 from common import INF
 from oracle import Result, assert_gradients, assert_values
-from peers import PEERS, Options, Peer, Side, decoupled, distillm_js, distillm_skew, truncated
+from peers import (
+    PEERS,
+    Options,
+    Peer,
+    Side,
+    decoupled,
+    distillm_js,
+    distillm_skew,
+    entropy,
+    truncated,
+)
 from torch import Tensor
 
 import fastkd
@@ -85,6 +95,138 @@ def test_halves_of_a_batch_add_up_to_it_by_the_tokens_of_both() -> None:
             torch.testing.assert_close(total, whole.value, rtol=1e-12, atol=1e-12)
             grad = torch.cat([part.student for part in parts])
             torch.testing.assert_close(grad, whole.student, rtol=1e-9, atol=1e-12)
+
+
+# ---- what others take in the place of logits: log-probabilities, probabilities
+
+
+@pytest.mark.parametrize(
+    ("handed", "theirs", "ours"),
+    [
+        (
+            lambda x: x.log_softmax(-1),
+            lambda q, p: torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True),
+            fastkd.kl_div,
+        ),
+        (
+            lambda x: x.softmax(-1),
+            lambda q, p: 0.5 * (p - q).abs().sum(-1).mean(),
+            lambda q, p: fastkd.tv_distance(q.log(), p.log()),
+        ),
+    ],
+    ids=["F.kl_div", "LigerTVDLoss"],
+)
+def test_probabilities_and_their_logarithms_are_logits(
+    handed: Callable, theirs: Callable, ours: Callable
+) -> None:
+    """The same value and the same gradient behind the softmax, but not before it."""
+    x, t = logits()
+    x.requires_grad_()
+    mine, its = [], []
+    for side, out in ((ours, mine), (theirs, its)):
+        given = handed(x)
+        value = side(given, handed(t))
+        out += [value, *torch.autograd.grad(value, (x, given))]
+    torch.testing.assert_close(mine[:2], its[:2], rtol=1e-9, atol=1e-12)
+    assert (mine[2] - its[2]).abs().max() > 1e-3
+    if ours is fastkd.kl_div:
+        assert mine[2].sum(-1).abs().max() < 1e-12 < 1e-3 < its[2].sum(-1).abs().max()
+
+
+def test_a_temperature_for_each_row_is_a_division_before() -> None:
+    s, t = logits()
+    T = torch.rand(6, dtype=torch.float64) + 0.5
+    ours = fastkd.kl_div(s / T[..., None], t / T[..., None], reduction="none")
+    apart = [fastkd.kl_div(s[i], t[i], temperature=float(T[i])) for i in range(6)]
+    torch.testing.assert_close(ours, torch.stack(apart), rtol=1e-9, atol=0)
+
+
+# ---- losses of each row: of draft models, and Liger's cosine
+
+
+def overlap(s: Tensor, t: Tensor) -> Tensor:
+    return torch.minimum(s.softmax(-1), t.softmax(-1)).sum(-1)
+
+
+def _kl_rows(s: Tensor, t: Tensor) -> Tensor:
+    return (t.softmax(-1) * (t.log_softmax(-1) - s.log_softmax(-1))).sum(-1)
+
+
+def _linear(x: Tensor) -> fastkd.LinearLogits:
+    return fastkd.LinearLogits(x, torch.eye(x.size(-1), dtype=x.dtype))
+
+
+def _hybrid(s: Tensor, t: Tensor) -> Tensor:
+    weight = torch.exp(-3.0 * overlap(s, t).detach())
+    return weight * _kl_rows(s, t) + (1 - weight) * (1 - overlap(s, t))
+
+
+def _our_hybrid(s: Tensor, t: Tensor) -> Tensor:
+    tv = fastkd.tv_distance(s, t, reduction="none")
+    w = torch.exp(3.0 * (tv.detach() - 1))
+    return w * fastkd.kl_div(s, t, reduction="none") + (1 - w) * tv
+
+
+def _reverse_of_five(s: Tensor, t: Tensor) -> Tensor:
+    """The best five columns, and of the others -entropy and a hundred times their mass."""
+    (best, at), log_q = t.topk(5, -1), s.log_softmax(-1)
+    own = log_q.gather(-1, at)
+    rest = (log_q.exp() * (log_q + 100)).sum(-1) - (own.exp() * (own + 100)).sum(-1)
+    return (own.exp() * (own - best.log_softmax(-1))).sum(-1) + rest
+
+
+def _floored(t: Tensor) -> Tensor:
+    """log p over the best five columns alone, -100 elsewhere."""
+    best, at = t.topk(5, -1)
+    return torch.full_like(t, -100.0).scatter(-1, at, best.log_softmax(-1))
+
+
+MASK = torch.tensor([-100, 0, 0, -100, 0, 0])
+BY_ROWS: dict[str, tuple[Callable, Callable]] = {
+    "speculators nla": (
+        lambda s, t: -overlap(s, t).clamp_min(1e-5).log(),
+        lambda s, t: fastkd.acceptance_loss(s, t, reduction="none"),
+    ),
+    "speculators lk_hybrid": (_hybrid, _our_hybrid),
+    "SpecForge LogSoftmaxLoss": (
+        lambda s, t: -(t.softmax(-1) * s.log_softmax(-1)).sum(-1)[MASK == 0].sum() / 6,
+        lambda s, t: (
+            fastkd.kl_div(s, t, labels=MASK, normalizer=6) + entropy(t, labels=MASK) * 4 / 6
+        ),
+    ),
+    "Liger cosine": (
+        lambda s, t: 1 - torch.cosine_similarity(s, t, -1),
+        lambda s, t: distill.cosine(s, t, reduction="none"),
+    ),
+    "fla FusedKLDivLoss": (
+        lambda s, t: _kl_rows(s, t).sum() / 6,
+        lambda s, t: fastkd.kl_div(*(_linear(x) for x in (s, t)), reduction="batchmean"),
+    ),
+    "NeMo-RL zero_outside_topk": (
+        _reverse_of_five,
+        lambda s, t: fastkd.reverse_kl_div(s, _floored(t), reduction="none"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("theirs", "ours"), BY_ROWS.values(), ids=BY_ROWS.keys())
+def test_losses_by_rows(theirs: Callable, ours: Callable) -> None:
+    x, t = logits()
+    x.requires_grad_()
+    sides = [side(x, t) for side in (ours, theirs)]
+    torch.testing.assert_close(*sides, rtol=1e-9, atol=1e-12)
+    grads = [torch.autograd.grad(side.sum(), x)[0] for side in sides]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+
+
+def test_speculators_nothing_is_learnt_below_its_floor() -> None:
+    """A draft model that is sure of another token than its target."""
+    s, t = torch.zeros(2, 1, 8, dtype=torch.float64)
+    s[:, 0] = t[:, 1] = 20
+    for side, learns in zip(BY_ROWS["speculators nla"], (False, True), strict=True):
+        x = s.clone().requires_grad_()
+        side(x, t).sum().backward()
+        assert bool(x.grad.any()) is learns
 
 
 # ---- where a peer is wrong: its formula beside ours
