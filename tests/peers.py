@@ -289,6 +289,15 @@ PEERS: dict[str, Peer] = {
         ),
         masks=False,
     ),
+    "torchdistill KDLoss, rows left out": Peer(
+        lambda s, t, y, o: o.share * _ce(s, y) + 0.5 * _mean_kl(s, t, o.temperature),
+        lambda s, t, y, o: (
+            o.share * _ce(s, y)
+            + 0.5
+            * o.temperature**2
+            * fastkd.kl_div(s, t, temperature=o.temperature, reduction="batchmean")
+        ),
+    ),
     "torchdistill KDLoss, no alpha": Peer(
         lambda s, t, y, o: _mean_kl(s, t, o.temperature) / o.temperature**2,
         lambda s, t, y, o: fastkd.kl_div(s, t, temperature=o.temperature),
