@@ -236,3 +236,16 @@ def test_labels_only_select_in_the_bare_divergences(backend: Backend) -> None:
     ours = fastkd.kl_div(student, teacher, labels=labels)
     kept = fastkd.kl_div(student[labels >= 0].contiguous(), teacher[labels >= 0].contiguous())
     torch.testing.assert_close(ours, kept, rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:reduction")
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none", "batchmean"])
+def test_the_reductions_of_torch_s_kl_div(reduction: str) -> None:
+    """Its "mean" is over rows and columns, its "none" has a column for each of V."""
+    s, t = torch.randn(2, 3, 4, 9, dtype=torch.float64)
+    log_q, p = s.log_softmax(-1), t.softmax(-1)
+    theirs = F.kl_div(log_q, p, reduction=reduction)
+    theirs = theirs.sum(-1) if reduction == "none" else theirs
+    ours = fastkd.kl_div(s, t, reduction=reduction)
+    ours = ours / 9 if reduction == "mean" else ours
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
