@@ -188,7 +188,7 @@ template <class R, class T>
 void of_sum(const std::string& name, RowTruth<R>& row) {
   row.value = row.sum;
   if (name != "acceptance") return;
-  const R least = std::ldexp(R(1), -100), whole = std::ldexp(R(1), sizeof(T) == 8 ? -40 : -19);
+  const R least = std::ldexp(R(1), -100), whole = std::ldexp(R(1), sizeof(T) == 8 ? -40 : -16);
   const R x = row.sum.value, slack = row.sum.slack;
   row.vague |= (x - slack < least) != (x + slack < least);
   const R by = x < least ? R(0) : R(1) / x, share = R(1.1) * slack * by;
