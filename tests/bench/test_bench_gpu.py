@@ -136,7 +136,7 @@ def test_a_step_out_of_time_is_stopped_with_its_processes(tmp_path: Path) -> Non
         "time.sleep(600)\n"
     )
     began = time.monotonic()
-    assert gpu._run([script("slow", code, limit=5, must=True)], tmp_path, 60) == 1
+    assert gpu._run([script("slow", code, limit=3, must=True)], tmp_path, 60) == 1
     assert time.monotonic() - began < 60
     assert outcomes(tmp_path)["slow"]["status"] == "out of time"
     child = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
