@@ -112,6 +112,9 @@ class Accelerated(Stepping):
         return self.accelerator.prepare_optimizer(optimizer)
 
     def backward(self, loss: Tensor) -> None:
+        # of the whole process: a Trainer that ended within a step has left it False, and without it
+        # the optimizer neither steps nor clears gradients
+        self.accelerator.sync_gradients = True
         self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
 
     def step(self, optimizer: Any, weights: Sequence[Tensor], clip_norm: float | None) -> None:

@@ -94,6 +94,13 @@ def test_one_process_is_the_trainer_alone(accumulate: int, clip_norm: float | No
     _assert_same(found, expected)
 
 
+def test_what_another_training_left_does_not_matter() -> None:
+    """A Trainer that ended within a step leaves all optimizers of accelerate at rest."""
+    expected = _plain(4, 1)
+    GradientState().sync_gradients = False
+    _assert_same(_accelerated(4, {}), expected)
+
+
 def _rank() -> list[dict[str, Any]]:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
