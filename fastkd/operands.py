@@ -34,7 +34,8 @@ class LinearLogits:
     reference backend and a divergence without a dual (for a teacher's gradient) build them in full.
 
     It is made where the logits would be made, and behaves as they would: under `torch.no_grad` it
-    takes no part in autograd, under autocast its products run in autocast's dtype.
+    takes no part in autograd, under autocast its products run in autocast's dtype. A CPU for which
+    torch has no fast product in 16 bits multiplies in float32; each gradient is rounded once there.
 
     scale multiplies what the head gives, its bias too, and the softcap comes last. So Cohere's
     logit_scale is `scale`, Granite's logits_scaling is `scale=1 / logits_scaling`, Gemma's

@@ -14,8 +14,9 @@ from fastkd.arguments.messages import describe, shown, sizes
 from fastkd.arguments.numbers import WAITS, integer, real
 from fastkd.arguments.tensors import INDEX_DTYPES
 from fastkd.backends import reference
-from fastkd.backends.base import Backend, autocast_off, chunks
+from fastkd.backends.base import Backend, chunks
 from fastkd.backends.choice import pick
+from fastkd.backends.products import autocast_off
 from fastkd.engine import validate
 from fastkd.engine.reduction import reads_values
 from fastkd.operands import LinearLogits, Operand, Tail, TopK, build

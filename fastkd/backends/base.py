@@ -18,9 +18,8 @@ Accumulation is float32, float64 where either operand is float64.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager
-from functools import cache, lru_cache, partial
+from collections.abc import Generator, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -385,16 +384,3 @@ def chunk_rows(n: int, row_bytes: int, device: torch.device, requested: int | No
     size = min(max(size, least), most)
     even = -(-n // max(1, -(-n // size)))  # no short last chunk
     return max(1, min(size, -(-even // ALIGN) * ALIGN, n))
-
-
-@cache
-def adds_wide(device: torch.device) -> bool:
-    """True where torch adds a product of 16-bit matrices to a float32 one in one go."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return nvidia and hasattr(torch.ops.aten.addmm, "dtype_out")
-
-
-@cache
-def autocast_off(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes a context in which products run in their operands' dtype."""
-    return partial(torch.autocast, device.type, enabled=False)

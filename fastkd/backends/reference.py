@@ -19,7 +19,6 @@ from fastkd.backends.base import (
     Stats,
     TopKRows,
     acc_dtype,
-    autocast_off,
 )
 from fastkd.backends.formulas import (
     entry,
@@ -29,6 +28,7 @@ from fastkd.backends.formulas import (
     row_loss,
     row_outputs,
 )
+from fastkd.backends.products import autocast_off
 from fastkd.operands import Head, build
 
 INF = float("inf")

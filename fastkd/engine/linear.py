@@ -10,79 +10,29 @@ go into one for a gradient, those of ignored rows are 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd.backends import base, formulas
+from fastkd.backends import base, formulas, products
 from fastkd.backends.base import ALIGN, Backend, Rows, TopKRows, rows_of
+from fastkd.engine.linear_sums import Sum, buffer
 from fastkd.engine.records import Call, Work
 from fastkd.operands import Head
 
 Tensors = Sequence["Tensor | None"]
 Needs = Sequence[bool]
 
-BLOCK = 2**18  # elements of a product that is added by hand: it stays in a core's own cache
+WEIGHT = 2**19  # elements of a weight that are converted at a time
 FIXED_ROWS = 512  # of a product whose number of rows must not show in a row's bits
 
 
-def _fixed_rows(backend: Backend, requested: int | None) -> int | None:
+def fixed_rows(backend: Backend, requested: int | None) -> int | None:
     """Rows of every product where a row's bits depend on nothing else; None elsewhere."""
     rows = requested or base.default_rows or FIXED_ROWS
     return rows if base.batch_invariant() and not backend.on_host else None
-
-
-def _buffer(
-    backend: Backend, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Memory that the backend may have used before."""
-    return backend.empty_gradient(torch.empty((), dtype=dtype, device=device).expand(shape))
-
-
-class Sum:
-    """A parameter's gradient, the sum of a product per chunk, in float32 or wider.
-
-    once: there is one chunk only, whose product torch accumulates in float32 by itself.
-    """
-
-    def __init__(self, like: Tensor, dtype: torch.dtype, vocab: int, once: bool, backend: Backend):
-        # float16 has no room for what waits for the gradient of the loss
-        exact = dtype.itemsize >= 4 or (once and dtype == like.dtype != torch.float16)
-        self.dtype = dtype if exact else torch.float32
-        self.like, self.vocab, self.backend = like, vocab, backend
-        self.total: Tensor | None = None
-
-    def add(self, a: Tensor, b: Tensor) -> None:
-        """total[:vocab] += a @ b, in one row for a bias."""
-        beta = 0 if self.total is None else 1
-        if self.total is None:
-            self.total = _buffer(self.backend, self.like.shape, self.dtype, self.like.device)
-            self.total[self.vocab :].zero_()
-        into = self.total[: self.vocab]
-        into = into if into.dim() == 2 else into.unsqueeze(0)
-        if a.dtype == self.dtype:
-            torch.addmm(into, a, b, beta=beta, out=into)
-        elif base.adds_wide(a.device):
-            torch.ops.aten.addmm.dtype_out(into, a, b, self.dtype, beta=beta, alpha=1, out=into)
-        else:
-            step = max(1, BLOCK // max(into.size(1), 1))
-            for start in range(0, into.size(0), step):
-                at = slice(start, start + step)
-                product = torch.mm(a[at], b)
-                into[at].add_(product) if beta else into[at].copy_(product)
-
-    def finish(self, by: Tensor | None) -> Tensor:
-        """The gradient in the parameter's dtype, times `by`."""
-        like = self.like
-        if self.total is None:
-            return torch.zeros_like(like, memory_format=torch.contiguous_format)
-        if by is not None:
-            self.backend.multiply(self.total, by)
-        if self.dtype == like.dtype:
-            return self.total
-        return _buffer(self.backend, like.shape, like.dtype, like.device).copy_(self.total)
 
 
 class Linear:
@@ -108,34 +58,39 @@ class Linear:
         backend = call.backend
         self.operands, self.head, self.vocab, self.backend = tensors, head, vocab, backend
         self.hidden = hidden.reshape(-1, hidden.size(-1))
-        self.weight = weight[:vocab].to(head.dtype)
-        self.bias = None if bias is None else bias[:vocab].to(head.dtype)
+        self.dtype, self.device = products.multiplied_in(head.dtype, hidden.device), hidden.device
+        self.weight = weight[:vocab]
+        if self.dtype == head.dtype:
+            self.weight = self.weight.to(head.dtype)
+        self.bias = None if bias is None else bias[:vocab].to(self.dtype)
         # of all ranks, where they share a vocabulary: their chunks must be the same rows
         self.widest = vocab if backend.widest is None else backend.widest
         self.index, self.needs, self.any = index, needs, any(needs)
         self.keep, self.late = keep if self.any else None, late
-        self.loss_scale = call.products.loss_scale if head.dtype == torch.float16 else 1.0
+        self.loss_scale = call.products.loss_scale if self.dtype == torch.float16 else 1.0
         self.factor = head.scale * self.loss_scale
         self.grads: list[Sum | None] = [None, None]
         self.waiting: tuple[Tensor, Tensor] | None = None
         self.buffers: list[Tensor] = []
         self.h: Tensor | None = None
         self.y: Tensor | None = None
-        self.dtype, self.device = head.dtype, hidden.device
         self.rows = 0  # of every product, where their number must not show in a row's bits
 
     def row_bytes(self, spare: bool) -> int:
         """Of its buffers: logits, what the softcap's gradient needs, a spare one."""
         self.count = 1 + (self.head.softcap is not None and self.any) + spare
         width = -(-self.widest // ALIGN) * ALIGN
-        return self.count * width * self.head.dtype.itemsize
+        # products of float32 are as fast in chunks of fewer rows, which take no more memory than
+        # 16 bits would, with the weight's sum in float32 beside them
+        wider = 4 if self.dtype != self.head.dtype else 1
+        return wider * self.count * width * self.dtype.itemsize
 
     def start(self, n: int, step: int, wait: bool) -> None:
         """wait: the weight's product of the only chunk is left to `finish`."""
         shape, device = (step, -(-self.vocab // ALIGN) * ALIGN), self.device
         dtype, once = self.dtype, step >= n
-        self.rows = 0 if _fixed_rows(self.backend, None) is None else step
-        self.buffers = [_buffer(self.backend, shape, dtype, device) for _ in range(self.count)]
+        self.rows = 0 if fixed_rows(self.backend, None) is None else step
+        self.buffers = [buffer(self.backend, shape, dtype, device) for _ in range(self.count)]
         for memory in self.buffers:
             # torch 2.13's bfloat16 product on a CPU with AMX reads on behind a row's end, times 0
             memory[:, self.vocab :].zero_()
@@ -145,8 +100,9 @@ class Linear:
                 self.grads[at] = Sum(x, dtype, self.vocab, once, self.backend)
         if self.needs[0]:
             # with a factor that is still to come, in no 16 bits
-            wide = torch.float32 if self.late and base.adds_wide(device) else self.hidden.dtype
-            self.grad = _buffer(self.backend, self.hidden.shape, wide, device)
+            own, sums_wide = self.hidden.dtype, dtype.itemsize >= 4 or products.adds_wide(device)
+            kept = torch.float32 if self.late and sums_wide and own.itemsize < 4 else own
+            self.grad = buffer(self.backend, self.hidden.shape, kept, device)
             if self.index is not None or n == 0:
                 self.grad.zero_()
 
@@ -161,6 +117,19 @@ class Linear:
             x[n:].zero_()
         return x
 
+    def _weights(self) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, their weight in the products' dtype), which the caches hold if it is made."""
+        if self.weight.dtype == self.dtype:
+            yield slice(0, self.vocab), self.weight
+            return
+        step = max(1, WEIGHT // max(self.weight.size(1), 1))
+        memory = self.weight.new_empty(
+            (min(step, self.vocab), self.weight.size(1)), dtype=self.dtype
+        )
+        for start in range(0, self.vocab, step):
+            columns = slice(start, min(start + step, self.vocab))
+            yield columns, memory[: columns.stop - start].copy_(self.weight[columns])
+
     def logits(self, at: slice) -> Tensor:
         h = self.hidden[at] if self.index is None else self.hidden.index_select(0, self.index[at])
         if self.keep is not None:
@@ -171,12 +140,14 @@ class Linear:
             h = torch.cat((h, h.new_zeros(z.size(0) - h.size(0), h.size(1))))
         cap = self.head.softcap
         gain = self.head.scale / (cap or 1.0)
-        if self.bias is not None:
-            torch.addmm(self.bias, h, self.weight.t(), beta=gain, alpha=gain, out=z)
-        elif gain != 1.0:
-            torch.addmm(z, h, self.weight.t(), beta=0, alpha=gain, out=z)
-        else:
-            torch.mm(h, self.weight.t(), out=z)
+        for columns, weight in self._weights():
+            into = z[:, columns]
+            if self.bias is not None:
+                torch.addmm(self.bias[columns], h, weight.t(), beta=gain, alpha=gain, out=into)
+            elif gain != 1.0:
+                torch.addmm(into, h, weight.t(), beta=0, alpha=gain, out=into)
+            else:
+                torch.mm(h, weight.t(), out=into)
         z = z[: at.stop - at.start]
         if cap is not None:
             self.y = torch.tanh(z, out=self._chunk(1, at) if self.any else z)
@@ -195,15 +166,20 @@ class Linear:
         if self.needs[0]:
             every = self._whole(dz)
             alone = self.index is None and every is dz
-            direct = alone and self.grad.dtype == dz.dtype
-            if self.grad.dtype == torch.float32 != dz.dtype and base.adds_wide(self.device):
-                shape = every.size(0), self.grad.size(1)
-                into = self.grad[at] if alone else self.grad.new_empty(shape)
-                product = torch.ops.aten.addmm.dtype_out
-                dh = product(into, every, self.weight, torch.float32, beta=0, alpha=1, out=into)
-                direct = alone
-            else:
-                dh = torch.mm(every, self.weight, out=self.grad[at] if direct else None)
+            wide = self.grad.dtype == torch.float32 != dz.dtype and products.adds_wide(self.device)
+            direct = alone and (wide or self.grad.dtype == dz.dtype)
+            dtype = torch.float32 if wide else dz.dtype
+            shape = every.size(0), self.grad.size(1)
+            dh = self.grad[at] if direct else self.grad.new_empty(shape, dtype=dtype)
+            for columns, weight in self._weights():
+                part, beta = every[:, columns], int(columns.start != 0)
+                if wide:
+                    product = torch.ops.aten.addmm.dtype_out
+                    product(dh, part, weight, dtype, beta=beta, alpha=1, out=dh)
+                elif beta:
+                    dh.addmm_(part, weight)
+                else:
+                    torch.mm(part, weight, out=dh)
             dh = dh[: dz.size(0)]
             if self.index is not None:
                 self.grad.index_copy_(0, self.index[at], dh.to(self.grad.dtype))
@@ -300,9 +276,15 @@ def work(
     wait: the weight's product of an only chunk is left to backward.
     upstream: one more factor of the gradients; None where it comes later.
     """
+    first = tensors[0]
+    assert first is not None
     rest, expected = None, upstream is not None
     if upstream is not None:
-        if has_float16(call):  # the products keep to the range of 16 bits, whatever its size
+        first = tensors[0]
+        assert first is not None
+        if has_float16(
+            call, first.device
+        ):  # the products keep to the range of 16 bits, whatever its size
             upstream, power = math.frexp(upstream)
             rest = torch.tensor(2.0**power, dtype=torch.float64)
         call = call._replace(rows=call.rows.times(upstream, 0))
@@ -326,23 +308,27 @@ def work(
         elif own:
             assert own[0] is not None
             sides.append(Dense(own[0], index, need[0], call.backend))
-    first = tensors[0]
-    assert first is not None
     n = first.numel() // first.size(-1) if index is None else index.numel()
     rows = call.rows._replace(keep=keep, label=label, scale=scale)
     outputs = found = call.outputs
     if index is not None and outputs is not None:
         found = outputs.new_empty(n, outputs.size(1))
-    with base.autocast_off(first.device)():
+    with products.autocast_off(first.device)():
         loss = _run(call._replace(rows=rows, topk=topk, outputs=found), sides, n, wait)
     if outputs is not None and found is not None and index is not None:
         outputs.zero_().index_copy_(0, index, found)
     return Work(sides, loss, scale, index, rest)
 
 
-def has_float16(call: Call) -> bool:
+def has_float16(call: Call, device: torch.device) -> bool:
+    """Whether a product on the device runs in float16."""
     assert call.products is not None
-    return any(head is not None and head.dtype == torch.float16 for head in call.products.heads)
+    dtypes = [
+        products.multiplied_in(head.dtype, device)
+        for head in call.products.heads
+        if head is not None
+    ]
+    return torch.float16 in dtypes
 
 
 def _run(call: Call, sides: list[Side], n: int, wait: bool) -> Tensor:
@@ -358,7 +344,7 @@ def _run(call: Call, sides: list[Side], n: int, wait: bool) -> Tensor:
     both = student.any and of_teacher
     row_bytes = sum(side.row_bytes(both and side is teacher) for side in sides)
     requested = call.products and call.products.chunk
-    step = _fixed_rows(backend, requested) or base.chunk_rows(
+    step = fixed_rows(backend, requested) or base.chunk_rows(
         n, row_bytes, student.device, requested
     )
     for side in sides:

@@ -63,7 +63,7 @@ def _linear_gradients(
 ) -> list[Tensor | None]:
     """The gradients of sum(scale * loss of each row)."""
     back = None
-    if linear.has_float16(call):  # the products keep to the range of 16 bits
+    if linear.has_float16(call, scale.device):  # the products keep to the range of 16 bits
         top = scale.abs().amax() if scale.numel() else scale.new_ones(())
         power = torch.where(top.isfinite() & (top > 0.0), top, 1.0).log2().floor().exp2()
         scale, back = scale / power, power

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastkd.backends import base
 from fastkd.backends.base import Backend, LossSpec, Rows, TopKRows
+from fastkd.backends.products import autocast_off
 from fastkd.operands import Head, Operand, Teacher
 
 
@@ -88,5 +88,5 @@ class Work(NamedTuple):
     def gradients(self, by: Tensor | None) -> list[Tensor | None]:
         """Those of all tensors in a row, times `by`; None where they have their factor."""
         by = self.rest if by is None else by
-        with base.autocast_off(self.loss.device)():
+        with autocast_off(self.loss.device)():
             return [grad for side in self.sides for grad in side.finish(by)]

@@ -16,7 +16,9 @@ import fastkd
 from fastkd import LinearLogits
 from fastkd.backends import base
 from fastkd.backends.base import ALIGN, chunk_rows, chunks
+from fastkd.backends.products import multiplied_in
 from fastkd.demo.memory import allocated_peak
+from fastkd.engine.linear import WEIGHT
 
 sys.path.append(str(Path(__file__).parents[2]))  # bench is no part of the installed package
 
@@ -238,7 +240,10 @@ def test_memory_is_two_chunks_and_the_gradients(
 
     step()
     rows = chunk_size or n
-    buffers = 2 * rows * _width(v) * dtype.itemsize
+    products = multiplied_in(dtype, hidden.device)
+    buffers = 2 * rows * _width(v) * products.itemsize
+    if products != dtype:
+        buffers += min(WEIGHT, weight.numel()) * products.itemsize  # a part of it, converted
     gradients = (hidden.numel() + weight.numel()) * dtype.itemsize
     if dtype.itemsize < 4 and rows < n:
         gradients += weight.numel() * 4  # the sum over chunks in float32, before it is rounded

@@ -7,12 +7,95 @@ from typing import Any
 import pytest
 import torch
 from common import Backend
-from linear_parts import HS, NAMES, NAN, N, V, as_linear, each_way, make_labels, make_parts
+from linear_parts import (
+    HS,
+    NAMES,
+    NAN,
+    N,
+    V,
+    as_linear,
+    check_parts,
+    each_head,
+    each_way,
+    make_labels,
+    make_parts,
+)
 from pairwise import pairwise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from fastkd import LinearLogits
+from fastkd.backends import products as products_of
+from fastkd.engine import linear as chunked
+
+# ---- the dtype of the products
+
+
+@pairwise
+@pytest.mark.parametrize("products", ["own", "float32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_head
+@pytest.mark.parametrize("chunk_size", [3, None])
+@each_way
+@pytest.mark.parametrize("pack", [False, True], ids=["all", "packed"])
+def test_products_of_16_bits_and_of_float32(
+    backend: Backend,
+    products: str,
+    dtype: torch.dtype,
+    head: dict[str, Any],
+    chunk_size: int | None,
+    reduction: str,
+    pack: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Either way of a machine, on any; a part of the weight at a time has an odd end."""
+    made = torch.float32 if products == "float32" else dtype
+    monkeypatch.setattr(products_of, "multiplied_in", lambda dtype, device: made)
+    monkeypatch.setattr(chunked, "WEIGHT", 10 * HS)
+    labels = make_labels(backend)
+    upstream = torch.rand(N, device=backend.device) if reduction == "none" else None
+    check_parts(
+        make_parts(backend, dtype), head, labels, alpha=0.3, chunk_size=chunk_size, pack=pack,
+        reduction=reduction, upstream=upstream,
+    )  # fmt: skip
+
+
+def test_products_are_float32_where_torch_only_loops_in_16_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = torch.device("cpu")
+    for dtype, name in products_of._SIXTEEN.items():
+        for serves in (True, False):
+            products_of.multiplied_in.cache_clear()
+            monkeypatch.setattr(torch.ops.mkldnn, name, lambda serves=serves: serves)
+            assert products_of.multiplied_in(dtype, here) == (dtype if serves else torch.float32)
+        assert products_of.multiplied_in(dtype, torch.device("cuda")) == dtype
+    assert products_of.multiplied_in(torch.float64, here) == torch.float64
+    products_of.multiplied_in.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_products_leave_one_rounding(
+    backend: Backend, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of hidden states and weight are float64's, rounded once, in one chunk or many."""
+    if backend.name == "reference":
+        pytest.skip("makes the logits in full, in their own dtype")
+    monkeypatch.setattr(products_of, "multiplied_in", lambda dtype, device: torch.float32)
+    made = {"hidden": torch.randn(N, HS), "weight": torch.randn(V, HS)}
+    own = {name: x.to(backend.device, dtype).requires_grad_() for name, x in made.items()}
+    wide = {name: x.detach().double().requires_grad_() for name, x in own.items()}
+    teacher = torch.randn(N, V, device=backend.device)
+    true = fastkd.kl_div(wide["hidden"] @ wide["weight"].t(), teacher.double(), temperature=2.0)
+    exact = torch.autograd.grad(true * 37.0, list(wide.values()))
+    for chunk_size in (3, None):
+        student = LinearLogits(*own.values(), chunk_size=chunk_size)
+        loss = fastkd.kl_div(student, teacher, temperature=2.0)
+        grads = torch.autograd.grad(loss * 37.0, list(own.values()))
+        for grad, truth in zip(grads, exact, strict=True):
+            error, once = (float((x.double() - truth).norm()) for x in (grad, truth.to(dtype)))
+            assert error <= 1.001 * once
+
 
 # ---- what is not needed is not computed
 
