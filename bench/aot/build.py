@@ -43,6 +43,20 @@ def gpu_target(arch: str) -> Any:
     return GPUTarget("hip", arch, 64)
 
 
+def flat(launch: Launch) -> dict[str, Any]:
+    """The arguments of a launch in their order; one in a tuple by the tuple's name and its own."""
+    found: dict[str, Any] = {}
+    for name in launch.kernel.arg_names:
+        value = launch.args[name]
+        parts = value._asdict() if hasattr(value, "_asdict") else {}
+        found |= {f"{name}.{field}": x for field, x in parts.items()} if parts else {name: value}
+    return found
+
+
+def _is_one(value: Any) -> bool:
+    return isinstance(value, int) and value == 1
+
+
 def build(launch: Launch, arch: str) -> Built:
     import torch
     import triton
@@ -54,33 +68,41 @@ def build(launch: Launch, arch: str) -> Built:
         **{torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"},
         **{torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"},
     }
-    args = launch.args
-    signature, constants, attrs, values = {}, {}, {}, {}
-    for i, param in enumerate(launch.kernel.params):
-        value, special = args[param.name], not param.do_not_specialize
-        if (
-            param.is_constexpr
-            or value is None
-            or (isinstance(value, int) and value == 1 and special)
-        ):
-            signature[param.name], constants[param.name] = "constexpr", value
-            continue
-        values[param.name] = value
+    constants: dict[tuple[int, ...], Any] = {}
+    attrs: dict[tuple[int, ...], Any] = {}
+    signature, values = {}, {}
+
+    def typed(name: str, value: Any, place: tuple[int, ...], special: bool, annotated: str) -> Any:
+        """The type of an argument, or of each in a tuple, by which Triton compiles."""
+        if isinstance(value, tuple):
+            parts = enumerate(value._asdict().items())  # type: ignore[attr-defined]
+            return type(value)(
+                *(typed(f"{name}.{field}", x, (*place, i), True, "") for i, (field, x) in parts)
+            )
+        if not isinstance(value, (torch.Tensor, float, int)) or (special and _is_one(value)):
+            constants[place] = value
+            return "constexpr"
+        values[name] = value
         if isinstance(value, torch.Tensor):
-            signature[param.name] = pointers[value.dtype]
+            kind, aligned = pointers[value.dtype], value.data_ptr() % 16 == 0
         elif isinstance(value, float):
-            signature[param.name] = param.annotation_type or "fp32"
+            kind, aligned = annotated or "fp32", False
         else:
-            signature[param.name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-        if isinstance(value, torch.Tensor):
-            aligned = value.data_ptr() % 16 == 0
-        else:
-            aligned = isinstance(value, int) and value % 16 == 0
+            kind = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+            aligned = value % 16 == 0
         if aligned and special:
-            attrs[(i,)] = [["tt.divisibility", 16]]
+            attrs[place] = [["tt.divisibility", 16]]
+        return kind
+
+    for i, param in enumerate(launch.kernel.params):
+        name, value, special = param.name, launch.args[param.name], not param.do_not_specialize
+        if param.is_constexpr:
+            signature[name], constants[(i,)] = "constexpr", value
+        else:
+            signature[name] = typed(name, value, (i,), special, param.annotation_type)
     target = gpu_target(arch)
     warps = max(1, launch.threads // target.warp_size)
-    options = {name: args[name] for name in args.keys() & {"maxnreg"}}
+    options = {name: x for name, x in launch.args.items() if name == "maxnreg"}
     source = ASTSource(launch.kernel, signature, constants, attrs)
     out = triton.compile(source, target=target, options={"num_warps": warps, **options, **PINNED})
     return Built(out.asm, out.metadata.shared, warps, target.warp_size, values)

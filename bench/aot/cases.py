@@ -55,6 +55,13 @@ class Launch:
     def name(self) -> str:
         return self.kernel.__name__.removesuffix(SUFFIX)
 
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What it is compiled for, by name."""
+        from fastkd.backends.gpu.arguments import constants_of
+
+        return constants_of(self.args)
+
 
 def kernels() -> set[str]:
     """The names of all kernels that stand in a file of `fastkd.backends.gpu`, without `_kernel`."""
@@ -155,7 +162,7 @@ def places() -> dict[str, tuple[str, int, bool]]:
             place = (
                 entry,
                 rows,
-                bool({"DIVERGENCE", "EXPECTATION"} & set(seen.args)),
+                bool({"DIVERGENCE", "EXPECTATION"} & seen.constants.keys()),
             )
             found.setdefault(seen.name, place)
     return found

@@ -57,15 +57,15 @@ def compile_one(case: Case) -> Report:
 
     launch = recorded(case)
     assert launch is not None, f"{case.divergence} does without {case.kernel}"
-    args, built = launch.args, build(launch, case.target)
+    const, built = launch.constants, build(launch, case.target)
     report = Report(
         **asdict(case),
         shared=built.shared,
         threads=launch.threads,
         pointers=sum(isinstance(value, torch.Tensor) for value in built.values.values()),
-        rows="LANES" in args or "BLOCK" in args,
+        rows="LANES" in const or "BLOCK" in const,
     )
-    columns = args["LANES"] * args["GROUP"] if "LANES" in args else args.get("BLOCK", 1)
+    columns = const["LANES"] * const["GROUP"] if "LANES" in const else const.get("BLOCK", 1)
     read = {"sm": read_cuda, "gf": read_hip, "xp": read_xpu}[case.target[:2]]
     read(report, built.asm, columns / (built.warps * built.warp))
     return report

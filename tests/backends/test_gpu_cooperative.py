@@ -221,7 +221,7 @@ def test_a_device_proves_itself_once(parts: int, launched: list[str], untried: A
 
 def _wrong(kernel: Any, programs: int, args: dict[str, Any], *rest: Any) -> None:
     launch.launch.real(kernel, programs, args, *rest)
-    args["loss"].add_(1e-2)
+    args["rows"].loss.add_(1e-2)
 
 
 def _raising(kernel: Any, *rest: Any) -> None:
@@ -232,7 +232,7 @@ def _another_time(kernel: Any, programs: int, args: dict[str, Any], *rest: Any) 
     """The numbers of one run in a row differ in their last bit."""
     launch.launch.real(kernel, programs, args, *rest)
     _another_time.turns += 1
-    args["loss"].mul_(1 + _another_time.turns * 1e-6)
+    args["rows"].loss.mul_(1 + _another_time.turns * 1e-6)
 
 
 _another_time.turns = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -102,21 +103,61 @@ def test_no_tuple_stands_in_a_tuple() -> None:
     assert set(done.stdout.split()) == kernels()
 
 
-# arguments of the kernels that have more than 20; constants are counted too
-ARGUMENTS = {
-    **{"fused": 41, "cooperative": 48, "topk": 44, "grad": 41, "loss": 22},
-    **{"split_sums": 24, "split_pairs": 25, "split_finish": 40, "split_grad": 37},
-}
+MOST_ARGUMENTS = 20  # constants are counted too, and a tuple is one
 
 
-def test_no_kernel_takes_more_arguments_than_it_did() -> None:
-    """20 is the aim; "Arguments" in fastkd/backends/gpu/README.md says what is in its way."""
+def test_no_function_takes_more_than_twenty_arguments() -> None:
+    """Kernels and what they call: what travels together is passed together."""
     seen = {}
-    for name in kernels():
-        launch = recorded(Case(name, "js", "bf16", "sm_90"))
-        assert launch is not None
-        seen[name] = len(launch.kernel.arg_names)
-    assert {name: n for name, n in seen.items() if n > 20} == ARGUMENTS
+    for path in sorted((ROOT / "fastkd" / "backends" / "gpu").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and _jitted(node):
+                of = node.args
+                seen[path.stem, node.name] = len([*of.posonlyargs, *of.args, *of.kwonlyargs])
+    assert {f"{name}_kernel" for name in kernels()} <= {name for _, name in seen}
+    assert len(seen) > 100
+    assert {place: n for place, n in seen.items() if n > MOST_ARGUMENTS} == {}
+
+
+def _jitted(node: ast.FunctionDef) -> bool:
+    return any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+# A launch whose divergence stands in a file; hashes by which Triton would find a binary of it: as
+# the launcher hands it over, and as a constexpr.
+EDITED = """
+import triton, triton.language as tl
+from unittest import mock
+from bench.aot.build import build
+from bench.aot.cases import Case, Launch, recorded
+import divergence_in_a_file
+
+launch = recorded(Case("fused", "kl", "bf16", "sm_90"))
+for wrap in (lambda x: x, tl.constexpr):
+    const = launch.args["const"]._replace(DIVERGENCE=wrap(divergence_in_a_file.kl))
+    with mock.patch.object(triton, "compile", lambda source, **_: print(source.hash()) or exit_):
+        exit_ = mock.MagicMock()
+        build(Launch(launch.kernel, {**launch.args, "const": const}, launch.threads), "sm_90")
+"""
+
+
+def test_an_edited_divergence_is_not_found_in_the_cache(tmp_path: Path) -> None:
+    """It is an argument in a tuple: its source must be a part of what Triton looks up."""
+    found = []
+    for result in ("q", "p"):
+        text = "import triton\n@triton.jit\ndef kl(logp, logq, p, q):\n    return "
+        (tmp_path / "divergence_in_a_file.py").write_text(text + result + "\n")
+        env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        env |= {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-c", EDITED]
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout.split())
+    (first, by_name), (second, by_name_again) = found
+    assert first != second
+    assert by_name == by_name_again  # what would go wrong
 
 
 def test_a_launch_hands_over_what_its_kernel_takes() -> None:

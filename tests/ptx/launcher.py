@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from bench.aot.build import build
+from bench.aot.build import build, flat
 from bench.aot.cases import Launch
 from ptx.machine import execute
 from ptx.memory import Global
@@ -83,25 +83,27 @@ def compiled(
 ) -> tuple[Program, int, dict[str, Any]]:
     """(program, bytes of shared memory, arguments) of a launch; compiled once."""
 
-    def of(value: Any) -> Any:
+    args = flat(launch)
+    constant = {p.name for p in launch.kernel.params if p.is_constexpr}
+
+    def of(name: str, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.dtype, value.data_ptr() % 16 == 0
+        if name in constant or not isinstance(value, (int, float)):
+            return getattr(value, "__name__", str(value))
         if isinstance(value, int):
             return value if value == 1 else (value % 16 == 0, -(1 << 31) <= value < 1 << 31)
         return type(value)
 
-    constant = {p.name for p in launch.kernel.params if p.is_constexpr}
-    seen = [
-        (name, getattr(v, "__name__", str(v)) if name in constant or v is None else of(v))
-        for name, v in sorted(launch.args.items())
-    ]
+    seen = [(name, of(name, value)) for name, value in args.items()]
+    seen.append(("maxnreg", launch.args.get("maxnreg")))
     key = launch.kernel.__name__, arch, launch.threads, tuple(seen), edit
     if key not in _known:
         with without_machine_code():
             built = build(launch, arch)
         _known[key] = parse(edit(built.asm["ptx"])), built.shared, list(built.values)
     program, shared, names = _known[key]
-    return program, shared, {name: launch.args[name] for name in names}
+    return program, shared, {name: args[name] for name in names}
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd.backends.gpu import launch
+from fastkd.backends.gpu.arguments import Weights
 from fastkd.backends.gpu.divergence import reciprocal
 from fastkd.backends.gpu.tiles import scalar
 from fastkd.bernoulli import Bernoulli, ElementFactor, Flat
@@ -177,15 +178,16 @@ def labels_of(labels, start, n, ignored, MASKED: tl.constexpr):
 @triton.jit
 def bernoulli_tile(
     student, teacher, labels, weight, pos_weight, grad_s, grad_t, out, by,
-    start, n, repeat, count, ignored, inverse, soft, hard, param,
+    start, n, repeat, count, ignored, weights,
     PAIR: tl.constexpr, HOW: tl.constexpr, ACC: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     s = read(student, start, n, MASKED).to(ACC)
     value, by_s, by_t = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
     if teacher is not None:
         t = read(teacher, start, n, MASKED).to(ACC)
-        value, by_t, by_s = PAIR(t * inverse, s * inverse, param)
-        value, by_t, by_s = value * soft, by_t * (soft * inverse), by_s * (soft * inverse)
+        value, by_t, by_s = PAIR(t * weights.inverse, s * weights.inverse, weights.param)
+        soft = weights.soft * weights.inverse
+        value, by_t, by_s = value * weights.soft, by_t * soft, by_s * soft
     keep = tl.full([BLOCK], True, tl.int1)
     if labels is not None:
         y, keep = labels_of(labels, start, n, ignored, MASKED)
@@ -195,7 +197,7 @@ def bernoulli_tile(
             if pos_weight is not None:
                 pos = factor_of(pos_weight, start, n, repeat, count, MASKED)
             of_label, slope = cross_entropy(s, y, pos)
-            value, by_s = value + hard * of_label, by_s + hard * slope
+            value, by_s = value + weights.hard * of_label, by_s + weights.hard * slope
         # labels out of range, which the host may not have looked at
         right = (y >= 0) & (y <= 1)
         value, by_s = tl.where(right, value, float("nan")), tl.where(right, by_s, float("nan"))
@@ -237,17 +239,18 @@ def bernoulli_kernel(
             return
     ACC: tl.constexpr = (by if out is None else out).dtype.element_ty
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    inverse, soft = scalar(inverse, ACC), scalar(soft, ACC)
-    hard, param = scalar(hard, ACC), scalar(param, ACC)
+    weights = Weights(
+        scalar(inverse, ACC), scalar(soft, ACC), scalar(hard, ACC), scalar(param, ACC)
+    )  # fmt: skip
     if start + BLOCK <= n:
         bernoulli_tile(
             student, teacher, labels, weight, pos_weight, grad_s, grad_t, out, by,
-            start, n, repeat, count, ignored, inverse, soft, hard, param, PAIR, HOW, ACC, False,
+            start, n, repeat, count, ignored, weights, PAIR, HOW, ACC, False,
         )  # fmt: skip
     else:
         bernoulli_tile(
             student, teacher, labels, weight, pos_weight, grad_s, grad_t, out, by,
-            start, n, repeat, count, ignored, inverse, soft, hard, param, PAIR, HOW, ACC, True,
+            start, n, repeat, count, ignored, weights, PAIR, HOW, ACC, True,
         )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ import triton.language as tl
 
 from fastkd.backends.base import on_host
 from fastkd.backends.gpu import split_rows
+from fastkd.backends.gpu.arguments import Sides
 from fastkd.backends.gpu.outputs import leave_out
 from fastkd.backends.gpu.pairs import grad_loop, pair_loop
 from fastkd.backends.gpu.rows import (
@@ -35,6 +36,7 @@ from fastkd.backends.gpu.rows import (
     grad_factor,
     hard_loss,
     label_column,
+    spec_of,
     zero_columns,
 )
 from fastkd.backends.gpu.split_rows import (
@@ -44,7 +46,7 @@ from fastkd.backends.gpu.split_rows import (
     merge_partials,
     pack_partials,
     partials_of,
-    split_bounds,
+    split_of,
     store_merged,
 )
 from fastkd.backends.gpu.sums import safe_sums, sum_loop
@@ -155,155 +157,113 @@ def wait(x, count, SPAN: tl.constexpr):
 
 
 @triton.jit
-def cooperative_pair_loop(
-    student, teacher, sums, split, splits, begin, end, m_s, d_s, m_t, d_t, exponent, param,
-    DIVERGENCE: tl.constexpr, UNALIGNED: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+def cooperative_pair_loop(student, teacher, sums, split, sides, spec, const):
     """`pair_loop` of a row, by all programs that share it."""
     value, slopes = pair_loop(
-        student, teacher, begin, end, m_s, d_s, m_t, d_t, exponent, param,
-        DIVERGENCE, "evict_last", UNALIGNED, ACC, LANES, GROUP,
+        student, teacher, split.begin, split.end, sides, spec.exponent, spec.param, const,
+        "evict_last",
     )  # fmt: skip
     found = tl.where(tl.arange(0, SUMS) == 0, value, slopes)
-    publish(sums, found, SUMS, split, splits)
-    wait(sums, SUMS * splits, SPAN)
-    value = tl.sum(load_partials(sums, splits, 0, 0.0, SPLITS), 0)
-    return value, tl.sum(load_partials(sums, splits, 1, 0.0, SPLITS), 0)
+    publish(sums, found, SUMS, split.number, split.splits)
+    wait(sums, SUMS * split.splits, const.SPAN)
+    value = tl.sum(load_partials(sums, split.splits, 0, 0.0, const.SPLITS), 0)
+    return value, tl.sum(load_partials(sums, split.splits, 1, 0.0, const.SPLITS), 0)
 
 
 @triton.jit
 def cooperative_sum_loop(
-    student, teacher, partial, at_label, split, splits, start, stop, begin, end, exponent,
-    EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr, SMOOTH: tl.constexpr,
-    COUNT: tl.constexpr, UNALIGNED: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    student, teacher, partial, at_label, split, start, stop, exponent, const
 ):  # fmt: skip
-    """`sum_loop` of a row, by all programs that share it."""
-    m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t = sum_loop(
-        student, teacher, begin, end, exponent,
-        EXPECTATION, HARD_T1, SMOOTH, COUNT == PARTIALS_OUT, UNALIGNED, ACC, LANES, GROUP,
-    )  # fmt: skip
-    found = pack_partials(
-        m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, at_label, weighted_s, weighted_t, COUNT
+    """`sum_loop` of a row, by all programs that share it; its weighted sums are 0."""
+    sums = sum_loop(
+        student, teacher, split.begin, split.end, exponent, const, const.COUNT == PARTIALS_OUT
     )
-    publish(partial, found, COUNT, split, splits)
-    wait(partial, COUNT * splits, SPAN)
-    return merge_partials(
-        partial, splits, start, stop, exponent,
-        EXPECTATION, HARD_T1, SMOOTH, UNALIGNED, SPLITS, ACC, LANES, GROUP,
-    )  # fmt: skip
+    publish(
+        partial, pack_partials(sums, at_label, const.COUNT), const.COUNT, split.number, split.splits
+    )
+    wait(partial, const.COUNT * split.splits, const.SPAN)
+    return merge_partials(partial, split.splits, start, stop, exponent, const)
 
 
 @triton.jit
-def cooperative_value(
-    student, teacher, sums, split, splits, begin, end, m_s, d_s, m_t, d_t, cross,
-    exponent, inverse, param,
-    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, UNALIGNED: tl.constexpr,
-    SPLITS: tl.constexpr, SPAN: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+def cooperative_value(student, teacher, sums, split, sides, cross, spec, const):
     """`rows.row_value` of a row, by all programs that share it."""
-    if EXPECTATION == "none":
-        value, slopes = cooperative_pair_loop(
-            student, teacher, sums, split, splits, begin, end, m_s, d_s, m_t, d_t, exponent, param,
-            DIVERGENCE, UNALIGNED, SPLITS, SPAN, ACC, LANES, GROUP,
-        )  # fmt: skip
+    if const.EXPECTATION == "none":
+        value, slopes = cooperative_pair_loop(student, teacher, sums, split, sides, spec, const)
     else:
-        value = expectation(d_s, d_t, cross, inverse, EXPECTATION)
+        value = expectation(sides.d_s, sides.d_t, cross, spec.inverse, const.EXPECTATION)
         if value * 0.0 != 0.0:  # as in `rows.expectation_or_pairs`: for all splits, or for none
-            value, _ = cooperative_pair_loop(
-                student, teacher, sums, split, splits, begin, end,
-                m_s, d_s, m_t, d_t, exponent, param,
-                DIVERGENCE, UNALIGNED, SPLITS, SPAN, ACC, LANES, GROUP,
-            )  # fmt: skip
+            value, _ = cooperative_pair_loop(student, teacher, sums, split, sides, spec, const)
         slopes = value
     return value, slopes
 
 
 @triton.jit(do_not_specialize=["splits", "align_offset", "per_s", "per_t", "per_g"])
 def cooperative_kernel(
-    # pointers: as in `rows.fused_kernel`, then what programs exchange
-    student, teacher, grad, loss, outputs, keep, label, scale, skip, ticket, partial, sums,
-    # shape, rows and loss spec, as in `rows.fused_kernel`
-    splits, vocab, classes, width,
-    align_offset, per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
+    # as in `rows.fused_kernel`, but that rows are `Cooperating`
+    student, teacher, grad, rows, shape, splits, align_offset, per_s, per_t, per_g,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
     hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, z: tl.float64,
     factor: tl.float64,
-    # constants
-    DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, EXPECTATION: tl.constexpr,
-    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, COUNT: tl.constexpr,
-    SPLITS: tl.constexpr, SPAN: tl.constexpr,
-    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    const,
 ):  # fmt: skip
     """`rows.fused_kernel` for one split of a row: the next one that no program has begun.
 
     ticket [1], partial [rows, COUNT, splits] and sums [rows, SUMS, splits] hold UNWRITTEN at the
     start. The first split of a row stores the loss.
     """
-    if skip is not None:
-        if tl.load(skip) != 0:
+    if rows.skip is not None:
+        if tl.load(rows.skip) != 0:
             return
-    turn = tl.atomic_add(ticket, 1, sem="relaxed") - UNWRITTEN
-    row, split = turn // splits, turn % splits
-    start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
-    begin, end = split_bounds(split, splits, start, stop, UNALIGNED, LANES, GROUP)
-    last = tl.where(split == splits - 1, start + width, end)
+    turn = tl.atomic_add(rows.ticket, 1, sem="relaxed") - UNWRITTEN
+    row, number = turn // splits, turn % splits
+    start, stop = row_span(student, per_s, row, align_offset, shape.vocab, const)
+    split = split_of(number, splits, start, stop, const)
+    last = tl.where(number == splits - 1, start + shape.width, split.end)
     if grad is not None:
-        grad = row_at(grad, row, per_g, outer_g, inner_g, align_offset, GROUP, UNALIGNED)
-    if keep is not None:
-        if tl.load(keep + row) == 0:
-            if split == 0:
-                leave_out(loss, outputs, row, ACC)
+        grad = row_at(grad, per_g, row, align_offset, const)
+    if rows.keep is not None:
+        if tl.load(rows.keep + row) == 0:
+            if number == 0:
+                leave_out(rows, row, const)
             if grad is not None:
-                zero_columns(grad, begin, last, LANES, GROUP, UNALIGNED)
+                zero_columns(grad, split.begin, last, const)
             return
-    student = row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP, UNALIGNED)
-    teacher = row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP, UNALIGNED)
-    partial = partials_of(partial, row, splits, COUNT)
-    sums = partials_of(sums, row, splits, SUMS)
-    exponent, inverse, param = scalar(exponent, ACC), scalar(inverse, ACC), scalar(param, ACC)
-    soft, hard = scalar(soft, ACC), scalar(hard, ACC)
-    one_minus_eps, eps_over_v = scalar(one_minus_eps, ACC), scalar(eps_over_v, ACC)
+    student = row_at(student, per_s, row, align_offset, const)
+    teacher = row_at(teacher, per_t, row, align_offset, const)
+    partial = partials_of(rows.partial, row, splits, const.COUNT)
+    sums = partials_of(rows.sums, row, splits, SUMS)
+    spec = spec_of(exponent, inverse, param, soft, hard, one_minus_eps, eps_over_v, const)
 
-    column, at_label = -1, scalar(0.0, ACC)
-    if label is not None:  # now, before any split of an in-place gradient is written
-        at_label = label_logit(student, label, row, split, start, vocab, ACC)
-        column, here = label_column(label, row, start, vocab)
-    m_s, raw_s, m_t, raw_t, cross, sum_t1, sum_shifted = cooperative_sum_loop(
-        student, teacher, partial, at_label, split, splits, start, stop, begin, end, exponent,
-        EXPECTATION, HARD_T1, SMOOTH, COUNT, UNALIGNED, SPLITS, SPAN, ACC, LANES, GROUP,
-    )  # fmt: skip
-    d_s, d_t = safe_sums(raw_s, raw_t)
+    column, at_label = -1, scalar(0.0, const.ACC)
+    if rows.label is not None:  # now, before any split of an in-place gradient is written
+        at_label = label_logit(student, rows.label, row, number, start, shape.vocab, const)
+        column, here = label_column(rows.label, row, start, shape.vocab)
+    of_row = cooperative_sum_loop(
+        student, teacher, partial, at_label, split, start, stop, spec.exponent, const
+    )
+    d_s, d_t = safe_sums(of_row.d_s, of_row.d_t)
+    sides = Sides(of_row.m_s, d_s, of_row.m_t, d_t)
     value, slopes = cooperative_value(
-        student, teacher, sums, split, splits, begin, end, m_s, d_s, m_t, d_t, cross,
-        exponent, inverse, param,
-        DIVERGENCE, EXPECTATION, UNALIGNED, SPLITS, SPAN, ACC, LANES, GROUP,
-    )  # fmt: skip
-    if not HARD_T1:
-        sum_t1 = raw_s
-    value, of = OF_SUM(value, (raw_s == 0) & (raw_t == 0))
-    result = soft * value
-    if outputs is not None:
-        store_merged(
-            outputs, partial, row, splits, value, m_s, raw_s, m_t, raw_t, exponent, inverse,
-            SPLITS, ACC, split,
+        student, teacher, sums, split, sides, of_row.cross, spec, const
+    )
+    sum_t1 = of_row.sum_t1 if const.HARD_T1 else of_row.d_s
+    value, of = const.OF_SUM(value, (of_row.d_s == 0) & (of_row.d_t == 0))
+    result = spec.soft * value
+    if rows.outputs is not None:
+        store_merged(rows.outputs, partial, row, splits, value, of_row, spec, const, number)
+    if rows.label is not None:
+        at_label = tl.sum(load_partials(partial, splits, 7, 0.0, const.SPLITS), 0)
+        result += spec.hard * hard_loss(
+            rows.outputs, row, of_row.m_s, sum_t1, of_row.sum_shifted, at_label, here, shape, spec,
+            const, number,
         )  # fmt: skip
-    if label is not None:
-        at_label = tl.sum(load_partials(partial, splits, 7, 0.0, SPLITS), 0)
-        result += hard * hard_loss(
-            outputs, row, m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps,
-            eps_over_v, SMOOTH, ACC, split,
-        )  # fmt: skip
-    z_value, unit = at_one(m_s, sum_t1, hard, scalar(z, ACC), Z_LOSS)
-    tl.store(loss + row, result + z_value, mask=split == 0)
+    z_value, unit = at_one(of_row.m_s, sum_t1, spec.hard, scalar(z, const.ACC), const.Z_LOSS)
+    tl.store(rows.loss + row, result + z_value, mask=number == 0)
     if grad is not None:
-        by = grad_factor(factor, scale, row, ACC)
+        by = grad_factor(factor, rows.scale, row, const)
         grad_loop(
-            grad, student, teacher, begin, end, m_s, d_s, m_t, d_t, slopes, sum_t1, column,
-            exponent, param, soft * inverse, of, unit, hard, one_minus_eps, eps_over_v, by,
-            DIVERGENCE, label is not None or Z_LOSS, HARD_T1,
-            EXPECTATION != "none", UNALIGNED, ACC, LANES, GROUP,
+            grad, student, teacher, split.begin, split.end, sides, slopes, sum_t1, column, of,
+            unit, by, spec, const, const.EXPECTATION != "none",
         )  # fmt: skip
-        zero_columns(grad, end, last, LANES, GROUP, UNALIGNED)
+        zero_columns(grad, split.end, last, const)

@@ -16,7 +16,6 @@ from fastkd.backends.base import (
     Backend,
     LossSpec,
     Rows,
-    Stats,
     TopKRows,
     batch_invariant,
     interpreted,
@@ -27,6 +26,16 @@ from fastkd.backends.gpu import alignment, cooperative, proof, split_rows
 from fastkd.backends.gpu import divergence as pairs
 from fastkd.backends.gpu import rows as kernels
 from fastkd.backends.gpu import topk as topk_kernels
+from fastkd.backends.gpu.arguments import (
+    Cooperating,
+    PerRow,
+    Place,
+    Shape,
+    Stored,
+    constants,
+    constants_of,
+    only,
+)
 from fastkd.backends.gpu.tiles import ALIGNED, BY_COLUMN, OFFSET
 from fastkd.backends.gpu.tune import OF_PROCESSOR, Tile, registers, tile
 from fastkd.divergence import divergences
@@ -81,10 +90,9 @@ def launch(
             warps = max(1, threads // gpu_info(device).warp)
             kernel[(programs,)](**args, num_warps=warps, **PINNED)
     except Exception as error:
-        constants = {k: v for k, v in args.items() if k.isupper()}
         raise RuntimeError(
             f"fastkd: {kernel.__name__} could not be compiled or launched on {device} by Triton "
-            f"{triton.__version__} with {constants}: {error}; "
+            f"{triton.__version__} with {constants_of(args)}: {error}; "
             "fastkd.use_backend('reference') runs the same loss in plain torch"
         ) from error
 
@@ -100,21 +108,19 @@ def divergence_of(spec: LossSpec) -> Any:
     return pair
 
 
-def place_args(suffix: str, x: Tensor) -> dict[str, int]:
-    """Where the rows of x [A, B, V] lie."""
-    return {
-        f"per_{suffix}": x.size(1),
-        f"outer_{suffix}": x.stride(0),
-        f"inner_{suffix}": x.stride(1),
-    }
+def place(x: Tensor, align_offset: int | None = None) -> Place:
+    """Where the rows of x [A, B, V] lie.
+
+    align_offset: columns from the boundary that the pointer is moved down to, which aligns it.
+    """
+    if align_offset:
+        start = x.storage_offset() - align_offset
+        return Place(x.as_strided((1,), (1,), start), x.stride(0), x.stride(1))
+    return Place(x, x.stride(0), x.stride(1))
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
-
-
-def stats_args(stats: Stats) -> dict[str, Tensor]:
-    return dict(stats_s=stats.student.contiguous(), stats_t=stats.teacher.contiguous())
 
 
 def acc_of(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -146,39 +152,37 @@ def lay(
     return size, {**lanes, "UNALIGNED": how}, align_offset
 
 
-def aligned(x: Tensor, align_offset: int | None) -> Tensor:
-    """The memory of x from the boundary below it, which makes an aligned pointer of it."""
-    return x if not align_offset else x.as_strided((1,), (1,), x.storage_offset() - align_offset)
-
-
 def scale_args(spec: LossSpec) -> dict[str, float]:
+    return {"exponent": LOG2E / spec.temperature, "param": spec.param}
+
+
+def spec_args(spec: LossSpec, rows: Rows) -> dict[str, float]:
+    """The floats of a loss, which stay apart: a tuple would round them to float32."""
     return {
-        "exponent": LOG2E / spec.temperature,
-        "inverse": 1.0 / spec.temperature,
-        "param": spec.param,
+        **scale_args(spec),
+        **dict(inverse=1.0 / spec.temperature, soft=spec.soft, hard=spec.hard),
+        **dict(one_minus_eps=1.0 - spec.smoothing, eps_over_v=spec.smoothing / spec.classes),
+        **dict(z=spec.z_loss, factor=rows.factor),
     }
 
 
-def common_args(
-    spec: LossSpec, rows: Rows, acc: torch.dtype, grad: Tensor | None, **operands: Tensor
-) -> dict[str, Any]:
-    """What the kernels of fused, topk and grad take alike; operands by the suffix of a place."""
-    places = [place_args(suffix, x) for suffix, x in operands.items()]
+def per_row(rows: Rows, loss: Tensor | None = None) -> PerRow:
+    keep, label, scale = contiguous(rows.keep), contiguous(rows.label), contiguous(rows.scale)
+    return PerRow(loss, rows.outputs, keep, label, scale, rows.skip)
+
+
+def shape_of(spec: LossSpec, grad: Tensor | None, classes: int | None = None) -> Shape:
+    return Shape(spec.vocab, spec.vocab if grad is None else grad.size(2), classes)
+
+
+def constants_for(spec: LossSpec, rows: Rows, acc: torch.dtype) -> dict[str, Any]:
+    """What the kernels of fused, topk and grad are compiled for alike."""
+    at_one = rows.label is not None or spec.z_loss != 0.0
     return {
-        **{name: value for place in places for name, value in place.items()},
-        **dict(
-            keep=contiguous(rows.keep), label=contiguous(rows.label), scale=contiguous(rows.scale)
-        ),
-        "skip": rows.skip,
-        **dict(vocab=spec.vocab, width=spec.vocab if grad is None else grad.size(2)),
-        **scale_args(spec),
-        **dict(
-            soft=spec.soft, hard=spec.hard, one_minus_eps=1.0 - spec.smoothing, factor=rows.factor
-        ),
-        **dict(eps_over_v=spec.smoothing / spec.classes, z=spec.z_loss),
         "DIVERGENCE": divergence_of(spec),
         "OF_SUM": _OF_SUM[spec.divergence],
-        "HARD_T1": (rows.label is not None or spec.z_loss != 0.0) and spec.temperature != 1.0,
+        "HARD": at_one,
+        "HARD_T1": at_one and spec.temperature != 1.0,
         "Z_LOSS": spec.z_loss != 0.0,
         "ACC": _ACC[acc],
     }
@@ -190,50 +194,59 @@ def _registers(most: int | None) -> dict[str, int]:
 
 
 def _fused_cooperative(
-    args: dict[str, Any], n: int, splits: int, threads: int, most: int | None
+    args: dict[str, Any], wants: dict[str, Any], n: int, splits: int, threads: int, most: int | None
 ) -> None:
     """`fused` by cooperative programs."""
-    loss, count = args["loss"], split_rows.partials(args["outputs"]).value
+    rows = args["rows"]
+    loss, count = rows.loss, split_rows.partials(rows.outputs).value
     counts = 1, n * splits * count, n * splits * cooperative.SUMS.value
     unknown = torch.full(
         (sum(counts),), cooperative.UNWRITTEN.value, dtype=torch.int32, device=loss.device
     )
     ticket, partial, sums = unknown.split(counts)
+    span = max(threads, count * cooperative.MOST)
     args = {
         **args,
-        **dict(ticket=ticket, partial=partial.view(loss.dtype), sums=sums.view(loss.dtype)),
-        **dict(
-            splits=splits,
-            SPLITS=cooperative.MOST,
-            COUNT=count,
-            SPAN=max(threads, count * cooperative.MOST),
+        "rows": Cooperating(
+            **rows._asdict(),
+            ticket=ticket,
+            partial=partial.view(loss.dtype),
+            sums=sums.view(loss.dtype),
         ),
+        "splits": splits,
+        "const": constants(**wants, SPLITS=cooperative.MOST, COUNT=count, SPAN=span),
         **_registers(most),
     }
     launch(cooperative.cooperative_kernel, n * splits, args, threads, loss.device)
 
 
-def _fused_split(args: dict[str, Any], n: int, splits: int, threads: int) -> None:
+def _fused_split(
+    args: dict[str, Any], wants: dict[str, Any], n: int, splits: int, threads: int
+) -> None:
     """`fused` with several programs to a row."""
-    loss, grad, by_pairs = args["loss"], args["grad"], args["EXPECTATION"] == "none"
-    count = split_rows.partials(args["outputs"]).value
+    rows, shape, grad = args["rows"], args["shape"], args["grad"]
+    loss, by_pairs = rows.loss, wants["EXPECTATION"] == "none"
+    count = split_rows.partials(rows.outputs).value
+    wants = {**wants, "SPLITS": split_rows.MOST, "COUNT": count}
     args = {
         **args,
-        **dict(splits=splits, SPLITS=split_rows.MOST, COUNT=count),
+        **dict(splits=splits, vocab=shape.vocab),
         "partial": loss.new_empty(n, count, splits),
         "sums": loss.new_empty(n, 2, splits) if by_pairs else None,
         "constants": None if grad is None else loss.new_empty(n, split_rows.CONSTANTS.value),
     }
     steps = [
-        (split_rows.split_sums_kernel, n * splits, True),
-        (split_rows.split_pairs_kernel, n * splits, by_pairs),
-        (split_rows.split_finish_kernel, n, True),
-        (split_rows.split_grad_kernel, n * splits, grad is not None),
+        (split_rows.split_sums_kernel, split_rows.SUMS_READS, n * splits, True),
+        (split_rows.split_pairs_kernel, split_rows.PAIRS_READS, n * splits, by_pairs),
+        (split_rows.split_finish_kernel, split_rows.FINISH_READS, n, True),
+        (split_rows.split_grad_kernel, split_rows.GRAD_READS, n * splits, grad is not None),
     ]
-    for kernel, programs, needed in steps:
+    for kernel, reads, programs, needed in steps:
         if needed:
-            own = {name: args[name] for name in kernel.arg_names}
-            launch(kernel, programs, own, threads, loss.device)
+            args["const"] = constants(reads, **wants)
+            args["rows"], args["shape"] = only(rows, reads), only(shape, reads)
+            taken = {name: args[name] for name in kernel.arg_names}
+            launch(kernel, programs, taken, threads, loss.device)
 
 
 class FusedPasses(Backend):
@@ -257,21 +270,18 @@ class FusedPasses(Backend):
         if n == 0:
             return loss
         rows = rows if spec.hard != 0.0 else rows._replace(label=None)
-        place = student if grad is None else grad
-        size, lanes, align_offset = lay(spec.vocab, student, teacher, place)
+        third = student if grad is None else grad
+        size, lanes, align_offset = lay(spec.vocab, student, teacher, third)
         args = {
-            **dict(
-                student=aligned(student, align_offset),
-                teacher=aligned(teacher, align_offset),
-            ),
-            **dict(
-                grad=None if grad is None else aligned(grad, align_offset),
-                align_offset=align_offset,
-                loss=loss,
-                outputs=rows.outputs,
-            ),
-            **common_args(spec, rows, acc, grad, s=student, t=teacher, g=place),
-            "classes": spec.classes,
+            **dict(student=place(student, align_offset), teacher=place(teacher, align_offset)),
+            **dict(grad=None if grad is None else place(grad, align_offset)),
+            **dict(rows=per_row(rows, loss), shape=shape_of(spec, grad, spec.classes)),
+            **dict(align_offset=align_offset, per_s=student.size(1), per_t=teacher.size(1)),
+            **dict(per_g=third.size(1)),
+            **spec_args(spec, rows),
+        }
+        wants = {
+            **constants_for(spec, rows, acc),
             "EXPECTATION": _EXPECTATION[spec.divergence],
             "SMOOTH": rows.label is not None and spec.smoothing != 0.0,
             **lanes,
@@ -281,7 +291,7 @@ class FusedPasses(Backend):
         device, threads = student.device, size.threads
         # the pattern of UNWRITTEN is that of a float32
         none, arch = acc == torch.float64, gpu_info(device).arch
-        light = align_offset is None and (not spec.at_one or args["EXPECTATION"] != "none")
+        light = align_offset is None and (not spec.at_one or wants["EXPECTATION"] != "none")
         most = registers(arch, threads, light)
         holds = None if none else cooperative.capacity(device, arch)
         resident = OF_PROCESSOR // ((most or 64) * threads)
@@ -294,7 +304,7 @@ class FusedPasses(Backend):
                 splits = 1
         if splits > 1:
             try:
-                _fused_cooperative(args, n, splits, threads, most)
+                _fused_cooperative(args, wants, n, splits, threads, most)
                 return loss
             except RuntimeError as error:
                 if cooperating:
@@ -306,9 +316,10 @@ class FusedPasses(Backend):
                 n, spec.vocab, columns, split_rows.processors(device)
             )
         if splits > 1:
-            _fused_split(args, n, splits, threads)
+            _fused_split(args, wants, n, splits, threads)
         else:
             # of aligned rows ptxas takes no more than lets three or four programs be resident
+            args |= {"const": constants(**wants)}
             args |= {} if align_offset is None else _registers(most)
             launch(kernels.fused_kernel, n, args, threads, device)
         return loss
@@ -322,22 +333,32 @@ class FusedPasses(Backend):
         if n == 0:
             return loss
         rows = rows if spec.hard != 0.0 else rows._replace(label=None)
-        place = student if grad is None else grad
-        size, lanes, _ = lay(spec.vocab, student, place, loops=False)
+        third = student if grad is None else grad
+        size, lanes, _ = lay(spec.vocab, student, third, loops=False)
         indices = indices.to(torch.int32)
         past = torch.where(indices < 0, LAST, indices).sort(-1).values
+        named = Stored(
+            logprobs,
+            indices,
+            torch.nn.functional.pad(past, (0, 1), value=LAST),
+            None if grad is None else torch.empty_like(logprobs),
+            tail,
+        )
         args = {
-            **dict(student=student, grad=grad, logprobs=logprobs, indices=indices),
-            **dict(sorted_indices=torch.nn.functional.pad(past, (0, 1), value=LAST)),
-            "support_grad": None if grad is None else torch.empty_like(logprobs),
-            **dict(tail=tail, loss=loss, outputs=rows.outputs),
-            **common_args(spec, rows, acc, grad, s=student, g=place),
-            **dict(classes=spec.classes, count=count),
+            **dict(student=place(student), grad=None if grad is None else place(grad)),
+            **dict(teacher=named, rows=per_row(rows, loss)),
+            **dict(shape=shape_of(spec, grad, spec.classes), count=count),
+            **dict(per_s=student.size(1), per_g=third.size(1)),
+            **spec_args(spec, rows),
             "centre": divergences[spec.divergence].centre(spec.param),
-            "RESTRICT": restrict,
-            "SMOOTH": rows.label is not None and spec.smoothing != 0.0,
-            "POINTS": min(MOST_POINTS, triton.next_power_of_2(count)),
-            **lanes,
+            "const": constants(
+                **constants_for(spec, rows, acc),
+                RESTRICT=restrict,
+                NO_TAIL=tail is None and not restrict,
+                SMOOTH=rows.label is not None and spec.smoothing != 0.0,
+                POINTS=min(MOST_POINTS, triton.next_power_of_2(count)),
+                **lanes,
+            ),
         }
         launch(topk_kernels.topk_kernel, n, args, size.threads, student.device)
         return loss
@@ -358,9 +379,8 @@ class FusedPasses(Backend):
             return
         size, lanes = tile_of(flat.size(2), grad)
         args = {
-            **dict(grad=flat, by=by, width=flat.size(2)),
-            **dict(per=flat.size(1), outer=flat.stride(0), inner=flat.stride(1)),
-            **lanes,
+            **dict(grad=place(flat), by=by, width=flat.size(2), per=flat.size(1)),
+            "const": constants(**lanes, UNALIGNED=0),
         }
         launch(
             kernels.multiply_kernel, flat.size(0) * flat.size(1), args, size.threads, grad.device

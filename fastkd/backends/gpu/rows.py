@@ -6,6 +6,7 @@ Nothing here waits for another program. Few rows leave part of a device idle: se
 import triton
 import triton.language as tl
 
+from fastkd.backends.gpu.arguments import Sides, Spec
 from fastkd.backends.gpu.outputs import leave_out, store_hard, store_soft
 from fastkd.backends.gpu.pairs import grad_loop, pair_loop
 from fastkd.backends.gpu.sums import quotient, safe_sums, stats_loop, sum_loop
@@ -17,17 +18,16 @@ _FUSED = ["align_offset", *_PER]
 
 
 @triton.jit
-def zero_columns(
-    grad, start, stop, LANES: tl.constexpr, GROUP: tl.constexpr, UNALIGNED: tl.constexpr = 0
-):
+def zero_columns(grad, start, stop, const):
     """Writes 0 to columns [start, stop). Tiles stay aligned, hence the mask at both ends."""
-    zero = tl.zeros([LANES, GROUP], grad.dtype.element_ty)
-    for at in range(start // (LANES * GROUP) * (LANES * GROUP), stop, LANES * GROUP):
-        if UNALIGNED == OFFSET:
-            store(grad, zero, at, start, stop, True, OFFSET, LANES, GROUP)
+    TILE: tl.constexpr = const.LANES * const.GROUP
+    zero = tl.zeros([const.LANES, const.GROUP], grad.dtype.element_ty)
+    for at in range(start // TILE * TILE, stop, TILE):
+        if const.UNALIGNED == OFFSET:
+            store(grad, zero, at, start, stop, const, True)
         else:
-            column = columns(at, LANES, GROUP)
-            tl.store(grad + column, zero, mask=(column >= start) & before(column, stop, UNALIGNED))
+            column = columns(at, const)
+            tl.store(grad + column, zero, mask=(column >= start) & before(column, stop, const))
 
 
 @triton.jit
@@ -44,18 +44,13 @@ def expectation(d_s, d_t, cross, inverse, EXPECTATION: tl.constexpr):
 
 
 @triton.jit
-def expectation_or_pairs(
-    student, teacher, start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
-    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, UNALIGNED: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+def expectation_or_pairs(student, teacher, start, stop, sides, cross, spec, const):
     """`expectation`, or the sum of the pairs where that is not finite."""
-    value = expectation(d_s, d_t, cross, inverse, EXPECTATION)
+    value = expectation(sides.d_s, sides.d_t, cross, spec.inverse, const.EXPECTATION)
     if value * 0.0 != 0.0:
         value, _ = pair_loop(
-            student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, param,
-            DIVERGENCE, "evict_last", UNALIGNED, ACC, LANES, GROUP,
-        )  # fmt: skip
+            student, teacher, start, stop, sides, spec.exponent, spec.param, const, "evict_last"
+        )
     return value
 
 
@@ -71,31 +66,25 @@ def at_one(m_s, sum_t1, hard, z, Z_LOSS: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy(
-    m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps, eps_over_v,
-    SMOOTH: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def cross_entropy(m_s, sum_t1, sum_shifted, at_label, here, shape, spec, const):
     """log-sum-exp - (1 - eps) * s[label] - eps / V * sum(s) of a student's row at T = 1."""
     # All terms are relative to the maximum. The factor of the maximum itself is 0 where the row
     # holds its label and the whole vocabulary.
-    rest = tl.where(here, eps_over_v * scalar(classes - vocab, ACC), 1.0 - eps_over_v * vocab)
-    value = tl.log(sum_t1) + tl.where(here, one_minus_eps * (m_s - at_label), 0.0)
+    outside = spec.eps_over_v * scalar(shape.classes - shape.vocab, const.ACC)
+    rest = tl.where(here, outside, 1.0 - spec.eps_over_v * shape.vocab)
+    value = tl.log(sum_t1) + tl.where(here, spec.one_minus_eps * (m_s - at_label), 0.0)
     value += tl.where(rest == 0, 0.0, rest * m_s)
-    if SMOOTH:
-        value -= eps_over_v * sum_shifted
+    if const.SMOOTH:
+        value -= spec.eps_over_v * sum_shifted
     return value
 
 
 @triton.jit
 def hard_loss(
-    outputs, row, m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps,
-    eps_over_v, SMOOTH: tl.constexpr, ACC: tl.constexpr, split=0,
+    outputs, row, m_s, sum_t1, sum_shifted, at_label, here, shape, spec, const, split=0
 ):  # fmt: skip
     """`cross_entropy`, which the outputs are told too, by the first split alone."""
-    loss = cross_entropy(
-        m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps, eps_over_v,
-        SMOOTH, ACC,
-    )  # fmt: skip
+    loss = cross_entropy(m_s, sum_t1, sum_shifted, at_label, here, shape, spec, const)
     if outputs is not None:
         if split == 0:
             store_hard(outputs, row, loss, m_s, sum_t1, at_label, here)
@@ -103,22 +92,14 @@ def hard_loss(
 
 
 @triton.jit
-def row_value(
-    student, teacher, start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
-    DIVERGENCE: tl.constexpr, EXPECTATION: tl.constexpr, UNALIGNED: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+def row_value(student, teacher, start, stop, sides, cross, spec, const):
     """The divergence of a row and its sum of centred slopes, from the sums of `sum_loop`."""
-    if EXPECTATION == "none":
+    if const.EXPECTATION == "none":
         value, slopes = pair_loop(
-            student, teacher, start, stop, m_s, d_s, m_t, d_t, exponent, param,
-            DIVERGENCE, "evict_last", UNALIGNED, ACC, LANES, GROUP,
-        )  # fmt: skip
+            student, teacher, start, stop, sides, spec.exponent, spec.param, const, "evict_last"
+        )
     else:
-        value = expectation_or_pairs(
-            student, teacher, start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
-            DIVERGENCE, EXPECTATION, UNALIGNED, ACC, LANES, GROUP,
-        )  # fmt: skip
+        value = expectation_or_pairs(student, teacher, start, stop, sides, cross, spec, const)
         # under the student's expectation the centred slopes are the values; under the teacher's
         # their sum is known to be 0, and nobody uses this
         slopes = value
@@ -134,150 +115,135 @@ def label_column(label, row, start, vocab):
 
 
 @triton.jit
-def grad_factor(factor, scale, row, ACC: tl.constexpr):
+def grad_factor(factor, scale, row, const):
     """The factor of a row's gradient: factor * scale[row]."""
-    by = scalar(factor, ACC)
+    by = scalar(factor, const.ACC)
     if scale is not None:
         by = by * tl.load(scale + row)
     return by
 
 
+@triton.jit
+def spec_of(exponent, inverse, param, soft, hard, one_minus_eps, eps_over_v, const):
+    """The floats of a loss spec in the accumulation dtype."""
+    return Spec(
+        scalar(exponent, const.ACC), scalar(inverse, const.ACC), scalar(param, const.ACC),
+        scalar(soft, const.ACC), scalar(hard, const.ACC),
+        scalar(one_minus_eps, const.ACC), scalar(eps_over_v, const.ACC),
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=_FUSED)
 def fused_kernel(
-    # pointers: [rows, columns] x3, then one element per row each; None for what is not given
-    student, teacher, grad, loss, outputs, keep, label, scale, skip,
-    # shape
-    vocab, classes, width,
-    # rows: row r starts at (r // per) * outer + (r % per) * inner; where rows do not start on 16
-    # bytes, align_offset columns later (None: they do, or differ in how they start)
-    align_offset, per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
+    # places of the rows, where grad may be None; `PerRow`, `Shape`
+    student, teacher, grad, rows, shape,
+    # rows in a dimension of a place; where rows do not start on 16 bytes, the columns from a
+    # boundary to the first (None: they do, or differ in how they start)
+    align_offset, per_s, per_t, per_g,
     # the loss spec: log2(e) / T, 1 / T, parameter, weights, 1 - eps, eps / V (label smoothing)
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
     hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, z: tl.float64,
     factor: tl.float64,
-    # constants
-    DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, EXPECTATION: tl.constexpr,
-    HARD_T1: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr,
-    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    const,
 ):  # fmt: skip
     """loss = soft sum_v l(log p, log q) + hard CE; grad = its gradient scale factor. One row."""
-    if skip is not None:
-        if tl.load(skip) != 0:
+    if rows.skip is not None:
+        if tl.load(rows.skip) != 0:
             return
     row = tl.program_id(0)
-    start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
+    start, stop = row_span(student, per_s, row, align_offset, shape.vocab, const)
     if grad is not None:
-        grad = row_at(grad, row, per_g, outer_g, inner_g, align_offset, GROUP, UNALIGNED)
-    if keep is not None:
-        if tl.load(keep + row) == 0:
-            leave_out(loss, outputs, row, ACC)
+        grad = row_at(grad, per_g, row, align_offset, const)
+    if rows.keep is not None:
+        if tl.load(rows.keep + row) == 0:
+            leave_out(rows, row, const)
             if grad is not None:
-                zero_columns(grad, start, start + width, LANES, GROUP, UNALIGNED)
+                zero_columns(grad, start, start + shape.width, const)
             return
-    student = row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP, UNALIGNED)
-    teacher = row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP, UNALIGNED)
-    exponent, inverse = scalar(exponent, ACC), scalar(inverse, ACC)
-    param, soft, hard = scalar(param, ACC), scalar(soft, ACC), scalar(hard, ACC)
-    one_minus_eps, eps_over_v = scalar(one_minus_eps, ACC), scalar(eps_over_v, ACC)
+    student = row_at(student, per_s, row, align_offset, const)
+    teacher = row_at(teacher, per_t, row, align_offset, const)
+    spec = spec_of(exponent, inverse, param, soft, hard, one_minus_eps, eps_over_v, const)
 
     column = -1
-    if label is not None:
+    if rows.label is not None:
         # before the first loop: its reductions come before any store of an in-place gradient
-        column, here = label_column(label, row, start, vocab)
-        at_label = tl.load(student + column, mask=here, other=0.0).to(ACC)
-    m_s, raw_s, m_t, raw_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t = sum_loop(
-        student, teacher, start, stop, exponent,
-        EXPECTATION, HARD_T1, SMOOTH, outputs is not None, UNALIGNED, ACC, LANES, GROUP,
+        column, here = label_column(rows.label, row, start, shape.vocab)
+        at_label = tl.load(student + column, mask=here, other=0.0).to(const.ACC)
+    sums = sum_loop(
+        student, teacher, start, stop, spec.exponent, const, rows.outputs is not None
     )  # fmt: skip
-    d_s, d_t = safe_sums(raw_s, raw_t)
-    value, slopes = row_value(
-        student, teacher, start, stop, m_s, d_s, m_t, d_t, cross, exponent, inverse, param,
-        DIVERGENCE, EXPECTATION, UNALIGNED, ACC, LANES, GROUP,
-    )  # fmt: skip
-    value, of = OF_SUM(value, (raw_s == 0) & (raw_t == 0))
-    if outputs is not None:
-        store_soft(outputs, row, value, m_s, raw_s, weighted_s, m_t, raw_t, weighted_t, inverse)
-    value = soft * value
-    if not HARD_T1:
-        sum_t1 = raw_s
-    if label is not None:
-        value += hard * hard_loss(
-            outputs, row, m_s, sum_t1, sum_shifted, at_label, here, vocab, classes, one_minus_eps,
-            eps_over_v, SMOOTH, ACC,
+    d_s, d_t = safe_sums(sums.d_s, sums.d_t)
+    sides = Sides(sums.m_s, d_s, sums.m_t, d_t)
+    value, slopes = row_value(student, teacher, start, stop, sides, sums.cross, spec, const)
+    value, of = const.OF_SUM(value, (sums.d_s == 0) & (sums.d_t == 0))
+    if rows.outputs is not None:
+        store_soft(rows.outputs, row, value, sums, spec.inverse)
+    value = spec.soft * value
+    sum_t1 = sums.sum_t1 if const.HARD_T1 else sums.d_s
+    if rows.label is not None:
+        value += spec.hard * hard_loss(
+            rows.outputs, row, sums.m_s, sum_t1, sums.sum_shifted, at_label, here, shape, spec,
+            const,
         )  # fmt: skip
-    z_value, unit = at_one(m_s, sum_t1, hard, scalar(z, ACC), Z_LOSS)
-    tl.store(loss + row, value + z_value)
+    z_value, unit = at_one(sums.m_s, sum_t1, spec.hard, scalar(z, const.ACC), const.Z_LOSS)
+    tl.store(rows.loss + row, value + z_value)
 
     if grad is not None:
-        by = grad_factor(factor, scale, row, ACC)
+        by = grad_factor(factor, rows.scale, row, const)
         grad_loop(
-            grad, student, teacher, start, stop, m_s, d_s, m_t, d_t, slopes, sum_t1, column,
-            exponent, param, soft * inverse, of, unit, hard, one_minus_eps, eps_over_v, by,
-            DIVERGENCE, label is not None or Z_LOSS, HARD_T1,
-            EXPECTATION != "none", UNALIGNED, ACC, LANES, GROUP,
+            grad, student, teacher, start, stop, sides, slopes, sum_t1, column, of, unit, by,
+            spec, const, const.EXPECTATION != "none",
         )  # fmt: skip
-        zero_columns(grad, stop, start + width, LANES, GROUP, UNALIGNED)
+        zero_columns(grad, stop, start + shape.width, const)
 
 
 @triton.jit(do_not_specialize=["align_offset", "per"])
-def stats_kernel(
-    x, stats, keep,
-    vocab, align_offset, per, outer, inner,
-    exponent: tl.float64,
-    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+def stats_kernel(x, stats, keep, vocab, align_offset, per, exponent: tl.float64, const):
     """stats = (max x, sum exp((x - max) / T), sum (x - max)). One row."""
     row = tl.program_id(0)
     stats = stats + row.to(tl.int64) * 3
     if keep is not None:
         if tl.load(keep + row) == 0:
-            tl.store(stats + tl.arange(0, 4), tl.zeros([4], ACC), mask=tl.arange(0, 4) < 3)
+            zero = tl.zeros([4], const.ACC)
+            tl.store(stats + tl.arange(0, 4), zero, mask=tl.arange(0, 4) < 3)
             return
-    start, stop = row_span(row, per, outer, inner, align_offset, vocab, GROUP)
-    highest, total, sum_shifted = stats_loop(
-        row_at(x, row, per, outer, inner, align_offset, GROUP, UNALIGNED),
-        start, stop, scalar(exponent, ACC),
-        UNALIGNED, ACC, LANES, GROUP,
-    )  # fmt: skip
+    start, stop = row_span(x, per, row, align_offset, vocab, const)
+    x = row_at(x, per, row, align_offset, const)
+    highest, total, sum_shifted = stats_loop(x, start, stop, scalar(exponent, const.ACC), const)
     tl.store(stats, tl.where(total == 0, -float("inf"), highest))
     tl.store(stats + 1, total)
     tl.store(stats + 2, sum_shifted)
 
 
 @triton.jit
-def load_stats(stats, row, ACC: tl.constexpr):
+def load_stats(stats, row, const):
     """(max, sum) of a row's stats, with 0 for the maximum of a row that is all -inf."""
     stats = stats + row.to(tl.int64) * 3
-    top = tl.load(stats).to(ACC)
-    return tl.where(top == -float("inf"), 0.0, top), tl.load(stats + 1).to(ACC)
+    top = tl.load(stats).to(const.ACC)
+    return tl.where(top == -float("inf"), 0.0, top), tl.load(stats + 1).to(const.ACC)
 
 
 @triton.jit(do_not_specialize=_FUSED)
 def loss_kernel(
-    student, teacher, stats_s, stats_t, loss, keep,
-    vocab, align_offset,
-    per_s, outer_s, inner_s, per_t, outer_t, inner_t,
-    exponent: tl.float64, inverse: tl.float64, param: tl.float64,
-    DIVERGENCE: tl.constexpr,
-    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    student, teacher, known, loss, keep, vocab, align_offset, per_s, per_t,
+    exponent: tl.float64, param: tl.float64, const,
 ):  # fmt: skip
     """loss = (sum_v l(log p, log q), sum_v (slope - centre q)), p and q by the stats. One row."""
     row = tl.program_id(0)
     loss = loss + row.to(tl.int64) * 2
     if keep is not None:
         if tl.load(keep + row) == 0:
-            tl.store(loss + tl.arange(0, 2), tl.zeros([2], ACC))
+            tl.store(loss + tl.arange(0, 2), tl.zeros([2], const.ACC))
             return
-    m_s, d_s = load_stats(stats_s, row, ACC)
-    m_t, d_t = load_stats(stats_t, row, ACC)
+    m_s, d_s = load_stats(known.student, row, const)
+    m_t, d_t = load_stats(known.teacher, row, const)
     d_s, d_t = safe_sums(d_s, d_t)
-    start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
+    start, stop = row_span(student, per_s, row, align_offset, vocab, const)
     value, slopes = pair_loop(
-        row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP, UNALIGNED),
-        row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP, UNALIGNED),
-        start, stop, m_s, d_s, m_t, d_t,
-        scalar(exponent, ACC), scalar(param, ACC),
-        DIVERGENCE, "evict_first", UNALIGNED, ACC, LANES, GROUP,
+        row_at(student, per_s, row, align_offset, const),
+        row_at(teacher, per_t, row, align_offset, const),
+        start, stop, Sides(m_s, d_s, m_t, d_t),
+        scalar(exponent, const.ACC), scalar(param, const.ACC), const, "evict_first",
     )  # fmt: skip
     tl.store(loss, value)
     tl.store(loss + 1, slopes)
@@ -285,55 +251,48 @@ def loss_kernel(
 
 @triton.jit(do_not_specialize=_FUSED)
 def grad_kernel(
-    student, teacher, grad, stats_s, stats_t, stats_hard, pairs, keep, label, scale, skip,
-    vocab, width, align_offset,
-    per_s, outer_s, inner_s, per_t, outer_t, inner_t, per_g, outer_g, inner_g,
+    student, teacher, grad, known, rows, shape, align_offset, per_s, per_t, per_g,
     exponent: tl.float64, inverse: tl.float64, param: tl.float64, soft: tl.float64,
     hard: tl.float64, one_minus_eps: tl.float64, eps_over_v: tl.float64, z: tl.float64,
     factor: tl.float64,
-    DIVERGENCE: tl.constexpr, OF_SUM: tl.constexpr, HARD_T1: tl.constexpr,
-    Z_LOSS: tl.constexpr, CENTRED: tl.constexpr,
-    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    const,
 ):  # fmt: skip
     """grad = scale factor (soft (slope_v - q_v sum slope) / T + hard (q - target)). One row.
 
     CENTRED: see `grad_tile`.
     """
-    if skip is not None:
-        if tl.load(skip) != 0:
+    if rows.skip is not None:
+        if tl.load(rows.skip) != 0:
             return
     row = tl.program_id(0)
-    start, stop = row_span(row, per_s, outer_s, inner_s, align_offset, vocab, GROUP)
-    grad = row_at(grad, row, per_g, outer_g, inner_g, align_offset, GROUP, UNALIGNED)
-    if keep is not None:
-        if tl.load(keep + row) == 0:
-            zero_columns(grad, start, start + width, LANES, GROUP, UNALIGNED)
+    start, stop = row_span(student, per_s, row, align_offset, shape.vocab, const)
+    grad = row_at(grad, per_g, row, align_offset, const)
+    if rows.keep is not None:
+        if tl.load(rows.keep + row) == 0:
+            zero_columns(grad, start, start + shape.width, const)
             return
-    m_s, d_s = load_stats(stats_s, row, ACC)
-    m_t, d_t = load_stats(stats_t, row, ACC)
+    m_s, d_s = load_stats(known.student, row, const)
+    m_t, d_t = load_stats(known.teacher, row, const)
     sum_t1 = d_s
-    pairs = pairs + row.to(tl.int64) * 2
-    _, of = OF_SUM(tl.load(pairs).to(ACC), (d_s == 0) & (d_t == 0))
+    pairs = known.pairs + row.to(tl.int64) * 2
+    _, of = const.OF_SUM(tl.load(pairs).to(const.ACC), (d_s == 0) & (d_t == 0))
     d_s, d_t = safe_sums(d_s, d_t)
-    by = grad_factor(factor, scale, row, ACC)
+    by = grad_factor(factor, rows.scale, row, const)
     column = -1
-    if label is not None or Z_LOSS:
-        _, sum_t1 = load_stats(stats_hard, row, ACC)
-    _, unit = at_one(m_s, sum_t1, scalar(hard, ACC), scalar(z, ACC), Z_LOSS)
-    if label is not None:
-        column, _ = label_column(label, row, start, vocab)
-    inverse, eps_over_v = scalar(inverse, ACC), scalar(eps_over_v, ACC)
+    if const.HARD:
+        _, sum_t1 = load_stats(known.hard, row, const)
+    spec = spec_of(exponent, inverse, param, soft, hard, one_minus_eps, eps_over_v, const)
+    _, unit = at_one(m_s, sum_t1, spec.hard, scalar(z, const.ACC), const.Z_LOSS)
+    if rows.label is not None:
+        column, _ = label_column(rows.label, row, start, shape.vocab)
     grad_loop(
         grad,
-        row_at(student, row, per_s, outer_s, inner_s, align_offset, GROUP, UNALIGNED),
-        row_at(teacher, row, per_t, outer_t, inner_t, align_offset, GROUP, UNALIGNED),
-        start, stop, m_s, d_s, m_t, d_t, tl.load(pairs + 1).to(ACC), sum_t1, column,
-        scalar(exponent, ACC), scalar(param, ACC), scalar(soft, ACC) * inverse, of, unit,
-        scalar(hard, ACC), scalar(one_minus_eps, ACC), eps_over_v, by,
-        DIVERGENCE, label is not None or Z_LOSS, HARD_T1, False, UNALIGNED,
-        ACC, LANES, GROUP, CENTRED,
+        row_at(student, per_s, row, align_offset, const),
+        row_at(teacher, per_t, row, align_offset, const),
+        start, stop, Sides(m_s, d_s, m_t, d_t), tl.load(pairs + 1).to(const.ACC), sum_t1, column,
+        of, unit, by, spec, const, False,
     )  # fmt: skip
-    zero_columns(grad, stop, start + width, LANES, GROUP, UNALIGNED)
+    zero_columns(grad, stop, start + shape.width, const)
 
 
 @triton.jit
@@ -351,11 +310,8 @@ def total_kernel(loss, scale, out, n, factor: tl.float64, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def multiply_tile(
-    grad, factor, start, width,
-    MASKED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    at = columns(start, LANES, GROUP)
+def multiply_tile(grad, factor, start, width, const, MASKED: tl.constexpr):
+    at = columns(start, const)
     if MASKED:
         tile = tl.load(grad + at, mask=at < width).to(factor.dtype) * factor
         tl.store(grad + at, tile.to(grad.dtype.element_ty), mask=at < width)
@@ -365,19 +321,15 @@ def multiply_tile(
 
 
 @triton.jit(do_not_specialize=["per"])
-def multiply_kernel(
-    grad, by,
-    width, per, outer, inner,
-    LANES: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+def multiply_kernel(grad, by, width, per, const):
     """grad *= by. One row. by is usually 1, and grad is then not touched."""
     factor = tl.load(by)
     if factor == 1.0:
         return
+    TILE: tl.constexpr = const.LANES * const.GROUP
     row = tl.program_id(0)
-    grad = row_at(grad, row, per, outer, inner)
-    for start in range(0, width // (LANES * GROUP) * (LANES * GROUP), LANES * GROUP):
-        multiply_tile(grad, factor, start, width, False, LANES, GROUP)
-    if width % (LANES * GROUP) != 0:
-        full = width // (LANES * GROUP) * (LANES * GROUP)
-        multiply_tile(grad, factor, full, width, True, LANES, GROUP)
+    grad = row_at(grad, per, row, None, const)
+    for start in range(0, width // TILE * TILE, TILE):
+        multiply_tile(grad, factor, start, width, const, False)
+    if width % TILE != 0:
+        multiply_tile(grad, factor, width // TILE * TILE, width, const, True)

@@ -9,6 +9,7 @@ lanes are merged once, at the end. x is taken relative to a maximum before it is
 import triton
 import triton.language as tl
 
+from fastkd.backends.gpu.arguments import Sums
 from fastkd.backends.gpu.tiles import OFFSET, columns, load, scalar, unmasked
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -18,10 +19,10 @@ LOWEST64 = tl.constexpr(-1.7976931348623157e308)
 
 
 @triton.jit
-def initial_sums(ACC: tl.constexpr, LANES: tl.constexpr):
+def initial_sums(const):
     """Running maximum and sum before the first tile."""
-    lowest: tl.constexpr = LOWEST64 if ACC == tl.float64 else LOWEST32
-    return tl.full([LANES], lowest, ACC), tl.zeros([LANES], ACC)
+    lowest: tl.constexpr = LOWEST64 if const.ACC == tl.float64 else LOWEST32
+    return tl.full([const.LANES], lowest, const.ACC), tl.zeros([const.LANES], const.ACC)
 
 
 @triton.jit
@@ -46,126 +47,107 @@ def merge_lanes(top, total, exponent):
 
 
 @triton.jit
-def columns_before(start, LANES: tl.constexpr, GROUP: tl.constexpr):
+def columns_before(start, const):
     """How many of the columns before `start` would fall to each lane."""
-    before = start // (LANES * GROUP) * GROUP
-    return before + tl.where(tl.arange(0, LANES) == 0, start % (LANES * GROUP), 0)
+    TILE: tl.constexpr = const.LANES * const.GROUP
+    before = start // TILE * const.GROUP
+    return before + tl.where(tl.arange(0, const.LANES) == 0, start % TILE, 0)
 
 
 @triton.jit
-def shifted_step(
-    sum_shifted, x, top, new, at, start, stop,
-    MASKED: tl.constexpr, UNALIGNED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+def shifted_step(sum_shifted, x, top, new, at, start, stop, const, MASKED: tl.constexpr):
     """Updates sum_shifted, the sum of x - max; a lane has seen (at - start) / LANES columns."""
-    if MASKED and UNALIGNED == OFFSET:
-        here = columns(at, LANES, GROUP)
+    if MASKED and const.UNALIGNED == OFFSET:
+        here = columns(at, const)
         x = tl.where((here >= start) & (here < stop), x, 0.0)
     elif MASKED:
-        x = tl.where(columns(at, LANES, GROUP) < stop, x, 0.0)
-    if UNALIGNED == OFFSET:
-        seen = tl.where(at > start, at // LANES - columns_before(start, LANES, GROUP), 0).to(
-            x.dtype
-        )
+        x = tl.where(columns(at, const) < stop, x, 0.0)
+    if const.UNALIGNED == OFFSET:
+        seen = tl.where(at > start, at // const.LANES - columns_before(start, const), 0).to(x.dtype)
     else:
-        seen = scalar((at - start) // LANES, x.dtype)
+        seen = scalar((at - start) // const.LANES, x.dtype)
     return sum_shifted + tl.sum(x, 1) + seen * (top - new)
 
 
 @triton.jit
-def shifted_merge(
-    sum_shifted, top, highest, start, stop,
-    UNALIGNED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+def shifted_merge(sum_shifted, top, highest, start, stop, const):
     """The sum of x - highest over all columns."""
-    full = stop // (LANES * GROUP) * (LANES * GROUP)
-    tail = tl.sum((columns(full, LANES, GROUP) < stop).to(tl.int32), 1)
-    if UNALIGNED == OFFSET:
-        seen = full // LANES + tail - columns_before(start, LANES, GROUP)
+    full = stop // (const.LANES * const.GROUP) * (const.LANES * const.GROUP)
+    tail = tl.sum((columns(full, const) < stop).to(tl.int32), 1)
+    if const.UNALIGNED == OFFSET:
+        seen = full // const.LANES + tail - columns_before(start, const)
     else:
-        seen = (full - start) // LANES + tail
+        seen = (full - start) // const.LANES + tail
     return tl.sum(sum_shifted + seen.to(sum_shifted.dtype) * (top - highest), 0)
 
 
 @triton.jit
 def stats_tile(
-    x, at, start, stop, top, total, sum_shifted, exponent,
-    MASKED: tl.constexpr, UNALIGNED: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    x, at, start, stop, top, total, sum_shifted, exponent, const, MASKED: tl.constexpr
 ):  # fmt: skip
-    tile = load(x, at, stop, MASKED, "evict_first", ACC, LANES, GROUP, start, UNALIGNED)
+    tile = load(x, at, start, stop, const, MASKED, "evict_first")
     new, total, tile, _, _ = online_update(tile, top, total, exponent)
-    sum_shifted = shifted_step(
-        sum_shifted, tile, top, new, at, start, stop, MASKED, UNALIGNED, LANES, GROUP
-    )
+    sum_shifted = shifted_step(sum_shifted, tile, top, new, at, start, stop, const, MASKED)
     return new, total, sum_shifted
 
 
 @triton.jit
-def stats_loop(
-    x, start, stop, exponent,
-    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+def stats_loop(x, start, stop, exponent, const):
     """(max, sum, sum of (x - max)) of one side."""
-    top, total = initial_sums(ACC, LANES)
+    TILE: tl.constexpr = const.LANES * const.GROUP
+    top, total = initial_sums(const)
     sum_shifted = total
-    first, full, head = unmasked(start, stop, UNALIGNED, LANES, GROUP)
-    if UNALIGNED == OFFSET:
+    first, full, head = unmasked(start, stop, const)
+    if const.UNALIGNED == OFFSET:
         if head:
+            # 1, not True: a function of its own, where Triton 3.3 finds addresses in fewer steps
             top, total, sum_shifted = stats_tile(
-                x, first - LANES * GROUP, start, stop, top, total, sum_shifted, exponent,
-                True, True, ACC, LANES, GROUP,
-            )  # fmt: skip
-    for at in range(first, full, LANES * GROUP):
+                x, first - TILE, start, stop, top, total, sum_shifted, exponent, const, 1
+            )
+    for at in range(first, full, TILE):
         top, total, sum_shifted = stats_tile(
-            x, at, start, stop, top, total, sum_shifted, exponent,
-            False, UNALIGNED, ACC, LANES, GROUP,
-        )  # fmt: skip
+            x, at, start, stop, top, total, sum_shifted, exponent, const, False
+        )
     if full < stop:
         top, total, sum_shifted = stats_tile(
-            x, full, start, stop, top, total, sum_shifted, exponent,
-            True, UNALIGNED, ACC, LANES, GROUP,
-        )  # fmt: skip
+            x, full, start, stop, top, total, sum_shifted, exponent, const, True
+        )
     highest, total, _ = merge_lanes(top, total, exponent)
-    sum_shifted = shifted_merge(sum_shifted, top, highest, start, stop, UNALIGNED, LANES, GROUP)
+    sum_shifted = shifted_merge(sum_shifted, top, highest, start, stop, const)
     return highest, total, sum_shifted
 
 
 @triton.jit
 def sum_tile(
-    student, teacher, at, start, stop, m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted,
-    weighted_s, weighted_t, exponent,
-    EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr, SUM_SHIFTED: tl.constexpr,
-    OUT: tl.constexpr, MASKED: tl.constexpr, UNALIGNED: tl.constexpr,
-    ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    student, teacher, at, start, stop, sums, exponent, const,
+    MASKED: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """Adds one tile of both sides to the running sums.
+    """`Sums` with one more tile of both sides.
 
     cross: sum of e_w ((x_w - m_w) - (x_o - m_o)), where w is the side under which the expectation
     is taken (EXPECTATION), and o the other side. sum_t1: the student's sum at T = 1. sum_shifted:
     the student's sum of x - max. weighted: a side's sum of e (x - max) (OUT).
     """
-    s = load(student, at, stop, MASKED, "evict_last", ACC, LANES, GROUP, start, UNALIGNED)
-    t = load(teacher, at, stop, MASKED, "evict_last", ACC, LANES, GROUP, start, UNALIGNED)
+    m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t = sums
+    s = load(student, at, start, stop, const, MASKED, "evict_last")
+    t = load(teacher, at, start, stop, const, MASKED, "evict_last")
     top_s, sum_s, s, e_s, carry_s = online_update(s, m_s, d_s, exponent)
     top_t, sum_t, t, e_t, carry_t = online_update(t, m_t, d_t, exponent)
     # both maxima have changed since the terms in `cross` were summed: d_w of them shift
-    if EXPECTATION == "teacher":
+    if const.EXPECTATION == "teacher":
         term = tl.where(e_t == 0, 0.0, e_t * (t - s))
         cross = carry_t * (cross + d_t * ((m_t - top_t) - (m_s - top_s))) + tl.sum(term, 1)
-    if EXPECTATION == "student":
+    if const.EXPECTATION == "student":
         term = tl.where(e_s == 0, 0.0, e_s * (s - t))
         cross = carry_s * (cross + d_s * ((m_s - top_s) - (m_t - top_t))) + tl.sum(term, 1)
-    if HARD_T1:
+    if const.HARD_T1:
         sum_t1 = sum_t1 * tl.exp2((m_s - top_s) * LOG2E) + tl.sum(tl.exp2(s * LOG2E), 1)
-    if SUM_SHIFTED:
-        sum_shifted = shifted_step(
-            sum_shifted, s, m_s, top_s, at, start, stop, MASKED, UNALIGNED, LANES, GROUP
-        )
+    if const.SMOOTH:
+        sum_shifted = shifted_step(sum_shifted, s, m_s, top_s, at, start, stop, const, MASKED)
     if OUT:
         weighted_s = weighted_step(weighted_s, d_s, m_s - top_s, carry_s, s, e_s)
         weighted_t = weighted_step(weighted_t, d_t, m_t - top_t, carry_t, t, e_t)
-    return top_s, sum_s, top_t, sum_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t
+    return Sums(top_s, sum_s, top_t, sum_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t)
 
 
 @triton.jit
@@ -183,67 +165,53 @@ def weighted_merge(weighted, total, top, exponent):
 
 
 @triton.jit
-def merge_sides(
-    m_s, d_s, m_t, d_t, cross, sum_t1, exponent, EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr
-):
+def merge_sides(m_s, d_s, m_t, d_t, cross, sum_t1, exponent, const):
     """Merges lanes, or splits of a row: (max, sum) of both sides, cross sum, sum at T = 1."""
     top_s, sum_s, w_s = merge_lanes(m_s, d_s, exponent)
     top_t, sum_t, w_t = merge_lanes(m_t, d_t, exponent)
-    if EXPECTATION == "teacher":
+    if const.EXPECTATION == "teacher":
         cross = cross + d_t * ((m_t - top_t) - (m_s - top_s))
         cross = tl.where(w_t == 0, 0.0, w_t * cross)
-    if EXPECTATION == "student":
+    if const.EXPECTATION == "student":
         cross = cross + d_s * ((m_s - top_s) - (m_t - top_t))
         cross = tl.where(w_s == 0, 0.0, w_s * cross)
-    if HARD_T1:
+    if const.HARD_T1:
         sum_t1 = sum_t1 * tl.exp2((m_s - top_s) * LOG2E)
     return top_s, sum_s, top_t, sum_t, tl.sum(cross, 0), tl.sum(sum_t1, 0)
 
 
 @triton.jit
-def sum_loop(
-    student, teacher, start, stop, exponent,
-    EXPECTATION: tl.constexpr, HARD_T1: tl.constexpr, SUM_SHIFTED: tl.constexpr, OUT: tl.constexpr,
-    UNALIGNED: tl.constexpr, ACC: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """(max, sum) of both sides, and of the student: cross sum, sum at T = 1, sum of (x - max).
+def sum_loop(student, teacher, start, stop, exponent, const, OUT: tl.constexpr):
+    """`Sums` of columns [start, stop).
 
-    Then both sides' sums of e (x - max), 0 without OUT.
+    cross, sum_t1 and sum_shifted are 0 where nothing asks for them, and weighted without OUT.
     """
-    m_s, d_s = initial_sums(ACC, LANES)
-    m_t, d_t = initial_sums(ACC, LANES)
-    cross, sum_t1, sum_shifted, weighted_s, weighted_t = d_s, d_s, d_s, d_s, d_s
-    first, full, head = unmasked(start, stop, UNALIGNED, LANES, GROUP)
-    if UNALIGNED == OFFSET:
+    TILE: tl.constexpr = const.LANES * const.GROUP
+    m_s, d_s = initial_sums(const)
+    m_t, d_t = initial_sums(const)
+    sums = Sums(m_s, d_s, m_t, d_t, d_s, d_s, d_s, d_s, d_s)
+    first, full, head = unmasked(start, stop, const)
+    if const.UNALIGNED == OFFSET:
         if head:
-            m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t = sum_tile(
-                student, teacher, first - LANES * GROUP, start, stop,
-                m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t, exponent,
-                EXPECTATION, HARD_T1, SUM_SHIFTED, OUT, True, True, ACC, LANES, GROUP,
-            )  # fmt: skip
-    for at in range(first, full, LANES * GROUP):
-        m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t = sum_tile(
-            student, teacher, at, start, stop, m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted,
-            weighted_s, weighted_t, exponent,
-            EXPECTATION, HARD_T1, SUM_SHIFTED, OUT, False, UNALIGNED, ACC, LANES, GROUP,
-        )  # fmt: skip
+            sums = sum_tile(
+                student, teacher, first - TILE, start, stop, sums, exponent, const, True, OUT
+            )
+    for at in range(first, full, TILE):
+        sums = sum_tile(student, teacher, at, start, stop, sums, exponent, const, False, OUT)
     if full < stop:
-        m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t = sum_tile(
-            student, teacher, full, start, stop, m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted,
-            weighted_s, weighted_t, exponent,
-            EXPECTATION, HARD_T1, SUM_SHIFTED, OUT, True, UNALIGNED, ACC, LANES, GROUP,
-        )  # fmt: skip
+        sums = sum_tile(student, teacher, full, start, stop, sums, exponent, const, True, OUT)
+    m_s, d_s, m_t, d_t, cross, sum_t1, sum_shifted, weighted_s, weighted_t = sums
     top_s, sum_s, top_t, sum_t, all_cross, all_t1 = merge_sides(
-        m_s, d_s, m_t, d_t, cross, sum_t1, exponent, EXPECTATION, HARD_T1
+        m_s, d_s, m_t, d_t, cross, sum_t1, exponent, const
     )
-    all_shifted = scalar(0.0, ACC)
-    if SUM_SHIFTED:
-        all_shifted = shifted_merge(sum_shifted, m_s, top_s, start, stop, UNALIGNED, LANES, GROUP)
-    of_s, of_t = scalar(0.0, ACC), scalar(0.0, ACC)
+    all_shifted = scalar(0.0, const.ACC)
+    if const.SMOOTH:
+        all_shifted = shifted_merge(sum_shifted, m_s, top_s, start, stop, const)
+    of_s, of_t = scalar(0.0, const.ACC), scalar(0.0, const.ACC)
     if OUT:
         of_s = weighted_merge(weighted_s, d_s, m_s, exponent)
         of_t = weighted_merge(weighted_t, d_t, m_t, exponent)
-    return top_s, sum_s, top_t, sum_t, all_cross, all_t1, all_shifted, of_s, of_t
+    return Sums(top_s, sum_s, top_t, sum_t, all_cross, all_t1, all_shifted, of_s, of_t)
 
 
 @triton.jit

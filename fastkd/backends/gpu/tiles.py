@@ -29,106 +29,91 @@ def scalar(x, ACC: tl.constexpr):
 
 
 @triton.jit
-def row_at(
-    x, row, per, outer, inner, align_offset=None,
-    GROUP: tl.constexpr = 1, UNALIGNED: tl.constexpr = 0,
-):  # fmt: skip
+def row_at(place, per, row, align_offset, const):
     """The start of row [row // per, row % per]; 64 bits, since rows * columns passes 2^31.
 
-    align_offset: columns from x, a 16-byte boundary, to the first row. The boundary below the row
-    is then returned.
+    align_offset: columns from the pointer, a 16-byte boundary, to the first row. The boundary below
+    the row is then returned.
     """
-    offset = (row // per).to(tl.int64) * outer + (row % per).to(tl.int64) * inner
+    offset = (row // per).to(tl.int64) * place.outer + (row % per).to(tl.int64) * place.inner
     if align_offset is not None:
-        offset = (offset + align_offset) // GROUP * GROUP
-    x += offset
-    if UNALIGNED >= BY_COLUMN:
+        offset = (offset + align_offset) // const.GROUP * const.GROUP
+    x = place.pointer + offset
+    if const.UNALIGNED >= BY_COLUMN:
         x = tl.multiple_of(x, 16)
     return x
 
 
 @triton.jit
-def row_span(row, per, outer, inner, align_offset, vocab, GROUP: tl.constexpr):
+def row_span(place, per, row, align_offset, vocab, const):
     """Columns [start, stop) of a row, counted from the pointer that `row_at` returns."""
     start = 0
     if align_offset is not None:
-        offset = (row // per).to(tl.int64) * outer + (row % per).to(tl.int64) * inner
-        start = ((offset + align_offset) % GROUP).to(tl.int32)
+        offset = (row // per).to(tl.int64) * place.outer + (row % per).to(tl.int64) * place.inner
+        start = ((offset + align_offset) % const.GROUP).to(tl.int32)
     return start, start + vocab
 
 
 @triton.jit
-def columns(start, LANES: tl.constexpr, GROUP: tl.constexpr):
-    return start + (tl.arange(0, LANES)[:, None] * GROUP + tl.arange(0, GROUP)[None, :])
+def columns(start, const):
+    lane = tl.arange(0, const.LANES)[:, None] * const.GROUP
+    return start + (lane + tl.arange(0, const.GROUP)[None, :])
 
 
 @triton.jit
-def before(column, stop, UNALIGNED: tl.constexpr):
+def before(column, stop, const):
     """column < stop; BY_COLUMN in a form of which no two columns are known to be alike."""
-    return column + 1 <= stop if UNALIGNED == BY_COLUMN else column < stop
+    return column + 1 <= stop if const.UNALIGNED == BY_COLUMN else column < stop
 
 
 @triton.jit
-def whole_and_cut(at, start, stop, LANES: tl.constexpr, GROUP: tl.constexpr):
+def whole_and_cut(at, start, stop, const):
     """Which groups of a tile lie within [start, stop), and which columns of the other groups do."""
-    here = columns(at, LANES, GROUP)
-    group = at + tl.arange(0, LANES)[:, None] * GROUP
-    complete = (group >= start) & (group + GROUP <= stop)
+    here = columns(at, const)
+    group = at + tl.arange(0, const.LANES)[:, None] * const.GROUP
+    complete = (group >= start) & (group + const.GROUP <= stop)
     return complete, (here >= start) & (here < stop) & (complete == 0)
 
 
 @triton.jit
-def load(
-    x,
-    at,
-    stop,
-    MASKED: tl.constexpr,
-    POLICY: tl.constexpr,
-    ACC: tl.constexpr,
-    LANES: tl.constexpr,
-    GROUP: tl.constexpr,
-    start=0,
-    UNALIGNED: tl.constexpr = 0,
-):
-    here = columns(at, LANES, GROUP)
-    if MASKED and UNALIGNED == OFFSET:
-        complete, cut = whole_and_cut(at, start, stop, LANES, GROUP)
+def load(x, at, start, stop, const, MASKED: tl.constexpr, POLICY: tl.constexpr):
+    here = columns(at, const)
+    if MASKED and const.UNALIGNED == OFFSET:
+        complete, cut = whole_and_cut(at, start, stop, const)
         tile = tl.load(x + here, mask=complete, other=-float("inf"), eviction_policy=POLICY)
         rest = tl.load(x + here, mask=cut, other=-float("inf"), eviction_policy=POLICY)
         tile = tl.where(complete, tile, rest)
-    elif MASKED or UNALIGNED == BY_COLUMN:
-        here_too = before(here, stop, UNALIGNED)
+    elif MASKED or const.UNALIGNED == BY_COLUMN:
+        here_too = before(here, stop, const)
         tile = tl.load(x + here, mask=here_too, other=-float("inf"), eviction_policy=POLICY)
     else:
         tile = tl.load(x + here, eviction_policy=POLICY)
-    return tile.to(ACC)
+    return tile.to(const.ACC)
 
 
 @triton.jit
-def store(
-    x, tile, at, start, stop,
-    MASKED: tl.constexpr, UNALIGNED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    here = columns(at, LANES, GROUP)
-    if MASKED and UNALIGNED == OFFSET:
-        complete, cut = whole_and_cut(at, start, stop, LANES, GROUP)
+def store(x, tile, at, start, stop, const, MASKED: tl.constexpr):
+    here = columns(at, const)
+    if MASKED and const.UNALIGNED == OFFSET:
+        complete, cut = whole_and_cut(at, start, stop, const)
         tl.store(x + here, tile, mask=complete, eviction_policy="evict_first")
         tl.store(x + here, tile, mask=cut, eviction_policy="evict_first")
-    elif MASKED or UNALIGNED == BY_COLUMN:
-        here_too = before(here, stop, UNALIGNED)
+    elif MASKED or const.UNALIGNED == BY_COLUMN:
+        here_too = before(here, stop, const)
         tl.store(x + here, tile, mask=here_too, eviction_policy="evict_first")
     else:
         tl.store(x + here, tile, eviction_policy="evict_first")
 
 
 @triton.jit
-def unmasked(start, stop, UNALIGNED: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr):
+def unmasked(start, stop, const):
     """Columns [first, full) of whole tiles, and whether a partial tile comes before them."""
-    full = stop // (LANES * GROUP) * (LANES * GROUP)
+    TILE: tl.constexpr = const.LANES * const.GROUP
+    full = stop // TILE * TILE
     first = start
     head = False
-    if UNALIGNED == OFFSET:
-        first = tl.cdiv(start, LANES * GROUP) * (LANES * GROUP)
+    if const.UNALIGNED == OFFSET:
+        first = tl.cdiv(start, TILE) * TILE
         # a row within a single tile has no head: it is the last tile
         head = (start < first) & (first <= full)
     return first, full, head

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastkd.backends.base import LossSpec, Rows, Stats
 from fastkd.backends.gpu import launch
 from fastkd.backends.gpu import rows as kernels
+from fastkd.backends.gpu.arguments import Known, constants
 from fastkd.backends.gpu.bernoulli import ElementPasses
 from fastkd.divergence import divergences
 
@@ -23,17 +24,10 @@ class GPU(ElementPasses, launch.FusedPasses):
             return out
         size, lanes, align_offset = launch.lay(vocab, x)
         args = {
-            **dict(
-                x=launch.aligned(x, align_offset),
-                stats=out,
-                keep=launch.contiguous(keep),
-                vocab=vocab,
-                align_offset=align_offset,
-            ),
-            **dict(per=x.size(1), outer=x.stride(0), inner=x.stride(1)),
+            **dict(x=launch.place(x, align_offset), stats=out, keep=launch.contiguous(keep)),
+            **dict(vocab=vocab, align_offset=align_offset, per=x.size(1)),
             "exponent": launch.LOG2E / temperature,
-            "ACC": launch._ACC[acc],
-            **lanes,
+            "const": constants(ACC=launch._ACC[acc], **lanes),
         }
         launch.launch(kernels.stats_kernel, n, args, size.threads, x.device)
         return out
@@ -49,18 +43,17 @@ class GPU(ElementPasses, launch.FusedPasses):
         size, lanes, align_offset = launch.lay(spec.vocab, student, teacher)
         args = {
             **dict(
-                student=launch.aligned(student, align_offset),
-                teacher=launch.aligned(teacher, align_offset),
+                student=launch.place(student, align_offset),
+                teacher=launch.place(teacher, align_offset),
                 align_offset=align_offset,
             ),
-            **launch.stats_args(stats),
-            **dict(loss=out, keep=launch.contiguous(rows.keep), vocab=spec.vocab),
-            **launch.place_args("s", student),
-            **launch.place_args("t", teacher),
+            **dict(per_s=student.size(1), per_t=teacher.size(1)),
+            **dict(known=Known(stats.student.contiguous(), stats.teacher.contiguous()), loss=out),
+            **dict(keep=launch.contiguous(rows.keep), vocab=spec.vocab),
             **launch.scale_args(spec),
-            "DIVERGENCE": launch.divergence_of(spec),
-            "ACC": launch._ACC[acc],
-            **lanes,
+            "const": constants(
+                DIVERGENCE=launch.divergence_of(spec), ACC=launch._ACC[acc], **lanes
+            ),
         }
         launch.launch(kernels.loss_kernel, n, args, size.threads, student.device)
         return out
@@ -83,19 +76,29 @@ class GPU(ElementPasses, launch.FusedPasses):
         if not spec.at_one:
             stats = stats._replace(hard=None)
         size, lanes, align_offset = launch.lay(spec.vocab, student, teacher, grad)
+        acc = launch.acc_of(student, teacher)
         args = {
             **dict(
-                student=launch.aligned(student, align_offset),
-                teacher=launch.aligned(teacher, align_offset),
+                student=launch.place(student, align_offset),
+                teacher=launch.place(teacher, align_offset),
+                grad=launch.place(grad, align_offset),
+                align_offset=align_offset,
             ),
-            **dict(grad=launch.aligned(grad, align_offset), align_offset=align_offset),
-            **launch.stats_args(stats),
-            **dict(stats_hard=launch.contiguous(stats.hard), pairs=pairs.contiguous()),
-            **launch.common_args(
-                spec, rows, launch.acc_of(student, teacher), grad, s=student, t=teacher, g=grad
+            **dict(per_s=student.size(1), per_t=teacher.size(1), per_g=grad.size(1)),
+            "known": Known(
+                stats.student.contiguous(),
+                stats.teacher.contiguous(),
+                launch.contiguous(stats.hard),
+                pairs.contiguous(),
             ),
-            "CENTRED": divergences[spec.divergence].expectation == "teacher",
-            **lanes,
+            "shape": launch.shape_of(spec, grad),
+            "rows": launch.per_row(rows._replace(outputs=None)),
+            **launch.spec_args(spec, rows),
+            "const": constants(
+                **launch.constants_for(spec, rows, acc),
+                CENTRED=divergences[spec.divergence].expectation == "teacher",
+                **lanes,
+            ),
         }
         launch.launch(kernels.grad_kernel, n, args, size.threads, student.device)
 
