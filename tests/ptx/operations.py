@@ -384,6 +384,7 @@ TABLE: dict[str, Callable[[Blocks, Statement], Step]] = {
     "or": function_of(np.bitwise_or, 2),
     "xor": function_of(np.bitwise_xor, 2),
     "not": function_of(np.invert, 1),
+    "popc": function_of(lambda x: sum(x >> np.uint32(bit) & np.uint32(1) for bit in range(32)), 1),
     "shl": shifted(np.left_shift),
     "shr": shifted(np.right_shift),
     "bfe": field_of_bits,

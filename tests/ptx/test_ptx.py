@@ -195,6 +195,12 @@ $L2:
     assert y.tolist() == list(range(64))
 
 
+def test_bits_are_counted() -> None:
+    y = torch.zeros(64, dtype=torch.int32)
+    run("popc.b32 %r3, %r2;\n add.s64 %rd5, %rd2, %rd3;\n st.global.b32 [%rd5], %r3;", f32(), y)
+    assert y.tolist() == [number.bit_count() for number in range(64)]
+
+
 WAITS = """
   mov.u32 %r4, %ctaid.x;
   setp.ne.u32 %p1, %r2, 0;
