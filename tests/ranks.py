@@ -23,7 +23,8 @@ import torch.distributed as dist
 TIMEOUT = 60  # seconds; a rank that waits for a dead one gives up then at the latest
 # by one process, once for all the ranks of a test process
 PRELOADED = ["numpy", "pytest", "torch.distributed.tensor", "torch.distributed.fsdp"]
-PRELOADED += ["common", "fastkd.distill"]
+# torch._dynamo: a second in every process, imported by the first step of an optimizer
+PRELOADED += ["torch._dynamo", "common", "fastkd.distill"]
 
 
 def context() -> Any:
@@ -54,13 +55,10 @@ def _run(world: int, function: Callable[..., Any], *args: Any) -> list[tuple[boo
     start = context()
     with tempfile.TemporaryDirectory() as folder:
         pipes = [start.Pipe(duplex=False) for _ in range(world)]
-        processes = [
-            start.Process(target=_rank, args=(rank, world, folder, function, args, pipes[rank][1]))
-            for rank in range(world)
-        ]
-        for process in processes:
-            process.start()
-        for _, end in pipes:
+        ends = [end for _, end in pipes]
+        group = start.Process(target=_group, args=(folder, function, args, ends))
+        group.start()
+        for end in ends:
             end.close()
         results: list[tuple[bool, Any]] = []
         for end, _ in pipes:
@@ -68,9 +66,23 @@ def _run(world: int, function: Callable[..., Any], *args: Any) -> list[tuple[boo
                 results.append(end.recv())
             except EOFError:
                 results.append((False, "died"))
-        for process in processes:
-            process.join()
+        group.join()
     return results
+
+
+def _group(folder: str, function: Callable[..., Any], args: Any, ends: list[Any]) -> None:
+    """The ranks are forks of this process, which has imported what the function's module does."""
+    fork = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    processes = [
+        fork.Process(target=_rank, args=(rank, folder, function, args, ends))
+        for rank in range(len(ends))
+    ]
+    for process in processes:
+        process.start()
+    for end in ends:
+        end.close()
+    for process in processes:
+        process.join()
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -105,9 +117,10 @@ def _serve() -> None:
             os.environ["PYTHONPATH"] = kept
 
 
-def _rank(
-    rank: int, world: int, folder: str, function: Callable[..., Any], args: Any, end: Any
-) -> None:
+def _rank(rank: int, folder: str, function: Callable[..., Any], args: Any, ends: list[Any]) -> None:
+    world, end = len(ends), ends.pop(rank)
+    for other in ends:  # a dead rank's is at its end only when no other process has it
+        other.close()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), world)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -302,14 +300,11 @@ def test_torchrun_ends_with_the_error_of_a_rank(tmp_path: Path) -> None:
     """And soon: the other waits for it in a step."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
-    launch = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    ran = subprocess.run(
-        [sys.executable, "-m", *launch, str(script), str(tmp_path / "kept")],
-        cwd=Path(fastkd.__file__).parents[1],
-        env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-        timeout=ranks.TIMEOUT,
+    launch = ["--standalone", "--nproc-per-node=2", str(script), str(tmp_path / "kept")]
+    ran = ranks.python(
+        f"from torch.distributed.run import main; main({launch!r})",
+        GLOO_SOCKET_IFNAME="lo",
+        PYTHONPATH=str(Path(fastkd.__file__).parents[1]),
     )
     assert ran.returncode != 0
     assert "KeyError: 'of the second rank'" in ran.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import torch
 from common import run_python
 
@@ -241,18 +242,18 @@ import fastkd.distill, fastkd.recipes.runner, fastkd.scan, fastkd.teachers.store
 
 gc.freeze()  # else each child goes through all that torch has made, and copies its pages
 statuses = []
-for number, words in enumerate(json.loads(sys.argv[1])):
+for number, words in enumerate(json.loads(os.environ["COMMANDS"])):
     child = os.fork()
     if child == 0:
         reader, writer = os.pipe()
         os.close(reader)
         os.dup2(writer, 1)
-        os.dup2(os.open(f"{sys.argv[2]}/said-{number}", os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(os.open(f"{os.environ['SAID']}/said-{number}", os.O_WRONLY | os.O_CREAT), 2)
         break
     statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 else:
-    print(json.dumps(statuses))
-    sys.exit()
+    print(json.dumps(statuses), flush=True)
+    os._exit(0)
 sys.argv[1:] = words
 runpy.run_module("fastkd", run_name="__main__", alter_sys=True)
 """
@@ -271,7 +272,7 @@ def test_output_that_nobody_reads_ends_in_silence(tmp_path: Path) -> None:
     pairs = [(torch.randn(4, 3), torch.arange(4) % 3)]
     store.capture(torch.nn.Linear(3, 3), pairs, folder, vocab_size=3, k=2, progress=False)
     commands = [[x.format(file=file, cache=folder) for x in words] for words in COMMANDS]
-    ran = run_python("-c", FORKS, json.dumps(commands), str(tmp_path))
+    ran = ranks.python(FORKS, COMMANDS=json.dumps(commands), SAID=str(tmp_path))
     assert ran.returncode == 0, ran.stderr
     for number, (words, status) in enumerate(zip(COMMANDS, json.loads(ran.stdout), strict=True)):
         said = (tmp_path / f"said-{number}").read_text()

@@ -265,6 +265,8 @@ def weights_and_compile() -> None:
         fastkd.js_div(s[:, at], t[:, at], weight=weight, **more).backward()
         got.append(weight.grad)
     near(got[1], got[0], torch.float32, "gradient of weight")
+    if world > 2:  # the graph is that of two
+        return
 
     @torch.compile(backend="eager")
     def step(s: Tensor, t: Tensor) -> Tensor:

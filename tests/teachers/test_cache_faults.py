@@ -268,7 +268,7 @@ def _write_for_ever(folder: str, shard_bytes: int) -> None:
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
 def test_fifty_kills_lose_at_most_the_shard_in_hand(tmp_path: Path) -> None:
-    chance, done, size = random.Random(5), 0, 300  # bytes of a shard: some samples of 2 rows
+    chance, done, size = random.Random(5), 0, 1000  # bytes of a shard: some samples of 2 rows
     most = 0.06  # seconds of a life
     fork = multiprocessing.get_context("fork")
     for kill in range(500):  # fifty, and as many more as a busy machine takes to write something
