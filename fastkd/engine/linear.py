@@ -126,7 +126,7 @@ class Linear:
         memory = self.weight.new_empty(
             (min(step, self.vocab), self.weight.size(1)), dtype=self.dtype
         )
-        for start in range(0, self.vocab, step):
+        for start in range(0, max(self.vocab, 1), step):  # a rank may have no column
             columns = slice(start, min(start + step, self.vocab))
             yield columns, memory[: columns.stop - start].copy_(self.weight[columns])
 
