@@ -280,11 +280,8 @@ def work(
     assert first is not None
     rest, expected = None, upstream is not None
     if upstream is not None:
-        first = tensors[0]
-        assert first is not None
-        if has_float16(
-            call, first.device
-        ):  # the products keep to the range of 16 bits, whatever its size
+        # the products keep to the range of 16 bits, whatever its size
+        if has_float16(call, first.device):
             upstream, power = math.frexp(upstream)
             rest = torch.tensor(2.0**power, dtype=torch.float64)
         call = call._replace(rows=call.rows.times(upstream, 0))
@@ -323,12 +320,8 @@ def work(
 def has_float16(call: Call, device: torch.device) -> bool:
     """Whether a product on the device runs in float16."""
     assert call.products is not None
-    dtypes = [
-        products.multiplied_in(head.dtype, device)
-        for head in call.products.heads
-        if head is not None
-    ]
-    return torch.float16 in dtypes
+    heads = [head for head in call.products.heads if head is not None]
+    return torch.float16 in [products.multiplied_in(head.dtype, device) for head in heads]
 
 
 def _run(call: Call, sides: list[Side], n: int, wait: bool) -> Tensor:
