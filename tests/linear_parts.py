@@ -13,6 +13,8 @@ from torch import Tensor
 
 import fastkd
 from fastkd import LinearLogits
+from fastkd.backends import products
+from fastkd.backends.base import on_host
 from fastkd.divergence import Divergence
 
 NAN = float("nan")
@@ -54,6 +56,15 @@ def parts_in_a_row(backend: Backend, dtype: torch.dtype = torch.float32) -> list
     """hidden, weight and bias of the student, then of the teacher, as the operators take them."""
     shapes = ((4, 5), (9, 5), (9,), (4, 7), (9, 7), (9,))
     return [torch.randn(shape).to(backend.device, dtype).requires_grad_() for shape in shapes]
+
+
+def multiply_in(patch: pytest.MonkeyPatch, made: torch.dtype | None) -> None:
+    """Products of 16 bits run in `made` on a CPU, or in their own dtype (None), whatever it is."""
+
+    def multiplied_in(own: torch.dtype, device: torch.device) -> torch.dtype:
+        return made if made and on_host(device) and own.itemsize < 4 else own
+
+    patch.setattr(products, "multiplied_in", multiplied_in)
 
 
 def as_linear(parts: Parts, side: str, bias: bool = False, **options: Any) -> LinearLogits:
